@@ -1,0 +1,24 @@
+"""Means over batches of different sizes, and how far to trust them."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def weighted_mean(values: Float[np.ndarray, "batches *shape"], sizes: Int[np.ndarray, " batches"]) -> np.ndarray:
+    """Mean over all examples, from per-batch means and batch sizes; float64, of shape `shape`."""
+    weights = sizes / sizes.sum()
+    return np.tensordot(weights, values, axes=1)
+
+
+def standard_error(values: Float[np.ndarray, "batches *shape"], sizes: Int[np.ndarray, " batches"]) -> np.ndarray:
+    """Standard error of `weighted_mean`, from the spread between batches; NaN for a single batch.
+
+    With weights w_b = n_b / n and B batches, the variance of the mean is estimated by
+    B / (B − 1) · Σ_b w_b² (x_b − x̄)² (Cochran 1977, §6.4: the linearised ratio estimator).
+    """
+    batches = len(sizes)
+    if batches < 2:
+        return np.full(values.shape[1:], np.nan)
+    weights = sizes / sizes.sum()
+    deviations = values - weighted_mean(values, sizes)
+    return np.sqrt(batches / (batches - 1) * np.tensordot(weights**2, deviations**2, axes=1))

@@ -1,0 +1,1 @@
+"""Barriers between networks: predicted from curvature at the ends, and measured in between."""

@@ -1,0 +1,288 @@
+"""Measure the barrier between two networks by evaluating the networks in between."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+
+from lmc_curvature.averages import standard_error, weighted_mean
+from lmc_curvature.barrier.expansions import check_alphas
+from lmc_curvature.barrier.kinds import CurveKind, classify_curve
+from lmc_curvature.barrier.metrics import METRICS, check_metrics, metric_values
+from lmc_curvature.barrier.points import SegmentPoints
+from lmc_curvature.batches import Batch
+from lmc_curvature.errors import AlphaError, NonFiniteError, OptionError, check_choice
+from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
+from lmc_curvature.normalization import BatchNormPolicy
+from lmc_curvature.objective import LossFunction, Objective
+from lmc_curvature.segment import Segment
+from lmc_curvature.storage import load_arrays, save_arrays
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def measure_barrier(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loader: Iterable[Any],
+    *,
+    loss_fn: LossFunction | None = None,
+    layers: PartitionSpec | Sequence[Iterable[str]] | None = None,
+    partition: PartitionSpec = "fused",
+    alphas: int | Sequence[float] | np.ndarray = 11,
+    batch_norm: BatchNormPolicy = "interpolate",
+    metrics: Sequence[str] = METRICS,
+    max_batches: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> "BarrierMeasurement":
+    """Measure the barrier between two networks, for the whole network and for sets of layers.
+
+    For a set S of layers, moved from either end while the others stay (Adilova et al. 2023 for one layer),
+
+        B_S(α) = (1−α) L(θ₁ + α P_S Δ) + α L(θ₂ − (1−α) P_S Δ) − [(1−α) L(θ₁) + α L(θ₂)]
+
+    which for all layers is the barrier curve of linear mode connectivity (Frankle et al. 2020). The loader is visited
+    once, all points on the same batch; `"recalibrate"` visits it once before, to re-estimate statistics.
+
+    Args:
+        model_a: The network at α = 0; it is not modified.
+        model_b: The network at α = 1; it is not modified.
+        loader: Yields `(x, y)` batches, or what `loss_fn` expects.
+        loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
+        layers: Which sets to measure besides the whole network: a partition, for each of its layers alone; or a list of
+            sets of layer names; None for no set.
+        partition: The partition that the names in a list of sets come from.
+        alphas: Positions in [0, 1], or how many to space evenly from 0 to 1.
+        batch_norm: What batch normalisation does between the networks; see `lmc_curvature.normalization`.
+        metrics: `"loss"`, and `"error"` (the share of examples whose largest output is not the target's class).
+        max_batches: Use only this many batches.
+        device: Where to compute; `model_a`'s device by default.
+        dtype: Floating-point type to compute in; `model_a`'s by default.
+        progress: Show a progress bar over batches.
+
+    Raises:
+        LMCCurvatureError: The networks, the loader or an option are not what they should be; the subclasses of
+            `lmc_curvature.errors` tell which.
+    """
+    positions = _positions(alphas)
+    check_metrics(metrics, loss_fn)
+    named_sets = isinstance(layers, (list, tuple))
+    segment = Segment(
+        model_a, model_b, layers=partition if named_sets or layers is None else layers, batch_norm=batch_norm
+    )
+    sets = _sets(segment.partition, layers if named_sets or layers is None else [[name] for name in segment.layers])
+    objective = Objective(
+        model_a,
+        loader,
+        loss_fn=loss_fn,
+        batch_norm=batch_norm,
+        max_batches=max_batches,
+        device=device,
+        dtype=dtype,
+    )
+    points = SegmentPoints(segment.to(objective.device, objective.dtype))
+    needed = [[points.pair(members, alpha) for alpha in positions] for members in (segment.layers, *sets)]
+    statistics = [{}] * len(points)
+    if batch_norm == "recalibrate":
+        statistics = objective.recalibrated(points, progress=progress)
+
+    sizes, values = [], []
+    with (
+        torch.no_grad(),
+        objective.measuring(),
+        objective.one_pass(progress=progress, description="measuring") as batches,
+    ):
+        for batch in batches:
+            sizes.append(batch.size)
+            values.append(_batch_values(objective, points, statistics, batch, metrics))
+    found = np.stack(values)
+    index = np.array(needed)
+    between = (1 - positions) * found[:, :, index[..., 0]] + positions * found[:, :, index[..., 1]]
+    return BarrierMeasurement(
+        alphas=positions,
+        sets=sets,
+        metrics=tuple(metrics),
+        batch_norm=batch_norm,
+        batch_sizes=np.array(sizes),
+        batch_ends=found[:, :, [points.START, points.END]],
+        batch_values=between,
+    )
+
+
+def _batch_values(
+    objective: Objective,
+    points: SegmentPoints,
+    statistics: Sequence[Any],
+    batch: Batch,
+    metrics: Sequence[str],
+) -> Float[np.ndarray, "metrics points"]:
+    """Every metric at every point, for one batch."""
+    columns = []
+    for number, extra in enumerate(statistics):
+        loss, output, target = objective.batch_evaluation({**points[number], **extra}, batch)
+        columns.append(metric_values(metrics, loss, output, target, batch))
+    # Copied to the host once a batch: each copy waits for the device.
+    values = torch.stack(columns, dim=1).double().cpu().numpy()
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        metric, point = bad[0]
+        raise NonFiniteError(
+            f"The {metrics[metric]} is {values[metric, point]} at batch {batch.index} ({batch.size} examples), at "
+            f"{points.describe(point)}. Check the data of that batch and the scale of the networks' parameters."
+        )
+    return values
+
+
+@dataclass(frozen=True, eq=False)
+class BarrierMeasurement:
+    """Measured barrier curves of the whole network and of sets of layers, with the values of every batch.
+
+    Attributes:
+        alphas: Positions on the segment, (n,).
+        sets: The measured sets of layers, each a tuple of names.
+        metrics: What was measured: `"loss"` (in units of the loss), `"error"` (a share of the examples).
+        batch_norm: The batch-normalisation policy.
+        batch_sizes: Examples in each batch, (batches,).
+        batch_ends: Metrics of each batch at the two networks, (batches, metrics, 2).
+        batch_values: Metrics of each batch along the segment, (batches, metrics, 1 + sets, n): first for the whole
+            network, then for each set (the weighted sum of its two sides).
+    """
+
+    alphas: Float[np.ndarray, " n"]
+    sets: tuple[tuple[str, ...], ...]
+    metrics: tuple[str, ...]
+    batch_norm: str
+    batch_sizes: Int[np.ndarray, " batches"]
+    batch_ends: Float[np.ndarray, "batches metrics 2"]
+    batch_values: Float[np.ndarray, "batches metrics curves n"]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """A name for each measured set: its layers, joined by ' + '."""
+        return tuple(" + ".join(members) for members in self.sets)
+
+    @property
+    def examples(self) -> int:
+        """Number of examples visited."""
+        return int(self.batch_sizes.sum())
+
+    def values(self, metric: str = "loss") -> Float[np.ndarray, " n"]:
+        """The metric itself along the segment, L(θ(α))."""
+        return weighted_mean(self.batch_values[:, self._metric(metric), 0], self.batch_sizes)
+
+    def ends(self, metric: str = "loss") -> tuple[float, float]:
+        """The metric at the two networks."""
+        first, second = weighted_mean(self.batch_ends[:, self._metric(metric)], self.batch_sizes)
+        return float(first), float(second)
+
+    def curve(self, metric: str = "loss") -> Float[np.ndarray, " n"]:
+        """Barrier curve of the whole network: the metric minus the chord between the ends."""
+        return weighted_mean(self._batch_curves(metric)[:, 0], self.batch_sizes)
+
+    def layer_curves(self, metric: str = "loss") -> Float[np.ndarray, "sets n"]:
+        """Barrier curve of each measured set of layers."""
+        return weighted_mean(self._batch_curves(metric)[:, 1:], self.batch_sizes)
+
+    def barrier(self, metric: str = "loss") -> float:
+        """Barrier of the whole network: the maximum of its curve over the measured positions."""
+        return float(self.curve(metric).max())
+
+    def layer_barriers(self, metric: str = "loss") -> Float[np.ndarray, " sets"]:
+        """Barrier of each measured set of layers.
+
+        Raises:
+            OptionError: No sets were measured.
+        """
+        if not self.sets:
+            raise OptionError("No sets of layers were measured: pass layers= to measure_barrier.")
+        return self.layer_curves(metric).max(axis=1)
+
+    def standard_error(self, metric: str = "loss") -> float:
+        """Standard error of `barrier`, from the spread between batches; NaN for a single batch."""
+        return float(standard_error(self._batch_curves(metric)[:, 0, self.curve(metric).argmax()], self.batch_sizes))
+
+    @property
+    def kind(self) -> CurveKind:
+        """What the loss does along the segment; see `classify_curve` for the kinds and their thresholds."""
+        return classify_curve(self.alphas, self.curve("loss"), tolerance=0.02 * (1 + max(self.ends("loss"))))
+
+    def _metric(self, metric: str) -> int:
+        check_choice("metric", metric, self.metrics)
+        return self.metrics.index(metric)
+
+    def _batch_curves(self, metric: str) -> Float[np.ndarray, "batches curves n"]:
+        index = self._metric(metric)
+        ends = self.batch_ends[:, index]
+        chord = (1 - self.alphas) * ends[:, :1] + self.alphas * ends[:, 1:]
+        return self.batch_values[:, index] - chord[:, None]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the measurement to one safetensors file, without loss."""
+        names = ("alphas", "batch_sizes", "batch_ends", "batch_values")
+        save_arrays(
+            path,
+            "barrier-measurement",
+            {name: getattr(self, name) for name in names},
+            sets=[list(members) for members in self.sets],
+            metrics=list(self.metrics),
+            batch_norm=self.batch_norm,
+        )
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            FileFormatError: The file is damaged or holds something else.
+        """
+        arrays, metadata = load_arrays(path, "barrier-measurement")
+        return cls(
+            **arrays,
+            sets=tuple(tuple(members) for members in metadata["sets"]),
+            metrics=tuple(metadata["metrics"]),
+            batch_norm=metadata["batch_norm"],
+        )
+
+    def plot(self) -> "Figure":
+        """Draw the measured curves."""
+        from lmc_curvature.figures.barriers import draw_measurement
+
+        return draw_measurement(self)
+
+    def __str__(self) -> str:
+        lines = [f"Barrier measured on {self.examples} examples, batch_norm={self.batch_norm!r}"]
+        if "loss" in self.metrics:
+            lines[0] += f": {self.kind}"
+        for metric in self.metrics:
+            first, second = self.ends(metric)
+            lines.append(
+                f"  {metric:<6} {self.barrier(metric):.4g} ± {self.standard_error(metric):.2g} "
+                f"at alpha {self.alphas[self.curve(metric).argmax()]:.2f}; at the ends {first:.4g}, {second:.4g}"
+            )
+        return "\n".join(lines)
+
+
+def _positions(alphas: int | Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:
+    if isinstance(alphas, int):
+        if alphas < 3:
+            raise AlphaError(f"alphas={alphas}: at least 3 positions are needed, the ends and one between them.")
+        return np.linspace(0.0, 1.0, alphas)
+    return np.sort(check_alphas(alphas))
+
+
+def _sets(partition: LayerPartition, sets: Sequence[Iterable[str] | str] | None) -> tuple[tuple[str, ...], ...]:
+    names = partition.names
+    found = tuple(tuple(names[index] for index in layer_indices(names, members)) for members in sets or ())
+    empty = [number for number, members in enumerate(found) if not members]
+    if empty:
+        raise OptionError(f"layers[{empty[0]}] is an empty set: name at least one layer.")
+    return found

@@ -1,0 +1,53 @@
+"""What a measurement measures on a batch: the loss, and the classification error."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lmc_curvature.batches import Batch, describe
+from lmc_curvature.errors import MetricError, check_choice
+from lmc_curvature.objective import BatchLoss, LossFunction
+
+METRICS = ("loss", "error")
+
+
+def check_metrics(metrics: Sequence[str], loss_fn: LossFunction | None) -> None:
+    """Refuse unknown metrics, and the error where there is no output to compare with a target.
+
+    Raises:
+        OptionError: A metric is unknown.
+        MetricError: The error is asked for with a `BatchLoss`, or no metric is.
+    """
+    if not metrics:
+        raise MetricError(f"No metric was asked for; choose from {METRICS}.")
+    for metric in metrics:
+        check_choice("metrics", metric, METRICS)
+    if "error" in metrics and isinstance(loss_fn, BatchLoss):
+        raise MetricError("A BatchLoss yields a loss only, so metric 'error' is unknown: pass metrics=('loss',).")
+
+
+def metric_values(
+    metrics: Sequence[str], loss: Float[Tensor, ""], output: Any, target: Any, batch: Batch
+) -> Float[Tensor, " metrics"]:
+    """The metrics of one batch, on its device.
+
+    Raises:
+        MetricError: The error is asked for, and output and target are not those of a classifier.
+    """
+    return torch.stack([loss if metric == "loss" else _error(output, target, batch).to(loss) for metric in metrics])
+
+
+def _error(output: Any, target: Any, batch: Batch) -> Float[Tensor, ""]:
+    """Share of examples (or of positions, for dense outputs) whose largest output is not the target's class."""
+    if isinstance(output, Tensor) and isinstance(target, Tensor):
+        if output.shape == target.shape and target.is_floating_point() and target.ndim > 1 and target.shape[1] > 1:
+            return (output.argmax(1) != target.argmax(1)).double().mean()
+        if output.ndim == target.ndim + 1 and not target.is_floating_point() and output.shape[0] == target.shape[0]:
+            return (output.argmax(1) != target).double().mean()
+    raise MetricError(
+        f"Metric 'error' needs outputs (n, classes, …) with class indices (n, …) or class probabilities; batch "
+        f"{batch.index} has {describe(output)} with {describe(target)}. Pass metrics=('loss',)."
+    )

@@ -1,0 +1,254 @@
+"""Predict the barrier between two networks from the curvature at each of them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from lmc_curvature.averages import standard_error
+from lmc_curvature.barrier.expansions import (
+    EXPANSIONS,
+    Endpoint,
+    Expansion,
+    check_alphas,
+    coefficients,
+    evaluate,
+    peak,
+)
+from lmc_curvature.curvature.projection import Projection, project_hessian_at
+from lmc_curvature.errors import OptionError, check_choice
+from lmc_curvature.layers import PartitionSpec, layer_indices
+from lmc_curvature.normalization import BatchNormPolicy
+from lmc_curvature.objective import LossFunction, Objective
+from lmc_curvature.segment import Segment
+from lmc_curvature.storage import load_arrays, save_arrays
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FIELDS = ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures")
+
+
+def predict_barrier(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loader: Iterable[Any],
+    *,
+    loss_fn: LossFunction | None = None,
+    layers: PartitionSpec = "fused",
+    batch_norm: BatchNormPolicy = "interpolate",
+    method: str = "auto",
+    max_batches: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> "BarrierPrediction":
+    """Predict the barrier between two networks, for all their layers and for any set of them, in one pass.
+
+    Loss, slopes and the layer-by-layer curvature ΔᵀHΔ are computed exactly at both networks, on the same batches;
+    the barrier follows from them by Taylor expansion (Propositions 1 and 2 of Singh et al. 2024).
+
+    Args:
+        model_a: The network at α = 0; it is not modified.
+        model_b: The network at α = 1; it is not modified.
+        loader: Yields `(x, y)` batches, or what `loss_fn` expects; visited once.
+        loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
+        layers: The partition into L layers; see `LayerPartition.of`.
+        batch_norm: What batch normalisation does between the networks; see `lmc_curvature.normalization`. Under
+            `"recalibrate"` the prediction differentiates through batch statistics, as under `"batch"`.
+        method: How curvature is computed; see `project_hessian`.
+        max_batches: Use only this many batches; the standard errors say how far to trust the result.
+        device: Where to compute; `model_a`'s device by default.
+        dtype: Floating-point type to compute in; `model_a`'s by default.
+        progress: Show a progress bar over batches.
+
+    Raises:
+        LMCCurvatureError: The networks, the loader or an option are not what they should be; the subclasses of
+            `lmc_curvature.errors` tell which.
+    """
+    segment = Segment(model_a, model_b, layers=layers, batch_norm=batch_norm)
+    objective = Objective(
+        model_a,
+        loader,
+        loss_fn=loss_fn,
+        batch_norm=batch_norm,
+        max_batches=max_batches,
+        device=device,
+        dtype=dtype,
+    )
+    segment = segment.to(objective.device, objective.dtype)
+    directions = segment.directions()
+    first, second = project_hessian_at(
+        objective, [segment.start, segment.end], directions, method=method, progress=progress
+    )
+    squares = [sum(float((d.double() ** 2).sum()) for d in direction.values()) for direction in directions.values()]
+    return BarrierPrediction(segment.layers, (first, second), np.sqrt(np.array(squares)), batch_norm)
+
+
+@dataclass(frozen=True, eq=False)
+class BarrierPrediction:
+    """What the two endpoints say about the barrier between them, for any set of layers.
+
+    A set of layers is given by names; None means all of them, the whole network. Positions α run from `model_a` at 0
+    to `model_b` at 1. Barriers are in units of the loss.
+
+    Attributes:
+        layers: Names of the L layers.
+        endpoints: Projections onto the layers' directions Δ_ℓ at `model_a` and at `model_b`.
+        distances: Norms of Δ_ℓ, (L,).
+        batch_norm: The batch-normalisation policy.
+    """
+
+    layers: tuple[str, ...]
+    endpoints: tuple[Projection, Projection]
+    distances: Float[np.ndarray, " layers"]
+    batch_norm: str
+
+    @property
+    def distance(self) -> float:
+        """Norm of Δ = θ₂ − θ₁."""
+        return float(np.linalg.norm(self.distances))
+
+    @property
+    def examples(self) -> int:
+        """Number of examples the prediction was made from."""
+        return self.endpoints[0].examples
+
+    def curve(
+        self,
+        alphas: Sequence[float] | Float[np.ndarray, " n"],
+        layers: Iterable[str] | str | None = None,
+        expansion: Expansion = "second-order",
+    ) -> Float[np.ndarray, " n"]:
+        """Predicted barrier curve B_S(α) at positions in [0, 1]; see `expansions.coefficients` for the formulas.
+
+        Raises:
+            AlphaError: A position lies outside [0, 1].
+            UnknownLayerError: The set names an unknown layer.
+            OptionError: `expansion` is not a choice, or is `"hermite"` for a set that is not the whole network.
+        """
+        return evaluate(self._coefficients(layers, expansion), check_alphas(alphas))
+
+    def barrier(self, layers: Iterable[str] | str | None = None, expansion: Expansion = "second-order") -> float:
+        """Predicted barrier of a set of layers: the maximum of its curve over [0, 1], so 0 where no α rises."""
+        curve = self._coefficients(layers, expansion)
+        return float(evaluate(curve, np.array([peak(curve)]))[0])
+
+    def layer_barriers(self, expansion: Expansion = "second-order") -> Float[np.ndarray, " layers"]:
+        """Predicted barrier of each layer alone (Proposition 2)."""
+        return np.array([self.barrier([layer], expansion) for layer in self.layers])
+
+    @property
+    def interactions(self) -> Float[np.ndarray, "layers layers"]:
+        """B[ℓ,ℓ'] = Δ_ℓᵀ H₁ Δ_ℓ' / 8 (eq. 20), summing to the shared-Hessian barrier curve at α = 1/2."""
+        return self.endpoints[0].curvature / 8
+
+    @property
+    def hessian_energy(self) -> Float[np.ndarray, " layers"]:
+        """Δ_ℓᵀ H Δ_ℓ of each layer, the mean of the two endpoints."""
+        first, second = self.endpoints
+        return (np.diag(first.curvature) + np.diag(second.curvature)) / 2
+
+    def standard_error(self, layers: Iterable[str] | str | None = None, expansion: Expansion = "second-order") -> float:
+        """Standard error of `barrier`, from the spread between batches; NaN for a single batch.
+
+        At a maximum the position's own uncertainty does not matter to first order, so it is the standard error of
+        the curve at the predicted position.
+        """
+        position = peak(self._coefficients(layers, expansion))
+        first, second = (self._batch_endpoint(projection, layers) for projection in self.endpoints)
+        of_batches = evaluate(coefficients(expansion, first, second), np.array([position]))[:, 0]
+        return float(standard_error(of_batches, self.endpoints[0].batch_sizes))
+
+    def _coefficients(self, layers: Iterable[str] | str | None, expansion: Expansion) -> Float[np.ndarray, " powers"]:
+        check_choice("expansion", expansion, EXPANSIONS)
+        first, second = (self._endpoint(projection, layers) for projection in self.endpoints)
+        if expansion == "hermite" and len(layer_indices(self.layers, layers)) < len(self.layers):
+            raise OptionError(
+                "expansion='hermite' holds for the whole network only: the slope along a set of layers changes with "
+                "the other layers. Use layers=None, or 'with-slopes' for a set."
+            )
+        return coefficients(expansion, first, second)
+
+    def _endpoint(self, projection: Projection, layers: Iterable[str] | str | None) -> Endpoint:
+        members = layer_indices(self.layers, layers)
+        curvature = projection.curvature[np.ix_(members, members)]
+        return Endpoint(projection.loss, float(projection.slopes[members].sum()), float(curvature.sum()))
+
+    def _batch_endpoint(self, projection: Projection, layers: Iterable[str] | str | None) -> Endpoint:
+        members = layer_indices(self.layers, layers)
+        curvatures = projection.batch_curvatures[:, members][:, :, members]
+        return Endpoint(
+            projection.batch_losses, projection.batch_slopes[:, members].sum(1), curvatures.sum(axis=(1, 2))
+        )
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A row a layer: distance, slopes and curvatures at both ends, and the layer's predicted barriers."""
+        first, second = self.endpoints
+        return pd.DataFrame(
+            {
+                "layer": list(self.layers),
+                "distance": self.distances,
+                "slope_a": first.slopes,
+                "slope_b": second.slopes,
+                "curvature_a": np.diag(first.curvature),
+                "curvature_b": np.diag(second.curvature),
+                "hessian_energy": self.hessian_energy,
+                "barrier": self.layer_barriers(),
+                "barrier_se": [self.standard_error([layer]) for layer in self.layers],
+                "barrier_with_slopes": self.layer_barriers("with-slopes"),
+                "barrier_shared_hessian": self.layer_barriers("shared-hessian"),
+            }
+        )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the prediction to one safetensors file, without loss."""
+        arrays = {"distances": self.distances}
+        for number, projection in enumerate(self.endpoints):
+            arrays |= {f"endpoint_{number}.{field}": getattr(projection, field) for field in _FIELDS}
+        save_arrays(path, "barrier-prediction", arrays, layers=list(self.layers), batch_norm=self.batch_norm)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            FileFormatError: The file is damaged or holds something else.
+        """
+        arrays, metadata = load_arrays(path, "barrier-prediction")
+        first, second = (
+            Projection(**{field: arrays[f"endpoint_{number}.{field}"] for field in _FIELDS}) for number in (0, 1)
+        )
+        return cls(tuple(metadata["layers"]), (first, second), arrays["distances"], metadata["batch_norm"])
+
+    def plot(self) -> "Figure":
+        """Draw the predicted curves of the whole network and the barriers of its layers."""
+        from lmc_curvature.figures.barriers import draw_prediction
+
+        return draw_prediction(self)
+
+    def __str__(self) -> str:
+        first, second = self.endpoints
+        lines = [
+            f"Barrier predicted from {self.examples} examples, {len(self.layers)} layers, "
+            f"batch_norm={self.batch_norm!r}"
+            + (" (differentiated through batch statistics)" if self.batch_norm == "recalibrate" else ""),
+            f"  loss at the ends   {first.loss:.4g}, {second.loss:.4g}; distance {self.distance:.4g}",
+            *(
+                f"  {expansion:<18} {self.barrier(None, expansion):.4g} ± {self.standard_error(None, expansion):.2g}"
+                for expansion in ("second-order", "with-slopes", "shared-hessian", "hermite")
+            ),
+            "  highest layers     "
+            + ", ".join(
+                f"{self.layers[index]} {barrier:.4g}"
+                for barrier, index in sorted(((b, i) for i, b in enumerate(self.layer_barriers())), reverse=True)[:3]
+            ),
+        ]
+        return "\n".join(lines)

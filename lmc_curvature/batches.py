@@ -1,0 +1,106 @@
+"""Batches of any form: count their examples, describe them in errors, bring them to a device."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lmc_curvature.errors import LoaderError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch on the objective's device: its place in the loader, its number of examples, its data."""
+
+    index: int
+    size: int
+    data: Any
+
+
+def count_pair(data: Any, index: int) -> int:
+    """Number of examples in an `(x, y)` batch: the leading dimension of the first tensor in it.
+
+    Raises:
+        LoaderError: The batch is not a pair, or nothing in it can be counted.
+    """
+    if not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise LoaderError(
+            f"Batch {index} of the loader is {describe(data)}; expected an (x, y) pair. "
+            "For batches of another form pass loss_fn=BatchLoss(fn) with fn(model, batch) -> scalar mean."
+        )
+    return count_leading(data, index)
+
+
+def count_leading(data: Any, index: int) -> int:
+    """Number of examples in a batch of any form: the leading dimension of the first tensor in it.
+
+    Raises:
+        LoaderError: There is no such tensor, or it is empty.
+    """
+    tensor = _first_tensor(data)
+    if tensor is None or tensor.ndim == 0:
+        raise LoaderError(
+            f"Batch {index} of the loader is {describe(data)}, without a tensor whose leading dimension counts the "
+            "examples; pass loss_fn=BatchLoss(fn, size=...) to count them."
+        )
+    return check_count(tensor.shape[0], index)
+
+
+def check_count(size: int, index: int) -> int:
+    """Return `size`, or raise `LoaderError` if the batch holds no example."""
+    if size < 1:
+        raise LoaderError(f"Batch {index} of the loader holds {size} examples; expected at least one.")
+    return size
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], data: Any) -> Any:
+    """Apply a function to every tensor in nested mappings, lists and tuples; mappings become plain dicts."""
+    if isinstance(data, Tensor):
+        return function(data)
+    if isinstance(data, Mapping):
+        return {key: map_tensors(function, value) for key, value in data.items()}
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(map_tensors(function, value) for value in data))
+    if isinstance(data, (list, tuple)):
+        return type(data)(map_tensors(function, value) for value in data)
+    return data
+
+
+def describe(data: Any) -> str:
+    """Say in a few words what an object is, for an error message."""
+    if isinstance(data, Tensor):
+        return f"a tensor of shape {tuple(data.shape)} and type {data.dtype}"
+    if isinstance(data, Mapping):
+        return f"a mapping with keys {', '.join(map(repr, list(data)[:6]))}"
+    if isinstance(data, (list, tuple)):
+        return f"a {type(data).__name__} of length {len(data)}"
+    return f"an object of type {type(data).__name__}"
+
+
+def loader_length(loader: Iterable[Any], max_batches: int | None) -> int | None:
+    """Number of batches a visit will yield, or None when the loader does not say."""
+    try:
+        length = len(cast(Any, loader))
+    except TypeError:
+        return max_batches
+    return length if max_batches is None else min(length, max_batches)
+
+
+def refuse_iterator(loader: Iterable[Any], reason: str) -> None:
+    """Raise `LoaderError` with `reason` if the loader can be visited only once."""
+    if iter(loader) is loader:
+        raise LoaderError(f"{reason}, and an iterator can be visited only once: pass a list or a DataLoader.")
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Move a tensor to a device, and to a floating-point type if it has one."""
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _first_tensor(data: Any) -> Tensor | None:
+    if isinstance(data, Tensor):
+        return data
+    values = data.values() if isinstance(data, Mapping) else data if isinstance(data, (list, tuple)) else ()
+    return next((found for value in values if (found := _first_tensor(value)) is not None), None)

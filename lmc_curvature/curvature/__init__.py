@@ -1,0 +1,1 @@
+"""The curvature engine: exact derivatives of an objective, and nothing of barriers."""

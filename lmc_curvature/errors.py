@@ -1,0 +1,97 @@
+"""Every error the library raises on purpose, derived from one base class.
+
+A message names the offending entry and says what would be right. Classes also derive from the built-in
+exception a caller would expect (`ValueError`, `KeyError`, …), so existing `except` clauses keep working.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class LMCCurvatureError(Exception):
+    """Base class of all errors that `lmc_curvature` raises on purpose."""
+
+
+class ArchitectureMismatchError(LMCCurvatureError, ValueError):
+    """The two networks do not have the same modules, entries, shapes or fixed buffers."""
+
+
+class PartitionError(LMCCurvatureError, ValueError):
+    """A layer partition does not cover every entry exactly once, or its specification is not understood."""
+
+
+class UnknownLayerError(LMCCurvatureError, ValueError):
+    """A set of layers names a layer that the partition does not have."""
+
+
+class OptionError(LMCCurvatureError, ValueError):
+    """An option has a value that is not among its choices, or does not go with the other options."""
+
+
+class AlphaError(LMCCurvatureError, ValueError):
+    """A position on the segment lies outside [0, 1], or there are too few of them."""
+
+
+class LoaderError(LMCCurvatureError, ValueError):
+    """The loader is empty, is used up, or yields batches of another form than the loss expects."""
+
+
+class LossError(LMCCurvatureError, ValueError):
+    """The loss is not a real scalar mean over the examples of a batch."""
+
+
+class MetricError(LMCCurvatureError, ValueError):
+    """A metric cannot be computed from what the loader and the network yield."""
+
+
+class NonFiniteError(LMCCurvatureError, ArithmeticError):
+    """A parameter, a loss or a curvature is infinite or not a number."""
+
+
+class RandomStateError(LMCCurvatureError, ValueError):
+    """A module draws random numbers although the network is in evaluation mode."""
+
+
+class UnsupportedModelError(LMCCurvatureError, TypeError):
+    """The network cannot be evaluated at a given state: it is uninitialised, or it cannot be copied."""
+
+
+class DirectionError(LMCCurvatureError, ValueError):
+    """A direction or vector has an unknown entry, a wrong shape, or a type that cannot move."""
+
+
+class HessianSizeError(LMCCurvatureError, MemoryError):
+    """A dense matrix would need more memory than is allowed."""
+
+
+class FileFormatError(LMCCurvatureError, ValueError):
+    """A file was not written by this library, is damaged, or comes from a newer version."""
+
+
+class CheckpointError(LMCCurvatureError, ValueError):
+    """A checkpoint is missing, damaged, refused, or does not fit the network."""
+
+
+class DataError(LMCCurvatureError, ValueError):
+    """A data set is missing or is not what it should be."""
+
+
+class ConfigurationError(LMCCurvatureError, ValueError):
+    """A configuration has an unknown key or a bad value, or differs from the one on disk."""
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """Return a hint for an unknown name: the nearest choice if one is near, else the choices."""
+    choices = list(choices)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    shown = ", ".join(repr(choice) for choice in choices[:8])
+    return f"choose from {shown}{', …' if len(choices) > 8 else ''}."
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Raise `OptionError` unless `value` is one of `choices`, naming the option and the nearest choice."""
+    choices = list(choices)
+    if value not in choices:
+        raise OptionError(f"{option}={value!r} is not a choice: {suggest(str(value), choices)}")

@@ -1,0 +1,1 @@
+"""Pictures of barriers and landscapes, a function a figure."""

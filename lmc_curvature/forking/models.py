@@ -1,0 +1,256 @@
+"""Residual networks for small images, and networks by name.
+
+The networks follow He et al., "Deep Residual Learning for Image Recognition" (2015), section 4.2. Each
+normalisation module is registered right after the convolution it normalises, so that the two form one layer.
+"""
+
+import importlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, Literal
+
+import torchvision.models
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lmc_curvature.errors import ConfigurationError, OptionError, check_choice, suggest
+
+Shortcut = Literal["projection", "identity"]
+
+
+def make_model(spec: str, /, **options: Any) -> nn.Module:
+    """Build a network from its name.
+
+    Args:
+        spec: One of `model_names()`; `torchvision:NAME` for a classification network of torchvision, with
+            fresh weights; or `package.module:factory` for any importable function or class that returns a
+            module.
+        **options: Passed to the factory, e.g. `num_classes=10`.
+
+    Returns:
+        The network, initialised from torch's global random state.
+
+    Raises:
+        ConfigurationError: The name is unknown, the factory does not take an option or its value, or what it
+            returns is not a module.
+    """
+    factory = _find_factory(spec)
+    _check_option_names(spec, factory, options)
+    try:
+        model = factory(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"model {spec!r} refuses its options {options}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model {spec!r} returned {type(model).__name__}; expected a torch.nn.Module.")
+    return model
+
+
+def model_names() -> list[str]:
+    """Return the names of the networks in this module that `make_model` builds."""
+    return list(_FACTORIES)
+
+
+def resnet(
+    depth: int = 20,
+    *,
+    width: int = 16,
+    num_classes: int = 10,
+    in_channels: int = 3,
+    shortcut: Shortcut = "projection",
+) -> "CifarResNet":
+    """Build a residual network for small images, of `depth` = 6n + 2 layers in three stages of n blocks.
+
+    Args:
+        depth: Layers on the longest path: 8, 14, 20, 32, 44, 56, 110, …
+        width: Channels of the first stage; the second has twice, the third four times as many.
+        num_classes: Outputs.
+        in_channels: Channels of the images.
+        shortcut: What carries the input past a block that changes the shape. `"projection"`: a 1×1
+            convolution with normalisation, which adds two weight-carrying modules to the `depth` others.
+            `"identity"`: the input at every other pixel with channels of zeros, which has no parameters
+            (option A, as in the paper).
+
+    Raises:
+        OptionError: The depth is not 6n + 2, a number is not positive, or the shortcut is unknown.
+    """
+    if depth < 8 or (depth - 2) % 6 != 0:
+        raise OptionError(f"depth={depth} is not 6n + 2: choose 8, 14, 20, 32, 44, 56 or 110.")
+    for name, value in (("width", width), ("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise OptionError(f"{name}={value} must be at least 1.")
+    check_choice("shortcut", shortcut, ("projection", "identity"))
+    return CifarResNet(
+        blocks=(depth - 2) // 6,
+        width=width,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        shortcut=shortcut,
+    )
+
+
+def resnet20(
+    *, width: int = 16, num_classes: int = 10, in_channels: int = 3, shortcut: Shortcut = "projection"
+) -> "CifarResNet":
+    """Build the 20-layer network of `resnet`: 0.27 million parameters, 22 weight-carrying modules with projections."""
+    return resnet(20, width=width, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+
+
+def digits_resnet(
+    *, width: int = 8, num_classes: int = 10, in_channels: int = 1, shortcut: Shortcut = "projection"
+) -> "CifarResNet":
+    """Build the 8-layer network of `resnet` for 1×8×8 digits: 10 weight-carrying modules with projections."""
+    return resnet(8, width=width, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+
+
+class CifarResNet(nn.Module):
+    """The residual network of He et al. (2015) for CIFAR; see `resnet`, which checks the options.
+
+    A 3×3 convolution, three stages of basic blocks at full, half and quarter resolution, the mean over
+    pixels, and a linear classifier. Convolutions have no bias. Weights are drawn from N(0, 2 / fan-in) (He et
+    al., "Delving Deep into Rectifiers", 2015).
+    """
+
+    def __init__(self, *, blocks: int, width: int, num_classes: int, in_channels: int, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.conv = _conv3x3(in_channels, width, stride=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.stage1 = _stage(blocks, width, width, stride=1, shortcut=shortcut)
+        self.stage2 = _stage(blocks, width, 2 * width, stride=2, shortcut=shortcut)
+        self.stage3 = _stage(blocks, 2 * width, 4 * width, stride=2, shortcut=shortcut)
+        self.linear = nn.Linear(4 * width, num_classes)
+        self.apply(_initialise)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of a batch of images."""
+        x = functional.relu(self.norm(self.conv(x)))
+        x = self.stage3(self.stage2(self.stage1(x)))
+        # Unlike adaptive pooling, a plain mean has a deterministic backward pass on every device.
+        return self.linear(x.mean(dim=(2, 3)))
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions with batch normalisation, and a shortcut past both: relu(F(x) + shortcut(x))."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, stride: int, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, out_channels, stride=stride)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = _conv3x3(out_channels, out_channels, stride=1)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = _shortcut(in_channels, out_channels, stride=stride, kind=shortcut)
+
+    def forward(
+        self, x: Float[Tensor, "batch in_channels in_height in_width"]
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """Return the block's features."""
+        residual = functional.relu(self.norm1(self.conv1(x)))
+        residual = self.norm2(self.conv2(residual))
+        return functional.relu(residual + self.shortcut(x))
+
+
+class ZeroPadShortcut(nn.Module):
+    """The parameter-free shortcut (option A): every `stride`-th pixel, and channels of zeros after the others."""
+
+    def __init__(self, extra_channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.extra_channels = extra_channels
+        self.stride = stride
+
+    def forward(
+        self, x: Float[Tensor, "batch in_channels in_height in_width"]
+    ) -> Float[Tensor, "batch out_channels height width"]:
+        """Return the input, subsampled and padded."""
+        x = x[:, :, :: self.stride, :: self.stride]
+        return functional.pad(x, (0, 0, 0, 0, 0, self.extra_channels))
+
+
+_FACTORIES: dict[str, Callable[..., nn.Module]] = {
+    "digits-resnet": digits_resnet,
+    "resnet20": resnet20,
+    "resnet": resnet,
+}
+
+
+def _find_factory(spec: str) -> Callable[..., nn.Module]:
+    source, colon, name = spec.partition(":")
+    if not colon:
+        if spec in _FACTORIES:
+            return _FACTORIES[spec]
+        raise ConfigurationError(
+            f"model {spec!r} is unknown: {suggest(spec, _FACTORIES)} Networks from elsewhere are written "
+            "'torchvision:NAME' or 'package.module:factory'."
+        )
+    return _torchvision_factory(name) if source == "torchvision" else _imported_factory(spec, source, name)
+
+
+def _torchvision_factory(name: str) -> Callable[..., nn.Module]:
+    # Detection and segmentation networks are left out: their outputs are not logits of one label per image.
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise ConfigurationError(f"torchvision has no classification network {name!r}: {suggest(name, names)}")
+
+    def factory(**options: Any) -> nn.Module:
+        return torchvision.models.get_model(name, weights=None, **options)
+
+    return factory
+
+
+def _imported_factory(spec: str, module_name: str, name: str) -> Callable[..., nn.Module]:
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"model {spec!r}: the module {module_name!r} cannot be imported ({error}).") from error
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        public = [entry for entry, value in vars(module).items() if callable(value) and not entry.startswith("_")]
+        hint = suggest(name, public) if public else "the module defines no functions."
+        raise ConfigurationError(f"model {spec!r}: the module {module_name!r} has no function {name!r}: {hint}")
+    return factory
+
+
+def _check_option_names(spec: str, factory: Callable[..., nn.Module], options: dict[str, Any]) -> None:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except ValueError:
+        # Some callables written in C have no signature; the call itself then says what is wrong.
+        return
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for name in options:
+        if name not in parameters:
+            hint = suggest(name, parameters) if parameters else "it takes none."
+            raise ConfigurationError(f"model {spec!r} has no option {name!r}: {hint}")
+
+
+def _conv3x3(in_channels: int, out_channels: int, *, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+def _stage(blocks: int, in_channels: int, out_channels: int, *, stride: int, shortcut: Shortcut) -> nn.Sequential:
+    channels = [in_channels] + [out_channels] * blocks
+    strides = [stride] + [1] * (blocks - 1)
+    return nn.Sequential(
+        *(
+            BasicBlock(before, after, stride=step, shortcut=shortcut)
+            for (before, after), step in zip(pairwise(channels), strides, strict=True)
+        )
+    )
+
+
+def _shortcut(in_channels: int, out_channels: int, *, stride: int, kind: Shortcut) -> nn.Module:
+    if in_channels == out_channels and stride == 1:
+        return nn.Identity()
+    if kind == "identity":
+        return ZeroPadShortcut(out_channels - in_channels, stride=stride)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels)))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

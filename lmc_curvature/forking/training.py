@@ -1,0 +1,295 @@
+"""Training by stochastic gradient descent that can be stopped, continued and repeated bit for bit.
+
+The order of the examples in an epoch is a function of the order seed and the epoch alone, so a run that
+continues from a stored state takes the same steps as one that was never stopped. On a CUDA device this holds
+for networks whose operations have deterministic kernels.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from lmc_curvature.errors import NonFiniteError, OptionError
+from lmc_curvature.forking.checkpoints import load_entries, read_snapshot, write_snapshot
+from lmc_curvature.forking.configuration import Configuration
+from lmc_curvature.forking.data import ImageDataset
+
+
+class TrainingConfig(Configuration):
+    """A schedule of stochastic gradient descent.
+
+    Attributes:
+        epochs: Passes over the data.
+        learning_rate: Of SGD, before any milestone.
+        milestones: Epochs after which the learning rate is multiplied by `gamma`, increasing.
+        gamma: See `milestones`.
+        momentum: Of SGD, in [0, 1).
+        weight_decay: Coefficient of the L2 penalty, added to the gradient.
+        batch_size: Examples a step; the last batch of an epoch may be short.
+        warmup_epochs: The learning rate rises linearly, step by step, over this many epochs.
+
+    Raises:
+        ConfigurationError: A key is unknown, missing, or has a bad value.
+    """
+
+    epochs: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(default=0.1, gt=0, le=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    batch_size: int = Field(default=128, ge=1)
+    warmup_epochs: int = Field(default=0, ge=0)
+
+    @field_validator("milestones")
+    @classmethod
+    def _increasing_within_schedule(cls, milestones: tuple[int, ...], info: Any) -> tuple[int, ...]:
+        if list(milestones) != sorted(set(milestones)):
+            raise ValueError(f"{milestones} must increase.")
+        epochs = info.data.get("epochs")
+        outside = [epoch for epoch in milestones if epochs is not None and not 1 <= epoch < epochs]
+        if outside:
+            raise ValueError(f"{outside[0]} is outside the schedule of {epochs} epochs; choose from 1 to {epochs - 1}.")
+        return milestones
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochMetrics:
+    """What one epoch of training reported.
+
+    Attributes:
+        epoch: Epochs completed, counting this one.
+        learning_rate: At the last step.
+        loss: Mean cross-entropy in nats over the examples, each at the step that used it.
+        accuracy: Fraction classified correctly, likewise.
+    """
+
+    epoch: int
+    learning_rate: float
+    loss: float
+    accuracy: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainingState:
+    """All that training needs to continue: the network, the optimiser, and how far it has come.
+
+    Attributes:
+        epoch: Epochs completed; 0 at initialisation.
+        model: The network's state dict, on the CPU.
+        optimizer: Parameter name to momentum buffer, on the CPU; empty before the first step or without
+            momentum.
+        history: The metrics of every epoch so far, including those of a parent.
+    """
+
+    epoch: int
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    history: tuple[EpochMetrics, ...] = ()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state as one safetensors file, whole or not at all."""
+        history = [dataclasses.astuple(metrics) for metrics in self.history]
+        write_snapshot(path, self.model, self.optimizer, {"epoch": self.epoch, "history": history})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TrainingState":
+        """Read a state that `save` wrote.
+
+        Raises:
+            CheckpointError: The file is missing, damaged, not a snapshot, or from a newer version.
+        """
+        model, optimizer, metadata = read_snapshot(path)
+        history = tuple(EpochMetrics(*values) for values in metadata["history"])
+        return cls(metadata["epoch"], model, optimizer, history)
+
+
+def train(
+    model: nn.Module,
+    data: ImageDataset,
+    config: TrainingConfig,
+    *,
+    order_seed: int,
+    start: TrainingState | None = None,
+    until: int | None = None,
+    on_epoch: Callable[[EpochMetrics], None] | None = None,
+    progress: bool = True,
+) -> TrainingState:
+    """Train a classifier with SGD and the cross-entropy loss.
+
+    Args:
+        model: The network, on the device to train on; changed in place.
+        data: The training examples.
+        config: The schedule.
+        order_seed: Decides the order of the examples, and nothing else does. Not negative.
+        start: Where to continue; by default from the network as it is, at epoch 0 of the schedule.
+        until: The epoch of the schedule to stop at; by default its end.
+        on_epoch: Called with the metrics of each epoch as it ends.
+        progress: Show a bar of epochs.
+
+    Returns:
+        The state at epoch `until`.
+
+    Raises:
+        NonFiniteError: The loss or an entry of the network became infinite or not a number.
+        CheckpointError: `start` does not fit the network.
+        OptionError: `until` lies before the start or beyond the schedule, or the seed is negative.
+    """
+    first = 0 if start is None else start.epoch
+    last = config.epochs if until is None else until
+    if not first <= last <= config.epochs:
+        raise OptionError(f"until={last} must lie between the epoch of the start, {first}, and {config.epochs}.")
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    if start is not None:
+        _restore(model, optimizer, start)
+    history = list(() if start is None else start.history)
+    data = data.to(next(model.parameters()).device)
+    was_training = model.training
+    with tqdm(total=last - first, desc="training", unit="epoch", disable=not progress) as bar:
+        for epoch in range(first, last):
+            metrics = _train_epoch(model.train(), optimizer, data, config, order_seed, epoch)
+            history.append(metrics)
+            bar.update()
+            bar.set_postfix(loss=f"{metrics.loss:.3g}", accuracy=f"{metrics.accuracy:.1%}")
+            if on_epoch is not None:
+                on_epoch(metrics)
+    model.train(was_training)
+    return capture_state(model, optimizer, epoch=last, history=tuple(history))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: ImageDataset, *, batch_size: int = 512) -> tuple[float, float]:
+    """Return the mean cross-entropy in nats and the accuracy of a network in evaluation mode."""
+    data = data.to(next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    loss, correct = 0.0, 0
+    for x, y in data.batches(batch_size):
+        logits = model(x)
+        loss += functional.cross_entropy(logits, y, reduction="sum").item()
+        correct += int((logits.argmax(dim=1) == y).sum())
+    model.train(was_training)
+    return loss / len(data), correct / len(data)
+
+
+def epoch_generator(order_seed: int, epoch: int) -> torch.Generator:
+    """Return the CPU random generator of one epoch of one run: a function of both numbers and nothing else.
+
+    Raises:
+        OptionError: The seed is negative.
+    """
+    if order_seed < 0:
+        raise OptionError(f"order_seed={order_seed} must not be negative.")
+    # Mixing, rather than adding, keeps (seed 0, epoch 1) apart from (seed 1, epoch 0).
+    mixed = np.random.SeedSequence([order_seed, epoch]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
+
+
+def learning_rate_at(config: TrainingConfig, epoch: int, *, fraction: float = 1.0) -> float:
+    """Return the learning rate in an epoch, counted from 0, when `fraction` of its steps are done."""
+    passed = sum(epoch >= milestone for milestone in config.milestones)
+    warmup = min(1.0, (epoch + fraction) / config.warmup_epochs) if config.warmup_epochs else 1.0
+    return config.learning_rate * config.gamma**passed * warmup
+
+
+def capture_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    epoch: int = 0,
+    history: tuple[EpochMetrics, ...] = (),
+) -> TrainingState:
+    """Copy a network and its optimiser, if any, into a state that later training does not change."""
+    buffers = {}
+    for name, parameter in model.named_parameters() if optimizer is not None else ():
+        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
+        if buffer is not None:
+            buffers[name] = _cpu_copy(buffer)
+    entries = {name: _cpu_copy(tensor) for name, tensor in model.state_dict().items()}
+    return TrainingState(epoch, entries, buffers, history)
+
+
+def _cpu_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+    load_entries(model, state.model, source=f"The state at epoch {state.epoch}")
+    for name, parameter in model.named_parameters():
+        if name in state.optimizer:
+            # A tensor from a file need not be aligned as torch aligns its own, which can change the last bits.
+            buffer = torch.empty_like(parameter, requires_grad=False).copy_(state.optimizer[name])
+            optimizer.state[parameter]["momentum_buffer"] = buffer
+
+
+def _train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: ImageDataset,
+    config: TrainingConfig,
+    order_seed: int,
+    epoch: int,
+) -> EpochMetrics:
+    generator = epoch_generator(order_seed, epoch)
+    loader = data.batches(config.batch_size, order=torch.randperm(len(data), generator=generator))
+    losses, correct = [], torch.zeros((), dtype=torch.int64, device=data.images.device)
+    rate = 0.0
+    with _reproducible(generator, data.images.device):
+        for step, (x, y) in enumerate(loader):
+            rate = learning_rate_at(config, epoch, fraction=(step + 1) / len(loader))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad()
+            logits = model(x)
+            loss = functional.cross_entropy(logits, y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach() * len(y))
+            correct += (logits.argmax(dim=1) == y).sum()
+    totals = torch.stack(losses).double()
+    _check_finite(totals, model, epoch)
+    return EpochMetrics(epoch + 1, rate, totals.sum().item() / len(data), correct.item() / len(data))
+
+
+def _check_finite(losses: Tensor, model: nn.Module, epoch: int) -> None:
+    # Once an epoch, because reading the loss at every step would make a GPU wait for the CPU.
+    bad_steps = (~losses.isfinite()).nonzero().flatten()
+    if len(bad_steps):
+        raise NonFiniteError(
+            f"Training diverged: the loss is {losses[bad_steps[0]].item()} in epoch {epoch + 1}, step "
+            f"{bad_steps[0].item() + 1} of {len(losses)}. Lower the learning rate or add warm-up epochs."
+        )
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise NonFiniteError(
+                f"Training diverged: {name!r} is not finite after epoch {epoch + 1}, step {len(losses)}. Lower the "
+                "learning rate or add warm-up epochs."
+            )
+
+
+@contextlib.contextmanager
+def _reproducible(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Tie dropout to the epoch's generator and choose deterministic convolutions; put everything back after."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(generator.initial_seed())
+        cudnn.deterministic, cudnn.benchmark = True, False
+        try:
+            yield
+        finally:
+            cudnn.deterministic, cudnn.benchmark = before

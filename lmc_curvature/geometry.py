@@ -1,0 +1,49 @@
+"""Distances and angles between networks: siblings, their fork, and the planes their solutions span."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lmc_curvature.errors import ArchitectureMismatchError, NonFiniteError
+
+State = Mapping[str, Tensor]
+
+
+def distance(a: State, b: State) -> float:
+    """‖a − b‖₂ over all entries of two states."""
+    return float(_dot(_difference(a, b), _difference(a, b)) ** 0.5)
+
+
+def cosine(a: State, b: State) -> float:
+    """Cosine of the angle between two states seen as vectors, in [−1, 1].
+
+    Raises:
+        NonFiniteError: One of them is zero, so there is no angle.
+    """
+    norms = (_dot(a, a) * _dot(b, b)) ** 0.5
+    if norms == 0:
+        raise NonFiniteError("The angle with a vector of length zero is undefined: are two of the states equal?")
+    return float(min(1.0, max(-1.0, _dot(a, b) / norms)))
+
+
+def sibling_cosine(a: State, b: State, base: State | None = None) -> float:
+    """Cosine of the angle between siblings, seen from their fork `base`, or from the origin (Singh et al., Figure 2)."""
+    if base is None:
+        return cosine(a, b)
+    return cosine(_difference(a, base), _difference(b, base))
+
+
+def solution_plane_cosine(a: State, b: State, final_a: State, final_b: State) -> float:
+    """Cosine of the sibling difference at one time with the final one: 1 once siblings have fixed their plane."""
+    return cosine(_difference(b, a), _difference(final_b, final_a))
+
+
+def _difference(a: State, b: State) -> dict[str, Tensor]:
+    if a.keys() != b.keys():
+        raise ArchitectureMismatchError(f"The states differ in entries: {sorted(a.keys() ^ b.keys())[:5]}.")
+    return {name: tensor.double() - b[name].double() for name, tensor in a.items()}
+
+
+def _dot(a: State, b: State) -> float:
+    return float(sum(torch.dot(a[name].double().flatten(), b[name].double().flatten()) for name in a))

@@ -1,0 +1,125 @@
+"""Losses with known minima and Hessians, as networks: for trust, and for intuition.
+
+A landscape is a module whose parameters are the coordinates, cut into named layers. It is called like a network, on a
+batch of shifts (n, d), and returns the loss of each, f(θ − shift); so an example is a landscape moved a little, and
+`landscape_loss` is the mean over them. `origin()` is the loader for the landscape itself.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lmc_curvature.errors import DataError
+
+
+def landscape_loss(output: Float[Tensor, " n"], target: object) -> Float[Tensor, ""]:
+    """The mean of a landscape's outputs; the target is not used."""
+    return output.mean()
+
+
+def origin(dimension: int) -> list[tuple[Tensor, Tensor]]:
+    """A loader of one batch with one example, the landscape as it stands."""
+    return [(torch.zeros(1, dimension, dtype=torch.float64), torch.zeros(1))]
+
+
+class _Landscape(nn.Module):
+    """Coordinates cut into layers, float64: parameter `name` holds that layer's coordinates."""
+
+    def __init__(self, position: Float[Tensor, " d"], layers: Mapping[str, int] | None):
+        super().__init__()
+        sizes = dict(layers) if layers is not None else {"theta": position.numel()}
+        if sum(sizes.values()) != position.numel():
+            raise DataError(f"The layers {sizes} hold {sum(sizes.values())} coordinates; expected {position.numel()}.")
+        self.sizes = sizes
+        for name, part in zip(sizes, torch.split(position.double(), list(sizes.values())), strict=True):
+            self.register_parameter(name, nn.Parameter(part.clone()))
+
+    def position(self) -> Float[Tensor, " d"]:
+        """All coordinates as one vector."""
+        return torch.cat([getattr(self, name) for name in self.sizes])
+
+
+class Quadratic(_Landscape):
+    """f(θ) = c + ½ (θ − m)ᵀ A (θ − m), whose Hessian is A everywhere.
+
+    Args:
+        hessian: A, symmetric, (d, d).
+        minimum: m, (d,); zero by default.
+        position: Where θ is, (d,); the minimum by default.
+        layers: Layer name to number of coordinates; one layer by default.
+        offset: c.
+    """
+
+    def __init__(
+        self,
+        hessian: Float[Tensor, "d d"],
+        *,
+        minimum: Float[Tensor, " d"] | None = None,
+        position: Float[Tensor, " d"] | None = None,
+        layers: Mapping[str, int] | None = None,
+        offset: float = 0.0,
+    ):
+        minimum = torch.zeros(len(hessian)) if minimum is None else minimum
+        super().__init__(minimum if position is None else position, layers)
+        self.register_buffer("hessian", hessian.double())
+        self.register_buffer("minimum", minimum.double())
+        self.offset = offset
+
+    def forward(self, shift: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Loss of each example, (n,)."""
+        away = self.position() - self.minimum - shift
+        return self.offset + 0.5 * torch.einsum("ni,ij,nj->n", away, self.hessian, away)
+
+
+class QuadraticProduct(_Landscape):
+    """f(θ) = Π_m q_m(θ) with q_m(θ) = ½ (θ − m)ᵀ A_m (θ − m): zero exactly at the minima m, with ridges between.
+
+    The paper's toy (Singh et al. 2024, §5): in one dimension with minima at ±1, or at ±1 and ±1.5. At a minimum m_k the
+    Hessian is A_k Π_{j≠k} q_j(m_k).
+
+    Args:
+        minima: (minima, d).
+        hessians: The A_m, (minima, d, d); the identity by default.
+        position: Where θ is, (d,); the first minimum by default.
+        layers: Layer name to number of coordinates; one layer by default.
+    """
+
+    def __init__(
+        self,
+        minima: Float[Tensor, "minima d"],
+        *,
+        hessians: Float[Tensor, "minima d d"] | None = None,
+        position: Float[Tensor, " d"] | None = None,
+        layers: Mapping[str, int] | None = None,
+    ):
+        super().__init__(minima[0] if position is None else position, layers)
+        count, dimension = minima.shape
+        identity = torch.eye(dimension).expand(count, -1, -1)
+        self.register_buffer("minima", minima.double())
+        self.register_buffer("hessians", (identity if hessians is None else hessians).double().contiguous())
+
+    def forward(self, shift: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Loss of each example, (n,)."""
+        away = (self.position() - shift).unsqueeze(1) - self.minima
+        return (0.5 * torch.einsum("nmi,mij,nmj->nm", away, self.hessians, away)).prod(dim=1)
+
+    def hessian_at(self, position: Float[Tensor, " d"]) -> Float[Tensor, "d d"]:
+        """The Hessian at any position, in closed form, by the product rule; (d, d), float64."""
+        away = position.double() - self.minima
+        slopes = torch.einsum("mij,mj->mi", self.hessians, away)
+        values = 0.5 * torch.einsum("mi,mi->m", away, slopes)
+        hessian = torch.zeros_like(self.hessians[0])
+        for m in range(len(self.minima)):
+            hessian += _product_without(values, [m]) * self.hessians[m]
+            for k in range(len(self.minima)):
+                if k != m:
+                    hessian += _product_without(values, [m, k]) * torch.outer(slopes[m], slopes[k])
+        return hessian
+
+
+def _product_without(values: Float[Tensor, " minima"], left_out: Sequence[int]) -> Float[Tensor, ""]:
+    kept = torch.ones_like(values, dtype=torch.bool)
+    kept[list(left_out)] = False
+    return values[kept].prod()

@@ -1,0 +1,230 @@
+"""Which entries of a state make up a layer."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lmc_curvature.errors import PartitionError, UnknownLayerError, suggest
+from lmc_curvature.normalization import BatchNormPolicy
+from lmc_curvature.objective import movable_entries
+
+
+@dataclass(frozen=True)
+class LayerPartition:
+    """Named layers that together hold each entry of a state exactly once.
+
+    Attributes:
+        groups: Layer name to the names of its entries, in the order of the network.
+    """
+
+    groups: Mapping[str, tuple[str, ...]]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        spec: "LayerPartition | str | Mapping[str, Sequence[str]] | Callable[[str], str]" = "fused",
+        *,
+        batch_norm: BatchNormPolicy = "interpolate",
+    ) -> Self:
+        """Group the movable entries of a network into layers.
+
+        Tied parameters belong, once, to the layer of the name they are listed under first.
+
+        Args:
+            model: The network.
+            spec: One of
+
+                - `"fused"`: each module that carries weights, with the normalisation module registered right
+                  after it;
+                - `"module"`: each module that holds parameters itself;
+                - `"tensor"`: each entry;
+                - `"block"` or `"block:DEPTH"`: the first DEPTH components of the module's name (default 1);
+                - a mapping from layer name to regular expressions, searched in the entry's name; the first layer
+                  that matches takes the entry;
+                - a function from entry name to layer name;
+                - a `LayerPartition`, which is checked against the network.
+            batch_norm: The policy decides whether running statistics are among the entries.
+
+        Raises:
+            PartitionError: The specification is not understood, leaves an entry out, or has a layer without entries.
+        """
+        entries = movable_entries(model, batch_norm)
+        if isinstance(spec, LayerPartition):
+            return cls(_check_cover(spec.groups, entries))
+        if isinstance(spec, str):
+            layer_of = _named_rule(spec, model)
+        elif isinstance(spec, Mapping):
+            layer_of = _pattern_rule(spec, entries, _tied_names(model))
+        elif callable(spec):
+            layer_of = spec
+        else:
+            raise PartitionError(
+                f"layers={spec!r} is not a partition: expected {_SPECS}, a mapping from layer name to regular "
+                "expressions, or a function from entry name to layer name."
+            )
+        groups: dict[str, list[str]] = {}
+        for entry in entries:
+            layer = layer_of(entry)
+            if not isinstance(layer, str):
+                raise PartitionError(
+                    f"The partition function returned {layer!r} for entry {entry!r}; expected a string."
+                )
+            groups.setdefault(layer, []).append(entry)
+        return cls({layer: tuple(members) for layer, members in groups.items()})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the layers, in the order of the network."""
+        return tuple(self.groups)
+
+    def entries(self, name: str) -> tuple[str, ...]:
+        """Names of the entries of one layer.
+
+        Raises:
+            UnknownLayerError: There is no such layer.
+        """
+        if name not in self.groups:
+            raise UnknownLayerError(f"There is no layer {name!r}: {suggest(name, self.groups)}")
+        return self.groups[name]
+
+    def layer_of(self, entry: str) -> str:
+        """Name of the layer that holds an entry.
+
+        Raises:
+            PartitionError: No layer holds it.
+        """
+        for name, members in self.groups.items():
+            if entry in members:
+                return name
+        every = [member for members in self.groups.values() for member in members]
+        raise PartitionError(f"No layer holds an entry {entry!r}: {suggest(entry, every)}")
+
+
+PartitionSpec = LayerPartition | str | Mapping[str, Sequence[str]] | Callable[[str], str]
+"""What `LayerPartition.of` understands."""
+
+
+def layer_indices(names: Sequence[str], layers: Iterable[str] | str | None) -> list[int]:
+    """Positions of a set of layers (None: all of them) among `names`, each once and in order.
+
+    Raises:
+        UnknownLayerError: A layer of the set is not among the names; suggests the nearest.
+    """
+    if layers is None:
+        return list(range(len(names)))
+    wanted = {layers} if isinstance(layers, str) else set(layers)
+    for name in sorted(wanted, key=str):
+        if name not in names:
+            raise UnknownLayerError(f"There is no layer {name!r}: {suggest(str(name), names)}")
+    return [index for index, name in enumerate(names) if name in wanted]
+
+
+_SPECS = "'fused', 'module', 'tensor', 'block' or 'block:DEPTH'"
+
+
+def _named_rule(spec: str, model: nn.Module) -> Callable[[str], str]:
+    if spec == "tensor":
+        return lambda entry: entry
+    if spec == "module":
+        return _holder
+    if spec == "fused":
+        joined = _norms_with_their_weights(model)
+        return lambda entry: joined.get(_holder(entry), _holder(entry))
+    if block := re.fullmatch(r"block(?::([1-9]\d*))?", spec):
+        depth = int(block[1] or 1)
+        return lambda entry: ".".join(_holder(entry).split(".")[:depth])
+    raise PartitionError(f"layers={spec!r} is not a partition: {suggest(spec, ['fused', 'module', 'tensor', 'block'])}")
+
+
+def _holder(entry: str) -> str:
+    """Name of the module that holds an entry; the entry's own name if the network holds it directly."""
+    module, _, name = entry.rpartition(".")
+    # A parametrised weight lives in a child of the module whose weight it is.
+    return module.split(".parametrizations.")[0] or name
+
+
+def _norms_with_their_weights(model: nn.Module) -> dict[str, str]:
+    """Normalisation module to the weight-carrying module registered right before it."""
+    joined: dict[str, str] = {}
+    previous = None
+    for name, module in model.named_modules():
+        carries = next(module.parameters(recurse=False), None) is not None
+        if name == "" or ".parametrizations." in name:
+            continue
+        if _is_normalization(module):
+            if previous is not None:
+                joined[name] = previous
+            previous = None
+        elif carries or hasattr(module, "parametrizations"):
+            previous = name
+    return joined
+
+
+def _is_normalization(module: nn.Module) -> bool:
+    # Networks bring norms of their own (LlamaRMSNorm, LayerNorm2d): the name is what they have in common.
+    named_so = "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
+    return named_so or isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm))
+
+
+def _pattern_rule(
+    patterns: Mapping[str, Sequence[str]], entries: Sequence[str], tied: Mapping[str, str]
+) -> Callable[[str], str]:
+    compiled: dict[str, list[re.Pattern[str]]] = {}
+    for layer, expressions in patterns.items():
+        expressions = [expressions] if isinstance(expressions, str) else expressions
+        try:
+            compiled[layer] = [re.compile(expression) for expression in expressions]
+        except re.error as error:
+            raise PartitionError(f"Layer {layer!r} has a bad regular expression {error.pattern!r}: {error}.") from error
+    owner = {
+        entry: next((layer for layer, some in compiled.items() if any(p.search(entry) for p in some)), None)
+        for entry in entries
+    }
+    left_out = [entry for entry, layer in owner.items() if layer is None]
+    if left_out:
+        raise PartitionError(
+            f"No layer matches {_listing(left_out)}: a partition covers every entry. Add a last layer with the "
+            "pattern '.*' for the rest."
+        )
+    for layer in patterns:
+        if layer not in owner.values():
+            aliases = [
+                f"{name!r} is tied to {first!r}"
+                for name, first in tied.items()
+                if any(p.search(name) for p in compiled[layer])
+            ]
+            reason = f" ({aliases[0]})" if aliases else ""
+            raise PartitionError(f"Layer {layer!r} matches no entry that an earlier layer has not taken{reason}.")
+    return lambda entry: str(owner[entry])
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters, to the name they are listed under first."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+
+
+def _check_cover(groups: Mapping[str, Sequence[str]], entries: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    held = [entry for members in groups.values() for entry in members]
+    twice = sorted({entry for entry in held if held.count(entry) > 1})
+    unknown = sorted(set(held) - set(entries))
+    left_out = [entry for entry in entries if entry not in set(held)]
+    if twice or unknown or left_out:
+        faults = [
+            f"{fault} {_listing(names)}"
+            for fault, names in (("holds twice", twice), ("has unknown", unknown), ("leaves out", left_out))
+            if names
+        ]
+        raise PartitionError(f"The partition {'; '.join(faults)}: it must cover each entry of the network once.")
+    return {name: tuple(members) for name, members in groups.items()}
+
+
+def _listing(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(repr(name) for name in names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown

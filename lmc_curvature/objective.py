@@ -1,0 +1,423 @@
+"""The empirical risk of a network: a function of its state, averaged over the batches of a loader."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm.auto import tqdm
+
+from lmc_curvature.averages import weighted_mean
+from lmc_curvature.batches import (
+    Batch,
+    check_count,
+    count_leading,
+    count_pair,
+    describe,
+    loader_length,
+    map_tensors,
+    refuse_iterator,
+    to_device,
+)
+from lmc_curvature.errors import (
+    DirectionError,
+    LoaderError,
+    LossError,
+    NonFiniteError,
+    OptionError,
+    RandomStateError,
+    UnsupportedModelError,
+    check_choice,
+    suggest,
+)
+from lmc_curvature.normalization import (
+    POLICIES,
+    BatchNormPolicy,
+    NormalizationControl,
+    Statistics,
+    statistic_names,
+    tracked_modules,
+)
+from lmc_curvature.randomness import drawing_module, global_rng_preserved
+
+State = Mapping[str, Tensor]
+"""Entry name to tensor: parameters, and the running statistics that a segment moves."""
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """A loss computed from a network and a whole batch, for batches that are not `(x, y)` pairs.
+
+    Attributes:
+        fn: `fn(model, batch)` returns the mean loss over the batch's examples, a scalar tensor.
+        size: `size(batch)` counts the examples; by default the leading dimension of the first tensor found.
+
+    Example:
+        `BatchLoss(lambda model, batch: model(**batch).loss)` for a Hugging Face model and its dict batches.
+    """
+
+    fn: Callable[[Any, Any], Tensor]
+    size: Callable[[Any], int] | None = None
+
+
+LossFunction = Callable[[Any, Any], Tensor] | BatchLoss
+"""`loss_fn(output, target)` returning the scalar mean over a batch, or a `BatchLoss`."""
+
+
+class Objective:
+    """The mean loss of a network over a data set, as a function of the network's state.
+
+        L(θ) = (1/n) Σ_i loss(model_θ(x_i), y_i)
+
+    The objective takes a snapshot of the network: what is done to the network afterwards does not change it, and
+    nothing done here changes the network (its parameters, buffers, mode and gradients) or the global random number
+    generators. Dropout is off. Batches weigh by their number of examples; sums over batches are kept in float64.
+
+    Args:
+        model: Any module. Its parameters need not require gradients.
+        loader: Yields `(x, y)` batches, or what `loss_fn` expects. Visited once per evaluation.
+        loss_fn: `loss_fn(output, target)` returning the scalar mean over the batch (default: cross-entropy), or a
+            `BatchLoss`.
+        batch_norm: `"interpolate"`, `"batch"` or `"recalibrate"`; see `lmc_curvature.normalization`. Derivatives
+            under `"recalibrate"` are those of `"batch"`.
+        max_batches: Use only this many batches of the loader.
+        device: Where to compute; the model's device by default.
+        dtype: Floating-point type to compute in; the model's by default.
+
+    Raises:
+        OptionError: `batch_norm` or `max_batches` has a bad value.
+        LossError: `loss_fn` is a torch loss that sums over the batch, or does not reduce.
+        UnsupportedModelError: The network has parameters that cannot move, or it cannot be copied.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        loss_fn: LossFunction | None = None,
+        batch_norm: BatchNormPolicy = "interpolate",
+        max_batches: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        check_choice("batch_norm", batch_norm, POLICIES)
+        if max_batches is not None and max_batches < 1:
+            raise OptionError(f"max_batches={max_batches}: at least one batch is needed (or None for all).")
+        _check_reduction(loss_fn)
+        self._movable = movable_entries(model, batch_norm)
+        self.loader = loader
+        self.batch_norm: BatchNormPolicy = batch_norm
+        self.max_batches = max_batches
+        tensors = (*model.parameters(), *model.buffers())
+        self.device = torch.device(device) if device is not None else _device_of(tensors)
+        self.dtype = dtype if dtype is not None else _dtype_of(tensors)
+
+        self.network = _skeleton(model)
+        self._control = NormalizationControl(self.network)
+        self._control.statistics = "running" if batch_norm == "interpolate" else "batch"
+        self._evaluation = _Evaluation(self.network, _own_loss(loss_fn, self.device))
+        self._loss_fn = loss_fn
+
+        entries = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._entries = {
+            name: to_device(tensor.detach(), self.device, self.dtype).clone() for name, tensor in entries.items()
+        }
+        self._known_deterministic = False
+
+    def state(self) -> dict[str, Tensor]:
+        """The network's state when the objective was made: entry name to tensor, what a segment may move."""
+        return {name: self._entries[name] for name in self._movable}
+
+    def place(self, state: State) -> dict[str, Tensor]:
+        """Bring a state or direction to the objective's device and floating-point type.
+
+        Raises:
+            DirectionError: An entry is unknown, has another shape, or is not of a real floating-point type.
+        """
+        for name, tensor in state.items():
+            if name not in self._entries:
+                raise DirectionError(f"The network has no entry {name!r}: {suggest(name, self._movable)}")
+            if tensor.shape != self._entries[name].shape:
+                raise DirectionError(
+                    f"Entry {name!r} has shape {tuple(tensor.shape)}; expected {tuple(self._entries[name].shape)}."
+                )
+            if not tensor.is_floating_point():
+                raise DirectionError(f"Entry {name!r} has type {tensor.dtype}; expected real floating-point numbers.")
+        return {name: to_device(tensor.detach(), self.device, self.dtype) for name, tensor in state.items()}
+
+    @contextlib.contextmanager
+    def one_pass(self, *, progress: bool = False, description: str = "batches") -> Iterator[Iterator[Batch]]:
+        """Visit the loader once: `with objective.one_pass() as batches: for batch in batches: …`.
+
+        A shuffling or augmenting loader draws from the global random number generators; they are restored when
+        the block ends, also by an exception.
+
+        Raises:
+            LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
+        """
+        total = loader_length(self.loader, self.max_batches)
+        with (
+            global_rng_preserved(),
+            tqdm(total=total, desc=description, disable=not progress, leave=False) as bar,
+        ):
+            yield self._visit(bar)
+
+    def _visit(self, bar: Any) -> Iterator[Batch]:
+        index = -1
+        for index, data in enumerate(islice(self.loader, self.max_batches)):
+            size = self._count_examples(data, index)
+            yield Batch(index, size, map_tensors(lambda tensor: to_device(tensor, self.device, self.dtype), data))
+            bar.update()
+        if index < 0:
+            refuse_iterator(self.loader, "The loader yielded no batch: it may have been used up by an earlier pass")
+            raise LoaderError("The loader yielded no batch; expected at least one.")
+
+    def _count_examples(self, data: Any, index: int) -> int:
+        if not isinstance(self._loss_fn, BatchLoss):
+            return count_pair(data, index)
+        if self._loss_fn.size is None:
+            return count_leading(data, index)
+        return check_count(int(self._loss_fn.size(data)), index)
+
+    def batch_loss(self, state: State, batch: Batch) -> Float[Tensor, ""]:
+        """Mean loss over one batch at `state`: a scalar tensor, differentiable in the state.
+
+        Raises:
+            RandomStateError: A module draws random numbers (found on the first batch; names the module).
+            LossError: The loss is not a real scalar.
+        """
+        return self.batch_evaluation(state, batch)[0]
+
+    def batch_evaluation(self, state: State, batch: Batch) -> tuple[Float[Tensor, ""], Any, Any]:
+        """Loss, network output and target of one batch at `state`; the last two are None for a `BatchLoss`."""
+        entries = {f"network.{name}": tensor for name, tensor in {**self._entries, **state}.items()}
+        if not self._known_deterministic:
+            self._refuse_randomness(entries, batch)
+            self._known_deterministic = True
+        loss, output, target = functional_call(self._evaluation, entries, (batch.data,))
+        _check_loss(loss)
+        return loss, output, target
+
+    def _refuse_randomness(self, entries: State, batch: Batch) -> None:
+        constants = {name: tensor.detach() for name, tensor in entries.items()}
+        with torch.no_grad():
+            name = drawing_module(self._evaluation, lambda: functional_call(self._evaluation, constants, (batch.data,)))
+        if name is not None:
+            kind = type(self._evaluation.get_submodule(name)).__name__
+            culprit = f"Module {name.removeprefix('network.')!r} ({kind})" if "." in name else f"The {name or 'loss'}"
+            raise RandomStateError(
+                f"{culprit} draws random numbers in evaluation mode, so its loss is not a function of the parameters. "
+                "Switch the randomness off (dropout-like functions take training=self.training)."
+            )
+
+    def loss(self, state: State | None = None) -> float:
+        """Mean loss over the data set at `state` (default: the snapshot), in one pass over the loader.
+
+        Under `"recalibrate"` a pass that re-estimates the statistics goes first.
+
+        Raises:
+            NonFiniteError: The loss of a batch is infinite or not a number.
+        """
+        point = self.state() if state is None else self.place(state)
+        if self.batch_norm == "recalibrate":
+            point |= self.recalibrated([point])[0]
+        values, sizes = [], []
+        with torch.no_grad(), self.measuring(), self.one_pass() as batches:
+            for batch in batches:
+                values.append(finite_loss(self.batch_loss(point, batch), batch))
+                sizes.append(batch.size)
+        return float(weighted_mean(np.array(values), np.array(sizes)))
+
+    def gradient(self, state: State | None = None) -> dict[str, Tensor]:
+        """Gradient of the mean loss at `state`: entry name to a tensor of the entry's shape and dtype."""
+        leaves = as_leaves(self.state() if state is None else self.place(state))
+        total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
+        examples = 0
+        with self.one_pass() as batches, torch.enable_grad():
+            for batch in batches:
+                loss = self.batch_loss(leaves, batch)
+                gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+                for accumulated, gradient in zip(total.values(), gradients, strict=True):
+                    accumulated.add_(gradient, alpha=batch.size)
+                examples += batch.size
+        return {name: (tensor / examples).to(self.dtype) for name, tensor in total.items()}
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Within the block, `"recalibrate"` normalises by the statistics in the state (see `recalibrated`)."""
+        with self._normalizing_by("batch" if self.batch_norm == "batch" else "running"):
+            yield
+
+    def recalibrated(self, states: Sequence[State], *, progress: bool = False) -> list[dict[str, Tensor]]:
+        """Running statistics of the network at each state, re-estimated over the loader: one pass for all states.
+
+        A statistic is the mean over the batches, weighted by examples, of the batch's mean or unbiased variance
+        (what `torch.optim.swa_utils.update_bn` computes when all batches have one size).
+
+        Args:
+            states: The states; they are asked for anew with every batch, so they may be made on demand.
+            progress: Show a progress bar over batches.
+
+        Returns:
+            For each state, entry name to statistic.
+
+        Raises:
+            LoaderError: The loader is an iterator, which could not be visited again afterwards.
+        """
+        refuse_iterator(self.loader, "batch_norm='recalibrate' visits the loader twice")
+        totals: list[dict[str, Tensor]] = [{} for _ in range(len(states))]
+        examples = 0
+        with (
+            torch.no_grad(),
+            self._normalizing_by("record"),
+            self.one_pass(progress=progress, description="recalibrating") as batches,
+        ):
+            for batch in batches:
+                for number, total in enumerate(totals):
+                    for entry, value in self._batch_statistics(states[number], batch).items():
+                        total[entry] = total.get(entry, 0) + batch.size * value
+                examples += batch.size
+        return [{entry: (value / examples).to(self.dtype) for entry, value in total.items()} for total in totals]
+
+    def _batch_statistics(self, state: State, batch: Batch) -> dict[str, Tensor]:
+        """Entry name to the statistic of one batch, in float64; the mean over calls of a module called often."""
+        self._control.recorded.clear()
+        self.batch_loss(state, batch)
+        statistics = {}
+        for module, calls in self._control.recorded.items():
+            for entry, values in zip(statistic_names(module), zip(*calls, strict=True), strict=True):
+                statistics[entry] = torch.stack(values).double().mean(0)
+        self._control.recorded.clear()
+        return statistics
+
+    @contextlib.contextmanager
+    def _normalizing_by(self, statistics: Statistics) -> Iterator[None]:
+        before = self._control.statistics
+        self._control.statistics = statistics
+        try:
+            yield
+        finally:
+            self._control.statistics = before
+
+
+def movable_entries(model: nn.Module, batch_norm: BatchNormPolicy) -> tuple[str, ...]:
+    """Names of the entries a segment may move: all parameters, tied ones once; running statistics by policy.
+
+    Raises:
+        UnsupportedModelError: A parameter is uninitialised, or is not of a real floating-point type.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise UnsupportedModelError(f"Parameter {name!r} is uninitialised: run the network on one batch first.")
+        if not parameter.is_floating_point():
+            raise UnsupportedModelError(
+                f"Parameter {name!r} has type {parameter.dtype}: a direction moves real floating-point numbers only. "
+                "Register it as a buffer if it is a constant."
+            )
+    names = [name for name, _ in model.named_parameters()]
+    if batch_norm == "interpolate":
+        names += [entry for name, _ in tracked_modules(model) for entry in statistic_names(name)]
+    return tuple(names)
+
+
+def as_leaves(state: State) -> dict[str, Tensor]:
+    """The same values as new leaves of the autograd graph."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in state.items()}
+
+
+def finite_loss(loss: Float[Tensor, ""], batch: Batch, where: str = "") -> float:
+    """The loss of a batch as a number.
+
+    Raises:
+        NonFiniteError: It is infinite or not a number; names the batch, and `where` on the segment.
+    """
+    value = loss.item()
+    if not np.isfinite(value):
+        raise NonFiniteError(
+            f"The loss is {value} at batch {batch.index} ({batch.size} examples){where}. "
+            "Check the data of that batch and the scale of the networks' parameters."
+        )
+    return value
+
+
+class _Evaluation(nn.Module):
+    """Network and loss as one module, so that one functional call evaluates both at a state."""
+
+    def __init__(self, network: nn.Module, loss_fn: LossFunction):
+        super().__init__()
+        self.network = network
+        self.loss_fn = loss_fn
+
+    def forward(self, data: Any) -> tuple[Any, Any, Any]:
+        if isinstance(self.loss_fn, BatchLoss):
+            return self.loss_fn.fn(self.network, data), None, None
+        inputs, target = data
+        output = self.network(inputs)
+        return self.loss_fn(output, target), output, target
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """Copy a network's structure without its tensors, in evaluation mode.
+
+    Parameters and buffers become placeholders without storage: every value comes from the state at hand, and a
+    module that would reach past it fails instead of using a stale value.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        placeholder = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(placeholder, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    try:
+        return copy.deepcopy(model, memo).eval()
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied ({error}). Its modules must support copy.deepcopy; for weight "
+            "normalisation use torch.nn.utils.parametrizations."
+        ) from error
+
+
+def _own_loss(loss_fn: LossFunction | None, device: torch.device) -> LossFunction:
+    if loss_fn is None:
+        return F.cross_entropy
+    if isinstance(loss_fn, nn.Module):
+        # A loss may carry tensors of its own (class weights); the caller's copy stays where it is.
+        return copy.deepcopy(loss_fn).to(device).eval()
+    return loss_fn
+
+
+def _check_reduction(loss_fn: Any) -> None:
+    reduction = getattr(loss_fn, "reduction", "mean")
+    if reduction in ("sum", "none"):
+        raise LossError(
+            f"loss_fn={type(loss_fn).__name__}(reduction={reduction!r}): batches are weighted by their number of "
+            "examples, so the loss must be their mean: use reduction='mean'."
+        )
+
+
+def _check_loss(loss: Any) -> None:
+    if not isinstance(loss, Tensor):
+        raise LossError(f"The loss is {describe(loss)}; expected a scalar tensor, the mean over the batch.")
+    if loss.ndim != 0:
+        raise LossError(
+            f"The loss has shape {tuple(loss.shape)}; expected a scalar, the mean over the batch (reduction='mean')."
+        )
+    if not loss.is_floating_point():
+        raise LossError(f"The loss has type {loss.dtype}; expected a real floating-point scalar.")
+
+
+def _device_of(tensors: Sequence[Tensor]) -> torch.device:
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _dtype_of(tensors: Sequence[Tensor]) -> torch.dtype:
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())

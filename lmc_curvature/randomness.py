@@ -1,0 +1,73 @@
+"""The global random number generators: leave them as they were, and find who draws from them."""
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def global_rng_preserved() -> Iterator[None]:
+    """Restore the global generators of torch (CPU and CUDA), NumPy and `random` when the block ends."""
+    torch_state, python_state, numpy_state, *cuda_states = _states()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def drawing_module(root: nn.Module, run: Callable[[], Any]) -> str | None:
+    """Call `run`, which evaluates `root`, and name the innermost module that draws random numbers, if any.
+
+    A module draws when a global generator has another state after its forward pass than before. The generators
+    are left as they were.
+    """
+    before: list[Any] = []
+    drawing: list[str] = []
+
+    def remember(_module: nn.Module, _args: Any) -> None:
+        before.append(_states())
+
+    def compare(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
+            if not _equal(before.pop(), _states()):
+                drawing.append(name)
+
+        return hook
+
+    handles = []
+    for name, module in root.named_modules():
+        handles += [module.register_forward_pre_hook(remember), module.register_forward_hook(compare(name))]
+    try:
+        with global_rng_preserved():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Hooks of inner modules run before those of the modules around them.
+    return drawing[0] if drawing else None
+
+
+def _states() -> list[Any]:
+    states: list[Any] = [torch.get_rng_state(), random.getstate(), np.random.get_state()]  # noqa: NPY002
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.extend(torch.cuda.get_rng_state_all())
+    return states
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a == b

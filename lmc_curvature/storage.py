@@ -1,0 +1,79 @@
+"""Files that are written whole or not at all, and never run code when they are read."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors.numpy import load_file, save_file
+
+from lmc_curvature.errors import FileFormatError
+
+
+@contextlib.contextmanager
+def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and move it over `path` when the block ends without an error.
+
+    A reader sees the old file or the new one, also when the process is killed or the disk fills up. Parent
+    directories are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        # mkstemp makes files private; give this one the permissions a plain open() would have given.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_arrays(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, np.ndarray], **metadata: Any) -> None:
+    """Write named arrays and JSON metadata as one safetensors file, atomically.
+
+    Args:
+        path: Where to write.
+        kind: What the file holds; `load_arrays` refuses a file of another kind.
+        arrays: Name to array, of any shape and any dtype that safetensors knows.
+        **metadata: Anything JSON can hold.
+    """
+    header = {"kind": kind, "version": "1", "metadata": json.dumps(metadata)}
+    with write_atomically(path) as temporary:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, header)
+
+
+def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read what `save_arrays` wrote: the arrays and the metadata.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        FileFormatError: The file is damaged, is of another kind, or was written by a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            header = file.metadata() or {}
+        arrays = load_file(path)
+    except safetensors.SafetensorError as error:
+        raise FileFormatError(f"{path} is damaged or is not a safetensors file ({error}).") from error
+    if header.get("kind") != kind:
+        raise FileFormatError(f"{path} holds {header.get('kind')!r}; expected a file of kind {kind!r}.")
+    if header.get("version") != "1":
+        raise FileFormatError(
+            f"{path} has format version {header.get('version')!r}; this release reads version '1'. Upgrade lmc_curvature."
+        )
+    return arrays, json.loads(header["metadata"])
