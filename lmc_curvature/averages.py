@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 def weighted_mean(values: Float[np.ndarray, "batches *shape"], sizes: Int[np.ndarray, " batches"]) -> np.ndarray:
     """Mean over all examples, from per-batch means and batch sizes; float64, of shape `shape`."""
     weights = sizes / sizes.sum()
-    return np.tensordot(weights, values, axes=1)
+    return np.asarray(np.tensordot(weights, values, axes=1))
 
 
 def standard_error(values: Float[np.ndarray, "batches *shape"], sizes: Int[np.ndarray, " batches"]) -> np.ndarray:
@@ -21,4 +21,4 @@ def standard_error(values: Float[np.ndarray, "batches *shape"], sizes: Int[np.nd
         return np.full(values.shape[1:], np.nan)
     weights = sizes / sizes.sum()
     deviations = values - weighted_mean(values, sizes)
-    return np.sqrt(batches / (batches - 1) * np.tensordot(weights**2, deviations**2, axes=1))
+    return np.asarray(np.sqrt(batches / (batches - 1) * np.tensordot(weights**2, deviations**2, axes=1)))

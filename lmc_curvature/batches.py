@@ -1,6 +1,6 @@
 """Batches of any form: count their examples, describe them in errors, bring them to a device."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -90,7 +90,8 @@ def loader_length(loader: Iterable[Any], max_batches: int | None) -> int | None:
 
 def refuse_iterator(loader: Iterable[Any], reason: str) -> None:
     """Raise `LoaderError` with `reason` if the loader can be visited only once."""
-    if iter(loader) is loader:
+    # Not iter(loader) is loader: starting a DataLoader draws a seed and may start processes.
+    if isinstance(loader, Iterator):
         raise LoaderError(f"{reason}, and an iterator can be visited only once: pass a list or a DataLoader.")
 
 

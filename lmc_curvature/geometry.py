@@ -1,5 +1,6 @@
 """Distances and angles between networks: siblings, their fork, and the planes their solutions span."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,16 +20,20 @@ def cosine(a: State, b: State) -> float:
     """Cosine of the angle between two states seen as vectors, in [−1, 1].
 
     Raises:
-        NonFiniteError: One of them is zero, so there is no angle.
+        NonFiniteError: One of them is zero or not finite, so there is no angle.
+        ArchitectureMismatchError: They differ in entries or shapes.
     """
+    _check_alike(a, b)
     norms = (_dot(a, a) * _dot(b, b)) ** 0.5
     if norms == 0:
         raise NonFiniteError("The angle with a vector of length zero is undefined: are two of the states equal?")
+    if not math.isfinite(norms):
+        raise NonFiniteError("The angle with a vector that is not finite is undefined: has a training diverged?")
     return float(min(1.0, max(-1.0, _dot(a, b) / norms)))
 
 
 def sibling_cosine(a: State, b: State, base: State | None = None) -> float:
-    """Cosine of the angle between siblings, seen from their fork `base`, or from the origin (Singh et al., Figure 2)."""
+    """Cosine of the angle between siblings, seen from their fork `base` or from the origin (Singh et al., Figure 2)."""
     if base is None:
         return cosine(a, b)
     return cosine(_difference(a, base), _difference(b, base))
@@ -40,9 +45,21 @@ def solution_plane_cosine(a: State, b: State, final_a: State, final_b: State) ->
 
 
 def _difference(a: State, b: State) -> dict[str, Tensor]:
-    if a.keys() != b.keys():
-        raise ArchitectureMismatchError(f"The states differ in entries: {sorted(a.keys() ^ b.keys())[:5]}.")
+    _check_alike(a, b)
     return {name: tensor.double() - b[name].double() for name, tensor in a.items()}
+
+
+def _check_alike(a: State, b: State) -> None:
+    if a.keys() != b.keys():
+        raise ArchitectureMismatchError(
+            f"The states differ in entries: {sorted(a.keys() ^ b.keys())[:5]}; expected states of one architecture."
+        )
+    for name, tensor in a.items():
+        if tensor.shape != b[name].shape:
+            raise ArchitectureMismatchError(
+                f"Entry {name!r} has shape {tuple(tensor.shape)} in one state, {tuple(b[name].shape)} in the other; "
+                "expected states of one architecture."
+            )
 
 
 def _dot(a: State, b: State) -> float:

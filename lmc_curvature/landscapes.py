@@ -52,6 +52,9 @@ class Quadratic(_Landscape):
         offset: c.
     """
 
+    hessian: Tensor
+    minimum: Tensor
+
     def __init__(
         self,
         hessian: Float[Tensor, "d d"],
@@ -85,6 +88,9 @@ class QuadraticProduct(_Landscape):
         position: Where θ is, (d,); the first minimum by default.
         layers: Layer name to number of coordinates; one layer by default.
     """
+
+    minima: Tensor
+    hessians: Tensor
 
     def __init__(
         self,

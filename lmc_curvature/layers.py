@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -30,7 +29,7 @@ class LayerPartition:
         spec: "LayerPartition | str | Mapping[str, Sequence[str]] | Callable[[str], str]" = "fused",
         *,
         batch_norm: BatchNormPolicy = "interpolate",
-    ) -> Self:
+    ) -> "LayerPartition":
         """Group the movable entries of a network into layers.
 
         Tied parameters belong, once, to the layer of the name they are listed under first.
@@ -59,7 +58,7 @@ class LayerPartition:
         if isinstance(spec, str):
             layer_of = _named_rule(spec, model)
         elif isinstance(spec, Mapping):
-            layer_of = _pattern_rule(spec, entries, _tied_names(model))
+            layer_of = _pattern_rule(spec, entries, tied_names(model))
         elif callable(spec):
             layer_of = spec
         else:
@@ -203,7 +202,7 @@ def _pattern_rule(
     return lambda entry: str(owner[entry])
 
 
-def _tied_names(model: nn.Module) -> dict[str, str]:
+def tied_names(model: nn.Module) -> dict[str, str]:
     """Further names of tied parameters, to the name they are listed under first."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     every = model.named_parameters(remove_duplicate=False)
@@ -214,11 +213,17 @@ def _check_cover(groups: Mapping[str, Sequence[str]], entries: Sequence[str]) ->
     held = [entry for members in groups.values() for entry in members]
     twice = sorted({entry for entry in held if held.count(entry) > 1})
     unknown = sorted(set(held) - set(entries))
+    empty = [layer for layer, members in groups.items() if not members]
     left_out = [entry for entry in entries if entry not in set(held)]
-    if twice or unknown or left_out:
+    if twice or unknown or left_out or empty:
         faults = [
             f"{fault} {_listing(names)}"
-            for fault, names in (("holds twice", twice), ("has unknown", unknown), ("leaves out", left_out))
+            for fault, names in (
+                ("holds twice", twice),
+                ("has unknown", unknown),
+                ("leaves out", left_out),
+                ("has no entry in layer", empty),
+            )
             if names
         ]
         raise PartitionError(f"The partition {'; '.join(faults)}: it must cover each entry of the network once.")

@@ -94,6 +94,7 @@ class Objective:
 
     Raises:
         OptionError: `batch_norm` or `max_batches` has a bad value.
+        LoaderError: `loader` cannot be iterated over.
         LossError: `loss_fn` is a torch loss that sums over the batch, or does not reduce.
         UnsupportedModelError: The network has parameters that cannot move, or it cannot be copied.
     """
@@ -112,6 +113,7 @@ class Objective:
         check_choice("batch_norm", batch_norm, POLICIES)
         if max_batches is not None and max_batches < 1:
             raise OptionError(f"max_batches={max_batches}: at least one batch is needed (or None for all).")
+        _check_iterable(loader)
         _check_reduction(loss_fn)
         self._movable = movable_entries(model, batch_norm)
         self.loader = loader
@@ -124,7 +126,7 @@ class Objective:
         self.network = _skeleton(model)
         self._control = NormalizationControl(self.network)
         self._control.statistics = "running" if batch_norm == "interpolate" else "batch"
-        self._evaluation = _Evaluation(self.network, _own_loss(loss_fn, self.device))
+        self._evaluation = _Evaluation(self.network, _own_loss(loss_fn, self.device, self.dtype))
         self._loss_fn = loss_fn
 
         entries = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -238,13 +240,18 @@ class Objective:
         return float(weighted_mean(np.array(values), np.array(sizes)))
 
     def gradient(self, state: State | None = None) -> dict[str, Tensor]:
-        """Gradient of the mean loss at `state`: entry name to a tensor of the entry's shape and dtype."""
+        """Gradient of the mean loss at `state`: entry name to a tensor of the entry's shape and dtype.
+
+        Raises:
+            NonFiniteError: The loss of a batch is infinite or not a number.
+        """
         leaves = as_leaves(self.state() if state is None else self.place(state))
         total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
         examples = 0
         with self.one_pass() as batches, torch.enable_grad():
             for batch in batches:
                 loss = self.batch_loss(leaves, batch)
+                finite_loss(loss, batch)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
                 for accumulated, gradient in zip(total.values(), gradients, strict=True):
                     accumulated.add_(gradient, alpha=batch.size)
@@ -313,7 +320,7 @@ def movable_entries(model: nn.Module, batch_norm: BatchNormPolicy) -> tuple[str,
     """Names of the entries a segment may move: all parameters, tied ones once; running statistics by policy.
 
     Raises:
-        UnsupportedModelError: A parameter is uninitialised, or is not of a real floating-point type.
+        UnsupportedModelError: A parameter or buffer is uninitialised, or a parameter is not of a real floating-point type.
     """
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -323,6 +330,9 @@ def movable_entries(model: nn.Module, batch_norm: BatchNormPolicy) -> tuple[str,
                 f"Parameter {name!r} has type {parameter.dtype}: a direction moves real floating-point numbers only. "
                 "Register it as a buffer if it is a constant."
             )
+    for name, buffer in model.named_buffers():
+        if isinstance(buffer, nn.parameter.UninitializedBuffer):
+            raise UnsupportedModelError(f"Buffer {name!r} is uninitialised: run the network on one batch first.")
     names = [name for name, _ in model.named_parameters()]
     if batch_norm == "interpolate":
         names += [entry for name, _ in tracked_modules(model) for entry in statistic_names(name)]
@@ -378,21 +388,30 @@ def _skeleton(model: nn.Module) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     try:
-        return copy.deepcopy(model, memo).eval()
+        skeleton = copy.deepcopy(model, memo)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be copied ({error}). Its modules must support copy.deepcopy; for weight "
             "normalisation use torch.nn.utils.parametrizations."
         ) from error
+    # Not returned by the call: networks that override train() often forget to return themselves.
+    skeleton.eval()
+    return skeleton
 
 
-def _own_loss(loss_fn: LossFunction | None, device: torch.device) -> LossFunction:
+def _own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dtype) -> LossFunction:
     if loss_fn is None:
         return F.cross_entropy
     if isinstance(loss_fn, nn.Module):
-        # A loss may carry tensors of its own (class weights); the caller's copy stays where it is.
-        return copy.deepcopy(loss_fn).to(device).eval()
+        # A loss may carry tensors of its own (class weights); the caller's copy stays as it is.
+        loss_fn = copy.deepcopy(loss_fn).to(device=device, dtype=dtype)
+        loss_fn.eval()
     return loss_fn
+
+
+def _check_iterable(loader: Any) -> None:
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise LoaderError(f"The loader is {describe(loader)}; expected an iterable of batches, such as a DataLoader.")
 
 
 def _check_reduction(loss_fn: Any) -> None:

@@ -2,13 +2,12 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from lmc_curvature.errors import AlphaError, ArchitectureMismatchError, NonFiniteError, check_choice
-from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
+from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices, tied_names
 from lmc_curvature.normalization import POLICIES, BatchNormPolicy, statistic_names, tracked_modules
 from lmc_curvature.objective import movable_entries
 
@@ -86,18 +85,18 @@ class Segment:
                 state[name] = torch.lerp(self.start[name], self.end[name], alpha)
         return state
 
-    def reversed(self) -> Self:
+    def reversed(self) -> "Segment":
         """The same segment walked from θ₂ to θ₁."""
         return self._between(self.end, self.start)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Segment":
         """The same segment with its states on another device or of another floating-point type."""
         return self._between(
             {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.start.items()},
             {name: tensor.to(device=device, dtype=dtype) for name, tensor in self.end.items()},
         )
 
-    def _between(self, start: dict[str, Tensor], end: dict[str, Tensor]) -> Self:
+    def _between(self, start: dict[str, Tensor], end: dict[str, Tensor]) -> "Segment":
         segment = copy.copy(self)
         segment.start, segment.end = start, end
         return segment
@@ -120,6 +119,8 @@ def _check_finite(state: dict[str, Tensor], model_name: str) -> None:
 
 def _check_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
     differences = [*_entry_differences(model_a, model_b), *_module_differences(model_a, model_b)]
+    if not differences:
+        differences = _tie_differences(model_a, model_b)
     if not differences:
         differences = _fixed_buffer_differences(model_a, model_b)
     if differences:
@@ -159,9 +160,18 @@ def _module_differences(model_a: nn.Module, model_b: nn.Module) -> list[str]:
         {name: type(module).__qualname__ for name, module in model.named_modules()} for model in (model_a, model_b)
     )
     return [
-        f"module {name or '(the network itself)'}: {kinds_a[name]} in model_a, {kinds_b[name]} in model_b"
-        for name in kinds_a
-        if name in kinds_b and kinds_a[name] != kinds_b[name]
+        f"module {name or '(the network itself)'}: {kinds_a.get(name)} in model_a, {kinds_b.get(name)} in model_b"
+        for name in {**kinds_a, **kinds_b}
+        if kinds_a.get(name) != kinds_b.get(name)
+    ]
+
+
+def _tie_differences(model_a: nn.Module, model_b: nn.Module) -> list[str]:
+    tied_a, tied_b = tied_names(model_a), tied_names(model_b)
+    return [
+        f"{name}: tied to {tied_a.get(name)} in model_a, to {tied_b.get(name)} in model_b"
+        for name in {**tied_a, **tied_b}
+        if tied_a.get(name) != tied_b.get(name)
     ]
 
 

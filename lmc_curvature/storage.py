@@ -51,7 +51,7 @@ def save_arrays(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, np
     """
     header = {"kind": kind, "version": "1", "metadata": json.dumps(metadata)}
     with write_atomically(path) as temporary:
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, header)
+        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary, header)
 
 
 def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -74,6 +74,6 @@ def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.n
         raise FileFormatError(f"{path} holds {header.get('kind')!r}; expected a file of kind {kind!r}.")
     if header.get("version") != "1":
         raise FileFormatError(
-            f"{path} has format version {header.get('version')!r}; this release reads version '1'. Upgrade lmc_curvature."
+            f"{path} has format version {header.get('version')!r}; this release reads version '1': upgrade it."
         )
     return arrays, json.loads(header["metadata"])

@@ -69,7 +69,7 @@ def evaluate(
 def peak(curve: Float[np.ndarray, " powers"]) -> float:
     """Position of the maximum of a curve over [0, 1]; an end when the curve nowhere rises above the chord."""
     roots = polynomial.polyroots(np.trim_zeros(polynomial.polyder(curve), "b")) if np.any(curve) else np.empty(0)
-    inside = [root.real for root in roots if abs(root.imag) < 1e-9 and 0 < root.real < 1]
+    inside = [root.real for root in roots if abs(root.imag) < 1e-9 and 1e-9 < root.real < 1 - 1e-9]
     candidates = np.array([0.0, *inside, 1.0])
     return float(candidates[np.argmax(evaluate(curve, candidates))])
 

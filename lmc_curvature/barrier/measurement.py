@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from lmc_curvature.barrier.metrics import METRICS, check_metrics, metric_values
 from lmc_curvature.barrier.points import SegmentPoints
 from lmc_curvature.batches import Batch
 from lmc_curvature.errors import AlphaError, NonFiniteError, OptionError, check_choice
-from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
+from lmc_curvature.layers import PartitionSpec, layer_indices
 from lmc_curvature.normalization import BatchNormPolicy
 from lmc_curvature.objective import LossFunction, Objective
 from lmc_curvature.segment import Segment
@@ -74,11 +74,9 @@ def measure_barrier(
     """
     positions = _positions(alphas)
     check_metrics(metrics, loss_fn)
-    named_sets = isinstance(layers, (list, tuple))
-    segment = Segment(
-        model_a, model_b, layers=partition if named_sets or layers is None else layers, batch_norm=batch_norm
-    )
-    sets = _sets(segment.partition, layers if named_sets or layers is None else [[name] for name in segment.layers])
+    spec, listed = _partition_and_sets(layers, partition)
+    segment = Segment(model_a, model_b, layers=spec, batch_norm=batch_norm)
+    sets = _resolve_sets(segment.layers, segment.layers if listed is None else listed)
     objective = Objective(
         model_a,
         loader,
@@ -237,7 +235,7 @@ class BarrierMeasurement:
         )
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Self:
+    def load(cls, path: str | PathLike[str]) -> "BarrierMeasurement":
         """Read what `save` wrote.
 
         Raises:
@@ -279,9 +277,19 @@ def _positions(alphas: int | Sequence[float] | np.ndarray) -> Float[np.ndarray, 
     return np.sort(check_alphas(alphas))
 
 
-def _sets(partition: LayerPartition, sets: Sequence[Iterable[str] | str] | None) -> tuple[tuple[str, ...], ...]:
-    names = partition.names
-    found = tuple(tuple(names[index] for index in layer_indices(names, members)) for members in sets or ())
+def _partition_and_sets(
+    layers: PartitionSpec | Sequence[Iterable[str]] | None, partition: PartitionSpec
+) -> tuple[PartitionSpec, Sequence[Iterable[str]] | None]:
+    """The partition in use, and the sets to measure; None for each layer of the partition alone."""
+    if layers is None:
+        return partition, ()
+    if isinstance(layers, (list, tuple)):
+        return partition, layers
+    return cast(PartitionSpec, layers), None
+
+
+def _resolve_sets(names: Sequence[str], sets: Sequence[Iterable[str] | str]) -> tuple[tuple[str, ...], ...]:
+    found = tuple(tuple(names[index] for index in layer_indices(names, members)) for members in sets)
     empty = [number for number, members in enumerate(found) if not members]
     if empty:
         raise OptionError(f"layers[{empty[0]}] is an empty set: name at least one layer.")

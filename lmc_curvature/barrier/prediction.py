@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -215,7 +215,7 @@ class BarrierPrediction:
         save_arrays(path, "barrier-prediction", arrays, layers=list(self.layers), batch_norm=self.batch_norm)
 
     @classmethod
-    def load(cls, path: str | PathLike[str]) -> Self:
+    def load(cls, path: str | PathLike[str]) -> "BarrierPrediction":
         """Read what `save` wrote.
 
         Raises:

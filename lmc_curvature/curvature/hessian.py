@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -130,15 +130,19 @@ class HessianOperator:
         held = {entry for index in layer_indices(names, layers) for entry in self.partition.entries(names[index])}
         return tuple(name for name in self.state if name in held)
 
-    def block(self, rows: Iterable[str] | str, columns: Iterable[str] | str | None = None) -> Self:
+    def block(self, rows: Iterable[str] | str, columns: Iterable[str] | str | None = None) -> "HessianOperator":
         """The block of H between two layers, or sets of layers; of one with itself when `columns` is None."""
         row_entries = self._entries_of(rows)
         return self._restricted(row_entries, row_entries if columns is None else self._entries_of(columns))
 
-    def _restricted(self, rows: tuple[str, ...], columns: tuple[str, ...]) -> Self:
+    def _restricted(self, rows: tuple[str, ...], columns: tuple[str, ...]) -> "HessianOperator":
         operator = copy.copy(self)
         operator.rows, operator.columns = rows, columns
         return operator
+
+    def transposed(self) -> "HessianOperator":
+        """The block with rows and columns exchanged, which is the transpose: the Hessian is symmetric."""
+        return self._restricted(self.columns, self.rows)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -231,18 +235,22 @@ class HessianOperator:
 
     def to_scipy(self) -> LinearOperator:
         """The same operator for SciPy: NumPy in and out, float64, computed on the objective's device."""
+        return _ScipyHessian(self)
 
-        def multiply(operator: HessianOperator, array: np.ndarray) -> np.ndarray:
-            matrix = torch.from_numpy(np.ascontiguousarray(array.reshape(operator.shape[1], -1)))
-            return operator.matmat(matrix).cpu().numpy().reshape(operator.shape[0], *array.shape[1:])
 
-        # The Hessian is symmetric, so the transpose of a block is the block with rows and columns exchanged.
-        transposed = self._restricted(self.columns, self.rows)
-        return LinearOperator(
-            shape=self.shape,
-            dtype=np.float64,
-            matvec=lambda vector: multiply(self, vector),
-            matmat=lambda matrix: multiply(self, matrix),
-            rmatvec=lambda vector: multiply(transposed, vector),
-            rmatmat=lambda matrix: multiply(transposed, matrix),
-        )
+class _ScipyHessian(LinearOperator):
+    def __init__(self, operator: HessianOperator):
+        super().__init__(np.dtype(np.float64), operator.shape)
+        self._operator = operator
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        return self._operator.matmat(torch.from_numpy(np.ascontiguousarray(X))).cpu().numpy()
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._matmat(x.reshape(-1, 1))[:, 0]
+
+    def _rmatmat(self, X: np.ndarray) -> np.ndarray:
+        return _ScipyHessian(self._operator.transposed())._matmat(X)
+
+    def _rmatvec(self, x: np.ndarray) -> np.ndarray:
+        return _ScipyHessian(self._operator.transposed())._matvec(x)

@@ -1,7 +1,8 @@
 """Reading checkpoints without running code, and our own snapshot files.
 
 A snapshot is a safetensors file with the entries of the network under `model.` and those of the optimiser
-under `optimizer.`. Its header holds the format, its version, JSON metadata, and a checksum of the tensors.
+under `optimizer.`. Its header holds, as JSON under one key, the kind of file, the version of its format, metadata, and a
+checksum of the tensors. (safetensors writes several keys in a random order; with one, equal states are equal files.)
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from lmc_curvature.errors import CheckpointError
 from lmc_curvature.storage import write_atomically
 
+_HEADER = "lmc_curvature"
 _KIND = "training state"
 _VERSION = "1"
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -116,10 +118,9 @@ def write_snapshot(
     """
     entries = {f"model.{name}": tensor for name, tensor in model.items()}
     entries |= {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
-    text = json.dumps(dict(metadata))
-    header = {"kind": _KIND, "version": _VERSION, "metadata": text, "checksum": _checksum(entries, text)}
+    header = {"kind": _KIND, "version": _VERSION, "metadata": dict(metadata), "checksum": _checksum(entries, metadata)}
     with write_atomically(path) as temporary:
-        save_file(entries, temporary, header)
+        save_file(entries, temporary, {_HEADER: json.dumps(header)})
 
 
 def read_snapshot(
@@ -138,7 +139,7 @@ def read_snapshot(
     return (
         _with_prefix(entries, "model."),
         _with_prefix(entries, "optimizer."),
-        json.loads(header["metadata"]),
+        header["metadata"],
     )
 
 
@@ -152,15 +153,17 @@ def _is_safetensors(path: Path) -> bool:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return our header, empty in a foreign file, and the tensors."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            return header, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is damaged or is not a safetensors file ({error}).") from error
 
 
-def _check_snapshot(path: Path, header: Mapping[str, str], entries: Mapping[str, Tensor]) -> None:
+def _check_snapshot(path: Path, header: Mapping[str, Any], entries: Mapping[str, Tensor]) -> None:
     if header.get("kind") != _KIND:
         raise CheckpointError(f"{path} is not a snapshot of a training run; load it with load_checkpoint.")
     if header.get("version") != _VERSION:
@@ -168,16 +171,16 @@ def _check_snapshot(path: Path, header: Mapping[str, str], entries: Mapping[str,
             f"{path} has format version {header.get('version')!r}; this release reads {_VERSION!r}. Upgrade "
             "lmc_curvature."
         )
-    if header.get("checksum") != _checksum(entries, header.get("metadata", "")):
+    if header.get("checksum") != _checksum(entries, header.get("metadata", {})):
         raise CheckpointError(f"{path} is damaged: its contents do not match its checksum.")
 
 
-def _checksum(entries: Mapping[str, Tensor], metadata: str) -> str:
-    digest = hashlib.sha256(metadata.encode())
+def _checksum(entries: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
     for name in sorted(entries):
         tensor = entries[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ def load_digits(split: Split = "train") -> ImageDataset:
         OptionError: The split is unknown.
     """
     check_choice("split", split, ("train", "test"))
-    bunch = datasets.load_digits()
+    bunch: Any = datasets.load_digits()
     pixels = torch.from_numpy(np.rint(bunch["images"] * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     targets = torch.from_numpy(bunch["target"].astype(np.int64))
     train, test = model_selection.train_test_split(

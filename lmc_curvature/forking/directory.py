@@ -64,13 +64,12 @@ class ForkConfig(Configuration):
     def _increasing_within_schedule(cls, fork_epochs: tuple[int, ...], info: Any) -> tuple[int, ...]:
         if list(fork_epochs) != sorted(set(fork_epochs)):
             raise ValueError(f"{fork_epochs} must increase.")
-        training = info.data.get("training")
-        outside = [epoch for epoch in fork_epochs if training is not None and not 0 <= epoch < training.epochs]
-        if outside:
-            raise ValueError(
-                f"{outside[0]} is outside the schedule of {training.epochs} epochs; choose from 0 to "
-                f"{training.epochs - 1}."
-            )
+        # A bad schedule is reported by itself.
+        if "training" in info.data:
+            last = info.data["training"].epochs - 1
+            outside = [epoch for epoch in fork_epochs if not 0 <= epoch <= last]
+            if outside:
+                raise ValueError(f"{outside[0]} is outside the schedule of {last + 1} epochs; choose from 0 to {last}.")
         return fork_epochs
 
 

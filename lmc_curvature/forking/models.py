@@ -9,7 +9,7 @@ import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torchvision.models
 from jaxtyping import Float
@@ -208,7 +208,7 @@ def _imported_factory(spec: str, module_name: str, name: str) -> Callable[..., n
         public = [entry for entry, value in vars(module).items() if callable(value) and not entry.startswith("_")]
         hint = suggest(name, public) if public else "the module defines no functions."
         raise ConfigurationError(f"model {spec!r}: the module {module_name!r} has no function {name!r}: {hint}")
-    return factory
+    return cast("Callable[..., nn.Module]", factory)
 
 
 def _check_option_names(spec: str, factory: Callable[..., nn.Module], options: dict[str, Any]) -> None:

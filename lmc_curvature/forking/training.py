@@ -55,10 +55,12 @@ class TrainingConfig(Configuration):
     def _increasing_within_schedule(cls, milestones: tuple[int, ...], info: Any) -> tuple[int, ...]:
         if list(milestones) != sorted(set(milestones)):
             raise ValueError(f"{milestones} must increase.")
-        epochs = info.data.get("epochs")
-        outside = [epoch for epoch in milestones if epochs is not None and not 1 <= epoch < epochs]
-        if outside:
-            raise ValueError(f"{outside[0]} is outside the schedule of {epochs} epochs; choose from 1 to {epochs - 1}.")
+        # A bad number of epochs is reported by itself.
+        if "epochs" in info.data:
+            last = info.data["epochs"] - 1
+            outside = [epoch for epoch in milestones if not 1 <= epoch <= last]
+            if outside:
+                raise ValueError(f"{outside[0]} is outside the schedule of {last + 1} epochs; choose from 1 to {last}.")
         return milestones
 
 
@@ -214,11 +216,9 @@ def capture_state(
     history: tuple[EpochMetrics, ...] = (),
 ) -> TrainingState:
     """Copy a network and its optimiser, if any, into a state that later training does not change."""
-    buffers = {}
-    for name, parameter in model.named_parameters() if optimizer is not None else ():
-        buffer = optimizer.state.get(parameter, {}).get("momentum_buffer")
-        if buffer is not None:
-            buffers[name] = _cpu_copy(buffer)
+    slots = {} if optimizer is None else optimizer.state
+    found = {name: slots.get(parameter, {}).get("momentum_buffer") for name, parameter in model.named_parameters()}
+    buffers = {name: _cpu_copy(buffer) for name, buffer in found.items() if buffer is not None}
     entries = {name: _cpu_copy(tensor) for name, tensor in model.state_dict().items()}
     return TrainingState(epoch, entries, buffers, history)
 

@@ -1,0 +1,153 @@
+"""The panels that figures are made of: barrier curves and horizontal bars of layers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from lmc_curvature.barrier.measurement import BarrierMeasurement
+from lmc_curvature.barrier.prediction import BarrierPrediction
+from lmc_curvature.errors import OptionError
+from lmc_curvature.figures.style import GREY, INK, PALE, SMALL
+
+ALPHAS = np.linspace(0.0, 1.0, 201)
+ALPHA_LABEL = "position α on the segment"
+BARRIER_LABEL = "barrier (units of the loss)"
+
+Fork = int | str
+Predictions = Mapping[Fork, BarrierPrediction] | Mapping[int, BarrierPrediction] | Mapping[str, BarrierPrediction]
+Measurements = Mapping[Fork, BarrierMeasurement] | Mapping[int, BarrierMeasurement] | Mapping[str, BarrierMeasurement]
+
+# Above this many rows a page is full, and only every second, third, … name is written.
+_MAX_ROWS = 60
+_LONGEST_NAME = 30
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One horizontal bar a layer, with standard errors where they are finite.
+
+    Attributes:
+        label: What the legend calls them; a leading underscore keeps them out of it.
+        values: Lengths, (layers,).
+        color: Of the bars.
+        errors: Standard errors, (layers,), or None.
+    """
+
+    label: str
+    values: Float[np.ndarray, " layers"]
+    color: str
+    errors: Float[np.ndarray, " layers"] | None = None
+
+
+def matched_forks(predictions: Mapping, measurements: Mapping) -> list[Fork]:
+    """Keys common to predictions and measurements: epochs in increasing order, other labels in the given order.
+
+    Raises:
+        OptionError: There is none, or a fork is predicted but not measured, or the other way round.
+    """
+    unmatched = [key for key in (*predictions, *measurements) if (key in predictions) != (key in measurements)]
+    if unmatched or not predictions:
+        raise OptionError(
+            f"The forks predicted are {list(predictions)}, those measured {list(measurements)}; expected the same "
+            "forks in both, and at least one."
+        )
+    forks = list(predictions)
+    return sorted(forks) if all(isinstance(fork, int) for fork in forks) else forks
+
+
+def fork_title(fork: Fork) -> str:
+    """Title of a fork's panel: an epoch is spelt out, any other label stands as it is."""
+    return f"fork at epoch {fork}" if isinstance(fork, int) else fork
+
+
+def short_number(value: float, digits: int = 2) -> str:
+    """A number with few digits: 0.0029, 5.4e−5, 120."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "–"
+    if 1e-3 <= abs(value) < 1e4:
+        decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+        text = f"{value:.{decimals}f}"
+        return text.replace("-", "−")
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}".replace("-", "−")
+
+
+def number_with_error(value: float, error: float) -> str:
+    """A number and its standard error, where that is known."""
+    return short_number(value) + (f" ± {short_number(error, 1)}" if math.isfinite(error) else "")
+
+
+def heading(axes: Axes, title: str, detail: str = "") -> None:
+    """A title over the left end of a panel, and a line of small print between the two."""
+    axes.set_title(title, loc="left", pad=4 + (SMALL + 3) * bool(detail))
+    if detail:
+        axes.annotate(
+            detail, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=SMALL, color=GREY
+        )
+
+
+def plain_ticks(axis: Axis, most: int = 5) -> None:
+    """A few round ticks with plain numbers; no factor set apart at the end of the axis."""
+    axis.set_major_locator(MaxNLocator(nbins=most, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _tick_text(value)))
+
+
+def curve_axes(axes: Axes) -> None:
+    """Prepare a panel for curves over the segment: α from 0 to 1, and a line at zero."""
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
+    axes.axhline(0, color=GREY, linewidth=0.6, zorder=1, label="_zero")
+    plain_ticks(axes.yaxis)
+
+
+def rows_height(count: int, per_row: float) -> float:
+    """Inches that a panel with a row a layer needs, no more than a page."""
+    return max(min(count, _MAX_ROWS) * per_row, 0.8)
+
+
+def layer_rows(axes: Axes, names: Sequence[str], bars: Sequence[Bars], *, label_rows: bool = True) -> None:
+    """Draw groups of horizontal bars, a row a layer, the first layer on top.
+
+    Args:
+        axes: Where.
+        names: Of the layers, in the order of the network.
+        bars: The groups, the first on top within a row.
+        label_rows: Write the names beside the rows; only every n-th where there are too many.
+    """
+    rows = np.arange(len(names))
+    thickness = 0.8 / len(bars)
+    for number, group in enumerate(bars):
+        offsets = rows - 0.4 + thickness * (number + 0.5)
+        axes.barh(offsets, group.values, height=0.92 * thickness, color=group.color, label=group.label)
+        if group.errors is not None and np.isfinite(group.errors).any():
+            axes.errorbar(
+                group.values, offsets, xerr=group.errors, fmt="none", ecolor=INK, elinewidth=0.7, label="_standard error"
+            )
+    axes.axvline(0, color=GREY, linewidth=0.6, label="_zero")
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    step = math.ceil(len(names) / _MAX_ROWS)
+    axes.set_yticks(rows[::step], [_shorten(name) for name in names[::step]] if label_rows else [])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color=PALE, linewidth=0.5)
+    plain_ticks(axes.xaxis, most=4)
+
+
+def _tick_text(value: float) -> str:
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.6g}".replace("-", "−")
+    mantissa, exponent = f"{value:.4e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", "−")
+
+
+def _shorten(name: str) -> str:
+    """The name, without its middle where it is long: its end tells layers apart, its beginning says where they are."""
+    if len(name) <= _LONGEST_NAME:
+        return name
+    half = (_LONGEST_NAME - 1) // 2
+    return f"{name[:half]}…{name[-half:]}"

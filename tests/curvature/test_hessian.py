@@ -1,0 +1,147 @@
+"""Claim: a HessianOperator is the Hessian, checked against differences of the gradient, dense algebra and SciPy."""
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES
+from scipy.sparse.linalg import eigsh
+
+from lmc_curvature import HessianOperator, Objective, Segment
+from lmc_curvature.errors import DirectionError, HessianSizeError, UnknownLayerError
+
+
+def _objective(name="LayerNorm and GELU", **options):
+    case = CASES[name]
+    return Objective(case.model(), case.batches(), **{**case.options, **options})
+
+
+def _difference_of_gradients(objective, direction, h=1e-5):
+    """H v by central differences of the gradient, over the whole loader."""
+    state = objective.state()
+    up, down = (
+        objective.gradient({name: state[name] + sign * h * direction[name] for name in state}) for sign in (1, -1)
+    )
+    return {name: (up[name] - down[name]) / (2 * h) for name in state}
+
+
+@pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch", "LayerNorm and GELU", "tied weights"])
+def test_dense_hessian_equals_differences_of_the_gradient(name):
+    objective = _objective(name)
+    H = HessianOperator(objective)
+    units = torch.eye(H.shape[1], dtype=torch.float64)
+    expected = torch.stack([H.flatten(_difference_of_gradients(objective, H.unflatten(unit))) for unit in units], dim=1)
+    dense = H.to_dense()
+    torch.testing.assert_close(dense, expected, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(dense, dense.T, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_product_equals_a_difference_of_gradients(case):
+    objective = Objective(case.model(), case.batches(), **case.options)
+    direction = {
+        name: torch.sin(torch.arange(tensor.numel()).double()).view_as(tensor)
+        for name, tensor in objective.state().items()
+    }
+    expected = _difference_of_gradients(objective, direction)
+    for name, product in (HessianOperator(objective) @ direction).items():
+        torch.testing.assert_close(product, expected[name], rtol=1e-6, atol=1e-8)
+
+
+def test_vectors_matrices_and_states_agree():
+    objective = _objective()
+    H = HessianOperator(objective)
+    n = H.shape[0]
+    V = torch.randn(n, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dense = H.to_dense()
+    torch.testing.assert_close(H @ V, dense @ V)
+    torch.testing.assert_close(H @ V[:, 0], dense @ V[:, 0])
+    as_state = H @ H.unflatten(V[:, 0])
+    torch.testing.assert_close(H.flatten(as_state), dense @ V[:, 0])
+    assert (H @ V.float()).dtype == torch.float32
+    assert (H @ V[:, :0]).shape == (n, 0)
+
+
+def test_sparse_direction_equals_its_dense_filling():
+    objective = _objective("conv, interpolate")
+    segment = Segment(CASES["conv, interpolate"].model(0), CASES["conv, interpolate"].model(3))
+    H = HessianOperator(objective)
+    sparse = segment.directions()["conv2"]
+    filled = {name: sparse.get(name, torch.zeros_like(tensor)) for name, tensor in objective.state().items()}
+    for name, tensor in (H @ sparse).items():
+        torch.testing.assert_close(tensor, (H @ filled)[name])
+
+
+def test_blocks_are_blocks_of_the_whole():
+    objective = _objective("conv, interpolate")
+    H = HessianOperator(objective)
+    dense = H.to_dense()
+    positions, start = {}, 0
+    for name, tensor in objective.state().items():
+        positions[name] = range(start, start := start + tensor.numel())
+    rows = [i for name in objective.state() if name in H.partition.entries("conv1") for i in positions[name]]
+    columns = [i for name in objective.state() if name in H.partition.entries("fc") for i in positions[name]]
+
+    block = H.block("conv1", "fc")
+    assert block.shape == (len(rows), len(columns))
+    torch.testing.assert_close(block.to_dense(), dense[rows][:, columns])
+    torch.testing.assert_close(block.transposed().to_dense(), dense[columns][:, rows])
+    torch.testing.assert_close(H.block("fc").to_dense(), dense[columns][:, columns])
+    torch.testing.assert_close(HessianOperator(objective, layers="fc").to_dense(), dense[columns][:, columns])
+    union = sorted(rows + columns)
+    torch.testing.assert_close(HessianOperator(objective, layers=["fc", "conv1"]).to_dense(), dense[union][:, union])
+
+
+def test_scipy_finds_the_dense_eigenvalues():
+    H = HessianOperator(_objective())
+    expected = np.linalg.eigvalsh(H.to_dense().numpy())
+    np.testing.assert_allclose(eigsh(H.to_scipy(), k=3, which="LA")[0], expected[-3:], rtol=1e-8)
+    np.testing.assert_allclose(eigsh(H.to_scipy(), k=2, which="SA")[0], expected[:2], rtol=1e-6)
+
+
+def test_scipy_sees_rectangular_blocks_and_their_transpose():
+    block = HessianOperator(_objective("conv, interpolate")).block("conv1", "fc")
+    dense, scipy_block = block.to_dense().numpy(), block.to_scipy()
+    x, y = np.arange(dense.shape[1]) / 7.0, np.arange(dense.shape[0]) / 9.0
+    np.testing.assert_allclose(scipy_block @ x, dense @ x, rtol=1e-10)
+    np.testing.assert_allclose(scipy_block.H @ y, dense.T @ y, rtol=1e-10)
+    np.testing.assert_allclose(scipy_block @ np.eye(dense.shape[1]), dense, rtol=1e-10, atol=1e-14)
+
+
+def test_a_state_moves_the_operator():
+    case = CASES["LayerNorm and GELU"]
+    there = HessianOperator(_objective(), case.model(7).state_dict()).to_dense()
+    torch.testing.assert_close(there, HessianOperator(Objective(case.model(7), case.batches())).to_dense())
+    assert not torch.allclose(there, HessianOperator(_objective()).to_dense())
+
+
+def test_a_hessian_too_large_is_refused_with_its_size():
+    H = HessianOperator(_objective())
+    n = H.shape[0]
+    size = n * n * 8 / 2**30
+    with pytest.raises(HessianSizeError, match=rf"{n} × {n} Hessian takes {size:.1f} GiB.*max_gib=1e-06.*H.to_scipy"):
+        H.to_dense(max_gib=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("operand", "message"),
+    [
+        (torch.ones(7), r"shape \(7,\); expected \(\d+,\)"),
+        (torch.ones(2, 2, 2), r"shape \(2, 2, 2\)"),
+        (3.0, "shape float"),
+        ({"0.wait": torch.ones(6, 5)}, "outside the operator's columns.*0.wait"),
+    ],
+)
+def test_bad_operands_are_refused(operand, message):
+    with pytest.raises(DirectionError, match=message):
+        HessianOperator(_objective()) @ operand
+
+
+def test_integer_operands_are_refused():
+    H = HessianOperator(_objective())
+    with pytest.raises(DirectionError, match="int64.*floating-point"):
+        H @ torch.ones(H.shape[1], dtype=torch.int64)
+
+
+def test_unknown_layers_get_a_suggestion():
+    with pytest.raises(UnknownLayerError, match="no layer 'fd': did you mean 'fc'"):
+        HessianOperator(_objective("conv, interpolate"), layers=["fd"])

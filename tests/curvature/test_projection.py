@@ -1,0 +1,195 @@
+"""Claim: a projection is UᵀHU, checked against finite differences of the loss and closed forms."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+from torch import nn
+
+from lmc_curvature import Objective, Segment, project_hessian
+from lmc_curvature.averages import standard_error
+from lmc_curvature.curvature.projection import project_hessian_at
+from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError
+
+
+def _moved(state, *steps):
+    """The state moved by each (step, direction)."""
+    state = dict(state)
+    for step, direction in steps:
+        for name, tensor in direction.items():
+            state[name] = state[name] + step * tensor
+    return state
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_projection_equals_central_differences_of_the_loss(case):
+    # Under "recalibrate" derivatives are, by definition, those of "batch".
+    options = {**case.options}
+    if options.get("batch_norm") == "recalibrate":
+        measured = Objective(case.model(), case.batches(), **{**options, "batch_norm": "batch"})
+    else:
+        measured = Objective(case.model(), case.batches(), **options)
+    objective = Objective(case.model(), case.batches(), **options)
+    segment = Segment(case.model(0), case.model(5), layers="module", batch_norm=objective.batch_norm)
+    directions = segment.directions()
+    state = objective.state()
+    projection = project_hessian(objective, state, directions)
+
+    h = 1e-3
+    units = list(directions.values())
+    for i, u in enumerate(units):
+        slope = (measured.loss(_moved(state, (h, u))) - measured.loss(_moved(state, (-h, u)))) / (2 * h)
+        assert projection.slopes[i] == pytest.approx(slope, rel=1e-4, abs=1e-6)
+        for j, v in enumerate(units[: i + 1]):
+            corners = [
+                sign * measured.loss(_moved(state, (a * h, u), (b * h, v)))
+                for a, b, sign in ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1))
+            ]
+            assert projection.curvature[i, j] == pytest.approx(sum(corners) / (4 * h * h), rel=2e-4, abs=2e-6)
+    assert projection.loss == pytest.approx(measured.loss(state), rel=1e-12)
+    assert np.abs(projection.curvature).max() > 1e-3, "the case has no curvature to check"
+
+
+def test_running_statistics_have_curvature_of_their_own():
+    case = CASES["conv, interpolate"]
+    objective = Objective(case.model(), case.batches())
+    only_statistics = {"bn1.running_mean": torch.ones(4), "bn1.running_var": torch.ones(4)}
+    projection = project_hessian(objective, objective.state(), [only_statistics])
+    assert abs(projection.slopes[0]) > 1e-4
+    assert abs(projection.curvature[0, 0]) > 1e-4
+
+
+def test_linear_regression_has_the_gram_matrix_as_hessian():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 4, generator=generator, dtype=torch.float64)
+    y = torch.randn(20, 1, generator=generator, dtype=torch.float64)
+    model = nn.Linear(4, 1, bias=False).double()
+    objective = Objective(model, [(x[:12], y[:12]), (x[12:], y[12:])], loss_fn=F.mse_loss)
+    directions = {str(i): {"weight": row.view(1, 4)} for i, row in enumerate(torch.eye(4))}
+    projection = project_hessian(objective, objective.state(), directions)
+    residual = x @ model.weight.detach().T - y
+    np.testing.assert_allclose(projection.curvature, 2 * (x.T @ x).numpy() / 20, rtol=1e-12)
+    np.testing.assert_allclose(projection.slopes, 2 * (x.T @ residual).squeeze().numpy() / 20, rtol=1e-11)
+
+
+def test_softmax_regression_has_its_textbook_hessian():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(15, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (15,), generator=generator)
+    model = nn.Linear(4, 3, bias=False).double()
+    objective = Objective(model, [(x[:10], y[:10]), (x[10:], y[10:])])
+    units = [{"weight": row.view(3, 4)} for row in torch.eye(12)]
+    projection = project_hessian(objective, objective.state(), units)
+    # Σ_i (diag p_i − p_i p_iᵀ) ⊗ x_i x_iᵀ / n (Böhning 1992)
+    p = torch.softmax(model(x).detach(), 1)
+    blocks = torch.diag_embed(p) - torch.einsum("na,nb->nab", p, p)
+    expected = torch.einsum("nab,ni,nj->aibj", blocks, x, x).reshape(12, 12) / 15
+    np.testing.assert_allclose(projection.curvature, expected.numpy(), rtol=1e-11, atol=1e-14)
+
+
+def test_several_states_share_one_pass_over_the_loader():
+    case = CASES["LayerNorm and GELU"]
+    objective = Objective(case.model(), iter(case.batches()))
+    states = [case.model(seed).state_dict() for seed in (0, 5)]
+    directions = [{"0.weight": torch.ones(6, 5)}]
+    together = project_hessian_at(objective, states, directions)
+    for state, projection in zip(states, together, strict=True):
+        alone = project_hessian(Objective(case.model(), case.batches()), state, directions)
+        np.testing.assert_array_equal(projection.batch_curvatures, alone.batch_curvatures)
+
+
+def test_standard_errors_are_those_of_the_batch_values():
+    case = CASES["LayerNorm and GELU"]
+    objective = Objective(case.model(), case.batches((4, 4, 4, 4)))
+    projection = project_hessian(
+        objective, objective.state(), [{"0.weight": torch.ones(6, 5)}, {"0.bias": torch.ones(6)}]
+    )
+    assert projection.examples == 16
+    assert projection.loss_se == pytest.approx(projection.batch_losses.std(ddof=1) / 2)
+    np.testing.assert_allclose(projection.slopes_se, projection.batch_slopes.std(axis=0, ddof=1) / 2)
+    np.testing.assert_allclose(
+        projection.curvature_se, standard_error(projection.batch_curvatures, projection.batch_sizes)
+    )
+
+
+def test_standard_error_covers_the_mean_of_all_data():
+    # With 20 batches of one population, about 95 % of the intervals must hold the true value; ask for most.
+    case = CASES["LayerNorm and GELU"]
+    model, directions = case.model(), [{"0.weight": torch.ones(6, 5, dtype=torch.float64)}]
+    truth = project_hessian(Objective(model, case.batches((20000,), seed=99)), {}, directions)
+    inside = 0
+    for seed in range(40):
+        sample = project_hessian(Objective(model, case.batches((16,) * 20, seed=seed)), {}, directions)
+        inside += abs(sample.slopes[0] - truth.slopes[0]) < 2 * sample.slopes_se[0]
+    assert inside >= 33
+
+
+def test_a_single_batch_has_no_standard_error():
+    case = CASES["LayerNorm and GELU"]
+    objective = Objective(case.model(), case.batches((5,)))
+    assert np.isnan(project_hessian(objective, {}, [{"0.bias": torch.ones(6)}]).loss_se)
+
+
+def test_unused_and_linear_entries_have_zero_curvature():
+    class Partly(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(3, 1), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return self.used(x)
+
+    objective = Objective(Partly().double(), [(torch.ones(2, 3), torch.ones(2))], loss_fn=lambda out, _: out.mean())
+    directions = [{"used.weight": torch.ones(1, 3)}, {"unused.weight": torch.ones(1, 3)}]
+    projection = project_hessian(objective, {}, directions)
+    np.testing.assert_array_equal(projection.curvature, np.zeros((2, 2)))
+    np.testing.assert_allclose(projection.slopes, [3.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("directions", "message"),
+    [
+        ([], "no direction"),
+        ({"all": {}}, "Direction 'all' moves no entry"),
+        ({"a": {"0.wait": torch.ones(6, 5)}}, "Direction 'a'.*no entry '0.wait'.*did you mean '0.weight'"),
+        ({"a": {"0.weight": torch.ones(5, 6)}}, r"Direction 'a'.*'0.weight' has shape \(5, 6\); expected \(6, 5\)"),
+        ([{"0.bias": torch.ones(6, dtype=torch.int64)}], "Direction 0.*'0.bias' has type torch.int64.*floating-point"),
+        ([{"0.bias": torch.ones(6, dtype=torch.complex64)}], "complex64.*floating-point"),
+        ([{"0.bias": torch.full((6,), torch.inf)}], "Direction 0 has values in '0.bias' that are infinite"),
+    ],
+)
+def test_bad_directions_are_named(directions, message):
+    case = CASES["LayerNorm and GELU"]
+    objective = Objective(case.model(), case.batches())
+    with pytest.raises(DirectionError, match=message):
+        project_hessian(objective, objective.state(), directions)
+
+
+def test_a_direction_may_not_move_what_the_policy_keeps_fixed():
+    case = CASES["conv, batch"]
+    objective = Objective(case.model(), case.batches(), batch_norm="batch")
+    with pytest.raises(DirectionError, match="'bn1.running_mean'.*batch_norm='batch'"):
+        project_hessian(objective, {}, [{"bn1.running_mean": torch.ones(4)}])
+
+
+def test_an_unknown_method_is_named():
+    case = CASES["LayerNorm and GELU"]
+    with pytest.raises(OptionError, match="method='hpv'.*did you mean 'hvp'"):
+        project_hessian(Objective(case.model(), case.batches()), {}, [{"0.bias": torch.ones(6)}], method="hpv")
+
+
+def test_a_loss_that_is_not_finite_names_its_batch():
+    case = CASES["LayerNorm and GELU"]
+    batches = case.batches()
+    batches[1][0][0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"loss is nan at batch 1 \(6 examples\)"):
+        project_hessian(Objective(case.model(), batches), {}, [{"0.bias": torch.ones(6)}])
+
+
+def test_curvature_that_is_not_finite_names_its_batch():
+    model = nn.Linear(2, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    objective = Objective(model, [(torch.ones(3, 2), torch.ones(3))], loss_fn=lambda out, _: out.abs().pow(1.5).mean())
+    with pytest.raises(NonFiniteError, match="curvature are not finite at batch 0"):
+        project_hessian(objective, {}, [{"weight": torch.ones(1, 2)}])

@@ -1,0 +1,214 @@
+import collections
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lmc_curvature.errors import CheckpointError
+from lmc_curvature.forking import TrainingState, digits_resnet, load_checkpoint
+from lmc_curvature.forking.checkpoints import read_snapshot
+from lmc_curvature.forking.training import capture_state
+
+
+@pytest.fixture
+def source():
+    torch.manual_seed(3)
+    model = digits_resnet(width=2)
+    model.norm.num_batches_tracked += 7
+    return model
+
+
+def assert_loads(path, source):
+    target = digits_resnet(width=2)
+    assert load_checkpoint(target, path) is target
+    expected, got = source.state_dict(), target.state_dict()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def test_plain_state_dicts(source, tmp_path):
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    save_file(source.state_dict(), tmp_path / "a.safetensors")
+    # A safetensors file is known by its contents, whatever it is called.
+    save_file(source.state_dict(), tmp_path / "a.bin")
+    for name in ("a.pt", "a.safetensors", "a.bin"):
+        assert_loads(tmp_path / name, source)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict"])
+def test_wrapped_state_dicts(source, tmp_path, wrapper):
+    torch.save({wrapper: source.state_dict(), "epoch": 3, "optimizer": {"lr": 0.1}}, tmp_path / "a.pt")
+    assert_loads(tmp_path / "a.pt", source)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers(source, tmp_path, prefix):
+    entries = {prefix + name: tensor for name, tensor in source.state_dict().items()}
+    torch.save(entries, tmp_path / "a.pt")
+    save_file(entries, tmp_path / "a.safetensors")
+    assert_loads(tmp_path / "a.pt", source)
+    assert_loads(tmp_path / "a.safetensors", source)
+
+
+def test_a_network_may_have_a_submodule_called_module(tmp_path):
+    source, target = Wrapped(nn.Linear(2, 3)), Wrapped(nn.Linear(2, 3))
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    load_checkpoint(target, tmp_path / "a.pt")
+    assert torch.equal(source.module.weight, target.module.weight)
+
+
+def test_own_snapshots(source, tmp_path):
+    capture_state(source).save(tmp_path / "own.safetensors")
+    assert_loads(tmp_path / "own.safetensors", source)
+
+
+def test_foreign_safetensors_of_a_network_with_a_submodule_called_model(tmp_path):
+    source = nn.Sequential(collections.OrderedDict(model=nn.Linear(2, 3)))
+    save_file(source.state_dict(), tmp_path / "a.safetensors")
+    target = nn.Sequential(collections.OrderedDict(model=nn.Linear(2, 3)))
+    load_checkpoint(target, tmp_path / "a.safetensors")
+    assert torch.equal(source.model.weight, target.model.weight)
+
+
+def test_batch_counters_may_be_missing(source, tmp_path):
+    entries = {name: tensor for name, tensor in source.state_dict().items() if "num_batches" not in name}
+    save_file(entries, tmp_path / "a.safetensors")
+    target = load_checkpoint(digits_resnet(width=2), tmp_path / "a.safetensors")
+    assert torch.equal(target.conv.weight, source.conv.weight)
+    assert target.norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("kept", ["0.weight", "1.weight"])
+def test_a_tied_parameter_may_be_stored_under_one_of_its_names(tmp_path, kept):
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    save_file({kept: torch.ones(3, 3)}, tmp_path / "a.safetensors")
+    load_checkpoint(model, tmp_path / "a.safetensors")
+    assert torch.equal(model[0].weight, torch.ones(3, 3))
+    assert model[1].weight is model[0].weight
+
+
+def test_a_mismatch_lists_what_differs(source, tmp_path):
+    entries = source.state_dict()
+    for name in [name for name in entries if name.startswith("stage3.0.conv")]:
+        del entries[name]
+    entries["head.weight"] = torch.zeros(1)
+    entries["conv.weight"] = torch.zeros(2, 3, 3, 3)
+    torch.save(entries, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(digits_resnet(width=2), tmp_path / "a.pt")
+    message = str(caught.value)
+    assert "2 missing (stage3.0.conv1.weight, stage3.0.conv2.weight)" in message
+    assert "1 unexpected (head.weight)" in message
+    assert "1 of another shape (conv.weight (2, 3, 3, 3) instead of (2, 1, 3, 3))" in message
+
+
+def test_a_mismatch_leaves_the_network_as_it_was(tmp_path):
+    target = digits_resnet(width=2)
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    torch.save(digits_resnet(width=4).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"\d+ of another shape \(.*, …\)"):
+        load_checkpoint(target, tmp_path / "a.pt")
+    assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("the checkpoint ran code",))
+
+
+@pytest.mark.parametrize("contents", ["module", "function"])
+def test_files_that_would_run_code_are_refused(source, tmp_path, capsys, contents):
+    torch.save(source if contents == "module" else {"state_dict": Malicious()}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt is refused: .*run code.*torch\.save\(model\.state_dict\(\)"):
+        load_checkpoint(digits_resnet(width=2), tmp_path / "a.pt")
+    assert "ran code" not in capsys.readouterr().out
+
+
+def damaged_files(tmp_path, source):
+    torch.save(source.state_dict(), tmp_path / "good.pt")
+    save_file(source.state_dict(), tmp_path / "good.safetensors")
+    for name in ("good.pt", "good.safetensors"):
+        contents = (tmp_path / name).read_bytes()
+        for index, size in enumerate((0, 5, 100, len(contents) // 2, len(contents) - 1)):
+            path = tmp_path / f"cut{index}-{name}"
+            path.write_bytes(contents[:size])
+            yield path
+    generator = torch.Generator().manual_seed(0)
+    for index in range(40):
+        path = tmp_path / f"noise{index}.pt"
+        path.write_bytes(bytes(torch.randint(0, 256, (300,), generator=generator).tolist()))
+        yield path
+    for index, start in enumerate((b"\x80\x02", b"\x80\x04\x95", b"PK\x03\x04")):
+        path = tmp_path / f"start{index}.pt"
+        path.write_bytes(start + b"}q\x00(X\x01" * 9)
+        yield path
+
+
+def test_damaged_files_are_named(source, tmp_path):
+    target = digits_resnet(width=2)
+    for path in damaged_files(tmp_path, source):
+        with pytest.raises(CheckpointError, match=re.escape(path.name)):
+            load_checkpoint(target, path)
+
+
+def test_files_without_a_state_dict(tmp_path):
+    model = digits_resnet(width=2)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match=r"list\.pt holds list; expected a state dict"):
+        load_checkpoint(model, tmp_path / "list.pt")
+    torch.save({"net": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"2 not tensors \(net, epoch\).*under 'state_dict'"):
+        load_checkpoint(model, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"none\.pt does not exist"):
+        load_checkpoint(model, tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match="is a directory"):
+        load_checkpoint(model, tmp_path)
+
+
+def test_a_flipped_bit_in_a_snapshot_is_noticed(source, tmp_path):
+    path = tmp_path / "own.safetensors"
+    capture_state(source).save(path)
+    contents = bytearray(path.read_bytes())
+    contents[-3] ^= 4
+    path.write_bytes(contents)
+    for read in (TrainingState.load, lambda path: load_checkpoint(digits_resnet(width=2), path)):
+        with pytest.raises(CheckpointError, match=r"own\.safetensors is damaged: .*checksum"):
+            read(path)
+
+
+def test_snapshots_are_told_from_other_files(source, tmp_path):
+    save_file(source.state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match="is not a snapshot of a training run; load it with load_checkpoint"):
+        TrainingState.load(tmp_path / "a.safetensors")
+    header = json.dumps({"kind": "training state", "version": "99"})
+    save_file({"model.a": torch.zeros(1)}, tmp_path / "b.safetensors", {"lmc_curvature": header})
+    with pytest.raises(CheckpointError, match="format version '99'.*Upgrade"):
+        read_snapshot(tmp_path / "b.safetensors")
+
+
+def test_entries_of_every_kind_survive_a_snapshot(tmp_path):
+    entries = {
+        "scalar": torch.tensor(3),
+        "empty": torch.zeros(0, 2),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "bool": torch.tensor([True, False]),
+        "transposed": torch.arange(6.0).view(2, 3).T,
+    }
+    model = nn.Module()
+    for name, tensor in entries.items():
+        model.register_buffer(name, tensor)
+    capture_state(model).save(tmp_path / "a.safetensors")
+    loaded = TrainingState.load(tmp_path / "a.safetensors").model
+    for name, tensor in entries.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+        assert loaded[name].shape == tensor.shape

@@ -1,0 +1,211 @@
+import inspect
+import tarfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn import datasets
+
+from lmc_curvature.errors import DataError, OptionError
+from lmc_curvature.forking import ImageDataset, load_data, load_digits, load_image_folder
+
+CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10-imagefolder.tar.gz"
+
+
+def write_images(directory, count, *, size=(6, 5), seed=0):
+    generator = np.random.default_rng(seed)
+    directory.mkdir(parents=True)
+    for index in range(count):
+        pixels = generator.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(directory / f"{index:03d}.png")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, count in (("train", 4), ("test", 2)):
+        for seed, name in enumerate(("ant", "bee")):
+            write_images(tmp_path / split / name, count, seed=seed)
+    return tmp_path
+
+
+def test_digits_are_split_once_and_for_all():
+    train, test = load_digits("train"), load_digits("test")
+    assert train.images.shape == (1437, 1, 8, 8)
+    assert test.images.shape == (360, 1, 8, 8)
+    assert torch.equal(train.images, load_digits("train").images)
+    both = torch.cat([train.images, test.images]).flatten(1).double()
+    bunch = datasets.load_digits()
+    assert both.max() == 255
+    # The splits are the whole data set: the same multiset of images, told apart by their pixel sums.
+    expected = np.rint(bunch["data"] * 255 / 16)
+    assert sorted(map(tuple, both.tolist())) == sorted(map(tuple, expected.tolist()))
+    for data in (train, test):
+        counts = torch.bincount(data.targets, minlength=10)
+        assert counts.max() - counts.min() <= 0.1 * counts.float().mean()
+
+
+def test_batches_are_normalised_by_the_training_split():
+    train, test = load_digits("train"), load_digits("test")
+    x = torch.cat([x for x, _ in train.batches(100)])
+    assert x.dtype == torch.float32
+    assert x.mean().item() == pytest.approx(0, abs=1e-5)
+    assert x.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    y, _ = next(iter(test.batches(len(test))))
+    assert torch.allclose(y, (test.images / 255 - train.mean.item()) / train.std.item(), atol=1e-6)
+
+
+def test_a_loader_can_be_iterated_again_and_knows_its_length():
+    data = load_digits("test")
+    loader = data.batches(100)
+    sizes = [len(x) for x, _ in loader]
+    assert sizes == [100, 100, 100, 60]
+    assert len(loader) == 4
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(loader, loader, strict=True))
+    assert torch.equal(torch.cat([y for _, y in loader]), data.targets)
+
+
+def test_order_selects_and_sorts_the_examples():
+    data = load_digits("test")
+    order = torch.tensor([5, 3, 3, 100])
+    loader = data.batches(3, order=order)
+    assert len(loader) == 2
+    everything, _ = next(iter(data.batches(len(data))))
+    assert torch.equal(torch.cat([x for x, _ in loader]), everything[order])
+    assert torch.equal(torch.cat([y for _, y in loader]), data.targets[order])
+
+
+def test_batches_do_not_change_the_images():
+    data = load_digits("test")
+    before = data.images.clone()
+    for x, _ in data.batches(50):
+        x.zero_()
+    assert torch.equal(data.images, before)
+
+
+def test_subsets_are_fixed_nested_and_of_every_class():
+    data = load_digits()
+    small, large = data.subset(100), data.subset(300)
+    assert torch.equal(small.images, data.subset(100).images)
+    assert len(small) == 100
+    as_set = [{bytes(image.numpy()) for image in subset.images} for subset in (small, large)]
+    assert as_set[0] <= as_set[1]
+    assert len(small.targets.unique()) == 10
+    assert torch.equal(small.mean, data.mean)
+    assert torch.equal(data.subset(torch.tensor([2, 0])).targets, data.targets[[2, 0]])
+    with pytest.raises(DataError, match="2000 examples was asked for; there are 1437"):
+        data.subset(2000)
+
+
+def test_limit_keeps_the_normalisation_of_the_whole_split():
+    data = load_data("digits", "test", 50)
+    assert len(data) == 50
+    assert torch.equal(data.std, load_digits("train").std)
+    assert len(load_data("digits", "test", 10**6)) == 360
+
+
+def test_image_folder_holds_the_pixels(folder):
+    data = load_image_folder(folder, progress=False)
+    assert data.images.shape == (8, 3, 5, 6)
+    assert data.class_names == ("ant", "bee")
+    assert data.targets.tolist() == [0] * 4 + [1] * 4
+    pixels = np.asarray(Image.open(folder / "train" / "bee" / "001.png"))
+    assert torch.equal(data.images[5], torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+    scaled = data.images.double() / 255
+    assert torch.allclose(data.mean.double(), scaled.mean((0, 2, 3)), atol=1e-6)
+    assert torch.allclose(data.std.double(), scaled.std((0, 2, 3), correction=0), atol=1e-6)
+
+
+def test_the_test_split_is_normalised_by_the_training_split(folder):
+    test = load_data(folder, "test", progress=False)
+    assert len(test) == 4
+    assert torch.equal(test.mean, load_data(folder, progress=False).mean)
+
+
+def test_a_root_may_hold_the_classes_itself(folder):
+    root = folder / "train"
+    assert torch.equal(load_data(root, progress=False).images, load_data(folder, progress=False).images)
+    with pytest.raises(DataError, match="has no 'test' split; expected the directory"):
+        load_data(root, "test", progress=False)
+
+
+def test_constant_channels_are_not_divided_by_zero(tmp_path):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (4, 4), (7, 7, 7)).save(tmp_path / "a" / "0.png")
+    x, _ = next(iter(load_data(tmp_path, progress=False).batches(1)))
+    assert x.abs().max() == 0
+
+
+def test_images_of_another_size_are_named_with_their_size(folder):
+    write_images(folder / "train" / "cat", 1, size=(9, 7))
+    with pytest.raises(DataError, match=r"cat/000\.png is 9×7 pixels but .*ant/000\.png is 6×5"):
+        load_data(folder, progress=False)
+
+
+def test_splits_with_different_classes_are_refused(folder):
+    write_images(folder / "test" / "cat", 1)
+    with pytest.raises(DataError, match="different classes: 'cat' is only in the test split"):
+        load_data(folder, "test", progress=False)
+    write_images(folder / "train" / "cat", 1)
+    write_images(folder / "train" / "dog", 1)
+    with pytest.raises(DataError, match="'dog' is only in the training split"):
+        load_data(folder, "test", progress=False)
+
+
+def test_files_that_are_not_images_are_named(folder):
+    (folder / "train" / "ant" / "001.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"ant/001\.png cannot be read as an image"):
+        load_data(folder, progress=False)
+    (folder / "train" / "ant" / "001.png").write_bytes((folder / "train" / "ant" / "000.png").read_bytes()[:60])
+    with pytest.raises(DataError, match=r"ant/001\.png cannot be read as an image"):
+        load_data(folder, progress=False)
+
+
+def test_missing_directories_and_classes_are_explained(tmp_path):
+    with pytest.raises(DataError, match="'digit' is neither 'digits' nor a directory"):
+        load_data("digit")
+    with pytest.raises(DataError, match=r"is not a folder of images .*expected .*/CLASS/\*\.png"):
+        load_data(tmp_path)
+    (tmp_path / "ant").mkdir()
+    with pytest.raises(DataError, match="Found no valid file for the classes ant"):
+        load_data(tmp_path)
+
+
+def test_bad_options_are_refused():
+    # The tests' own check of types would catch the choice before the library does.
+    for load, source in ((load_digits, ()), (load_image_folder, (".",))):
+        with pytest.raises(OptionError, match="split='tset' is not a choice: did you mean 'test'"):
+            inspect.unwrap(load)(*source, "tset")
+    with pytest.raises(OptionError, match="limit=0 must be at least 1"):
+        load_data("digits", limit=0)
+    with pytest.raises(OptionError, match="batch_size=0 must be at least 1"):
+        load_digits().batches(0)
+
+
+def test_every_image_needs_a_target():
+    # The tests' own check of shapes would catch this before the library does.
+    data = types.SimpleNamespace(images=torch.zeros(2, 1, 3, 3), targets=torch.tensor([0]))
+    with pytest.raises(DataError, match="2 images have 1 targets"):
+        ImageDataset.__post_init__(data)
+
+
+def test_targets_are_checked():
+    images, statistics = torch.zeros(2, 1, 3, 3, dtype=torch.uint8), (torch.zeros(1), torch.ones(1))
+    with pytest.raises(DataError, match="range from 0 to 1; with 1 classes"):
+        ImageDataset(images, torch.tensor([0, 1]), ("a",), *statistics)
+
+
+@pytest.mark.skipif(not CIFAR10.is_file(), reason="CIFAR-10 (JPEG) is not beside this checkout")
+def test_cifar10_jpeg_files(tmp_path):
+    with tarfile.open(CIFAR10) as archive:
+        wanted = (member for member in archive if member.name.endswith(tuple(f"00{i:02d}.jpg" for i in range(20))))
+        archive.extractall(tmp_path, members=wanted, filter="data")
+    data = load_data(tmp_path / "cifar10", progress=False)
+    assert data.images.shape[1:] == (3, 32, 32)
+    assert data.class_names[0] == "airplane"
+    assert len(data.class_names) == 10
+    # The statistics everybody uses for CIFAR-10, within what a few hundred images allow.
+    assert torch.allclose(data.mean, torch.tensor([0.491, 0.482, 0.447]), atol=0.05)
+    assert torch.allclose(data.std, torch.tensor([0.247, 0.243, 0.262]), atol=0.03)

@@ -1,0 +1,127 @@
+import inspect
+import re
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from lmc_curvature.errors import ConfigurationError, OptionError
+from lmc_curvature.forking import digits_resnet, make_model, model_names, resnet, resnet20
+
+
+def weight_modules(model):
+    return [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+
+
+def parameter_count(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_resnet20_with_projections_has_22_weight_modules():
+    assert len(weight_modules(resnet20())) == 22
+
+
+def test_resnet20_with_parameter_free_shortcuts_has_the_size_of_the_paper():
+    model = resnet20(shortcut="identity")
+    assert len(weight_modules(model)) == 20
+    # 19 convolutions without bias, two numbers a channel of normalisation, and the classifier.
+    convolutions = 9 * (3 * 16 + 6 * 16**2 + 16 * 32 + 5 * 32**2 + 32 * 64 + 5 * 64**2)
+    assert parameter_count(model) == convolutions + 2 * (7 * 16 + 6 * 32 + 6 * 64) + 64 * 10 + 10
+    assert round(parameter_count(model) / 1e6, 2) == 0.27
+
+
+def test_digits_resnet_has_10_weight_modules():
+    assert len(weight_modules(digits_resnet())) == 10
+    assert digits_resnet()(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("shortcut", ["projection", "identity"])
+@pytest.mark.parametrize(("depth", "blocks"), [(8, 1), (20, 3), (32, 5)])
+def test_depth_counts_the_layers_of_the_longest_path(depth, blocks, shortcut):
+    model = resnet(depth, width=4, num_classes=7, in_channels=2, shortcut=shortcut)
+    assert [len(stage) for stage in (model.stage1, model.stage2, model.stage3)] == [blocks] * 3
+    assert model(torch.zeros(3, 2, 16, 16)).shape == (3, 7)
+
+
+def test_stages_halve_the_resolution_and_double_the_channels():
+    model = resnet20(width=4)
+    x = model.conv(torch.zeros(1, 3, 32, 32))
+    shapes = [tuple((x := stage(x)).shape[1:]) for stage in (model.stage1, model.stage2, model.stage3)]
+    assert shapes == [(4, 32, 32), (8, 16, 16), (16, 8, 8)]
+
+
+@pytest.mark.parametrize("shortcut", ["projection", "identity"])
+def test_each_norm_is_registered_right_after_its_convolution(shortcut):
+    leaves = [m for m in resnet20(shortcut=shortcut).modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+    assert all(isinstance(module, nn.Conv2d) for module in leaves[::2])
+    assert all(isinstance(module, nn.BatchNorm2d) for module in leaves[1::2])
+    assert all(c.out_channels == n.num_features for c, n in zip(leaves[::2], leaves[1::2], strict=True))
+
+
+def test_identity_shortcut_subsamples_and_pads_with_zeros():
+    shortcut = resnet20(width=4, shortcut="identity").stage2[0].shortcut
+    x = torch.randn(2, 4, 6, 6)
+    y = shortcut(x)
+    assert torch.equal(y[:, :4], x[:, :, ::2, ::2])
+    assert y.shape == (2, 8, 3, 3)
+    assert y[:, 4:].abs().max() == 0
+
+
+def test_weights_have_the_variance_of_he_et_al():
+    torch.manual_seed(0)
+    model = resnet20(width=32)
+    weight = model.stage3[1].conv2.weight
+    assert weight.std().item() == pytest.approx((2 / (128 * 9)) ** 0.5, rel=0.02)
+    assert model.linear.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("spec", model_names())
+def test_every_name_builds_a_network_with_the_classes_asked_for(spec):
+    assert make_model(spec, num_classes=3).linear.out_features == 3
+
+
+def test_torchvision_and_imported_factories():
+    assert make_model("torchvision:resnet18", num_classes=7).fc.out_features == 7
+    assert isinstance(make_model("torch.nn:Linear", in_features=2, out_features=3), nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("digit-resnet", {}, "model 'digit-resnet' is unknown: did you mean 'digits-resnet'"),
+        ("torchvision:resnet19", {}, "no classification network 'resnet19': did you mean 'resnet1"),
+        ("torchvision:resnet18", {"num_klasses": 3}, "torchvision:resnet18.*num_klasses"),
+        ("resnet20", {"num_class": 3}, "'resnet20' has no option 'num_class': did you mean 'num_classes'"),
+        ("resnet", {"depth": 21}, r"'resnet'.*depth=21 is not 6n \+ 2"),
+        ("resnet", {"width": 0}, "width=0 must be at least 1"),
+        ("no_such_package:f", {}, "module 'no_such_package' cannot be imported"),
+        (":f", {}, "module '' cannot be imported"),
+        ("torch.nn:Linea", {}, "'torch.nn' has no function 'Linea': did you mean 'Linear'"),
+        ("torch.nn:Linear", {"in_features": 3}, "out_features"),
+        ("builtins:dict", {}, "returned dict; expected a torch.nn.Module"),
+    ],
+)
+def test_errors_name_the_entry_and_what_would_be_right(spec, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        make_model(spec, **options)
+
+
+def test_an_error_inside_a_factory_is_not_disguised(monkeypatch):
+    module = types.ModuleType("broken_factory")
+
+    def factory():
+        raise KeyError("inside")
+
+    module.factory = factory
+    monkeypatch.setitem(__import__("sys").modules, "broken_factory", module)
+    with pytest.raises(KeyError, match="inside"):
+        make_model("broken_factory:factory")
+
+
+def test_direct_calls_check_their_options():
+    with pytest.raises(OptionError, match=re.escape("depth=2 is not 6n + 2")):
+        resnet(2)
+    # The tests' own check of types would catch the choice before the library does.
+    with pytest.raises(OptionError, match="shortcut='identify' is not a choice: did you mean 'identity'"):
+        inspect.unwrap(resnet)(20, shortcut="identify")
