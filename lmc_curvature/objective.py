@@ -320,7 +320,7 @@ def movable_entries(model: nn.Module, batch_norm: BatchNormPolicy) -> tuple[str,
     """Names of the entries a segment may move: all parameters, tied ones once; running statistics by policy.
 
     Raises:
-        UnsupportedModelError: A parameter or buffer is uninitialised, or a parameter is not of a real floating-point type.
+        UnsupportedModelError: An entry is uninitialised, or a parameter is not of a real floating-point type.
     """
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):

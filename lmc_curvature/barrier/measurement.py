@@ -131,7 +131,7 @@ def _batch_values(
     values = torch.stack(columns, dim=1).double().cpu().numpy()
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
-        metric, point = bad[0]
+        metric, point = (int(position) for position in bad[0])
         raise NonFiniteError(
             f"The {metrics[metric]} is {values[metric, point]} at batch {batch.index} ({batch.size} examples), at "
             f"{points.describe(point)}. Check the data of that batch and the scale of the networks' parameters."

@@ -111,13 +111,16 @@ def rows_height(count: int, per_row: float) -> float:
     return max(min(count, _MAX_ROWS) * per_row, 0.8)
 
 
-def layer_rows(axes: Axes, names: Sequence[str], bars: Sequence[Bars], *, label_rows: bool = True) -> None:
+def layer_rows(
+    axes: Axes, names: Sequence[str], bars: Sequence[Bars], *, marks: Bars | None = None, label_rows: bool = True
+) -> None:
     """Draw groups of horizontal bars, a row a layer, the first layer on top.
 
     Args:
         axes: Where.
         names: Of the layers, in the order of the network.
         bars: The groups, the first on top within a row.
+        marks: Diamonds instead of bars, over the last group.
         label_rows: Write the names beside the rows; only every n-th where there are too many.
     """
     rows = np.arange(len(names))
@@ -129,6 +132,8 @@ def layer_rows(axes: Axes, names: Sequence[str], bars: Sequence[Bars], *, label_
             axes.errorbar(
                 group.values, offsets, xerr=group.errors, fmt="none", ecolor=INK, elinewidth=0.7, label="_standard error"
             )
+    if marks is not None:
+        axes.plot(marks.values, rows + 0.4 - thickness / 2, "D", color=marks.color, markersize=3, label=marks.label)
     axes.axvline(0, color=GREY, linewidth=0.6, label="_zero")
     axes.set_ylim(len(names) - 0.4, -0.6)
     step = math.ceil(len(names) / _MAX_ROWS)

@@ -1,8 +1,8 @@
 """Reading checkpoints without running code, and our own snapshot files.
 
 A snapshot is a safetensors file with the entries of the network under `model.` and those of the optimiser
-under `optimizer.`. Its header holds, as JSON under one key, the kind of file, the version of its format, metadata, and a
-checksum of the tensors. (safetensors writes several keys in a random order; with one, equal states are equal files.)
+under `optimizer.`. Its header holds, as JSON under one key, the kind of file, the version of its format, metadata,
+and a checksum. (safetensors writes several keys in a random order; with one, equal states are equal files.)
 """
 
 import hashlib

@@ -72,7 +72,8 @@ def run_forks(
     model = model.to(device)
     total = _parent_work(config, parent) + sum(config.training.epochs - epoch for epoch, _ in children)
     with tqdm(total=total, unit="epoch", disable=not progress) as bar:
-        _train_parent(directory, model, data, missing=parent, bar=bar)
+        if parent:
+            _train_parent(directory, model, data, missing=parent, bar=bar)
         _train_children(directory, model, data, missing=children, bar=bar)
     return directory
 
@@ -124,7 +125,8 @@ def _train_parent(
             progress=False,
         )
         state.save(path)
-        write_metrics(directory.parent_metrics_path(), state.history)
+    # The last state knows the whole history, also when only an earlier one was missing.
+    write_metrics(directory.parent_metrics_path(), state.history)
 
 
 def _train_children(

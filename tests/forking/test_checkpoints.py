@@ -199,8 +199,8 @@ def test_entries_of_every_kind_survive_a_snapshot(tmp_path):
     entries = {
         "scalar": torch.tensor(3),
         "empty": torch.zeros(0, 2),
-        "half": torch.ones(2, dtype=torch.bfloat16),
-        "bool": torch.tensor([True, False]),
+        "brain_float": torch.ones(2, dtype=torch.bfloat16),
+        "truth": torch.tensor([True, False]),
         "transposed": torch.arange(6.0).view(2, 3).T,
     }
     model = nn.Module()

@@ -1,0 +1,231 @@
+"""Claim: a measurement is the networks in between, evaluated plainly, for the whole and for sets of layers."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lmc_curvature import BarrierMeasurement, BatchLoss, measure_barrier
+from lmc_curvature.errors import AlphaError, LoaderError, MetricError, NonFiniteError, OptionError, UnknownLayerError
+
+CONV = CASES["conv, interpolate"]
+
+
+@pytest.fixture(scope="module")
+def measurement():
+    return measure_barrier(
+        CONV.model(0), CONV.model(1), CONV.batches(), layers=[["conv1"], {"fc", "conv2"}], alphas=5, progress=False
+    )
+
+
+def _mixed(alpha, names):
+    """A plain copy of the first network with the named entries moved to alpha."""
+    model, other = CONV.model(0), CONV.model(1).state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and any(name.startswith(prefix) for prefix in names):
+                tensor.copy_((1 - alpha) * tensor + alpha * other[name])
+    return model
+
+
+def _loss_and_error(model, batches=None):
+    x, y = (torch.cat(parts) for parts in zip(*(batches or CONV.batches()), strict=True))
+    with torch.no_grad():
+        out = model.eval()(x)
+    return F.cross_entropy(out, y).item(), (out.argmax(1) != y).double().mean().item()
+
+
+EVERY = ("conv1", "bn1", "conv2", "bn2", "fc")
+
+
+def test_the_curve_is_the_networks_in_between(measurement):
+    for index, metric in enumerate(("loss", "error")):
+        values = np.array([_loss_and_error(_mixed(alpha, EVERY))[index] for alpha in measurement.alphas])
+        chord = (1 - measurement.alphas) * values[0] + measurement.alphas * values[-1]
+        np.testing.assert_allclose(measurement.values(metric), values, atol=1e-12)
+        np.testing.assert_allclose(measurement.curve(metric), values - chord, atol=1e-12)
+        assert measurement.barrier(metric) == measurement.curve(metric).max()
+        assert measurement.ends(metric) == pytest.approx((values[0], values[-1]))
+
+
+@pytest.mark.parametrize(("index", "moved"), [(0, ("conv1", "bn1")), (1, ("conv2", "bn2", "fc"))])
+def test_a_set_moves_from_either_end(measurement, index, moved):
+    rest = tuple(name for name in EVERY if name not in moved)
+    first, second = _loss_and_error(_mixed(0, EVERY))[0], _loss_and_error(_mixed(1, EVERY))[0]
+    for alpha, found in zip(measurement.alphas, measurement.layer_curves()[index], strict=True):
+        from_first = _loss_and_error(_mixed(alpha, moved))[0]
+        # From the second end the rest stays there, and the set is where it was.
+        model = _mixed(1, rest)
+        with torch.no_grad():
+            for name, tensor in _mixed(alpha, moved).state_dict().items():
+                if any(name.startswith(prefix) for prefix in moved):
+                    model.state_dict()[name].copy_(tensor)
+        from_second = _loss_and_error(model)[0]
+        expected = (1 - alpha) * from_first + alpha * from_second - ((1 - alpha) * first + alpha * second)
+        assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_sets_are_named_and_a_partition_measures_each_layer(measurement):
+    assert measurement.sets == (("conv1",), ("conv2", "fc"))
+    assert measurement.layers == ("conv1", "conv2 + fc")
+    each = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), layers="fused", alphas=5, progress=False)
+    assert each.layers == ("conv1", "conv2", "fc")
+    np.testing.assert_array_equal(each.layer_curves()[0], measurement.layer_curves()[0])
+    np.testing.assert_array_equal(each.layer_barriers(), each.layer_curves().max(axis=1))
+
+
+def test_sets_may_name_the_layers_of_another_partition():
+    found = measure_barrier(
+        CONV.model(0), CONV.model(1), CONV.batches(), layers=[["bn1"]], partition="module", alphas=3, progress=False
+    )
+    assert found.sets == (("bn1",),)
+
+
+def test_all_layers_as_a_set_is_the_whole_curve():
+    found = measure_barrier(
+        CONV.model(0), CONV.model(1), CONV.batches(), layers=[["conv1", "conv2", "fc"]], alphas=5, progress=False
+    )
+    np.testing.assert_allclose(found.layer_curves()[0], found.curve(), atol=1e-14)
+
+
+def test_how_the_data_come_does_not_matter(measurement):
+    batches = CONV.batches()
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    for loader in ((b for b in batches), DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True), [(x, y)]):
+        again = measure_barrier(CONV.model(0), CONV.model(1), loader, layers=[["conv1"]], alphas=5, progress=False)
+        np.testing.assert_allclose(again.curve(), measurement.curve(), atol=1e-12)
+        np.testing.assert_allclose(again.layer_curves()[0], measurement.layer_curves()[0], atol=1e-12)
+
+
+def test_batch_policy_normalises_by_the_batch():
+    found = measure_barrier(
+        CONV.model(0), CONV.model(1), CONV.batches((8,)), alphas=3, batch_norm="batch", progress=False
+    )
+    x, y = CONV.batches((8,))[0]
+    values = [F.cross_entropy(_mixed(alpha, EVERY).train()(x), y).item() for alpha in (0, 0.5, 1)]
+    np.testing.assert_allclose(found.values(), values, atol=1e-12)
+
+
+def test_recalibrate_reestimates_at_every_point():
+    batches = CONV.batches((6, 6))
+    found = measure_barrier(
+        CONV.model(0), CONV.model(1), batches, layers=[["conv1"]], alphas=3, batch_norm="recalibrate", progress=False
+    )
+    values = []
+    for alpha in (0, 0.5, 1):
+        model = _mixed(alpha, EVERY)
+        torch.optim.swa_utils.update_bn([x for x, _ in batches], model)
+        values.append(_loss_and_error(model, batches)[0])
+    np.testing.assert_allclose(found.values(), values, atol=1e-12)
+    half = _mixed(0.5, ("conv1", "bn1"))
+    torch.optim.swa_utils.update_bn([x for x, _ in batches], half)
+    # Under this policy statistics are not part of the state, so only weights moved.
+    assert _loss_and_error(half, batches)[0] != pytest.approx(values[1])
+    with pytest.raises(LoaderError, match="visits the loader twice.*pass a list or a DataLoader"):
+        measure_barrier(CONV.model(0), CONV.model(1), iter(batches), batch_norm="recalibrate", progress=False)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_network_is_measured_and_left_alone(case):
+    models = case.model(0), case.model(1)
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    found = measure_barrier(
+        *models, case.batches(), **case.options, alphas=3, layers="module", metrics=("loss",), progress=False
+    )
+    assert np.isfinite(found.layer_barriers()).all()
+    for model, state in zip(models, before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_standard_error_is_that_of_the_batches():
+    found = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches((5,) * 6), alphas=5, progress=False)
+    at = found.curve().argmax()
+    curves = [
+        measure_barrier(CONV.model(0), CONV.model(1), [batch], alphas=5, progress=False).curve()[at]
+        for batch in CONV.batches((5,) * 6)
+    ]
+    assert found.standard_error() == pytest.approx(np.std(curves, ddof=1) / np.sqrt(6))
+
+
+def test_saving_and_loading_is_lossless(measurement, tmp_path):
+    measurement.save(tmp_path / "measurement.safetensors")
+    again = BarrierMeasurement.load(tmp_path / "measurement.safetensors")
+    for name in ("alphas", "batch_sizes", "batch_ends", "batch_values"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(measurement, name))
+    assert (again.sets, again.metrics, again.batch_norm) == (
+        measurement.sets,
+        measurement.metrics,
+        measurement.batch_norm,
+    )
+    assert str(again) == str(measurement)
+
+
+def test_error_is_measured_for_soft_and_dense_targets():
+    x, y = CONV.batches((8,))[0]
+    soft = measure_barrier(CONV.model(0), CONV.model(1), [(x, F.one_hot(y, 3).double())], alphas=3, progress=False)
+    hard = measure_barrier(CONV.model(0), CONV.model(1), [(x, y)], alphas=3, progress=False)
+    np.testing.assert_allclose(soft.values("error"), hard.values("error"))
+
+    pixels = nn.Conv2d(2, 3, 1).double(), nn.Conv2d(2, 3, 1).double()
+    target = torch.randint(3, (8, 5, 5), generator=torch.Generator().manual_seed(0))
+    dense = measure_barrier(*pixels, [(x, target)], alphas=3, progress=False)
+    expected = (pixels[0](x).argmax(1) != target).double().mean().item()
+    assert dense.ends("error")[0] == pytest.approx(expected)
+
+
+def test_alphas_may_be_any_positions():
+    found = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), alphas=[0.75, 0.25], progress=False)
+    assert found.alphas.tolist() == [0.25, 0.75]
+    whole = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), alphas=5, progress=False)
+    np.testing.assert_allclose(found.curve(), whole.curve()[[1, 3]], atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alphas": 2}, AlphaError, "alphas=2: at least 3"),
+        ({"alphas": [0.5, -0.1]}, AlphaError, r"alpha=-0.1 lies outside the segment; expected numbers in \[0, 1\]"),
+        ({"layers": [["conv1"], ["conv9"]]}, UnknownLayerError, "no layer 'conv9': did you mean 'conv"),
+        ({"layers": [["conv1"], []]}, OptionError, r"layers\[1\] is an empty set"),
+        ({"metrics": ("accuracy",)}, OptionError, "metrics='accuracy' is not a choice"),
+        ({"metrics": ()}, MetricError, "No metric was asked for"),
+        ({"loss_fn": BatchLoss(lambda m, b: m(b[0]).mean())}, MetricError, r"pass metrics=\('loss',\)"),
+        ({"loss_fn": F.mse_loss}, MetricError, r"'error' needs outputs.*batch 0.*Pass metrics=\('loss',\)"),
+    ],
+)
+def test_bad_input_is_named(options, error, message):
+    case = CASES["tied weights"] if options.get("loss_fn") is F.mse_loss else CONV
+    x = torch.zeros(2, 6, dtype=torch.float64)
+    loader = [(x, x[:, :1].expand(2, 6))] if case is not CONV else CONV.batches()
+    if case is not CONV:
+        options = {**options, "loss_fn": lambda out, target: F.mse_loss(out[:, :1], target[:, :1])}
+        loader = [(x, x[:, :1])]
+    with pytest.raises(error, match=message):
+        measure_barrier(case.model(0), case.model(1), loader, progress=False, **options)
+
+
+def test_layer_barriers_need_sets():
+    found = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), alphas=3, progress=False)
+    with pytest.raises(OptionError, match="pass layers= to measure_barrier"):
+        found.layer_barriers()
+    with pytest.raises(OptionError, match="metric='acc' is not a choice"):
+        found.curve("acc")
+
+
+def test_a_loss_that_is_not_finite_names_point_and_batch():
+    batches = CONV.batches()
+    batches[2][0][0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"loss is nan at batch 2 \(3 examples\), at model_a"):
+        measure_barrier(CONV.model(0), CONV.model(1), batches, progress=False)
+
+    a, b = nn.Linear(1, 2, bias=False).double(), nn.Linear(1, 2, bias=False).double()
+    nn.init.constant_(a.weight, -1.0)
+    nn.init.constant_(b.weight, 1.0)
+    data = [(torch.ones(2, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(NonFiniteError, match=r"loss is inf at batch 0.*alpha=0.5 \(all layers moved from model_a\)"):
+        measure_barrier(a, b, data, alphas=5, loss_fn=lambda out, _: (1 / out**2).mean(), progress=False)

@@ -1,0 +1,217 @@
+"""Claim: a prediction is a function of its projections, does not depend on how data come, and survives the disk."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from cases import CASES
+from torch.utils.data import DataLoader, TensorDataset
+
+from lmc_curvature import BarrierPrediction, HessianOperator, Objective, Segment, predict_barrier
+from lmc_curvature.errors import (
+    AlphaError,
+    ArchitectureMismatchError,
+    FileFormatError,
+    LoaderError,
+    OptionError,
+    UnknownLayerError,
+)
+
+CONV = CASES["conv, interpolate"]
+ALPHAS = np.linspace(0, 1, 9)
+
+
+@pytest.fixture(scope="module")
+def prediction():
+    return predict_barrier(CONV.model(0), CONV.model(1), CONV.batches(), progress=False)
+
+
+def test_full_curve_is_proposition_1_with_the_whole_hessians(prediction):
+    models = CONV.model(0), CONV.model(1)
+    segment = Segment(*models)
+    delta = {name: tensor for direction in segment.directions().values() for name, tensor in direction.items()}
+    energies = []
+    for model in models:
+        H = HessianOperator(Objective(model, CONV.batches()))
+        v = H.flatten({name: delta[name] for name in H.state})
+        energies.append(float(v @ H.to_dense() @ v))
+    expected = ALPHAS * (1 - ALPHAS) / 2 * (ALPHAS * energies[0] + (1 - ALPHAS) * energies[1])
+    np.testing.assert_allclose(prediction.curve(ALPHAS), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_layer_curve_is_proposition_2_with_the_layer_block(prediction):
+    models = CONV.model(0), CONV.model(1)
+    direction = Segment(*models).directions()["conv2"]
+    energies = []
+    for model in models:
+        block = HessianOperator(Objective(model, CONV.batches()), layers="conv2")
+        v = block.flatten({name: direction[name] for name in block.columns})
+        energies.append(float(v @ block.to_dense() @ v))
+    expected = ALPHAS * (1 - ALPHAS) / 2 * (ALPHAS * energies[0] + (1 - ALPHAS) * energies[1])
+    np.testing.assert_allclose(prediction.curve(ALPHAS, ["conv2"]), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(prediction.curve(ALPHAS, "conv2"), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_summaries_follow_from_the_curves(prediction):
+    fine = np.linspace(0, 1, 2001)
+    assert prediction.barrier() == pytest.approx(prediction.curve(fine).max(), rel=1e-5, abs=1e-12)
+    for expansion in ("second-order", "with-slopes", "shared-hessian"):
+        expected = [prediction.barrier([name], expansion) for name in prediction.layers]
+        np.testing.assert_array_equal(prediction.layer_barriers(expansion), expected)
+    half = prediction.curve([0.5], None, "shared-hessian")[0]
+    assert prediction.interactions.sum() == pytest.approx(half, rel=1e-12)
+    first, second = (np.diag(projection.curvature) for projection in prediction.endpoints)
+    np.testing.assert_allclose(prediction.hessian_energy, (first + second) / 2)
+
+
+def test_distances_are_norms_of_the_directions(prediction):
+    directions = Segment(CONV.model(0), CONV.model(1)).directions()
+    expected = [np.sqrt(sum(float((t**2).sum()) for t in directions[name].values())) for name in prediction.layers]
+    np.testing.assert_allclose(prediction.distances, expected)
+    assert prediction.distance == pytest.approx(np.linalg.norm(expected))
+
+
+def _same(a, b, tolerance):
+    np.testing.assert_allclose(
+        a.curve(ALPHAS, None, "with-slopes"), b.curve(ALPHAS, None, "with-slopes"), atol=tolerance
+    )
+    np.testing.assert_allclose(a.endpoints[0].curvature, b.endpoints[0].curvature, atol=tolerance)
+    np.testing.assert_allclose(a.endpoints[1].slopes, b.endpoints[1].slopes, atol=tolerance)
+    assert a.endpoints[1].loss == pytest.approx(b.endpoints[1].loss, abs=tolerance)
+
+
+def test_how_the_data_come_does_not_matter(prediction):
+    batches = CONV.batches()
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    loaders = {
+        "generator": (batch for batch in batches),
+        "shuffled": DataLoader(TensorDataset(x, y), batch_size=6, shuffle=True),
+        "another batch size, last batch short": DataLoader(TensorDataset(x, y), batch_size=4),
+        "one batch": [(x, y)],
+    }
+    for loader in loaders.values():
+        _same(prediction, predict_barrier(CONV.model(0), CONV.model(1), loader, progress=False), 1e-10)
+
+
+def test_float32_agrees_with_float64(prediction):
+    models = CONV.model(0).float(), CONV.model(1).float()
+    single = predict_barrier(*models, CONV.batches(), progress=False)
+    _same(prediction, single, 2e-5 * np.abs(prediction.endpoints[0].curvature).max())
+    double = predict_barrier(*models, CONV.batches(), dtype=torch.float64, progress=False)
+    _same(prediction, double, 2e-6 * np.abs(prediction.endpoints[0].curvature).max())
+
+
+def test_max_batches_uses_the_first_ones():
+    models = CONV.model(0), CONV.model(1)
+    some = predict_barrier(*models, CONV.batches(), max_batches=2, progress=False)
+    assert some.examples == 12
+    _same(some, predict_barrier(*models, CONV.batches()[:2], progress=False), 1e-14)
+
+
+def test_identical_networks_have_no_barrier():
+    model = CONV.model()
+    nothing = predict_barrier(model, copy.deepcopy(model), CONV.batches(), progress=False)
+    assert nothing.distance == 0
+    assert nothing.barrier() == 0
+    assert nothing.barrier(None, "hermite") == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_network_and_policy_is_predicted_and_left_alone(case):
+    models = case.model(0), case.model(1)
+    before = [copy.deepcopy(model.state_dict()) for model in models]
+    found = predict_barrier(*models, case.batches(), **case.options, progress=False)
+    assert np.isfinite(found.endpoints[0].curvature).all()
+    assert len(found.layers) == len(found.distances) >= 2
+    for model, state in zip(models, before, strict=True):
+        assert model.training
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, state[name])
+
+
+def test_saving_and_loading_is_lossless(prediction, tmp_path):
+    prediction.save(tmp_path / "deep" / "prediction.safetensors")
+    again = BarrierPrediction.load(tmp_path / "deep" / "prediction.safetensors")
+    assert (again.layers, again.batch_norm) == (prediction.layers, prediction.batch_norm)
+    np.testing.assert_array_equal(again.distances, prediction.distances)
+    for field in ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures"):
+        for a, b in zip(again.endpoints, prediction.endpoints, strict=True):
+            np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
+            assert getattr(a, field).dtype == getattr(b, field).dtype
+    assert str(again) == str(prediction)
+
+
+def test_loading_something_else_is_refused(prediction, tmp_path):
+    (tmp_path / "noise").write_bytes(b"not a safetensors file")
+    with pytest.raises(FileFormatError, match="noise is damaged or is not a safetensors file"):
+        BarrierPrediction.load(tmp_path / "noise")
+    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+        BarrierPrediction.load(tmp_path / "absent")
+
+
+def test_dataframe_has_a_row_a_layer(prediction):
+    frame = prediction.to_dataframe()
+    assert isinstance(frame, pd.DataFrame)
+    assert list(frame["layer"]) == list(prediction.layers) == ["conv1", "conv2", "fc"]
+    np.testing.assert_array_equal(frame["barrier"], prediction.layer_barriers())
+    np.testing.assert_array_equal(frame["slope_b"], prediction.endpoints[1].slopes)
+    assert frame["barrier_se"].notna().all()
+
+
+def test_text_shows_the_barrier_and_its_error(prediction):
+    text = str(prediction)
+    assert f"{prediction.barrier():.4g} ± {prediction.standard_error():.2g}" in text
+    assert "15 examples, 3 layers" in text
+    recalibrated = predict_barrier(
+        CONV.model(0), CONV.model(1), CONV.batches(), batch_norm="recalibrate", progress=False
+    )
+    assert "differentiated through batch statistics" in str(recalibrated)
+
+
+def test_the_progress_bar_is_shown_when_asked(capsys):
+    predict_barrier(CONV.model(0), CONV.model(1), CONV.batches(), progress=True)
+    assert "curvature:" in capsys.readouterr().err
+
+
+def test_questions_that_have_no_answer_are_refused(prediction, untyped):
+    with pytest.raises(UnknownLayerError, match="no layer 'conv3': did you mean 'conv"):
+        prediction.curve([0.5], ["conv1", "conv3"])
+    with pytest.raises(AlphaError, match="alpha=1.5 lies outside"):
+        prediction.curve([0.5, 1.5])
+    with pytest.raises(OptionError, match="expansion='second' is not a choice: did you mean 'second-order'"):
+        prediction.barrier(None, "second")
+    with pytest.raises(OptionError, match="'hermite' holds for the whole network only.*'with-slopes'"):
+        prediction.barrier(["conv1"], "hermite")
+    assert prediction.barrier(prediction.layers, "hermite") == prediction.barrier(None, "hermite")
+
+
+class _Untouchable:
+    """A loader that must not be visited: bad input is refused before any work starts."""
+
+    def __iter__(self):
+        raise AssertionError("the loader was visited")
+
+
+@pytest.mark.parametrize(
+    ("model_b", "options", "error", "message"),
+    [
+        (CASES["tied weights"].model(), {}, ArchitectureMismatchError, r"conv1.weight: only in model_a, with shape"),
+        (CONV.model(1), {"batch_norm": "freeze"}, OptionError, "batch_norm='freeze' is not a choice"),
+        (CONV.model(1), {"max_batches": 0}, OptionError, "max_batches=0"),
+    ],
+)
+def test_bad_input_is_refused_before_the_loader_is_visited(model_b, options, error, message, untyped):
+    with pytest.raises(error, match=message):
+        predict_barrier(CONV.model(0), model_b, _Untouchable(), **options)
+
+
+def test_an_unknown_method_is_refused_before_the_loader_is_visited():
+    with pytest.raises(OptionError, match="method='magic'"):
+        predict_barrier(CONV.model(0), CONV.model(1), _Untouchable(), method="magic")
+
+
+def test_an_empty_loader_is_refused():
+    with pytest.raises(LoaderError, match="yielded no batch; expected at least one"):
+        predict_barrier(CONV.model(0), CONV.model(1), [], progress=False)

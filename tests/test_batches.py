@@ -1,0 +1,133 @@
+"""Claim: batches of any form are counted, described and moved without changing what they are."""
+
+from collections import UserDict, namedtuple
+from itertools import count
+
+import pytest
+import torch
+from networks import rng_states
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lmc_curvature.batches import (
+    check_count,
+    count_leading,
+    count_pair,
+    describe,
+    loader_length,
+    map_tensors,
+    refuse_iterator,
+    to_device,
+)
+from lmc_curvature.errors import LoaderError
+
+Pair = namedtuple("Pair", ["x", "y"])
+X, Y = torch.zeros(5, 2), torch.zeros(5, dtype=torch.int64)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(X)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [(X, Y), [X, Y], Pair(X, Y), ({"mask": None, "ids": X}, Y), ((["text"], X), Y), ("five words", Y)],
+)
+def test_pairs_count_their_first_tensor(data):
+    assert count_pair(data, 0) == 5
+
+
+@pytest.mark.parametrize("data", [X, {"name": "a", "ids": X}, [X, Y, Y], UserDict(ids=X)])
+def test_other_forms_count_their_first_tensor(data):
+    assert count_leading(data, 0) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (X, r"Batch 3 of the loader is a tensor of shape \(5, 2\) and type torch.float32; expected an \(x, y\) pair.*Batch"),
+        ((X, Y, Y), r"is a tuple of length 3; expected an \(x, y\) pair.*loss_fn=BatchLoss\(fn\)"),
+        ([X], "is a list of length 1; expected"),
+        ({"x": X, "y": Y}, "is a mapping with keys 'x', 'y'; expected"),
+        ("xy", "is an object of type str; expected"),
+        (None, "is an object of type NoneType; expected"),
+        (("a", "b"), "is a tuple of length 2, without a tensor whose leading dimension.*size="),
+        ((torch.tensor(1.0), Y), "without a tensor whose leading dimension"),
+        ((X[:0], Y[:0]), "Batch 3 of the loader holds 0 examples; expected at least one"),
+    ],
+)
+def test_what_is_no_pair_of_examples_is_described(data, message):
+    with pytest.raises(LoaderError, match=message):
+        count_pair(data, 3)
+
+
+@pytest.mark.parametrize(("data", "message"), [({"a": [1, 2]}, "mapping with keys 'a', without"), (3, "type int, with")])
+def test_what_cannot_be_counted_is_described(data, message):
+    with pytest.raises(LoaderError, match=f"Batch 2 .*{message}.*BatchLoss"):
+        count_leading(data, 2)
+
+
+def test_a_count_must_be_positive():
+    assert check_count(1, 0) == 1
+    with pytest.raises(LoaderError, match="Batch 7 of the loader holds -1 examples; expected at least one"):
+        check_count(-1, 7)
+
+
+def test_long_mappings_are_described_by_their_first_keys():
+    assert describe({str(key): key for key in range(9)}) == "a mapping with keys '0', '1', '2', '3', '4', '5'"
+
+
+def test_mapping_keeps_the_form_and_touches_only_tensors():
+    data = {"pair": Pair(X, "text"), "list": [Y, (1.5, None)], "user": UserDict(x=X)}
+    moved = map_tensors(lambda tensor: tensor + 1, data)
+    assert type(moved["pair"]) is Pair
+    assert moved["pair"].y == "text"
+    assert moved["list"][1] == (1.5, None)
+    assert isinstance(moved["list"], list)
+    assert type(moved["user"]) is dict
+    for tensor in (moved["pair"].x, moved["list"][0], moved["user"]["x"]):
+        assert (tensor == 1).all()
+    assert (data["pair"].x == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float64),
+        (torch.int64, torch.int64),
+        (torch.bool, torch.bool),
+        (torch.complex64, torch.complex64),
+    ],
+)
+def test_only_floating_point_tensors_change_type(dtype, expected):
+    assert to_device(torch.ones(2, dtype=dtype), torch.device("cpu"), torch.float64).dtype == expected
+
+
+@pytest.mark.parametrize(
+    ("loader", "max_batches", "length"),
+    [
+        ([1, 2, 3], None, 3),
+        ([1, 2, 3], 2, 2),
+        ([1, 2, 3], 9, 3),
+        (count(), None, None),
+        (count(), 4, 4),
+        (DataLoader(Stream()), None, None),
+        (DataLoader(TensorDataset(X, Y), batch_size=2), None, 3),
+    ],
+)
+def test_length_of_a_visit(loader, max_batches, length):
+    assert loader_length(loader, max_batches) == length
+
+
+@pytest.mark.parametrize("loader", [iter([X]), (x for x in X), map(len, X)])
+def test_iterators_are_refused_with_the_reason(loader):
+    with pytest.raises(LoaderError, match="^because, and an iterator can be visited only once: pass a list or a DataL"):
+        refuse_iterator(loader, "because")
+
+
+@pytest.mark.parametrize("loader", [[X], DataLoader(TensorDataset(X), shuffle=True), range(3)])
+def test_what_can_be_visited_again_is_not_started(loader):
+    before = rng_states()
+    refuse_iterator(loader, "because")
+    assert rng_states() == before

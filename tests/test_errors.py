@@ -1,0 +1,32 @@
+"""Claim: errors have one base class and the built-in class a caller expects, and hints name what would be right."""
+
+import pytest
+
+from lmc_curvature import LMCCurvatureError, errors
+from lmc_curvature.errors import OptionError, check_choice, suggest
+
+_CLASSES = [kind for name, kind in vars(errors).items() if name.endswith("Error") and kind is not LMCCurvatureError]
+
+
+@pytest.mark.parametrize("kind", _CLASSES)
+def test_errors_derive_from_the_base_and_a_builtin(kind):
+    assert issubclass(kind, LMCCurvatureError)
+    assert issubclass(kind, (ValueError, TypeError, ArithmeticError, MemoryError))
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "hint"),
+    [
+        ("conv", ["fc", "conv1"], "did you mean 'conv1'?"),
+        ("xyz", ["fc", "conv1"], "choose from 'fc', 'conv1'."),
+        ("xyz", [str(number) for number in range(9)], "'6', '7', …."),
+    ],
+)
+def test_hints(name, choices, hint):
+    assert suggest(name, iter(choices)).endswith(hint)
+
+
+def test_a_choice_outside_is_named_with_the_nearest():
+    check_choice("batch_norm", "batch", iter(["batch", "interpolate"]))
+    with pytest.raises(OptionError, match=r"^color='gren' is not a choice: did you mean 'green'\?$"):
+        check_choice("color", "gren", iter(["red", "green"]))

@@ -1,0 +1,100 @@
+"""Claim: files are written whole or not at all, come back bit for bit, and strange ones are refused."""
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from lmc_curvature.errors import FileFormatError
+from lmc_curvature.storage import load_arrays, save_arrays, write_atomically
+
+_ARRAYS = {
+    "scalar": np.array(3.5),
+    "turned": np.arange(6.0).reshape(2, 3).T,
+    "empty": np.zeros((0, 2)),
+    "whole": np.array([1, -2], dtype=np.int64),
+    "strange": np.array([np.nan, np.inf, -0.0], dtype=np.float32),
+}
+
+
+def test_arrays_and_metadata_come_back_as_they_were(tmp_path):
+    path = tmp_path / "new" / "folder" / "file.safetensors"
+    metadata = {"layers": ["α", "b"], "depth": {"x": None, "y": 0.1}}
+    save_arrays(path, "test", _ARRAYS, **metadata)
+    arrays, found = load_arrays(str(path), "test")
+    assert found == metadata
+    assert arrays.keys() == _ARRAYS.keys()
+    for name, array in _ARRAYS.items():
+        assert arrays[name].dtype == array.dtype
+        assert arrays[name].shape == array.shape
+        assert arrays[name].tobytes() == array.tobytes()
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(type(error)), write_atomically(path) as temporary:
+        assert temporary.parent == tmp_path, "a move between file systems would not be atomic"
+        temporary.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with write_atomically(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_permissions_are_those_of_an_ordinary_file(tmp_path):
+    ordinary = tmp_path / "ordinary"
+    ordinary.write_text("")
+    with write_atomically(tmp_path / "atomic"):
+        pass
+    assert (tmp_path / "atomic").stat().st_mode == ordinary.stat().st_mode
+
+
+def test_arrays_that_cannot_be_stored_leave_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    save_arrays(path, "test", {"a": np.ones(2)})
+    with pytest.raises(Exception, match="object"):
+        save_arrays(path, "test", {"a": np.array([object()])})
+    assert list(tmp_path.iterdir()) == [path]
+    assert load_arrays(path, "test")[0]["a"].tolist() == [1.0, 1.0]
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def _rewritten(header):
+    return lambda path: save_file({"a": np.ones(2)}, path, header)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_cut, "is damaged or is not a safetensors file"),
+        (lambda path: path.write_text("{}"), "is damaged or is not a safetensors file"),
+        (_rewritten({"kind": "other", "version": "1"}), "holds 'other'; expected a file of kind 'test'"),
+        (_rewritten(None), "holds None; expected a file of kind 'test'"),
+        (_rewritten({"kind": "test", "version": "2"}), "has format version '2'; this release reads version '1': upgrade"),
+    ],
+)
+def test_strange_files_are_refused_by_name(tmp_path, damage, message):
+    path = tmp_path / "file.safetensors"
+    save_arrays(path, "test", {"a": np.ones(2)})
+    damage(path)
+    with pytest.raises(FileFormatError, match=rf"file\.safetensors {message}"):
+        load_arrays(path, "test")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for path in (tmp_path / "nothing", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"{path.name} does not exist"):
+            load_arrays(path, "test")
