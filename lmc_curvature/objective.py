@@ -279,6 +279,7 @@ class Objective:
 
         Raises:
             LoaderError: The loader is an iterator, which could not be visited again afterwards.
+            NonFiniteError: The loss of a batch is infinite or not a number.
         """
         refuse_iterator(self.loader, "batch_norm='recalibrate' visits the loader twice")
         totals: list[dict[str, Tensor]] = [{} for _ in range(len(states))]
@@ -298,7 +299,8 @@ class Objective:
     def _batch_statistics(self, state: State, batch: Batch) -> dict[str, Tensor]:
         """Entry name to the statistic of one batch, in float64; the mean over calls of a module called often."""
         self._control.recorded.clear()
-        self.batch_loss(state, batch)
+        # Statistics that are not finite would spoil the mean over all batches: here the batch is still known.
+        finite_loss(self.batch_loss(state, batch), batch, ", while statistics are re-estimated")
         statistics = {}
         for module, calls in self._control.recorded.items():
             for entry, values in zip(statistic_names(module), zip(*calls, strict=True), strict=True):

@@ -13,7 +13,7 @@ from numpy.polynomial import polynomial
 from lmc_curvature.errors import AlphaError
 
 Expansion = Literal["second-order", "shared-hessian", "with-slopes", "hermite"]
-EXPANSIONS: tuple[str, ...] = get_args(Expansion)
+EXPANSIONS: tuple[Expansion, ...] = get_args(Expansion)
 
 
 class Endpoint(NamedTuple):

@@ -1,26 +1,31 @@
 """How far predicted barriers agree with measured ones, over forks and over layers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 from scipy import stats
 
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
-from lmc_curvature.figures.panels import Fork, Measurements, Predictions, heading, matched_forks
+from lmc_curvature.figures.panels import Fork, Measurements, Predictions, heading, matched_forks, short_number
 from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, GREY, PALE, SMALL, fork_colors, look, new_figure
 
-# Barriers further below the largest are rounding, or might as well be.
+Color = tuple[float, float, float, float]
+
+# Barriers this many orders of magnitude below the largest would flatten all others into a corner.
 _MOST_DECADES = 7
-# Share of an axis that the strip of the smallest takes.
+# The factor by which the axes reach beyond the points.
+_MARGIN = 1.6
+# Share of an axis that the strip takes.
 _STRIP = 0.12
 
 
@@ -38,12 +43,21 @@ class Pairs:
         return float(stats.spearmanr(self.measured, self.predicted).statistic)
 
 
-class _Scale(NamedTuple):
-    """A logarithmic axis from `floor` to `high`, and below it, down to `low`, a strip for what does not fit."""
+@dataclass(frozen=True)
+class LogScale:
+    """A logarithmic axis from `floor` to `high`, and from `low` to `floor` a strip for what lies below.
+
+    Attributes:
+        low: Equal to `floor` where nothing lies below.
+        floor: Where the axis begins.
+        high: Where it ends.
+        cut: Whether positive barriers lie below `floor`.
+    """
 
     low: float
     floor: float
     high: float
+    cut: bool
 
     @property
     def strip(self) -> float:
@@ -57,8 +71,8 @@ def draw_predicted_against_measured(
 ) -> Figure:
     """Draw predicted against measured barriers: of the whole network, a point a fork; of each layer, a point a layer.
 
-    Axes are logarithmic. Barriers of zero or below, and those seven orders of magnitude under the largest, stand
-    as hollow points in a grey strip at the low end of their axis. Rank correlations use the barriers as they are.
+    Axes are logarithmic. Barriers of zero or below, and those seven orders of magnitude below the largest, stand as
+    hollow points in a grey strip at the low end of their axis. Rank correlations are of the barriers as they are.
 
     Args:
         predictions: Fork epoch, or any label, to the prediction for its two children.
@@ -75,15 +89,30 @@ def draw_predicted_against_measured(
     panels = {"whole network": {fork: _whole(predictions[fork], measurements[fork], expansion) for fork in forks}}
     if any(measurements[fork].sets for fork in forks):
         panels["each layer alone"] = {fork: _sets(predictions[fork], measurements[fork], expansion) for fork in forks}
-    figure = new_figure(COLUMN_WIDTH * len(panels) + _LEGEND_WIDTH, 3.2)
+    figure = new_figure(COLUMN_WIDTH * len(panels), 3.6)
+    scales = []
     for number, (title, pairs) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
-        _draw_pairs(axes, pairs, colors)
+        scales.append(log_scale(pairs.values()))
+        _draw_pairs(axes, pairs, scales[-1], colors)
         heading(axes, title, _correlation_text(list(pairs.values())))
         axes.set_xlabel("measured barrier (units of the loss)")
-        axes.set_ylabel(f"predicted barrier, {EXPANSION_PENS[expansion].label}")
-    _draw_legend(figure, colors, hollow=any(_has_small(pairs.values()) for pairs in panels.values()))
+        axes.set_ylabel(f"predicted barrier, {EXPANSION_PENS[expansion].label}\n(units of the loss)")
+    _draw_legend(figure, colors, scales)
     return figure
+
+
+def log_scale(pairs: Iterable[Pairs]) -> LogScale:
+    """The range of all barriers but those too small for it, with a strip where there are such."""
+    values = np.concatenate([side for each in pairs for side in (each.measured, each.predicted)])
+    positive = values[values > 0]
+    largest = float(positive.max()) if len(positive) else 1.0
+    smallest = max(float(positive.min()), largest * 10.0**-_MOST_DECADES) if len(positive) else 0.1
+    floor, high = smallest / _MARGIN, largest * _MARGIN
+    if values.min() >= floor:
+        return LogScale(floor, floor, high, cut=False)
+    low = floor * (floor / high) ** (_STRIP / (1 - _STRIP))
+    return LogScale(low, floor, high, cut=bool((positive < floor).any()))
 
 
 def _whole(prediction: BarrierPrediction, measurement: BarrierMeasurement, expansion: Expansion) -> Pairs:
@@ -95,26 +124,76 @@ def _sets(prediction: BarrierPrediction, measurement: BarrierMeasurement, expans
     return Pairs(measured, np.array([prediction.barrier(members, expansion) for members in measurement.sets]))
 
 
-def _pooled(pairs: Iterable[Pairs]) -> Pairs:
-    return Pairs(
-        np.concatenate([each.measured for each in pairs]), np.concatenate([each.predicted for each in pairs])
-    )
-
-
 def _correlation_text(pairs: Sequence[Pairs]) -> str:
-    pooled = _pooled(pairs)
+    pooled = Pairs(np.concatenate([p.measured for p in pairs]), np.concatenate([p.predicted for p in pairs]))
     correlation = pooled.rank_correlation()
     found = f"= {correlation:.2f}" if math.isfinite(correlation) else "undefined"
-    text = f"Spearman ρ {found}, n = {len(pooled.measured)}"
+    text = f"Spearman ρ {found}, n = {len(pooled.measured)}".replace("-", "−")
+    # Forks differ so much in scale that together they correlate even where no fork does.
     within = [rho for rho in (each.rank_correlation() for each in pairs) if math.isfinite(rho)]
-    return f"{text}; median within forks {np.median(within):.2f}" if len(within) > 1 else text
+    return f"{text}; within forks {np.median(within):.2f} (median)".replace("-", "−") if len(within) > 1 else text
 
 
-def _scale(pairs: Iterable[Pairs]) -> _Scale:
-    """Whole decades that hold all barriers but the smallest, and room for a strip when there are such."""
-    pooled = _pooled(pairs)
-    values = np.concatenate([pooled.measured, pooled.predicted])
-    positive = values[values > 0]
-    largest = positive.max() if len(positive) else 1.0
-    smallest = max(positive.min(), largest * 10.0**-_MOST_DECADES) if len(positive) else 0.1
-    floor, high = 10.0 ** math.floor(math.log10(smallest)), 10.0 ** math.ceil(math.log10(largest) + 0.05)
+def _draw_pairs(axes: Axes, pairs: Mapping[Fork, Pairs], scale: LogScale, colors: Mapping[Fork, Color]) -> None:
+    axes.set(xscale="log", yscale="log", xlim=(scale.low, scale.high), ylim=(scale.low, scale.high))
+    axes.set_box_aspect(1)
+    axes.plot([scale.floor, scale.high], [scale.floor, scale.high], color=GREY, linewidth=0.8, label="_identity")
+    for fork, each in pairs.items():
+        points = np.stack([each.measured, each.predicted])
+        small = (points < scale.floor).any(axis=0)
+        shown = np.where(points < scale.floor, scale.strip, points)
+        for kind, chosen in (("", ~small), (" in the strip", small)):
+            if chosen.any():
+                _draw_points(axes, *shown[:, chosen], colors[fork], hollow=bool(kind), label=f"_{fork}{kind}")
+    _trim_ticks(axes, scale)
+    if scale.low < scale.floor:
+        _draw_strips(axes, scale)
+        _count_both_small(axes, pairs.values(), scale)
+
+
+def _draw_points(axes: Axes, x: np.ndarray, y: np.ndarray, color: Color, *, hollow: bool, label: str) -> None:
+    face = "none" if hollow else color
+    axes.plot(x, y, "o", color=color, markerfacecolor=face, markersize=4, alpha=0.85, label=label, clip_on=False)
+
+
+def _trim_ticks(axes: Axes, scale: LogScale) -> None:
+    """Ticks at the decades, and between them where there are few; none in the strip."""
+    few = scale.high / scale.floor < 100
+    locator = LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=9)
+    ticks = [tick for tick in locator.tick_values(scale.floor, scale.high) if scale.floor <= tick <= scale.high]
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_minor_locator(NullLocator())
+        if few:
+            axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, 1)))
+
+
+def _draw_strips(axes: Axes, scale: LogScale) -> None:
+    """Shade the low end of both axes, where a position means no value."""
+    axes.axvspan(scale.low, scale.floor, color=PALE, linewidth=0, zorder=0)
+    axes.axhspan(scale.low, scale.floor, color=PALE, linewidth=0, zorder=0)
+    text = "≈ 0" if scale.cut else "≤ 0"
+    below, beside = axes.get_xaxis_transform(), axes.get_yaxis_transform()
+    axes.text(scale.strip, -0.025, text, fontsize=SMALL, transform=below, ha="center", va="top")
+    axes.text(-0.025, scale.strip, text, fontsize=SMALL, transform=beside, ha="right", va="center")
+
+
+def _count_both_small(axes: Axes, pairs: Iterable[Pairs], scale: LogScale) -> None:
+    """Say how many points lie on one spot, in the corner of the two strips."""
+    count = sum(int(((each.measured < scale.floor) & (each.predicted < scale.floor)).sum()) for each in pairs)
+    if count > 1:
+        axes.annotate(f"×{count}", (scale.strip, scale.strip), (4, 3), textcoords="offset points", fontsize=SMALL - 1)
+
+
+def _draw_legend(figure: Figure, colors: Mapping[Fork, Color], scales: Sequence[LogScale]) -> None:
+    """A row of forks, and a row that explains the line and the strip."""
+    points: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4}
+    forks = [Line2D([], [], color=color, label=str(fork), **points) for fork, color in colors.items()]
+    others = [Line2D([], [], color=GREY, linewidth=0.8, label="predicted = measured")]
+    if any(scale.low < scale.floor for scale in scales):
+        cut = any(scale.cut for scale in scales)
+        label = f"in the grey strip: no barrier (≤ 0){f', or 1e{_MOST_DECADES} times below the largest' if cut else ''}"
+        others.append(Line2D([], [], color=GREY, markerfacecolor="none", label=label, **points))
+    figure.legend(handles=others, loc="outside lower center", ncols=2)
+    title = "fork at epoch" if all(isinstance(fork, int) for fork in colors) else "fork"
+    figure.legend(handles=forks, title=title, loc="outside lower center", ncols=8)

@@ -1,12 +1,15 @@
-"""Barriers between two networks, and between the children of each fork, predicted and measured."""
+"""Barriers between two networks, and between the children of each fork: predicted and measured."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.barrier.measurement import BarrierMeasurement
@@ -20,7 +23,7 @@ from lmc_curvature.figures.panels import (
     Fork,
     Measurements,
     Predictions,
-    curve_axes,
+    alpha_axis,
     fork_title,
     heading,
     layer_rows,
@@ -28,8 +31,9 @@ from lmc_curvature.figures.panels import (
     number_with_error,
     rows_height,
     short_number,
+    zero_line,
 )
-from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, GREY, MEASURED, TEXT_WIDTH, look, new_figure
+from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, GREY, INK, TEXT_WIDTH, look, new_figure
 
 __all__ = [
     "draw_barrier_curves",
@@ -39,15 +43,12 @@ __all__ = [
     "draw_prediction",
 ]
 
-# The two expansions that hold for any set of layers and use both ends.
-_COMPARED: tuple[Expansion, ...] = ("second-order", "with-slopes")
 _METRIC_UNITS = {"loss": "units of the loss", "error": "share of examples"}
-_PREDICTED_LABELS = tuple(f"predicted, {EXPANSION_PENS[expansion].label}" for expansion in _COMPARED)
 _ACCENT = "#D55E00"
 _BAR_GREY = "#888888"
-_POINTS: dict[str, Any] = {"markersize": 3, "linewidth": 1}
-_TIGHT: dict[str, Any] = {"borderaxespad": 0, "borderpad": 0.2, "handlelength": 1.6, "columnspacing": 0.9}
-_CURVE_HEIGHT = 2.2
+_MEASURED: dict[str, Any] = {"color": INK, "marker": "o", "markersize": 3, "linewidth": 1}
+_CURVE_HEIGHT = 2.3
+_ROW_HEIGHT = 0.15
 _MOST_COLUMNS = 3
 
 
@@ -61,21 +62,21 @@ def draw_prediction(prediction: BarrierPrediction) -> Figure:
         prediction: What `predict_barrier` found.
     """
     legend_height = 0.85
-    height = max(rows_height(len(prediction.layers), 0.15) + 0.6, _CURVE_HEIGHT + legend_height)
+    height = max(rows_height(len(prediction.layers), _ROW_HEIGHT) + 0.6, _CURVE_HEIGHT + legend_height)
     figure = new_figure(TEXT_WIDTH, height)
     grid = figure.add_gridspec(2, 2, height_ratios=[_CURVE_HEIGHT, height - _CURVE_HEIGHT])
     curves, legend, layers = (figure.add_subplot(cell) for cell in (grid[0, 0], grid[1, 0], grid[:, 1]))
 
+    _barrier_axes(curves)
     for expansion, pen in EXPANSION_PENS.items():
         barrier = number_with_error(prediction.barrier(None, expansion), prediction.standard_error(None, expansion))
-        _draw_expansion(curves, prediction, expansion, label=f"{pen.label}, barrier {barrier}")
-    curve_axes(curves)
+        _draw_expansion(curves, prediction, expansion, label=f"{pen.label}: barrier {barrier}")
     curves.set(xlabel=ALPHA_LABEL, ylabel=BARRIER_LABEL)
-    heading(curves, "whole network, predicted", f"distance ‖Δ‖ = {short_number(prediction.distance, 3)}")
+    heading(curves, "whole network, predicted", _distance_text(prediction))
     legend.set_axis_off()
     legend.legend(*curves.get_legend_handles_labels(), loc="upper left", borderaxespad=0)
 
-    alone = tuple((name,) for name in prediction.layers)
+    alone = [(name,) for name in prediction.layers]
     layer_rows(layers, prediction.layers, [_predicted_bars(prediction, alone)])
     layers.set_xlabel(BARRIER_LABEL)
     heading(layers, "each layer alone, predicted", "second order")
@@ -86,27 +87,27 @@ def draw_prediction(prediction: BarrierPrediction) -> Figure:
 def draw_measurement(measurement: BarrierMeasurement) -> Figure:
     """Draw a measurement: every metric along the segment with its chord, and the barrier of each set of layers.
 
-    The barrier is the longest way up from the chord to the curve; it is marked where it was found. Layers are drawn
-    for the first metric, when sets of layers were measured.
+    The barrier is the longest way up from the chord to the curve, and is drawn where it was found. The sets' barriers
+    are of the first metric; without sets there is no such panel.
 
     Args:
         measurement: What `measure_barrier` found.
     """
-    metrics, sets = measurement.metrics, len(measurement.sets)
-    height = max(_CURVE_HEIGHT * len(metrics), (rows_height(sets, 0.15) + 0.6) if sets else 0)
+    metrics, sets = measurement.metrics, measurement.sets
+    height = max(_CURVE_HEIGHT * len(metrics), rows_height(len(sets), _ROW_HEIGHT) + 0.6) + 0.25
     figure = new_figure(TEXT_WIDTH if sets else COLUMN_WIDTH, height)
     grid = figure.add_gridspec(len(metrics), 2 if sets else 1)
-    for row, metric in enumerate(metrics):
-        axes = figure.add_subplot(grid[row, 0])
+    panels = [figure.add_subplot(grid[row, 0]) for row in range(len(metrics))]
+    for axes, metric in zip(panels, metrics, strict=True):
         _draw_metric(axes, measurement, metric)
-        if row == len(metrics) - 1:
-            axes.set_xlabel(ALPHA_LABEL)
+    panels[-1].set_xlabel(ALPHA_LABEL)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     if sets:
         layers = figure.add_subplot(grid[:, 1])
-        metric = metrics[0]
-        layer_rows(layers, measurement.layers, [_measured_bars(measurement, metric)])
-        layers.set_xlabel(f"{metric} barrier ({_METRIC_UNITS[metric]})")
-        heading(layers, "each set of layers alone, measured", "the others stay at either end")
+        layer_rows(layers, measurement.layers, [_measured_bars(measurement, metrics[0])])
+        layers.set_xlabel(f"{metrics[0]} barrier ({_METRIC_UNITS[metrics[0]]})")
+        kind = "layer" if all(len(members) == 1 for members in sets) else "set of layers"
+        heading(layers, f"each {kind} alone, measured", "the other layers stay at either end")
     return figure
 
 
@@ -114,8 +115,8 @@ def draw_measurement(measurement: BarrierMeasurement) -> Figure:
 def draw_barrier_curves(predictions: Predictions, measurements: Measurements) -> Figure:
     """Draw the barrier curves between the children of each fork, a panel a fork: measured, and predicted.
 
-    The barriers, the maxima of the curves, stand above each panel beside their pens. Panels have one scale when their
-    curves are of one order of magnitude, and a scale each otherwise.
+    The barriers, the maxima of the curves, stand above each panel beside their line styles. Panels have one scale
+    when their curves are of one order of magnitude, and a scale each otherwise.
 
     Args:
         predictions: Fork epoch, or any label, to the prediction for its two children.
@@ -125,19 +126,23 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
         OptionError: The two do not have the same forks, or a loss was not measured.
     """
     forks = matched_forks(predictions, measurements)
-    figure, panels = _fork_panels(forks, 1.8)
+    figure, panels = _fork_panels(forks, 1.9)
     for fork, axes in panels.items():
         prediction, measurement = predictions[fork], measurements[fork]
-        curve_axes(axes)
-        _draw_measured(axes, measurement, label=short_number(measurement.barrier()))
-        for expansion in _COMPARED:
+        _barrier_axes(axes)
+        axes.plot(measurement.alphas, measurement.curve(), label=short_number(measurement.barrier()), **_MEASURED)
+        for expansion in ("second-order", "with-slopes"):
             _draw_expansion(axes, prediction, expansion, label=short_number(prediction.barrier(None, expansion)))
-        heading(axes, _fork_heading(fork, prediction), " ")
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=3, **_TIGHT)
+        tight = {"borderaxespad": 0, "borderpad": 0.2, "handlelength": 1.6, "handletextpad": 0.5, "columnspacing": 0.9}
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.99), ncols=3, **tight)
+        heading(axes, fork_title(fork), _distance_text(prediction), lift=10)
     _share_scale(list(panels.values()))
     figure.supxlabel(ALPHA_LABEL, fontsize="medium")
     figure.supylabel(BARRIER_LABEL, fontsize="medium")
-    _shared_legend(figure, panels[forks[0]], [MEASURED.label, *_PREDICTED_LABELS])
+    handles = [Line2D([], [], label="measured", **_MEASURED)]
+    for pen in (EXPANSION_PENS["second-order"], EXPANSION_PENS["with-slopes"]):
+        handles.append(Line2D([], [], color=pen.color, linestyle=pen.linestyle, label=f"predicted, {pen.label}"))
+    figure.legend(handles=handles, loc="outside upper left", ncols=3)
     return figure
 
 
@@ -158,20 +163,20 @@ def draw_layer_bars(predictions: Predictions, measurements: Measurements) -> Fig
     """
     forks = matched_forks(predictions, measurements)
     most = max(len(measurements[fork].sets) for fork in forks)
-    figure, panels = _fork_panels(forks, rows_height(most, 0.19) + 0.35)
+    figure, panels = _fork_panels(forks, rows_height(most, 0.19) + 0.55)
     same_names = len({measurements[fork].layers for fork in forks}) == 1
+    handles: list[Artist] = []
     for number, (fork, axes) in enumerate(panels.items()):
         prediction, measurement = predictions[fork], measurements[fork]
-        layer_rows(
-            axes,
-            measurement.layers,
-            [_measured_bars(measurement, "loss"), _predicted_bars(prediction, measurement.sets)],
-            marks=_predicted_bars(prediction, measurement.sets, "with-slopes"),
-            label_rows=number % _MOST_COLUMNS == 0 or not same_names,
-        )
-        heading(axes, _fork_heading(fork, prediction))
+        bars = [_measured_bars(measurement, "loss"), _predicted_bars(prediction, measurement.sets)]
+        marks = _predicted_bars(prediction, measurement.sets, "with-slopes")
+        named = number % _MOST_COLUMNS == 0 or not same_names
+        layer_rows(axes, measurement.layers, bars, marks=marks, label_rows=named)
+        heading(axes, fork_title(fork), _distance_text(prediction))
+        diamond = Line2D([], [], color=marks.color, marker="D", markersize=3, linestyle="none", label=marks.label)
+        handles = [*(Patch(color=group.color, label=group.label) for group in bars), diamond]
     figure.supxlabel(BARRIER_LABEL, fontsize="medium")
-    _shared_legend(figure, panels[forks[0]], [MEASURED.label, *_PREDICTED_LABELS])
+    figure.legend(handles=handles, loc="outside upper left", ncols=3)
     return figure
 
 
@@ -179,9 +184,14 @@ def _fork_panels(forks: Sequence[Fork], panel_height: float) -> tuple[Figure, di
     """A figure with a panel a fork, row by row."""
     columns = min(len(forks), _MOST_COLUMNS)
     rows = math.ceil(len(forks) / columns)
-    figure = new_figure(max(TEXT_WIDTH * columns / _MOST_COLUMNS, COLUMN_WIDTH), panel_height * rows + 0.6)
+    figure = new_figure(max(TEXT_WIDTH * columns / _MOST_COLUMNS, COLUMN_WIDTH), panel_height * rows + 0.5)
     grid = figure.add_gridspec(rows, columns)
     return figure, {fork: figure.add_subplot(grid[divmod(i, columns)]) for i, fork in enumerate(forks)}
+
+
+def _barrier_axes(axes: Axes) -> None:
+    alpha_axis(axes)
+    zero_line(axes)
 
 
 def _draw_expansion(axes: Axes, prediction: BarrierPrediction, expansion: Expansion, *, label: str) -> None:
@@ -190,51 +200,45 @@ def _draw_expansion(axes: Axes, prediction: BarrierPrediction, expansion: Expans
     axes.plot(ALPHAS, curve, color=pen.color, linestyle=pen.linestyle, label=label)
 
 
-def _draw_measured(axes: Axes, measurement: BarrierMeasurement, *, label: str) -> None:
-    axes.plot(measurement.alphas, measurement.curve(), "o-", color=MEASURED.color, label=label, **_POINTS)
-
-
 def _draw_metric(axes: Axes, measurement: BarrierMeasurement, metric: str) -> None:
     """The metric along the segment, the chord between its ends, and the barrier between the two."""
     alphas, values, ends = measurement.alphas, measurement.values(metric), measurement.ends(metric)
     highest = measurement.curve(metric).argmax()
     chord = np.interp(alphas, [0, 1], ends)
-    axes.plot(alphas, values, "o-", color=MEASURED.color, label="measured", **_POINTS)
+    alpha_axis(axes)
+    axes.plot(alphas, values, label="measured", **_MEASURED)
     axes.plot([0, 1], ends, color=GREY, linestyle="--", linewidth=1, label="chord between the ends")
     axes.vlines(alphas[highest], chord[highest], values[highest], color=_ACCENT, linewidth=2, label="barrier")
-    curve_axes(axes)
+    if values.min() >= 0:
+        # An error of zero everywhere has no scale of its own, and no metric is below zero here.
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.04 * high), high)
     axes.set_ylabel(f"{metric} ({_METRIC_UNITS[metric]})")
-    barrier = number_with_error(measurement.barrier(metric), measurement.standard_error(metric))
-    heading(axes, f"{metric} along the segment", f"barrier {barrier} at α = {alphas[highest]:.2g}")
+    barrier = measurement.barrier(metric)
+    found = f"barrier {number_with_error(barrier, measurement.standard_error(metric))} at α = {alphas[highest]:.2g}"
+    heading(axes, f"{metric} along the segment", found if barrier > 0 else "no barrier: nowhere above the chord")
 
 
 def _measured_bars(measurement: BarrierMeasurement, metric: str) -> Bars:
-    return Bars(MEASURED.label, measurement.layer_barriers(metric), _BAR_GREY)
+    return Bars("measured", measurement.layer_barriers(metric), _BAR_GREY)
 
 
 def _predicted_bars(
     prediction: BarrierPrediction, sets: Sequence[Sequence[str]], expansion: Expansion = "second-order"
 ) -> Bars:
-    values = [prediction.barrier(members, expansion) for members in sets]
-    errors = [prediction.standard_error(members, expansion) for members in sets]
+    values = np.array([prediction.barrier(members, expansion) for members in sets])
+    errors = np.array([prediction.standard_error(members, expansion) for members in sets])
     pen = EXPANSION_PENS[expansion]
-    return Bars(pen.label, np.array(values), pen.color, np.array(errors))
+    return Bars(f"predicted, {pen.label}", values, pen.color, errors)
 
 
-def _fork_heading(fork: Fork, prediction: BarrierPrediction) -> str:
-    return f"{fork_title(fork)}, ‖Δ‖ = {short_number(prediction.distance)}"
+def _distance_text(prediction: BarrierPrediction) -> str:
+    return f"distance ‖Δ‖ = {short_number(prediction.distance, 3)}"
 
 
 def _share_scale(panels: Sequence[Axes]) -> None:
-    """Give the panels one scale for y, unless the largest is over ten times the smallest."""
+    """Give the panels one scale for y, unless the widest range is over ten times the narrowest."""
     lows, highs = np.transpose([axes.get_ylim() for axes in panels])
-    spans = highs - lows
-    if spans.max() <= 10 * spans.min():
+    if np.max(highs - lows) <= 10 * np.min(highs - lows):
         for axes in panels:
             axes.set_ylim(lows.min(), highs.max())
-
-
-def _shared_legend(figure: Figure, axes: Axes, labels: Sequence[str]) -> None:
-    """One legend above all panels, from the handles of one of them."""
-    handles, _ = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))

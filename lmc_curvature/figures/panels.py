@@ -79,17 +79,28 @@ def short_number(value: float, digits: int = 2) -> str:
 
 
 def number_with_error(value: float, error: float) -> str:
-    """A number and its standard error, where that is known."""
-    return short_number(value) + (f" ± {short_number(error, 1)}" if math.isfinite(error) else "")
+    """A number and its standard error, where that is known: 0.0027 ± 0.0007, (9.6 ± 0.7)e−4."""
+    if not (math.isfinite(error) and error > 0 and value != 0):
+        return short_number(value)
+    power = math.floor(math.log10(max(abs(value), error)))
+    shown = power if not 1e-3 <= abs(value) < 1e4 else 0
+    decimals = max(shown - math.floor(math.log10(error)), 0)
+    both = f"{value / 10.0**shown:.{decimals}f} ± {error / 10.0**shown:.{decimals}f}"
+    return (f"({both})e{shown}" if shown else both).replace("-", "−")
 
 
-def heading(axes: Axes, title: str, detail: str = "") -> None:
-    """A title over the left end of a panel, and a line of small print between the two."""
-    axes.set_title(title, loc="left", pad=4 + (SMALL + 3) * bool(detail))
-    if detail:
-        axes.annotate(
-            detail, (0, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=SMALL, color=GREY
-        )
+def heading(axes: Axes, title: str, detail: str, *, lift: float = 0) -> None:
+    """A title over the left end of a panel, and a line of small print under it.
+
+    Args:
+        axes: The panel.
+        title: The title.
+        detail: The small print.
+        lift: Points to leave free between the panel and the small print.
+    """
+    axes.set_title(title, loc="left", pad=lift + SMALL + 7)
+    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(detail, (0, 1), (0, lift + 4), fontsize=SMALL, color=GREY, **place)
 
 
 def plain_ticks(axis: Axis, most: int = 5) -> None:
@@ -98,12 +109,17 @@ def plain_ticks(axis: Axis, most: int = 5) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: _tick_text(value)))
 
 
-def curve_axes(axes: Axes) -> None:
-    """Prepare a panel for curves over the segment: α from 0 to 1, and a line at zero."""
-    axes.set_xlim(0, 1)
+def alpha_axis(axes: Axes) -> None:
+    """Prepare a panel for curves over the segment: α from 0 to 1, and plain numbers."""
+    # A little room, so that points at the ends are whole.
+    axes.set_xlim(-0.02, 1.02)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
-    axes.axhline(0, color=GREY, linewidth=0.6, zorder=1, label="_zero")
     plain_ticks(axes.yaxis)
+
+
+def zero_line(axes: Axes) -> None:
+    """A thin line at zero, where the curve meets the chord."""
+    axes.axhline(0, color=GREY, linewidth=0.6, zorder=1, label="_zero")
 
 
 def rows_height(count: int, per_row: float) -> float:
@@ -130,7 +146,13 @@ def layer_rows(
         axes.barh(offsets, group.values, height=0.92 * thickness, color=group.color, label=group.label)
         if group.errors is not None and np.isfinite(group.errors).any():
             axes.errorbar(
-                group.values, offsets, xerr=group.errors, fmt="none", ecolor=INK, elinewidth=0.7, label="_standard error"
+                group.values,
+                offsets,
+                xerr=group.errors,
+                fmt="none",
+                ecolor=INK,
+                elinewidth=0.7,
+                label="_standard error",
             )
     if marks is not None:
         axes.plot(marks.values, rows + 0.4 - thickness / 2, "D", color=marks.color, markersize=3, label=marks.label)

@@ -20,7 +20,7 @@ TEXT_WIDTH = 6.75
 COLUMN_WIDTH = 3.3
 
 SMALL = 7.0
-PALE = "#dddddd"
+PALE = "#e6e6e6"
 GREY = "#777777"
 INK = "#222222"
 
@@ -34,7 +34,6 @@ class Pen(NamedTuple):
 
 
 # Hues of Okabe and Ito, told apart with every common colour blindness; line styles tell them apart in grey.
-MEASURED = Pen("measured", INK, "-")
 EXPANSION_PENS: dict[Expansion, Pen] = {
     "second-order": Pen("second order", "#0072B2", "-"),
     "with-slopes": Pen("with slopes", "#D55E00", "--"),

@@ -1,0 +1,245 @@
+"""The command line: parse, call the API, print."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from lmc_curvature import __version__
+from lmc_curvature.barrier.measurement import measure_barrier
+from lmc_curvature.barrier.prediction import predict_barrier
+from lmc_curvature.demo import run_demo
+from lmc_curvature.errors import DataError, LMCCurvatureError, OptionError, check_choice
+from lmc_curvature.forking.checkpoints import load_checkpoint
+from lmc_curvature.forking.data import load_data
+from lmc_curvature.forking.models import make_model
+from lmc_curvature.normalization import BatchNormPolicy
+from lmc_curvature.tables import (
+    demo_tables,
+    measurement_record,
+    measurement_table,
+    prediction_record,
+    prediction_table,
+)
+
+app = typer.Typer(
+    help="Can two neural networks be averaged? Predict the loss barrier between them, and measure it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Checkpoint = Annotated[Path, typer.Argument(help="A safetensors file, or a torch.save file that holds tensors only.")]
+ModelName = Annotated[
+    str, typer.Option("--model", help="digits-resnet, resnet20, …; torchvision:NAME; or package.module:factory.")
+]
+ModelOptions = Annotated[
+    list[str] | None,
+    typer.Option("--model-option", help="KEY=VALUE for the network's factory, such as num_classes=10. Repeatable."),
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        help="digits; a folder of images (ROOT/train/CLASS/*.png); or package.module:factory returning a loader.",
+    ),
+]
+Split = Annotated[str, typer.Option(help="train or test, for digits and folders.")]
+Limit = Annotated[int | None, typer.Option(help="Use a fixed random sample of this many examples.")]
+BatchSize = Annotated[int, typer.Option(help="Examples a batch.")]
+MaxBatches = Annotated[int | None, typer.Option(help="Use only this many batches.")]
+BatchNorm = Annotated[str, typer.Option(help="interpolate, batch or recalibrate.")]
+LayerSet = Annotated[
+    list[str] | None, typer.Option("--set", help="Comma-separated layers to move together. Repeatable.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+DType = Annotated[str, typer.Option(help="float32 or float64.")]
+Save = Annotated[Path | None, typer.Option(help="Also save the full result here, for Python.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Progress = Annotated[bool, typer.Option(help="Show progress bars (on standard error).")]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where networks, results and figures go.")] = Path("runs/demo"),
+    device: Device = "cpu",
+    progress: Progress = True,
+) -> None:
+    """Train siblings on the digits, predict and measure their barriers, and draw the figures."""
+    result = run_demo(out, device=device, progress=progress)
+    _print(*demo_tables(result))
+    _print(*(f"drawn: {path}" for path in result.figures))
+
+
+@app.command()
+def predict(
+    a: Checkpoint,
+    b: Checkpoint,
+    model: ModelName,
+    data: Data,
+    model_option: ModelOptions = None,
+    layers: Annotated[str, typer.Option(help="fused, module, tensor, block or block:DEPTH.")] = "fused",
+    sets: LayerSet = None,
+    batch_norm: BatchNorm = "interpolate",
+    split: Split = "train",
+    limit: Limit = None,
+    batch_size: BatchSize = 256,
+    max_batches: MaxBatches = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    save: Save = None,
+    as_json: AsJson = False,
+    progress: Progress = True,
+) -> None:
+    """Predict the barrier between networks A and B from the curvature at each of them."""
+    prediction = predict_barrier(
+        *_load_pair(a, b, model, model_option, device),
+        _load_batches(data, split, limit, batch_size, progress),
+        layers=layers,
+        batch_norm=cast(BatchNormPolicy, batch_norm),
+        max_batches=max_batches,
+        dtype=_parse_dtype(dtype),
+        progress=progress,
+    )
+    if save is not None:
+        prediction.save(save)
+    parsed_sets = _parse_sets(sets)
+    if as_json:
+        _print_json(prediction_record(prediction, parsed_sets))
+    else:
+        _print(str(prediction), prediction_table(prediction, parsed_sets))
+
+
+@app.command()
+def measure(
+    a: Checkpoint,
+    b: Checkpoint,
+    model: ModelName,
+    data: Data,
+    model_option: ModelOptions = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Also measure each layer of a partition alone (as for predict).")
+    ] = None,
+    sets: LayerSet = None,
+    alphas: Annotated[int, typer.Option(help="Evenly spaced positions, the ends included.")] = 11,
+    batch_norm: BatchNorm = "interpolate",
+    split: Split = "train",
+    limit: Limit = None,
+    batch_size: BatchSize = 256,
+    max_batches: MaxBatches = None,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    save: Save = None,
+    as_json: AsJson = False,
+    progress: Progress = True,
+) -> None:
+    """Measure the barrier between networks A and B by evaluating the networks in between."""
+    if layers is not None and sets:
+        raise OptionError("--layers measures each layer alone and --set measures sets of layers: give one of them.")
+    measurement = measure_barrier(
+        *_load_pair(a, b, model, model_option, device),
+        _load_batches(data, split, limit, batch_size, progress),
+        layers=_parse_sets(sets) if sets else layers,
+        alphas=alphas,
+        batch_norm=cast(BatchNormPolicy, batch_norm),
+        max_batches=max_batches,
+        dtype=_parse_dtype(dtype),
+        progress=progress,
+    )
+    if save is not None:
+        measurement.save(save)
+    if as_json:
+        _print_json(measurement_record(measurement))
+    else:
+        _print(str(measurement), *([measurement_table(measurement)] if measurement.sets else []))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        _print(f"lmc-curvature {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; errors the library raises on purpose end it with one message and status 2."""
+    try:
+        app()
+    except LMCCurvatureError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _load_pair(a: Path, b: Path, model: str, options: list[str] | None, device: str) -> tuple[nn.Module, nn.Module]:
+    parsed = dict(_parse_model_option(option) for option in options or ())
+    place = _parse_device(device)
+    first, second = (load_checkpoint(make_model(model, **parsed), path).to(place) for path in (a, b))
+    return first, second
+
+
+def _load_batches(data: str, split: str, limit: int | None, batch_size: int, progress: bool) -> Iterable[Any]:
+    module, colon, factory = data.partition(":")
+    # A path may hold a colon, too; an existing folder is meant as such.
+    if colon and not Path(data).exists():
+        try:
+            make_loader = getattr(importlib.import_module(module), factory)
+        except (ImportError, AttributeError) as error:
+            raise DataError(f"--data {data}: {error}. Expected package.module:factory returning a loader.") from error
+        return make_loader()
+    check_choice("split", split, ("train", "test"))
+    return load_data(data, cast(Any, split), limit, progress=progress).batches(batch_size)
+
+
+def _parse_model_option(option: str) -> tuple[str, Any]:
+    key, equals, value = option.partition("=")
+    if not equals or not key:
+        raise OptionError(f"--model-option {option!r}: expected KEY=VALUE, such as num_classes=10.")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def _parse_sets(sets: list[str] | None) -> list[list[str]]:
+    return [[name.strip() for name in members.split(",") if name.strip()] for members in sets or ()]
+
+
+def _parse_device(device: str) -> torch.device:
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"--device {device!r} is not a device: expected cpu, cuda, cuda:1, …") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"--device {device}: no CUDA device was found.")
+    return place
+
+
+def _parse_dtype(dtype: str) -> torch.dtype:
+    check_choice("dtype", dtype, ("float32", "float64"))
+    return cast(torch.dtype, getattr(torch, dtype))
+
+
+def _print(*things: Any) -> None:
+    console = Console()
+    # A pipe has no width; do not wrap what a program or a log file reads.
+    if not console.is_terminal:
+        console = Console(width=160)
+    for thing in things:
+        console.print(thing, highlight=False, markup=False)
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    print(json.dumps(record, indent=2))

@@ -1,0 +1,182 @@
+"""Results as terminal tables, and as plain records for JSON."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from rich.table import Column, Table
+
+from lmc_curvature.barrier.expansions import EXPANSIONS
+from lmc_curvature.barrier.measurement import BarrierMeasurement
+from lmc_curvature.barrier.prediction import BarrierPrediction
+from lmc_curvature.demo import DemoResult, layer_rank_correlations, layer_sets
+
+LayerSets = Sequence[Sequence[str]]
+
+
+def prediction_record(prediction: BarrierPrediction, sets: LayerSets) -> dict[str, Any]:
+    """A prediction, its layers and the given sets of layers, as what JSON can hold."""
+    first, second = prediction.endpoints
+    return _plain(
+        {
+            "examples": prediction.examples,
+            "batch_norm": prediction.batch_norm,
+            "losses": [first.loss, second.loss],
+            "distance": prediction.distance,
+            "barrier": {
+                expansion: {
+                    "value": prediction.barrier(None, expansion),
+                    "standard_error": prediction.standard_error(None, expansion),
+                }
+                for expansion in EXPANSIONS
+            },
+            "layers": prediction.to_dataframe().to_dict("records"),
+            "sets": [_predicted_set(prediction, members) for members in sets],
+        }
+    )
+
+
+def _predicted_set(prediction: BarrierPrediction, members: Sequence[str]) -> dict[str, Any]:
+    return {
+        "layers": list(members),
+        "barrier": prediction.barrier(members),
+        "standard_error": prediction.standard_error(members),
+        "barrier_with_slopes": prediction.barrier(members, "with-slopes"),
+    }
+
+
+def measurement_record(measurement: BarrierMeasurement) -> dict[str, Any]:
+    """A measurement, with its curves, as what JSON can hold."""
+    return _plain(
+        {
+            "examples": measurement.examples,
+            "batch_norm": measurement.batch_norm,
+            "kind": measurement.kind if "loss" in measurement.metrics else None,
+            "alphas": measurement.alphas.tolist(),
+            "metrics": {
+                metric: {
+                    "ends": list(measurement.ends(metric)),
+                    "barrier": measurement.barrier(metric),
+                    "standard_error": measurement.standard_error(metric),
+                    "values": measurement.values(metric).tolist(),
+                    "curve": measurement.curve(metric).tolist(),
+                    "sets": [
+                        {"layers": list(members), "barrier": float(curve.max()), "curve": curve.tolist()}
+                        for members, curve in zip(measurement.sets, measurement.layer_curves(metric), strict=True)
+                    ],
+                }
+                for metric in measurement.metrics
+            },
+        }
+    )
+
+
+def prediction_table(prediction: BarrierPrediction, sets: LayerSets) -> Table:
+    """A row a layer, then a row a set: distance, Hessian energy, predicted barriers."""
+    table = Table("layers", *_right("distance", "ΔᵀHΔ", "barrier", "±", "with slopes"))
+    rows = [(name, [name]) for name in prediction.layers] + [(" + ".join(members), list(members)) for members in sets]
+    for label, members in rows:
+        inside = np.isin(prediction.layers, members)
+        energies = [float(p.curvature[np.ix_(inside, inside)].sum()) for p in prediction.endpoints]
+        table.add_row(
+            label,
+            _number(float(np.linalg.norm(prediction.distances[inside]))),
+            _number(sum(energies) / 2),
+            _number(prediction.barrier(members)),
+            _number(prediction.standard_error(members), 2),
+            _number(prediction.barrier(members, "with-slopes")),
+            end_section=label == prediction.layers[-1],
+        )
+    return table
+
+
+def measurement_table(measurement: BarrierMeasurement) -> Table:
+    """A row a measured set of layers: its barrier in every metric."""
+    table = Table("layers", *_right(*(f"{metric} barrier" for metric in measurement.metrics)))
+    barriers = [measurement.layer_barriers(metric) for metric in measurement.metrics]
+    for label, *values in zip(measurement.layers, *barriers, strict=True):
+        table.add_row(label, *(_number(value) for value in values))
+    return table
+
+
+def demo_tables(result: DemoResult) -> list[Table]:
+    """Predicted beside measured barriers of the demo: of whole networks, of layers and of sets, and their ranks."""
+    return [_demo_whole(result), _demo_layers(result), _demo_ranks(result)]
+
+
+def _demo_whole(result: DemoResult) -> Table:
+    table = Table(
+        "fork at epoch",
+        *_right("distance", "measured", "predicted", "with slopes", "error barrier"),
+        "kind",
+        title="Barrier between the two children of each fork (nats; mean ± standard error over batches)",
+    )
+    for fork, prediction in result.predictions.items():
+        measurement = result.measurements[fork]
+        table.add_row(
+            str(fork),
+            _number(prediction.distance),
+            f"{_number(measurement.barrier())} ± {_number(measurement.standard_error(), 2)}",
+            f"{_number(prediction.barrier())} ± {_number(prediction.standard_error(), 2)}",
+            _number(prediction.barrier(None, "with-slopes")),
+            f"{measurement.barrier('error'):.1%}",
+            measurement.kind,
+        )
+    return table
+
+
+def _demo_layers(result: DemoResult) -> Table:
+    table = Table(
+        "layers moved",
+        *_right(*(f"fork {fork}" for fork in result.predictions)),
+        title="Barriers of single layers and of sets, measured | predicted",
+    )
+    names = next(iter(result.predictions.values())).layers
+    labels = [*names, *layer_sets(names)]
+    for row, label in enumerate(labels):
+        cells = []
+        for fork, prediction in result.predictions.items():
+            measurement = result.measurements[fork]
+            measured = measurement.layer_barriers()[row]
+            cells.append(f"{_number(measured, 2)} | {_number(prediction.barrier(measurement.sets[row]), 2)}")
+        table.add_row(label, *cells, end_section=label == names[-1])
+    return table
+
+
+def _demo_ranks(result: DemoResult) -> Table:
+    ranks = {
+        fork: layer_rank_correlations(prediction, result.measurements[fork])
+        for fork, prediction in result.predictions.items()
+    }
+    titles = {
+        "second-order": "predicted (second order)",
+        "with-slopes": "predicted (with slopes)",
+        "distance": "distance alone",
+    }
+    table = Table(
+        "Spearman with the measured",
+        *_right(*(f"fork {fork}" for fork in ranks), "mean"),
+        title="How well layers are ranked before measuring",
+    )
+    for key, title in titles.items():
+        values = [rank[key] for rank in ranks.values()]
+        table.add_row(title, *(f"{value:.2f}" for value in [*values, float(np.mean(values))]))
+    return table
+
+
+def _right(*titles: str) -> list[Any]:
+    return [Column(title, justify="right") for title in titles]
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def _plain(value: Any) -> Any:
+    """The same nested value with JSON's null for what is not a number."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

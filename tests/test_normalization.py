@@ -1,0 +1,197 @@
+"""Claim: under each policy, normalisation is what torch does in evaluation, in training, or after `update_bn`."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+from networks import NORMS, joined, normalized_net, plain_loss, randomized, state_of
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from lmc_curvature import Objective
+from lmc_curvature.errors import LoaderError
+from lmc_curvature.normalization import normalize_by, statistic_names, tracked_modules
+
+norms = pytest.mark.parametrize("norm", NORMS)
+
+
+def _model(norm, seed=0):
+    return randomized(normalized_net(norm).double(), seed)
+
+
+def _batches(sizes=(6, 6, 3)):
+    return CASES["conv, batch"].batches(sizes)
+
+
+def _torch_gradient(model, batches, *, training):
+    """Mean loss over all examples and its gradient, batch by batch, in torch's own training or evaluation mode."""
+    model = copy.deepcopy(model).train(training)
+    loss = sum(len(x) * F.cross_entropy(model(x), y) for x, y in batches) / sum(len(x) for x, _ in batches)
+    parameters = dict(model.named_parameters())
+    return loss.item(), dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 4, 2), (2, 3, 2, 2, 2)])
+def test_the_affine_map_is_batch_norm_in_evaluation(shape, affine):
+    generator = torch.Generator().manual_seed(0)
+    x, mean, variance, weight, bias = (
+        torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_() for size in (shape, 3, 3, 3, 3)
+    )
+    with torch.no_grad():
+        variance.abs_().add_(0.1)
+    scale, shift = (weight, bias) if affine else (None, None)
+    expected = F.batch_norm(x, mean.detach(), variance.detach(), scale, shift, False, 0.1, 0.01)
+    torch.testing.assert_close(normalize_by(x, mean, variance, scale, shift, 0.01), expected, rtol=1e-12, atol=1e-12)
+    inputs = (x, mean, variance, weight, bias) if affine else (x, mean, variance)
+    assert torch.autograd.gradcheck(lambda x, m, v, w=None, b=None: normalize_by(x, m, v, w, b, 0.01), inputs)
+
+
+@norms
+@pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
+def test_derivatives_in_the_parameters_are_torchs(norm, policy):
+    model, batches = _model(norm), _batches()
+    loss, expected = _torch_gradient(model, batches, training=policy != "interpolate")
+    objective = Objective(model, batches, batch_norm=policy)
+    gradient = objective.gradient()
+    torch.testing.assert_close({name: gradient[name] for name in expected}, expected, rtol=1e-9, atol=1e-12)
+    if policy != "recalibrate":
+        assert objective.loss() == pytest.approx(loss, rel=1e-12)
+        assert gradient.keys() == (state_of(model).keys() if policy == "interpolate" else expected.keys())
+
+
+@norms
+def test_derivatives_in_the_running_statistics_are_central_differences(norm):
+    model, batches, h = _model(norm).eval(), _batches(), 1e-5
+    gradient = Objective(model, batches).gradient()
+    for entry in statistic_names("1"):
+        statistic = model.get_buffer(entry)
+        for channel in range(3):
+            ends = []
+            for step in (h, -2 * h):
+                statistic[channel] += step
+                ends.append(plain_loss(model, joined(batches)).item())
+            statistic[channel] += h
+            slope = (ends[0] - ends[1]) / (2 * h)
+            assert abs(slope) > 1e-6, "the statistic does not matter: nothing to check"
+            assert gradient[entry][channel].item() == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+def _statistics_by_torch(model, batches):
+    """Each batch's statistics as torch's training mode finds them, averaged over examples."""
+    total = {}
+    for x, _ in batches:
+        trained = copy.deepcopy(model).train()
+        trained[1].momentum = 1.0
+        trained(x)
+        for entry in statistic_names("1"):
+            total[entry] = total.get(entry, 0) + len(x) * trained.get_buffer(entry)
+    return {entry: value / sum(len(x) for x, _ in batches) for entry, value in total.items()}
+
+
+@norms
+def test_recalibrated_statistics_are_means_over_examples(norm):
+    model, batches = _model(norm), _batches()
+    expected = _statistics_by_torch(model, batches)
+    objective = Objective(model, batches, batch_norm="recalibrate")
+    torch.testing.assert_close(objective.recalibrated([{}]), [expected], rtol=1e-10, atol=1e-12)
+    calibrated = copy.deepcopy(model).eval()
+    calibrated.load_state_dict(expected, strict=False)
+    assert objective.loss() == pytest.approx(plain_loss(calibrated, joined(batches)).item(), rel=1e-10)
+
+
+def _with_shared_norm():
+    norm = nn.BatchNorm2d(2)
+    return nn.Sequential(norm, nn.Conv2d(2, 2, 1), norm, nn.Flatten(), nn.Linear(50, 3))
+
+
+@pytest.mark.parametrize("make", [CASES["conv, batch"].make_model, _with_shared_norm])
+def test_recalibration_equals_update_bn_when_batches_have_one_size(make):
+    model, batches = randomized(make().double()), _batches((5, 5, 5))
+    objective = Objective(model, batches, batch_norm="recalibrate")
+    calibrated = copy.deepcopy(model)
+    update_bn(batches, calibrated)
+    assert objective.loss() == pytest.approx(plain_loss(calibrated.eval(), joined(batches)).item(), rel=1e-10)
+    assert objective.loss() != pytest.approx(plain_loss(model.eval(), joined(batches)).item(), rel=1e-3)
+
+
+def test_many_states_are_recalibrated_in_one_pass():
+    class Loader(list):
+        visits = 0
+
+        def __iter__(self):
+            self.visits += 1
+            return super().__iter__()
+
+    class OnDemand(list):
+        """States made when asked for."""
+
+        def __getitem__(self, number):
+            return state_of(_model("batch", super().__getitem__(number)))
+
+    loader = Loader(_batches())
+    together = Objective(_model("batch", 9), loader, batch_norm="recalibrate").recalibrated(OnDemand([1, 2]))
+    assert loader.visits == 1
+    expected = [_statistics_by_torch(_model("batch", seed), _batches()) for seed in (1, 2)]
+    torch.testing.assert_close(together, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_recalibration_refuses_an_iterator():
+    objective = Objective(_model("batch"), iter(_batches()), batch_norm="recalibrate")
+    with pytest.raises(LoaderError, match="'recalibrate' visits the loader twice, and an iterator.*pass a list or a Da"):
+        objective.loss()
+    assert len(list(objective.loader)) == 3, "nothing was taken from it"
+
+
+def test_networks_without_statistics_recalibrate_to_themselves():
+    case = CASES["LayerNorm and GELU"]
+    model = case.model()
+    objective = Objective(model, case.batches(), batch_norm="recalibrate")
+    assert objective.recalibrated([{}]) == [{}]
+    assert objective.loss() == pytest.approx(plain_loss(model, joined(case.batches())).item())
+
+
+class _FixedNorm(nn.Module):
+    """Calls the functional form with constants of its own, without being a normalisation module of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.5, -0.5, 1.0]))
+        self.register_buffer("variance", torch.tensor([0.5, 2.0, 1.5]))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.mean, self.variance)
+
+
+@pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
+@pytest.mark.parametrize(
+    "norm", [lambda: nn.BatchNorm2d(3, track_running_stats=False), lambda: nn.InstanceNorm2d(3), _FixedNorm]
+)
+def test_norms_without_running_statistics_are_left_alone(norm, policy):
+    model, batches = nn.Sequential(nn.Conv2d(2, 3, 3), norm(), nn.Flatten(), nn.Linear(27, 3)).double(), _batches()
+    objective = Objective(model, batches, batch_norm=policy)
+    assert objective.state().keys() == dict(model.named_parameters()).keys()
+    assert objective.loss() == pytest.approx(_torch_gradient(model, batches, training=False)[0], rel=1e-12)
+
+
+def test_a_network_that_is_itself_a_norm():
+    model, x = randomized(nn.BatchNorm1d(4).double()), torch.randn(5, 4, dtype=torch.float64)
+    y = torch.arange(5) % 4
+    for policy, training in (("interpolate", False), ("batch", True)):
+        loss, _ = _torch_gradient(model, [(x, y)], training=training)
+        assert Objective(model, [(x, y)], batch_norm=policy).loss() == pytest.approx(loss, rel=1e-12)
+    assert Objective(model, [(x, y)]).state().keys() == {"weight", "bias", "running_mean", "running_var"}
+
+
+def test_tracked_modules_are_those_with_running_statistics():
+    model = nn.Sequential(
+        nn.BatchNorm1d(2),
+        nn.Sequential(nn.BatchNorm3d(2, track_running_stats=False), nn.InstanceNorm1d(2, track_running_stats=True)),
+        nn.LayerNorm(2),
+        nn.GroupNorm(1, 2),
+    )
+    assert [name for name, _ in tracked_modules(model)] == ["0", "1.1"]
+    assert statistic_names("1.1") == ("1.1.running_mean", "1.1.running_var")
+    assert statistic_names("") == ("running_mean", "running_var")

@@ -1,0 +1,443 @@
+"""Claim: an objective is the plain mean loss over all examples, and computing it changes nothing."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, DictNet, TiedNet
+from networks import NETWORKS, augmenting_loader, joined, plain_loss, randomized, rng_states, state_of, untouched
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lmc_curvature import BatchLoss, Objective
+from lmc_curvature.batches import Batch
+from lmc_curvature.errors import (
+    DirectionError,
+    LoaderError,
+    LossError,
+    NonFiniteError,
+    OptionError,
+    UnsupportedModelError,
+)
+from lmc_curvature.objective import as_leaves, finite_loss, movable_entries
+
+networks = pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS)
+IMAGES = NETWORKS["conv, interpolate"]
+VECTORS = NETWORKS["LayerNorm and GELU"]
+
+
+def _examples(batches):
+    data = joined(batches)
+    if isinstance(data, dict):
+        return [dict(zip(data, values, strict=True)) for values in zip(*data.values(), strict=True)]
+    return list(zip(*data, strict=True))
+
+
+LOADERS = {
+    "list, last batch short": lambda batches: batches,
+    "generator": lambda batches: (batch for batch in batches),
+    "one batch": lambda batches: [joined(batches)],
+    "shuffled": lambda batches: DataLoader(_examples(batches), batch_size=4, shuffle=True),
+}
+
+
+def _in_float32(batches):
+    return [tuple(t.float() if t.is_floating_point() else t for t in batch) for batch in batches]
+
+
+@networks
+@pytest.mark.parametrize("make_loader", LOADERS.values(), ids=LOADERS)
+def test_the_loss_is_the_mean_over_all_examples(case, make_loader):
+    model, batches = case.model(), case.batches()
+    objective = Objective(model, make_loader(batches), **case.options)
+    model.eval()
+    expected = plain_loss(model, joined(batches), case.options.get("loss_fn")).item()
+    assert objective.loss() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("make_loader", LOADERS.values(), ids=LOADERS)
+def test_the_loss_in_float32_is_that_of_any_loader(make_loader):
+    model, batches = IMAGES.model(), IMAGES.batches()
+    expected = plain_loss(copy.deepcopy(model).eval(), joined(batches)).item()
+    assert Objective(model.float(), make_loader(_in_float32(batches))).loss() == pytest.approx(expected, rel=1e-6)
+
+
+@networks
+def test_the_gradient_is_autograds(case):
+    model, batches = case.model(), case.batches()
+    objective = Objective(model, batches, **case.options)
+    parameters = dict(model.eval().named_parameters())
+    loss = torch.func.functional_call(
+        _Whole(model, case.options.get("loss_fn")),
+        {f"model.{name}": tensor for name, tensor in parameters.items()},
+        (joined(batches),),
+    )
+    expected = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+    gradient = objective.gradient()
+    torch.testing.assert_close({name: gradient[name] for name in expected}, expected, rtol=1e-8, atol=1e-11)
+
+
+class _Whole(nn.Module):
+    def __init__(self, model, loss_fn):
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+
+    def forward(self, data):
+        if isinstance(self.loss_fn, BatchLoss):
+            return self.loss_fn.fn(self.model, data)
+        return (self.loss_fn or F.cross_entropy)(self.model(data[0]), data[1])
+
+
+@networks
+def test_another_state_is_another_network(case):
+    model, other, batches = case.model(), randomized(case.model(), 7), case.batches()
+    objective = Objective(model, batches, **case.options)
+    expected = plain_loss(other.eval(), joined(batches), case.options.get("loss_fn")).item()
+    assert objective.loss(state_of(other)) == pytest.approx(expected, rel=1e-10)
+    assert objective.loss() != pytest.approx(expected, rel=1e-3)
+    for name, tensor in state_of(other).items():
+        # Each entry matters by itself: none is cached in the module that holds it.
+        model_with_it = copy.deepcopy(model).eval()
+        dict([*model_with_it.named_parameters(), *model_with_it.named_buffers()])[name].data.copy_(tensor)
+        expected = plain_loss(model_with_it, joined(batches), case.options.get("loss_fn")).item()
+        assert objective.loss({name: tensor}) == pytest.approx(expected, rel=1e-10), name
+
+
+@networks
+def test_the_state_is_a_snapshot_of_what_can_move(case):
+    model = case.model()
+    expected = state_of(model)
+    objective = Objective(model, case.batches(), **case.options)
+    before = objective.loss()
+    randomized(model, 3)
+    torch.testing.assert_close(objective.state(), expected, rtol=0, atol=0)
+    assert objective.loss() == before
+
+
+def test_the_mode_of_the_network_does_not_matter():
+    model = NETWORKS["dropout"].model()
+    losses = {Objective(model.train(mode), NETWORKS["dropout"].batches()).loss() for mode in (True, False)}
+    assert len(losses) == 1
+
+
+def test_a_network_whose_train_returns_nothing():
+    class Forgetful(nn.Linear):
+        def train(self, mode=True):
+            super().train(mode)
+
+    model = Forgetful(5, 3).double()
+    expected = plain_loss(model, joined(VECTORS.batches())).item()
+    assert Objective(model, VECTORS.batches()).loss() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_a_loss_module_with_weights_weighs_batches_by_examples(dtype):
+    batches, model = _in_float32(VECTORS.batches()), VECTORS.model().float()
+    loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0]))
+    expected = sum(len(x) * loss_fn(model(x), y) for x, y in batches).item() / 15
+    with untouched(model, loss_fn):
+        assert Objective(model, batches, loss_fn=loss_fn, dtype=dtype).loss() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_loss_module_is_evaluated_without_its_dropout():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, output, target):
+            return F.cross_entropy(self.dropout(output), target)
+
+    model, loss_fn = VECTORS.model(), Wrapped()
+    expected = plain_loss(model, joined(VECTORS.batches())).item()
+    with untouched(model, loss_fn):
+        assert Objective(model, VECTORS.batches(), loss_fn=loss_fn).loss() == pytest.approx(expected, rel=1e-12)
+
+
+def test_batch_losses_weigh_by_their_size():
+    def token_loss(model, batch):
+        return F.cross_entropy(model.head(model.embedding(batch["ids"])).flatten(0, 1), batch["labels"].flatten())
+
+    batches = CASES["dict batches"].batches((4, 3))
+    batches[0]["labels"][:, 1:] = -100
+    model = randomized(DictNet())
+    loss_fn = BatchLoss(token_loss, size=lambda batch: (batch["labels"] != -100).sum())
+    expected = token_loss(model, joined(batches)).item()
+    assert Objective(model, batches, loss_fn=loss_fn).loss() == pytest.approx(expected, rel=1e-6)
+    assert Objective(model, batches, loss_fn=BatchLoss(token_loss)).loss() != pytest.approx(expected, rel=1e-3)
+
+
+def test_the_loss_is_computed_in_the_type_asked_for():
+    model, batches = IMAGES.model().float(), _in_float32(IMAGES.batches())
+    in_float64 = joined([(x.double(), y) for x, y in batches])
+    exact = plain_loss(copy.deepcopy(model).double().eval(), in_float64).item()
+    assert Objective(model, batches, dtype=torch.float64).loss() == pytest.approx(exact, rel=1e-13)
+    assert Objective(model, batches).loss() != pytest.approx(exact, rel=1e-13)
+    rough = Objective(model, batches, dtype=torch.bfloat16).loss()
+    assert rough == pytest.approx(exact, rel=0.05)
+    assert rough != pytest.approx(exact, rel=1e-6)
+
+
+def test_entries_and_batches_have_the_objectives_type():
+    x, y = torch.ones(2, 5, dtype=torch.float16), torch.tensor([0.5, 1.0])
+    model = nn.Linear(5, 1)
+    loader = [(x, {"value": y, "id": torch.arange(2)})]
+    for dtype, expected in ((None, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16)):
+        objective = Objective(
+            model, loader, dtype=dtype, loss_fn=lambda output, target: F.mse_loss(output[:, 0], target["value"])
+        )
+        assert {tensor.dtype for tensor in objective.state().values()} == {expected}
+        assert {tensor.dtype for tensor in objective.gradient().values()} == {expected}
+        assert objective.place({"weight": torch.ones(1, 5)})["weight"].dtype == expected
+        with objective.one_pass() as batches:
+            data = next(batches).data
+        assert (data[0].dtype, data[1]["value"].dtype, data[1]["id"].dtype) == (expected, expected, torch.int64)
+
+
+def test_sums_over_batches_are_kept_in_float64():
+    # 2²⁴ + 1 is no float32: a sum kept in float32 loses the small batches.
+    model = nn.Linear(1, 1, bias=False)
+    batches = [(torch.full((1, 1), value), torch.zeros(1)) for value in (2.0**24, *[1.0] * 16)]
+    objective = Objective(model, batches, loss_fn=lambda output, _: output.mean())
+    state = {"weight": torch.ones(1, 1)}
+    assert objective.loss(state) == pytest.approx((2.0**24 + 16) / 17, rel=1e-12)
+    assert objective.gradient(state)["weight"].item() == (2.0**24 + 16) / 17
+
+
+def test_max_batches_takes_no_more_than_it_says():
+    model, batches = VECTORS.model(), VECTORS.batches((4, 4, 4, 4))
+    loader = iter(batches)
+    expected = plain_loss(model, joined(batches[:2])).item()
+    assert Objective(model, loader, max_batches=2).loss() == pytest.approx(expected, rel=1e-12)
+    assert len(list(loader)) == 2
+
+
+def test_gradients_need_neither_requires_grad_nor_grad_mode():
+    model, batches = VECTORS.model(), VECTORS.batches()
+    expected = Objective(model, batches).gradient()
+    with torch.no_grad():
+        frozen = Objective(model.requires_grad_(False), batches).gradient()
+    torch.testing.assert_close(frozen, expected, rtol=0, atol=0)
+
+
+def test_a_batch_is_evaluated_with_its_output():
+    model, batches = VECTORS.model(), VECTORS.batches()
+    batch = Batch(0, 6, batches[0])
+    loss, output, target = Objective(model, batches).batch_evaluation({}, batch)
+    torch.testing.assert_close(output, model(batches[0][0]))
+    assert target is batches[0][1]
+    torch.testing.assert_close(loss, F.cross_entropy(output, target))
+    whole = Objective(model, batches, loss_fn=BatchLoss(lambda model, batch: model(batch[0]).mean()))
+    assert whole.batch_evaluation({}, batch)[1:] == (None, None)
+
+
+def test_a_pass_shows_its_progress_when_asked(capsys):
+    objective = Objective(VECTORS.model(), VECTORS.batches())
+    for progress in (False, True):
+        with objective.one_pass(progress=progress, description="looking") as batches:
+            assert [(batch.index, batch.size) for batch in batches] == [(0, 6), (1, 6), (2, 3)]
+        shown = capsys.readouterr().err
+        assert ("looking" in shown and "0/3" in shown) if progress else shown == ""
+
+
+# What must not change
+
+
+def _used_network():
+    """A network in the middle of its life: in training mode but for one module, with gradients, partly frozen."""
+    model = IMAGES.model()
+    model.bn1.eval()
+    model.conv2.requires_grad_(False)
+    x, y = IMAGES.batches()[0]
+    F.cross_entropy(model(x), y).backward()
+    return model
+
+
+class Flawed:
+    """Two good batches of a loader that draws random numbers, and then a flaw; good again at its later visits."""
+
+    def __init__(self, flaw):
+        self.flaw = flaw
+
+    def __iter__(self):
+        for index, batch in enumerate(augmenting_loader(*joined(IMAGES.batches()))):
+            if index == 2 and self.flaw is not None:
+                flaw, self.flaw = self.flaw, None
+                yield flaw()
+            yield batch
+
+
+def _raise():
+    raise OSError("the disk is gone")
+
+
+FLAWS = {
+    "no flaw": (None, None, ""),
+    "not a pair": (lambda: 3, LoaderError, "Batch 2 of the loader is an object of type int"),
+    "empty batch": (lambda: (torch.ones(0, 2, 5, 5), torch.ones(0)), LoaderError, "Batch 2 .* holds 0 examples"),
+    "not finite": (
+        lambda: (torch.full((1, 2, 5, 5), torch.nan), torch.tensor([0])),
+        NonFiniteError,
+        r"loss is nan at batch 2 \(1 examples\)(\.|, while statistics are re-estimated\.) Check the data of that batch",
+    ),
+    "wrong shape": (lambda: (torch.ones(2, 9, 5, 5), torch.tensor([0, 1])), RuntimeError, "channels"),
+    "loader fails": (_raise, OSError, "the disk is gone"),
+}
+
+
+@pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
+@pytest.mark.parametrize(("flaw", "error", "message"), FLAWS.values(), ids=FLAWS)
+def test_nothing_changes_also_after_an_error(flaw, error, message, policy):
+    model = _used_network()
+    for compute in (Objective.loss, Objective.gradient):
+        objective = Objective(model, Flawed(flaw), batch_norm=policy)
+        with untouched(model):
+            if error is None:
+                compute(objective)
+            else:
+                # `caught` holds the exception, and with it all frames of the pass, until the end.
+                with pytest.raises(error, match=message) as caught:
+                    compute(objective)
+                assert caught.value.__traceback__ is not None
+            # The objective is as before, too.
+            again = compute(objective)
+            torch.testing.assert_close(again, compute(Objective(model, Flawed(None), batch_norm=policy)), rtol=0, atol=0)
+
+
+def test_generators_are_restored_although_a_pass_is_left_halfway(untyped):
+    objective = Objective(_used_network(), Flawed(None))
+    before = rng_states()
+    with objective.one_pass() as batches:
+        next(batches)
+        assert rng_states() != before
+    assert rng_states() == before
+    assert batches is not None
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_norm": "interpolat"}, OptionError, "batch_norm='interpolat'.*did you mean 'interpolate'"),
+        ({"batch_norm": 3}, OptionError, "batch_norm=3.*choose from 'interpolate', 'batch', 'recalibrate'"),
+        ({"max_batches": 0}, OptionError, r"max_batches=0: at least one batch is needed \(or None for all\)"),
+        ({"loader": 5}, LoaderError, "loader is an object of type int; expected an iterable.*DataLoader"),
+        ({"loader": None}, LoaderError, "loader is an object of type NoneType; expected an iterable"),
+        (
+            {"loss_fn": nn.CrossEntropyLoss(reduction="sum")},
+            LossError,
+            r"CrossEntropyLoss\(reduction='sum'\).*use reduction='mean'",
+        ),
+        ({"loss_fn": nn.MSELoss(reduction="none")}, LossError, r"MSELoss\(reduction='none'\).*use reduction='mean'"),
+    ],
+)
+def test_bad_options_are_refused_at_once(untyped, options, error, message):
+    with pytest.raises(error, match=message):
+        Objective(VECTORS.model(), **{"loader": [], **options})
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ([], "yielded no batch; expected at least one"),
+        (iter([]), "yielded no batch: it may have been used up by an earlier pass.*pass a list or a DataLoader"),
+        ([torch.ones(3, 5)], r"Batch 0 of the loader is a tensor of shape \(3, 5\).*expected an \(x, y\) pair"),
+        (["text"], "Batch 0 of the loader is an object of type str"),
+    ],
+)
+@pytest.mark.parametrize("compute", [Objective.loss, Objective.gradient])
+def test_bad_loaders_are_described(loader, message, compute):
+    with pytest.raises(LoaderError, match=message):
+        compute(Objective(VECTORS.model(), loader))
+
+
+def test_a_batch_without_examples_by_its_own_size_is_refused():
+    loss_fn = BatchLoss(lambda model, batch: model(batch[0]).mean(), size=lambda batch: 0)
+    with pytest.raises(LoaderError, match="Batch 0 of the loader holds 0 examples"):
+        Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn).loss()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda output, target: output.sum(1), r"loss has shape \(6,\); expected a scalar.*reduction='mean'"),
+        (lambda output, target: output.mean().item(), "loss is an object of type float; expected a scalar tensor"),
+        (lambda output, target: (output.mean(), 1), "loss is a tuple of length 2; expected a scalar tensor"),
+        (lambda output, target: output.argmax(), "loss has type torch.int64; expected a real floating-point scalar"),
+        (lambda output, target: output.mean() + 0j, "loss has type torch.complex128; expected a real floating-point"),
+        (BatchLoss(lambda model, batch: {"loss": 1}), "loss is a mapping with keys 'loss'; expected a scalar"),
+    ],
+)
+def test_bad_losses_are_described(untyped, loss_fn, message):
+    with pytest.raises(LossError, match=message):
+        Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn).loss()
+
+
+def test_a_loss_that_is_not_finite_is_placed():
+    assert finite_loss(torch.tensor(0.5), Batch(3, 7, None)) == 0.5
+    with pytest.raises(NonFiniteError, match=r"The loss is inf at batch 3 \(7 examples\), at alpha=0.5\. Check the data"):
+        finite_loss(torch.tensor(torch.inf), Batch(3, 7, None), ", at alpha=0.5")
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"0.wait": torch.ones(6, 5)}, "no entry '0.wait': did you mean '0.weight'"),
+        ({"0.weight": torch.ones(5, 6)}, r"'0.weight' has shape \(5, 6\); expected \(6, 5\)"),
+        ({"0.bias": torch.ones(6, dtype=torch.int64)}, "'0.bias' has type torch.int64; expected real floating-point"),
+        ({"0.bias": torch.ones(6, dtype=torch.complex64)}, "'0.bias' has type torch.complex64; expected real"),
+    ],
+)
+@pytest.mark.parametrize("compute", [Objective.loss, Objective.gradient, Objective.place])
+def test_bad_states_are_named(state, message, compute):
+    with pytest.raises(DirectionError, match=message):
+        compute(Objective(VECTORS.model(), []), state)
+
+
+def _with_parameter(tensor):
+    model = nn.Linear(2, 2)
+    model.extra = nn.Parameter(tensor, requires_grad=False)
+    return model
+
+
+def _old_weight_norm():
+    # What torch.nn.utils.weight_norm leaves behind: an attribute that is a node of the graph.
+    model = nn.Linear(2, 2)
+    model.computed = model.weight * 2
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _with_parameter(torch.arange(3)), "'extra' has type torch.int64.*real floating.*Register it as a buffer"),
+        (lambda: _with_parameter(torch.ones(3, dtype=torch.complex64)), "'extra' has type torch.complex64"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "Parameter '0.weight' is uninitialised: run the network on one batch"),
+        (lambda: nn.LazyBatchNorm1d(affine=False), "Buffer 'running_mean' is uninitialised: run the network on one"),
+        (_old_weight_norm, "Linear cannot be copied.*copy.deepcopy.*torch.nn.utils.parametrizations"),
+    ],
+)
+def test_networks_that_cannot_move_are_refused_at_once(make, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        Objective(make(), [])
+
+
+def test_movable_entries_are_parameters_once_and_statistics_by_policy():
+    parameters = ("encoder.weight", "encoder.bias", "middle.weight", "middle.bias", "decoder.bias")
+    assert movable_entries(TiedNet(), "interpolate") == parameters
+    conv = IMAGES.model()
+    statistics = ("bn1.running_mean", "bn1.running_var", "bn2.running_mean", "bn2.running_var")
+    parameters = tuple(name for name, _ in conv.named_parameters())
+    assert movable_entries(conv, "interpolate") == parameters + statistics
+    assert movable_entries(conv, "batch") == movable_entries(conv, "recalibrate") == parameters
+
+
+def test_leaves_are_new_and_leave_the_state_alone():
+    state = {"a": torch.ones(2), "b": torch.ones(2, requires_grad=True) * 2}
+    leaves = as_leaves(state)
+    assert all(leaf.is_leaf and leaf.requires_grad for leaf in leaves.values())
+    assert not state["a"].requires_grad
+    torch.testing.assert_close(leaves, state, rtol=0, atol=0)
