@@ -20,6 +20,7 @@ from lmc_curvature.errors import DataError, LMCCurvatureError, OptionError, chec
 from lmc_curvature.forking.checkpoints import load_checkpoint
 from lmc_curvature.forking.data import load_data
 from lmc_curvature.forking.models import make_model
+from lmc_curvature.layers import LayerPartition, layer_indices
 from lmc_curvature.normalization import BatchNormPolicy
 from lmc_curvature.tables import (
     demo_tables,
@@ -99,8 +100,14 @@ def predict(
     progress: Progress = True,
 ) -> None:
     """Predict the barrier between networks A and B from the curvature at each of them."""
+    first, second = _load_pair(a, b, model, model_option, device)
+    names = LayerPartition.of(first, layers).names
+    parsed_sets = _parse_sets(sets)
+    for members in parsed_sets:
+        layer_indices(names, members)
     prediction = predict_barrier(
-        *_load_pair(a, b, model, model_option, device),
+        first,
+        second,
         _load_batches(data, split, limit, batch_size, progress),
         layers=layers,
         batch_norm=cast(BatchNormPolicy, batch_norm),
@@ -110,7 +117,6 @@ def predict(
     )
     if save is not None:
         prediction.save(save)
-    parsed_sets = _parse_sets(sets)
     if as_json:
         _print_json(prediction_record(prediction, parsed_sets))
     else:
@@ -161,10 +167,11 @@ def measure(
         _print(str(measurement), *([measurement_table(measurement)] if measurement.sets else []))
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         _print(f"lmc-curvature {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextlib.contextmanager
@@ -63,11 +63,11 @@ def _states() -> list[Any]:
     return states
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return a == b
+def _equal(a: list[Any], b: list[Any]) -> bool:
+    torch_a, python_a, numpy_a, *cuda_a = a
+    torch_b, python_b, numpy_b, *cuda_b = b
+    return (
+        python_a == python_b
+        and all(map(np.array_equal, numpy_a, numpy_b))
+        and all(map(torch.equal, [torch_a, *cuda_a], [torch_b, *cuda_b]))
+    )

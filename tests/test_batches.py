@@ -45,7 +45,10 @@ def test_other_forms_count_their_first_tensor(data):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (X, r"Batch 3 of the loader is a tensor of shape \(5, 2\) and type torch.float32; expected an \(x, y\) pair.*Batch"),
+        (
+            X,
+            r"Batch 3 of the loader is a tensor of shape \(5, 2\) and type torch.float32; expected an \(x, y\) pair",
+        ),
         ((X, Y, Y), r"is a tuple of length 3; expected an \(x, y\) pair.*loss_fn=BatchLoss\(fn\)"),
         ([X], "is a list of length 1; expected"),
         ({"x": X, "y": Y}, "is a mapping with keys 'x', 'y'; expected"),
@@ -61,7 +64,9 @@ def test_what_is_no_pair_of_examples_is_described(data, message):
         count_pair(data, 3)
 
 
-@pytest.mark.parametrize(("data", "message"), [({"a": [1, 2]}, "mapping with keys 'a', without"), (3, "type int, with")])
+@pytest.mark.parametrize(
+    ("data", "message"), [({"a": [1, 2]}, "mapping with keys 'a', without"), (3, "type int, with")]
+)
 def test_what_cannot_be_counted_is_described(data, message):
     with pytest.raises(LoaderError, match=f"Batch 2 .*{message}.*BatchLoss"):
         count_leading(data, 2)

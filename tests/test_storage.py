@@ -83,7 +83,10 @@ def _rewritten(header):
         (lambda path: path.write_text("{}"), "is damaged or is not a safetensors file"),
         (_rewritten({"kind": "other", "version": "1"}), "holds 'other'; expected a file of kind 'test'"),
         (_rewritten(None), "holds None; expected a file of kind 'test'"),
-        (_rewritten({"kind": "test", "version": "2"}), "has format version '2'; this release reads version '1': upgrade"),
+        (
+            _rewritten({"kind": "test", "version": "2"}),
+            "has format version '2'; this release reads '?version '1'.*upgrade",
+        ),
     ],
 )
 def test_strange_files_are_refused_by_name(tmp_path, damage, message):

@@ -16,7 +16,7 @@ from scipy import stats
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
-from lmc_curvature.figures.panels import Fork, Measurements, Predictions, heading, matched_forks, short_number
+from lmc_curvature.figures.panels import Fork, Measurements, Predictions, heading, paired_forks, short_number
 from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, GREY, PALE, SMALL, fork_colors, look, new_figure
 
 Color = tuple[float, float, float, float]
@@ -40,7 +40,8 @@ class Pairs:
         """Spearman's ρ; NaN for fewer than three pairs, or where one side is constant."""
         if len(self.measured) < 3 or np.ptp(self.measured) == 0 or np.ptp(self.predicted) == 0:
             return math.nan
-        return float(stats.spearmanr(self.measured, self.predicted).statistic)
+        correlation, _ = np.asarray(stats.spearmanr(self.measured, self.predicted))
+        return float(correlation)
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,12 @@ def draw_predicted_against_measured(
             although sets of layers were measured.
         UnknownLayerError: A measured layer is not one of the prediction's: their partitions differ.
     """
-    forks = matched_forks(predictions, measurements)
+    forks = paired_forks(predictions, measurements)
     colors = fork_colors(forks)
-    panels = {"whole network": {fork: _whole(predictions[fork], measurements[fork], expansion) for fork in forks}}
-    if any(measurements[fork].sets for fork in forks):
-        panels["each layer alone"] = {fork: _sets(predictions[fork], measurements[fork], expansion) for fork in forks}
-    figure = new_figure(COLUMN_WIDTH * len(panels), 3.6)
+    panels = {"whole network": {fork: _whole(*pair, expansion) for fork, pair in forks.items()}}
+    if any(measurement.sets for _, measurement in forks.values()):
+        panels["each layer alone"] = {fork: _sets(*pair, expansion) for fork, pair in forks.items()}
+    figure = new_figure(COLUMN_WIDTH * len(panels), 3.95)
     scales = []
     for number, (title, pairs) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
@@ -142,18 +143,17 @@ def _draw_pairs(axes: Axes, pairs: Mapping[Fork, Pairs], scale: LogScale, colors
         points = np.stack([each.measured, each.predicted])
         small = (points < scale.floor).any(axis=0)
         shown = np.where(points < scale.floor, scale.strip, points)
-        for kind, chosen in (("", ~small), (" in the strip", small)):
-            if chosen.any():
-                _draw_points(axes, *shown[:, chosen], colors[fork], hollow=bool(kind), label=f"_{fork}{kind}")
+        _draw_points(axes, shown[:, ~small], colors[fork], colors[fork], label=f"_{fork}")
+        _draw_points(axes, shown[:, small], colors[fork], "none", label=f"_{fork}, small")
     _trim_ticks(axes, scale)
     if scale.low < scale.floor:
         _draw_strips(axes, scale)
         _count_both_small(axes, pairs.values(), scale)
 
 
-def _draw_points(axes: Axes, x: np.ndarray, y: np.ndarray, color: Color, *, hollow: bool, label: str) -> None:
-    face = "none" if hollow else color
-    axes.plot(x, y, "o", color=color, markerfacecolor=face, markersize=4, alpha=0.85, label=label, clip_on=False)
+def _draw_points(axes: Axes, points: Float[np.ndarray, "2 n"], color: Color, face: Color | str, *, label: str) -> None:
+    x, y = points
+    axes.plot(x, y, "o", color=color, markerfacecolor=face, markersize=4, alpha=0.85, label=label)
 
 
 def _trim_ticks(axes: Axes, scale: LogScale) -> None:
@@ -186,7 +186,7 @@ def _count_both_small(axes: Axes, pairs: Iterable[Pairs], scale: LogScale) -> No
 
 
 def _draw_legend(figure: Figure, colors: Mapping[Fork, Color], scales: Sequence[LogScale]) -> None:
-    """A row of forks, and a row that explains the line and the strip."""
+    """The forks above the panels; below them, what the line and the strip mean."""
     points: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4}
     forks = [Line2D([], [], color=color, label=str(fork), **points) for fork, color in colors.items()]
     others = [Line2D([], [], color=GREY, linewidth=0.8, label="predicted = measured")]
@@ -194,6 +194,6 @@ def _draw_legend(figure: Figure, colors: Mapping[Fork, Color], scales: Sequence[
         cut = any(scale.cut for scale in scales)
         label = f"in the grey strip: no barrier (≤ 0){f', or 1e{_MOST_DECADES} times below the largest' if cut else ''}"
         others.append(Line2D([], [], color=GREY, markerfacecolor="none", label=label, **points))
-    figure.legend(handles=others, loc="outside lower center", ncols=2)
+    figure.legend(handles=others, loc="outside lower left")
     title = "fork at epoch" if all(isinstance(fork, int) for fork in colors) else "fork"
-    figure.legend(handles=forks, title=title, loc="outside lower center", ncols=8)
+    figure.legend(handles=forks, title=title, loc="outside upper left", ncols=5 * len(scales), alignment="left")

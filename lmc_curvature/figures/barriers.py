@@ -20,15 +20,14 @@ from lmc_curvature.figures.panels import (
     ALPHAS,
     BARRIER_LABEL,
     Bars,
-    Fork,
     Measurements,
     Predictions,
     alpha_axis,
     fork_title,
     heading,
     layer_rows,
-    matched_forks,
     number_with_error,
+    paired_forks,
     rows_height,
     short_number,
     zero_line,
@@ -47,6 +46,7 @@ _METRIC_UNITS = {"loss": "units of the loss", "error": "share of examples"}
 _ACCENT = "#D55E00"
 _BAR_GREY = "#888888"
 _MEASURED: dict[str, Any] = {"color": INK, "marker": "o", "markersize": 3, "linewidth": 1}
+_TIGHT_LEGEND: dict[str, Any] = {"borderaxespad": 0, "borderpad": 0.2, "labelspacing": 0.2, "columnspacing": 1.0}
 _CURVE_HEIGHT = 2.3
 _ROW_HEIGHT = 0.15
 _MOST_COLUMNS = 3
@@ -94,9 +94,12 @@ def draw_measurement(measurement: BarrierMeasurement) -> Figure:
         measurement: What `measure_barrier` found.
     """
     metrics, sets = measurement.metrics, measurement.sets
-    height = max(_CURVE_HEIGHT * len(metrics), rows_height(len(sets), _ROW_HEIGHT) + 0.6) + 0.25
-    figure = new_figure(TEXT_WIDTH if sets else COLUMN_WIDTH, height)
-    grid = figure.add_gridspec(len(metrics), 2 if sets else 1)
+    curves_height = _CURVE_HEIGHT * len(metrics)
+    spare = max(rows_height(len(sets), _ROW_HEIGHT) + 0.6 - curves_height, 0.0)
+    figure = new_figure(TEXT_WIDTH if sets else COLUMN_WIDTH, curves_height + spare + 0.25)
+    # A network of many layers makes a tall figure; its curves stay as they are, over an empty cell.
+    heights = [_CURVE_HEIGHT] * len(metrics) + [spare] * (spare > 0)
+    grid = figure.add_gridspec(len(heights), 2 if sets else 1, height_ratios=heights)
     panels = [figure.add_subplot(grid[row, 0]) for row in range(len(metrics))]
     for axes, metric in zip(panels, metrics, strict=True):
         _draw_metric(axes, measurement, metric)
@@ -125,23 +128,24 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
     Raises:
         OptionError: The two do not have the same forks, or a loss was not measured.
     """
-    forks = matched_forks(predictions, measurements)
-    figure, panels = _fork_panels(forks, 1.9)
-    for fork, axes in panels.items():
-        prediction, measurement = predictions[fork], measurements[fork]
+    pairs = paired_forks(predictions, measurements)
+    figure, panels = _fork_panels(len(pairs), 2.05)
+    for (fork, (prediction, measurement)), axes in zip(pairs.items(), panels, strict=True):
         _barrier_axes(axes)
         axes.plot(measurement.alphas, measurement.curve(), label=short_number(measurement.barrier()), **_MEASURED)
         for expansion in ("second-order", "with-slopes"):
             _draw_expansion(axes, prediction, expansion, label=short_number(prediction.barrier(None, expansion)))
-        tight = {"borderaxespad": 0, "borderpad": 0.2, "handlelength": 1.6, "handletextpad": 0.5, "columnspacing": 0.9}
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.99), ncols=3, **tight)
-        heading(axes, fork_title(fork), _distance_text(prediction), lift=10)
-    _share_scale(list(panels.values()))
+        # In two columns three wide numbers still fit over a panel; a wider legend would leave it.
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.98), ncols=2, **_TIGHT_LEGEND)
+        heading(axes, fork_title(fork), _distance_text(prediction), lift=20)
+    _share_scale(panels)
     figure.supxlabel(ALPHA_LABEL, fontsize="medium")
     figure.supylabel(BARRIER_LABEL, fontsize="medium")
     handles = [Line2D([], [], label="measured", **_MEASURED)]
-    for pen in (EXPANSION_PENS["second-order"], EXPANSION_PENS["with-slopes"]):
-        handles.append(Line2D([], [], color=pen.color, linestyle=pen.linestyle, label=f"predicted, {pen.label}"))
+    handles += [
+        Line2D([], [], color=pen.color, linestyle=pen.linestyle, label=f"predicted, {pen.label}")
+        for pen in (EXPANSION_PENS["second-order"], EXPANSION_PENS["with-slopes"])
+    ]
     figure.legend(handles=handles, loc="outside upper left", ncols=3)
     return figure
 
@@ -161,18 +165,16 @@ def draw_layer_bars(predictions: Predictions, measurements: Measurements) -> Fig
         OptionError: The two do not have the same forks, or a measurement has no sets of layers, or no loss.
         UnknownLayerError: A measured layer is not one of the prediction's: their partitions differ.
     """
-    forks = matched_forks(predictions, measurements)
-    most = max(len(measurements[fork].sets) for fork in forks)
-    figure, panels = _fork_panels(forks, rows_height(most, 0.19) + 0.55)
-    same_names = len({measurements[fork].layers for fork in forks}) == 1
+    pairs = paired_forks(predictions, measurements)
+    names = [measurement.layers for _, measurement in pairs.values()]
+    figure, panels = _fork_panels(len(pairs), rows_height(max(map(len, names)), 0.19) + 0.55)
     handles: list[Artist] = []
-    for number, (fork, axes) in enumerate(panels.items()):
-        prediction, measurement = predictions[fork], measurements[fork]
+    for number, (fork, (prediction, measurement)) in enumerate(pairs.items()):
         bars = [_measured_bars(measurement, "loss"), _predicted_bars(prediction, measurement.sets)]
         marks = _predicted_bars(prediction, measurement.sets, "with-slopes")
-        named = number % _MOST_COLUMNS == 0 or not same_names
-        layer_rows(axes, measurement.layers, bars, marks=marks, label_rows=named)
-        heading(axes, fork_title(fork), _distance_text(prediction))
+        named = number % _MOST_COLUMNS == 0 or len(set(names)) > 1
+        layer_rows(panels[number], measurement.layers, bars, marks=marks, label_rows=named)
+        heading(panels[number], fork_title(fork), _distance_text(prediction))
         diamond = Line2D([], [], color=marks.color, marker="D", markersize=3, linestyle="none", label=marks.label)
         handles = [*(Patch(color=group.color, label=group.label) for group in bars), diamond]
     figure.supxlabel(BARRIER_LABEL, fontsize="medium")
@@ -180,13 +182,13 @@ def draw_layer_bars(predictions: Predictions, measurements: Measurements) -> Fig
     return figure
 
 
-def _fork_panels(forks: Sequence[Fork], panel_height: float) -> tuple[Figure, dict[Fork, Axes]]:
+def _fork_panels(count: int, panel_height: float) -> tuple[Figure, list[Axes]]:
     """A figure with a panel a fork, row by row."""
-    columns = min(len(forks), _MOST_COLUMNS)
-    rows = math.ceil(len(forks) / columns)
+    columns = min(count, _MOST_COLUMNS)
+    rows = math.ceil(count / columns)
     figure = new_figure(max(TEXT_WIDTH * columns / _MOST_COLUMNS, COLUMN_WIDTH), panel_height * rows + 0.5)
     grid = figure.add_gridspec(rows, columns)
-    return figure, {fork: figure.add_subplot(grid[divmod(i, columns)]) for i, fork in enumerate(forks)}
+    return figure, [figure.add_subplot(grid[divmod(number, columns)]) for number in range(count)]
 
 
 def _barrier_axes(axes: Axes) -> None:

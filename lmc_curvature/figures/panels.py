@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -20,8 +21,8 @@ ALPHA_LABEL = "position α on the segment"
 BARRIER_LABEL = "barrier (units of the loss)"
 
 Fork = int | str
-Predictions = Mapping[Fork, BarrierPrediction] | Mapping[int, BarrierPrediction] | Mapping[str, BarrierPrediction]
-Measurements = Mapping[Fork, BarrierMeasurement] | Mapping[int, BarrierMeasurement] | Mapping[str, BarrierMeasurement]
+Predictions = Mapping[int, BarrierPrediction] | Mapping[str, BarrierPrediction]
+Measurements = Mapping[int, BarrierMeasurement] | Mapping[str, BarrierMeasurement]
 
 # Above this many rows a page is full, and only every second, third, … name is written.
 _MAX_ROWS = 60
@@ -45,20 +46,24 @@ class Bars:
     errors: Float[np.ndarray, " layers"] | None = None
 
 
-def matched_forks(predictions: Mapping, measurements: Mapping) -> list[Fork]:
-    """Keys common to predictions and measurements: epochs in increasing order, other labels in the given order.
+def paired_forks(
+    predictions: Predictions, measurements: Measurements
+) -> dict[Fork, tuple[BarrierPrediction, BarrierMeasurement]]:
+    """Prediction and measurement of each fork: epochs in increasing order, other labels in the order given.
 
     Raises:
-        OptionError: There is none, or a fork is predicted but not measured, or the other way round.
+        OptionError: There is no fork, or one is predicted but not measured, or the other way round.
     """
-    unmatched = [key for key in (*predictions, *measurements) if (key in predictions) != (key in measurements)]
-    if unmatched or not predictions:
+    predicted: dict[Fork, BarrierPrediction] = dict(predictions.items())
+    measured: dict[Fork, BarrierMeasurement] = dict(measurements.items())
+    if not predicted or predicted.keys() != measured.keys():
         raise OptionError(
-            f"The forks predicted are {list(predictions)}, those measured {list(measurements)}; expected the same "
-            "forks in both, and at least one."
+            f"The forks predicted are {list(predicted)}, those measured {list(measured)}; expected the same forks in "
+            "both, and at least one."
         )
-    forks = list(predictions)
-    return sorted(forks) if all(isinstance(fork, int) for fork in forks) else forks
+    epochs = sorted(fork for fork in predicted if isinstance(fork, int))
+    labels = [fork for fork in predicted if isinstance(fork, str)]
+    return {fork: (predicted[fork], measured[fork]) for fork in (*epochs, *labels)}
 
 
 def fork_title(fork: Fork) -> str:
@@ -99,7 +104,7 @@ def heading(axes: Axes, title: str, detail: str, *, lift: float = 0) -> None:
         lift: Points to leave free between the panel and the small print.
     """
     axes.set_title(title, loc="left", pad=lift + SMALL + 7)
-    place = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
     axes.annotate(detail, (0, 1), (0, lift + 4), fontsize=SMALL, color=GREY, **place)
 
 
@@ -173,8 +178,5 @@ def _tick_text(value: float) -> str:
 
 
 def _shorten(name: str) -> str:
-    """The name, without its middle where it is long: its end tells layers apart, its beginning says where they are."""
-    if len(name) <= _LONGEST_NAME:
-        return name
-    half = (_LONGEST_NAME - 1) // 2
-    return f"{name[:half]}…{name[-half:]}"
+    """The end of a long name, which tells layers apart."""
+    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"

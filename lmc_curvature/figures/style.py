@@ -4,12 +4,12 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import matplotlib as mpl
-import matplotlib.style
+from matplotlib import style
 from matplotlib.figure import Figure
 
 from lmc_curvature.barrier.expansions import Expansion
@@ -30,7 +30,7 @@ class Pen(NamedTuple):
 
     label: str
     color: str
-    linestyle: str
+    linestyle: Literal["-", "--", "-.", ":"]
 
 
 # Hues of Okabe and Ito, told apart with every common colour blindness; line styles tell them apart in grey.
@@ -83,7 +83,7 @@ class NotebookFigure(Figure):
 @contextlib.contextmanager
 def look() -> Iterator[None]:
     """The common look, while the block or the decorated function runs; the caller's settings come back after it."""
-    with _LOCK, mpl.style.context(_LOOK, after_reset=True):
+    with _LOCK, style.context(_LOOK, after_reset=True):
         yield
 
 
@@ -92,8 +92,9 @@ def new_figure(width: float, height: float) -> Figure:
     return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
-def fork_colors(forks: Sequence[int | str]) -> dict[int | str, tuple[float, float, float, float]]:
+def fork_colors(forks: Iterable[int | str]) -> dict[int | str, tuple[float, float, float, float]]:
     """A colour a fork, from dark for the first to light for the last (viridis, without its palest end)."""
+    forks = list(forks)
     steps = max(len(forks) - 1, 1)
     return {fork: mpl.colormaps["viridis"](0.9 * number / steps) for number, fork in enumerate(forks)}
 

@@ -72,6 +72,11 @@ class ForkConfig(Configuration):
                 raise ValueError(f"{outside[0]} is outside the schedule of {last + 1} epochs; choose from 0 to {last}.")
         return fork_epochs
 
+    @property
+    def parent_epochs(self) -> tuple[int, ...]:
+        """The epochs at which the parent is stored: the fork epochs and the last."""
+        return (*self.fork_epochs, self.training.epochs)
+
 
 @dataclasses.dataclass(frozen=True)
 class ForkDirectory:
@@ -179,10 +184,9 @@ def load_parent(out_dir: str | os.PathLike[str], epoch: int | None = None) -> nn
     """
     directory = open_directory(out_dir)
     config = directory.config
-    stored = (*config.fork_epochs, config.training.epochs)
     epoch = config.training.epochs if epoch is None else epoch
-    if epoch not in stored:
-        raise CheckpointError(f"{out_dir} has no parent at epoch {epoch}; it was stored at {stored}.")
+    if epoch not in config.parent_epochs:
+        raise CheckpointError(f"{out_dir} has no parent at epoch {epoch}; it was stored at {config.parent_epochs}.")
     return _load_network(directory, directory.parent_path(epoch))
 
 

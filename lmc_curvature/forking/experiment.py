@@ -38,7 +38,7 @@ def run_forks(
 
     A child starts from the parent's network and momentum at its fork epoch. What the directory already holds
     is kept, so the same call continues where an earlier one stopped, and ends with the same bits on the same
-    machine. A damaged snapshot is computed again, with a warning that names it.
+    machine with as many threads. A damaged snapshot is computed again, with a warning that names it.
 
     Args:
         config: The experiment.
@@ -57,7 +57,7 @@ def run_forks(
             which.
     """
     directory = create_directory(out_dir, config)
-    parent = [epoch for epoch in _parent_epochs(config) if not _is_complete_parent(directory, epoch)]
+    parent = [epoch for epoch in config.parent_epochs if not _is_complete_parent(directory, epoch)]
     children = [
         (epoch, child)
         for epoch in config.fork_epochs
@@ -108,7 +108,7 @@ def _train_parent(
 ) -> None:
     config = directory.config
     state = capture_state(model)
-    for epoch in _parent_epochs(config):
+    for epoch in config.parent_epochs:
         path = directory.parent_path(epoch)
         if epoch not in missing:
             state = TrainingState.load(path)
@@ -178,12 +178,8 @@ def _reporter(bar: tqdm) -> Report:
     return report
 
 
-def _parent_epochs(config: ForkConfig) -> list[int]:
-    return [*config.fork_epochs, config.training.epochs]
-
-
 def _parent_work(config: ForkConfig, missing: list[int]) -> int:
-    stored = _parent_epochs(config)
+    stored = config.parent_epochs
     return sum(epoch - before for before, epoch in zip([0, *stored], stored, strict=False) if epoch in missing)
 
 

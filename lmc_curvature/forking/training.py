@@ -1,8 +1,8 @@
 """Training by stochastic gradient descent that can be stopped, continued and repeated bit for bit.
 
 The order of the examples in an epoch is a function of the order seed and the epoch alone, so a run that
-continues from a stored state takes the same steps as one that was never stopped. On a CUDA device this holds
-for networks whose operations have deterministic kernels.
+continues from a stored state takes the same steps as one that was never stopped. Bits are those of one machine
+with one number of threads; on a CUDA device they also need a network whose operations have deterministic kernels.
 """
 
 import contextlib

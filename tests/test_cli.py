@@ -1,0 +1,157 @@
+"""Claim: the command line says what the API says, and turns errors into one message."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lmc_curvature import BarrierMeasurement, BarrierPrediction, measure_barrier, predict_barrier
+from lmc_curvature.cli import main
+from lmc_curvature.forking.data import load_data
+from lmc_curvature.forking.models import digits_resnet
+
+COMMON = ["--model", "digits-resnet", "--model-option", "width=4", "--data", "digits", "--limit", "60", "--no-progress"]
+
+
+def loader():
+    """A loader that the command line can import."""
+    return [(torch.ones(4, 1, 8, 8), torch.arange(4))]
+
+
+@pytest.fixture(scope="module")
+def networks():
+    torch.manual_seed(0)
+    return [digits_resnet(width=4) for _ in range(2)]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(networks, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    first, second = networks
+    save_file(first.state_dict(), folder / "a.safetensors")
+    wrapped = {f"module.{name}": tensor for name, tensor in second.state_dict().items()}
+    torch.save({"state_dict": wrapped, "epoch": 3}, folder / "b.pt")
+    return [str(folder / "a.safetensors"), str(folder / "b.pt")]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command line; returns exit status, standard output and standard error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lmc-curvature", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+def _batches(size=256):
+    return load_data("digits", limit=60).batches(size)
+
+
+def test_predict_prints_the_prediction_as_json(run, networks, checkpoints, tmp_path):
+    expected = predict_barrier(*networks, _batches(25), progress=False)
+    layers = expected.layers[:2]
+    status, out, _ = run(
+        "predict", *checkpoints, *COMMON, "--batch-size", 25, "--json", "--set", ",".join(layers),
+        "--save", tmp_path / "p.safetensors",
+    )  # fmt: skip
+    record = json.loads(out)
+    assert status == 0
+    assert record["barrier"]["second-order"]["value"] == pytest.approx(expected.barrier(), rel=1e-5)
+    assert record["barrier"]["hermite"]["standard_error"] == pytest.approx(
+        expected.standard_error(None, "hermite"), rel=1e-3
+    )
+    assert [row["layer"] for row in record["layers"]] == list(expected.layers)
+    assert record["sets"][0]["layers"] == list(layers)
+    assert record["sets"][0]["barrier"] == pytest.approx(expected.barrier(layers), rel=1e-5)
+    assert BarrierPrediction.load(tmp_path / "p.safetensors").barrier() == pytest.approx(
+        record["barrier"]["second-order"]["value"]
+    )
+
+
+def test_a_single_batch_has_no_error_in_json(run, checkpoints):
+    _, out, _ = run("predict", *checkpoints, *COMMON, "--json")
+    assert json.loads(out)["barrier"]["second-order"]["standard_error"] is None
+
+
+def test_predict_prints_tables(run, networks, checkpoints):
+    expected = predict_barrier(*networks, _batches(), progress=False)
+    status, out, _ = run("predict", *checkpoints, *COMMON, "--layers", "block")
+    assert status == 0
+    assert f"second-order       {expected.barrier():.4g}" in out
+    assert "ΔᵀHΔ" in out
+
+
+def test_measure_prints_the_measurement(run, networks, checkpoints, tmp_path):
+    expected = measure_barrier(*networks, _batches(), layers="fused", alphas=5, progress=False)
+    arguments = ["measure", *checkpoints, *COMMON, "--layers", "fused", "--alphas", 5]
+    status, out, _ = run(*arguments, "--json", "--save", tmp_path / "m.safetensors")
+    record = json.loads(out)
+    assert status == 0
+    assert record["kind"] == expected.kind
+    assert record["metrics"]["loss"]["curve"] == pytest.approx(expected.curve().tolist(), abs=1e-5)
+    assert record["metrics"]["error"]["barrier"] == pytest.approx(expected.barrier("error"))
+    found = [row["barrier"] for row in record["metrics"]["loss"]["sets"]]
+    assert found == pytest.approx(expected.layer_barriers().tolist(), abs=1e-5)
+    assert BarrierMeasurement.load(tmp_path / "m.safetensors").sets == expected.sets
+    status, out, _ = run(*arguments)
+    assert status == 0
+    assert "error barrier" in out
+
+
+def test_measure_takes_sets_and_a_loader_of_ones_own(run, checkpoints):
+    arguments = [*COMMON]
+    arguments[arguments.index("digits")] = "test_cli:loader"
+    status, out, _ = run("measure", *checkpoints, *arguments, "--set", "conv,fc", "--alphas", 3, "--json")
+    record = json.loads(out)
+    assert (status, record["examples"]) == (0, 4)
+    assert record["metrics"]["loss"]["sets"][0]["layers"] == ["conv", "fc"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--batch-norm", "frozen"], "batch_norm='frozen' is not a choice"),
+        (["--layers", "fusd"], "layers='fusd' is not a partition: did you mean 'fused'"),
+        (["--set", "conv,convx"], "no layer 'convx'"),
+        (["--dtype", "float12"], "dtype='float12' is not a choice"),
+        (["--device", "tpu9"], "--device 'tpu9' is not a device"),
+        (["--model-option", "width"], "--model-option 'width': expected KEY=VALUE"),
+        (["--model-option", "widht=4"], "widht"),
+        (["--model", "resnet2O"], "resnet2O"),
+        (["--data", "nowhere"], "'nowhere' is neither 'digits' nor a directory"),
+        (["--data", "no.such.module:factory"], "--data no.such.module:factory: No module named"),
+        (["--split", "valid"], "split='valid' is not a choice"),
+    ],
+)
+def test_errors_are_one_message_on_standard_error(run, checkpoints, change, message, untyped):
+    status, out, err = run("predict", *checkpoints, *COMMON, *change)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+
+
+def test_a_missing_checkpoint_is_named(run, checkpoints):
+    status, _, err = run("measure", checkpoints[0], "absent.pt", *COMMON)
+    assert (status, "absent.pt does not exist" in err) == (2, True)
+
+
+def test_layers_and_sets_exclude_each_other(run, checkpoints):
+    status, _, err = run("measure", *checkpoints, *COMMON, "--layers", "fused", "--set", "conv")
+    assert (status, "give one of them" in err) == (2, True)
+
+
+def test_help_and_version(run):
+    assert "predict" in run("--help")[1]
+    assert run("--version")[1].startswith("lmc-curvature 0.")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so asking for one is no mistake")
+def test_a_missing_device_is_named(run, checkpoints):
+    assert "no CUDA device was found" in run("predict", *checkpoints, *COMMON, "--device", "cuda")[2]

@@ -1,0 +1,259 @@
+"""Claim: a segment is the straight line between two networks of one architecture, moved layer by layer."""
+
+import copy
+
+import pytest
+import torch
+from cases import CASES, TiedNet
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import joined, plain_loss, randomized, state_of, untouched
+from torch import nn
+
+from lmc_curvature import Objective, Segment
+from lmc_curvature.errors import (
+    AlphaError,
+    ArchitectureMismatchError,
+    NonFiniteError,
+    OptionError,
+    PartitionError,
+    UnknownLayerError,
+    UnsupportedModelError,
+)
+
+CONV = CASES["conv, interpolate"]
+LAYERS = ("conv1", "conv2", "fc")
+
+
+def _networks(dtype=torch.float64):
+    return randomized(CONV.model().to(dtype), 1), randomized(CONV.model().to(dtype), 2)
+
+
+def _assert_same(found, expected, **tolerance):
+    torch.testing.assert_close(found, expected, **{"rtol": 0, "atol": 0, **tolerance})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_ends_are_the_networks_bit_for_bit(dtype):
+    a, b = _networks(dtype)
+    with untouched(a, b):
+        segment = Segment(a, b)
+        _assert_same(segment.point(0), state_of(a))
+        _assert_same(segment.point(1), state_of(b))
+    _assert_same(segment.start, state_of(a))
+    _assert_same(segment.end, state_of(b))
+    assert segment.layers == LAYERS
+    assert segment.partition.names == LAYERS
+
+
+@given(st.floats(0, 1), st.sets(st.sampled_from(LAYERS)))
+def test_a_set_of_layers_moves_and_the_others_are_shared(alpha, layers):
+    a, b = map(state_of, _networks())
+    segment = Segment(*_networks())
+    moved = {entry for layer in layers for entry in segment.partition.entries(layer)}
+    point = segment.point(alpha, layers)
+    assert list(point) == list(segment.start)
+    for name, tensor in point.items():
+        if name in moved:
+            _assert_same(tensor, (1 - alpha) * a[name] + alpha * b[name], rtol=1e-12, atol=1e-14)
+        else:
+            assert tensor is segment.start[name]
+    _assert_same(segment.start, a)
+
+
+def test_one_layer_may_be_named_without_a_list():
+    segment = Segment(*_networks())
+    _assert_same(segment.point(0.3, "fc"), segment.point(0.3, ["fc"]))
+
+
+def test_a_point_is_the_network_in_between():
+    a, b = _networks()
+    data = CONV.batches()
+    between = copy.deepcopy(a).eval()
+    for tensor, end in zip([*between.parameters(), *between.buffers()], [*b.parameters(), *b.buffers()], strict=True):
+        tensor.data.copy_(0.5 * tensor + 0.5 * end if tensor.is_floating_point() else tensor)
+    objective = Objective(a, data)
+    expected = plain_loss(between, joined(data)).item()
+    assert objective.loss(Segment(a, b).point(0.5)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_directions_are_sparse_and_sum_to_the_difference():
+    segment = Segment(*_networks())
+    a, b = map(state_of, _networks())
+    directions = segment.directions()
+    assert tuple(directions) == LAYERS
+    found = {}
+    for layer, direction in directions.items():
+        assert tuple(direction) == segment.partition.entries(layer)
+        assert not found.keys() & direction.keys()
+        found |= direction
+    _assert_same(found, {name: b[name] - a[name] for name in found})
+    assert found.keys() == a.keys()
+
+
+def test_a_segment_is_a_snapshot():
+    a, b = _networks()
+    segment = Segment(a, b)
+    expected = segment.point(0.25)
+    randomized(a, 8), randomized(b, 9)
+    _assert_same(segment.point(0.25), expected)
+
+
+def test_reversed_walks_back():
+    segment = Segment(*_networks())
+    back = segment.reversed()
+    assert back.layers == segment.layers
+    _assert_same(back.point(0.25), segment.point(0.75), rtol=1e-12, atol=1e-14)
+    assert back.point(0.25, "fc")["conv1.weight"] is segment.end["conv1.weight"]
+    _assert_same(back.directions()["fc"]["fc.bias"], -segment.directions()["fc"]["fc.bias"])
+    _assert_same(back.reversed().start, segment.start)
+
+
+def test_a_segment_of_another_type_keeps_the_ends():
+    segment = Segment(*_networks(torch.float32))
+    double = segment.to(dtype=torch.float64)
+    assert {tensor.dtype for tensor in double.point(0.5).values()} == {torch.float64}
+    assert {tensor.dtype for tensor in segment.point(0.5).values()} == {torch.float32}
+    _assert_same(double.start, {name: tensor.double() for name, tensor in segment.start.items()})
+    _assert_same(double.end, {name: tensor.double() for name, tensor in segment.end.items()})
+    assert segment.to("meta").start["fc.bias"].device.type == "meta"
+    assert double.layers == segment.layers
+
+
+@pytest.mark.parametrize("policy", ["batch", "recalibrate"])
+def test_statistics_that_do_not_move_may_be_anything(policy):
+    a, b = _networks()
+    b.bn1.running_mean.fill_(torch.nan)
+    segment = Segment(a, b, batch_norm=policy)
+    assert segment.start.keys() == segment.point(0.5).keys() == dict(a.named_parameters()).keys()
+
+
+def test_counters_of_batches_may_differ():
+    a, b = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    b(torch.ones(2, 3))
+    segment = Segment(nn.Sequential(a), nn.Sequential(b))
+    assert "0.num_batches_tracked" not in segment.start
+    assert Segment(a, b).start.keys() == {"weight", "bias", "running_mean", "running_var"}
+
+
+def test_tied_weights_move_once():
+    a, b = randomized(TiedNet(), 1), randomized(TiedNet(), 2)
+    assert "decoder.weight" not in Segment(a, b).point(0.5)
+
+
+def test_layers_may_be_any_partition():
+    assert Segment(*_networks(), layers={"all": ".*"}).layers == ("all",)
+    with pytest.raises(PartitionError, match="'fussed' is not a partition: did you mean 'fused'"):
+        Segment(*_networks(), layers="fussed")
+
+
+# Bad input
+
+
+def _mlp(*modules):
+    return nn.Sequential(nn.Linear(2, 2), *modules)
+
+
+def _with_buffer(value):
+    model = _mlp()
+    model.register_buffer("scale", torch.tensor(value))
+    return model
+
+
+class _Triple(nn.Module):
+    """Three layers, the last tied to one of the others."""
+
+    def __init__(self, like):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(2, 2, bias=False) for _ in range(3))
+        self.c.weight = getattr(self, like).weight
+
+
+def _untied():
+    model = TiedNet()
+    model.decoder.weight = nn.Parameter(model.decoder.weight.detach().clone())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "lines"),
+    [
+        (
+            _mlp(nn.Linear(2, 3)),
+            _mlp(nn.Linear(2, 4)),
+            [r"1.weight: shape \(3, 2\) in model_a, \(4, 2\) in model_b", r"1.bias: shape \(3,\) in model_a, \(4,\)"],
+        ),
+        (
+            _mlp(nn.Linear(2, 2)),
+            _mlp(),
+            [
+                "model_a has 2 modules with parameters, model_b has 1",
+                r"1.weight: only in model_a, with shape \(2, 2\)",
+                r"1.bias: only in model_a, with shape \(2,\)",
+            ],
+        ),
+        (_mlp(), _mlp(nn.Linear(2, 2)), ["model_b has 2", r"1.weight: only in model_b, with shape \(2, 2\)"]),
+        (_mlp(), _mlp().double(), ["0.weight: type torch.float32 in model_a, torch.float64 in model_b"]),
+        (_mlp(nn.ReLU()), _mlp(nn.GELU()), ["module 1: ReLU in model_a, GELU in model_b"]),
+        (_mlp(nn.ReLU()), _mlp(), ["module 1: ReLU in model_a, None in model_b"]),
+        (_mlp(), _mlp(nn.ReLU()), ["module 1: None in model_a, ReLU in model_b"]),
+        (
+            nn.Sequential(nn.Linear(2, 2)),
+            nn.ModuleList([nn.Linear(2, 2)]),
+            [r"module \(the network itself\): Sequential in model_a, ModuleList in model_b"],
+        ),
+        (_with_buffer(1.0), _with_buffer(2.0), ["buffer scale: its values differ.*equal in both, or a parameter"]),
+        (TiedNet(), _untied(), [r"decoder.weight: only in model_b, with shape \(6, 6\)"]),
+        (_Triple("a"), _Triple("b"), ["c.weight: tied to a.weight in model_a, to b.weight in model_b"]),
+        (_mlp(*[nn.Linear(2, 2) for _ in range(10)]), _mlp(), ["… and 20 more"]),
+    ],
+)
+def test_different_architectures_are_compared_entry_by_entry(a, b, lines):
+    with pytest.raises(
+        ArchitectureMismatchError, match="(?s)not of one architecture.*Both must be built alike"
+    ) as caught:
+        Segment(a, b)
+    for line in lines:
+        assert caught.match(line)
+
+
+def test_equal_fixed_buffers_are_no_difference():
+    assert Segment(_with_buffer(1.0), _with_buffer(1.0)).start.keys() == {"0.weight", "0.bias"}
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize(
+    ("entry", "value", "count", "total"),
+    [("fc.weight", torch.nan, 1, 12), ("bn2.running_var", torch.inf, 1, 4), ("conv1.weight", -torch.inf, 1, 72)],
+)
+def test_values_that_are_not_finite_are_named(bad, entry, value, count, total):
+    networks = _networks()
+    {**dict(networks[bad].named_parameters()), **dict(networks[bad].named_buffers())}[entry].data.view(-1)[-1] = value
+    message = rf"Entry '{entry}' of model_{'ab'[bad]} has {count} of {total} values that are infinite or not a number"
+    with pytest.raises(NonFiniteError, match=f"{message}.*diverged"):
+        Segment(*networks)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_parameters_that_cannot_move_are_named(bad, dtype):
+    networks = [_mlp(), _mlp()]
+    networks[bad].table = nn.Parameter(torch.ones(2, dtype=dtype), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=f"Parameter 'table' has type {dtype}: .*real floating-point"):
+        Segment(*networks)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.0000001, float("nan"), float("inf")])
+def test_positions_outside_the_segment_are_refused(alpha):
+    with pytest.raises(AlphaError, match=rf"alpha={alpha} lies outside the segment; expected a number in \[0, 1\]"):
+        Segment(*_networks()).point(alpha)
+
+
+def test_unknown_layers_get_a_suggestion():
+    with pytest.raises(UnknownLayerError, match="no layer 'conv12': did you mean 'conv"):
+        Segment(*_networks()).point(0.5, ["fc", "conv12"])
+
+
+def test_an_unknown_policy_gets_a_suggestion(untyped):
+    with pytest.raises(OptionError, match="batch_norm='recalibrat'.*did you mean 'recalibrate'"):
+        Segment(*_networks(), batch_norm="recalibrat")
