@@ -108,10 +108,10 @@ def test_measure_prints_the_measurement(run, networks, checkpoints, tmp_path):
 def test_measure_takes_sets_and_a_loader_of_ones_own(run, checkpoints):
     arguments = [*COMMON]
     arguments[arguments.index("digits")] = "test_cli:loader"
-    status, out, _ = run("measure", *checkpoints, *arguments, "--set", "conv,fc", "--alphas", 3, "--json")
+    status, out, _ = run("measure", *checkpoints, *arguments, "--set", "conv,linear", "--alphas", 3, "--json")
     record = json.loads(out)
     assert (status, record["examples"]) == (0, 4)
-    assert record["metrics"]["loss"]["sets"][0]["layers"] == ["conv", "fc"]
+    assert record["metrics"]["loss"]["sets"][0]["layers"] == ["conv", "linear"]
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,13 @@ def evaluate(
 
 
 def peak(curve: Float[np.ndarray, " powers"]) -> float:
-    """Position of the maximum of a curve over [0, 1]; an end when the curve nowhere rises above the chord."""
-    roots = polynomial.polyroots(np.trim_zeros(polynomial.polyder(curve), "b")) if np.any(curve) else np.empty(0)
+    """Position of the maximum of a barrier curve over [0, 1]; 0 when the curve nowhere rises above the chord."""
+    slope = polynomial.polyder(curve)
+    # A leading coefficient of rounding size would send the other roots astray.
+    roots = polynomial.polyroots(polynomial.polytrim(slope, 1e-14 * np.abs(slope).max()))
     inside = [root.real for root in roots if abs(root.imag) < 1e-9 and 1e-9 < root.real < 1 - 1e-9]
-    candidates = np.array([0.0, *inside, 1.0])
+    # Barrier curves vanish at both ends; only what rises above them is a peak, and rounding at α = 1 is not.
+    candidates = np.array([0.0, *inside])
     return float(candidates[np.argmax(evaluate(curve, candidates))])
 
 

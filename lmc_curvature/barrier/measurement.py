@@ -164,8 +164,11 @@ class BarrierMeasurement:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """A name for each measured set: its layers, joined by ' + '."""
-        return tuple(" + ".join(members) for members in self.sets)
+        """A name for each measured set: its layer, two layers joined by ' + ', or the ends of a longer list."""
+        return tuple(
+            " + ".join(members) if len(members) < 3 else f"{members[0]} … {members[-1]} ({len(members)} layers)"
+            for members in self.sets
+        )
 
     @property
     def examples(self) -> int:

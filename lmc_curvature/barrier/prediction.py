@@ -159,7 +159,7 @@ class BarrierPrediction:
         """Standard error of `barrier`, from the spread between batches; NaN for a single batch.
 
         At a maximum the position's own uncertainty does not matter to first order, so it is the standard error of
-        the curve at the predicted position.
+        the curve at the predicted position; 0 where the curve nowhere rises above the chord.
         """
         position = peak(self._coefficients(layers, expansion))
         first, second = (self._batch_endpoint(projection, layers) for projection in self.endpoints)

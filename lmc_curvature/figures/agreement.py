@@ -10,13 +10,21 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from scipy import stats
 
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
-from lmc_curvature.figures.panels import Fork, Measurements, Predictions, heading, paired_forks, short_number
+from lmc_curvature.figures.panels import (
+    Fork,
+    Measurements,
+    Predictions,
+    alone_title,
+    heading,
+    paired_forks,
+    short_number,
+)
 from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, GREY, PALE, SMALL, fork_colors, look, new_figure
 
 Color = tuple[float, float, float, float]
@@ -88,9 +96,11 @@ def draw_predicted_against_measured(
     forks = paired_forks(predictions, measurements)
     colors = fork_colors(forks)
     panels = {"whole network": {fork: _whole(*pair, expansion) for fork, pair in forks.items()}}
-    if any(measurement.sets for _, measurement in forks.values()):
-        panels["each layer alone"] = {fork: _sets(*pair, expansion) for fork, pair in forks.items()}
-    figure = new_figure(COLUMN_WIDTH * len(panels), 3.95)
+    all_sets = [members for _, measurement in forks.values() for members in measurement.sets]
+    if all_sets:
+        panels[alone_title(all_sets)] = {fork: _sets(*pair, expansion) for fork, pair in forks.items()}
+    legend_columns = len(panels) * (6 if all(isinstance(fork, int) for fork in forks) else 2)
+    figure = new_figure(COLUMN_WIDTH * len(panels), 3.8 + 0.16 * math.ceil(len(forks) / legend_columns))
     scales = []
     for number, (title, pairs) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), number + 1)
@@ -99,7 +109,7 @@ def draw_predicted_against_measured(
         heading(axes, title, _correlation_text(list(pairs.values())))
         axes.set_xlabel("measured barrier (units of the loss)")
         axes.set_ylabel(f"predicted barrier, {EXPANSION_PENS[expansion].label}\n(units of the loss)")
-    _draw_legend(figure, colors, scales)
+    _draw_legend(figure, colors, scales, legend_columns)
     return figure
 
 
@@ -127,12 +137,14 @@ def _sets(prediction: BarrierPrediction, measurement: BarrierMeasurement, expans
 
 def _correlation_text(pairs: Sequence[Pairs]) -> str:
     pooled = Pairs(np.concatenate([p.measured for p in pairs]), np.concatenate([p.predicted for p in pairs]))
-    correlation = pooled.rank_correlation()
-    found = f"= {correlation:.2f}" if math.isfinite(correlation) else "undefined"
-    text = f"Spearman ρ {found}, n = {len(pooled.measured)}".replace("-", "−")
+    text = f"Spearman ρ {_correlation(pooled.rank_correlation())}, n = {len(pooled.measured)}"
     # Forks differ so much in scale that together they correlate even where no fork does.
     within = [rho for rho in (each.rank_correlation() for each in pairs) if math.isfinite(rho)]
-    return f"{text}; within forks {np.median(within):.2f} (median)".replace("-", "−") if len(within) > 1 else text
+    return f"{text}; median within forks {_correlation(float(np.median(within)))}" if len(within) > 1 else text
+
+
+def _correlation(value: float) -> str:
+    return f"= {value:.2f}".replace("-", "−") if math.isfinite(value) else "undefined"
 
 
 def _draw_pairs(axes: Axes, pairs: Mapping[Fork, Pairs], scale: LogScale, colors: Mapping[Fork, Color]) -> None:
@@ -145,7 +157,7 @@ def _draw_pairs(axes: Axes, pairs: Mapping[Fork, Pairs], scale: LogScale, colors
         shown = np.where(points < scale.floor, scale.strip, points)
         _draw_points(axes, shown[:, ~small], colors[fork], colors[fork], label=f"_{fork}")
         _draw_points(axes, shown[:, small], colors[fork], "none", label=f"_{fork}, small")
-    _trim_ticks(axes, scale)
+    _set_ticks(axes, scale)
     if scale.low < scale.floor:
         _draw_strips(axes, scale)
         _count_both_small(axes, pairs.values(), scale)
@@ -156,13 +168,16 @@ def _draw_points(axes: Axes, points: Float[np.ndarray, "2 n"], color: Color, fac
     axes.plot(x, y, "o", color=color, markerfacecolor=face, markersize=4, alpha=0.85, label=label)
 
 
-def _trim_ticks(axes: Axes, scale: LogScale) -> None:
-    """Ticks at the decades, and between them where there are few; none in the strip."""
-    few = scale.high / scale.floor < 100
-    locator = LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,), numticks=9)
-    ticks = [tick for tick in locator.tick_values(scale.floor, scale.high) if scale.floor <= tick <= scale.high]
+def _set_ticks(axes: Axes, scale: LogScale) -> None:
+    """Ticks at decades, and between them where there are few; none in the strip or beside it, where its label is."""
+    extent = scale.high / scale.floor
+    lowest = scale.floor * extent**0.06 if scale.low < scale.floor else scale.floor
+    few = extent < 100
+    first, last = math.floor(math.log10(scale.floor)), math.ceil(math.log10(scale.high))
+    powers = 10.0 ** np.arange(first, last + 1, 1 + (last - first) // 9)
+    ticks = np.outer(powers, [1, 2, 5] if few else [1]).ravel()
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(FixedLocator(ticks))
+        axis.set_major_locator(FixedLocator(ticks[(ticks >= lowest) & (ticks <= scale.high)].tolist()))
         axis.set_minor_locator(NullLocator())
         if few:
             axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, 1)))
@@ -185,15 +200,15 @@ def _count_both_small(axes: Axes, pairs: Iterable[Pairs], scale: LogScale) -> No
         axes.annotate(f"×{count}", (scale.strip, scale.strip), (4, 3), textcoords="offset points", fontsize=SMALL - 1)
 
 
-def _draw_legend(figure: Figure, colors: Mapping[Fork, Color], scales: Sequence[LogScale]) -> None:
+def _draw_legend(figure: Figure, colors: Mapping[Fork, Color], scales: Sequence[LogScale], columns: int) -> None:
     """The forks above the panels; below them, what the line and the strip mean."""
     points: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4}
     forks = [Line2D([], [], color=color, label=str(fork), **points) for fork, color in colors.items()]
     others = [Line2D([], [], color=GREY, linewidth=0.8, label="predicted = measured")]
     if any(scale.low < scale.floor for scale in scales):
         cut = any(scale.cut for scale in scales)
-        label = f"in the grey strip: no barrier (≤ 0){f', or 1e{_MOST_DECADES} times below the largest' if cut else ''}"
+        label = "in the grey strip: no barrier (≤ 0)" + cut * f",\nor over 1e{_MOST_DECADES} times below the largest"
         others.append(Line2D([], [], color=GREY, markerfacecolor="none", label=label, **points))
     figure.legend(handles=others, loc="outside lower left")
     title = "fork at epoch" if all(isinstance(fork, int) for fork in colors) else "fork"
-    figure.legend(handles=forks, title=title, loc="outside upper left", ncols=5 * len(scales), alignment="left")
+    figure.legend(handles=forks, title=title, loc="outside upper left", ncols=columns, alignment="left")

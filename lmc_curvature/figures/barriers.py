@@ -22,6 +22,7 @@ from lmc_curvature.figures.panels import (
     Bars,
     Measurements,
     Predictions,
+    alone_title,
     alpha_axis,
     fork_title,
     heading,
@@ -32,7 +33,7 @@ from lmc_curvature.figures.panels import (
     short_number,
     zero_line,
 )
-from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, GREY, INK, TEXT_WIDTH, look, new_figure
+from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, GREY, INK, TEXT_WIDTH, VERMILION, look, new_figure
 
 __all__ = [
     "draw_barrier_curves",
@@ -43,10 +44,9 @@ __all__ = [
 ]
 
 _METRIC_UNITS = {"loss": "units of the loss", "error": "share of examples"}
-_ACCENT = "#D55E00"
 _BAR_GREY = "#888888"
 _MEASURED: dict[str, Any] = {"color": INK, "marker": "o", "markersize": 3, "linewidth": 1}
-_TIGHT_LEGEND: dict[str, Any] = {"borderaxespad": 0, "borderpad": 0.2, "labelspacing": 0.2, "columnspacing": 1.0}
+_TIGHT_LEGEND: dict[str, Any] = {"borderaxespad": 0, "borderpad": 0.2, "handlelength": 1.5, "columnspacing": 0.8}
 _CURVE_HEIGHT = 2.3
 _ROW_HEIGHT = 0.15
 _MOST_COLUMNS = 3
@@ -79,7 +79,7 @@ def draw_prediction(prediction: BarrierPrediction) -> Figure:
     alone = [(name,) for name in prediction.layers]
     layer_rows(layers, prediction.layers, [_predicted_bars(prediction, alone)])
     layers.set_xlabel(BARRIER_LABEL)
-    heading(layers, "each layer alone, predicted", "second order")
+    heading(layers, f"{alone_title(alone)}, predicted", "second order")
     return figure
 
 
@@ -109,8 +109,7 @@ def draw_measurement(measurement: BarrierMeasurement) -> Figure:
         layers = figure.add_subplot(grid[:, 1])
         layer_rows(layers, measurement.layers, [_measured_bars(measurement, metrics[0])])
         layers.set_xlabel(f"{metrics[0]} barrier ({_METRIC_UNITS[metrics[0]]})")
-        kind = "layer" if all(len(members) == 1 for members in sets) else "set of layers"
-        heading(layers, f"each {kind} alone, measured", "the other layers stay at either end")
+        heading(layers, f"{alone_title(sets)}, measured", "the other layers stay at either end")
     return figure
 
 
@@ -118,7 +117,7 @@ def draw_measurement(measurement: BarrierMeasurement) -> Figure:
 def draw_barrier_curves(predictions: Predictions, measurements: Measurements) -> Figure:
     """Draw the barrier curves between the children of each fork, a panel a fork: measured, and predicted.
 
-    The barriers, the maxima of the curves, stand above each panel beside their line styles. Panels have one scale
+    Above each panel stand the barriers, the maxima of its curves, and the distance. Panels have one scale
     when their curves are of one order of magnitude, and a scale each otherwise.
 
     Args:
@@ -129,24 +128,26 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
         OptionError: The two do not have the same forks, or a loss was not measured.
     """
     pairs = paired_forks(predictions, measurements)
-    figure, panels = _fork_panels(len(pairs), 2.05)
+    figure, panels = _fork_panels(len(pairs), 1.9)
     for (fork, (prediction, measurement)), axes in zip(pairs.items(), panels, strict=True):
         _barrier_axes(axes)
         axes.plot(measurement.alphas, measurement.curve(), label=short_number(measurement.barrier()), **_MEASURED)
-        for expansion in ("second-order", "with-slopes"):
-            _draw_expansion(axes, prediction, expansion, label=short_number(prediction.barrier(None, expansion)))
-        # In two columns three wide numbers still fit over a panel; a wider legend would leave it.
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 0.98), ncols=2, **_TIGHT_LEGEND)
-        heading(axes, fork_title(fork), _distance_text(prediction), lift=20)
+        _draw_expansion(axes, prediction, "second-order", label=short_number(prediction.barrier()))
+        # The legend fills its columns downwards: this stands beside the measured barrier.
+        axes.plot([], [], linestyle="none", label=f"‖Δ‖ = {short_number(prediction.distance, 3)}")
+        slopes = prediction.barrier(None, "with-slopes")
+        _draw_expansion(axes, prediction, "with-slopes", label=short_number(slopes))
+        axes.set_title(fork_title(fork), loc="left", pad=29)
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.02), ncols=2, **_TIGHT_LEGEND)
     _share_scale(panels)
     figure.supxlabel(ALPHA_LABEL, fontsize="medium")
     figure.supylabel(BARRIER_LABEL, fontsize="medium")
-    handles = [Line2D([], [], label="measured", **_MEASURED)]
+    handles: list[Artist] = [Line2D([], [], label="measured", **_MEASURED)]
     handles += [
         Line2D([], [], color=pen.color, linestyle=pen.linestyle, label=f"predicted, {pen.label}")
         for pen in (EXPANSION_PENS["second-order"], EXPANSION_PENS["with-slopes"])
     ]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3)
+    _legend_above(figure, handles)
     return figure
 
 
@@ -178,7 +179,7 @@ def draw_layer_bars(predictions: Predictions, measurements: Measurements) -> Fig
         diamond = Line2D([], [], color=marks.color, marker="D", markersize=3, linestyle="none", label=marks.label)
         handles = [*(Patch(color=group.color, label=group.label) for group in bars), diamond]
     figure.supxlabel(BARRIER_LABEL, fontsize="medium")
-    figure.legend(handles=handles, loc="outside upper left", ncols=3)
+    _legend_above(figure, handles)
     return figure
 
 
@@ -186,9 +187,16 @@ def _fork_panels(count: int, panel_height: float) -> tuple[Figure, list[Axes]]:
     """A figure with a panel a fork, row by row."""
     columns = min(count, _MOST_COLUMNS)
     rows = math.ceil(count / columns)
-    figure = new_figure(max(TEXT_WIDTH * columns / _MOST_COLUMNS, COLUMN_WIDTH), panel_height * rows + 0.5)
+    legend_height = 0.5 if columns > 1 else 0.85
+    width = max(TEXT_WIDTH * columns / _MOST_COLUMNS, COLUMN_WIDTH)
+    figure = new_figure(width, panel_height * rows + legend_height)
     grid = figure.add_gridspec(rows, columns)
     return figure, [figure.add_subplot(grid[divmod(number, columns)]) for number in range(count)]
+
+
+def _legend_above(figure: Figure, handles: Sequence[Artist]) -> None:
+    columns = 3 if figure.get_figwidth() > COLUMN_WIDTH else 1
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
 
 
 def _barrier_axes(axes: Axes) -> None:
@@ -210,7 +218,8 @@ def _draw_metric(axes: Axes, measurement: BarrierMeasurement, metric: str) -> No
     alpha_axis(axes)
     axes.plot(alphas, values, label="measured", **_MEASURED)
     axes.plot([0, 1], ends, color=GREY, linestyle="--", linewidth=1, label="chord between the ends")
-    axes.vlines(alphas[highest], chord[highest], values[highest], color=_ACCENT, linewidth=2, label="barrier")
+    top = max(values[highest], chord[highest])
+    axes.vlines(alphas[highest], chord[highest], top, color=VERMILION, linewidth=2, label="barrier")
     if values.min() >= 0:
         # An error of zero everywhere has no scale of its own, and no metric is below zero here.
         low, high = axes.get_ylim()

@@ -27,11 +27,10 @@ from lmc_curvature.figures.panels import (
     short_number,
     zero_line,
 )
-from lmc_curvature.figures.style import EXPANSION_PENS, INK, PALE, TEXT_WIDTH, look, new_figure
+from lmc_curvature.figures.style import BLUE, GREEN, INK, PALE, TEXT_WIDTH, VERMILION, look, new_figure
 from lmc_curvature.landscapes import QuadraticProduct, landscape_loss, origin
 
 _FAINT = LinearSegmentedColormap.from_list("faint", ["white", "#8a8a8a"])
-_BLUE, _ORANGE, _GREEN = (EXPANSION_PENS[name].color for name in ("second-order", "with-slopes", "shared-hessian"))
 
 
 class MinimaPair(NamedTuple):
@@ -84,7 +83,7 @@ def toys() -> tuple[Toy, ...]:
     square = torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]], dtype=torch.float64)
     one = torch.eye(1, dtype=torch.float64)
     flat = torch.diag(torch.tensor([1.0, 0.3], dtype=torch.float64))
-    between, outer, within = _BLUE, _ORANGE, _GREEN
+    between, outer, within = BLUE, VERMILION, GREEN
     four = (MinimaPair(0, 1, within), MinimaPair(2, 3, within), MinimaPair(1, 2, between), MinimaPair(0, 3, outer))
     corners = (MinimaPair(0, 1, within), MinimaPair(0, 2, between), MinimaPair(0, 3, outer))
     return (
@@ -108,9 +107,12 @@ def draw_toy_landscapes() -> Figure:
         above, below = figure.add_subplot(grid[0, column]), figure.add_subplot(grid[1, column])
         barriers = [toy.barriers(pair) for pair in toy.pairs]
         highest = max(measurement.barrier() for _, measurement in barriers)
-        draw = _draw_line if toy.minima.shape[1] == 1 else _draw_plane
-        draw(above, toy, highest)
-        heading(above, toy.title, f"in {'one dimension' if draw is _draw_line else 'two dimensions'}")
+        if toy.minima.shape[1] == 1:
+            _draw_line(above, toy, highest)
+            heading(above, toy.title, "in one dimension")
+        else:
+            _draw_plane(above, toy)
+            heading(above, toy.title, "in two dimensions")
         _draw_curves(below, [pair.color for pair in toy.pairs], barriers)
     solid, dashed = Line2D([], [], color=INK), Line2D([], [], color=INK, linestyle="--")
     figure.legend(
@@ -134,7 +136,7 @@ def draw_barrier_kinds() -> Figure:
         alpha_axis(axes)
         zero_line(axes)
         axes.axhspan(-_TOLERANCE, _TOLERANCE, color=PALE, linewidth=0, zorder=0)
-        axes.plot(ALPHAS, values, color=_BLUE)
+        axes.plot(ALPHAS, values, color=BLUE)
         axes.set_ylim(-0.3, 0.3)
         axes.set_yticks([-_TOLERANCE, _TOLERANCE], ["−t", "t"])
         heading(axes, kind, _DESCRIPTIONS[kind])
@@ -179,7 +181,7 @@ def _draw_line(axes: Axes, toy: Toy, highest: float) -> None:
     axes.yaxis.set_major_locator(FixedLocator([tick for tick in axes.get_yticks() if tick >= 0]))
 
 
-def _draw_plane(axes: Axes, toy: Toy, highest: float) -> None:
+def _draw_plane(axes: Axes, toy: Toy) -> None:
     """The loss in the plane as filled contours, with the segments between minima."""
     side = torch.linspace(-1.7, 1.7, 171, dtype=torch.float64)
     x, y = torch.meshgrid(side, side, indexing="xy")

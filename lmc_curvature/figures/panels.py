@@ -1,8 +1,9 @@
 """The panels that figures are made of: barrier curves and horizontal bars of layers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ Measurements = Mapping[int, BarrierMeasurement] | Mapping[str, BarrierMeasuremen
 
 # Above this many rows a page is full, and only every second, third, … name is written.
 _MAX_ROWS = 60
+# Below this many, rows are as thick as if there were as many.
+_FEWEST_ROWS = 4
 _LONGEST_NAME = 30
 
 
@@ -54,8 +57,8 @@ def paired_forks(
     Raises:
         OptionError: There is no fork, or one is predicted but not measured, or the other way round.
     """
-    predicted: dict[Fork, BarrierPrediction] = dict(predictions.items())
-    measured: dict[Fork, BarrierMeasurement] = dict(measurements.items())
+    predicted = {_plain(fork): prediction for fork, prediction in predictions.items()}
+    measured = {_plain(fork): measurement for fork, measurement in measurements.items()}
     if not predicted or predicted.keys() != measured.keys():
         raise OptionError(
             f"The forks predicted are {list(predicted)}, those measured {list(measured)}; expected the same forks in "
@@ -66,9 +69,19 @@ def paired_forks(
     return {fork: (predicted[fork], measured[fork]) for fork in (*epochs, *labels)}
 
 
+def _plain(fork: Fork) -> Fork:
+    """NumPy's integers, from a table for example, as Python's."""
+    return int(fork) if isinstance(fork, Integral) else str(fork)
+
+
 def fork_title(fork: Fork) -> str:
     """Title of a fork's panel: an epoch is spelt out, any other label stands as it is."""
     return f"fork at epoch {fork}" if isinstance(fork, int) else fork
+
+
+def alone_title(sets: Iterable[Sequence[str]]) -> str:
+    """Title of a panel about sets of layers, which are often single layers."""
+    return "each layer alone" if all(len(members) == 1 for members in sets) else "each set of layers alone"
 
 
 def short_number(value: float, digits: int = 2) -> str:
@@ -129,7 +142,7 @@ def zero_line(axes: Axes) -> None:
 
 def rows_height(count: int, per_row: float) -> float:
     """Inches that a panel with a row a layer needs, no more than a page."""
-    return max(min(count, _MAX_ROWS) * per_row, 0.8)
+    return min(max(count, _FEWEST_ROWS), _MAX_ROWS) * per_row
 
 
 def layer_rows(
@@ -160,9 +173,10 @@ def layer_rows(
                 label="_standard error",
             )
     if marks is not None:
-        axes.plot(marks.values, rows + 0.4 - thickness / 2, "D", color=marks.color, markersize=3, label=marks.label)
+        middles = rows + 0.4 - thickness / 2
+        axes.plot(marks.values, middles, "D", color=marks.color, markersize=3, clip_on=False, label=marks.label)
     axes.axvline(0, color=GREY, linewidth=0.6, label="_zero")
-    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_ylim(max(len(names), _FEWEST_ROWS) - 0.4, -0.6)
     step = math.ceil(len(names) / _MAX_ROWS)
     axes.set_yticks(rows[::step], [_shorten(name) for name in names[::step]] if label_rows else [])
     axes.tick_params(axis="y", length=0)

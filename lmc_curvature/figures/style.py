@@ -23,6 +23,8 @@ SMALL = 7.0
 PALE = "#e6e6e6"
 GREY = "#777777"
 INK = "#222222"
+# Hues of Okabe and Ito, told apart with every common colour blindness.
+BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
 class Pen(NamedTuple):
@@ -33,12 +35,12 @@ class Pen(NamedTuple):
     linestyle: Literal["-", "--", "-.", ":"]
 
 
-# Hues of Okabe and Ito, told apart with every common colour blindness; line styles tell them apart in grey.
+# Line styles tell the expansions apart in grey.
 EXPANSION_PENS: dict[Expansion, Pen] = {
-    "second-order": Pen("second order", "#0072B2", "-"),
-    "with-slopes": Pen("with slopes", "#D55E00", "--"),
-    "shared-hessian": Pen("shared Hessian", "#009E73", "-."),
-    "hermite": Pen("Hermite", "#CC79A7", ":"),
+    "second-order": Pen("second order", BLUE, "-"),
+    "with-slopes": Pen("with slopes", VERMILION, "--"),
+    "shared-hessian": Pen("shared Hessian", GREEN, "-."),
+    "hermite": Pen("Hermite", PURPLE, ":"),
 }
 
 _LOOK = {
@@ -61,6 +63,8 @@ _LOOK = {
     "axes.labelcolor": INK,
     "legend.fontsize": SMALL,
     "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "legend.columnspacing": 1.5,
     "lines.linewidth": 1.4,
     "hatch.linewidth": 0.5,
     # Letters stay letters in the PDF: they can be searched, and journals ask for it.
@@ -76,7 +80,8 @@ class NotebookFigure(Figure):
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
-        self.savefig(file, format="png", dpi=150)
+        with look():
+            self.savefig(file, format="png", dpi=150)
         return file.getvalue()
 
 

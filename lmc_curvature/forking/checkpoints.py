@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -188,9 +189,14 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named is None:
+            raise CheckpointError(
+                f"{path} cannot be read as a checkpoint: it is damaged or of another kind."
+            ) from error
         raise CheckpointError(
-            f"{path} is refused: it is not a plain file of tensors, and reading it could run code stored in it "
-            f"({_first_line(error)}). Save the state dict alone: torch.save(model.state_dict(), path)."
+            f"{path} is refused: it holds more than tensors, and reading it would run code that it names "
+            f"({named[1]}). Save the state dict alone: torch.save(model.state_dict(), path)."
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         # torch reports damage as whatever the unpickler stumbled over.

@@ -44,6 +44,8 @@ class ForkConfig(Configuration):
         order_seed: Decides the order of the parent's examples. Child c has the order seed `order_seed + 1 +
             c` at every fork, so forks differ by their epoch alone.
         children: Children of each fork, at least 2.
+        threads: CPU threads to train with; by default as many as torch uses. The last bits of a network depend on the
+            number. Small networks train fastest with one, above all on a busy machine.
 
     Raises:
         ConfigurationError: A key is unknown, missing, or has a bad value.
@@ -58,6 +60,7 @@ class ForkConfig(Configuration):
     init_seed: int = Field(default=0, ge=0, lt=2**63)
     order_seed: int = Field(default=0, ge=0, lt=2**63)
     children: int = Field(default=2, ge=2)
+    threads: int | None = Field(default=None, ge=1)
 
     @field_validator("fork_epochs")
     @classmethod

@@ -4,9 +4,10 @@ Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis" (20
 so.
 """
 
+import contextlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def run_forks(
     check_fit(model, data, config)
     model = model.to(device)
     total = _parent_work(config, parent) + sum(config.training.epochs - epoch for epoch, _ in children)
-    with tqdm(total=total, unit="epoch", disable=not progress) as bar:
+    with _threads(config.threads), tqdm(total=total, unit="epoch", disable=not progress) as bar:
         if parent:
             _train_parent(directory, model, data, missing=parent, bar=bar)
         _train_children(directory, model, data, missing=children, bar=bar)
@@ -168,6 +169,16 @@ def _train_child(
     )
     state.save(directory.child_path(fork_epoch, child))
     write_metrics(directory.child_metrics_path(fork_epoch, child), state.history[fork_epoch:])
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _reporter(bar: tqdm) -> Report:

@@ -59,3 +59,12 @@ def test_coefficients_take_a_value_a_batch():
 def test_bad_positions_are_named(alphas, message):
     with pytest.raises(AlphaError, match=message):
         check_alphas(alphas)
+
+
+@given(st.sampled_from(EXPANSIONS), endpoints, endpoints)
+def test_a_curve_that_nowhere_rises_peaks_at_exactly_zero(expansion, first, second):
+    curve = coefficients(expansion, first, second)
+    position = peak(curve)
+    if evaluate(curve, ALPHAS).max() < 1e-12:
+        assert evaluate(curve, np.array([position]))[0] < 1e-12
+    assert (position == 0) == (evaluate(curve, np.array([position]))[0] == 0)

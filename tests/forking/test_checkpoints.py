@@ -1,5 +1,6 @@
 import collections
 import json
+import os
 import re
 
 import pytest
@@ -125,12 +126,19 @@ class Malicious:
         return (print, ("the checkpoint ran code",))
 
 
-@pytest.mark.parametrize("contents", ["module", "function"])
-def test_files_that_would_run_code_are_refused(source, tmp_path, capsys, contents):
-    torch.save(source if contents == "module" else {"state_dict": Malicious()}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match=r"a\.pt is refused: .*run code.*torch\.save\(model\.state_dict\(\)"):
+class Blocked:
+    def __reduce__(self):
+        return (os.system, ("echo the checkpoint ran code",))
+
+
+@pytest.mark.parametrize("code", [r"lmc_curvature\.forking\.models\.CifarResNet", "print", "posix.system"])
+def test_files_that_would_run_code_are_refused(source, tmp_path, capfd, code):
+    contents = {"print": Malicious(), "posix.system": Blocked()}
+    torch.save({"state_dict": contents[code]} if code in contents else source, tmp_path / "a.pt")
+    message = rf"a\.pt is refused: .*run code that it names \({code}\)\. .*torch\.save\(model\.state_dict\(\), path\)"
+    with pytest.raises(CheckpointError, match=message):
         load_checkpoint(digits_resnet(width=2), tmp_path / "a.pt")
-    assert "ran code" not in capsys.readouterr().out
+    assert "ran code" not in capfd.readouterr().out
 
 
 def damaged_files(tmp_path, source):

@@ -258,6 +258,19 @@ def test_a_diverged_child_is_named_and_the_others_are_kept(finished, copy, monke
     assert not (copy / "fork-0002" / "child-0.safetensors").exists()
 
 
+def test_threads_are_those_of_the_configuration(tmp_path, monkeypatch):
+    seen, before = [], torch.get_num_threads()
+
+    def watched(model, data, config, *, start, **options):
+        seen.append(torch.get_num_threads())
+        return start
+
+    monkeypatch.setattr(experiment, "train", watched)
+    run_forks(ForkConfig(**SETTINGS, threads=before + 1), tmp_path, progress=False)
+    assert set(seen) == {before + 1}
+    assert torch.get_num_threads() == before
+
+
 def test_one_progress_bar_counts_every_epoch(tmp_path, monkeypatch):
     bars = []
 

@@ -18,10 +18,10 @@ def data():
     return load_data("digits", limit=200)
 
 
-def small_model(seed=0):
+def small_model(seed=0, width=2):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return digits_resnet(width=2)
+        return digits_resnet(width=width)
 
 
 def assert_same_bits(first: TrainingState, second: TrainingState):
@@ -141,12 +141,12 @@ def test_metrics_are_means_over_examples(data):
 
 def test_training_learns_and_reports_each_epoch(data):
     reported = []
-    model = small_model().eval()
+    model = small_model(width=8).eval()
     state = run(data, model=model, on_epoch=reported.append)
     assert tuple(reported) == state.history
-    assert state.history[-1].loss < 0.7 * state.history[0].loss
+    assert state.history[-1].loss < 0.5 * state.history[0].loss
     assert not model.training
-    assert evaluate(model, data)[1] > 3 * evaluate(small_model(), data)[1]
+    assert evaluate(model, data)[1] > 0.5
 
 
 def test_a_state_does_not_change_when_training_goes_on(data):
@@ -158,9 +158,9 @@ def test_a_state_does_not_change_when_training_goes_on(data):
 
 
 def test_divergence_names_epoch_and_step(data):
-    config = TrainingConfig(epochs=3, learning_rate=1e8, batch_size=50)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    with pytest.raises(NonFiniteError, match=r"the loss is (nan|inf) in epoch 1, step [2-4] of 4"):
+    config = TrainingConfig(epochs=3, learning_rate=1e30, batch_size=50)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 10))
+    with pytest.raises(NonFiniteError, match=r"the loss is (nan|inf) in epoch 1, step 2 of 4"):
         train(model, data, config, order_seed=0, progress=False)
 
 

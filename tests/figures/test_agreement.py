@@ -1,0 +1,117 @@
+"""The figure of predicted against measured barriers: no point is lost, and the correlation is scipy's."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from scipy.stats import spearmanr
+
+from lmc_curvature.errors import OptionError
+from lmc_curvature.figures import draw_predicted_against_measured
+from lmc_curvature.figures.agreement import Pairs, log_scale
+
+
+def pairs(measured, predicted):
+    return Pairs(np.array(measured, dtype=float), np.array(predicted, dtype=float))
+
+
+def small_print(axes):
+    return next(text.get_text() for text in axes.texts if text.get_text().startswith("Spearman"))
+
+
+def test_points_are_the_barriers(predictions, measurements, saved, lines):
+    figure = draw_predicted_against_measured(predictions, measurements)
+    saved(figure)
+    whole, layers = figure.axes
+    for epoch, prediction in predictions.items():
+        expected = np.array([[measurements[epoch].barrier()], [prediction.barrier()]])
+        by_layer = np.stack([measurements[epoch].layer_barriers(), prediction.layer_barriers()])
+        for axes, barriers in ((whole, expected), (layers, by_layer)):
+            positive = (barriers > 0).all(axis=0)
+            assert_array_equal(lines(axes)[f"_{epoch}"], barriers[:, positive])
+            assert lines(axes)[f"_{epoch}, small"].shape == (2, (~positive).sum())
+
+
+def test_axes_are_logarithmic_alike_and_labelled(predictions, measurements):
+    for axes in draw_predicted_against_measured(predictions, measurements).axes:
+        assert axes.get_xscale() == axes.get_yscale() == "log"
+        assert axes.get_xlim() == axes.get_ylim()
+        assert axes.get_xlabel() == "measured barrier (units of the loss)"
+        assert axes.get_ylabel() == "predicted barrier, second order\n(units of the loss)"
+
+
+def test_the_rank_correlation_is_that_of_scipy(predictions, measurements):
+    epochs = sorted(predictions)
+    whole, layers = draw_predicted_against_measured(predictions, measurements).axes
+    measured = [measurements[epoch].barrier() for epoch in epochs]
+    predicted = [predictions[epoch].barrier() for epoch in epochs]
+    assert small_print(whole) == f"Spearman ρ = {spearmanr(measured, predicted).statistic:.2f}, n = 3"
+    of_layers = [(measurements[e].layer_barriers(), predictions[e].layer_barriers()) for e in epochs]
+    pooled = spearmanr(*np.concatenate(of_layers, axis=1)).statistic
+    within = np.median([spearmanr(*pair).statistic for pair in of_layers])
+    expected = f"Spearman ρ = {pooled:.2f}, n = 9; median within forks = {within:.2f}".replace("-", "−")
+    assert small_print(layers) == expected
+
+
+def test_a_constant_side_has_no_rank_correlation(convex, recwarn):
+    prediction, measurement = convex
+    figure = draw_predicted_against_measured({0: prediction, 1: prediction}, {0: measurement, 1: measurement})
+    assert [small_print(axes) for axes in figure.axes] == [
+        "Spearman ρ undefined, n = 2",
+        "Spearman ρ undefined, n = 4",
+    ]
+    assert not recwarn
+
+
+def test_zeros_stand_in_the_strip_and_the_legend_says_so(convex, lines):
+    prediction, measurement = convex
+    assert measurement.barrier() == 0 < prediction.barrier()
+    figure = draw_predicted_against_measured({0: prediction}, {0: measurement})
+    figure.draw_without_rendering()
+    whole = figure.axes[0]
+    ((measured,), (predicted,)) = lines(whole)["_0, small"]
+    assert predicted == prediction.barrier()
+    assert whole.get_xlim()[0] < measured < predicted
+    assert [text.get_text() for text in whole.texts].count("≤ 0") == 2
+    assert "in the grey strip: no barrier (≤ 0)" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_the_strip_holds_what_is_not_positive_or_far_too_small():
+    assert log_scale([pairs([1, 2], [3, 4])]).low == log_scale([pairs([1, 2], [3, 4])]).floor
+    negative = log_scale([pairs([-1, 2], [0, 4])])
+    assert 0 < negative.low < negative.strip < negative.floor < 2
+    assert not negative.cut
+    tiny = log_scale([pairs([1e-12, 1], [1, 1])])
+    assert tiny.cut
+    assert 1e-9 < tiny.floor < 1e-6
+    nothing = log_scale([pairs([0, 0], [0, -1])])
+    assert 0 < nothing.low < nothing.floor < nothing.high
+
+
+def test_the_strip_takes_the_same_share_of_any_axis():
+    for largest in (2.0, 1e5):
+        scale = log_scale([pairs([0, largest], [1, 1])])
+        share = np.log(scale.floor / scale.low) / np.log(scale.high / scale.low)
+        assert_allclose(share, 0.12)
+
+
+def test_points_on_one_spot_are_counted(convex):
+    prediction, measurement = convex
+    figure = draw_predicted_against_measured({0: prediction}, {0: measurement}, expansion="with-slopes")
+    assert prediction.barrier(expansion="with-slopes") == 0
+    whole, layers = ([text.get_text() for text in axes.texts] for axes in figure.axes)
+    assert "×2" in layers
+    assert not any(text.startswith("×") for text in whole)
+
+
+def test_without_measured_layers_there_is_one_panel(two_sided):
+    prediction, measurement = two_sided(sets=None)
+    figure = draw_predicted_against_measured({"only": prediction}, {"only": measurement}, expansion="hermite")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["whole network"]
+    assert figure.legends[1].get_title().get_text() == "fork"
+
+
+def test_an_expansion_must_hold_for_layers(predictions, measurements, untyped):
+    with pytest.raises(OptionError, match="hermite"):
+        draw_predicted_against_measured(predictions, measurements, expansion="hermite")
+    with pytest.raises(OptionError, match="second-order"):
+        draw_predicted_against_measured(predictions, measurements, expansion="second order")

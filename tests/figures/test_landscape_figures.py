@@ -1,0 +1,56 @@
+"""The figures of landscapes and of kinds show what the library computes for them."""
+
+from typing import get_args
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from lmc_curvature.barrier.kinds import CurveKind
+from lmc_curvature.figures import draw_barrier_kinds, draw_toy_landscapes
+from lmc_curvature.figures.landscapes import toys
+
+
+@pytest.fixture(scope="module")
+def figure():
+    return draw_toy_landscapes()
+
+
+def test_toy_landscapes(figure, saved):
+    saved(figure)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert [title for title in titles if title] == [toy.title for toy in toys()]
+    assert sum(axes.get_ylabel() == "barrier (units of the loss)" for axes in figure.axes) == 3
+
+
+def test_the_first_toy_in_closed_form(figure, lines):
+    """f = (θ² − 1)² / 4: a ridge of 1/4, and by Proposition 1, with a second derivative of 2 at ±1, of 1."""
+    above, below = figure.axes[:2]
+    theta, loss = above.get_lines()[0].get_data()
+    assert_allclose(loss, (np.asarray(theta) ** 2 - 1) ** 2 / 4, atol=1e-12)
+    alphas, measured = lines(below)["0.25, predicted 1.0"]
+    assert_allclose(measured, ((2 * alphas - 1) ** 2 - 1) ** 2 / 4)
+    alphas, predicted = lines(below)["_Proposition 1"]
+    assert_allclose(predicted, 4 * alphas * (1 - alphas))
+
+
+def test_segments_join_minima():
+    for toy in toys():
+        losses = toy.losses(toy.minima)
+        assert_allclose(losses, 0)
+        assert {index for pair in toy.pairs for index in pair[:2]} <= set(range(len(toy.minima)))
+
+
+def test_mirror_images_have_one_barrier():
+    """The figure draws one curve for all segments of one colour."""
+    for toy in toys():
+        for color in {pair.color for pair in toy.pairs}:
+            same = [toy.barriers(pair) for pair in toy.pairs if pair.color == color]
+            assert_allclose([measured.barrier() for _, measured in same], same[0][1].barrier(), rtol=1e-12)
+            assert_allclose([predicted.barrier() for predicted, _ in same], same[0][0].barrier(), rtol=1e-12)
+
+
+def test_every_kind_is_drawn_once(saved):
+    figure = draw_barrier_kinds()
+    saved(figure)
+    assert sorted(axes.get_title(loc="left") for axes in figure.axes) == sorted(get_args(CurveKind))
