@@ -183,6 +183,8 @@ def _common(
 
 def main() -> None:
     """Run the command line; errors the library raises on purpose end it with one message and status 2."""
+    # As `python -m` does, so that package.module:factory finds what lies in the current directory.
+    sys.path.insert(0, str(Path.cwd()))
     try:
         app()
     except LMCCurvatureError as error:

@@ -24,10 +24,11 @@ def test_scalars_average_to_an_array_without_axes():
     assert weighted_mean(np.array([1.0, 4.0]), np.array([2, 1])) == 2.0
 
 
-def test_equal_batches_have_the_usual_standard_error():
-    values = np.random.default_rng(0).normal(size=(7, 2, 3))
-    expected = values.std(axis=0, ddof=1) / np.sqrt(7)
-    np.testing.assert_allclose(standard_error(values, np.full(7, 4)), expected, rtol=1e-12)
+@pytest.mark.parametrize("batches", [2, 7])
+def test_equal_batches_have_the_usual_standard_error(batches):
+    values = np.random.default_rng(0).normal(size=(batches, 2, 3))
+    expected = values.std(axis=0, ddof=1) / np.sqrt(batches)
+    np.testing.assert_allclose(standard_error(values, np.full(batches, 4)), expected, rtol=1e-12)
 
 
 def test_unequal_batches_have_the_expected_variance():

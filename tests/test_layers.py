@@ -161,7 +161,7 @@ class NormedBlock(nn.Sequential):
         ([nn.LayerNorm(3), nn.Linear(3, 3)], ["0", "1"]),
         ([nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False)], ["0", "0"]),
         ([nn.Linear(3, 3), nn.Linear(3, 3), nn.InstanceNorm1d(3, affine=True)], ["0", "1", "1"]),
-        ([nn.Linear(3, 3), NormedBlock(nn.Linear(3, 3), nn.LayerNorm(3))], ["0", "1.0", "1.0"]),
+        ([nn.Linear(3, 3), NormedBlock(nn.LayerNorm(3), nn.Linear(3, 3))], ["0", "0", "1.1"]),
         ([weight_norm(nn.Linear(3, 3, bias=False)), nn.LayerNorm(3)], ["0", "0"]),
     ],
 )

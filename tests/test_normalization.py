@@ -12,7 +12,7 @@ from torch.optim.swa_utils import update_bn
 
 from lmc_curvature import Objective
 from lmc_curvature.errors import LoaderError
-from lmc_curvature.normalization import normalize_by, statistic_names, tracked_modules
+from lmc_curvature.normalization import NormalizationControl, normalize_by, statistic_names, tracked_modules
 
 norms = pytest.mark.parametrize("norm", NORMS)
 
@@ -115,6 +115,17 @@ def test_recalibration_equals_update_bn_when_batches_have_one_size(make):
     update_bn(batches, calibrated)
     assert objective.loss() == pytest.approx(plain_loss(calibrated.eval(), joined(batches)).item(), rel=1e-10)
     assert objective.loss() != pytest.approx(plain_loss(model.eval(), joined(batches)).item(), rel=1e-3)
+
+
+@norms
+def test_statistics_are_recorded_only_when_asked_for(norm):
+    model, (x, _) = _model(norm), _batches()[0]
+    control = NormalizationControl(model)
+    for statistics, calls in (("running", 0), ("batch", 0), ("record", 1), ("record", 2), ("batch", 2)):
+        control.statistics = statistics
+        model(x)
+        # What is kept without need holds on to the graph of every batch.
+        assert {name: len(found) for name, found in control.recorded.items()} == ({"1": calls} if calls else {})
 
 
 def test_many_states_are_recalibrated_in_one_pass():

@@ -52,11 +52,11 @@ def test_readers_see_the_old_file_until_the_new_one_is_whole(tmp_path):
 
 
 def test_permissions_are_those_of_an_ordinary_file(tmp_path):
-    ordinary = tmp_path / "ordinary"
-    ordinary.write_text("")
-    with write_atomically(tmp_path / "atomic"):
-        pass
-    assert (tmp_path / "atomic").stat().st_mode == ordinary.stat().st_mode
+    for name in ("before", "after"):
+        with write_atomically(str(tmp_path / f"atomic {name}")):
+            pass
+        (tmp_path / name).write_text("")
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 def test_arrays_that_cannot_be_stored_leave_the_old_file(tmp_path):

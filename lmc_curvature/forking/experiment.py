@@ -72,7 +72,7 @@ def run_forks(
     check_fit(model, data, config)
     model = model.to(device)
     total = _parent_work(config, parent) + sum(config.training.epochs - epoch for epoch, _ in children)
-    with _threads(config.threads), tqdm(total=total, unit="epoch", disable=not progress) as bar:
+    with cpu_threads(config.threads), tqdm(total=total, unit="epoch", disable=not progress) as bar:
         if parent:
             _train_parent(directory, model, data, missing=parent, bar=bar)
         _train_children(directory, model, data, missing=children, bar=bar)
@@ -172,7 +172,8 @@ def _train_child(
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Within the block, let torch use so many CPU threads; as many as before for None."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else count)
     try:

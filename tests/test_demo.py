@@ -1,0 +1,68 @@
+"""Claim: the demo trains real siblings, its predictions rank their layers, and it continues where it stopped."""
+
+import numpy as np
+import pytest
+
+from lmc_curvature.demo import CONFIG, layer_rank_correlations, layer_sets, run_demo
+from lmc_curvature.tables import demo_tables
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo")
+
+
+@pytest.fixture(scope="module")
+def result(out):
+    return run_demo(out, progress=False)
+
+
+@pytest.mark.slow
+def test_barriers_fall_with_the_fork_and_predictions_with_them(result):
+    assert list(result.predictions) == list(CONFIG.fork_epochs)
+    assert len(CONFIG.fork_epochs) >= 4
+    measured = [measurement.barrier() for measurement in result.measurements.values()]
+    predicted = [prediction.barrier() for prediction in result.predictions.values()]
+    assert measured[0] > 0.05 > measured[-1]
+    assert predicted[0] > predicted[-1]
+
+
+@pytest.mark.slow
+def test_predictions_rank_the_layers(result):
+    ranks = [
+        layer_rank_correlations(prediction, result.measurements[fork])
+        for fork, prediction in result.predictions.items()
+    ]
+    for expansion in ("second-order", "with-slopes"):
+        assert np.mean([rank[expansion] for rank in ranks]) >= 0.8
+        assert np.mean([rank[expansion] for rank in ranks]) > np.mean([rank["distance"] for rank in ranks])
+
+
+@pytest.mark.slow
+def test_figures_and_tables_are_made(result):
+    assert {path.suffix for path in result.figures} == {".png", ".pdf"}
+    assert all(path.stat().st_size > 10_000 for path in result.figures)
+    whole, layers, ranks = demo_tables(result)
+    assert whole.row_count == len(CONFIG.fork_epochs)
+    names = result.predictions[0].layers
+    assert layers.row_count == len(names) + len(layer_sets(names))
+    assert ranks.row_count == 3
+
+
+@pytest.mark.slow
+def test_what_is_there_is_not_computed_again(result, out):
+    removed = out / "barriers" / "fork-0002" / "measured.safetensors"
+    kept = out / "barriers" / "fork-0001" / "measured.safetensors"
+    written = kept.stat().st_mtime_ns
+    removed.unlink()
+    again = run_demo(out, progress=False)
+    assert kept.stat().st_mtime_ns == written
+    np.testing.assert_array_equal(again.measurements[2].batch_values, result.measurements[2].batch_values)
+
+
+def test_layer_sets_are_sets_of_layers():
+    names = ("a", "b", "c", "d", "e")
+    sets = layer_sets(names)
+    assert sets["first 2 layers"] == ("a", "b")
+    assert sets["last 3 layers"] == ("c", "d", "e")
+    assert sets["first and last layer"] == ("a", "e")
