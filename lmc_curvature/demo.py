@@ -122,10 +122,13 @@ def layer_rank_correlations(prediction: BarrierPrediction, measurement: BarrierM
 def _draw(
     predictions: Mapping[int, BarrierPrediction], measurements: Mapping[int, BarrierMeasurement], out_dir: Path
 ) -> tuple[Path, ...]:
+    names = next(iter(predictions.values())).layers
     figures = {
         "barrier-curves": draw_barrier_curves(predictions, measurements),
         "predicted-against-measured": draw_predicted_against_measured(predictions, measurements),
-        "layer-barriers": draw_layer_bars(predictions, measurements),
+        "layer-barriers": draw_layer_bars(
+            predictions, measurements, titles={members: title for title, members in layer_sets(names).items()}
+        ),
         "toy-landscapes": draw_toy_landscapes(),
         "barrier-kinds": draw_barrier_kinds(),
     }

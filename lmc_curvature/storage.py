@@ -14,6 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from lmc_curvature.errors import FileFormatError
 
+_HEADER = "lmc_curvature"
+_VERSION = "1"
+
 
 @contextlib.contextmanager
 def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -49,7 +52,8 @@ def save_arrays(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, np
         arrays: Name to array, of any shape and any dtype that safetensors knows.
         **metadata: Anything JSON can hold.
     """
-    header = {"kind": kind, "version": "1", "metadata": json.dumps(metadata)}
+    # One key: safetensors writes several in no fixed order, and the same result should give the same bytes.
+    header = {_HEADER: json.dumps({"kind": kind, "version": _VERSION, "metadata": metadata})}
     with write_atomically(path) as temporary:
         save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary, header)
 
@@ -66,14 +70,15 @@ def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.n
         raise FileNotFoundError(f"{path} does not exist.")
     try:
         with safetensors.safe_open(path, "np") as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
         arrays = load_file(path)
     except safetensors.SafetensorError as error:
         raise FileFormatError(f"{path} is damaged or is not a safetensors file ({error}).") from error
     if header.get("kind") != kind:
         raise FileFormatError(f"{path} holds {header.get('kind')!r}; expected a file of kind {kind!r}.")
-    if header.get("version") != "1":
+    if header.get("version") != _VERSION:
         raise FileFormatError(
-            f"{path} has format version {header.get('version')!r}; this release reads version '1': upgrade it."
+            f"{path} has format version {header.get('version')!r}; this release reads {_VERSION!r}. "
+            "Upgrade lmc_curvature."
         )
-    return arrays, json.loads(header["metadata"])
+    return arrays, header["metadata"]

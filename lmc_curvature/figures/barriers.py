@@ -1,7 +1,7 @@
 """Barriers between two networks, and between the children of each fork: predicted and measured."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -152,7 +152,9 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
 
 
 @look()
-def draw_layer_bars(predictions: Predictions, measurements: Measurements) -> Figure:
+def draw_layer_bars(
+    predictions: Predictions, measurements: Measurements, *, titles: Mapping[tuple[str, ...], str] | None = None
+) -> Figure:
     """Draw the barrier of each layer alone, measured and predicted, a panel a fork, in the order of the network.
 
     Bars are measured, and predicted to second order with standard errors; diamonds are predicted with slopes. Every
@@ -161,20 +163,21 @@ def draw_layer_bars(predictions: Predictions, measurements: Measurements) -> Fig
     Args:
         predictions: Fork epoch, or any label, to the prediction for its two children.
         measurements: The same for measurements of sets of layers, each of one layer or more.
+        titles: Set of layers to what to call it; by default what `BarrierMeasurement.layers` calls it.
 
     Raises:
         OptionError: The two do not have the same forks, or a measurement has no sets of layers, or no loss.
         UnknownLayerError: A measured layer is not one of the prediction's: their partitions differ.
     """
     pairs = paired_forks(predictions, measurements)
-    names = [measurement.layers for _, measurement in pairs.values()]
+    names = [_set_titles(measurement, titles or {}) for _, measurement in pairs.values()]
     figure, panels = _fork_panels(len(pairs), rows_height(max(map(len, names)), 0.19) + 0.55)
     handles: list[Artist] = []
     for number, (fork, (prediction, measurement)) in enumerate(pairs.items()):
         bars = [_measured_bars(measurement, "loss"), _predicted_bars(prediction, measurement.sets)]
         marks = _predicted_bars(prediction, measurement.sets, "with-slopes")
         named = number % _MOST_COLUMNS == 0 or len(set(names)) > 1
-        layer_rows(panels[number], measurement.layers, bars, marks=marks, label_rows=named)
+        layer_rows(panels[number], names[number], bars, marks=marks, label_rows=named)
         heading(panels[number], fork_title(fork), _distance_text(prediction))
         diamond = Line2D([], [], color=marks.color, marker="D", markersize=3, linestyle="none", label=marks.label)
         handles = [*(Patch(color=group.color, label=group.label) for group in bars), diamond]
@@ -228,6 +231,10 @@ def _draw_metric(axes: Axes, measurement: BarrierMeasurement, metric: str) -> No
     barrier = measurement.barrier(metric)
     found = f"barrier {number_with_error(barrier, measurement.standard_error(metric))} at α = {alphas[highest]:.2g}"
     heading(axes, f"{metric} along the segment", found if barrier > 0 else "no barrier: nowhere above the chord")
+
+
+def _set_titles(measurement: BarrierMeasurement, titles: Mapping[tuple[str, ...], str]) -> tuple[str, ...]:
+    return tuple(titles.get(members, name) for members, name in zip(measurement.sets, measurement.layers, strict=True))
 
 
 def _measured_bars(measurement: BarrierMeasurement, metric: str) -> Bars:

@@ -146,6 +146,8 @@ def test_sets_of_several_layers_are_predicted_as_sets(two_sided):
         bars(figure.axes[0])["predicted, second order"], [prediction.barrier(["u", "v"]), prediction.barrier(["v"])]
     )
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["u + v", "v"]
+    titled = draw_layer_bars({0: prediction}, {0: measurement}, titles={("u", "v"): "both"})
+    assert [label.get_text() for label in titled.axes[0].get_yticklabels()] == ["both", "v"]
 
 
 @pytest.mark.parametrize("draw", [draw_barrier_curves, draw_layer_bars])
