@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
+from lmc_curvature.errors import LoaderError
+
 BatchNormPolicy = Literal["interpolate", "batch", "recalibrate"]
 POLICIES: tuple[str, ...] = get_args(BatchNormPolicy)
 
@@ -95,6 +97,12 @@ class _RedirectedNormalization(TorchFunctionMode):
             axes = [axis for axis in range(input.ndim) if axis != 1]
             variance, mean = torch.var_mean(input, dim=axes)
             self.control.recorded.setdefault(self.module_name, []).append((mean, variance))
+        if input.numel() == input.shape[1]:
+            raise LoaderError(
+                f"Module {self.module_name!r} has one value a channel (input of shape {tuple(input.shape)}), and no "
+                "variance: batch statistics need batches of at least two examples. Use drop_last=True, another batch "
+                "size, or batch_norm='interpolate'."
+            )
         return F.batch_norm(input, None, None, weight, bias, training=True, momentum=momentum, eps=eps)
 
     def _instance_norm(

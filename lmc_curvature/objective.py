@@ -2,17 +2,16 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
@@ -30,13 +29,20 @@ from lmc_curvature.batches import (
 from lmc_curvature.errors import (
     DirectionError,
     LoaderError,
-    LossError,
-    NonFiniteError,
     OptionError,
     RandomStateError,
     UnsupportedModelError,
     check_choice,
     suggest,
+)
+from lmc_curvature.losses import (
+    BatchLoss,
+    LossFunction,
+    check_differentiable,
+    check_loss,
+    check_reduction,
+    finite_loss,
+    own_loss,
 )
 from lmc_curvature.normalization import (
     POLICIES,
@@ -50,26 +56,6 @@ from lmc_curvature.randomness import drawing_module, global_rng_preserved
 
 State = Mapping[str, Tensor]
 """Entry name to tensor: parameters, and the running statistics that a segment moves."""
-
-
-@dataclass(frozen=True)
-class BatchLoss:
-    """A loss computed from a network and a whole batch, for batches that are not `(x, y)` pairs.
-
-    Attributes:
-        fn: `fn(model, batch)` returns the mean loss over the batch's examples, a scalar tensor.
-        size: `size(batch)` counts the examples; by default the leading dimension of the first tensor found.
-
-    Example:
-        `BatchLoss(lambda model, batch: model(**batch).loss)` for a Hugging Face model and its dict batches.
-    """
-
-    fn: Callable[[Any, Any], Tensor]
-    size: Callable[[Any], int] | None = None
-
-
-LossFunction = Callable[[Any, Any], Tensor] | BatchLoss
-"""`loss_fn(output, target)` returning the scalar mean over a batch, or a `BatchLoss`."""
 
 
 class Objective:
@@ -114,7 +100,7 @@ class Objective:
         if max_batches is not None and max_batches < 1:
             raise OptionError(f"max_batches={max_batches}: at least one batch is needed (or None for all).")
         _check_iterable(loader)
-        _check_reduction(loss_fn)
+        check_reduction(loss_fn)
         self._movable = movable_entries(model, batch_norm)
         self.loader = loader
         self.batch_norm: BatchNormPolicy = batch_norm
@@ -126,7 +112,7 @@ class Objective:
         self.network = _skeleton(model)
         self._control = NormalizationControl(self.network)
         self._control.statistics = "running" if batch_norm == "interpolate" else "batch"
-        self._evaluation = _Evaluation(self.network, _own_loss(loss_fn, self.device, self.dtype))
+        self._evaluation = _Evaluation(self.network, own_loss(loss_fn, self.device, self.dtype))
         self._loss_fn = loss_fn
 
         entries = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -153,7 +139,10 @@ class Objective:
                     f"Entry {name!r} has shape {tuple(tensor.shape)}; expected {tuple(self._entries[name].shape)}."
                 )
             if not tensor.is_floating_point():
-                raise DirectionError(f"Entry {name!r} has type {tensor.dtype}; expected real floating-point numbers.")
+                raise DirectionError(
+                    f"Entry {name!r} has type {tensor.dtype}; expected real floating-point numbers. Leave out counters "
+                    "and other buffers that do not move."
+                )
         return {name: to_device(tensor.detach(), self.device, self.dtype) for name, tensor in state.items()}
 
     @contextlib.contextmanager
@@ -194,7 +183,8 @@ class Objective:
         """Mean loss over one batch at `state`: a scalar tensor, differentiable in the state.
 
         Raises:
-            RandomStateError: A module draws random numbers (found on the first batch; names the module).
+            RandomStateError: The loss is not a function of the state, because a module draws random numbers (found
+                on the first batch; names the module).
             LossError: The loss is not a real scalar.
         """
         return self.batch_evaluation(state, batch)[0]
@@ -206,19 +196,35 @@ class Objective:
             self._refuse_randomness(entries, batch)
             self._known_deterministic = True
         loss, output, target = functional_call(self._evaluation, entries, (batch.data,))
-        _check_loss(loss)
+        check_loss(loss)
         return loss, output, target
 
     def _refuse_randomness(self, entries: State, batch: Batch) -> None:
         constants = {name: tensor.detach() for name, tensor in entries.items()}
+
+        losses: list[Any] = []
+
+        def evaluate() -> None:
+            losses.append(functional_call(self._evaluation, constants, (batch.data,))[0])
+
         with torch.no_grad():
-            name = drawing_module(self._evaluation, lambda: functional_call(self._evaluation, constants, (batch.data,)))
-        if name is not None:
-            kind = type(self._evaluation.get_submodule(name)).__name__
-            culprit = f"Module {name.removeprefix('network.')!r} ({kind})" if "." in name else f"The {name or 'loss'}"
+            name = drawing_module(self._evaluation, evaluate)
+            if name is not None:
+                module = name.removeprefix("network.")
+                kind = type(self._evaluation.get_submodule(name)).__name__
+                culprit = f"Module {module!r} ({kind})" if "." in name else f"The {name or 'loss'}"
+                raise RandomStateError(
+                    f"{culprit} draws random numbers in evaluation mode, so its loss is not a function of the "
+                    "parameters. Switch the randomness off (dropout-like functions take training=self.training)."
+                )
+            evaluate()
+        first, second = losses
+        check_loss(first)
+        # Beyond what reordered sums on a GPU explain.
+        if not torch.isclose(first, second, rtol=1e-3, atol=1e-6, equal_nan=True):
             raise RandomStateError(
-                f"{culprit} draws random numbers in evaluation mode, so its loss is not a function of the parameters. "
-                "Switch the randomness off (dropout-like functions take training=self.training)."
+                f"The network has losses {first.item():.6g} and {second.item():.6g} for one state and batch: a module "
+                "draws from a generator of its own, or keeps something from call to call. Switch that off."
             )
 
     def loss(self, state: State | None = None) -> float:
@@ -244,6 +250,7 @@ class Objective:
 
         Raises:
             NonFiniteError: The loss of a batch is infinite or not a number.
+            LossError: The loss does not depend on the state.
         """
         leaves = as_leaves(self.state() if state is None else self.place(state))
         total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
@@ -252,6 +259,7 @@ class Objective:
             for batch in batches:
                 loss = self.batch_loss(leaves, batch)
                 finite_loss(loss, batch)
+                check_differentiable(loss)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
                 for accumulated, gradient in zip(total.values(), gradients, strict=True):
                     accumulated.add_(gradient, alpha=batch.size)
@@ -319,7 +327,9 @@ class Objective:
 
 
 def movable_entries(model: nn.Module, batch_norm: BatchNormPolicy) -> tuple[str, ...]:
-    """Names of the entries a segment may move: all parameters, tied ones once; running statistics by policy.
+    """Names of the entries a segment may move, in the order of the network's modules.
+
+    All parameters, tied ones once; under `"interpolate"` the running statistics, too.
 
     Raises:
         UnsupportedModelError: An entry is uninitialised, or a parameter is not of a real floating-point type.
@@ -335,30 +345,19 @@ def movable_entries(model: nn.Module, batch_norm: BatchNormPolicy) -> tuple[str,
     for name, buffer in model.named_buffers():
         if isinstance(buffer, nn.parameter.UninitializedBuffer):
             raise UnsupportedModelError(f"Buffer {name!r} is uninitialised: run the network on one batch first.")
-    names = [name for name, _ in model.named_parameters()]
-    if batch_norm == "interpolate":
-        names += [entry for name, _ in tracked_modules(model) for entry in statistic_names(name)]
+    own = set(dict(model.named_parameters()))
+    statistics = {name: statistic_names(name) for name, _ in tracked_modules(model)}
+    names: list[str] = []
+    for prefix, module in model.named_modules():
+        names += [name for name, _ in module.named_parameters(prefix=prefix, recurse=False) if name in own]
+        if batch_norm == "interpolate":
+            names += statistics.get(prefix, ())
     return tuple(names)
 
 
 def as_leaves(state: State) -> dict[str, Tensor]:
     """The same values as new leaves of the autograd graph."""
     return {name: tensor.detach().requires_grad_() for name, tensor in state.items()}
-
-
-def finite_loss(loss: Float[Tensor, ""], batch: Batch, where: str = "") -> float:
-    """The loss of a batch as a number.
-
-    Raises:
-        NonFiniteError: It is infinite or not a number; names the batch, and `where` on the segment.
-    """
-    value = loss.item()
-    if not np.isfinite(value):
-        raise NonFiniteError(
-            f"The loss is {value} at batch {batch.index} ({batch.size} examples){where}. "
-            "Check the data of that batch and the scale of the networks' parameters."
-        )
-    return value
 
 
 class _Evaluation(nn.Module):
@@ -401,39 +400,14 @@ def _skeleton(model: nn.Module) -> nn.Module:
     return skeleton
 
 
-def _own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dtype) -> LossFunction:
-    if loss_fn is None:
-        return F.cross_entropy
-    if isinstance(loss_fn, nn.Module):
-        # A loss may carry tensors of its own (class weights); the caller's copy stays as it is.
-        loss_fn = copy.deepcopy(loss_fn).to(device=device, dtype=dtype)
-        loss_fn.eval()
-    return loss_fn
-
-
 def _check_iterable(loader: Any) -> None:
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise LoaderError(f"The loader is {describe(loader)}; expected an iterable of batches, such as a DataLoader.")
-
-
-def _check_reduction(loss_fn: Any) -> None:
-    reduction = getattr(loss_fn, "reduction", "mean")
-    if reduction in ("sum", "none"):
-        raise LossError(
-            f"loss_fn={type(loss_fn).__name__}(reduction={reduction!r}): batches are weighted by their number of "
-            "examples, so the loss must be their mean: use reduction='mean'."
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise LoaderError(
+            f"The loader is a data set ({type(loader).__name__}), which yields examples; expected batches: pass "
+            "DataLoader(dataset, batch_size=...)."
         )
-
-
-def _check_loss(loss: Any) -> None:
-    if not isinstance(loss, Tensor):
-        raise LossError(f"The loss is {describe(loss)}; expected a scalar tensor, the mean over the batch.")
-    if loss.ndim != 0:
-        raise LossError(
-            f"The loss has shape {tuple(loss.shape)}; expected a scalar, the mean over the batch (reduction='mean')."
-        )
-    if not loss.is_floating_point():
-        raise LossError(f"The loss has type {loss.dtype}; expected a real floating-point scalar.")
 
 
 def _device_of(tensors: Sequence[Tensor]) -> torch.device:

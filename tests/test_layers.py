@@ -341,3 +341,8 @@ def test_sets_of_layers_become_sorted_positions(layers, indices):
 def test_sets_with_unknown_layers_are_refused(untyped, layers, message):
     with pytest.raises(UnknownLayerError, match=message):
         layer_indices(("conv1", "conv2", "fc"), layers)
+
+
+def test_layers_stand_in_the_order_of_the_network_also_when_one_holds_statistics_only():
+    network = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
+    assert LayerPartition.of(network).names == ("0", "1")

@@ -10,7 +10,7 @@ from networks import NETWORKS, augmenting_loader, joined, plain_loss, randomized
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lmc_curvature import BatchLoss, Objective
+from lmc_curvature import BatchLoss, HessianOperator, Objective, project_hessian
 from lmc_curvature.batches import Batch
 from lmc_curvature.errors import (
     DirectionError,
@@ -20,7 +20,8 @@ from lmc_curvature.errors import (
     OptionError,
     UnsupportedModelError,
 )
-from lmc_curvature.objective import as_leaves, finite_loss, movable_entries
+from lmc_curvature.losses import finite_loss
+from lmc_curvature.objective import as_leaves, movable_entries
 
 networks = pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS)
 IMAGES = NETWORKS["conv, interpolate"]
@@ -115,6 +116,24 @@ def test_the_state_is_a_snapshot_of_what_can_move(case):
     assert objective.loss() == before
 
 
+@networks
+def test_the_copy_of_the_network_holds_no_values_to_fall_back_on(case):
+    network = Objective(case.model(), [], **case.options).network
+    assert {tensor.device.type for tensor in [*network.parameters(), *network.buffers()]} == {"meta"}
+
+
+def test_randomness_is_looked_for_once():
+    calls = []
+
+    def loss_fn(output, target):
+        calls.append(1)
+        return F.cross_entropy(output, target)
+
+    objective = Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn)
+    counts = [(objective.loss(), len(calls))[1] for _ in range(2)]
+    assert counts == [5, 8], "three batches, and the first one twice more"
+
+
 def test_the_mode_of_the_network_does_not_matter():
     model = NETWORKS["dropout"].model()
     losses = {Objective(model.train(mode), NETWORKS["dropout"].batches()).loss() for mode in (True, False)}
@@ -205,12 +224,21 @@ def test_sums_over_batches_are_kept_in_float64():
     assert objective.gradient(state)["weight"].item() == (2.0**24 + 16) / 17
 
 
-def test_max_batches_takes_no_more_than_it_says():
+@pytest.mark.parametrize("most", [1, 2])
+def test_max_batches_takes_no_more_than_it_says(most):
     model, batches = VECTORS.model(), VECTORS.batches((4, 4, 4, 4))
     loader = iter(batches)
-    expected = plain_loss(model, joined(batches[:2])).item()
-    assert Objective(model, loader, max_batches=2).loss() == pytest.approx(expected, rel=1e-12)
-    assert len(list(loader)) == 2
+    expected = plain_loss(model, joined(batches[:most])).item()
+    assert Objective(model, loader, max_batches=most).loss() == pytest.approx(expected, rel=1e-12)
+    assert len(list(loader)) == 4 - most
+
+
+def test_entries_that_are_not_used_have_zero_gradient():
+    model = nn.ModuleDict({"used": nn.Linear(5, 3), "unused": nn.Linear(5, 3)})
+    loss_fn = BatchLoss(lambda model, batch: F.cross_entropy(model["used"](batch[0]), batch[1]))
+    gradient = Objective(model, VECTORS.batches(), loss_fn=loss_fn).gradient()
+    assert (gradient["unused.weight"] == torch.zeros(3, 5)).all()
+    assert gradient["used.weight"].norm() > 0
 
 
 def test_gradients_need_neither_requires_grad_nor_grad_mode():
@@ -232,13 +260,19 @@ def test_a_batch_is_evaluated_with_its_output():
     assert whole.batch_evaluation({}, batch)[1:] == (None, None)
 
 
-def test_a_pass_shows_its_progress_when_asked(capsys):
-    objective = Objective(VECTORS.model(), VECTORS.batches())
-    for progress in (False, True):
-        with objective.one_pass(progress=progress, description="looking") as batches:
-            assert [(batch.index, batch.size) for batch in batches] == [(0, 6), (1, 6), (2, 3)]
-        shown = capsys.readouterr().err
-        assert ("looking" in shown and "0/3" in shown) if progress else shown == ""
+def test_a_pass_shows_its_progress_only_when_asked(capsys):
+    objective = Objective(VECTORS.model(), VECTORS.batches(), batch_norm="recalibrate")
+    with objective.one_pass() as batches:
+        assert [(batch.index, batch.size) for batch in batches] == [(0, 6), (1, 6), (2, 3)]
+    objective.loss()
+    assert capsys.readouterr().err == ""
+    with objective.one_pass(progress=True, description="looking") as batches:
+        assert len(list(batches)) == 3
+    objective.recalibrated([{}], progress=True)
+    shown = capsys.readouterr().err
+    assert "looking" in shown
+    assert "recalibrating" in shown
+    assert "0/3" in shown
 
 
 # What must not change
@@ -301,10 +335,9 @@ def test_nothing_changes_also_after_an_error(flaw, error, message, policy):
                     compute(objective)
                 assert caught.value.__traceback__ is not None
             # The objective is as before, too.
-            again = compute(objective)
-            torch.testing.assert_close(
-                again, compute(Objective(model, Flawed(None), batch_norm=policy)), rtol=0, atol=0
-            )
+            for again in (Objective.gradient, Objective.loss):
+                fresh = Objective(model, Flawed(None), batch_norm=policy)
+                torch.testing.assert_close(again(objective), again(fresh), rtol=0, atol=0)
 
 
 def test_generators_are_restored_although_a_pass_is_left_halfway(untyped):
@@ -439,7 +472,9 @@ def test_movable_entries_are_parameters_once_and_statistics_by_policy():
     conv = IMAGES.model()
     statistics = ("bn1.running_mean", "bn1.running_var", "bn2.running_mean", "bn2.running_var")
     parameters = tuple(name for name, _ in conv.named_parameters())
-    assert movable_entries(conv, "interpolate") == parameters + statistics
+    assert set(movable_entries(conv, "interpolate")) == {*parameters, *statistics}
+    in_order = tuple(name for name in conv.state_dict() if "num_batches" not in name)
+    assert movable_entries(conv, "interpolate") == in_order
     assert movable_entries(conv, "batch") == movable_entries(conv, "recalibrate") == parameters
 
 
@@ -449,3 +484,29 @@ def test_leaves_are_new_and_leave_the_state_alone():
     assert all(leaf.is_leaf and leaf.requires_grad for leaf in leaves.values())
     assert not state["a"].requires_grad
     torch.testing.assert_close(leaves, state, rtol=0, atol=0)
+
+
+def test_a_data_set_is_not_a_loader():
+    data = torch.utils.data.TensorDataset(torch.ones(4, 5), torch.zeros(4))
+    with pytest.raises(LoaderError, match=r"data set \(TensorDataset\), which yields examples.*DataLoader\(dataset"):
+        Objective(VECTORS.model(), data)
+
+
+@pytest.mark.parametrize("use", ["gradient", "project", "product"])
+def test_a_loss_cut_off_from_the_network_is_refused(use):
+    objective = Objective(VECTORS.model(), VECTORS.batches(), loss_fn=lambda out, y: F.cross_entropy(out.detach(), y))
+    direction = {name: torch.ones_like(tensor) for name, tensor in objective.state().items()}
+    with pytest.raises(LossError, match=r"does not depend on any entry.*\.detach\(\)"):
+        {
+            "gradient": objective.gradient,
+            "project": lambda: project_hessian(objective, {}, [direction]),
+            "product": lambda: HessianOperator(objective) @ direction,
+        }[use]()
+
+
+@pytest.mark.parametrize("policy", ["batch", "recalibrate"])
+def test_a_batch_too_small_for_its_statistics_names_the_module(policy):
+    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    batches = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.long)), (torch.ones(1, 2), torch.zeros(1).long())]
+    with pytest.raises(LoaderError, match=r"Module '1' has one value a channel \(input of shape \(1, 3\)\).*drop_last"):
+        Objective(network, batches, batch_norm=policy).loss()

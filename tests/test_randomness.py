@@ -120,3 +120,11 @@ def test_hooks_and_generators_go_back_after_an_error():
     network = nn.Sequential(AlwaysDropout(), nn.Linear(7, 7))
     with untouched(network), pytest.raises(RuntimeError, match="mat1 and mat2"):
         drawing_module(network, lambda: network(X))
+
+
+def test_noise_from_a_generator_of_its_own_is_refused():
+    generator = torch.Generator().manual_seed(0)
+    noise = nn.Linear(2, 2)
+    noise.register_forward_hook(lambda _module, _args, output: output + torch.randn(2, generator=generator))
+    with pytest.raises(RandomStateError, match="for one state and batch: a module draws from a generator of its own"):
+        Objective(noise, [(torch.ones(3, 2), torch.zeros(3, dtype=torch.long))]).loss()

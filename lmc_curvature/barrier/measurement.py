@@ -18,8 +18,9 @@ from lmc_curvature.barrier.points import SegmentPoints
 from lmc_curvature.batches import Batch
 from lmc_curvature.errors import AlphaError, NonFiniteError, OptionError, check_choice
 from lmc_curvature.layers import PartitionSpec, layer_indices
+from lmc_curvature.losses import LossFunction
 from lmc_curvature.normalization import BatchNormPolicy
-from lmc_curvature.objective import LossFunction, Objective
+from lmc_curvature.objective import Objective
 from lmc_curvature.segment import Segment
 from lmc_curvature.storage import load_arrays, save_arrays
 

@@ -24,8 +24,9 @@ from lmc_curvature.barrier.expansions import (
 from lmc_curvature.curvature.projection import Projection, project_hessian_at
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.layers import PartitionSpec, layer_indices
+from lmc_curvature.losses import LossFunction
 from lmc_curvature.normalization import BatchNormPolicy
-from lmc_curvature.objective import LossFunction, Objective
+from lmc_curvature.objective import Objective
 from lmc_curvature.segment import Segment
 from lmc_curvature.storage import load_arrays, save_arrays
 

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lmc_curvature.batches import Batch
 from lmc_curvature.errors import DirectionError, HessianSizeError
 from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
+from lmc_curvature.losses import check_differentiable
 from lmc_curvature.objective import Objective, State, as_leaves
 
 # Columns of a dense Hessian that are computed in one pass over the loader.
@@ -35,6 +36,9 @@ class BatchGradient:
 
     Attributes:
         loss: The batch's mean loss, a scalar tensor without graph.
+
+    Raises:
+        LossError: The loss does not depend on the state.
     """
 
     def __init__(self, objective: Objective, state: State, batch: Batch, entries: Iterable[str] | None = None):
@@ -43,15 +47,19 @@ class BatchGradient:
         # The fused attention kernels have no second derivative; the plain mathematics has.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             loss = objective.batch_loss({**state, **self._leaves}, batch)
-            gradients = torch.autograd.grad(
-                loss,
-                list(self._leaves.values()),
-                create_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            if len(names) == len(state):
+                check_differentiable(loss)
+            self._gradient = self._differentiate(loss)
         self.loss = loss.detach()
-        self._gradient = dict(zip(names, gradients, strict=True))
+
+    def _differentiate(self, loss: Float[Tensor, ""]) -> dict[str, Tensor]:
+        # A few entries may well have no part in the loss.
+        if not loss.requires_grad:
+            return {name: torch.zeros_like(leaf) for name, leaf in self._leaves.items()}
+        gradients = torch.autograd.grad(
+            loss, list(self._leaves.values()), create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(self._leaves, gradients, strict=True))
 
     def slope(self, direction: State) -> Float[Tensor, ""]:
         """⟨∇L, v⟩ for a direction v."""

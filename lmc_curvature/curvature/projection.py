@@ -12,7 +12,8 @@ from lmc_curvature.averages import standard_error, weighted_mean
 from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.hessian import BatchGradient, inner
 from lmc_curvature.errors import DirectionError, NonFiniteError, check_choice
-from lmc_curvature.objective import Objective, State, finite_loss
+from lmc_curvature.losses import finite_loss
+from lmc_curvature.objective import Objective, State
 
 METHODS = ("auto", "hvp")
 

@@ -1,0 +1,104 @@
+"""Losses of a batch: what they must be, and what a `BatchLoss` is."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lmc_curvature.batches import Batch, describe
+from lmc_curvature.errors import LossError, NonFiniteError
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """A loss computed from a network and a whole batch, for batches that are not `(x, y)` pairs.
+
+    Attributes:
+        fn: `fn(model, batch)` returns the mean loss over the batch's examples, a scalar tensor.
+        size: `size(batch)` counts the examples; by default the leading dimension of the first tensor found.
+
+    Example:
+        `BatchLoss(lambda model, batch: model(**batch).loss)` for a Hugging Face model and its dict batches.
+    """
+
+    fn: Callable[[Any, Any], Tensor]
+    size: Callable[[Any], int] | None = None
+
+
+LossFunction = Callable[[Any, Any], Tensor] | BatchLoss
+"""`loss_fn(output, target)` returning the scalar mean over a batch, or a `BatchLoss`."""
+
+
+def own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dtype) -> LossFunction:
+    """The loss to use, for a device and type: cross-entropy by default, a copy of a loss that is a module."""
+    if loss_fn is None:
+        return F.cross_entropy
+    if isinstance(loss_fn, nn.Module):
+        # A loss may carry tensors of its own (class weights); the caller's copy stays as it is.
+        loss_fn = copy.deepcopy(loss_fn).to(device=device, dtype=dtype)
+        loss_fn.eval()
+    return loss_fn
+
+
+def check_reduction(loss_fn: Any) -> None:
+    """Refuse a torch loss that does not take the mean over the batch.
+
+    Raises:
+        LossError: It sums over the batch, or does not reduce.
+    """
+    reduction = getattr(loss_fn, "reduction", "mean")
+    if reduction in ("sum", "none"):
+        raise LossError(
+            f"loss_fn={type(loss_fn).__name__}(reduction={reduction!r}): batches are weighted by their number of "
+            "examples, so the loss must be their mean: use reduction='mean'."
+        )
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what is not a real scalar.
+
+    Raises:
+        LossError: It has another form; says which.
+    """
+    if not isinstance(loss, Tensor):
+        raise LossError(f"The loss is {describe(loss)}; expected a scalar tensor, the mean over the batch.")
+    if loss.ndim != 0:
+        raise LossError(
+            f"The loss has shape {tuple(loss.shape)}; expected a scalar, the mean over the batch (reduction='mean')."
+        )
+    if not loss.is_floating_point():
+        raise LossError(f"The loss has type {loss.dtype}; expected a real floating-point scalar.")
+
+
+def check_differentiable(loss: Float[Tensor, ""]) -> None:
+    """Refuse a loss without a graph, although it was computed from entries that require gradients.
+
+    Raises:
+        LossError: No entry of the state has any part in it.
+    """
+    if not loss.requires_grad:
+        raise LossError(
+            "The loss does not depend on any entry of the network's state: the network or loss_fn cuts the graph "
+            "(.detach(), .item(), torch.no_grad()); remove that."
+        )
+
+
+def finite_loss(loss: Float[Tensor, ""], batch: Batch, where: str = "") -> float:
+    """The loss of a batch as a number.
+
+    Raises:
+        NonFiniteError: It is infinite or not a number; names the batch, and `where` on the segment.
+    """
+    value = loss.item()
+    if not np.isfinite(value):
+        raise NonFiniteError(
+            f"The loss is {value} at batch {batch.index} ({batch.size} examples){where}. "
+            "Check the data of that batch and the scale of the networks' parameters."
+        )
+    return value
