@@ -93,16 +93,16 @@ class _RedirectedNormalization(TorchFunctionMode):
     ) -> Tensor:
         if self.control.statistics == "running" and running_mean is not None and running_var is not None:
             return normalize_by(input, running_mean, running_var, weight, bias, eps)
-        if self.control.statistics == "record":
-            axes = [axis for axis in range(input.ndim) if axis != 1]
-            variance, mean = torch.var_mean(input, dim=axes)
-            self.control.recorded.setdefault(self.module_name, []).append((mean, variance))
         if input.numel() == input.shape[1]:
             raise LoaderError(
                 f"Module {self.module_name!r} has one value a channel (input of shape {tuple(input.shape)}), and no "
                 "variance: batch statistics need batches of at least two examples. Use drop_last=True, another batch "
                 "size, or batch_norm='interpolate'."
             )
+        if self.control.statistics == "record":
+            axes = [axis for axis in range(input.ndim) if axis != 1]
+            variance, mean = torch.var_mean(input, dim=axes)
+            self.control.recorded.setdefault(self.module_name, []).append((mean, variance))
         return F.batch_norm(input, None, None, weight, bias, training=True, momentum=momentum, eps=eps)
 
     def _instance_norm(

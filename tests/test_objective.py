@@ -486,7 +486,7 @@ def test_leaves_are_new_and_leave_the_state_alone():
     torch.testing.assert_close(leaves, state, rtol=0, atol=0)
 
 
-def test_a_data_set_is_not_a_loader():
+def test_a_data_set_is_not_a_loader(untyped):
     data = torch.utils.data.TensorDataset(torch.ones(4, 5), torch.zeros(4))
     with pytest.raises(LoaderError, match=r"data set \(TensorDataset\), which yields examples.*DataLoader\(dataset"):
         Objective(VECTORS.model(), data)
