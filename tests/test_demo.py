@@ -57,7 +57,7 @@ def test_what_is_there_is_not_computed_again(result, out):
     removed.unlink()
     again = run_demo(out, progress=False)
     assert kept.stat().st_mtime_ns == written
-    np.testing.assert_array_equal(again.measurements[2].batch_values, result.measurements[2].batch_values)
+    np.testing.assert_allclose(again.measurements[2].batch_values, result.measurements[2].batch_values, rtol=1e-4)
 
 
 def test_layer_sets_are_sets_of_layers():

@@ -75,7 +75,7 @@ def test_sets_are_named_and_a_partition_measures_each_layer(measurement):
     assert measurement.layers == ("conv1", "conv2 + fc")
     each = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), layers="fused", alphas=5, progress=False)
     assert each.layers == ("conv1", "conv2", "fc")
-    np.testing.assert_array_equal(each.layer_curves()[0], measurement.layer_curves()[0])
+    np.testing.assert_allclose(each.layer_curves()[0], measurement.layer_curves()[0], atol=1e-12)
     np.testing.assert_array_equal(each.layer_barriers(), each.layer_curves().max(axis=1))
 
 
