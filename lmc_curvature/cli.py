@@ -21,6 +21,7 @@ from lmc_curvature.forking.checkpoints import load_checkpoint
 from lmc_curvature.forking.data import load_data
 from lmc_curvature.forking.models import make_model
 from lmc_curvature.layers import LayerPartition, layer_indices
+from lmc_curvature.network import parse_device
 from lmc_curvature.normalization import BatchNormPolicy
 from lmc_curvature.tables import (
     demo_tables,
@@ -100,8 +101,9 @@ def predict(
     progress: Progress = True,
 ) -> None:
     """Predict the barrier between networks A and B from the curvature at each of them."""
+    _check_save(save)
     first, second = _load_pair(a, b, model, model_option, device)
-    names = LayerPartition.of(first, layers).names
+    names = LayerPartition.of(first, layers, batch_norm=cast(BatchNormPolicy, batch_norm)).names
     parsed_sets = _parse_sets(sets)
     for members in parsed_sets:
         layer_indices(names, members)
@@ -131,7 +133,7 @@ def measure(
     data: Data,
     model_option: ModelOptions = None,
     layers: Annotated[
-        str | None, typer.Option(help="Also measure each layer of a partition alone (as for predict).")
+        str | None, typer.Option(help="Also measure each layer of a partition alone; with --set, those sets instead.")
     ] = None,
     sets: LayerSet = None,
     alphas: Annotated[int, typer.Option(help="Evenly spaced positions, the ends included.")] = 11,
@@ -147,12 +149,12 @@ def measure(
     progress: Progress = True,
 ) -> None:
     """Measure the barrier between networks A and B by evaluating the networks in between."""
-    if layers is not None and sets:
-        raise OptionError("--layers measures each layer alone and --set measures sets of layers: give one of them.")
+    _check_save(save)
     measurement = measure_barrier(
         *_load_pair(a, b, model, model_option, device),
         _load_batches(data, split, limit, batch_size, progress),
         layers=_parse_sets(sets) if sets else layers,
+        partition=layers or "fused",
         alphas=alphas,
         batch_norm=cast(BatchNormPolicy, batch_norm),
         max_batches=max_batches,
@@ -194,7 +196,7 @@ def main() -> None:
 
 def _load_pair(a: Path, b: Path, model: str, options: list[str] | None, device: str) -> tuple[nn.Module, nn.Module]:
     parsed = dict(_parse_model_option(option) for option in options or ())
-    place = _parse_device(device)
+    place = parse_device(device)
     first, second = (load_checkpoint(make_model(model, **parsed), path).to(place) for path in (a, b))
     return first, second
 
@@ -207,7 +209,10 @@ def _load_batches(data: str, split: str, limit: int | None, batch_size: int, pro
             make_loader = getattr(importlib.import_module(module), factory)
         except (ImportError, AttributeError) as error:
             raise DataError(f"--data {data}: {error}. Expected package.module:factory returning a loader.") from error
-        return make_loader()
+        try:
+            return make_loader()
+        except TypeError as error:
+            raise DataError(f"--data {data}: {error}. Expected a function without arguments.") from error
     check_choice("split", split, ("train", "test"))
     return load_data(data, cast(Any, split), limit, progress=progress).batches(batch_size)
 
@@ -226,14 +231,9 @@ def _parse_sets(sets: list[str] | None) -> list[list[str]]:
     return [[name.strip() for name in members.split(",") if name.strip()] for members in sets or ()]
 
 
-def _parse_device(device: str) -> torch.device:
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise OptionError(f"--device {device!r} is not a device: expected cpu, cuda, cuda:1, …") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"--device {device}: no CUDA device was found.")
-    return place
+def _check_save(save: Path | None) -> None:
+    if save is not None and save.is_dir():
+        raise OptionError(f"--save {save} is a directory; expected the name of a file.")
 
 
 def _parse_dtype(dtype: str) -> torch.dtype:

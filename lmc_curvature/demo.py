@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.stats import spearmanr
-from torch import nn
 from tqdm.auto import tqdm
 
 from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
@@ -17,7 +16,6 @@ from lmc_curvature.figures.agreement import draw_predicted_against_measured
 from lmc_curvature.figures.barriers import draw_barrier_curves, draw_layer_bars
 from lmc_curvature.figures.landscapes import draw_barrier_kinds, draw_toy_landscapes
 from lmc_curvature.figures.style import save_figure
-from lmc_curvature.forking.data import Batches
 from lmc_curvature.forking.directory import ForkConfig, load_child, load_fork_data
 from lmc_curvature.forking.experiment import cpu_threads, run_forks
 from lmc_curvature.forking.training import TrainingConfig
@@ -56,7 +54,7 @@ class DemoResult:
 
 
 def run_demo(out_dir: str | PathLike[str], *, device: torch.device | str = "cpu", progress: bool = True) -> DemoResult:
-    """Fork, predict, measure and draw, under one directory; what it already holds is not computed again.
+    """Fork, predict, measure and draw, under one directory; networks that it already holds are not trained again.
 
     Args:
         out_dir: Where everything goes: networks under `forks/`, results under `barriers/`, figures beside them.
@@ -74,27 +72,13 @@ def run_demo(out_dir: str | PathLike[str], *, device: torch.device | str = "cpu"
     with cpu_threads(CONFIG.threads):
         for fork in tqdm(CONFIG.fork_epochs, desc="barriers", unit="fork", disable=not progress):
             first, second = (load_child(out_dir / "forks", fork, child).to(device) for child in (0, 1))
-            results = out_dir / "barriers" / f"fork-{fork:04d}"
-            predictions[fork] = _predict(first, second, loader, results / "predicted.safetensors")
-            measurements[fork] = _measure(
-                first, second, loader, predictions[fork].layers, results / "measured.safetensors"
-            )
+            prediction = predict_barrier(first, second, loader, progress=False)
+            sets = [*([name] for name in prediction.layers), *layer_sets(prediction.layers).values()]
+            measurement = measure_barrier(first, second, loader, layers=sets, progress=False)
+            prediction.save(out_dir / "barriers" / f"fork-{fork:04d}" / "predicted.safetensors")
+            measurement.save(out_dir / "barriers" / f"fork-{fork:04d}" / "measured.safetensors")
+            predictions[fork], measurements[fork] = prediction, measurement
     return DemoResult(predictions, measurements, _draw(predictions, measurements, out_dir))
-
-
-def _predict(first: nn.Module, second: nn.Module, loader: Batches, path: Path) -> BarrierPrediction:
-    if not path.exists():
-        predict_barrier(first, second, loader, progress=False).save(path)
-    return BarrierPrediction.load(path)
-
-
-def _measure(
-    first: nn.Module, second: nn.Module, loader: Batches, layers: tuple[str, ...], path: Path
-) -> BarrierMeasurement:
-    if not path.exists():
-        sets = [*([name] for name in layers), *layer_sets(layers).values()]
-        measure_barrier(first, second, loader, layers=sets, progress=False).save(path)
-    return BarrierMeasurement.load(path)
 
 
 def layer_sets(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

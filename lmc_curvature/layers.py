@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lmc_curvature.errors import PartitionError, UnknownLayerError, suggest
+from lmc_curvature.network import movable_entries, tied_names
 from lmc_curvature.normalization import BatchNormPolicy
-from lmc_curvature.objective import movable_entries
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,6 @@ def _pattern_rule(
             reason = f" ({aliases[0]})" if aliases else ""
             raise PartitionError(f"Layer {layer!r} matches no entry that an earlier layer has not taken{reason}.")
     return lambda entry: str(owner[entry])
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Further names of tied parameters, to the name they are listed under first."""
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
 def _check_cover(groups: Mapping[str, Sequence[str]], entries: Sequence[str]) -> dict[str, tuple[str, ...]]:

@@ -32,7 +32,11 @@ class BatchLoss:
 
 
 LossFunction = Callable[[Any, Any], Tensor] | BatchLoss
-"""`loss_fn(output, target)` returning the scalar mean over a batch, or a `BatchLoss`."""
+"""`loss_fn(output, target)` returning the scalar mean over a batch, or a `BatchLoss`.
+
+Batches weigh by their number of examples. A loss that weighs examples within a batch by something else (class weights,
+`ignore_index`) depends on how the data are cut into batches.
+"""
 
 
 def own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dtype) -> LossFunction:
@@ -52,7 +56,18 @@ def check_reduction(loss_fn: Any) -> None:
     Raises:
         LossError: It sums over the batch, or does not reduce.
     """
-    reduction = getattr(loss_fn, "reduction", "mean")
+    if (
+        loss_fn is not None
+        and not isinstance(loss_fn, BatchLoss)
+        and (isinstance(loss_fn, type) or not callable(loss_fn))
+    ):
+        raise LossError(
+            f"loss_fn={loss_fn!r} is not a function of output and target: pass an instance such as "
+            "torch.nn.CrossEntropyLoss(), a function, or a BatchLoss."
+        )
+    # functools.partial keeps what it binds in .keywords.
+    bound = getattr(loss_fn, "keywords", {})
+    reduction = getattr(loss_fn, "reduction", bound.get("reduction", "mean"))
     if reduction in ("sum", "none"):
         raise LossError(
             f"loss_fn={type(loss_fn).__name__}(reduction={reduction!r}): batches are weighted by their number of "

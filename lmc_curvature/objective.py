@@ -1,8 +1,8 @@
 """The empirical risk of a network: a function of its state, averaged over the batches of a loader."""
 
 import contextlib
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
@@ -44,18 +45,28 @@ from lmc_curvature.losses import (
     finite_loss,
     own_loss,
 )
+from lmc_curvature.network import (
+    State,
+    as_leaves,
+    check_finite,
+    check_module,
+    device_of,
+    dtype_of,
+    graph_nodes,
+    movable_entries,
+    parse_device,
+    parse_dtype,
+    skeleton_of,
+    tied_names,
+)
 from lmc_curvature.normalization import (
     POLICIES,
     BatchNormPolicy,
     NormalizationControl,
     Statistics,
     statistic_names,
-    tracked_modules,
 )
 from lmc_curvature.randomness import drawing_module, global_rng_preserved
-
-State = Mapping[str, Tensor]
-"""Entry name to tensor: parameters, and the running statistics that a segment moves."""
 
 
 class Objective:
@@ -96,9 +107,10 @@ class Objective:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
+        check_module("model", model)
         check_choice("batch_norm", batch_norm, POLICIES)
-        if max_batches is not None and max_batches < 1:
-            raise OptionError(f"max_batches={max_batches}: at least one batch is needed (or None for all).")
+        if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
+            raise OptionError(f"max_batches={max_batches!r}: expected a whole number, at least 1 (or None for all).")
         _check_iterable(loader)
         check_reduction(loss_fn)
         self._movable = movable_entries(model, batch_norm)
@@ -106,10 +118,10 @@ class Objective:
         self.batch_norm: BatchNormPolicy = batch_norm
         self.max_batches = max_batches
         tensors = (*model.parameters(), *model.buffers())
-        self.device = torch.device(device) if device is not None else _device_of(tensors)
-        self.dtype = dtype if dtype is not None else _dtype_of(tensors)
+        self.device = parse_device(device) if device is not None else device_of(tensors)
+        self.dtype = parse_dtype(dtype) if dtype is not None else dtype_of(tensors)
 
-        self.network = _skeleton(model)
+        self.network = skeleton_of(model)
         self._control = NormalizationControl(self.network)
         self._control.statistics = "running" if batch_norm == "interpolate" else "batch"
         self._evaluation = _Evaluation(self.network, own_loss(loss_fn, self.device, self.dtype))
@@ -119,7 +131,11 @@ class Objective:
         self._entries = {
             name: to_device(tensor.detach(), self.device, self.dtype).clone() for name, tensor in entries.items()
         }
-        self._known_deterministic = False
+        # Kept, because functional_call may leave another tensor in a module that the network holds twice.
+        self._placeholders = dict(self.network.named_parameters())
+        self._originals = [(weakref.ref(tensor), name) for name, tensor in model.named_parameters()]
+        self._aliases = tied_names(model)
+        self._checked = False
 
     def state(self) -> dict[str, Tensor]:
         """The network's state when the objective was made: entry name to tensor, what a segment may move."""
@@ -128,9 +144,17 @@ class Objective:
     def place(self, state: State) -> dict[str, Tensor]:
         """Bring a state or direction to the objective's device and floating-point type.
 
+        What else a `state_dict()` holds is understood: further names of tied parameters, and the counters of
+        normalisation modules, which are left out.
+
         Raises:
             DirectionError: An entry is unknown, has another shape, or is not of a real floating-point type.
         """
+        state = {
+            self._aliases.get(name, name): tensor
+            for name, tensor in state.items()
+            if name.rpartition(".")[2] != "num_batches_tracked"
+        }
         for name, tensor in state.items():
             if name not in self._entries:
                 raise DirectionError(f"The network has no entry {name!r}: {suggest(name, self._movable)}")
@@ -185,6 +209,8 @@ class Objective:
         Raises:
             RandomStateError: The loss is not a function of the state, because a module draws random numbers (found
                 on the first batch; names the module).
+            UnsupportedModelError: The loss is not a function of the state, because the network changes an entry in
+                place, or reaches past the state for the parameters of the original network.
             LossError: The loss is not a real scalar.
         """
         return self.batch_evaluation(state, batch)[0]
@@ -192,40 +218,71 @@ class Objective:
     def batch_evaluation(self, state: State, batch: Batch) -> tuple[Float[Tensor, ""], Any, Any]:
         """Loss, network output and target of one batch at `state`; the last two are None for a `BatchLoss`."""
         entries = {f"network.{name}": tensor for name, tensor in {**self._entries, **state}.items()}
-        if not self._known_deterministic:
-            self._refuse_randomness(entries, batch)
-            self._known_deterministic = True
+        if not self._checked:
+            self._check_network(entries, batch)
+            self._checked = True
         loss, output, target = functional_call(self._evaluation, entries, (batch.data,))
         check_loss(loss)
         return loss, output, target
 
-    def _refuse_randomness(self, entries: State, batch: Batch) -> None:
-        constants = {name: tensor.detach() for name, tensor in entries.items()}
-
+    def _check_network(self, entries: State, batch: Batch) -> None:
+        """On the first batch, refuse networks whose loss is not a function of the state."""
+        # Copies: what is looked for may write into them.
+        constants = {name: tensor.detach().clone() for name, tensor in entries.items()}
+        leaves = as_leaves({name: constants[name].clone() for name in self._movable_in(constants)})
+        check_finite({name.removeprefix("network."): tensor for name, tensor in constants.items()}, "the network")
+        versions = {name: tensor._version for name, tensor in constants.items()}
         losses: list[Any] = []
 
-        def evaluate() -> None:
-            losses.append(functional_call(self._evaluation, constants, (batch.data,))[0])
+        def evaluate(state: dict[str, Tensor]) -> None:
+            losses.append(functional_call(self._evaluation, state, (batch.data,))[0])
 
         with torch.no_grad():
-            name = drawing_module(self._evaluation, evaluate)
-            if name is not None:
-                module = name.removeprefix("network.")
-                kind = type(self._evaluation.get_submodule(name)).__name__
-                culprit = f"Module {module!r} ({kind})" if "." in name else f"The {name or 'loss'}"
-                raise RandomStateError(
-                    f"{culprit} draws random numbers in evaluation mode, so its loss is not a function of the "
-                    "parameters. Switch the randomness off (dropout-like functions take training=self.training)."
-                )
-            evaluate()
-        first, second = losses
-        check_loss(first)
-        # Beyond what reordered sums on a GPU explain.
-        if not torch.isclose(first, second, rtol=1e-3, atol=1e-6, equal_nan=True):
-            raise RandomStateError(
-                f"The network has losses {first.item():.6g} and {second.item():.6g} for one state and batch: a module "
-                "draws from a generator of its own, or keeps something from call to call. Switch that off."
+            name = drawing_module(self._evaluation, lambda: evaluate(constants))
+        check_loss(losses[0])
+        if name is not None:
+            self._refuse_drawing(name)
+        changed = [name for name, tensor in constants.items() if tensor._version != versions[name]]
+        if changed:
+            raise UnsupportedModelError(
+                f"The network changes {changed[0].removeprefix('network.')!r} in place while it is evaluated, so its "
+                "loss depends on what was evaluated before. Switch that off (max_norm of an embedding, running "
+                "averages in evaluation mode)."
             )
+        with torch.enable_grad():
+            evaluate({**constants, **leaves})
+        self._refuse_reaching_past(losses[1])
+        first, second = (loss.item() for loss in losses)
+        # Beyond what reordered sums on a GPU explain.
+        if not np.isclose(first, second, rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise RandomStateError(
+                f"The network has losses {first:.6g} and {second:.6g} for one state and batch: a module draws from a "
+                "generator of its own, or keeps something from call to call. Switch that off."
+            )
+
+    def _movable_in(self, entries: State) -> list[str]:
+        return [name for name in entries if name.removeprefix("network.") in self._movable]
+
+    def _refuse_drawing(self, name: str) -> None:
+        kind = type(self._evaluation.get_submodule(name)).__name__
+        culprit = f"Module {name.removeprefix('network.')!r} ({kind})" if "." in name else f"The {name or 'loss'}"
+        raise RandomStateError(
+            f"{culprit} draws random numbers in evaluation mode, so its loss is not a function of the parameters. "
+            "Switch the randomness off (dropout-like functions take training=self.training)."
+        )
+
+    def _refuse_reaching_past(self, loss: Tensor) -> None:
+        originals = {id(ref()): name for ref, name in self._originals if ref() is not None}
+        placeholders = {id(parameter): name for name, parameter in self._placeholders.items()}
+        for node in graph_nodes([loss]):
+            leaf = id(getattr(node, "variable", None))
+            name = originals.get(leaf) or placeholders.get(leaf)
+            if name is not None:
+                raise UnsupportedModelError(
+                    f"The loss uses parameter {name!r} of the network itself instead of the state at hand: a closure, "
+                    "a list of parameters outside nn.ParameterList, or loss_fn refers to it. Reach it through its "
+                    "module (self.layer.weight), or pass loss_fn=BatchLoss(fn) with fn(model, batch)."
+                )
 
     def loss(self, state: State | None = None) -> float:
         """Mean loss over the data set at `state` (default: the snapshot), in one pass over the loader.
@@ -235,7 +292,8 @@ class Objective:
         Raises:
             NonFiniteError: The loss of a batch is infinite or not a number.
         """
-        point = self.state() if state is None else self.place(state)
+        point = {**self.state(), **self.place(state or {})}
+        check_finite(point, "the state")
         if self.batch_norm == "recalibrate":
             point |= self.recalibrated([point])[0]
         values, sizes = [], []
@@ -252,12 +310,14 @@ class Objective:
             NonFiniteError: The loss of a batch is infinite or not a number.
             LossError: The loss does not depend on the state.
         """
-        leaves = as_leaves(self.state() if state is None else self.place(state))
+        point = {**self.state(), **self.place(state or {})}
+        check_finite(point, "the state")
+        leaves = as_leaves({name: point[name] for name in self._movable})
         total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
         examples = 0
-        with self.one_pass() as batches, torch.enable_grad():
+        with self.one_pass() as batches, self.differentiating():
             for batch in batches:
-                loss = self.batch_loss(leaves, batch)
+                loss = self.batch_loss({**point, **leaves}, batch)
                 finite_loss(loss, batch)
                 check_differentiable(loss)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
@@ -265,6 +325,20 @@ class Objective:
                     accumulated.add_(gradient, alpha=batch.size)
                 examples += batch.size
         return {name: (tensor / examples).to(self.dtype) for name, tensor in total.items()}
+
+    @contextlib.contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """Within the block, operations have exact first and second derivatives, on a CUDA device too."""
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.network.modules())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            # The fused attention kernels have no second derivative; the plain mathematics has.
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self.device.type == "cuda":
+                # cuDNN's recurrent kernels have no second derivative, and TF32 keeps ten bits of the mantissa.
+                stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False))
+            yield
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
@@ -326,40 +400,6 @@ class Objective:
             self._control.statistics = before
 
 
-def movable_entries(model: nn.Module, batch_norm: BatchNormPolicy) -> tuple[str, ...]:
-    """Names of the entries a segment may move, in the order of the network's modules.
-
-    All parameters, tied ones once; under `"interpolate"` the running statistics, too.
-
-    Raises:
-        UnsupportedModelError: An entry is uninitialised, or a parameter is not of a real floating-point type.
-    """
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise UnsupportedModelError(f"Parameter {name!r} is uninitialised: run the network on one batch first.")
-        if not parameter.is_floating_point():
-            raise UnsupportedModelError(
-                f"Parameter {name!r} has type {parameter.dtype}: a direction moves real floating-point numbers only. "
-                "Register it as a buffer if it is a constant."
-            )
-    for name, buffer in model.named_buffers():
-        if isinstance(buffer, nn.parameter.UninitializedBuffer):
-            raise UnsupportedModelError(f"Buffer {name!r} is uninitialised: run the network on one batch first.")
-    own = set(dict(model.named_parameters()))
-    statistics = {name: statistic_names(name) for name, _ in tracked_modules(model)}
-    names: list[str] = []
-    for prefix, module in model.named_modules():
-        names += [name for name, _ in module.named_parameters(prefix=prefix, recurse=False) if name in own]
-        if batch_norm == "interpolate":
-            names += statistics.get(prefix, ())
-    return tuple(names)
-
-
-def as_leaves(state: State) -> dict[str, Tensor]:
-    """The same values as new leaves of the autograd graph."""
-    return {name: tensor.detach().requires_grad_() for name, tensor in state.items()}
-
-
 class _Evaluation(nn.Module):
     """Network and loss as one module, so that one functional call evaluates both at a state."""
 
@@ -376,30 +416,6 @@ class _Evaluation(nn.Module):
         return self.loss_fn(output, target), output, target
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
-    """Copy a network's structure without its tensors, in evaluation mode.
-
-    Parameters and buffers become placeholders without storage: every value comes from the state at hand, and a
-    module that would reach past it fails instead of using a stale value.
-    """
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        placeholder = torch.empty_like(parameter, device="meta")
-        memo[id(parameter)] = nn.Parameter(placeholder, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
-    try:
-        skeleton = copy.deepcopy(model, memo)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied ({error}). Its modules must support copy.deepcopy; for weight "
-            "normalisation use torch.nn.utils.parametrizations."
-        ) from error
-    # Not returned by the call: networks that override train() often forget to return themselves.
-    skeleton.eval()
-    return skeleton
-
-
 def _check_iterable(loader: Any) -> None:
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise LoaderError(f"The loader is {describe(loader)}; expected an iterable of batches, such as a DataLoader.")
@@ -408,11 +424,3 @@ def _check_iterable(loader: Any) -> None:
             f"The loader is a data set ({type(loader).__name__}), which yields examples; expected batches: pass "
             "DataLoader(dataset, batch_size=...)."
         )
-
-
-def _device_of(tensors: Sequence[Tensor]) -> torch.device:
-    return tensors[0].device if tensors else torch.device("cpu")
-
-
-def _dtype_of(tensors: Sequence[Tensor]) -> torch.dtype:
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())

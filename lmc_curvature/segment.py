@@ -1,15 +1,16 @@
 """The straight line between two networks, moved along as a whole or layer by layer."""
 
 import copy
+import re
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from lmc_curvature.errors import AlphaError, ArchitectureMismatchError, NonFiniteError, check_choice
-from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices, tied_names
+from lmc_curvature.errors import AlphaError, ArchitectureMismatchError, check_choice
+from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
+from lmc_curvature.network import check_finite, check_module, movable_entries, tied_names
 from lmc_curvature.normalization import POLICIES, BatchNormPolicy, statistic_names, tracked_modules
-from lmc_curvature.objective import movable_entries
 
 
 class Segment:
@@ -41,6 +42,8 @@ class Segment:
         layers: PartitionSpec = "fused",
         batch_norm: BatchNormPolicy = "interpolate",
     ):
+        check_module("model_a", model_a)
+        check_module("model_b", model_b)
         check_choice("batch_norm", batch_norm, POLICIES)
         entries = movable_entries(model_a, batch_norm)
         movable_entries(model_b, batch_norm)
@@ -48,8 +51,8 @@ class Segment:
         self.partition = LayerPartition.of(model_a, layers, batch_norm=batch_norm)
         self.start = _state_of(model_a, entries)
         self.end = {name: tensor.to(self.start[name].device) for name, tensor in _state_of(model_b, entries).items()}
-        _check_finite(self.start, "model_a")
-        _check_finite(self.end, "model_b")
+        check_finite(self.start, "model_a")
+        check_finite(self.end, "model_b")
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -107,16 +110,6 @@ def _state_of(model: nn.Module, entries: Iterable[str]) -> dict[str, Tensor]:
     return {name: tensors[name].detach().clone() for name in entries}
 
 
-def _check_finite(state: dict[str, Tensor], model_name: str) -> None:
-    for name, tensor in state.items():
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            raise NonFiniteError(
-                f"Entry {name!r} of {model_name} has {bad} of {tensor.numel()} values that are infinite or not a "
-                "number. Has its training diverged?"
-            )
-
-
 def _check_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
     differences = [*_entry_differences(model_a, model_b), *_module_differences(model_a, model_b)]
     if not differences:
@@ -157,13 +150,23 @@ def _entry_differences(model_a: nn.Module, model_b: nn.Module) -> list[str]:
 
 def _module_differences(model_a: nn.Module, model_b: nn.Module) -> list[str]:
     kinds_a, kinds_b = (
-        {name: type(module).__qualname__ for name, module in model.named_modules()} for model in (model_a, model_b)
+        {name: _describe_module(module) for name, module in model.named_modules()} for model in (model_a, model_b)
     )
     return [
         f"module {name or '(the network itself)'}: {kinds_a.get(name)} in model_a, {kinds_b.get(name)} in model_b"
         for name in {**kinds_a, **kinds_b}
         if kinds_a.get(name) != kinds_b.get(name)
     ]
+
+
+def _describe_module(module: nn.Module) -> str:
+    """Class and settings of a module: what decides, besides its entries, which function it is."""
+    kind = type(module).__qualname__
+    # Other packages may print anything there. Dropout is off, and momentum matters in training only.
+    if not type(module).__module__.startswith(("torch.", "torchvision.")) or "Dropout" in kind:
+        return kind
+    settings = re.sub(r"(, )?(momentum|dropout)=[^,)]*", "", module.extra_repr())
+    return f"{kind}({settings})" if settings else kind
 
 
 def _tie_differences(model_a: nn.Module, model_b: nn.Module) -> list[str]:

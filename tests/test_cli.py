@@ -121,7 +121,9 @@ def test_measure_takes_sets_and_a_loader_of_ones_own(run, checkpoints):
         (["--layers", "fusd"], "layers='fusd' is not a partition: did you mean 'fused'"),
         (["--set", "conv,convx"], "no layer 'convx'"),
         (["--dtype", "float12"], "dtype='float12' is not a choice"),
-        (["--device", "tpu9"], "--device 'tpu9' is not a device"),
+        (["--device", "tpu9"], "device='tpu9' is not a device"),
+        (["--save", "."], "--save . is a directory"),
+        (["--data", "json:loads"], "--data json:loads: loads() missing"),
         (["--model-option", "width"], "--model-option 'width': expected KEY=VALUE"),
         (["--model-option", "widht=4"], "widht"),
         (["--model", "resnet2O"], "resnet2O"),
@@ -142,9 +144,11 @@ def test_a_missing_checkpoint_is_named(run, checkpoints):
     assert (status, "absent.pt does not exist" in err) == (2, True)
 
 
-def test_layers_and_sets_exclude_each_other(run, checkpoints):
-    status, _, err = run("measure", *checkpoints, *COMMON, "--layers", "fused", "--set", "conv")
-    assert (status, "give one of them" in err) == (2, True)
+def test_with_sets_layers_names_their_partition(run, checkpoints):
+    arguments = ["--layers", "module", "--set", "conv,linear", "--alphas", 3, "--json"]
+    _, out, _ = run("measure", *checkpoints, *COMMON, *arguments)
+    (found,) = json.loads(out)["metrics"]["loss"]["sets"]
+    assert found["layers"] == ["conv", "linear"]
 
 
 def test_help_and_version(run):

@@ -1,6 +1,8 @@
 """Claim: an objective is the plain mean loss over all examples, and computing it changes nothing."""
 
 import copy
+import functools
+import math
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from networks import NETWORKS, augmenting_loader, joined, plain_loss, randomized
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lmc_curvature import BatchLoss, HessianOperator, Objective, project_hessian
+from lmc_curvature import BatchLoss, HessianOperator, Objective, Segment, project_hessian
 from lmc_curvature.batches import Batch
 from lmc_curvature.errors import (
     DirectionError,
@@ -119,7 +121,9 @@ def test_the_state_is_a_snapshot_of_what_can_move(case):
 @networks
 def test_the_copy_of_the_network_holds_no_values_to_fall_back_on(case):
     network = Objective(case.model(), [], **case.options).network
-    assert {tensor.device.type for tensor in [*network.parameters(), *network.buffers()]} == {"meta"}
+    for tensor in [*network.parameters(), *network.buffers()]:
+        assert tensor.untyped_storage().nbytes() == tensor.element_size()
+        assert not tensor.is_floating_point() or tensor.isnan().all()
 
 
 def test_randomness_is_looked_for_once():
@@ -358,7 +362,7 @@ def test_generators_are_restored_although_a_pass_is_left_halfway(untyped):
     [
         ({"batch_norm": "interpolat"}, OptionError, "batch_norm='interpolat'.*did you mean 'interpolate'"),
         ({"batch_norm": 3}, OptionError, "batch_norm=3.*choose from 'interpolate', 'batch', 'recalibrate'"),
-        ({"max_batches": 0}, OptionError, r"max_batches=0: at least one batch is needed \(or None for all\)"),
+        ({"max_batches": 0}, OptionError, r"max_batches=0: expected a whole number, at least 1"),
         ({"loader": 5}, LoaderError, "loader is an object of type int; expected an iterable.*DataLoader"),
         ({"loader": None}, LoaderError, "loader is an object of type NoneType; expected an iterable"),
         (
@@ -510,3 +514,110 @@ def test_a_batch_too_small_for_its_statistics_names_the_module(policy):
     batches = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.long)), (torch.ones(1, 2), torch.zeros(1).long())]
     with pytest.raises(LoaderError, match=r"Module '1' has one value a channel \(input of shape \(1, 3\)\).*drop_last"):
         Objective(network, batches, batch_norm=policy).loss()
+
+
+# Networks whose loss is not a function of the state
+
+
+class _ListOfWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.weights = [self.layer.weight]
+
+    def forward(self, x):
+        return F.linear(x, self.weights[0], self.layer.bias)
+
+
+def _with_closure():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
+    original = model[0].forward
+    model[0].forward = lambda x: original(x)
+    return model
+
+
+@pytest.mark.parametrize(("make", "name"), [(_ListOfWeights, "layer.weight"), (_with_closure, "0.(weight|bias)")])
+def test_a_network_that_reaches_past_the_state_is_refused(make, name):
+    model = make().double()
+    with untouched(model), pytest.raises(UnsupportedModelError, match=f"'{name}' of the network itself.*BatchLoss"):
+        Objective(model, VECTORS.batches()).loss()
+
+
+def test_a_loss_that_refers_to_the_network_is_refused_and_a_batch_loss_is_not():
+    model = VECTORS.model()
+
+    def penalty(network):
+        return sum((parameter**2).sum() for parameter in network.parameters())
+
+    with pytest.raises(UnsupportedModelError, match="instead of the state at hand.*loss_fn refers to it"):
+        Objective(model, VECTORS.batches(), loss_fn=lambda o, y: F.cross_entropy(o, y) + penalty(model)).loss()
+    loss_fn = BatchLoss(lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]) + penalty(net))
+    objective = Objective(model, VECTORS.batches(), loss_fn=loss_fn)
+    expected = Objective(model, VECTORS.batches()).loss() + penalty(model).item()
+    assert objective.loss() == pytest.approx(expected, rel=1e-12)
+    nothing = {entry: torch.zeros_like(tensor) for entry, tensor in objective.state().items()}
+    assert objective.loss(nothing) == pytest.approx(math.log(3), rel=1e-6)
+
+
+def test_another_network_in_the_loss_is_a_constant():
+    teacher = VECTORS.model(9)
+    student = Objective(
+        VECTORS.model(), VECTORS.batches(), loss_fn=lambda out, _: F.mse_loss(out, teacher(VECTORS.batches()[0][0])[:1])
+    )
+    assert student.gradient().keys() == student.state().keys()
+
+
+def test_entries_changed_in_place_are_named():
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.1), nn.Flatten(), nn.Linear(8, 3)).double()
+    batches = [(torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1]))]
+    with untouched(model), pytest.raises(UnsupportedModelError, match="changes '0.weight' in place.*max_norm"):
+        Objective(model, batches).loss(dict(model.named_parameters()))
+
+
+def test_a_state_dict_is_a_state():
+    case = IMAGES
+    other = case.model(5)
+    expected = Objective(other, case.batches()).loss()
+    assert Objective(case.model(), case.batches()).loss(other.state_dict()) == pytest.approx(expected, rel=1e-12)
+    tied = NETWORKS["tied weights"]
+    objective = Objective(tied.model(), tied.batches(), **tied.options)
+    moved = Objective(tied.model(5), tied.batches(), **tied.options)
+    assert objective.loss(tied.model(5).state_dict()) == pytest.approx(moved.loss(), rel=1e-12)
+
+
+def test_values_that_are_not_finite_name_their_entry():
+    model = VECTORS.model()
+    with torch.no_grad():
+        model[0].bias[2] = torch.nan
+    for compute in (Objective.loss, Objective.gradient):
+        with pytest.raises(NonFiniteError, match=r"Entry '0.bias' of the (network|state) has 1 of 6 values"):
+            compute(Objective(model, VECTORS.batches()))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"max_batches": 1.5}, OptionError, "max_batches=1.5: expected a whole number"),
+        ({"dtype": "float64"}, OptionError, "dtype='float64' is not a floating-point type: expected torch.float32"),
+        ({"dtype": torch.int32}, OptionError, "dtype=torch.int32 is not a floating-point type"),
+        ({"device": "gpu"}, OptionError, "device='gpu' is not a device: expected 'cpu', 'cuda'"),
+        ({"loss_fn": "ce"}, LossError, "loss_fn='ce' is not a function.*an instance such as"),
+        ({"loss_fn": nn.CrossEntropyLoss}, LossError, r"pass an instance such as torch.nn.CrossEntropyLoss\(\)"),
+        ({"loss_fn": functools.partial(F.cross_entropy, reduction="sum")}, LossError, "reduction='sum'.*use reduction"),
+    ],
+)
+def test_misuse_is_refused_by_name(options, error, message, untyped):
+    with pytest.raises(error, match=message):
+        Objective(VECTORS.model(), VECTORS.batches(), **options)
+
+
+def test_what_is_no_network_is_refused(untyped):
+    with pytest.raises(UnsupportedModelError, match="model is a mapping.*expected a torch.nn.Module. Load a"):
+        Objective(VECTORS.model().state_dict(), [])
+    with pytest.raises(UnsupportedModelError, match="model_b is an object of type int; expected a torch.nn.Module"):
+        Segment(VECTORS.model(), 3)
+
+
+def test_the_type_of_a_mixed_network_holds_all_its_entries():
+    mixed = nn.Sequential(nn.Linear(5, 4).bfloat16(), nn.Linear(4, 3))
+    assert Objective(mixed, []).dtype == torch.float32

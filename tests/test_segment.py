@@ -194,7 +194,7 @@ def _untied():
         ),
         (_mlp(), _mlp(nn.Linear(2, 2)), ["model_b has 2", r"1.weight: only in model_b, with shape \(2, 2\)"]),
         (_mlp(), _mlp().double(), ["0.weight: type torch.float32 in model_a, torch.float64 in model_b"]),
-        (_mlp(nn.ReLU()), _mlp(nn.GELU()), ["module 1: ReLU in model_a, GELU in model_b"]),
+        (_mlp(nn.ReLU()), _mlp(nn.GELU()), ["module 1: ReLU in model_a, GELU.* in model_b"]),
         (_mlp(nn.ReLU()), _mlp(), ["module 1: ReLU in model_a, None in model_b"]),
         (_mlp(), _mlp(nn.ReLU()), ["module 1: None in model_a, ReLU in model_b"]),
         (
@@ -261,3 +261,24 @@ def test_unknown_layers_get_a_suggestion():
 def test_an_unknown_policy_gets_a_suggestion(untyped):
     with pytest.raises(OptionError, match="batch_norm='recalibrat'.*did you mean 'recalibrate'"):
         Segment(*_networks(), batch_norm="recalibrat")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "line"),
+    [
+        (nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, stride=2), r"stride=\(1, 1\)\) in model_a, .*stride=\(2, 2\)"),
+        (nn.LayerNorm(4), nn.LayerNorm(4, eps=1.0), "eps=1e-05.*eps=1.0"),
+        (nn.LeakyReLU(0.1), nn.LeakyReLU(0.9), "negative_slope=0.1.*negative_slope=0.9"),
+    ],
+)
+def test_modules_with_other_settings_are_another_architecture(a, b, line):
+    with pytest.raises(ArchitectureMismatchError, match=f"module 0: .*{line}"):
+        Segment(nn.Sequential(a), nn.Sequential(b))
+
+
+def test_what_matters_in_training_only_may_differ():
+    ends = [
+        nn.Sequential(nn.BatchNorm1d(3, momentum=momentum), nn.Dropout(momentum), nn.LSTM(3, 2, 2, dropout=momentum))
+        for momentum in (0.1, 0.3)
+    ]
+    assert len(Segment(*ends).layers) == 2

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@torch.inference_mode(False)
 def measure_barrier(
     model_a: nn.Module,
     model_b: nn.Module,
@@ -36,7 +37,7 @@ def measure_barrier(
     loss_fn: LossFunction | None = None,
     layers: PartitionSpec | Sequence[Iterable[str]] | None = None,
     partition: PartitionSpec = "fused",
-    alphas: int | Sequence[float] | np.ndarray = 11,
+    alphas: int | np.integer | Sequence[float] | np.ndarray = 11,
     batch_norm: BatchNormPolicy = "interpolate",
     metrics: Sequence[str] = METRICS,
     max_batches: int | None = None,
@@ -273,11 +274,11 @@ class BarrierMeasurement:
         return "\n".join(lines)
 
 
-def _positions(alphas: int | Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:
-    if isinstance(alphas, int):
+def _positions(alphas: int | np.integer | Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:
+    if isinstance(alphas, (int, np.integer)):
         if alphas < 3:
             raise AlphaError(f"alphas={alphas}: at least 3 positions are needed, the ends and one between them.")
-        return np.linspace(0.0, 1.0, alphas)
+        return np.linspace(0.0, 1.0, int(alphas))
     return np.sort(check_alphas(alphas))
 
 

@@ -21,6 +21,8 @@ def check_metrics(metrics: Sequence[str], loss_fn: LossFunction | None) -> None:
         OptionError: A metric is unknown.
         MetricError: The error is asked for with a `BatchLoss`, or no metric is.
     """
+    if isinstance(metrics, str):
+        raise MetricError(f"metrics={metrics!r}: expected several, such as ({metrics!r},).")
     if not metrics:
         raise MetricError(f"No metric was asked for; choose from {METRICS}.")
     for metric in metrics:
@@ -37,13 +39,13 @@ def metric_values(
     Raises:
         MetricError: The error is asked for, and output and target are not those of a classifier.
     """
-    return torch.stack([loss if metric == "loss" else _error(output, target, batch).to(loss) for metric in metrics])
+    return torch.stack([loss.double() if metric == "loss" else _error(output, target, batch) for metric in metrics])
 
 
 def _error(output: Any, target: Any, batch: Batch) -> Float[Tensor, ""]:
     """Share of examples (or of positions, for dense outputs) whose largest output is not the target's class."""
     if isinstance(output, Tensor) and isinstance(target, Tensor):
-        if output.shape == target.shape and target.is_floating_point() and target.ndim > 1 and target.shape[1] > 1:
+        if output.shape == target.shape and _are_probabilities(target):
             return (output.argmax(1) != target.argmax(1)).double().mean()
         if output.ndim == target.ndim + 1 and not target.is_floating_point() and output.shape[0] == target.shape[0]:
             return (output.argmax(1) != target).double().mean()
@@ -51,3 +53,10 @@ def _error(output: Any, target: Any, batch: Batch) -> Float[Tensor, ""]:
         f"Metric 'error' needs outputs (n, classes, …) with class indices (n, …) or class probabilities; batch "
         f"{batch.index} has {describe(output)} with {describe(target)}. Pass metrics=('loss',)."
     )
+
+
+def _are_probabilities(target: Tensor) -> bool:
+    if not target.is_floating_point() or target.ndim < 2:
+        return False
+    sums = target.sum(dim=1)
+    return bool((target >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), rtol=1e-2)

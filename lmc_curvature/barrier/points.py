@@ -22,6 +22,7 @@ class SegmentPoints(Sequence[dict[str, Tensor]]):
         self._backward = segment.reversed()
         # (walked from the end?, distance walked, layers that moved)
         self._walks: list[tuple[bool, float, frozenset[str]]] = []
+        self._numbers: dict[tuple[bool, float, frozenset[str]], int] = {}
         self._add(False, 0.0, frozenset())
         self._add(True, 0.0, frozenset())
 
@@ -47,9 +48,10 @@ class SegmentPoints(Sequence[dict[str, Tensor]]):
 
     def _add(self, from_end: bool, distance: float, members: frozenset[str]) -> int:
         walk = (from_end, distance, members)
-        if walk not in self._walks:
+        if walk not in self._numbers:
+            self._numbers[walk] = len(self._walks)
             self._walks.append(walk)
-        return self._walks.index(walk)
+        return self._numbers[walk]
 
     def __len__(self) -> int:
         return len(self._walks)

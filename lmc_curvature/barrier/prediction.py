@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _FIELDS = ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures")
 
 
+@torch.inference_mode(False)
 def predict_barrier(
     model_a: nn.Module,
     model_b: nn.Module,

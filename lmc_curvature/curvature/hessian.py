@@ -1,7 +1,8 @@
 """Exact Hessian-vector products of an objective, and the Hessian as a linear operator."""
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -9,13 +10,13 @@ import torch
 from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmc_curvature.batches import Batch
-from lmc_curvature.errors import DirectionError, HessianSizeError
+from lmc_curvature.errors import DirectionError, HessianSizeError, UnsupportedModelError
 from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
-from lmc_curvature.losses import check_differentiable
-from lmc_curvature.objective import Objective, State, as_leaves
+from lmc_curvature.losses import check_differentiable, finite_loss
+from lmc_curvature.network import State, as_leaves, check_finite, graph_nodes
+from lmc_curvature.objective import Objective
 
 # Columns of a dense Hessian that are computed in one pass over the loader.
 _CHUNK = 64
@@ -39,15 +40,15 @@ class BatchGradient:
 
     Raises:
         LossError: The loss does not depend on the state.
+        UnsupportedModelError: An operation has no second derivative; `product` raises it, too.
     """
 
     def __init__(self, objective: Objective, state: State, batch: Batch, entries: Iterable[str] | None = None):
         names = list(state) if entries is None else list(entries)
         self._leaves = as_leaves({name: state[name] for name in names})
-        # The fused attention kernels have no second derivative; the plain mathematics has.
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        with objective.differentiating():
             loss = objective.batch_loss({**state, **self._leaves}, batch)
-            if len(names) == len(state):
+            if len(names) >= len(objective.state()):
                 check_differentiable(loss)
             self._gradient = self._differentiate(loss)
         self.loss = loss.detach()
@@ -56,10 +57,24 @@ class BatchGradient:
         # A few entries may well have no part in the loss.
         if not loss.requires_grad:
             return {name: torch.zeros_like(leaf) for name, leaf in self._leaves.items()}
-        gradients = torch.autograd.grad(
-            loss, list(self._leaves.values()), create_graph=True, allow_unused=True, materialize_grads=True
-        )
+        with _naming_what_has_no_derivative():
+            gradients = torch.autograd.grad(
+                loss, list(self._leaves.values()), create_graph=True, allow_unused=True, materialize_grads=True
+            )
         return dict(zip(self._leaves, gradients, strict=True))
+
+    def check_twice_differentiable(self) -> None:
+        """Refuse a gradient whose own derivative torch would leave out without a word.
+
+        Raises:
+            UnsupportedModelError: An operation's backward pass is marked once-differentiable.
+        """
+        # The mark cuts the graph, so a second derivative through it is silently zero.
+        if any(type(node).__name__ == "Error" for node in graph_nodes(self._gradient.values())):
+            raise UnsupportedModelError(
+                "The loss cannot be differentiated twice: an operation's backward pass is marked once_differentiable "
+                "(a custom autograd.Function, often around a kernel of its own). Replace that operation."
+            )
 
     def slope(self, direction: State) -> Float[Tensor, ""]:
         """⟨∇L, v⟩ for a direction v."""
@@ -72,21 +87,40 @@ class BatchGradient:
         columns = [name for name in direction if self._gradient[name].requires_grad]
         if not columns:
             return {name: torch.zeros_like(self._leaves[name]) for name in rows}
-        products = torch.autograd.grad(
-            [self._gradient[name] for name in columns],
-            [self._leaves[name] for name in rows],
-            [direction[name] for name in columns],
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        with _naming_what_has_no_derivative():
+            products = torch.autograd.grad(
+                [self._gradient[name] for name in columns],
+                [self._leaves[name] for name in rows],
+                [direction[name] for name in columns],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
         return dict(zip(rows, products, strict=True))
 
 
 def inner(a: State, b: State) -> Float[Tensor, ""]:
     """⟨a, b⟩ over the entries of `b`, which `a` must have."""
-    products = [torch.dot(a[name].flatten(), tensor.flatten()) for name, tensor in b.items()]
+    products = [torch.dot(_precise(a[name]), _precise(tensor)) for name, tensor in b.items()]
     return torch.stack(products).sum()
+
+
+def _precise(tensor: Tensor) -> Float[Tensor, " n"]:
+    """The values as a vector, half-precision ones as float32: a sum of many does not fit into half a number."""
+    return tensor.flatten().to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextlib.contextmanager
+def _naming_what_has_no_derivative() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"The loss cannot be differentiated twice: {error} Replace that operation, or switch off what hides it "
+            "(torch.compile, checkpointing, sparse gradients)."
+        ) from error
 
 
 class HessianOperator:
@@ -116,6 +150,7 @@ class HessianOperator:
     Raises:
         UnknownLayerError: `layers` names an unknown layer.
         DirectionError: The state has an unknown entry or a wrong shape.
+        NonFiniteError: The state, a vector or the loss of a batch is not finite; names the entry or the batch.
     """
 
     def __init__(
@@ -127,7 +162,9 @@ class HessianOperator:
         partition: PartitionSpec = "fused",
     ):
         self.objective = objective
-        self.state = {**objective.state(), **objective.place({} if state is None else state)}
+        self._point = {**objective.state(), **objective.place(state or {})}
+        check_finite(self._point, "the state")
+        self.state = {name: self._point[name] for name in objective.state()}
         self.partition = LayerPartition.of(objective.network, partition, batch_norm=objective.batch_norm)
         self.rows = self.columns = self._entries_of(layers)
 
@@ -195,6 +232,8 @@ class HessianOperator:
 
     def _products(self, directions: Sequence[State]) -> list[dict[str, Tensor]]:
         """H v for each direction, summed in float64 over one pass."""
+        for direction in directions:
+            check_finite(direction, "the vector")
         totals = [
             {name: torch.zeros_like(self.state[name], dtype=torch.float64) for name in self.rows} for _ in directions
         ]
@@ -202,7 +241,10 @@ class HessianOperator:
         examples = 0
         with self.objective.one_pass() as batches:
             for batch in batches:
-                gradient = BatchGradient(self.objective, self.state, batch, entries)
+                gradient = BatchGradient(self.objective, self._point, batch, entries)
+                if batch.index == 0:
+                    gradient.check_twice_differentiable()
+                finite_loss(gradient.loss, batch)
                 for direction, total in zip(directions, totals, strict=True):
                     for name, product in gradient.product(direction, self.rows).items():
                         total[name].add_(product, alpha=batch.size)

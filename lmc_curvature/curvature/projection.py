@@ -13,7 +13,8 @@ from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.hessian import BatchGradient, inner
 from lmc_curvature.errors import DirectionError, NonFiniteError, check_choice
 from lmc_curvature.losses import finite_loss
-from lmc_curvature.objective import Objective, State
+from lmc_curvature.network import State, check_finite
+from lmc_curvature.objective import Objective
 
 METHODS = ("auto", "hvp")
 
@@ -113,6 +114,8 @@ def project_hessian_at(
     check_choice("method", method, METHODS)
     placed = _place_directions(objective, directions)
     states = [{**objective.state(), **objective.place(state)} for state in states]
+    for state in states:
+        check_finite(state, "the state")
     sizes: list[int] = []
     values: list[list[_BatchValues]] = [[] for _ in states]
     with objective.one_pass(progress=progress, description="curvature") as batches:
@@ -141,6 +144,8 @@ def _project_batch_by_products(
     """One Hessian-vector product a direction, on the graph of one batch."""
     moved = {name for direction in directions for name in direction}
     gradient = BatchGradient(objective, state, batch, [name for name in state if name in moved])
+    if batch.index == 0:
+        gradient.check_twice_differentiable()
     loss = finite_loss(gradient.loss, batch, where)
     slopes = torch.stack([gradient.slope(direction) for direction in directions])
     rows = []

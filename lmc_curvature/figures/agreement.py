@@ -1,7 +1,7 @@
 """How far predicted barriers agree with measured ones, over forks and over layers."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +80,9 @@ def draw_predicted_against_measured(
 ) -> Figure:
     """Draw predicted against measured barriers: of the whole network, a point a fork; of each layer, a point a layer.
 
-    Axes are logarithmic. Barriers of zero or below, and those seven orders of magnitude below the largest, stand as
-    hollow points in a grey strip at the low end of their axis. Rank correlations are of the barriers as they are.
+    Where single layers were measured beside larger sets, only the single layers are drawn. Axes are logarithmic.
+    Barriers of zero or below, and those seven orders of magnitude below the largest, stand as hollow points in a grey
+    strip at the low end of their axis. Rank correlations are of the barriers as they are.
 
     Args:
         predictions: Fork epoch, or any label, to the prediction for its two children.
@@ -96,9 +97,11 @@ def draw_predicted_against_measured(
     forks = paired_forks(predictions, measurements)
     colors = fork_colors(forks)
     panels = {"whole network": {fork: _whole(*pair, expansion) for fork, pair in forks.items()}}
-    all_sets = [members for _, measurement in forks.values() for members in measurement.sets]
-    if all_sets:
-        panels[alone_title(all_sets)] = {fork: _sets(*pair, expansion) for fork, pair in forks.items()}
+    # Single layers and larger sets are not alike, and would not be told apart in one cloud.
+    all_sets = {members for _, measurement in forks.values() for members in measurement.sets}
+    compared = {members for members in all_sets if len(members) == 1} or all_sets
+    if compared:
+        panels[alone_title(compared)] = {fork: _sets(*pair, compared, expansion) for fork, pair in forks.items()}
     legend_columns = len(panels) * (6 if all(isinstance(fork, int) for fork in forks) else 2)
     figure = new_figure(COLUMN_WIDTH * len(panels), 3.8 + 0.16 * math.ceil(len(forks) / legend_columns))
     scales = []
@@ -130,9 +133,16 @@ def _whole(prediction: BarrierPrediction, measurement: BarrierMeasurement, expan
     return Pairs(np.array([measurement.barrier()]), np.array([prediction.barrier(None, expansion)]))
 
 
-def _sets(prediction: BarrierPrediction, measurement: BarrierMeasurement, expansion: Expansion) -> Pairs:
-    measured = measurement.layer_barriers() if measurement.sets else np.empty(0)
-    return Pairs(measured, np.array([prediction.barrier(members, expansion) for members in measurement.sets]))
+def _sets(
+    prediction: BarrierPrediction,
+    measurement: BarrierMeasurement,
+    compared: Container[tuple[str, ...]],
+    expansion: Expansion,
+) -> Pairs:
+    chosen = [number for number, members in enumerate(measurement.sets) if members in compared]
+    measured = measurement.layer_barriers()[chosen] if chosen else np.empty(0)
+    predicted = [prediction.barrier(measurement.sets[number], expansion) for number in chosen]
+    return Pairs(measured, np.array(predicted, dtype=np.float64))
 
 
 def _correlation_text(pairs: Sequence[Pairs]) -> str:

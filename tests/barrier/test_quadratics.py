@@ -107,3 +107,32 @@ def test_the_toy_barrier_has_its_closed_form():
     )
     # A quartic is inside the quintic's reach.
     np.testing.assert_allclose(prediction.curve(measurement.alphas, None, "hermite"), measurement.curve(), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "measured", "predicted"),
+    [
+        # f = Π (θ−m)² / 16 over the four minima; f'' at a minimum is 2 Π_others (m−m')² / 16.
+        (-1.0, 1.0, 2.25**2 / 16, 4 / 8 * 2 * (0.5 * 2 * 2.5) ** 2 / 16),
+        (-1.5, 1.5, 2.25**2 / 16, 9 / 8 * 2 * (0.5 * 2.5 * 3) ** 2 / 16),
+    ],
+)
+def test_the_toy_with_four_minima_has_its_closed_form(first, second, measured, predicted):
+    minima = torch.tensor([[-1.5], [-1.0], [1.0], [1.5]])
+    ends = [QuadraticProduct(minima, position=torch.tensor([x])) for x in (first, second)]
+    options = {"loss_fn": landscape_loss, "progress": False}
+    found = measure_barrier(*ends, origin(1), metrics=("loss",), alphas=101, **options)
+    assert found.barrier() == pytest.approx(measured, abs=1e-12)
+    assert predict_barrier(*ends, origin(1), **options).barrier() == pytest.approx(predicted, abs=1e-12)
+    positions = first + found.alphas * (second - first)
+    expected = np.prod([(positions - m) ** 2 / 2 for m in minima.squeeze().tolist()], axis=0)
+    np.testing.assert_allclose(found.curve(), expected, atol=1e-12)
+
+
+def test_the_toy_in_two_dimensions_has_its_closed_form():
+    minima = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    ends = [QuadraticProduct(minima, position=minimum) for minimum in minima]
+    found = measure_barrier(
+        *ends, origin(2), metrics=("loss",), alphas=5, loss_fn=landscape_loss, layers="tensor", progress=False
+    )
+    assert found.barrier() == pytest.approx(0.25, abs=1e-12)

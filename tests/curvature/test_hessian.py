@@ -6,8 +6,14 @@ import torch
 from cases import CASES
 from scipy.sparse.linalg import eigsh
 
-from lmc_curvature import HessianOperator, Objective, Segment
-from lmc_curvature.errors import DirectionError, HessianSizeError, UnknownLayerError
+from lmc_curvature import HessianOperator, Objective, Segment, project_hessian
+from lmc_curvature.errors import (
+    DirectionError,
+    HessianSizeError,
+    NonFiniteError,
+    UnknownLayerError,
+    UnsupportedModelError,
+)
 
 
 def _objective(name="LayerNorm and GELU", **options):
@@ -145,3 +151,49 @@ def test_integer_operands_are_refused():
 def test_unknown_layers_get_a_suggestion():
     with pytest.raises(UnknownLayerError, match="no layer 'fd': did you mean 'fc'"):
         HessianOperator(_objective("conv, interpolate"), layers=["fd"])
+
+
+def test_a_state_may_hold_more_than_moves():
+    case = CASES["conv, batch"]
+    objective = Objective(case.model(), case.batches(), batch_norm="batch")
+    full = HessianOperator(objective, case.model(3).state_dict())
+    assert full.shape == HessianOperator(objective).shape
+    moved = Objective(case.model(3), case.batches(), batch_norm="batch")
+    v = torch.ones(full.shape[1], dtype=torch.float64)
+    torch.testing.assert_close(full @ v, HessianOperator(moved) @ v)
+
+
+def test_values_that_are_not_finite_are_named():
+    case = CASES["LayerNorm and GELU"]
+    batches = case.batches()
+    batches[1][0][0, 0] = torch.nan
+    H = HessianOperator(Objective(case.model(), batches))
+    with pytest.raises(NonFiniteError, match=r"loss is nan at batch 1 \(6 examples\)"):
+        H @ torch.ones(H.shape[1])
+    with pytest.raises(NonFiniteError, match="Entry '0.bias' of the state has 1 of 6 values"):
+        HessianOperator(_objective(), {"0.bias": torch.tensor([0, 0, torch.inf, 0, 0, 0])})
+    with pytest.raises(NonFiniteError, match="Entry '0.weight' of the vector has 1 of 30"):
+        H @ torch.cat([torch.tensor([torch.nan]), torch.ones(H.shape[1] - 1)])
+
+
+def test_an_operation_without_a_second_derivative_is_said_so():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x**2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, gradient):
+            return gradient
+
+    objective = _objective(loss_fn=lambda out, _: Once.apply(out).pow(2).mean())
+    with pytest.raises(UnsupportedModelError, match="differentiated twice.*marked once_differentiable"):
+        HessianOperator(objective) @ torch.ones(HessianOperator(objective).shape[1])
+    with pytest.raises(UnsupportedModelError, match="marked once_differentiable"):
+        project_hessian(objective, {}, [{"0.bias": torch.ones(6)}])
+
+    bag = torch.nn.Sequential(torch.nn.EmbeddingBag(5, 3), torch.nn.Linear(3, 2))
+    objective = Objective(bag, [(torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1]))])
+    with pytest.raises(UnsupportedModelError, match="cannot be differentiated twice: .*_embedding_bag"):
+        project_hessian(objective, {}, [{"0.weight": torch.ones(5, 3)}])

@@ -1,0 +1,164 @@
+"""A network seen from outside: its entries and their names, its structure without values, what makes it unfit."""
+
+import copy
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmc_curvature.batches import describe
+from lmc_curvature.errors import NonFiniteError, OptionError, UnsupportedModelError
+from lmc_curvature.normalization import BatchNormPolicy, statistic_names, tracked_modules
+
+State = Mapping[str, Tensor]
+"""Entry name to tensor: parameters, and the running statistics that a segment moves."""
+
+
+def check_module(name: str, model: object) -> None:
+    """Refuse what is not a network that can be evaluated at a state.
+
+    Raises:
+        UnsupportedModelError: It is no `torch.nn.Module`, or is a TorchScript module.
+    """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"{name} is {describe(model)}; expected a torch.nn.Module. Load a state dict into its network first."
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError(f"{name} is a TorchScript module; pass the nn.Module that it was made from.")
+
+
+def movable_entries(model: nn.Module, batch_norm: BatchNormPolicy) -> tuple[str, ...]:
+    """Names of the entries a segment may move, in the order of the network's modules.
+
+    All parameters, tied ones once; under `"interpolate"` the running statistics, too.
+
+    Raises:
+        UnsupportedModelError: An entry is uninitialised, or a parameter is not of a real floating-point type.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise UnsupportedModelError(f"Parameter {name!r} is uninitialised: run the network on one batch first.")
+        if not parameter.is_floating_point():
+            raise UnsupportedModelError(
+                f"Parameter {name!r} has type {parameter.dtype}: a direction moves real floating-point numbers only. "
+                "Register it as a buffer if it is a constant."
+            )
+    for name, buffer in model.named_buffers():
+        if isinstance(buffer, nn.parameter.UninitializedBuffer):
+            raise UnsupportedModelError(f"Buffer {name!r} is uninitialised: run the network on one batch first.")
+    own = set(dict(model.named_parameters()))
+    statistics = {name: statistic_names(name) for name, _ in tracked_modules(model)}
+    names: list[str] = []
+    for prefix, module in model.named_modules():
+        names += [name for name, _ in module.named_parameters(prefix=prefix, recurse=False) if name in own]
+        if batch_norm == "interpolate":
+            names += statistics.get(prefix, ())
+    return tuple(names)
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters, to the name they are listed under first."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+
+
+def check_finite(state: State, owner: str) -> None:
+    """Refuse a state with values that are infinite or not a number.
+
+    Raises:
+        NonFiniteError: Names the entry and its owner, and counts the values.
+    """
+    for name, tensor in state.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            raise NonFiniteError(
+                f"Entry {name!r} of {owner} has {bad} of {tensor.numel()} values that are infinite or not a number. "
+                "Has its training diverged?"
+            )
+
+
+def as_leaves(state: State) -> dict[str, Tensor]:
+    """The same values as new leaves of the autograd graph."""
+    return {name: tensor.detach().requires_grad_() for name, tensor in state.items()}
+
+
+def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Every node of the autograd graph that some tensors were computed by; a leaf's node has a `variable`."""
+    seen: set[Any] = set()
+    pending = [tensor.grad_fn for tensor in tensors]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend(following for following, _ in node.next_functions)
+
+
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """Copy a network's structure without its tensors, in evaluation mode.
+
+    Parameters and buffers become placeholders: every value comes from the state at hand, and what reaches past it
+    finds not-a-number, or is found by `Objective` among the leaves of the graph.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(_placeholder(parameter))
+    for buffer in model.buffers():
+        memo[id(buffer)] = _placeholder(buffer)
+    try:
+        skeleton = copy.deepcopy(model, memo)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be copied ({error}). Its modules must support copy.deepcopy; for weight "
+            "normalisation use torch.nn.utils.parametrizations."
+        ) from error
+    # Not returned by the call: networks that override train() often forget to return themselves.
+    skeleton.eval()
+    return skeleton
+
+
+def _placeholder(tensor: Tensor) -> Tensor:
+    """Not-a-number (or zero, for integers) in the shape of a tensor, with the storage of one element."""
+    value = torch.nan if tensor.is_floating_point() or tensor.is_complex() else 0
+    return torch.full((), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+def device_of(tensors: Sequence[Tensor]) -> torch.device:
+    """Where the first of a network's tensors is; the CPU for a network without any."""
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def dtype_of(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The type that holds all floating-point tensors of a network."""
+    dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
+
+
+def parse_device(device: torch.device | str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        OptionError: There is no such device here.
+    """
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise OptionError(f"device={device!r} is not a device: expected 'cpu', 'cuda', 'cuda:1', …") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device={device!r}: no CUDA device was found.")
+    return place
+
+
+def parse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type, if it is a floating-point one.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise OptionError(f"dtype={dtype!r} is not a floating-point type: expected torch.float32, torch.float64, …")
+    return dtype
