@@ -90,10 +90,27 @@ def measure_barrier(
     )
     points = SegmentPoints(segment.to(objective.device, objective.dtype))
     needed = [[points.pair(members, alpha) for alpha in positions] for members in (segment.layers, *sets)]
-    statistics = [{}] * len(points)
-    if batch_norm == "recalibrate":
-        statistics = objective.recalibrated(points, progress=progress)
+    sizes, found = _measure(objective, points, metrics, progress=progress)
+    index = np.array(needed)
+    between = (1 - positions) * found[:, :, index[..., 0]] + positions * found[:, :, index[..., 1]]
+    return BarrierMeasurement(
+        alphas=positions,
+        sets=sets,
+        metrics=tuple(metrics),
+        batch_norm=batch_norm,
+        batch_sizes=sizes,
+        batch_ends=found[:, :, [points.START, points.END]],
+        batch_values=between,
+    )
 
+
+def _measure(
+    objective: Objective, points: SegmentPoints, metrics: Sequence[str], *, progress: bool
+) -> tuple[Int[np.ndarray, " batches"], Float[np.ndarray, "batches metrics points"]]:
+    """Batch sizes, and every metric of every batch at every point."""
+    statistics: Sequence[dict[str, torch.Tensor]] = [{}] * len(points)
+    if objective.batch_norm == "recalibrate":
+        statistics = objective.recalibrated(points, progress=progress)
     sizes, values = [], []
     with (
         torch.no_grad(),
@@ -103,18 +120,7 @@ def measure_barrier(
         for batch in batches:
             sizes.append(batch.size)
             values.append(_batch_values(objective, points, statistics, batch, metrics))
-    found = np.stack(values)
-    index = np.array(needed)
-    between = (1 - positions) * found[:, :, index[..., 0]] + positions * found[:, :, index[..., 1]]
-    return BarrierMeasurement(
-        alphas=positions,
-        sets=sets,
-        metrics=tuple(metrics),
-        batch_norm=batch_norm,
-        batch_sizes=np.array(sizes),
-        batch_ends=found[:, :, [points.START, points.END]],
-        batch_values=between,
-    )
+    return np.array(sizes), np.stack(values)
 
 
 def _batch_values(
