@@ -97,7 +97,9 @@ def refuse_iterator(loader: Iterable[Any], reason: str) -> None:
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Move a tensor to a device, and to a floating-point type if it has one."""
-    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+    moved = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+    # What was made in inference mode cannot take part in differentiation; a copy can.
+    return moved.clone() if moved.is_inference() else moved
 
 
 def _first_tensor(data: Any) -> Tensor | None:

@@ -9,7 +9,14 @@ import torch
 from cases import CASES
 from torch.utils.data import DataLoader, TensorDataset
 
-from lmc_curvature import BarrierPrediction, HessianOperator, Objective, Segment, predict_barrier
+from lmc_curvature import (
+    BarrierPrediction,
+    HessianOperator,
+    Objective,
+    Segment,
+    measure_barrier,
+    predict_barrier,
+)
 from lmc_curvature.errors import (
     AlphaError,
     ArchitectureMismatchError,
@@ -215,3 +222,27 @@ def test_an_unknown_method_is_refused_before_the_loader_is_visited():
 def test_an_empty_loader_is_refused():
     with pytest.raises(LoaderError, match="yielded no batch; expected at least one"):
         predict_barrier(CONV.model(0), CONV.model(1), [], progress=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_cuda_device_gives_the_same_numbers(case):
+    models = case.model(0), case.model(1)
+    here = predict_barrier(*models, case.batches(), **case.options, progress=False)
+    there = predict_barrier(*models, case.batches(), **case.options, device="cuda", progress=False)
+    np.testing.assert_allclose(there.endpoints[1].curvature, here.endpoints[1].curvature, rtol=1e-7, atol=1e-9)
+    measured = [
+        measure_barrier(*models, case.batches(), **case.options, metrics=("loss",), device=device, progress=False)
+        for device in ("cpu", "cuda")
+    ]
+    np.testing.assert_allclose(measured[1].curve(), measured[0].curve(), rtol=1e-7, atol=1e-9)
+
+
+def test_networks_in_inference_mode_are_predicted(prediction):
+    with torch.inference_mode():
+        models = CONV.model(0), CONV.model(1)
+        again = predict_barrier(*models, CONV.batches(), progress=False)
+        measured = measure_barrier(*models, CONV.batches(), alphas=3, progress=False)
+    _same(prediction, again, 1e-10)
+    assert measured.ends()[0] == pytest.approx(prediction.endpoints[0].loss)
