@@ -87,13 +87,13 @@ class Objective:
             under `"recalibrate"` are those of `"batch"`.
         max_batches: Use only this many batches of the loader.
         device: Where to compute; the model's device by default.
-        dtype: Floating-point type to compute in; the model's by default.
+        dtype: Floating-point type to compute in; by default the one that holds all of the model's.
 
     Raises:
-        OptionError: `batch_norm` or `max_batches` has a bad value.
-        LoaderError: `loader` cannot be iterated over.
-        LossError: `loss_fn` is a torch loss that sums over the batch, or does not reduce.
-        UnsupportedModelError: The network has parameters that cannot move, or it cannot be copied.
+        OptionError: `batch_norm`, `max_batches`, `device` or `dtype` has a bad value.
+        LoaderError: `loader` cannot be iterated over, or is a data set of single examples.
+        LossError: `loss_fn` is not a function, sums over the batch, or does not reduce.
+        UnsupportedModelError: `model` is no network, has parameters that cannot move, or cannot be copied.
     """
 
     def __init__(
