@@ -56,12 +56,36 @@ class UnsupportedModelError(LMCCurvatureError, TypeError):
     """The network cannot be evaluated at a given state: it is uninitialised, or it cannot be copied."""
 
 
+class FallbackWarning(UserWarning):
+    """A faster road could not be taken, and the answer came by a slower one."""
+
+
+class SweepError(LMCCurvatureError, ArithmeticError):
+    """The sweep disagrees with a Hessian-vector product, so its answer cannot be trusted."""
+
+
+class CaptureError(UnsupportedModelError):
+    """The loss cannot be captured as a graph of operations, which the sweep needs."""
+
+
 class DirectionError(LMCCurvatureError, ValueError):
     """A direction or vector has an unknown entry, a wrong shape, or a type that cannot move."""
 
 
+class OperatorError(LMCCurvatureError, ValueError):
+    """An operator is not square or not symmetric, so it has no spectrum of real eigenvalues."""
+
+
+class ConvergenceWarning(UserWarning):
+    """An iteration ended before it reached the accuracy asked for."""
+
+
 class HessianSizeError(LMCCurvatureError, MemoryError):
     """A dense matrix would need more memory than is allowed."""
+
+
+class MemoryBudgetError(LMCCurvatureError, MemoryError):
+    """A computation would need more memory than it was given, however it is cut."""
 
 
 class FileFormatError(LMCCurvatureError, ValueError):

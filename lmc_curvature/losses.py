@@ -110,7 +110,11 @@ def finite_loss(loss: Float[Tensor, ""], batch: Batch, where: str = "") -> float
     Raises:
         NonFiniteError: It is infinite or not a number; names the batch, and `where` on the segment.
     """
-    value = loss.item()
+    return check_finite_loss(loss.item(), batch, where)
+
+
+def check_finite_loss(value: float, batch: Batch, where: str = "") -> float:
+    """The same for a loss that is a number already."""
     if not np.isfinite(value):
         raise NonFiniteError(
             f"The loss is {value} at batch {batch.index} ({batch.size} examples){where}. "

@@ -225,6 +225,38 @@ class Objective:
         check_loss(loss)
         return loss, output, target
 
+    @property
+    def has_output(self) -> bool:
+        """Whether the loss is a function of a network output and a target, rather than a `BatchLoss`."""
+        return not isinstance(self._loss_fn, BatchLoss)
+
+    def output(self, state: State, batch: Batch) -> Any:
+        """Output of the network for a batch's inputs at `state`; the batch's target is not looked at.
+
+        Raises:
+            LossError: The loss is a `BatchLoss`, which calls the network itself.
+        """
+        self._refuse_batch_loss()
+        return functional_call(self.network, {**self._entries, **state}, (batch.data[0],))
+
+    def output_loss(self, output: Any, batch: Batch) -> Float[Tensor, ""]:
+        """Mean loss of a network output over a batch: `batch_loss` is `output_loss(output(state, batch), batch)`.
+
+        Raises:
+            LossError: The loss is a `BatchLoss`, or is not a real scalar.
+        """
+        self._refuse_batch_loss()
+        loss = self._evaluation.loss_fn(output, batch.data[1])
+        check_loss(loss)
+        return loss
+
+    def _refuse_batch_loss(self) -> None:
+        if not self.has_output:
+            raise LossError(
+                "A BatchLoss calls the network itself, so the network's output is not known: pass "
+                "loss_fn(output, target) with batches (x, y)."
+            )
+
     def _check_network(self, entries: State, batch: Batch) -> None:
         """On the first batch, refuse networks whose loss is not a function of the state."""
         # Copies: what is looked for may write into them.

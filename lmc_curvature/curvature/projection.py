@@ -1,6 +1,6 @@
 """The projection of loss, gradient and Hessian onto a few directions: all that a barrier prediction needs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,13 +10,15 @@ from jaxtyping import Float, Int
 
 from lmc_curvature.averages import standard_error, weighted_mean
 from lmc_curvature.batches import Batch
-from lmc_curvature.curvature.hessian import BatchGradient, inner
-from lmc_curvature.errors import DirectionError, NonFiniteError, check_choice
-from lmc_curvature.losses import finite_loss
+from lmc_curvature.curvature.products import Products
+from lmc_curvature.curvature.sweep import BatchValues, Sweep
+from lmc_curvature.curvature.verification import VerifiedSweep
+from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError, check_choice
+from lmc_curvature.losses import check_finite_loss
 from lmc_curvature.network import State, check_finite
 from lmc_curvature.objective import Objective
 
-METHODS = ("auto", "hvp")
+METHODS = ("auto", "sweep", "hvp")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +81,7 @@ def project_hessian(
     directions: Mapping[str, State] | Sequence[State],
     *,
     method: str = "auto",
+    memory_gib: float | None = None,
     progress: bool = False,
 ) -> Projection:
     """Project an objective onto directions at a state, in one pass over the loader.
@@ -87,7 +90,11 @@ def project_hessian(
         objective: The loss and its data.
         state: Where to differentiate.
         directions: k sparse states, by name or in order; each holds only the entries it moves.
-        method: `"hvp"`: one exact Hessian-vector product a direction and batch. `"auto"` chooses the fastest.
+        method: `"sweep"`: forward tangents and one adjoint (see `lmc_curvature.curvature.sweep`), compared with a
+            Hessian-vector product on the first batch. `"hvp"`: one exact Hessian-vector product a direction and
+            batch. `"auto"`: the sweep, and products with a `FallbackWarning` where it cannot go.
+        memory_gib: What the sweep may take for values and tangents, in GiB: examples and directions are cut to fit.
+            By default half of what a CUDA device has free, or 4 GiB of main memory.
         progress: Show a progress bar over batches.
 
     Returns:
@@ -97,9 +104,14 @@ def project_hessian(
         DirectionError: A direction has an unknown entry, a wrong shape, a type that cannot move or values that are
             not finite, or there is no direction.
         NonFiniteError: The loss or the curvature of a batch is not finite.
-        OptionError: `method` is not a choice.
+        OptionError: `method` is not a choice, or `memory_gib` is not positive.
+        MemoryBudgetError: One example needs more than `memory_gib`.
+        CaptureError: With `method="sweep"`, the loss cannot be captured; names the operation.
+        SweepError: With `method="sweep"`, its answer disagrees with a Hessian-vector product.
     """
-    return project_hessian_at(objective, [state], directions, method=method, progress=progress)[0]
+    return project_hessian_at(objective, [state], directions, method=method, memory_gib=memory_gib, progress=progress)[
+        0
+    ]
 
 
 def project_hessian_at(
@@ -108,22 +120,27 @@ def project_hessian_at(
     directions: Mapping[str, State] | Sequence[State],
     *,
     method: str = "auto",
+    memory_gib: float | None = None,
     progress: bool = False,
 ) -> list[Projection]:
     """As `project_hessian`, at several states on the same batches: still one pass over the loader."""
     check_choice("method", method, METHODS)
+    if memory_gib is not None and not memory_gib > 0:
+        raise OptionError(f"memory_gib={memory_gib!r}: expected a positive number of GiB (or None).")
     placed = _place_directions(objective, directions)
     states = [{**objective.state(), **objective.place(state)} for state in states]
     for state in states:
         check_finite(state, "the state")
+    project = _road(objective, states, placed, method, memory_gib)
     sizes: list[int] = []
-    values: list[list[_BatchValues]] = [[] for _ in states]
+    values: list[list[BatchValues]] = [[] for _ in states]
     with objective.one_pass(progress=progress, description="curvature") as batches:
         for batch in batches:
             sizes.append(batch.size)
-            for number, (state, collected) in enumerate(zip(states, values, strict=True)):
-                where = f" at endpoint {number + 1} of {len(states)}" if len(states) > 1 else ""
-                collected.append(_project_batch_by_products(objective, state, placed, batch, where))
+            for number, collected in enumerate(values):
+                found = project(number, batch)
+                _check_finite(found, batch, f" at endpoint {number + 1} of {len(states)}" if len(states) > 1 else "")
+                collected.append(found)
     return [
         Projection(
             batch_sizes=np.array(sizes),
@@ -135,32 +152,29 @@ def project_hessian_at(
     ]
 
 
-_BatchValues = tuple[float, np.ndarray, np.ndarray]
+def _road(
+    objective: Objective,
+    states: Sequence[State],
+    directions: Sequence[State],
+    method: str,
+    memory_gib: float | None,
+) -> Callable[[int, Batch], BatchValues]:
+    """The function that projects a batch at the state of a number."""
+    products = Products(objective, states, directions)
+    if method == "hvp":
+        return products.project
+    sweep = VerifiedSweep(Sweep(objective, states, directions, memory_gib=memory_gib), products)
+    return sweep.project if method == "sweep" else sweep.project_or_fall_back
 
 
-def _project_batch_by_products(
-    objective: Objective, state: State, directions: Sequence[State], batch: Batch, where: str
-) -> _BatchValues:
-    """One Hessian-vector product a direction, on the graph of one batch."""
-    moved = {name for direction in directions for name in direction}
-    gradient = BatchGradient(objective, state, batch, [name for name in state if name in moved])
-    if batch.index == 0:
-        gradient.check_twice_differentiable()
-    loss = finite_loss(gradient.loss, batch, where)
-    slopes = torch.stack([gradient.slope(direction) for direction in directions])
-    rows = []
-    for direction in directions:
-        product = gradient.product(direction)
-        rows.append(torch.stack([inner(product, other) for other in directions]))
-    # Copied to the host once a batch: each copy waits for the device.
-    found = torch.cat([slopes.unsqueeze(0), torch.stack(rows)]).double().cpu().numpy()
-    if not np.isfinite(found).all():
+def _check_finite(values: BatchValues, batch: Batch, where: str) -> None:
+    loss, slopes, curvature = values
+    check_finite_loss(loss, batch, where)
+    if not (np.isfinite(slopes).all() and np.isfinite(curvature).all()):
         raise NonFiniteError(
             f"The slopes or the curvature are not finite at batch {batch.index} ({batch.size} examples){where}. "
             "Does the network compute something without a second derivative, such as a square root at zero?"
         )
-    curvature = found[1:]
-    return loss, found[0], (curvature + curvature.T) / 2
 
 
 def _place_directions(

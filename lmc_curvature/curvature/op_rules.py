@@ -1,0 +1,619 @@
+"""What each operation of a captured graph is, for the sweep: linear, bilinear, pointwise, or anything else.
+
+An operation z = f(a, b, …) enters the projection of the Hessian in two ways. Its tangent along direction i,
+
+    ż_i = Df [u_i]                      (u_i: the tangents of its arguments)
+
+goes on to the operations that read it, and its own second derivative, against the adjoint g = ∂L/∂z, contributes
+
+    ⟨g, D²f [u_i, u_j]⟩                 to entry (i, j).
+
+A rule computes both for one kind of operation. Tangents are sparse: a direction that has not reached an argument is
+absent from its dictionary. An operation without a rule of its own goes by `ByAutodiff`, which is right for every
+operation that torch can differentiate twice; the others are there because they are faster.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, fx
+
+aten = torch.ops.aten
+
+Tangents = dict[int, Any]
+"""Direction to the tangent of one value; of a tuple of values, a tuple with None for zero."""
+
+
+@dataclass
+class Contributions:
+    """Sums over operations of P, where the projected Hessian is P + Pᵀ; kept on the device until they are asked for."""
+
+    parts: list[tuple[list[int], list[int], Tensor]] = field(default_factory=list)
+
+    def add(self, rows: Iterable[int], columns: Iterable[int], values: Float[Tensor, "rows columns"]) -> None:
+        """Add to the entries of P in some rows and columns."""
+        self.parts.append((list(rows), list(columns), values.detach()))
+
+    def flat(self) -> list[Tensor]:
+        """All values, one vector a part, in the order that `assemble` takes them."""
+        return [values.flatten() for _, _, values in self.parts]
+
+    def assemble(self, values: Float[np.ndarray, " n"], size: int) -> Float[np.ndarray, "size size"]:
+        """P + Pᵀ from the values of `flat`, end to end."""
+        half = np.zeros((size, size))
+        start = 0
+        for rows, columns, part in self.parts:
+            half[np.ix_(rows, columns)] += values[start : start + part.numel()].reshape(part.shape)
+            start += part.numel()
+        return half + half.T
+
+
+@dataclass
+class Call:
+    """One operation in one evaluation of the graph: its arguments' values, their tangents, its own value and adjoint."""
+
+    node: fx.Node
+    values: Mapping[fx.Node, Any]
+    tangents: Mapping[fx.Node, Tangents]
+    adjoint: Any = None
+
+    def value(self, position: int) -> Any:
+        """Value of a positional argument."""
+        return self.resolve(self.node.args[position])
+
+    def resolve(self, argument: Any) -> Any:
+        """An argument with values in place of nodes."""
+        return fx.map_arg(argument, self.values.__getitem__)
+
+    def tangents_of(self, argument: Any) -> Tangents:
+        """Tangents of an argument; none if it does not depend on the directions."""
+        return self.tangents.get(argument, {}) if isinstance(argument, fx.Node) else {}
+
+    @property
+    def output(self) -> Any:
+        """Value of the operation."""
+        return self.values[self.node]
+
+    def directions(self) -> list[int]:
+        """Directions that have reached any argument."""
+        return sorted({i for argument in self.node.all_input_nodes for i in self.tangents_of(argument)})
+
+
+class Rule:
+    """How one kind of operation passes on tangents and contributes curvature."""
+
+    curved: ClassVar[bool] = True
+    """Whether it can contribute curvature, so that its adjoint is needed."""
+
+    def bends(self, node: fx.Node, moving: set[fx.Node]) -> bool:
+        """Whether the operation can contribute curvature, given which nodes depend on the directions."""
+        return self.curved
+
+    def push(self, call: Call) -> Tangents:
+        """Tangents of the operation's value, from those of its arguments."""
+        raise NotImplementedError
+
+    def contract(self, call: Call, contributions: Contributions) -> None:
+        """Add ⟨adjoint, D²f[u_i, u_j]⟩ for every pair of directions."""
+
+
+# --- Inner products, whatever the memory layout
+
+
+def as_vector(tensor: Tensor) -> Float[Tensor, " n"]:
+    """All elements in the order of memory where that is possible without a copy; two alike tensors come out alike."""
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(-1)
+
+
+def _aligned(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the memory layout of `like`."""
+    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous()
+
+
+def _inner_with_each(tensor: Tensor, others: Iterable[Tensor]) -> Float[Tensor, " k"]:
+    vectors = [as_vector(_aligned(other, tensor)) for other in others]
+    vector = as_vector(_aligned(tensor, tensor))
+    wide = torch.promote_types(vector.dtype, torch.float32)
+    return torch.stack([torch.dot(vector.to(wide), other.to(wide)) for other in vectors])
+
+
+def _gram(left: list[Tensor], right: list[Tensor]) -> Float[Tensor, "rows columns"]:
+    """Inner products of every tensor on the left with every tensor on the right."""
+    wide = torch.promote_types(left[0].dtype, torch.float32)
+    rows = torch.stack([as_vector(_aligned(tensor, left[0])) for tensor in left]).to(wide)
+    columns = torch.stack([as_vector(_aligned(tensor, left[0])) for tensor in right]).to(wide)
+    return rows @ columns.T
+
+
+# --- Anything
+
+
+class ByAutodiff(Rule):
+    """Any operation, by differentiating it alone, reverse over reverse.
+
+    With q(a, g) = ∇_a ⟨g, f(a)⟩, one backward pass through q along u_i gives both Df[u_i], in g, and
+    D²⟨g, f⟩ u_i, in a.
+    """
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        local = _LocalGraph(call)
+        return {i: local.tangent(call, i) for i in call.directions()}
+
+    def contract(self, call: Call, contributions: Contributions) -> None:
+        """See `Rule`."""
+        local, directions = _LocalGraph(call), call.directions()
+        products = {i: local.second(call, i) for i in directions}
+        rows = torch.stack([torch.stack([local.inner(call, products[i], j) for j in directions]) for i in directions])
+        contributions.add(directions, directions, rows / 2)
+
+
+class _LocalGraph:
+    """f and q of `ByAutodiff`, on leaves of their own."""
+
+    def __init__(self, call: Call):
+        self.arguments = [node for node in call.node.all_input_nodes if call.tangents_of(node)]
+        self.leaves = {node: call.values[node].detach().requires_grad_() for node in self.arguments}
+        values = {node: self.leaves.get(node, call.values[node]) for node in call.node.all_input_nodes}
+        with torch.enable_grad():
+            output = evaluate(call.node, values)
+            self.single = isinstance(output, Tensor)
+            outputs = [output] if self.single else list(output)
+            self.kept = [index for index, value in enumerate(outputs) if _has_gradient(value)]
+            adjoints = [call.adjoint] if self.single else list(call.adjoint or [None] * len(outputs))
+            self.count = len(outputs)
+            self.weights = [
+                (torch.zeros_like(outputs[k]) if adjoints[k] is None else adjoints[k].detach()).clone().requires_grad_()
+                for k in self.kept
+            ]
+            leaves = [self.leaves[node] for node in self.arguments]
+            self.pulled = torch.autograd.grad(
+                [outputs[k] for k in self.kept], leaves, self.weights, create_graph=True, allow_unused=True
+            )
+
+    def _backward(self, call: Call, direction: int, inputs: list[Tensor]) -> list[Tensor | None]:
+        moved = [
+            (pulled, call.tangents_of(node)[direction])
+            for node, pulled in zip(self.arguments, self.pulled, strict=True)
+            if pulled is not None and pulled.requires_grad and direction in call.tangents_of(node)
+        ]
+        if not moved:
+            return [None] * len(inputs)
+        pulled, tangents = zip(*moved, strict=True)
+        return list(torch.autograd.grad(pulled, inputs, tangents, retain_graph=True, allow_unused=True))
+
+    def tangent(self, call: Call, direction: int) -> Any:
+        found = self._backward(call, direction, self.weights)
+        found = [torch.zeros_like(w) if t is None else t for w, t in zip(self.weights, found, strict=True)]
+        if self.single:
+            return found[0]
+        tangents: list[Tensor | None] = [None] * self.count
+        for k, tensor in zip(self.kept, found, strict=True):
+            tangents[k] = tensor
+        return tuple(tangents)
+
+    def second(self, call: Call, direction: int) -> list[Tensor | None]:
+        return self._backward(call, direction, [self.leaves[node] for node in self.arguments])
+
+    def inner(self, call: Call, product: list[Tensor | None], direction: int) -> Float[Tensor, ""]:
+        terms = [
+            _inner_with_each(tensor, [call.tangents_of(node)[direction]])[0]
+            for node, tensor in zip(self.arguments, product, strict=True)
+            if tensor is not None and direction in call.tangents_of(node)
+        ]
+        return torch.stack(terms).sum() if terms else self.weights[0].new_zeros((), dtype=_wide(self.weights[0]))
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Evaluate one operation."""
+    target: Any = node.target
+    return target(*fx.map_arg(node.args, values.__getitem__), **fx.map_arg(node.kwargs, values.__getitem__))
+
+
+# --- Linear
+
+
+@dataclass(frozen=True)
+class Linear(Rule):
+    """Linear in its first argument, the others held: the tangent goes through the operation itself."""
+
+    curved: ClassVar[bool] = False
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        first, *rest = call.node.args
+        rest, options = call.resolve(tuple(rest)), call.resolve(call.node.kwargs)
+        target: Any = call.node.target
+        return {i: target(tangent, *rest, **options) for i, tangent in call.tangents_of(first).items()}
+
+
+@dataclass(frozen=True)
+class Affine(Rule):
+    """Linear in some arguments up to a constant: `part(call, tangents)` gives the linear part.
+
+    `part` gets, in place of each argument (or list of arguments), its tangent, or None where that is zero.
+    """
+
+    part: Callable[[Call, list[Any]], Tensor]
+    curved: ClassVar[bool] = False
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+
+        def tangent(argument: Any, i: int) -> Any:
+            if isinstance(argument, (list, tuple)):
+                return [tangent(each, i) for each in argument]
+            return call.tangents_of(argument).get(i)
+
+        return {i: self.part(call, [tangent(argument, i) for argument in call.node.args]) for i in call.directions()}
+
+
+def _sum_part(sign: int) -> Callable[[Call, list[Any]], Tensor]:
+    def part(call: Call, tangents: list[Any]) -> Tensor:
+        first, second = tangents[0], tangents[1]
+        factor = sign * call.resolve(call.node.kwargs).get("alpha", 1)
+        if second is not None and first is not None:
+            return torch.add(first, second, alpha=factor)
+        if second is None:
+            return first.expand(call.output.shape)
+        return (second if factor == 1 else second * factor).expand(call.output.shape)
+
+    return part
+
+
+def _reversed_difference_part(call: Call, tangents: list[Any]) -> Tensor:
+    first, second = tangents[0], tangents[1]
+    factor = call.value(2) if len(call.node.args) > 2 else call.resolve(call.node.kwargs).get("alpha", 1)
+    if first is None:
+        return second.expand(call.output.shape)
+    return (-factor * first if second is None else second - factor * first).expand(call.output.shape)
+
+
+def _joined_part(call: Call, tangents: list[Any]) -> Tensor:
+    pieces = [
+        torch.zeros_like(value) if tangent is None else tangent
+        for value, tangent in zip(call.value(0), tangents[0], strict=True)
+    ]
+    target: Any = call.node.target
+    return target(pieces, *call.resolve(call.node.args[1:]))
+
+
+def _where_part(call: Call, tangents: list[Any]) -> Tensor:
+    chosen, other = ((call.output.new_zeros(()) if each is None else each) for each in tangents[1:3])
+    return torch.where(call.value(0), chosen, other).expand(call.output.shape)
+
+
+def _masked_fill_part(call: Call, tangents: list[Any]) -> Tensor:
+    if len(tangents) > 2 and tangents[2] is not None:
+        zero = call.output.new_zeros(()) if tangents[0] is None else tangents[0]
+        return torch.where(call.value(1), tangents[2], zero).expand(call.output.shape)
+    return tangents[0].masked_fill(call.value(1), 0).expand(call.output.shape)
+
+
+def _pad_part(call: Call, tangents: list[Any]) -> Tensor:
+    return aten.constant_pad_nd.default(tangents[0], call.value(1), 0)
+
+
+class Pick(Rule):
+    """One result of several."""
+
+    curved: ClassVar[bool] = False
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        source, index = call.node.args
+        picked = {i: tangent[index] for i, tangent in call.tangents_of(source).items()}
+        return {i: tangent for i, tangent in picked.items() if tangent is not None}
+
+
+# --- Bilinear
+
+
+@dataclass(frozen=True)
+class Bilinear(Rule):
+    """f(a, b), linear in each of two arguments, with perhaps a third one that is added.
+
+    ⟨g, f(a_i, b_j) + f(a_j, b_i)⟩: g is contracted with the side that fewer directions have reached.
+
+    Attributes:
+        left: Position of a.
+        right: Position of b.
+        product: `product(call, a, b)`.
+        pull_left: `pull_left(call, g, b)`, the gradient of ⟨g, f(a, b)⟩ in a.
+        pull_right: `pull_right(call, g, a)`, likewise in b.
+        added: Position of what is added, if anything.
+        pass_added: Its contribution to the value, given its tangent.
+    """
+
+    left: int
+    right: int
+    product: Callable[[Call, Tensor, Tensor], Tensor]
+    pull_left: Callable[[Call, Tensor, Tensor], Tensor]
+    pull_right: Callable[[Call, Tensor, Tensor], Tensor]
+    added: int | None = None
+    pass_added: Callable[[Call, Tensor], Tensor] | None = None
+
+    def bends(self, node: fx.Node, moving: set[fx.Node]) -> bool:
+        """See `Rule`."""
+        return node.args[self.left] in moving and node.args[self.right] in moving
+
+    def _sides(self, call: Call) -> tuple[Tangents, Tangents]:
+        return call.tangents_of(call.node.args[self.left]), call.tangents_of(call.node.args[self.right])
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        left, right = self._sides(call)
+        tangents = {i: self.product(call, tangent, call.value(self.right)) for i, tangent in left.items()}
+        for i, tangent in right.items():
+            term = self.product(call, call.value(self.left), tangent)
+            tangents[i] = tangents[i] + term if i in tangents else term
+        if self.added is not None and self.pass_added is not None:
+            for i, tangent in call.tangents_of(call.node.args[self.added]).items():
+                term = self.pass_added(call, tangent)
+                tangents[i] = tangents[i] + term if i in tangents else term.expand(call.output.shape)
+        return tangents
+
+    def contract(self, call: Call, contributions: Contributions) -> None:
+        """See `Rule`."""
+        left, right = self._sides(call)
+        if not left or not right:
+            return
+        if len(right) <= len(left):
+            pulled = {j: self.pull_left(call, call.adjoint, tangent) for j, tangent in right.items()}
+            others = left
+        else:
+            pulled = {i: self.pull_right(call, call.adjoint, tangent) for i, tangent in left.items()}
+            others = right
+        if len(pulled) > 1:
+            values = _gram(list(pulled.values()), list(others.values()))
+        else:
+            values = torch.stack([_inner_with_each(tensor, others.values()) for tensor in pulled.values()])
+        contributions.add(pulled, others, values)
+
+
+PRODUCT = Bilinear(
+    0,
+    1,
+    lambda call, a, b: a * b,
+    lambda call, g, b: (g * b).sum_to_size(call.value(0).shape),
+    lambda call, g, a: (g * a).sum_to_size(call.value(1).shape),
+)
+
+
+def _convolve(call: Call, input: Tensor, weight: Tensor) -> Tensor:
+    return aten.convolution.default(input, weight, None, *call.node.args[3:])
+
+
+def _convolution_gradient(call: Call, g: Tensor, input: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
+    return aten.convolution_backward.default(g, input, weight, None, *call.node.args[3:], wanted)
+
+
+CONVOLUTION = Bilinear(
+    0,
+    1,
+    _convolve,
+    lambda call, g, weight: _convolution_gradient(call, g, call.value(0), weight, [True, False, False])[0],
+    lambda call, g, input: _convolution_gradient(call, g, input, call.value(1), [False, True, False])[1],
+    added=2,
+    pass_added=lambda call, bias: bias.view(1, -1, *(1,) * (call.output.ndim - 2)),
+)
+
+
+def _matrix_product(left: int, right: int, added: int | None = None) -> Bilinear:
+    def scale(call: Call, name: str, tensor: Tensor) -> Tensor:
+        factor = call.node.kwargs.get(name, 1)
+        return tensor if factor == 1 else tensor * factor
+
+    return Bilinear(
+        left,
+        right,
+        lambda call, a, b: scale(call, "alpha", a @ b),
+        lambda call, g, b: scale(call, "alpha", g @ b.mT),
+        lambda call, g, a: scale(call, "alpha", a.mT @ g),
+        added=added,
+        pass_added=lambda call, tangent: scale(call, "beta", tangent),
+    )
+
+
+# --- Pointwise
+
+
+@dataclass(frozen=True)
+class Pointwise(Rule):
+    """A function of each element of the first argument, the others held: φ, with φ' and φ'' by autodiff."""
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        slope = _pointwise_derivatives(call, 1)[0]
+        return {i: slope * tangent for i, tangent in call.tangents_of(call.node.args[0]).items()}
+
+    def contract(self, call: Call, contributions: Contributions) -> None:
+        """See `Rule`."""
+        bend = _pointwise_derivatives(call, 2)[1]
+        if bend is None:
+            return
+        tangents = call.tangents_of(call.node.args[0])
+        weight = call.adjoint * bend
+        values = _gram([weight * tangent for tangent in tangents.values()], list(tangents.values()))
+        contributions.add(tangents, tangents, values / 2)
+
+
+def _pointwise_derivatives(call: Call, order: int) -> tuple[Tensor, Tensor | None]:
+    source = call.node.args[0]
+    leaf = call.value(0).detach().requires_grad_()
+    values = {node: call.values[node] for node in call.node.all_input_nodes} | {source: leaf}
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad(evaluate(call.node, values).sum(), leaf, create_graph=order > 1)
+        if order == 1 or not slope.requires_grad:
+            return slope.detach(), None
+        (bend,) = torch.autograd.grad(slope.sum(), leaf, allow_unused=True)
+    return slope.detach(), bend
+
+
+@dataclass(frozen=True)
+class PiecewiseLinear(Pointwise):
+    """A pointwise function whose second derivative is zero wherever it has one."""
+
+    curved: ClassVar[bool] = False
+
+
+class Rectifier(Rule):
+    """max(x, 0), its derivative at zero taken as zero, as torch does."""
+
+    curved: ClassVar[bool] = False
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        output = call.output.detach()
+        return {
+            i: aten.threshold_backward.default(_aligned(tangent, output), output, 0)
+            for i, tangent in call.tangents_of(call.node.args[0]).items()
+        }
+
+
+class MaxPooling(Rule):
+    """The largest element of each window: its tangent is the tangent at the place that was chosen."""
+
+    curved: ClassVar[bool] = False
+
+    def __init__(self, spatial: int):
+        self.spatial = spatial
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        chosen = call.output[1]
+        flat = chosen.flatten(-self.spatial)
+
+        def pick(tangent: Tensor) -> Tensor:
+            return tangent.flatten(-self.spatial).gather(-1, flat).view(chosen.shape)
+
+        return {i: (pick(tangent), None) for i, tangent in call.tangents_of(call.node.args[0]).items()}
+
+
+# --- Softmax and its logarithm
+
+
+class Softmax(Rule):
+    """y = softmax(x):  Dy[u] = y (u − ū),  ⟨g, D²y[u, v]⟩ = Σ (g − ḡ) y (u − ū)(v − v̄), where x̄ = Σ y x."""
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        y = call.output.detach()
+        return {i: y * u for i, u in _centered(call, y).items()}
+
+    def contract(self, call: Call, contributions: Contributions) -> None:
+        """See `Rule`."""
+        y, g = call.output.detach(), call.adjoint
+        weight = (g - (y * g).sum(_axis(call), keepdim=True)) * y
+        _add_weighted_gram(_centered(call, y), weight, contributions)
+
+
+class LogSoftmax(Rule):
+    """y = log softmax(x), p = softmax(x):  Dy[u] = u − ū,  ⟨g, D²y[u, v]⟩ = −(Σ g) Σ p (u − ū)(v − v̄)."""
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        return _centered(call, call.output.detach().exp())
+
+    def contract(self, call: Call, contributions: Contributions) -> None:
+        """See `Rule`."""
+        p = call.output.detach().exp()
+        weight = -call.adjoint.sum(_axis(call), keepdim=True) * p
+        _add_weighted_gram(_centered(call, p), weight, contributions)
+
+
+def _axis(call: Call) -> int:
+    return call.node.args[1]  # type: ignore[return-value]
+
+
+def _centered(call: Call, weights: Tensor) -> dict[int, Tensor]:
+    tangents = call.tangents_of(call.node.args[0])
+    return {i: u - (weights * u).sum(_axis(call), keepdim=True) for i, u in tangents.items()}
+
+
+def _add_weighted_gram(tangents: dict[int, Tensor], weight: Tensor, contributions: Contributions) -> None:
+    weighted = [weight * tangent for tangent in tangents.values()]
+    contributions.add(tangents, tangents, _gram(weighted, list(tangents.values())) / 2)
+
+
+# --- The table
+
+_LINEAR = """
+    view reshape _unsafe_view _reshape_alias permute transpose t expand slice select squeeze unsqueeze clone alias
+    neg sum mean cumsum flip roll repeat diagonal tril triu unfold split split_with_sizes unsafe_split
+    unsafe_split_with_sizes unsafe_chunk unbind narrow movedim index index_select gather embedding nll_loss_forward
+    nll_loss2d_forward _to_copy lift_fresh_copy view_as avg_pool2d avg_pool3d _adaptive_avg_pool2d
+    _adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+    replication_pad3d im2col col2im pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
+    _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_avg_pool1d avg_pool1d div
+""".split()  # noqa: SIM905
+
+_POINTWISE = """
+    gelu silu sigmoid tanh exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal pow square sin cos tan asin
+    acos atan sinh cosh asinh acosh atanh erf erfc softplus elu celu mish hardswish logit sinc
+""".split()  # noqa: SIM905
+
+_PIECEWISE = """
+    leaky_relu hardtanh hardsigmoid abs clamp clamp_min clamp_max threshold hardshrink softshrink
+""".split()  # noqa: SIM905
+
+_SUM = Affine(_sum_part(1))
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(_LINEAR, Linear()),
+    **dict.fromkeys(_POINTWISE, Pointwise()),
+    **dict.fromkeys(_PIECEWISE, PiecewiseLinear()),
+    "relu": Rectifier(),
+    "add": _SUM,
+    "sub": Affine(_sum_part(-1)),
+    "rsub": Affine(_reversed_difference_part),
+    "cat": Affine(_joined_part),
+    "stack": Affine(_joined_part),
+    "where": Affine(_where_part),
+    "masked_fill": Affine(_masked_fill_part),
+    "constant_pad_nd": Affine(_pad_part),
+    "mul": PRODUCT,
+    "convolution": CONVOLUTION,
+    "mm": _matrix_product(0, 1),
+    "bmm": _matrix_product(0, 1),
+    "addmm": _matrix_product(1, 2, added=0),
+    "baddbmm": _matrix_product(1, 2, added=0),
+    "_softmax": Softmax(),
+    "_safe_softmax": Softmax(),
+    "_log_softmax": LogSoftmax(),
+    "max_pool2d_with_indices": MaxPooling(2),
+    "max_pool3d_with_indices": MaxPooling(3),
+}
+_BY_AUTODIFF = ByAutodiff()
+# Their tangents depend on the first argument only if no other one moves.
+_FIRST_ARGUMENT_ONLY = (Linear, Pointwise, PiecewiseLinear)
+
+
+def rule_of(node: fx.Node, moving: set[fx.Node]) -> Rule:
+    """The rule of an operation, given which nodes depend on the directions."""
+    if node.target is operator.getitem:
+        return Pick()
+    packet = getattr(node.target, "overloadpacket", None)
+    rule = _RULES.get(getattr(packet, "__name__", ""), _BY_AUTODIFF)
+    moved = [argument for argument in node.all_input_nodes if argument in moving]
+    if isinstance(rule, _FIRST_ARGUMENT_ONLY) and moved != [node.args[0]]:
+        return _BY_AUTODIFF
+    return rule

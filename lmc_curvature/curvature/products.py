@@ -1,0 +1,69 @@
+"""The projection of one batch by Hessian-vector products: any network, one product a direction."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lmc_curvature.batches import Batch
+from lmc_curvature.curvature.hessian import BatchGradient, inner
+from lmc_curvature.curvature.sweep import BatchValues
+from lmc_curvature.network import State
+from lmc_curvature.objective import Objective
+
+
+class Products:
+    """Projects batches at given states onto given directions.
+
+    Args:
+        objective: The loss.
+        states: Complete states, on the objective's device.
+        directions: Placed directions.
+    """
+
+    def __init__(self, objective: Objective, states: Sequence[State], directions: Sequence[State]):
+        self.objective = objective
+        self.states = states
+        self.directions = directions
+        moved = {name for direction in directions for name in direction}
+        self._entries = [name for name in objective.state() if name in moved]
+
+    def project(self, number: int, batch: Batch) -> BatchValues:
+        """Loss, slopes and curvature of one batch at one of the states.
+
+        Raises:
+            UnsupportedModelError: An operation has no second derivative.
+        """
+        gradient = self._gradient(number, batch)
+        slopes = torch.stack([gradient.slope(direction) for direction in self.directions])
+        rows = []
+        for direction in self.directions:
+            product = gradient.product(direction)
+            rows.append(torch.stack([inner(product, other) for other in self.directions]))
+        # Copied to the host once a batch: each copy waits for the device.
+        found = torch.cat([slopes.unsqueeze(0), torch.stack(rows)]).double().cpu().numpy()
+        curvature = found[1:]
+        return gradient.loss.item(), found[0], (curvature + curvature.T) / 2
+
+    def bilinear(self, number: int, batch: Batch, left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
+        """⟨∇L, Ul⟩ and ⟨Ul, H Ur⟩ of one batch, for coefficients l and r: a single product.
+
+        Raises:
+            UnsupportedModelError: An operation has no second derivative.
+        """
+        gradient = self._gradient(number, batch)
+        first, second = self._combined(left), self._combined(right)
+        return gradient.slope(first).item(), inner(gradient.product(second), first).item()
+
+    def _gradient(self, number: int, batch: Batch) -> BatchGradient:
+        gradient = BatchGradient(self.objective, self.states[number], batch, self._entries)
+        if batch.index == 0:
+            gradient.check_twice_differentiable()
+        return gradient
+
+    def _combined(self, coefficients: np.ndarray) -> dict[str, torch.Tensor]:
+        total: dict[str, torch.Tensor] = {}
+        for coefficient, direction in zip(coefficients.tolist(), self.directions, strict=True):
+            for name, tensor in direction.items():
+                total[name] = total[name].add(tensor, alpha=coefficient) if name in total else tensor * coefficient
+        return total

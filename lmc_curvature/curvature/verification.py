@@ -1,0 +1,96 @@
+"""The sweep, believed only after one of its answers was compared with a Hessian-vector product."""
+
+import warnings
+
+import numpy as np
+import torch
+
+from lmc_curvature.batches import Batch
+from lmc_curvature.curvature.products import Products
+from lmc_curvature.curvature.sweep import BatchValues, Sweep
+from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
+
+
+class VerifiedSweep:
+    """Projects batches by the sweep, and compares a random bilinear form of each newly captured graph with a product.
+
+    Args:
+        sweep: The sweep.
+        products: The same projection by Hessian-vector products.
+    """
+
+    def __init__(self, sweep: Sweep, products: Products):
+        self._sweep = sweep
+        self._products = products
+        self._fallen_back = False
+
+    def project(self, number: int, batch: Batch) -> BatchValues:
+        """Loss, slopes and curvature of one batch at one of the states.
+
+        Raises:
+            CaptureError: The loss cannot be captured.
+            SweepError: The sweep's answer is not that of a Hessian-vector product.
+        """
+        values = self._sweep.project(number, batch)
+        captured = self._sweep.captured(batch)
+        if captured.verified or not _finite(values):
+            return values
+        if captured.tile < batch.size and self._disagreement(values, number, batch):
+            # The network mixes examples: whole batches it is.
+            self._sweep.sweep_whole_batches()
+            values = self._sweep.project(number, batch)
+            captured = self._sweep.captured(batch)
+        disagreement = self._disagreement(values, number, batch)
+        if disagreement:
+            raise SweepError(disagreement)
+        captured.verified = True
+        return values
+
+    def project_or_fall_back(self, number: int, batch: Batch) -> BatchValues:
+        """As `project`, and by products, with a warning, from where the sweep cannot go on."""
+        if not self._fallen_back:
+            try:
+                return self.project(number, batch)
+            except (CaptureError, SweepError) as error:
+                self._fallen_back = True
+                warnings.warn(
+                    f"{error} Falling back on one Hessian-vector product a direction, which is slower.",
+                    FallbackWarning,
+                    stacklevel=4,
+                )
+        return self._products.project(number, batch)
+
+    def _disagreement(self, values: BatchValues, number: int, batch: Batch) -> str:
+        """What is wrong with the sweep's values, or nothing."""
+        loss, slopes, curvature = values
+        precision = float(torch.finfo(self._sweep.objective.dtype).eps)
+        # What cancels exactly comes out as rounding of what cancelled, which the loss gives the size of.
+        rounding = 30 * precision * max(1.0, abs(loss))
+        # Signs, scaled so that every direction has its say.
+        scale = 1 / np.sqrt(np.maximum(np.abs(curvature).max(1), rounding))
+        generator = np.random.default_rng(0)
+        left, right = (scale * generator.choice([-1.0, 1.0], len(scale)) for _ in range(2))
+        slope, form = self._products.bilinear(number, batch, left, right)
+        first, second = np.abs(left), np.abs(right)
+        pairs = [
+            ("slope", left @ slopes, slope, first @ (np.abs(slopes) + rounding / precision**0.5)),
+            (
+                "curvature",
+                left @ curvature @ right,
+                form,
+                first @ (np.abs(curvature) + rounding / precision**0.5) @ second,
+            ),
+        ]
+        for name, swept, expected, size in pairs:
+            # Far above rounding, far below a forgotten term: the root of the precision.
+            if not abs(swept - expected) <= precision**0.5 * max(size, abs(expected)):
+                return (
+                    f"The sweep's {name} along a random combination of the directions is {swept:.6g} on batch "
+                    f"{batch.index}, and {expected:.6g} by a Hessian-vector product. Does the network have derivatives "
+                    "of its own (autograd.Function, no_grad, detach)?"
+                )
+        return ""
+
+
+def _finite(values: BatchValues) -> bool:
+    return all(np.isfinite(value).all() for value in values)
