@@ -55,7 +55,7 @@ def check_count(size: int, index: int) -> int:
     return size
 
 
-def map_tensors(function: Callable[[Tensor], Tensor], data: Any) -> Any:
+def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
     """Apply a function to every tensor in nested mappings, lists and tuples; mappings become plain dicts."""
     if isinstance(data, Tensor):
         return function(data)

@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -236,7 +236,7 @@ class Objective:
         Raises:
             LossError: The loss is a `BatchLoss`, which calls the network itself.
         """
-        self._refuse_batch_loss()
+        self._loss_of_output()
         return functional_call(self.network, {**self._entries, **state}, (batch.data[0],))
 
     def output_loss(self, output: Any, batch: Batch) -> Float[Tensor, ""]:
@@ -245,17 +245,17 @@ class Objective:
         Raises:
             LossError: The loss is a `BatchLoss`, or is not a real scalar.
         """
-        self._refuse_batch_loss()
-        loss = self._evaluation.loss_fn(output, batch.data[1])
+        loss = self._loss_of_output()(output, batch.data[1])
         check_loss(loss)
         return loss
 
-    def _refuse_batch_loss(self) -> None:
-        if not self.has_output:
+    def _loss_of_output(self) -> Callable[[Any, Any], Tensor]:
+        if isinstance(self._evaluation.loss_fn, BatchLoss):
             raise LossError(
                 "A BatchLoss calls the network itself, so the network's output is not known: pass "
                 "loss_fn(output, target) with batches (x, y)."
             )
+        return self._evaluation.loss_fn
 
     def _check_network(self, entries: State, batch: Batch) -> None:
         """On the first batch, refuse networks whose loss is not a function of the state."""

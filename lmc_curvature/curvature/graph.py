@@ -4,12 +4,13 @@ Tracing runs the function once; what it does in place becomes functional, compos
 normalisation is written out, and scales and shifts per channel that follow a convolution move into its weight.
 """
 
+import contextlib
 import operator
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -71,8 +72,7 @@ def capture(function: Callable[..., Tensor], state: Sequence[Tensor], data: Sequ
 
 def _trace(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.GraphModule:
     try:
-        # oneDNN's recurrent layers are one operation each; their parts have derivatives of every order.
-        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+        with torch.no_grad(), _recurrent_layers_in_parts():
             return make_fx(functionalize(function), decomposition_table=DECOMPOSITIONS)(
                 *(tensor.detach() for tensor in inputs)
             )
@@ -80,6 +80,17 @@ def _trace(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.Grap
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise CaptureError(f"The loss cannot be captured as a graph: {_reason(error)}{_culprit(error)}") from error
+
+
+@contextlib.contextmanager
+def _recurrent_layers_in_parts() -> Iterator[None]:
+    # oneDNN's recurrent layers are one operation each, without a second derivative.
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 def _reason(error: BaseException) -> str:
@@ -108,11 +119,11 @@ def _make_functional(graph: fx.Graph) -> None:
     """Replace what still changes a tensor in place, inside recurrent layers, by what returns a new one."""
     order = {node: place for place, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
+        schema = _schema(node)
         if schema is None or not schema.is_mutable:
             continue
-        changed = node.args[0] if node.args else None
-        name, overload = schema.name.removeprefix("aten::"), node.target._overloadname
+        changed: Any = node.args[0]
+        name, overload = schema.name.removeprefix("aten::"), schema.overload_name or "default"
         functional = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
         aliased = isinstance(changed, fx.Node) and any(
             order[user] > order[node] for source in _viewed_by(changed) for user in source.users
@@ -123,11 +134,14 @@ def _make_functional(graph: fx.Graph) -> None:
         changed.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
 
 
+def _schema(node: fx.Node) -> Any:
+    return getattr(node.target, "_schema", None)
+
+
 def _viewed_by(node: fx.Node) -> Iterator[fx.Node]:
     """The tensors that a tensor shares its memory with by being a view of them."""
     while node.op == "call_function" and (
-        node.target is operator.getitem
-        or any(argument.alias_info is not None for argument in node.target._schema.arguments)
+        node.target is operator.getitem or any(argument.alias_info is not None for argument in _schema(node).arguments)
     ):
         node = node.all_input_nodes[0]
         yield node
@@ -222,7 +236,7 @@ def _fold(
     scale: fx.Node | None = None,
     shift: fx.Node | None = None,
 ) -> fx.Node:
-    input, weight, bias, *settings = convolution.args
+    input, weight, bias, *settings = cast(tuple[Any, ...], convolution.args)
     channels = value_of(convolution).shape[1]
     with graph.inserting_before(node):
         if scale is not None:

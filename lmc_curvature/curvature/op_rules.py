@@ -55,7 +55,7 @@ class Contributions:
 
 @dataclass
 class Call:
-    """One operation in one evaluation of the graph: its arguments' values, their tangents, its own value and adjoint."""
+    """One operation in one evaluation of the graph: its arguments' values and tangents, its own value and adjoint."""
 
     node: fx.Node
     values: Mapping[fx.Node, Any]
@@ -171,10 +171,8 @@ class _LocalGraph:
             self.kept = [index for index, value in enumerate(outputs) if _has_gradient(value)]
             adjoints = [call.adjoint] if self.single else list(call.adjoint or [None] * len(outputs))
             self.count = len(outputs)
-            self.weights = [
-                (torch.zeros_like(outputs[k]) if adjoints[k] is None else adjoints[k].detach()).clone().requires_grad_()
-                for k in self.kept
-            ]
+            seeds: list[Any] = [torch.zeros_like(outputs[k]) if adjoints[k] is None else adjoints[k] for k in self.kept]
+            self.weights = [seed.detach().clone().requires_grad_() for seed in seeds]
             leaves = [self.leaves[node] for node in self.arguments]
             self.pulled = torch.autograd.grad(
                 [outputs[k] for k in self.kept], leaves, self.weights, create_graph=True, allow_unused=True
@@ -267,19 +265,19 @@ class Affine(Rule):
 
 def _sum_part(sign: int) -> Callable[[Call, list[Any]], Tensor]:
     def part(call: Call, tangents: list[Any]) -> Tensor:
-        first, second = tangents[0], tangents[1]
+        first, second, *_ = tangents
         factor = sign * call.resolve(call.node.kwargs).get("alpha", 1)
-        if second is not None and first is not None:
-            return torch.add(first, second, alpha=factor)
         if second is None:
             return first.expand(call.output.shape)
-        return (second if factor == 1 else second * factor).expand(call.output.shape)
+        if first is None:
+            return (second if factor == 1 else second * factor).expand(call.output.shape)
+        return torch.add(first, second, alpha=factor)
 
     return part
 
 
 def _reversed_difference_part(call: Call, tangents: list[Any]) -> Tensor:
-    first, second = tangents[0], tangents[1]
+    first, second, *_ = tangents
     factor = call.value(2) if len(call.node.args) > 2 else call.resolve(call.node.kwargs).get("alpha", 1)
     if first is None:
         return second.expand(call.output.shape)
@@ -418,7 +416,7 @@ CONVOLUTION = Bilinear(
 
 def _matrix_product(left: int, right: int, added: int | None = None) -> Bilinear:
     def scale(call: Call, name: str, tensor: Tensor) -> Tensor:
-        factor = call.node.kwargs.get(name, 1)
+        factor: Any = call.node.kwargs.get(name, 1)
         return tensor if factor == 1 else tensor * factor
 
     return Bilinear(
@@ -456,8 +454,8 @@ class Pointwise(Rule):
 
 
 def _pointwise_derivatives(call: Call, order: int) -> tuple[Tensor, Tensor | None]:
-    source = call.node.args[0]
-    leaf = call.value(0).detach().requires_grad_()
+    source = call.node.all_input_nodes[0]
+    leaf = call.values[source].detach().requires_grad_()
     values = {node: call.values[node] for node in call.node.all_input_nodes} | {source: leaf}
     with torch.enable_grad():
         (slope,) = torch.autograd.grad(evaluate(call.node, values).sum(), leaf, create_graph=order > 1)
@@ -540,7 +538,7 @@ class LogSoftmax(Rule):
 
 
 def _axis(call: Call) -> int:
-    return call.node.args[1]  # type: ignore[return-value]
+    return call.value(1)
 
 
 def _centered(call: Call, weights: Tensor) -> dict[int, Tensor]:

@@ -34,14 +34,13 @@ class Plan:
         self._last_reader = {operand: node for node in self.steps for operand in node.all_input_nodes}
 
     def run(self, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
-        """Value of every node, as an autograd graph over the moving inputs."""
+        """Value of every node; where gradients are enabled, as an autograd graph over the moving inputs."""
         values: dict[fx.Node, Any] = {}
         for node, value in zip(self.stage.inputs, inputs, strict=True):
             values[node] = value.detach().requires_grad_() if node in self.moving else value
-        with torch.enable_grad():
-            for node in self.stage.operations:
-                with _naming(node):
-                    values[node] = self.stage.constant(node) if node.op == "get_attr" else evaluate(node, values)
+        for node in self.stage.operations:
+            with _naming(node):
+                values[node] = self.stage.constant(node) if node.op == "get_attr" else evaluate(node, values)
         return values
 
     def adjoints(

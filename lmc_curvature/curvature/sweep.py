@@ -14,6 +14,7 @@ output. The network is swept in tiles of examples, so that the tangents at work 
 batches, so a loss may weigh its examples as it likes.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from lmc_curvature.batches import Batch, map_tensors
 from lmc_curvature.curvature.graph import capture, dependents
 from lmc_curvature.curvature.op_rules import Contributions, Tangents
 from lmc_curvature.curvature.plan import Plan
-from lmc_curvature.errors import MemoryBudgetError
+from lmc_curvature.errors import CaptureError, MemoryBudgetError
 from lmc_curvature.network import State
 from lmc_curvature.objective import Objective
 
@@ -62,8 +63,14 @@ class _Data:
 
     @property
     def signature(self) -> str:
-        """What a captured graph depends on: shapes, types, and whatever is no tensor."""
-        return repr(map_tensors(lambda tensor: (tuple(tensor.shape), tensor.dtype), self.structure))
+        """What a captured graph depends on: shapes, types, and whatever is no tensor.
+
+        Raises:
+            CaptureError: There is something in the data whose value cannot be told from its looks.
+        """
+        shapes = map_tensors(lambda tensor: (tuple(tensor.shape), str(tensor.dtype)), self.structure)
+        _check_plain(shapes)
+        return repr(shapes)
 
     def rows(self, start: int, stop: int, size: int) -> "_Data":
         """What belongs to some examples of a batch of `size`."""
@@ -71,6 +78,19 @@ class _Data:
             return self
         parts = [tensor[start:stop] if tensor.ndim and tensor.shape[0] == size else tensor for tensor in self.tensors]
         return _Data(parts, self.rebuilt(parts))
+
+
+def _check_plain(structure: Any) -> None:
+    if isinstance(structure, Mapping):
+        structure = [*structure, *structure.values()]
+    if isinstance(structure, (list, tuple)):
+        for part in structure:
+            _check_plain(part)
+    elif not isinstance(structure, (str, int, float, bool, type(None))):
+        raise CaptureError(
+            f"The loss cannot be captured as a graph: the batch holds a {type(structure).__name__}, which may change "
+            "from batch to batch. Make it a tensor."
+        )
 
 
 class Program:
@@ -155,15 +175,21 @@ class _Tile:
     data: _Data
     values: dict[fx.Node, Any] = field(default_factory=dict)
 
-    def evaluate(self) -> Tensor:
-        """The result of the program; its values are kept for `sweep`."""
-        self.values = self.program.evaluate(self.point.values, self.data)
-        return self.values[self.program.result].detach()
+    def result(self, *, keep: bool) -> Tensor:
+        """The result of the program; its values may be kept for `sweep`."""
+        if keep:
+            self.values = self._evaluate()
+            return self.values[self.program.result].detach()
+        with torch.no_grad():
+            return self._evaluate()[self.program.result]
+
+    def _evaluate(self) -> dict[fx.Node, Any]:
+        return self.program.evaluate(self.point.values, self.data)
 
     def sweep(self, adjoint: Tensor, block: Sequence[int], contributions: Contributions) -> tuple[Tangents, dict]:
         """Tangents of the result, and the adjoints of operands that the state's own stage needs; forgets the values."""
         if not self.values:
-            self.evaluate()
+            self.values = self._evaluate()
         adjoints = self.program.rest.adjoints(self.values, [adjoint])
         chosen = {
             node: {i: tangent for i, tangent in self.point.tangents.get(node, {}).items() if i in block}
@@ -214,7 +240,7 @@ class Sweep:
         with self.objective.differentiating():
             captured = self.captured(batch)
             count = len(self.directions)
-            slopes, curvature = np.empty(count), np.empty((count, count))
+            loss, slopes, curvature = math.nan, np.empty(count), np.empty((count, count))
             for block in _blocks(count, captured.directions):
                 loss, slopes[block], curvature[np.ix_(block, block)] = self._project(captured, number, batch, block)
         return loss, slopes, curvature
@@ -228,10 +254,7 @@ class Sweep:
     def _project(self, captured: _Captured, number: int, batch: Batch, block: list[int]) -> BatchValues:
         contributions = Contributions()
         tiles = self._tiles(captured, number, batch)
-        results = [tile.evaluate() for tile in tiles]
-        if not captured.keeps_values:
-            for tile in tiles:
-                tile.values = {}
+        results = [tile.result(keep=captured.keeps_values) for tile in tiles]
         if captured.loss is None:
             loss, slopes = results[0], self._sweep(tiles, torch.ones_like(results[0]), block, contributions)
         else:
