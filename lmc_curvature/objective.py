@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
@@ -367,6 +369,7 @@ class Objective:
             stack.enter_context(torch.enable_grad())
             # The fused attention kernels have no second derivative; the plain mathematics has.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(_TwiceDifferentiable())
             if self.device.type == "cuda":
                 # cuDNN's recurrent kernels have no second derivative, and TF32 keeps ten bits of the mantissa.
                 stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False))
@@ -430,6 +433,15 @@ class Objective:
             yield
         finally:
             self._control.statistics = before
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Writes out what torch can differentiate only once: the hard sigmoid."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.hardsigmoid:
+            return torch.clamp(args[0] / 6 + 0.5, 0, 1)
+        return func(*args, **(kwargs or {}))
 
 
 class _Evaluation(nn.Module):

@@ -46,6 +46,7 @@ def predict_barrier(
     layers: PartitionSpec = "fused",
     batch_norm: BatchNormPolicy = "interpolate",
     method: str = "auto",
+    memory_gib: float | None = None,
     max_batches: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -65,6 +66,7 @@ def predict_barrier(
         batch_norm: What batch normalisation does between the networks; see `lmc_curvature.normalization`. Under
             `"recalibrate"` the prediction differentiates through batch statistics, as under `"batch"`.
         method: How curvature is computed; see `project_hessian`.
+        memory_gib: What computing it may take, in GiB; see `project_hessian`.
         max_batches: Use only this many batches; the standard errors say how far to trust the result.
         device: Where to compute; `model_a`'s device by default.
         dtype: Floating-point type to compute in; `model_a`'s by default.
@@ -87,7 +89,12 @@ def predict_barrier(
     segment = segment.to(objective.device, objective.dtype)
     directions = segment.directions()
     first, second = project_hessian_at(
-        objective, [segment.start, segment.end], directions, method=method, progress=progress
+        objective,
+        [segment.start, segment.end],
+        directions,
+        method=method,
+        memory_gib=memory_gib,
+        progress=progress,
     )
     squares = [sum(float((d.double() ** 2).sum()) for d in direction.values()) for direction in directions.values()]
     return BarrierPrediction(segment.layers, (first, second), np.sqrt(np.array(squares)), batch_norm)

@@ -126,6 +126,13 @@ def _inner_with_each(tensor: Tensor, others: Iterable[Tensor]) -> Float[Tensor, 
     return torch.stack([torch.dot(vector.to(wide), other.to(wide)) for other in vectors])
 
 
+def _weighted_gram(weight: Tensor, tangents: Tangents) -> Float[Tensor, "k k"]:
+    """Σ weight · u_i · u_j for every pair of tangents."""
+    first = next(iter(tangents.values()))
+    rows = torch.stack([as_vector(_aligned(tensor, first)) for tensor in tangents.values()]).to(_wide(first))
+    return (rows * as_vector(_aligned(weight.expand(first.shape), first))) @ rows.T
+
+
 def _gram(left: list[Tensor], right: list[Tensor]) -> Float[Tensor, "rows columns"]:
     """Inner products of every tensor on the left with every tensor on the right."""
     wide = torch.promote_types(left[0].dtype, torch.float32)
@@ -448,9 +455,7 @@ class Pointwise(Rule):
         if bend is None:
             return
         tangents = call.tangents_of(call.node.args[0])
-        weight = call.adjoint * bend
-        values = _gram([weight * tangent for tangent in tangents.values()], list(tangents.values()))
-        contributions.add(tangents, tangents, values / 2)
+        contributions.add(tangents, tangents, _weighted_gram(call.adjoint * bend, tangents) / 2)
 
 
 def _pointwise_derivatives(call: Call, order: int) -> tuple[Tensor, Tensor | None]:
@@ -520,7 +525,8 @@ class Softmax(Rule):
         """See `Rule`."""
         y, g = call.output.detach(), call.adjoint
         weight = (g - (y * g).sum(_axis(call), keepdim=True)) * y
-        _add_weighted_gram(_centered(call, y), weight, contributions)
+        tangents = _centered(call, y)
+        contributions.add(tangents, tangents, _weighted_gram(weight, tangents) / 2)
 
 
 class LogSoftmax(Rule):
@@ -534,7 +540,8 @@ class LogSoftmax(Rule):
         """See `Rule`."""
         p = call.output.detach().exp()
         weight = -call.adjoint.sum(_axis(call), keepdim=True) * p
-        _add_weighted_gram(_centered(call, p), weight, contributions)
+        tangents = _centered(call, p)
+        contributions.add(tangents, tangents, _weighted_gram(weight, tangents) / 2)
 
 
 def _axis(call: Call) -> int:
@@ -544,11 +551,6 @@ def _axis(call: Call) -> int:
 def _centered(call: Call, weights: Tensor) -> dict[int, Tensor]:
     tangents = call.tangents_of(call.node.args[0])
     return {i: u - (weights * u).sum(_axis(call), keepdim=True) for i, u in tangents.items()}
-
-
-def _add_weighted_gram(tangents: dict[int, Tensor], weight: Tensor, contributions: Contributions) -> None:
-    weighted = [weight * tangent for tangent in tangents.values()]
-    contributions.add(tangents, tangents, _gram(weighted, list(tangents.values())) / 2)
 
 
 # --- The table
