@@ -5,7 +5,8 @@ normalisation is written out, and scales and shifts per channel that follow a co
 """
 
 import contextlib
-import operator
+import linecache
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ import torch
 from torch import Tensor, fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
+from lmc_curvature.curvature.decompositions import DECOMPOSITIONS
 from lmc_curvature.errors import CaptureError
 
 aten = torch.ops.aten
@@ -58,28 +63,50 @@ def capture(function: Callable[..., Tensor], state: Sequence[Tensor], data: Sequ
     Raises:
         CaptureError: The function does something that depends on values, not only on shapes; says what and where.
     """
-    module = _trace(function, [*state, *data])
+    module = _trace(function, [tensor.detach() for tensor in (*state, *data)])
     graph = module.graph
-    _make_functional(graph)
     _drop_what_is_unused(graph)
-    _allow_any_layout(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     given = placeholders[len(state) :]
+    _refuse_what_cannot_be_replayed(graph, placeholders)
+    _allow_any_layout(graph)
     fold_channel_affine(graph, given)
     _drop_what_is_unused(graph)
     return _split(module, placeholders[: len(state)], given)
 
 
 def _trace(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    def watched(*tensors: Tensor) -> Tensor:
+        with _DetachingWhatHasNoGraph():
+            return function(*tensors)
+
     try:
-        with torch.no_grad(), _recurrent_layers_in_parts():
-            return make_fx(functionalize(function), decomposition_table=DECOMPOSITIONS)(
-                *(tensor.detach() for tensor in inputs)
-            )
+        with torch.enable_grad(), _recurrent_layers_in_parts():
+            module = _functional(watched, inputs)
+            if any(_is_mutable(node) for node in module.graph.nodes):
+                # Parts of composite operations (circular padding, recurrent layers) escape the first time.
+                with preserve_node_meta():
+                    module = _functional(fx.Interpreter(module).run, inputs)
+            return module
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise CaptureError(f"The loss cannot be captured as a graph: {_reason(error)}{_culprit(error)}") from error
+
+
+def _functional(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    traced = make_fx(functionalize(function), decomposition_table=DECOMPOSITIONS, record_stack_traces=True)
+    return traced(*inputs)
+
+
+class _DetachingWhatHasNoGraph(TorchDispatchMode):
+    """Writes `torch.no_grad()` into the graph, which knows only operations: as `detach`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.is_grad_enabled():
+            return result
+        return tree_map_only(Tensor, lambda value: aten.detach.default(value), result)
 
 
 @contextlib.contextmanager
@@ -94,17 +121,32 @@ def _recurrent_layers_in_parts() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    text = str(error).strip()
+    if "_local_scalar_dense" in text:
+        return "a number is read off a tensor, as .item() and branches on values do."
+    if "custom_function_call" in text or "setup_context" in text:
+        return "an autograd.Function has derivatives of its own, which its operations do not tell."
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _culprit(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return _innermost_line((frame.filename, frame.lineno, frame.name) for frame in frames)
+
+
+def line_of(node: fx.Node) -> str:
+    """Where the network or the loss called an operation, to end an error message with; empty if that is not known."""
+    found = re.findall(r'^ *File "(.+)", line (\d+), in (.+)$', node.stack_trace or "", re.MULTILINE)
+    return _innermost_line((filename, int(number), name) for filename, number, name in found)
+
+
+def _innermost_line(frames: Iterable[tuple[str, int | None, str]]) -> str:
     """The last line outside torch and this package, which is the network's or the loss's own."""
     torch_home, own_home = Path(torch.__file__).parent, Path(__file__).parent.parent
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
+    for filename, number, name in reversed(list(frames)):
+        path = Path(filename)
         if path.is_file() and not path.is_relative_to(torch_home) and not path.is_relative_to(own_home):
-            return f" (at {path.name}:{frame.lineno}, in {frame.name}: {frame.line})"
+            return f" (at {path.name}:{number}, in {name}: {linecache.getline(filename, number or 0).strip()})"
     return ""
 
 
@@ -115,36 +157,54 @@ def _drop_what_is_unused(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _make_functional(graph: fx.Graph) -> None:
-    """Replace what still changes a tensor in place, inside recurrent layers, by what returns a new one."""
-    order = {node: place for place, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        schema = _schema(node)
-        if schema is None or not schema.is_mutable:
-            continue
-        changed: Any = node.args[0]
-        name, overload = schema.name.removeprefix("aten::"), schema.overload_name or "default"
-        functional = getattr(getattr(aten, name.removesuffix("_"), None), overload, None)
-        aliased = isinstance(changed, fx.Node) and any(
-            order[user] > order[node] for source in _viewed_by(changed) for user in source.users
-        )
-        if functional is None or not name.endswith("_") or aliased:
-            raise CaptureError(f"The loss cannot be captured as a graph: {name} changes a tensor in place.")
-        node.target = functional
-        changed.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
+def _is_mutable(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
-def _schema(node: fx.Node) -> Any:
-    return getattr(node.target, "_schema", None)
+def _refuse_what_cannot_be_replayed(graph: fx.Graph, inputs: Iterable[fx.Node]) -> None:
+    dependent = dependents(graph.nodes, inputs)
+    for node in graph.nodes:
+        reason = ""
+        if _is_mutable(node):
+            reason = "changes a tensor in place"
+        elif node.target is aten.as_strided.default:
+            reason = "depends on strides, which tangents may have others of"
+        elif node in dependent and _is_complex(value_of(node)):
+            reason = "computes with complex numbers"
+        elif _shape_depends_on_values(node, dependent):
+            reason = "has a result whose shape depends on values"
+        if reason:
+            raise CaptureError(f"The loss cannot be captured as a graph: {node.target} {reason}{line_of(node)}.")
 
 
-def _viewed_by(node: fx.Node) -> Iterator[fx.Node]:
-    """The tensors that a tensor shares its memory with by being a view of them."""
-    while node.op == "call_function" and (
-        node.target is operator.getitem or any(argument.alias_info is not None for argument in _schema(node).arguments)
-    ):
-        node = node.all_input_nodes[0]
-        yield node
+def _is_complex(value: Any) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(part, Tensor) and part.is_complex() for part in parts)
+
+
+def _shape_depends_on_values(node: fx.Node, dependent: set[fx.Node]) -> bool:
+    # The sizes of such a result were read while tracing, and may be anywhere in the graph as plain numbers.
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    operands = node.all_input_nodes
+    if node.target is aten.index.Tensor:
+        operands = [operand for operand in operands[1:] if value_of(operand).dtype in (torch.bool, torch.uint8)]
+    return any(operand in dependent for operand in operands)
+
+
+def _refuse_shapes_from_values(graph: fx.Graph) -> None:
+    # The sizes seen while tracing may have become numbers in the graph, and would be wrong for another batch.
+    for node in graph.nodes:
+        dynamic = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+        if node.target is aten.index.Tensor:
+            indices = [index for index in node.args[1] if index is not None]
+            dynamic = any(value_of(index).dtype in (torch.bool, torch.uint8) for index in indices)
+        if dynamic:
+            raise CaptureError(
+                f"The loss cannot be captured as a graph: the shape of what {node.target} returns depends on values. "
+                "Weigh by a mask instead of selecting with it."
+            )
 
 
 def _allow_any_layout(graph: fx.Graph) -> None:
@@ -152,8 +212,6 @@ def _allow_any_layout(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
-        elif node.target is aten.as_strided.default:
-            raise CaptureError("The loss cannot be captured as a graph: it depends on strides (as_strided).")
 
 
 def _split(module: fx.GraphModule, state: list[fx.Node], data: list[fx.Node]) -> tuple[Stage, Stage]:
@@ -268,88 +326,3 @@ def _shape_alone(node: fx.Node) -> Tensor:
 
 def _view(graph: fx.Graph, node: fx.Node, shape: tuple[int, ...]) -> fx.Node:
     return _call(graph, aten.reshape.default, node, list(shape))
-
-
-# --- Decompositions: operations written as others whose structure the rules know
-
-
-def _normalize(input: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    mean = input.mean(axes, keepdim=True)
-    centered = input - mean
-    rstd = torch.rsqrt((centered * centered).mean(axes, keepdim=True) + eps)
-    return centered * rstd, mean, rstd
-
-
-def _per_channel(parameter: Tensor, ndim: int) -> Tensor:
-    return parameter.view(1, -1, *(1,) * (ndim - 2))
-
-
-def _affine(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is not None:
-        input = input * weight
-    return input if bias is None else input + bias
-
-
-def _batch_statistics_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
-    axes = [axis for axis in range(input.ndim) if axis != 1]
-    normalized, mean, rstd = _normalize(input, axes, eps)
-    weight, bias = (None if each is None else _per_channel(each, input.ndim) for each in (weight, bias))
-    return _affine(normalized, weight, bias), mean.flatten(), rstd.flatten()
-
-
-def _native_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps):
-    if not training:
-        return NotImplemented
-    return _batch_statistics_norm(input, weight, bias, eps)
-
-
-def _native_batch_norm_no_stats(input, weight, bias, training, momentum, eps):
-    return _batch_statistics_norm(input, weight, bias, eps)
-
-
-def _cudnn_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps):
-    if not training:
-        return NotImplemented
-    return (*_batch_statistics_norm(input, weight, bias, eps), input.new_empty(0, dtype=torch.uint8))
-
-
-def _native_layer_norm(input, normalized_shape, weight, bias, eps):
-    axes = list(range(input.ndim - len(normalized_shape), input.ndim))
-    normalized, mean, rstd = _normalize(input, axes, eps)
-    return _affine(normalized, weight, bias), mean, rstd
-
-
-def _native_group_norm(input, weight, bias, examples, channels, positions, groups, eps):
-    normalized, mean, rstd = _normalize(input.reshape(examples, groups, -1), [2], eps)
-    weight, bias = (None if each is None else _per_channel(each, input.ndim) for each in (weight, bias))
-    return _affine(normalized.reshape(input.shape), weight, bias), mean.flatten(1), rstd.flatten(1)
-
-
-def _div(input, other):
-    if isinstance(other, Tensor) and other.is_floating_point() and other.ndim:
-        return input * torch.reciprocal(other)
-    return NotImplemented
-
-
-def _addcmul(input, first, second, *, value=1):
-    product = first * second
-    return input + (product if value == 1 else product * value)
-
-
-def _mse_loss(input, target, reduction=1):
-    error = input - target
-    square = error * error
-    return square if reduction == 0 else square.mean() if reduction == 1 else square.sum()
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    aten.native_batch_norm.default: _native_batch_norm,
-    aten._native_batch_norm_legit.default: _native_batch_norm,
-    aten._native_batch_norm_legit.no_stats: _native_batch_norm_no_stats,
-    aten.cudnn_batch_norm.default: _cudnn_batch_norm,
-    aten.native_layer_norm.default: _native_layer_norm,
-    aten.native_group_norm.default: _native_group_norm,
-    aten.div.Tensor: _div,
-    aten.addcmul.default: _addcmul,
-    aten.mse_loss.default: _mse_loss,
-}

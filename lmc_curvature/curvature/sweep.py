@@ -351,8 +351,15 @@ class Sweep:
         loss = self._loss_program(output, batch) if isinstance(output, Tensor) else None
         cuts = loss is not None and not self._whole_batches and output.ndim > 0 and output.shape[0] == batch.size
         probe = min(_PROBE, batch.size) if cuts else batch.size
-        inputs = _Data.of(batch.data[0] if loss is not None else batch.data).rows(0, probe, batch.size)
-        program = self._network_program(inputs, probe, whole_loss=loss is None)
+        inputs = _Data.of(batch.data[0] if loss is not None else batch.data)
+        try:
+            program = self._network_program(inputs.rows(0, probe, batch.size), probe, whole_loss=loss is None)
+        except CaptureError:
+            if probe == batch.size:
+                raise
+            # A network may insist on its batch size.
+            probe, cuts = batch.size, False
+            program = self._network_program(inputs, probe)
         tile, together, keeps = self._cut(program, probe, batch.size, cuts)
         return _Captured(tile, together, keeps, {probe: program}, loss)
 
