@@ -88,6 +88,10 @@ class MemoryBudgetError(LMCCurvatureError, MemoryError):
     """A computation would need more memory than it was given, however it is cut."""
 
 
+class BackendError(LMCCurvatureError, RuntimeError):
+    """A library that was chosen as a backend is missing, cannot do what is asked, or computes something else."""
+
+
 class FileFormatError(LMCCurvatureError, ValueError):
     """A file was not written by this library, is damaged, or comes from a newer version."""
 
