@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers-installed
+BENCHMARKS := projection hvp hvp_vs_exact blocks spectrum scaling
+# BENCH_OPTIONS= measures in full, BENCH_OPTIONS='--device cuda' on a GPU.
+BENCH_OPTIONS ?= --quick
 
 .PHONY: demo test lint bench clean
 
@@ -18,14 +22,20 @@ lint: $(INSTALLED)
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-bench: $(INSTALLED)
-	$(BIN)/python benchmarks/hvp.py --quick
+# The profiler, which benchmarks ask about memory, otherwise announces every start and stop.
+bench: export KINETO_LOG_LEVEL ?= 6
+bench: $(PEERS)
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCH_OPTIONS); done
 
 # The stamp is written last: an installation that was interrupted is done again.
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+$(PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,backends]'
 	touch $@
 
 clean:

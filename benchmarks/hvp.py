@@ -1,96 +1,184 @@
-"""How fast is one exact Hessian-vector product, and which way of taking the second derivative is fastest?
+"""How fast is one exact Hessian-vector product, and how fast are many with the same data?
 
-Times every road on the same network and batch, in multiples of F, the network's own forward pass without gradients.
-Prints a table and writes JSON:
+Ours and every peer's, on one residual network and batch. For many products, what a library can share between the
+vectors of a batch it shares, and times are of one vector.
 
-    python benchmarks/hvp.py [--device cuda] [--quick] [--out runs/benchmarks]
+    python benchmarks/hvp.py [--network resnet18] [--batch 512] [--device cuda] [--quick]
 """
 
 import argparse
-import json
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from charts import draw_roads
+from harness import ROAD_COLUMNS, Bar, Report, Table, parse_options, publish, relative_error, road_row, setting
+from memory import columns_that_fit, peak_bytes
+from peers import curvlinops_columns, curvlinops_hessian, installed, layouts, missing_peers, peer_products
+from problems import Problem, image_problem, parameters_only
+from timing import Measurement, Road, measure
+from torch import Tensor
 from torch.func import grad, jvp, vjp
-from torch.utils.benchmark import Timer
 
-from lmc_curvature import HessianOperator, Objective, Segment, project_hessian
-from lmc_curvature.batches import Batch
-from lmc_curvature.curvature.hessian import BatchGradient
-from lmc_curvature.forking.models import resnet20
+from lmc_curvature import HessianOperator
+
+OURS = "HessianOperator @ v"
+OURS_OF_PARAMETERS = "the same, parameters alone"
+PEERS = ("PyHessian", "BackPACK", "curvlinops")
+
+SIZES = {
+    "full": {"network": "resnet20", "batch": 128, "width": 16, "pixels": 32},
+    "quick": {"network": "resnet20", "batch": 32, "width": 16, "pixels": 32},
+    "smoke": {"network": "resnet8", "batch": 4, "width": 4, "pixels": 8},
+}
+COUNTS = {"full": (8, 22), "quick": (8,), "smoke": (2,)}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a smaller batch, timed more briefly")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
-    options = parser.parse_args()
+    options = parse_options(__file__, __doc__, argv, _add_options)
+    size = {**SIZES[options.size], **{key: value for key in ("network", "batch") if (value := vars(options)[key])}}
+    problem = image_problem(**size, device=options.device)
+    name = "hvp" if size["network"] == "resnet20" else f"hvp-{size['network']}"
+    report = Report(name, "What does a Hessian-vector product cost?", setting(options, **size, dtype="float32"))
+    report.notes += [*missing_peers(), *_notes()]
+    counts = COUNTS[options.size]
+    vectors = torch.randn(max(counts), problem.dense(problem.directions).shape[1], device=options.device)
 
-    setting = {
-        "network": "resnet20",
-        "batch": 32 if options.quick else 128,
-        "dtype": "float32",
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+    both = options.size != "smoke"
+    one = one_product_roads(problem, vectors[0], both_layouts=both)
+    many = [road for count in counts for road in many_products_roads(problem, vectors[:count], both_layouts=both)]
+    found = measure([*one, *many], options.pace, options.device)
+    gradient_peak = peak_bytes(problem.forward_backward, options.device)
+    errors = _errors(problem, vectors, found)
+    for name, title, roads in (
+        ("one", "One product", one),
+        ("many", "Several products with the same data, a vector", many),
+    ):
+        rows = [road_row(found[road.name], gradient_peak=gradient_peak, error=errors.get(road.name)) for road in roads]
+        report.tables.append(Table(name, title, ROAD_COLUMNS, rows))
+    report.bars += _bars(found, counts)
+    ours = [name for name in found if not name.startswith(PEERS)]
+    return publish(report, options, draw_roads(found, ours, "forward passes a vector"))
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", help="resnet8, resnet14, resnet20, …, or torchvision's resnet18")
+    parser.add_argument("--batch", type=int, help="examples")
+
+
+def _notes() -> list[str]:
+    return [
+        "Peers differentiate parameters only, with the running statistics fixed; ours also differentiate those, unless "
+        "a row says otherwise.",
+        "Errors are max |p − p₆₄| / max |p₆₄|, against the same product in float64.",
+        "Peaks are over what was allocated before the call; the unit is the peak of one gradient by plain autograd.",
+    ]
+
+
+def one_product_roads(problem: Problem, vector: Tensor, *, both_layouts: bool) -> list[Road]:
+    """Roads to one product, from the network and the data."""
+    operator = HessianOperator(problem.objective)
+    restricted = HessianOperator(problem.objective, layers="parameters", partition=parameters_only)
+    direction, parts = operator.unflatten(vector), _parameter_part(problem, vector)
+    roads: dict[str, Callable[[], Any]] = {
+        "gradient by plain autograd": problem.forward_backward,
+        OURS: lambda: operator @ vector,
+        OURS_OF_PARAMETERS: lambda: restricted @ parts,
+        "torch.func, forward over reverse": lambda: _flat(_by_torch(problem, direction, forward=True)),
+        "torch.func, reverse over reverse": lambda: _flat(_by_torch(problem, direction, forward=False)),
     }
-    roads = hvp_roads(setting["batch"], options.device)
-    seconds = {name: median_seconds(run, 0.5 if options.quick else 4.0) for name, run in roads.items()}
-    forward = seconds["forward pass, no gradient (F)"]
-    rows = {name: {"seconds": value, "F": value / forward} for name, value in seconds.items()}
-
-    table = Table("road", "ms", "F", title=", ".join(f"{key} {value}" for key, value in setting.items()))
-    for name, row in rows.items():
-        table.add_row(name, f"{1000 * row['seconds']:.1f}", f"{row['F']:.1f}")
-    Console(width=120).print(table)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "hvp.json").write_text(json.dumps({"setting": setting, "rows": rows}, indent=2) + "\n")
+    for layout, chosen in layouts(problem, both=both_layouts).items():
+        roads |= {f"{peer}{layout}": _peer_road(peer, chosen, parts.unsqueeze(0)) for peer in PEERS if installed(peer)}
+    return [Road(name, run, problem.forward) for name, run in roads.items()]
 
 
-def hvp_roads(batch_size: int, device: str) -> dict[str, Callable[[], Any]]:
-    """Name to a function that does the work once, all on one network, batch and vector."""
-    torch.manual_seed(0)
-    models = [resnet20().to(device) for _ in range(2)]
-    x = torch.randn(batch_size, 3, 32, 32, device=device)
-    y = torch.randint(10, (batch_size,), device=device)
-    objective, batch = Objective(models[0], [(x, y)]), Batch(0, batch_size, (x, y))
-    state, network = objective.state(), models[0].eval()
-    vector = {name: torch.randn_like(tensor) for name, tensor in state.items()}
-    directions = Segment(*models).directions()
-    kept = BatchGradient(objective, state, batch)
+def many_products_roads(problem: Problem, vectors: Tensor, *, both_layouts: bool) -> list[Road]:
+    """Roads to the products with several vectors."""
+    count = len(vectors)
+    operator = HessianOperator(problem.objective)
+    columns = vectors.T.contiguous()
+    parts = torch.stack([_parameter_part(problem, vector) for vector in vectors])
+    roads: dict[str, Callable[[], Any]] = {_many(count, "HessianOperator @ V"): lambda: (operator @ columns).T}
+    for layout, chosen in layouts(problem, both=both_layouts).items():
+        for peer in ("PyHessian", "BackPACK"):
+            if installed(peer):
+                roads[_many(count, f"{peer}, kept graph{layout}")] = _peer_road(peer, chosen, parts)
+    if installed("curvlinops"):
+        peer = curvlinops_hessian(problem)
+        at_once = columns_that_fit(lambda k: curvlinops_columns(peer, parts[:k], k), count, problem.device)
+        roads[_many(count, f"curvlinops, H @ V, {at_once} at once")] = lambda: curvlinops_columns(peer, parts, at_once)
+    return [Road(name, run, problem.forward, vectors=count) for name, run in roads.items()]
 
-    def loss(point: dict[str, torch.Tensor]) -> torch.Tensor:
-        return objective.batch_loss(point, batch)
 
-    def forward() -> None:
-        with torch.no_grad():
-            network(x)
+def _many(count: int, road: str) -> str:
+    return f"{road} ({count} vectors)"
 
-    return {
-        "forward pass, no gradient (F)": forward,
-        "gradient": lambda: grad(loss)(state),
-        "product, forward over reverse (torch.func)": lambda: jvp(grad(loss), (state,), (vector,)),
-        "product, reverse over reverse (torch.func)": lambda: vjp(grad(loss), state)[1](vector),
-        "product, HessianOperator @ v": lambda: HessianOperator(objective) @ vector,
-        "graph of a batch's gradient": lambda: BatchGradient(objective, state, batch),
-        "further product on that graph": lambda: kept.product(vector),
-        f"projection onto {len(directions)} layers, method='hvp'": lambda: project_hessian(
-            objective, state, directions, method="hvp"
-        ),
+
+def _peer_road(peer: str, problem: Problem, vectors: Tensor) -> Callable[[], Tensor]:
+    multiply = peer_products(peer)
+    return lambda: multiply(problem, vectors)
+
+
+def _by_torch(problem: Problem, direction: dict[str, Tensor], *, forward: bool) -> dict[str, Tensor]:
+    gradient = grad(lambda point: problem.objective.batch_loss(point, problem.batch))
+    with problem.objective.differentiating():
+        if forward:
+            return jvp(gradient, (problem.state,), (direction,))[1]
+        return vjp(gradient, problem.state)[1](direction)[0]
+
+
+def _flat(state: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in state.values()])
+
+
+def _parameter_part(problem: Problem, vector: Tensor) -> Tensor:
+    """What of a vector over the state belongs to parameters."""
+    sizes = [tensor.numel() for tensor in problem.state.values()]
+    parts = zip(problem.state, vector.split(sizes), strict=True)
+    return torch.cat([part for name, part in parts if parameters_only(name) == "parameters"])
+
+
+def _errors(problem: Problem, vectors: Tensor, found: dict[str, Measurement]) -> dict[str, float]:
+    """Relative error of every road that gives products, against ours in float64."""
+    exact = problem.to(torch.float64)
+    operator = HessianOperator(exact.objective)
+    restricted = HessianOperator(exact.objective, layers="parameters", partition=parameters_only)
+    parts = torch.stack([_parameter_part(problem, vector) for vector in vectors])
+    references = {
+        operator.shape[0]: (operator @ vectors.double().T).T,
+        restricted.shape[0]: (restricted @ parts.double().T).T,
     }
+    errors = {}
+    for name, measurement in found.items():
+        if isinstance(measurement.result, Tensor):
+            products = measurement.result.reshape(-1, measurement.result.shape[-1])
+            errors[name] = relative_error(products, references[products.shape[1]][: len(products)])
+    return errors
 
 
-def median_seconds(run: Callable[[], Any], min_run_time: float) -> float:
-    """Median time of a call, after a warm-up call; `Timer` waits for the device."""
-    run()
-    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=min_run_time).median
+def _bars(found: dict[str, Measurement], counts: Sequence[int]) -> list[Bar]:
+    bars = []
+    one = [name for name in found if name.startswith(PEERS) and "vectors)" not in name]
+    if one:
+        bars.append(_against_fastest("one product", found[OURS], [found[name] for name in one]))
+    for count in counts:
+        ours = found[_many(count, "HessianOperator @ V")]
+        bars.append(Bar(f"{count} products, in F a vector", ours.in_forwards, "at most", 6.5))
+        many = [name for name in found if name.startswith(PEERS) and name.endswith(f"({count} vectors)")]
+        if many:
+            bars.append(_against_fastest(f"{count} products", ours, [found[name] for name in many]))
+    return bars
+
+
+def _against_fastest(what: str, ours: Measurement, peers: Sequence[Measurement]) -> Bar:
+    fastest = min((peer for peer in peers if peer.multiples), key=lambda peer: peer.in_forwards.median)
+    return Bar(
+        f"{what}: ours / the fastest peer ({fastest.road.name})",
+        ours.in_forwards.over(fastest.in_forwards),
+        "at most",
+        1.0,
+    )
 
 
 if __name__ == "__main__":

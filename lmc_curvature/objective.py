@@ -436,11 +436,14 @@ class Objective:
 
 
 class _TwiceDifferentiable(TorchFunctionMode):
-    """Writes out what torch can differentiate only once: the hard sigmoid."""
+    """Writes out what torch cannot differentiate twice: the hard sigmoid, and (wrong without a word) weight norm."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.hardsigmoid:
             return torch.clamp(args[0] / 6 + 0.5, 0, 1)
+        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
+            weight, length, *axis = args
+            return weight * (length / torch.norm_except_dim(weight, 2, *axis))
         return func(*args, **(kwargs or {}))
 
 

@@ -4,25 +4,14 @@ Tracing runs the function once; what it does in place becomes functional, compos
 normalisation is written out, and scales and shifts per channel that follow a convolution move into its weight.
 """
 
-import contextlib
-import linecache
-import re
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.traceback import preserve_node_meta
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
-from lmc_curvature.curvature.decompositions import DECOMPOSITIONS
-from lmc_curvature.errors import CaptureError
+from lmc_curvature.curvature.tracing import dependents, drop_unused, trace, value_of
 
 aten = torch.ops.aten
 
@@ -63,148 +52,14 @@ def capture(function: Callable[..., Tensor], state: Sequence[Tensor], data: Sequ
     Raises:
         CaptureError: The function does something that depends on values, not only on shapes; says what and where.
     """
-    module = _trace(function, [tensor.detach() for tensor in (*state, *data)])
+    module = trace(function, [tensor.detach() for tensor in (*state, *data)])
     graph = module.graph
-    _drop_what_is_unused(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     given = placeholders[len(state) :]
-    _refuse_what_cannot_be_replayed(graph, placeholders)
     _allow_any_layout(graph)
     fold_channel_affine(graph, given)
-    _drop_what_is_unused(graph)
+    drop_unused(graph)
     return _split(module, placeholders[: len(state)], given)
-
-
-def _trace(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.GraphModule:
-    def watched(*tensors: Tensor) -> Tensor:
-        with _DetachingWhatHasNoGraph():
-            return function(*tensors)
-
-    try:
-        with torch.enable_grad(), _recurrent_layers_in_parts():
-            module = _functional(watched, inputs)
-            if any(_is_mutable(node) for node in module.graph.nodes):
-                # Parts of composite operations (circular padding, recurrent layers) escape the first time.
-                with preserve_node_meta():
-                    module = _functional(fx.Interpreter(module).run, inputs)
-            return module
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise CaptureError(f"The loss cannot be captured as a graph: {_reason(error)}{_culprit(error)}") from error
-
-
-def _functional(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.GraphModule:
-    traced = make_fx(functionalize(function), decomposition_table=DECOMPOSITIONS, record_stack_traces=True)
-    return traced(*inputs)
-
-
-class _DetachingWhatHasNoGraph(TorchDispatchMode):
-    """Writes `torch.no_grad()` into the graph, which knows only operations: as `detach`."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if torch.is_grad_enabled():
-            return result
-        return tree_map_only(Tensor, lambda value: aten.detach.default(value), result)
-
-
-@contextlib.contextmanager
-def _recurrent_layers_in_parts() -> Iterator[None]:
-    # oneDNN's recurrent layers are one operation each, without a second derivative.
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip()
-    if "_local_scalar_dense" in text:
-        return "a number is read off a tensor, as .item() and branches on values do."
-    if "custom_function_call" in text or "setup_context" in text:
-        return "an autograd.Function has derivatives of its own, which its operations do not tell."
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _culprit(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return _innermost_line((frame.filename, frame.lineno, frame.name) for frame in frames)
-
-
-def line_of(node: fx.Node) -> str:
-    """Where the network or the loss called an operation, to end an error message with; empty if that is not known."""
-    found = re.findall(r'^ *File "(.+)", line (\d+), in (.+)$', node.stack_trace or "", re.MULTILINE)
-    return _innermost_line((filename, int(number), name) for filename, number, name in found)
-
-
-def _innermost_line(frames: Iterable[tuple[str, int | None, str]]) -> str:
-    """The last line outside torch and this package, which is the network's or the loss's own."""
-    torch_home, own_home = Path(torch.__file__).parent, Path(__file__).parent.parent
-    for filename, number, name in reversed(list(frames)):
-        path = Path(filename)
-        if path.is_file() and not path.is_relative_to(torch_home) and not path.is_relative_to(own_home):
-            return f" (at {path.name}:{number}, in {name}: {linecache.getline(filename, number or 0).strip()})"
-    return ""
-
-
-def _drop_what_is_unused(graph: fx.Graph) -> None:
-    # Every operation is functional here, so what nobody reads has no effect; assertions about values go, too.
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "get_attr") and not node.users:
-            graph.erase_node(node)
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
-def _refuse_what_cannot_be_replayed(graph: fx.Graph, inputs: Iterable[fx.Node]) -> None:
-    dependent = dependents(graph.nodes, inputs)
-    for node in graph.nodes:
-        reason = ""
-        if _is_mutable(node):
-            reason = "changes a tensor in place"
-        elif node.target is aten.as_strided.default:
-            reason = "depends on strides, which tangents may have others of"
-        elif node in dependent and _is_complex(value_of(node)):
-            reason = "computes with complex numbers"
-        elif _shape_depends_on_values(node, dependent):
-            reason = "has a result whose shape depends on values"
-        if reason:
-            raise CaptureError(f"The loss cannot be captured as a graph: {node.target} {reason}{line_of(node)}.")
-
-
-def _is_complex(value: Any) -> bool:
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(part, Tensor) and part.is_complex() for part in parts)
-
-
-def _shape_depends_on_values(node: fx.Node, dependent: set[fx.Node]) -> bool:
-    # The sizes of such a result were read while tracing, and may be anywhere in the graph as plain numbers.
-    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
-        return False
-    operands = node.all_input_nodes
-    if node.target is aten.index.Tensor:
-        operands = [operand for operand in operands[1:] if value_of(operand).dtype in (torch.bool, torch.uint8)]
-    return any(operand in dependent for operand in operands)
-
-
-def _refuse_shapes_from_values(graph: fx.Graph) -> None:
-    # The sizes seen while tracing may have become numbers in the graph, and would be wrong for another batch.
-    for node in graph.nodes:
-        dynamic = torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
-        if node.target is aten.index.Tensor:
-            indices = [index for index in node.args[1] if index is not None]
-            dynamic = any(value_of(index).dtype in (torch.bool, torch.uint8) for index in indices)
-        if dynamic:
-            raise CaptureError(
-                f"The loss cannot be captured as a graph: the shape of what {node.target} returns depends on values. "
-                "Weigh by a mask instead of selecting with it."
-            )
 
 
 def _allow_any_layout(graph: fx.Graph) -> None:
@@ -228,20 +83,6 @@ def _split(module: fx.GraphModule, state: list[fx.Node], data: list[fx.Node]) ->
         Stage(module, tuple(state), tuple(first), operands),
         Stage(module, (*operands, *data), tuple(second), (result,)),
     )
-
-
-def dependents(nodes: Iterable[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes among `nodes` (in order) whose value depends on any of `sources`, those included."""
-    found = set(sources)
-    for node in nodes:
-        if any(operand in found for operand in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def value_of(node: fx.Node) -> Any:
-    """The value that a node had when it was traced, without data: its shape and type."""
-    return node.meta.get("val")
 
 
 # --- Folding

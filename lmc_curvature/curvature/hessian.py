@@ -49,6 +49,7 @@ class BatchGradient:
             if len(names) >= len(objective.state()):
                 check_differentiable(loss)
             self._gradient = gradients([loss], self._leaves, create_graph=True)
+        self._graph = loss
         self.loss = loss.detach()
 
     def check_twice_differentiable(self) -> None:
@@ -57,7 +58,7 @@ class BatchGradient:
         Raises:
             UnsupportedModelError: An operation's backward pass is marked once-differentiable.
         """
-        refuse_once_differentiable(self._gradient.values())
+        refuse_once_differentiable([self._graph, *self._gradient.values()])
 
     def slope(self, direction: State) -> Float[Tensor, ""]:
         """⟨∇L, v⟩ for a direction v."""
@@ -117,4 +118,4 @@ class HessianOperator(CurvatureOperator):
     _name = "Hessian"
 
     def _on_batch(self, batch: Batch, entries: Sequence[str]) -> BatchGradient:
-        return BatchGradient(self.objective, self._point, batch, entries)
+        return BatchGradient(self.objective, self.point, batch, entries)

@@ -14,7 +14,7 @@ operation that torch can differentiate twice; the others are there because they 
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx
+
+from lmc_curvature.curvature.tracing import value_of
 
 aten = torch.ops.aten
 
@@ -70,6 +72,15 @@ class Call:
         """An argument with values in place of nodes."""
         return fx.map_arg(argument, self.values.__getitem__)
 
+    def argument(self, name: str) -> Any:
+        """Value of an argument by its name, or its default."""
+        target: Any = self.node.target
+        for position, argument in enumerate(target._schema.arguments):
+            if argument.name == name:
+                given = self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name)
+                return argument.default_value if given is None else self.resolve(given)
+        raise KeyError(name)
+
     def tangents_of(self, argument: Any) -> Tangents:
         """Tangents of an argument; none if it does not depend on the directions."""
         return self.tangents.get(argument, {}) if isinstance(argument, fx.Node) else {}
@@ -93,6 +104,10 @@ class Rule:
     def bends(self, node: fx.Node, moving: set[fx.Node]) -> bool:
         """Whether the operation can contribute curvature, given which nodes depend on the directions."""
         return self.curved
+
+    def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
+        """Whether the rule holds for an operation some arguments of which depend on the directions."""
+        return True
 
     def push(self, call: Call) -> Tangents:
         """Tangents of the operation's value, from those of its arguments."""
@@ -128,6 +143,8 @@ def _inner_with_each(tensor: Tensor, others: Iterable[Tensor]) -> Float[Tensor, 
 
 def _weighted_gram(weight: Tensor, tangents: Tangents) -> Float[Tensor, "k k"]:
     """Σ weight · u_i · u_j for every pair of tangents."""
+    if not tangents:
+        return weight.new_zeros(0, 0)
     first = next(iter(tangents.values()))
     rows = torch.stack([as_vector(_aligned(tensor, first)) for tensor in tangents.values()]).to(_wide(first))
     return (rows * as_vector(_aligned(weight.expand(first.shape), first))) @ rows.T
@@ -154,14 +171,33 @@ class ByAutodiff(Rule):
     def push(self, call: Call) -> Tangents:
         """See `Rule`."""
         local = _LocalGraph(call)
-        return {i: local.tangent(call, i) for i in call.directions()}
+        return {i: local.tangent(call, i) for i in local.directions}
 
     def contract(self, call: Call, contributions: Contributions) -> None:
         """See `Rule`."""
-        local, directions = _LocalGraph(call), call.directions()
+        local = _LocalGraph(call)
+        directions = local.directions
+        if not directions:
+            return
         products = {i: local.second(call, i) for i in directions}
         rows = torch.stack([torch.stack([local.inner(call, products[i], j) for j in directions]) for i in directions])
         contributions.add(directions, directions, rows / 2)
+
+
+class FlatByAutodiff(ByAutodiff):
+    """The same for an operation whose second derivative is zero wherever it has one."""
+
+    curved: ClassVar[bool] = False
+
+
+class Constant(Rule):
+    """An operation whose derivative is zero wherever it has one."""
+
+    curved: ClassVar[bool] = False
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        return {}
 
 
 class _LocalGraph:
@@ -180,10 +216,11 @@ class _LocalGraph:
             self.count = len(outputs)
             seeds: list[Any] = [torch.zeros_like(outputs[k]) if adjoints[k] is None else adjoints[k] for k in self.kept]
             self.weights = [seed.detach().clone().requires_grad_() for seed in seeds]
-            leaves = [self.leaves[node] for node in self.arguments]
-            self.pulled = torch.autograd.grad(
-                [outputs[k] for k in self.kept], leaves, self.weights, create_graph=True, allow_unused=True
-            )
+            self.directions = call.directions() if self.kept else []
+            self.pulled: Sequence[Any] = [None] * len(self.arguments)
+            if self.directions:
+                leaves, kept = list(self.leaves.values()), [outputs[k] for k in self.kept]
+                self.pulled = torch.autograd.grad(kept, leaves, self.weights, create_graph=True, allow_unused=True)
 
     def _backward(self, call: Call, direction: int, inputs: list[Tensor]) -> list[Tensor | None]:
         moved = [
@@ -241,12 +278,47 @@ class Linear(Rule):
 
     curved: ClassVar[bool] = False
 
+    def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
+        """See `Rule`."""
+        return moved == [node.args[0]]
+
     def push(self, call: Call) -> Tangents:
         """See `Rule`."""
         first, *rest = call.node.args
         rest, options = call.resolve(tuple(rest)), call.resolve(call.node.kwargs)
         target: Any = call.node.target
         return {i: target(tangent, *rest, **options) for i, tangent in call.tangents_of(first).items()}
+
+
+@dataclass(frozen=True)
+class JointlyLinear(Rule):
+    """Linear in some arguments together, tensors of one type, the others held.
+
+    Attributes:
+        positions: Their positions.
+    """
+
+    positions: tuple[int, ...]
+    curved: ClassVar[bool] = False
+
+    def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
+        """See `Rule`."""
+        linear = [node.args[position] for position in self.positions]
+        return all(isinstance(argument, fx.Node) for argument in linear) and set(moved) <= set(linear)
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        options = call.resolve(call.node.kwargs)
+        target: Any = call.node.target
+
+        def part(i: int) -> Tensor:
+            arguments = list(call.resolve(call.node.args))
+            for position in self.positions:
+                tangent = call.tangents_of(call.node.args[position]).get(i)
+                arguments[position] = torch.zeros_like(arguments[position]) if tangent is None else tangent
+            return target(*arguments, **options)
+
+        return {i: part(i) for i in call.directions()}
 
 
 @dataclass(frozen=True)
@@ -314,6 +386,13 @@ def _masked_fill_part(call: Call, tangents: list[Any]) -> Tensor:
 
 def _pad_part(call: Call, tangents: list[Any]) -> Tensor:
     return aten.constant_pad_nd.default(tangents[0], call.value(1), 0)
+
+
+def _embedding_part(call: Call, tangents: list[Any]) -> Tensor:
+    chosen, padding = call.value(1), call.argument("padding_idx")
+    found = aten.embedding.default(tangents[0], chosen)
+    # torch takes the row for padding as a constant.
+    return found if padding < 0 else found.masked_fill((chosen == padding).unsqueeze(-1), 0)
 
 
 class Pick(Rule):
@@ -421,6 +500,16 @@ CONVOLUTION = Bilinear(
 )
 
 
+MATRIX_VECTOR = Bilinear(
+    0,
+    1,
+    lambda call, a, b: a @ b,
+    lambda call, g, b: torch.outer(g, b),
+    lambda call, g, a: a.mT @ g,
+)
+DOT = Bilinear(0, 1, lambda call, a, b: a @ b, lambda call, g, b: g * b, lambda call, g, a: g * a)
+
+
 def _matrix_product(left: int, right: int, added: int | None = None) -> Bilinear:
     def scale(call: Call, name: str, tensor: Tensor) -> Tensor:
         factor: Any = call.node.kwargs.get(name, 1)
@@ -443,6 +532,11 @@ def _matrix_product(left: int, right: int, added: int | None = None) -> Bilinear
 @dataclass(frozen=True)
 class Pointwise(Rule):
     """A function of each element of the first argument, the others held: φ, with φ' and φ'' by autodiff."""
+
+    def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
+        """See `Rule`."""
+        # Another argument may have more axes than the first one.
+        return moved == [node.args[0]] and value_of(moved[0]).shape == value_of(node).shape
 
     def push(self, call: Call) -> Tangents:
         """See `Rule`."""
@@ -510,6 +604,27 @@ class MaxPooling(Rule):
         return {i: (pick(tangent), None) for i, tangent in call.tangents_of(call.node.args[0]).items()}
 
 
+class Selection(Rule):
+    """Elements chosen along an axis, with their places: the largest, the sorted, the middle one."""
+
+    curved: ClassVar[bool] = False
+
+    def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
+        """See `Rule`."""
+        return value_of(moved[0]).ndim > 0
+
+    def push(self, call: Call) -> Tangents:
+        """See `Rule`."""
+        axis, chosen = call.argument("dim"), call.output[1]
+
+        def pick(tangent: Tensor) -> Tensor:
+            if chosen.ndim < tangent.ndim:
+                return tangent.gather(axis, chosen.unsqueeze(axis)).squeeze(axis)
+            return tangent.gather(axis, chosen)
+
+        return {i: (pick(tangent), None) for i, tangent in call.tangents_of(call.node.args[0]).items()}
+
+
 # --- Softmax and its logarithm
 
 
@@ -557,23 +672,39 @@ def _centered(call: Call, weights: Tensor) -> dict[int, Tensor]:
 
 _LINEAR = """
     view reshape _unsafe_view _reshape_alias permute transpose t expand slice select squeeze unsqueeze clone alias
-    neg sum mean cumsum flip roll repeat diagonal tril triu unfold split split_with_sizes unsafe_split
-    unsafe_split_with_sizes unsafe_chunk unbind narrow movedim index index_select gather embedding nll_loss_forward
+    neg sum mean cumsum flip roll repeat diagonal diag_embed trace take tril triu unfold split split_with_sizes
+    unsafe_split unsafe_split_with_sizes unsafe_chunk unbind narrow movedim index index_select gather nll_loss_forward
     nll_loss2d_forward _to_copy lift_fresh_copy view_as avg_pool2d avg_pool3d _adaptive_avg_pool2d
     _adaptive_avg_pool3d reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
     replication_pad3d im2col col2im pixel_shuffle pixel_unshuffle channel_shuffle upsample_nearest1d
     upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
     _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
-    _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_avg_pool1d avg_pool1d div
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_avg_pool1d avg_pool1d max_unpool2d
+    max_unpool3d div
 """.split()  # noqa: SIM905
 
 _POINTWISE = """
     gelu silu sigmoid tanh exp exp2 expm1 log log2 log10 log1p sqrt rsqrt reciprocal pow square sin cos tan asin
     acos atan sinh cosh asinh acosh atanh erf erfc softplus elu celu mish hardswish logit sinc
+    erfinv lgamma digamma
 """.split()  # noqa: SIM905
 
 _PIECEWISE = """
     leaky_relu hardtanh hardsigmoid abs clamp clamp_min clamp_max threshold hardshrink softshrink
+    nan_to_num frac fmod remainder
+""".split()  # noqa: SIM905
+
+_FLAT = """
+    maximum minimum fmax fmin amax amin aminmax max min median nanmedian copysign
+""".split()  # noqa: SIM905
+
+_CONSTANT = """
+    sign sgn floor ceil round trunc floor_divide heaviside zeros_like ones_like full_like empty_like new_zeros new_ones
+    new_full new_empty div.Tensor_mode div.Scalar_mode
+""".split()  # noqa: SIM905
+
+_SELECTION = """
+    max.dim min.dim median.dim nanmedian.dim mode kthvalue topk sort cummax cummin
 """.split()  # noqa: SIM905
 
 _SUM = Affine(_sum_part(1))
@@ -581,6 +712,12 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_LINEAR, Linear()),
     **dict.fromkeys(_POINTWISE, Pointwise()),
     **dict.fromkeys(_PIECEWISE, PiecewiseLinear()),
+    **dict.fromkeys(_FLAT, FlatByAutodiff()),
+    **dict.fromkeys(_CONSTANT, Constant()),
+    **dict.fromkeys(_SELECTION, Selection()),
+    **dict.fromkeys(["select_scatter", "slice_scatter", "diagonal_scatter", "lerp.Scalar"], JointlyLinear((0, 1))),
+    **dict.fromkeys(["index_put", "masked_scatter"], JointlyLinear((0, 2))),
+    **dict.fromkeys(["scatter.src", "scatter_add", "index_add", "index_copy"], JointlyLinear((0, 3))),
     "relu": Rectifier(),
     "add": _SUM,
     "sub": Affine(_sum_part(-1)),
@@ -590,8 +727,11 @@ _RULES: dict[str, Rule] = {
     "where": Affine(_where_part),
     "masked_fill": Affine(_masked_fill_part),
     "constant_pad_nd": Affine(_pad_part),
+    "embedding": Affine(_embedding_part),
     "mul": PRODUCT,
     "convolution": CONVOLUTION,
+    "mv": MATRIX_VECTOR,
+    "dot": DOT,
     "mm": _matrix_product(0, 1),
     "bmm": _matrix_product(0, 1),
     "addmm": _matrix_product(1, 2, added=0),
@@ -601,19 +741,20 @@ _RULES: dict[str, Rule] = {
     "_log_softmax": LogSoftmax(),
     "max_pool2d_with_indices": MaxPooling(2),
     "max_pool3d_with_indices": MaxPooling(3),
+    "adaptive_max_pool2d": MaxPooling(2),
+    "adaptive_max_pool3d": MaxPooling(3),
+    "fractional_max_pool2d": MaxPooling(2),
+    "fractional_max_pool3d": MaxPooling(3),
 }
 _BY_AUTODIFF = ByAutodiff()
-# Their tangents depend on the first argument only if no other one moves.
-_FIRST_ARGUMENT_ONLY = (Linear, Pointwise, PiecewiseLinear)
 
 
 def rule_of(node: fx.Node, moving: set[fx.Node]) -> Rule:
     """The rule of an operation, given which nodes depend on the directions."""
     if node.target is operator.getitem:
         return Pick()
-    packet = getattr(node.target, "overloadpacket", None)
-    rule = _RULES.get(getattr(packet, "__name__", ""), _BY_AUTODIFF)
+    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+    overload = getattr(node.target, "_overloadname", "")
+    rule = _RULES.get(f"{name}.{overload}") or _RULES.get(name, _BY_AUTODIFF)
     moved = [argument for argument in node.all_input_nodes if argument in moving]
-    if isinstance(rule, _FIRST_ARGUMENT_ONLY) and moved != [node.args[0]]:
-        return _BY_AUTODIFF
-    return rule
+    return rule if rule.fits(node, moved) else _BY_AUTODIFF

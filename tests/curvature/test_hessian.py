@@ -11,6 +11,7 @@ from lmc_curvature.errors import (
     DirectionError,
     HessianSizeError,
     NonFiniteError,
+    OperatorError,
     UnknownLayerError,
     UnsupportedModelError,
 )
@@ -95,6 +96,74 @@ def test_blocks_are_blocks_of_the_whole():
     torch.testing.assert_close(HessianOperator(objective, layers="fc").to_dense(), dense[columns][:, columns])
     union = sorted(rows + columns)
     torch.testing.assert_close(HessianOperator(objective, layers=["fc", "conv1"]).to_dense(), dense[union][:, union])
+
+
+def _layer_mask(H):
+    """Which coordinates of the whole network belong to one layer."""
+    layers = [H.partition.layer_of(name) for name, tensor in H.state.items() for _ in range(tensor.numel())]
+    return torch.tensor([[a == b for b in layers] for a in layers])
+
+
+@pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch", "tied weights", "LSTM"])
+def test_block_diagonal_keeps_the_layers_own_blocks_and_drops_the_rest(name):
+    H = HessianOperator(_objective(name))
+    mask, dense = _layer_mask(H), H.to_dense()
+    assert dense[~mask].abs().max() > 1e-3, "the case has nothing to drop"
+    D = H.block_diagonal()
+    kept = torch.where(mask, dense, 0.0)
+    torch.testing.assert_close(D.to_dense(), kept, rtol=1e-10, atol=1e-14)
+    V = torch.randn(H.shape[1], 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(D.matmat(V), kept @ V, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(H.to_dense(), dense, rtol=1e-12, atol=1e-14)
+
+
+def test_blocks_of_the_block_diagonal():
+    H = HessianOperator(_objective("conv, interpolate"))
+    D = H.block_diagonal()
+    torch.testing.assert_close(D.block("fc").to_dense(), H.block("fc").to_dense())
+    assert D.block("fc", "conv1").shape == H.block("fc", "conv1").shape
+    assert not D.block("fc", "conv1").to_dense().any()
+    pair = H.block(["conv1", "fc"], ["fc", "conv2"]).block_diagonal().to_dense()
+    n = H.block("fc").shape[0]
+    torch.testing.assert_close(pair[-n:, -n:], H.block("fc").to_dense())
+    assert not pair[:-n].any() and not pair[:, :-n].any()
+    tensors = HessianOperator(_objective("conv, interpolate"), partition="tensor").block_diagonal()
+    assert tensors.to_dense().count_nonzero() < D.to_dense().count_nonzero()
+    assert D.to_scipy().shape == H.shape
+
+
+@pytest.mark.parametrize("name", ["conv, interpolate", "attention"])
+def test_diagonal_is_that_of_the_dense_matrix(name):
+    H = HessianOperator(_objective(name))
+    torch.testing.assert_close(H.diagonal(), H.to_dense().diagonal(), rtol=1e-10, atol=1e-14)
+    layer = H.partition.names[-1]
+    torch.testing.assert_close(H.block(layer).diagonal(), H.block(layer).to_dense().diagonal(), rtol=1e-10, atol=1e-14)
+
+
+def test_a_block_between_layers_has_no_diagonal():
+    with pytest.raises(OperatorError, match="between two layers has no diagonal"):
+        HessianOperator(_objective("conv, interpolate")).block("conv1", "fc").diagonal()
+
+
+def test_a_product_of_any_kind_visits_the_loader_once():
+    class Counting(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return super().__iter__()
+
+    case = CASES["conv, interpolate"]
+    loader = Counting(case.batches())
+    H = HessianOperator(Objective(case.model(), loader))
+    for operator in (H, H.block("conv1", "fc"), H.block_diagonal()):
+        operator.matmat(torch.ones(operator.shape[1], 4))
+    assert loader.passes == 3
+
+
+def test_an_operator_knows_its_device():
+    objective = _objective()
+    assert HessianOperator(objective).block("0").device == objective.device
 
 
 def test_scipy_finds_the_dense_eigenvalues():
@@ -187,9 +256,11 @@ def test_an_operation_without_a_second_derivative_is_said_so():
         def backward(ctx, gradient):
             return gradient
 
-    objective = _objective(loss_fn=lambda out, _: Once.apply(out).pow(2).mean())
-    with pytest.raises(UnsupportedModelError, match="differentiated twice.*marked once_differentiable"):
-        HessianOperator(objective) @ torch.ones(HessianOperator(objective).shape[1])
+    # Where the loss ends in the operation its gradient's graph has no mark, and half of the Hessian is missing.
+    for power in (1, 2):
+        objective = _objective(loss_fn=lambda out, _, power=power: Once.apply(out).pow(power).mean())
+        with pytest.raises(UnsupportedModelError, match="differentiated twice.*marked once_differentiable"):
+            HessianOperator(objective) @ torch.ones(HessianOperator(objective).shape[1])
     with pytest.raises(UnsupportedModelError, match="marked once_differentiable"):
         project_hessian(objective, {}, [{"0.bias": torch.ones(6)}])
 

@@ -1,0 +1,129 @@
+"""What does the dense Hessian of a network's last linear layer cost, over some batches of data?
+
+python benchmarks/blocks.py [--network resnet18] [--device cuda] [--quick]
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from charts import draw_roads
+from harness import ROAD_COLUMNS, Bar, Report, Table, parse_options, publish, relative_error, road_row, setting
+from memory import columns_that_fit, peak_bytes
+from peers import curvlinops_columns, curvlinops_hessian, installed, missing_peers
+from problems import Problem, image_problem
+from timing import Measurement, Road, measure
+from torch import Tensor, nn
+from torch.func import functional_call, hessian
+
+from lmc_curvature import HessianOperator
+from lmc_curvature.curvature.blocks import layer_hessian
+
+OURS = "layer_hessian"
+TORCH = "torch.func.hessian"
+
+SIZES = {
+    "full": {"network": "resnet20", "batch": 250, "batches": 4, "width": 16, "pixels": 32},
+    "quick": {"network": "resnet20", "batch": 50, "batches": 2, "width": 16, "pixels": 32},
+    "smoke": {"network": "resnet8", "batch": 5, "batches": 2, "width": 4, "pixels": 8},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Parse, measure, print and write."""
+    options = parse_options(__file__, __doc__, argv, _add_options)
+    size = {**SIZES[options.size], **({"network": options.network} if options.network else {})}
+    problem = image_problem(**size, device=options.device)
+    layer, linear = _last_linear(problem.model)
+    name = "blocks" if size["network"] == "resnet20" else f"blocks-{size['network']}"
+    report = Report(name, "What does a layer's dense Hessian cost?", setting(options, **size, dtype="float32"))
+    report.setting["parameters"] = sum(parameter.numel() for parameter in linear.parameters())
+    report.notes += [*missing_peers(), *_notes()]
+
+    found = measure(block_roads(problem, layer, linear), options.pace, options.device)
+    gradient_peak = peak_bytes(problem.forward_backward, options.device)
+    exact = problem.to(torch.float64)
+    reference = HessianOperator(exact.objective).block(layer).to_dense()
+    rows = [
+        road_row(measurement, gradient_peak=gradient_peak, error=relative_error(measurement.result, reference))
+        for measurement in found.values()
+        if not measurement.failure
+    ]
+    report.tables.append(Table("roads", "The dense Hessian of the last linear layer", ROAD_COLUMNS, rows))
+    report.bars += _bars(found)
+    ours = [name for name in found if not name.startswith((TORCH, "curvlinops"))]
+    return publish(report, options, draw_roads(found, ours, "forward passes over all examples"))
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", help="resnet8, resnet14, resnet20, …, or torchvision's resnet18")
+
+
+def _notes() -> list[str]:
+    return [
+        "F is one forward pass over all batches; peaks have one gradient on one batch as their unit.",
+        "Errors are max |H − H₆₄| / max |H₆₄|, against products with unit vectors in float64.",
+        "torch.func.hessian differentiates the loss in that layer's parameters, batch by batch; so does curvlinops.",
+    ]
+
+
+def _last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Name of the last linear layer, and the module."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+def block_roads(problem: Problem, layer: str, linear: nn.Linear) -> list[Road]:
+    """Roads to the dense block, rows and columns in the order weight, bias."""
+    block = HessianOperator(problem.objective).block(layer)
+    roads: dict[str, Callable[[], Any]] = {
+        OURS: lambda: layer_hessian(problem.objective, None, layer),
+        "the same, method='products'": lambda: layer_hessian(problem.objective, None, layer, method="products"),
+        "HessianOperator.block(layer).to_dense()": block.to_dense,
+        TORCH: lambda: _by_torch(problem, layer, linear),
+    }
+    if installed("curvlinops"):
+        parameters = list(linear.parameters())
+        operator = curvlinops_hessian(problem, parameters)
+        unit = torch.eye(sum(parameter.numel() for parameter in parameters), device=problem.device)
+        at_once = columns_that_fit(
+            lambda count: curvlinops_columns(operator, unit[:count], count), len(unit), problem.device, probe=16
+        )
+        roads[f"curvlinops, H @ identity, {at_once} columns at once"] = lambda: curvlinops_columns(
+            operator, unit, at_once
+        )
+    return [Road(name, run, problem.forward) for name, run in roads.items()]
+
+
+def _by_torch(problem: Problem, layer: str, linear: nn.Linear) -> Tensor:
+    names = [f"{layer}.{name}" for name, _ in linear.named_parameters()]
+    parameters = {name: problem.model.get_parameter(name).detach() for name in names}
+    total = None
+    for x, y in problem.batches:
+        blocks: Any = hessian(lambda point, x=x, y=y: F.cross_entropy(functional_call(problem.model, point, (x,)), y))(
+            parameters
+        )
+        sizes = [parameters[name].numel() for name in names]
+        rows = [
+            torch.cat([blocks[a][b].reshape(size, -1) for b in names], dim=1)
+            for a, size in zip(names, sizes, strict=True)
+        ]
+        found = torch.cat(rows) * (len(x) / problem.examples)
+        total = found if total is None else total + found
+    if total is None:
+        raise ValueError("There is no batch.")
+    return total
+
+
+def _bars(found: dict[str, Measurement]) -> list[Bar]:
+    ours = found[OURS].in_forwards
+    return [
+        Bar(f"{name} / ours", measurement.in_forwards.over(ours), "at least", 5)
+        for name, measurement in found.items()
+        if name.startswith((TORCH, "curvlinops")) and measurement.multiples
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Hessian-vector products through other libraries, each by its own public interface and in its natural mode.
+
+All of them differentiate `nn.Parameter`s only, so the running statistics of batch normalisation stay fixed; vectors
+are dense. The network is in evaluation mode. What a library can share between the vectors of a batch, it shares.
+"""
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from problems import Problem
+from torch import Tensor, nn
+
+PACKAGES = {"curvlinops": "curvlinops", "PyHessian": "pyhessian", "BackPACK": "backpack"}
+
+
+def installed(peer: str) -> bool:
+    """Whether a peer is at hand."""
+    return importlib.util.find_spec(PACKAGES[peer]) is not None
+
+
+def missing_peers() -> list[str]:
+    """Notes on the peers that are not at hand."""
+    return [
+        f"{peer} is not installed, so its rows are missing: pip install lmc-curvature[backends]."
+        for peer in PACKAGES
+        if not installed(peer)
+    ]
+
+
+def peer_products(peer: str) -> Callable[[Problem, Tensor], Tensor]:
+    """The function that multiplies a problem's Hessian, on its first batch, with each row of a matrix."""
+    return {"curvlinops": _curvlinops, "PyHessian": _pyhessian, "BackPACK": _backpack}[peer]
+
+
+def layouts(problem: Problem, *, both: bool) -> dict[str, Problem]:
+    """A problem by what to add to a road's name: as it is and, if both are wanted, with channels-last images."""
+    return {"": problem, ", channels-last": problem.channels_last()} if both else {"": problem}
+
+
+def curvlinops_hessian(problem: Problem, parameters: Sequence[nn.Parameter] | None = None) -> Any:
+    """The operator of curvlinops over all batches, without its probes for determinism."""
+    from curvlinops import HessianLinearOperator
+
+    parameters = problem.parameters if parameters is None else parameters
+    return HessianLinearOperator(
+        problem.model,
+        nn.CrossEntropyLoss(),
+        list(parameters),
+        list(problem.batches),
+        check_deterministic=False,
+        num_data=problem.examples,
+    )
+
+
+def curvlinops_columns(operator: Any, vectors: Tensor, at_once: int) -> Tensor:
+    """Its matrix product with the rows of `vectors`, so many at a time."""
+    return torch.cat([(operator @ part.T.contiguous()).T for part in vectors.split(at_once)])
+
+
+def pyhessian_hessian(problem: Problem) -> Any:
+    """PyHessian's object for the first batch, whose gradient it keeps as a graph."""
+    from pyhessian import hessian
+
+    with warnings.catch_warnings():
+        # It differentiates by backward(create_graph=True), of which torch warns.
+        warnings.simplefilter("ignore")
+        return hessian(problem.model, nn.CrossEntropyLoss(), data=problem.data, cuda=problem.device.type == "cuda")
+
+
+def _curvlinops(problem: Problem, vectors: Tensor) -> Tensor:
+    operator = curvlinops_hessian(problem)
+    return torch.stack([operator @ vector for vector in vectors])
+
+
+def _pyhessian(problem: Problem, vectors: Tensor) -> Tensor:
+    from pyhessian.utils import hessian_vector_product
+
+    kept = pyhessian_hessian(problem)
+    products = [_flat(hessian_vector_product(kept.gradsH, kept.params, v)) for v in _as_lists(problem, vectors)]
+    # The parameters hold gradients that hold the graph that holds the parameters.
+    problem.model.zero_grad(set_to_none=True)
+    return torch.stack(products)
+
+
+def _backpack(problem: Problem, vectors: Tensor) -> Tensor:
+    from backpack.hessianfree.hvp import hessian_vector_product
+
+    x, y = problem.data
+    loss = F.cross_entropy(problem.model(x), y)
+    shared = torch.autograd.grad(loss, problem.parameters, create_graph=True)
+    products = [
+        _flat(hessian_vector_product(loss, problem.parameters, v, grad_params=shared))
+        for v in _as_lists(problem, vectors)
+    ]
+    return torch.stack(products)
+
+
+def _as_lists(problem: Problem, vectors: Tensor) -> list[list[Tensor]]:
+    sizes = [parameter.numel() for parameter in problem.parameters]
+    return [
+        [part.view(parameter.shape) for part, parameter in zip(row.split(sizes), problem.parameters, strict=True)]
+        for row in vectors
+    ]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])

@@ -1,0 +1,203 @@
+"""What the benchmarks compute on: networks, batches and directions, all drawn from a seed."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+from lmc_curvature import Objective, Segment
+from lmc_curvature.batches import Batch
+from lmc_curvature.forking.data import load_digits
+from lmc_curvature.forking.models import digits_resnet, resnet
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A network in evaluation mode, data, and the directions towards a second network.
+
+    Attributes:
+        model: The network at which derivatives are taken.
+        other: A second one of the same architecture.
+        batches: `(x, y)` pairs, contiguous.
+    """
+
+    model: nn.Module
+    other: nn.Module
+    batches: Sequence[tuple[Tensor, Tensor]]
+
+    @property
+    def data(self) -> tuple[Tensor, Tensor]:
+        """The first batch."""
+        return self.batches[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the data are."""
+        return self.data[0].device
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return sum(len(x) for x, _ in self.batches)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """The mean loss; the network is checked already."""
+        objective = Objective(self.model, list(self.batches))
+        objective.loss()
+        return objective
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and running statistics."""
+        return self.objective.state()
+
+    @cached_property
+    def directions(self) -> dict[str, dict[str, Tensor]]:
+        """Layer name to displacement: parameters and running statistics."""
+        return Segment(self.model, self.other).directions()
+
+    @cached_property
+    def parameter_directions(self) -> dict[str, dict[str, Tensor]]:
+        """The same for the parameters alone."""
+        names = {name for name, _ in self.model.named_parameters()}
+        return {
+            layer: {name: tensor for name, tensor in direction.items() if name in names}
+            for layer, direction in self.directions.items()
+        }
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        """The network's parameters, in order."""
+        return list(self.model.parameters())
+
+    @cached_property
+    def batch(self) -> Batch:
+        """The first batch, as an objective yields it."""
+        return Batch(0, len(self.data[0]), self.data)
+
+    def forward(self) -> None:
+        """One forward pass without gradients over all the data: the unit F."""
+        with torch.no_grad():
+            for x, _ in self.batches:
+                self.model(x)
+
+    def forward_backward(self) -> tuple[Tensor, ...]:
+        """The gradient on the first batch by plain autograd, whose peak of memory is the unit of peaks."""
+        x, y = self.data
+        return torch.autograd.grad(F.cross_entropy(self.model(x), y), self.parameters)
+
+    def dense(self, directions: dict[str, dict[str, Tensor]]) -> Tensor:
+        """Directions as the rows of a matrix over the entries that they move between them, in the state's order."""
+        moved = {name for direction in directions.values() for name in direction}
+        entries = {name: tensor for name, tensor in self.state.items() if name in moved}
+        return torch.stack(
+            [
+                torch.cat([direction.get(name, torch.zeros_like(tensor)).flatten() for name, tensor in entries.items()])
+                for direction in directions.values()
+            ]
+        )
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        """The same problem in another floating-point type."""
+        return Problem(
+            copy.deepcopy(self.model).to(dtype),
+            copy.deepcopy(self.other).to(dtype),
+            [(x.to(dtype), y) for x, y in self.batches],
+        )
+
+    def channels_last(self) -> "Problem":
+        """The same problem with weights and images in the layout that processors convolve faster."""
+        layout: Any = {"memory_format": torch.channels_last}
+        return Problem(
+            copy.deepcopy(self.model).to(**layout),
+            copy.deepcopy(self.other).to(**layout),
+            [(x.contiguous(**layout) if x.ndim == 4 else x, y) for x, y in self.batches],
+        )
+
+
+def parameters_only(entry: str) -> str:
+    """Partition of a state into what peers differentiate, `"parameters"`, and running `"statistics"`."""
+    return "statistics" if entry.rpartition(".")[2] in ("running_mean", "running_var") else "parameters"
+
+
+def network_named(name: str, *, width: int = 16, classes: int = 10) -> nn.Module:
+    """`"resnet18"` of torchvision, else `"resnet20"`, `"resnet56"`, … for small images, with projections."""
+    if name == "resnet18":
+        return torchvision.models.resnet18(num_classes=classes)
+    return resnet(int(name.removeprefix("resnet")), width=width, num_classes=classes, shortcut="projection")
+
+
+def image_problem(
+    network: str = "resnet20",
+    batch: int = 128,
+    *,
+    batches: int = 1,
+    width: int = 16,
+    pixels: int = 32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Problem:
+    """A residual network with batch normalisation, on random images with random labels.
+
+    The running statistics are those of the images, so that activations have the sizes they have in a trained network.
+    """
+    torch.manual_seed(seed)
+    models = [network_named(network, width=width) for _ in range(2)]
+    data = [(torch.randn(batch, 3, pixels, pixels), torch.randint(10, (batch,))) for _ in range(batches)]
+    for model in models:
+        _settle(model, data)
+    return Problem(
+        models[0].to(device).eval(), models[1].to(device).eval(), [(x.to(device), y.to(device)) for x, y in data]
+    )
+
+
+def mlp_problem(
+    width: int, examples: int, *, inputs: int = 10, device: torch.device | str = "cpu", seed: int = 0
+) -> Problem:
+    """A perceptron with two hidden layers and tanh, of width² + (inputs + 12) · width + 10 parameters."""
+    torch.manual_seed(seed)
+    models = [
+        nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10)).to(
+            device
+        )
+        for _ in range(2)
+    ]
+    x, y = torch.randn(examples, inputs, device=device), torch.randint(10, (examples,), device=device)
+    return Problem(models[0], models[1], [(x, y)])
+
+
+def digits_problem(examples: int, *, width: int, epochs: int, device: torch.device | str = "cpu") -> Problem:
+    """A small residual network, trained on scikit-learn's digits, and some of its training examples in one batch."""
+    torch.manual_seed(0)
+    model, other = (digits_resnet(width=width, shortcut="projection").to(device) for _ in range(2))
+    data = load_digits("train").to(device)
+    for network in (model, other):
+        _train(network, data, epochs)
+    return Problem(model.eval(), other.eval(), [next(iter(data.subset(examples).batches(examples)))])
+
+
+def _settle(model: nn.Module, data: Sequence[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        update_bn([x for x, _ in data[:1]], model)
+
+
+def _train(model: nn.Module, data: Any, epochs: int) -> None:
+    """Plain stochastic gradient descent with momentum."""
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(epochs):
+        order = torch.randperm(len(data), generator=generator)
+        for x, y in data.batches(64, order=order):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,64 @@
+"""Where the time of a computation goes: its ATen operations, and what is left for Python."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from harness import Column, Table
+from timing import seconds_once
+from torch.profiler import ProfilerActivity, profile
+
+# The first kind whose words an operation's name contains.
+_KINDS = {
+    "convolution, backward": ("convolution_backward", "conv_backward", "cudnn_convolution_backward", "dgrad", "wgrad"),
+    "convolution, forward": ("conv",),
+    "matrix product": ("mm", "linear", "dot", "matmul", "gemm"),
+    "copy and layout": ("copy_", "contiguous", "clone", "to_copy", "cat", "stack", "fill_", "zero", "pad", "Memcpy"),
+    "reduction": ("sum", "mean", "max_pool", "softmax", "norm"),
+    "allocation and views": (
+        "empty",
+        "view",
+        "reshape",
+        "as_strided",
+        "slice",
+        "select",
+        "expand",
+        "permute",
+        "resize",
+    ),
+    "elementwise": ("",),
+}
+
+
+def profile_table(run: Callable[[], Any], device: torch.device, *, top: int = 12) -> Table:
+    """Time within operations by kind, and the operations that take most of it.
+
+    On CUDA the times are those of the kernels; on a CPU, those within operations, without what they call. The profiler
+    slows Python down, so what is left for it is measured against the same call without the profiler.
+    """
+    run()
+    wall = min(seconds_once(run)[0] for _ in range(3))
+    cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as recorded:
+        run()
+    times = [
+        (event.key, event.count, event.self_device_time_total if cuda else event.self_cpu_time_total)
+        for event in recorded.key_averages()
+    ]
+    times = sorted((entry for entry in times if entry[2] > 0), key=lambda entry: -entry[2])
+    kinds: dict[str, tuple[int, float]] = {}
+    for name, count, microseconds in times:
+        kind = next(kind for kind, words in _KINDS.items() if any(word in name for word in words))
+        calls, total = kinds.get(kind, (0, 0.0))
+        kinds[kind] = (calls + count, total + microseconds)
+    inside = sum(total for _, total in kinds.values()) / 1e6
+    rows = [_row(f"all: {kind}", *kinds[kind], wall) for kind in sorted(kinds, key=lambda kind: -kinds[kind][1])]
+    rows.append(_row("outside operations (Python, dispatch)", None, 1e6 * max(wall - inside, 0.0), wall))
+    rows += [_row(name, count, microseconds, wall) for name, count, microseconds in times[:top]]
+    columns = (Column("operation", "operation"), Column("calls", "calls"), Column("ms", "ms"), Column("share", "share"))
+    return Table("profile", "Where the sweep's time goes (share of a call without the profiler)", columns, rows)
+
+
+def _row(operation: str, calls: int | None, microseconds: float, wall: float) -> dict[str, Any]:
+    return {"operation": operation, "calls": calls, "ms": microseconds / 1000, "share": microseconds / 1e6 / wall}

@@ -1,0 +1,271 @@
+"""Affine modules inside a network: what goes in and out of them, and second derivatives of the loss around them.
+
+A weight W that is used once enters the loss through one output z_p = W x_p + b, at positions p (one for a plain vector,
+one a token, one a pixel). Everything about W's block of the Hessian is then in x and in derivatives in z.
+"""
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lmc_curvature.curvature.derivatives import gradients
+from lmc_curvature.network import State, tied_names
+
+# Examples times positions whose derivatives are multiplied at once.
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer is to the cost model.
+
+    Attributes:
+        width: Outputs of the affine map (units, or channels) at one position.
+        features: Inputs of the affine map at one position (for a convolution, of one patch), and one for a bias.
+        positions: At how many positions of an example the map is applied.
+        others: Parameters of the layer that are not the affine map's.
+    """
+
+    width: int
+    features: int
+    positions: int = 1
+    others: int = 0
+
+    @property
+    def affine(self) -> int:
+        """Parameters of the affine map."""
+        return self.width * self.features
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the layer."""
+        return self.affine + self.others
+
+
+@dataclass(frozen=True)
+class RoadCost:
+    """What a dense block costs: second-order products a batch, and multiplications an example, estimated."""
+
+    products: int
+    multiplications: int
+
+
+def road_costs(first: LayerShape, second: LayerShape | None = None) -> dict[str, RoadCost]:
+    """Cost of the block between two layers (of one with itself when `second` is None) by either road.
+
+    A product through an affine map costs own = positions × parameters multiplications forth and as many back, for
+    each of the two layers, and what lies above them is taken to cost the same again. Then, with N parameters,
+
+        products      min(N_first, N_second) · 2 own
+        structured    width · positions · (own + outer)  +  others · 2 own
+
+    where outer, the products with the inputs of both layers, is N_second · (positions_second + features_first), and
+    N_second · positions_second more for a layer that may be fed. Of a layer with itself the structured road is thus
+    the cheaper one as long as it has no more positions than features: always without positions, and for convolutions
+    whose images have no more pixels than a patch has values. (Half of outer is saved there by symmetry, and lost to
+    the smaller products.)
+
+    Args:
+        first: The layer that is called first.
+        second: The layer that is called second.
+
+    Returns:
+        Cost of `"structured"` and `"products"`.
+    """
+    other = second or first
+    own = first.positions * first.affine + other.positions * other.affine
+    outer = other.affine * (other.positions * (1 if second is None else 2) + first.features)
+    units = first.width * first.positions
+    others = first.others if second is None else first.others + second.others
+    plain = min(first.parameters, other.parameters)
+    return {
+        "structured": RoadCost(units + others, units * (own + outer) + others * 2 * own),
+        "products": RoadCost(plain, plain * 2 * own),
+    }
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """An affine module, and its entries in a layer.
+
+    Attributes:
+        module: An `nn.Linear` or an ungrouped `nn.Conv2d`.
+        weight: Entry name of its weight; None if that is not in the layer.
+        bias: Entry name of its bias; None if there is none in the layer.
+    """
+
+    module: nn.Module
+    weight: str | None
+    bias: str | None
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        """Names of the entries that it has in the layer."""
+        return tuple(name for name in (self.weight, self.bias) if name is not None)
+
+    @property
+    def width(self) -> int:
+        """Number of outputs at one position."""
+        weight: Any = self.module.weight
+        return weight.shape[0]
+
+    def by_position(self, output: Tensor) -> Float[Tensor, "examples positions width"]:
+        """The module's output, or a derivative in it."""
+        if isinstance(self.module, nn.Conv2d):
+            return output.flatten(2).transpose(1, 2)
+        return output.reshape(output.shape[0], -1, output.shape[-1])
+
+    def features(self, input: Tensor) -> Float[Tensor, "examples positions features"]:
+        """What the weight multiplies: the module's input, or the patches that a convolution sees."""
+        if isinstance(self.module, nn.Conv2d):
+            geometry: Any = (self.module.kernel_size, self.module.dilation, self.module.padding, self.module.stride)
+            return F.unfold(input, *geometry).transpose(1, 2)
+        return input.reshape(input.shape[0], -1, input.shape[-1])
+
+
+def find_affine(network: nn.Module, state: State, entries: Sequence[str]) -> AffineMap | None:
+    """The affine module that holds most of a layer's parameters as its very own; None if there is none."""
+    tied = set(tied_names(network).values())
+    own = [entry for entry in entries if entry not in tied]
+    found: list[AffineMap] = []
+    for name in dict.fromkeys(entry.rpartition(".")[0] for entry in own):
+        weight, bias = (f"{name}.{kind}".removeprefix(".") for kind in ("weight", "bias"))
+        affine = AffineMap(
+            network.get_submodule(name), weight if weight in own else None, bias if bias in own else None
+        )
+        if affine.entries and _is_affine(affine.module):
+            found.append(affine)
+    return max(found, key=lambda affine: sum(state[entry].numel() for entry in affine.entries), default=None)
+
+
+def _is_affine(module: nn.Module) -> bool:
+    # Not isinstance: a subclass, which parametrisations make too, may compute anything from its weight.
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) is nn.Linear
+
+
+class Call:
+    """One call of an affine module.
+
+    Attributes:
+        affine: The module.
+        input: Its input.
+        output: Its output, part of the graph.
+        gradient: The loss's gradient in the output, part of the graph that differentiates it; None until it is taken.
+        input_gradient: Likewise in the input, where that depends on what is differentiated.
+    """
+
+    def __init__(self, affine: AffineMap, input: Tensor, output: Tensor):
+        self.affine = affine
+        self.input = input
+        self.output = output
+        self.gradient: Tensor | None = None
+        self.input_gradient: Tensor | None = None
+
+    @property
+    def examples(self) -> int:
+        """Leading dimension of the output."""
+        return self.output.shape[0]
+
+    @property
+    def batched(self) -> bool:
+        """Whether the input has a leading dimension of examples."""
+        return self.input.ndim >= (4 if isinstance(self.affine.module, nn.Conv2d) else 2)
+
+
+@contextlib.contextmanager
+def recording(affines: Sequence[AffineMap]) -> Iterator[list[Call]]:
+    """Collect the calls of affine modules within the block, and the gradients that are taken through them there."""
+    calls: list[Call] = []
+    with contextlib.ExitStack() as hooks:
+        for affine in affines:
+            # First, so that it sees the module's own output and not what another hook makes of it.
+            hook = _Recorder(affine, calls, hooks)
+            hooks.callback(affine.module.register_forward_hook(hook, prepend=True, with_kwargs=True).remove)
+        yield calls
+
+
+class _Recorder:
+    """A forward hook that keeps the calls of one module."""
+
+    def __init__(self, affine: AffineMap, calls: list[Call], hooks: contextlib.ExitStack):
+        self._affine = affine
+        self._calls = calls
+        self._hooks = hooks
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if not output.requires_grad:
+            return None
+        call = Call(self._affine, args[0] if args else kwargs["input"], output)
+        self._calls.append(call)
+        # Removed in the end: they would see derivatives of the gradient, too, and keep its graph alive.
+        self._hooks.callback(output.register_hook(functools.partial(setattr, call, "gradient")).remove)
+        if call.input.requires_grad:
+            self._hooks.callback(call.input.register_hook(functools.partial(setattr, call, "input_gradient")).remove)
+        # A copy goes on, so that the network cannot change the recorded output in place.
+        return output.clone()
+
+
+def examples_interact(first: Call, second: Call) -> bool:
+    """Whether the loss's slopes in one example's output of the first call depend on another example's in the second.
+
+    Half of the examples are moved at random: for the others, what does not depend on them stays exactly zero.
+    """
+    gradient = _gradient(first)
+    if not gradient.requires_grad or first.examples == 1:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(first.examples, generator=generator).to(gradient.device)
+    still, moved = order[: first.examples // 2], order[first.examples // 2 :]
+    weights = torch.zeros_like(gradient)
+    weights[moved] = torch.randn(gradient[moved].shape, generator=generator, dtype=torch.float64).to(gradient)
+    found = [part[still].count_nonzero() for part in _derivatives(gradient, weights, first, second)]
+    return bool(torch.stack(found).any())
+
+
+def pair_blocks(first: Call, second: Call) -> Iterator[tuple[int, Float[Tensor, "features units other_features"]]]:
+    """The Hessian between the weights of two calls' modules, for one unit of the first at a time.
+
+    With y an output unit of the first call at one position, x and z the input and output of the second,
+
+        ∂²L / ∂y ∂W = Σ_p (∂²L / ∂y ∂z_p) x_pᵀ + (∂L / ∂z_p) (∂x_p / ∂y)ᵀ
+
+    for every example at once, and what the weights of y's unit multiply at that position gives the block. One product
+    a unit and position gives both derivatives: ∂x/∂y is what ∂L/∂y has as its derivative in ∂L/∂x.
+
+    Args:
+        first: The call that came first.
+        second: The one that came after it, or the same one, which does not feed itself.
+
+    Yields:
+        Unit of the first call, and its block: a row for each of its features, a column for each unit and feature of
+        the second call's module. Of a call with itself only units from this one on: the rest is symmetric.
+    """
+    gradient = first.affine.by_position(_gradient(first))
+    if not gradient.requires_grad:
+        return
+    features = first.affine.features(first.input).transpose(0, 1)
+    others = second.affine.features(second.input)
+    slopes = _precise(second.affine.by_position(_gradient(second).detach()))
+    step = max(1, _ROWS // first.examples)
+    for unit in range(gradient.shape[2]):
+        start = unit if first is second else 0
+        block: Any = 0
+        for positions in torch.arange(gradient.shape[1]).split(step):
+            parts = [_derivatives(*_one(gradient, position, unit), first, second) for position in positions.tolist()]
+            curvature = torch.stack([_precise(second.affine.by_position(part[0])) for part in parts])
+            mixed = _outer(curvature[..., start:], others)
+            if len(parts[0]) == 2:
+                fed = torch.stack([second.affine.features(part[1], constant=0.0) for part in parts])
+                mixed = mixed + _outer(slopes, fed)
+            block = block + features[positions].flatten(0, 1).T @ mixed.flatten(1)
+        yield unit, block.unflatten(1, mixed.shape[1:])

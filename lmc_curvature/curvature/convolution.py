@@ -1,0 +1,166 @@
+"""Convolutions whose second derivative costs convolutions only.
+
+torch differentiates the weight gradient of a convolution by convolving with a kernel as large as an image, group by
+group; the same derivatives are plain convolutions and plain gradients of convolutions. With y = w * x,
+
+    backward of y:               x̄ = ∂⟨ȳ, w * x⟩/∂x,    w̄ = ∂⟨ȳ, w * x⟩/∂w
+    backward of (x̄, w̄) by (u, a):   of ȳ: w * u + a * x,    of x: ∂⟨ȳ, a * x⟩/∂x,    of w: ∂⟨ȳ, w * u⟩/∂w
+
+because (x̄, w̄) is bilinear in ȳ and (w, x). The last two are one call: the gradient of the convolution a * u by ȳ.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+
+
+class DifferentiableConvolutions(TorchFunctionMode):
+    """Within the block, convolutions are recorded so that they differentiate twice at little cost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left_out: set[int] = set()
+        self._linear = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CONVOLUTIONS:
+            return _convolve(self, func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def without(self, weights: Iterable[Tensor]) -> Iterator[None]:
+        """Within the block, backward passes leave derivatives in some leaves out.
+
+        torch's own operations know which derivatives a pass needs; others know only which it could need.
+        """
+        self._left_out = {id(weight) for weight in weights}
+        try:
+            yield
+        finally:
+            self._left_out = set()
+
+    @contextlib.contextmanager
+    def linear(self) -> Iterator[None]:
+        """Within the block, gradients of convolutions differentiate as if only the slope they were given varied.
+
+        A backward pass through a gradient is then a forward pass of tangents, if it is to the cotangent that the
+        gradient started from.
+        """
+        self._linear = True
+        try:
+            yield
+        finally:
+            self._linear = False
+
+    def wants_operand(self) -> bool:
+        """Whether the backward pass under way needs a derivative of a gradient in a convolution's input or weight."""
+        return not self._linear
+
+    def wants(self, weight: Tensor) -> bool:
+        """Whether the backward pass under way needs a derivative in a weight."""
+        return id(weight) not in self._left_out
+
+
+def _convolve(
+    mode: DifferentiableConvolutions,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    dimensions = _CONVOLUTIONS[func]
+    plain = (
+        type(input) is Tensor
+        and input.ndim == weight.ndim == dimensions + 2
+        and input.dtype == weight.dtype
+        and input.is_floating_point()
+        and not isinstance(padding, str)
+        # These replace operations underneath, and know torch's own better than ours.
+        and not torch.is_autocast_enabled(input.device.type)
+        and not torch._C._are_functorch_transforms_active()
+    )
+    if not plain:
+        return func(input, weight, bias, stride, padding, dilation, groups)
+    lists = [[value] * dimensions if isinstance(value, int) else list(value) for value in (stride, padding, dilation)]
+    return _Convolution.apply(input, weight, bias, (*lists, False, [0] * dimensions, groups), mode)
+
+
+# The geometry of a convolution is what `aten::convolution` takes after its bias.
+
+
+def _convolution(x: Tensor, w: Tensor, bias: Tensor | None, geometry: tuple) -> Tensor:
+    return torch.ops.aten.convolution(x, w, bias, *geometry)
+
+
+def _gradients(slope: Tensor, x: Tensor, w: Tensor, geometry: tuple, in_x: bool, in_w: bool) -> tuple:
+    """Derivatives of ⟨slope, w * x⟩ in x and in w; None for one that is not asked for."""
+    found = torch.ops.aten.convolution_backward(slope, x, w, None, *geometry, [in_x, in_w, False])
+    return found[0] if in_x else None, found[1] if in_w else None
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, w: Tensor, bias: Tensor | None, geometry: tuple, mode: DifferentiableConvolutions) -> Tensor:
+        return _convolution(x, w, bias, geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        x, w, _, ctx.geometry, ctx.mode = inputs
+        ctx.save_for_backward(x, w)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> tuple:
+        (slope,) = slopes
+        for_x, for_w, for_bias, *_ = ctx.needs_input_grad
+        x, w = ctx.saved_tensors
+        for_w = for_w and ctx.mode.wants(w)
+        in_x, in_w = _ConvolutionGradients.apply(slope, x, w, ctx.geometry, ctx.mode, for_x, for_w)
+        in_bias = slope.sum((0, *range(2, slope.ndim))) if for_bias else None
+        return in_x, in_w, in_bias, None, None
+
+
+class _ConvolutionGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        slope: Tensor,
+        x: Tensor,
+        w: Tensor,
+        geometry: tuple,
+        mode: DifferentiableConvolutions,
+        for_x: bool,
+        for_w: bool,
+    ) -> tuple:
+        return _gradients(slope, x, w, geometry, for_x, for_w)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        slope, x, w, ctx.geometry, ctx.mode, *_ = inputs
+        ctx.save_for_backward(slope, x, w)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> tuple:
+        u, a = cotangents
+        slope, x, w = ctx.saved_tensors
+        _, for_x, for_w, *_ = ctx.needs_input_grad
+        in_slope, in_x, in_w = None, None, None
+        if u is not None:
+            in_slope = _convolution(u, w, None, ctx.geometry)
+        if a is not None:
+            through_weight = _convolution(x, a, None, ctx.geometry)
+            in_slope = through_weight if in_slope is None else in_slope + through_weight
+        for_x, for_w = for_x and a is not None, for_w and u is not None and ctx.mode.wants(w)
+        if (for_x or for_w) and ctx.mode.wants_operand():
+            in_x, in_w = _gradients(slope, x if u is None else u, w if a is None else a, ctx.geometry, for_x, for_w)
+        return in_slope, in_x, in_w, None, None, None, None

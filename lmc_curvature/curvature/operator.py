@@ -1,0 +1,320 @@
+"""What all curvature matrices have in common as linear operators: rows, columns, layers, and one pass a product."""
+
+import abc
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, overload, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.sparse.linalg import LinearOperator
+from torch import Tensor
+
+from lmc_curvature.batches import Batch
+from lmc_curvature.curvature.layout import in_best_layout
+from lmc_curvature.errors import DirectionError, HessianSizeError, OperatorError
+from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
+from lmc_curvature.losses import finite_loss
+from lmc_curvature.network import State, check_finite
+from lmc_curvature.objective import Objective
+
+# Columns of a dense matrix that are computed in one pass over the loader.
+_CHUNK = 64
+
+
+@runtime_checkable
+class BatchMatrix(Protocol):
+    """The matrix of one batch, kept ready for products.
+
+    Attributes:
+        loss: The batch's mean loss, a scalar tensor without graph.
+    """
+
+    loss: Tensor
+
+    def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """The product with a sparse direction: entry name to tensor, for the entries in `rows` (default: all)."""
+        ...
+
+    def check_twice_differentiable(self) -> None:
+        """Refuse a loss whose derivatives torch would leave out without a word."""
+        ...
+
+
+class CurvatureOperator(abc.ABC):
+    """A symmetric matrix of second derivatives over the entries of a state, or a block of it.
+
+    The matrix is a mean over examples, so a product visits the loader once, whatever the number of vectors. Under
+    `"interpolate"` the running statistics are among the coordinates.
+
+    Args:
+        objective: The loss and its data.
+        state: Where to differentiate; the objective's own state by default.
+        layers: Restrict rows and columns to a set of layers; None for the whole network.
+        partition: How the network is cut into layers; see `LayerPartition.of`.
+
+    Attributes:
+        objective: The loss and its data.
+        state: Where the matrix is taken, entry name to tensor.
+        point: The same, with what else was given and does not move.
+        partition: The layers.
+        rows: Names of the entries that make up the rows, in the order of the state.
+        columns: Likewise of the columns.
+
+    Raises:
+        UnknownLayerError: `layers` names an unknown layer.
+        DirectionError: The state has an unknown entry or a wrong shape.
+        NonFiniteError: The state, a vector or the loss of a batch is not finite; names the entry or the batch.
+    """
+
+    _name = "curvature matrix"
+
+    def __init__(
+        self,
+        objective: Objective,
+        state: State | None = None,
+        *,
+        layers: Iterable[str] | str | None = None,
+        partition: PartitionSpec = "fused",
+    ):
+        self.objective = objective
+        self.point = {**objective.state(), **objective.place(state or {})}
+        check_finite(self.point, "the state")
+        self.state = {name: self.point[name] for name in objective.state()}
+        self.partition = LayerPartition.of(objective.network, partition, batch_norm=objective.batch_norm)
+        self.rows = self.columns = self._entries_of(layers)
+        self._layerwise = False
+
+    @abc.abstractmethod
+    def _on_batch(self, batch: Batch, entries: Sequence[str]) -> BatchMatrix:
+        """The matrix of one batch, for directions and rows among some entries."""
+
+    def block(self, rows: Iterable[str] | str, columns: Iterable[str] | str | None = None) -> "CurvatureOperator":
+        """The block between two layers, or sets of layers; of one with itself when `columns` is None."""
+        row_entries = self._entries_of(rows)
+        return self._restricted(row_entries, row_entries if columns is None else self._entries_of(columns))
+
+    def block_diagonal(self) -> "CurvatureOperator":
+        """The operator of the same shape that keeps the layers' own blocks and drops what is between layers.
+
+        Still exact, and one pass over the loader a product; each vector costs a product for every layer, on one graph.
+        """
+        operator = copy.copy(self)
+        operator._layerwise = True
+        return operator
+
+    def transposed(self) -> "CurvatureOperator":
+        """The block with rows and columns exchanged, which is the transpose: the whole matrix is symmetric."""
+        return self._restricted(self.columns, self.rows)
+
+    def _entries_of(self, layers: Iterable[str] | str | None) -> tuple[str, ...]:
+        if layers is None:
+            return tuple(self.state)
+        names = self.partition.names
+        held = {entry for index in layer_indices(names, layers) for entry in self.partition.entries(names[index])}
+        return tuple(name for name in self.state if name in held)
+
+    def _restricted(self, rows: tuple[str, ...], columns: tuple[str, ...]) -> "CurvatureOperator":
+        operator = copy.copy(self)
+        operator.rows, operator.columns = rows, columns
+        return operator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of rows and columns."""
+        return self._count(self.rows), self._count(self.columns)
+
+    @property
+    def device(self) -> torch.device:
+        """Where products are computed."""
+        return self.objective.device
+
+    def _count(self, entries: Sequence[str]) -> int:
+        return sum(self.state[name].numel() for name in entries)
+
+    @overload
+    def __matmul__(self, other: Tensor) -> Tensor: ...
+    @overload
+    def __matmul__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def __matmul__(self, other: Any) -> Any:
+        """The product with a flat vector (columns,), a matrix (columns, k), or a direction; of the same kind and type.
+
+        Raises:
+            DirectionError: The operand has a wrong shape, an unknown entry or a type that cannot move.
+        """
+        if isinstance(other, Mapping):
+            outside = [name for name in other if name not in self.columns]
+            if outside:
+                raise DirectionError(f"The direction has entries outside the operator's columns: {outside[:5]}.")
+            product = self._products([self.objective.place(other)])[0]
+            return self.unflatten(product, self.rows)
+        if not isinstance(other, Tensor) or other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
+            found = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
+            raise DirectionError(
+                f"Got an operand of shape {found}; expected ({self.shape[1]},) or ({self.shape[1]}, k)."
+            )
+        if not other.is_floating_point():
+            raise DirectionError(f"Got an operand of type {other.dtype}; expected real floating-point numbers.")
+        vectors = other.unsqueeze(1) if other.ndim == 1 else other
+        return self.matmat(vectors).reshape(self.shape[0], *other.shape[1:]).to(other.device, other.dtype)
+
+    def matmat(self, matrix: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
+        """The product with k vectors in one pass over the loader; float64, on the objective's device."""
+        if matrix.shape[1] == 0:
+            return torch.zeros(self.shape[0], 0, dtype=torch.float64, device=self.device)
+        return self._products([self.unflatten(vector) for vector in matrix.T]).T
+
+    def _products(self, directions: Sequence[State]) -> Float[Tensor, "k rows"]:
+        """The product with each sparse direction, as a row."""
+        _check_finite_vectors(directions)
+        return self._mean_over_batches(
+            lambda matrix: [self._multiply(matrix, direction) for direction in directions],
+            torch.zeros(len(directions), self.shape[0], dtype=torch.float64, device=self.device),
+        )
+
+    def _mean_over_batches(
+        self, compute: Callable[[BatchMatrix], list[Tensor]], total: Float[Tensor, "k n"]
+    ) -> Float[Tensor, "k n"]:
+        """The mean over examples of what is computed from each batch's matrix, in one pass, into a tensor of zeros."""
+        entries = [name for name in self.state if name in {*self.rows, *self.columns}]
+
+        def compute_on(batch: Batch) -> tuple[Tensor, list[Tensor]]:
+            matrix = self._on_batch(batch, entries)
+            if batch.index == 0:
+                matrix.check_twice_differentiable()
+            finite_loss(matrix.loss, batch)
+            return matrix.loss, compute(matrix)
+
+        examples = 0
+        with self.objective.one_pass() as batches:
+            for batch in batches:
+                for row, found in zip(total, self._lay_out(batch, compute_on), strict=True):
+                    row.add_(found, alpha=batch.size)
+                examples += batch.size
+        return total.div_(examples)
+
+    def _lay_out(self, batch: Batch, compute: Callable[[Batch], tuple[Tensor, list[Tensor]]]) -> list[Tensor]:
+        return in_best_layout(self.objective, self.point, batch, compute)
+
+    def _multiply(self, matrix: BatchMatrix, direction: State) -> Float[Tensor, " rows"]:
+        """The product of one batch's matrix with one direction."""
+        product: dict[str, Tensor] = {}
+        for rows, columns in self._parts():
+            part = {name: direction[name] for name in columns if name in direction}
+            if part:
+                product |= matrix.product(part, rows)
+        return self.flatten(
+            {name: product[name] if name in product else torch.zeros_like(self.state[name]) for name in self.rows}
+        )
+
+    def _parts(self) -> Iterator[tuple[list[str] | tuple[str, ...], list[str] | tuple[str, ...]]]:
+        """Rows and columns of the parts that are not dropped."""
+        if not self._layerwise:
+            yield self.rows, self.columns
+            return
+        for members in self.partition.groups.values():
+            rows, columns = ([name for name in members if name in side] for side in (self.rows, self.columns))
+            if rows and columns:
+                yield rows, columns
+
+    def flatten(self, state: State) -> Float[Tensor, " n"]:
+        """The entries of a state, in its order, as one vector."""
+        return torch.cat([tensor.flatten() for tensor in state.values()])
+
+    def unflatten(self, vector: Float[Tensor, " n"], entries: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """A vector as a direction over the operator's columns (or over `entries`), on the objective's device."""
+        entries = self.columns if entries is None else entries
+        vector = vector.to(self.device, self.objective.dtype)
+        parts = torch.split(vector, [self.state[name].numel() for name in entries])
+        return {name: part.view(self.state[name].shape) for name, part in zip(entries, parts, strict=True)}
+
+    def to_dense(self, *, max_gib: float = 4.0) -> Float[Tensor, "rows columns"]:
+        """The dense matrix, float64, on the objective's device; one pass over the loader per 64 columns.
+
+        Raises:
+            HessianSizeError: It would need more than `max_gib` GiB.
+        """
+        rows, columns = self.shape
+        gib = rows * columns * 8 / 2**30
+        if gib > max_gib:
+            raise HessianSizeError(
+                f"A dense {rows} × {columns} {self._name} takes {gib:.1f} GiB, more than max_gib={max_gib:g}. Use "
+                "products (H @ v, H.to_scipy()), a layer's block (H.block(layer)), or raise max_gib."
+            )
+        dense = torch.empty(rows, columns, dtype=torch.float64, device=self.device)
+        start = 0
+        for places in self._chunks():
+            stop = start + len(places)
+            dense[:, start:stop] = self._products([self._unit(*place) for place in places]).T
+            start = stop
+        return dense
+
+    def diagonal(self) -> Float[Tensor, " n"]:
+        """The diagonal, exactly: one product for each coordinate, one pass over the loader per 64; float64.
+
+        Raises:
+            OperatorError: Rows and columns are of different layers.
+        """
+        if self.rows != self.columns:
+            raise OperatorError(
+                "A block between two layers has no diagonal: expected the same layers along rows and columns, as in "
+                "H.block(layer)."
+            )
+
+        def read_off(matrix: BatchMatrix, places: Sequence[tuple[str, int]]) -> Tensor:
+            products = ((matrix.product(self._unit(*place), [place[0]]), place) for place in places)
+            return torch.stack([product[name].flatten()[number] for product, (name, number) in products])
+
+        parts = []
+        for places in self._chunks():
+            total = torch.zeros(1, len(places), dtype=torch.float64, device=self.device)
+            parts.append(self._mean_over_batches(lambda matrix, places=places: [read_off(matrix, places)], total)[0])
+        return torch.cat(parts)
+
+    def _chunks(self) -> Iterator[list[tuple[str, int]]]:
+        """The columns as (entry, number in it), as many at once as share a pass over the loader."""
+        places = [(name, number) for name in self.columns for number in range(self.state[name].numel())]
+        for start in range(0, len(places), _CHUNK):
+            yield places[start : start + _CHUNK]
+
+    def _unit(self, name: str, number: int) -> dict[str, Tensor]:
+        """The direction of one coordinate: sparse, so that its product takes only the part of the graph it needs."""
+        unit = torch.zeros_like(self.state[name], memory_format=torch.contiguous_format)
+        unit.view(-1)[number] = 1.0
+        return {name: unit}
+
+    def to_scipy(self) -> LinearOperator:
+        """The same operator for SciPy: NumPy in and out, float64, computed on the objective's device."""
+        return _ScipyOperator(self)
+
+
+def _check_finite_vectors(directions: Sequence[State]) -> None:
+    """Refuse vectors with values that are not finite.
+
+    Raises:
+        NonFiniteError: Names the entry.
+    """
+    parts = [torch.isfinite(tensor).all() for direction in directions for tensor in direction.values()]
+    # One question to the device for all of them; which entry it is matters only when the answer is no.
+    if parts and not bool(torch.stack(parts).all()):
+        for direction in directions:
+            check_finite(direction, "the vector")
+
+
+class _ScipyOperator(LinearOperator):
+    def __init__(self, operator: CurvatureOperator):
+        super().__init__(np.dtype(np.float64), operator.shape)
+        self._operator = operator
+
+    def _matmat(self, X: np.ndarray) -> np.ndarray:
+        return self._operator.matmat(torch.from_numpy(np.ascontiguousarray(X))).cpu().numpy()
+
+    def _matvec(self, x: np.ndarray) -> np.ndarray:
+        return self._matmat(x.reshape(-1, 1))[:, 0]
+
+    def _rmatmat(self, X: np.ndarray) -> np.ndarray:
+        return _ScipyOperator(self._operator.transposed())._matmat(X)
+
+    def _rmatvec(self, x: np.ndarray) -> np.ndarray:
+        return _ScipyOperator(self._operator.transposed())._matvec(x)

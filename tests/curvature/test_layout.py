@@ -1,0 +1,120 @@
+"""Claim: a batch's layout changes how fast its Hessian is computed, never what it is."""
+
+import pytest
+import torch
+from torch import nn
+
+from lmc_curvature import HessianOperator, Objective
+from lmc_curvature.batches import Batch
+from lmc_curvature.curvature import layout
+from lmc_curvature.curvature.layout import channels_last, in_best_layout
+from lmc_curvature.errors import NonFiniteError
+
+
+class Watching(nn.Module):
+    """Passes its input on and counts in which layouts it came."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append("last" if x.is_contiguous(memory_format=torch.channels_last) else "first")
+        return x
+
+
+class Viewing(nn.Module):
+    def forward(self, x):
+        return x.view(x.shape[0], -1)
+
+
+class ReadingMemory(nn.Module):
+    """Reads its input as it lies in memory, which is another function of images in another layout."""
+
+    def forward(self, x):
+        return torch.as_strided(x, (x.shape[0], 3 * 16), (3 * 16, 1))
+
+
+def _network(end):
+    torch.manual_seed(0)
+    return nn.Sequential(Watching(), nn.Conv2d(2, 3, 3), nn.Tanh(), end, nn.Linear(3 * 16, 3))
+
+
+def _batches(sizes=(4, 3)):
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(n, 2, 6, 6, generator=generator), torch.randint(3, (n,), generator=generator)) for n in sizes]
+
+
+def _layouts(objective):
+    """The layouts of the images the network saw since it was asked last."""
+    seen = objective.network[0].seen
+    layouts = set(seen)
+    seen.clear()
+    return layouts
+
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("end", [nn.Flatten, Viewing, ReadingMemory])
+def test_products_are_those_in_double_precision_whatever_the_network_bears(end):
+    network = _network(end())
+    H = HessianOperator(Objective(network, _batches()))
+    exact = HessianOperator(Objective(network, _batches(), dtype=torch.float64))
+    V = torch.randn(H.shape[1], 2, generator=torch.Generator().manual_seed(2))
+    for _ in range(2):
+        torch.testing.assert_close(H.matmat(V), exact.matmat(V), rtol=1e-4, atol=1e-5)
+
+
+@needs_onednn
+def test_images_are_channels_last_where_a_network_bears_it():
+    objective = Objective(_network(nn.Flatten()), _batches())
+    H = HessianOperator(objective)
+    H @ torch.ones(H.shape[1])
+    _layouts(objective)
+    H @ torch.ones(H.shape[1])
+    assert _layouts(objective) == {"last"}
+
+
+@needs_onednn
+@pytest.mark.parametrize("end", [Viewing, ReadingMemory])
+def test_a_network_that_does_not_bear_it_is_asked_once(end):
+    objective = Objective(_network(end()), _batches())
+    H = HessianOperator(objective)
+    H @ torch.ones(H.shape[1])
+    assert "last" in _layouts(objective)
+    H @ torch.ones(H.shape[1])
+    assert _layouts(objective) == {"first"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_only_single_precision_is_laid_out(dtype):
+    objective = Objective(_network(nn.Flatten()), _batches(), dtype=dtype)
+    H = HessianOperator(objective)
+    H @ torch.ones(H.shape[1])
+    assert _layouts(objective) == {"first"}
+
+
+def test_an_error_of_the_batch_is_not_taken_for_one_of_the_layout():
+    batches = _batches()
+    batches[0][0][0, 0, 0, 0] = torch.nan
+    objective = Objective(_network(nn.Flatten()), batches)
+    H = HessianOperator(objective)
+    with pytest.raises(NonFiniteError, match="loss is nan at batch 0"):
+        H @ torch.ones(H.shape[1])
+    assert objective not in layout._INDIFFERENT
+
+    def fail(batch):
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        in_best_layout(objective, objective.state(), Batch(0, 4, batches[0]), fail)
+    assert objective not in layout._INDIFFERENT
+
+
+def test_only_images_change_their_layout():
+    x, ids = torch.randn(2, 3, 4, 4), torch.ones(2, 3, 4, 4, dtype=torch.int64)
+    data = channels_last(Batch(0, 2, {"x": x, "more": (ids, torch.randn(2, 3))})).data
+    assert data["x"].is_contiguous(memory_format=torch.channels_last) and torch.equal(data["x"], x)
+    assert data["more"][0] is ids

@@ -1,0 +1,104 @@
+"""Comparison of the sweep with Hessian-vector products, entry by entry, and a network around any operation."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from networks import randomized
+from torch import nn
+
+from lmc_curvature import LayerPartition, Objective, Projection, project_hessian
+
+
+def layer_directions(
+    objective: Objective, layers: str = "module", *, most: int | None = None, seed: int = 0
+) -> dict[str, dict[str, torch.Tensor]]:
+    """A random direction in every layer (or in `most` of them, spread over the depth), and one over all entries."""
+    generator = torch.Generator().manual_seed(seed)
+    state = objective.state()
+
+    def random(names: Sequence[str]) -> dict[str, torch.Tensor]:
+        # Each of about unit length, so that no entry of the projection is lost beside another.
+        length = math.sqrt(sum(state[name].numel() for name in names))
+        return {
+            name: torch.randn(state[name].shape, generator=generator, dtype=torch.float64) / length for name in names
+        }
+
+    partition = LayerPartition.of(objective.network, layers, batch_norm=objective.batch_norm)
+    chosen = list(partition.names)
+    if most is not None and most < len(chosen):
+        chosen = [chosen[round(place)] for place in np.linspace(0, len(chosen) - 1, most)]
+    return {name: random(partition.entries(name)) for name in chosen} | {"everything": random(list(state))}
+
+
+def swept(objective: Objective, directions: Any, state: Any = None, **options: Any) -> Projection:
+    """The projection by the sweep alone: what falls back or warns fails."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return project_hessian(objective, state or {}, directions, method="sweep", **options)
+
+
+def assert_sweep_agrees(
+    objective: Objective, directions: Any = None, *, relative: float = 1e-9, **options: Any
+) -> Projection:
+    """Assert that sweep and Hessian-vector products agree, in every batch and every entry, and return the sweep's."""
+    directions = layer_directions(objective) if directions is None else directions
+    found = swept(objective, directions, **options)
+    expected = project_hessian(objective, {}, directions, method="hvp")
+    for curvature in expected.batch_curvatures:
+        largest = np.abs(curvature).max(1)
+        assert (largest > 1e-9 * max(largest)).all(), "a direction has no curvature to check"
+    assert_projections_agree(found, expected, relative=relative)
+    return found
+
+
+def assert_projections_agree(found: Projection, expected: Projection, *, relative: float) -> None:
+    """Assert that two projections agree in every batch: curvature relative to the row and column of each entry."""
+    np.testing.assert_allclose(found.batch_losses, expected.batch_losses, rtol=relative)
+    for slopes, others in zip(found.batch_slopes, expected.batch_slopes, strict=True):
+        np.testing.assert_allclose(slopes, others, rtol=0, atol=relative * np.abs(others).max())
+    for curvature, other in zip(found.batch_curvatures, expected.batch_curvatures, strict=True):
+        # A diagonal entry may be small by cancellation, which leaves the rounding of what cancelled.
+        size = np.sqrt(np.maximum(np.abs(np.diag(other)), 1e-3 * np.abs(other).max(1)))
+        allowed = relative * np.outer(size, size) + 1e-14 * np.abs(other).max()
+        wrong = np.argwhere(np.abs(curvature - other) > allowed)
+        assert len(wrong) == 0, [(*place, curvature[tuple(place)], other[tuple(place)]) for place in wrong[:5]]
+
+
+class Around(nn.Module):
+    """An operation on tensors of given shapes, each from a linear layer of its own, with a linear layer after it."""
+
+    def __init__(self, operation: Callable[..., Any], shapes: Sequence[tuple[int, ...]], size: int):
+        super().__init__()
+        self.operation = operation
+        self.shapes = shapes
+        self.before = nn.ModuleList(nn.Linear(5, math.prod(shape)) for shape in shapes)
+        self.double().eval()
+        with torch.no_grad():
+            width = self._operate(torch.zeros(size, 5, dtype=torch.float64)).shape[1]
+        self.after = nn.Linear(width, 3, dtype=torch.float64)
+
+    def _operate(self, x):
+        operands = [layer(x).view(-1, *shape) for layer, shape in zip(self.before, self.shapes, strict=True)]
+        return self.operation(*operands).flatten(1)
+
+    def forward(self, x):
+        return self.after(self._operate(x))
+
+
+def around(
+    operation: Callable[..., Any], *shapes: tuple[int, ...], sizes: Sequence[int] = (3,), **options: Any
+) -> Objective:
+    """The objective of a network around an operation, in float64, with batches of random data."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = randomized(Around(operation, shapes, sizes[0]))
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        (torch.randn(n, 5, generator=generator, dtype=torch.float64), torch.randint(3, (n,), generator=generator))
+        for n in sizes
+    ]
+    return Objective(model, batches, **options)
