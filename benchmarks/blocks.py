@@ -4,6 +4,7 @@ python benchmarks/blocks.py [--network resnet18] [--device cuda] [--quick]
 """
 
 import argparse
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from harness import ROAD_COLUMNS, Bar, Report, Table, parse_options, publish, re
 from memory import columns_that_fit, peak_bytes
 from peers import curvlinops_columns, curvlinops_hessian, installed, missing_peers
 from problems import Problem, image_problem
-from timing import Measurement, Road, measure
+from timing import Measurement, Road, Run, measure
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
@@ -23,6 +24,7 @@ from lmc_curvature.curvature.blocks import layer_hessian
 
 OURS = "layer_hessian"
 TORCH = "torch.func.hessian"
+ALONE = ", from the layer's inputs"
 
 SIZES = {
     "full": {"network": "resnet20", "batch": 250, "batches": 4, "width": 16, "pixels": 32},
@@ -42,19 +44,20 @@ def main(argv: Sequence[str] | None = None) -> Report:
     report.setting["parameters"] = sum(parameter.numel() for parameter in linear.parameters())
     report.notes += [*missing_peers(), *_notes()]
 
-    found = measure(block_roads(problem, layer, linear), options.pace, options.device)
+    alone = _layer_alone(problem, layer, linear)
+    roads = [*block_roads(problem, layer, problem.forward), *block_roads(alone, "linear", problem.forward, ALONE)]
+    found = measure(roads, options.pace, options.device)
     gradient_peak = peak_bytes(problem.forward_backward, options.device)
-    exact = problem.to(torch.float64)
-    reference = HessianOperator(exact.objective).block(layer).to_dense()
-    rows = [
-        road_row(measurement, gradient_peak=gradient_peak, error=relative_error(measurement.result, reference))
-        for measurement in found.values()
-        if not measurement.failure
-    ]
-    report.tables.append(Table("roads", "The dense Hessian of the last linear layer", ROAD_COLUMNS, rows))
-    report.bars += _bars(found)
+    reference = HessianOperator(problem.to(torch.float64).objective).block(layer).to_dense()
+    for name, title, chosen in (
+        ("roads", "The dense Hessian of the last linear layer", [name for name in found if ALONE not in name]),
+        ("alone", "The same from the layer's inputs, computed before", [name for name in found if ALONE in name]),
+    ):
+        rows = [_row(found[road], gradient_peak, reference) for road in chosen]
+        report.tables.append(Table(name, title, ROAD_COLUMNS, rows))
+    report.bars += [*_bars(found, ""), *_bars(found, ALONE)]
     ours = [name for name in found if not name.startswith((TORCH, "curvlinops"))]
-    return publish(report, options, draw_roads(found, ours, "forward passes over all examples"))
+    return publish(report, options, draw_roads(found, ours, "forward passes of the network over all examples"))
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +69,7 @@ def _notes() -> list[str]:
         "F is one forward pass over all batches; peaks have one gradient on one batch as their unit.",
         "Errors are max |H − H₆₄| / max |H₆₄|, against products with unit vectors in float64.",
         "torch.func.hessian differentiates the loss in that layer's parameters, batch by batch; so does curvlinops.",
+        "Every road to the first table's Hessian needs the layer's inputs, which are a forward pass, 1 F.",
     ]
 
 
@@ -74,14 +78,26 @@ def _last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
 
 
-def block_roads(problem: Problem, layer: str, linear: nn.Linear) -> list[Road]:
-    """Roads to the dense block, rows and columns in the order weight, bias."""
+def _layer_alone(problem: Problem, layer: str, linear: nn.Linear) -> Problem:
+    """The layer as a network of its own, on the inputs that it has in the network."""
+    inputs: list[Tensor] = []
+    handle = linear.register_forward_hook(lambda module, args, output: inputs.append(args[0].detach()))
+    problem.forward()
+    handle.remove()
+    batches = [(x, y) for x, (_, y) in zip(inputs, problem.batches, strict=True)]
+    other = problem.other.get_submodule(layer)
+    return Problem(*(nn.Sequential(OrderedDict(linear=module)) for module in (linear, other)), batches)
+
+
+def block_roads(problem: Problem, layer: str, forward: Run, suffix: str = "") -> list[Road]:
+    """Roads to the dense block of a linear layer, rows and columns in the order weight, bias."""
+    linear = problem.model.get_submodule(layer)
     block = HessianOperator(problem.objective).block(layer)
     roads: dict[str, Callable[[], Any]] = {
         OURS: lambda: layer_hessian(problem.objective, None, layer),
         "the same, method='products'": lambda: layer_hessian(problem.objective, None, layer, method="products"),
         "HessianOperator.block(layer).to_dense()": block.to_dense,
-        TORCH: lambda: _by_torch(problem, layer, linear),
+        TORCH: lambda: _by_torch(problem, layer),
     }
     if installed("curvlinops"):
         parameters = list(linear.parameters())
@@ -93,11 +109,11 @@ def block_roads(problem: Problem, layer: str, linear: nn.Linear) -> list[Road]:
         roads[f"curvlinops, H @ identity, {at_once} columns at once"] = lambda: curvlinops_columns(
             operator, unit, at_once
         )
-    return [Road(name, run, problem.forward) for name, run in roads.items()]
+    return [Road(name + suffix, run, forward) for name, run in roads.items()]
 
 
-def _by_torch(problem: Problem, layer: str, linear: nn.Linear) -> Tensor:
-    names = [f"{layer}.{name}" for name, _ in linear.named_parameters()]
+def _by_torch(problem: Problem, layer: str) -> Tensor:
+    names = [f"{layer}.{name}" for name, _ in problem.model.get_submodule(layer).named_parameters()]
     parameters = {name: problem.model.get_parameter(name).detach() for name in names}
     total = None
     for x, y in problem.batches:
@@ -116,12 +132,17 @@ def _by_torch(problem: Problem, layer: str, linear: nn.Linear) -> Tensor:
     return total
 
 
-def _bars(found: dict[str, Measurement]) -> list[Bar]:
-    ours = found[OURS].in_forwards
+def _row(measurement: Measurement, gradient_peak: float, reference: Tensor) -> dict[str, Any]:
+    error = None if measurement.failure else relative_error(measurement.result, reference)
+    return road_row(measurement, gradient_peak=gradient_peak, error=error)
+
+
+def _bars(found: dict[str, Measurement], suffix: str) -> list[Bar]:
+    ours = found[OURS + suffix].in_forwards
     return [
         Bar(f"{name} / ours", measurement.in_forwards.over(ours), "at least", 5)
         for name, measurement in found.items()
-        if name.startswith((TORCH, "curvlinops")) and measurement.multiples
+        if name.startswith((TORCH, "curvlinops")) and measurement.multiples and (ALONE in name) == bool(suffix)
     ]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
+from kinks import far_from_kinks
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -143,27 +144,37 @@ def image_problem(
     width: int = 16,
     pixels: int = 32,
     device: torch.device | str = "cpu",
-    seed: int = 0,
+    away_from_kinks: bool = False,
 ) -> Problem:
     """A residual network with batch normalisation, on random images with random labels.
 
     The running statistics are those of the images, so that activations have the sizes they have in a trained network.
+
+    Args:
+        network: See `network_named`.
+        batch: Examples in a batch.
+        batches: How many there are.
+        width: Channels of the first stage.
+        pixels: Height and width of the images.
+        device: Where everything is put.
+        away_from_kinks: Draw twice as many images, and take those whose derivatives rounding disturbs least.
     """
-    torch.manual_seed(seed)
-    models = [network_named(network, width=width) for _ in range(2)]
-    data = [(torch.randn(batch, 3, pixels, pixels), torch.randint(10, (batch,))) for _ in range(batches)]
+    torch.manual_seed(0)
+    models = [network_named(network, width=width).to(device) for _ in range(2)]
+    drawn = 2 * batch if away_from_kinks else batch
+    images = [torch.randn(drawn, 3, pixels, pixels).to(device) for _ in range(batches)]
     for model in models:
-        _settle(model, data)
-    return Problem(
-        models[0].to(device).eval(), models[1].to(device).eval(), [(x.to(device), y.to(device)) for x, y in data]
-    )
+        with torch.no_grad():
+            update_bn(images[:1], model)
+        model.eval()
+    if away_from_kinks:
+        images = [x[far_from_kinks(models[0], x, batch)] for x in images]
+    return Problem(models[0], models[1], [(x, torch.randint(10, (batch,)).to(device)) for x in images])
 
 
-def mlp_problem(
-    width: int, examples: int, *, inputs: int = 10, device: torch.device | str = "cpu", seed: int = 0
-) -> Problem:
+def mlp_problem(width: int, examples: int, *, inputs: int = 10, device: torch.device | str = "cpu") -> Problem:
     """A perceptron with two hidden layers and tanh, of width² + (inputs + 12) · width + 10 parameters."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     models = [
         nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10)).to(
             device
@@ -175,18 +186,21 @@ def mlp_problem(
 
 
 def digits_problem(examples: int, *, width: int, epochs: int, device: torch.device | str = "cpu") -> Problem:
-    """A small residual network, trained on scikit-learn's digits, and some of its training examples in one batch."""
+    """A small residual network, trained on scikit-learn's digits, and some of its training examples in one batch.
+
+    Of twice as many examples these are the ones whose derivatives rounding disturbs least.
+    """
     torch.manual_seed(0)
     model, other = (digits_resnet(width=width, shortcut="projection").to(device) for _ in range(2))
     data = load_digits("train").to(device)
     for network in (model, other):
         _train(network, data, epochs)
-    return Problem(model.eval(), other.eval(), [next(iter(data.subset(examples).batches(examples)))])
-
-
-def _settle(model: nn.Module, data: Sequence[tuple[Tensor, Tensor]]) -> None:
-    with torch.no_grad():
-        update_bn([x for x, _ in data[:1]], model)
+    model.eval()
+    other.eval()
+    drawn = min(2 * examples, len(data))
+    x, y = next(iter(data.subset(drawn).batches(drawn)))
+    chosen = far_from_kinks(model, x, examples)
+    return Problem(model, other, [(x[chosen], y[chosen])])
 
 
 def _train(model: nn.Module, data: Any, epochs: int) -> None:

@@ -71,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def _problem(size: dict[str, int], device: Any) -> Problem:
-    size = dict(size)
-    return image_problem(f"resnet{size.pop('depth')}", device=device, **size)
+    options: dict[str, Any] = dict(size)
+    return image_problem(f"resnet{options.pop('depth')}", device=device, **options)
 
 
 def _roads(value: int, problem: Problem) -> list[Road]:

@@ -2,8 +2,14 @@
 
 from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
 from lmc_curvature.barrier.prediction import BarrierPrediction, predict_barrier
+from lmc_curvature.curvature.backends import hessian_operator
+from lmc_curvature.curvature.blocks import cross_layer_hessian, layer_hessian
+from lmc_curvature.curvature.eigenpairs import Eigenpairs, top_eigenpairs
+from lmc_curvature.curvature.ggn import GGNOperator
 from lmc_curvature.curvature.hessian import HessianOperator
+from lmc_curvature.curvature.lanczos import Lanczos, lanczos
 from lmc_curvature.curvature.projection import Projection, project_hessian
+from lmc_curvature.curvature.spectrum import Estimate, SpectralDensity, spectral_density, trace
 from lmc_curvature.errors import LMCCurvatureError
 from lmc_curvature.layers import LayerPartition
 from lmc_curvature.losses import BatchLoss
@@ -16,13 +22,25 @@ __all__ = [
     "BarrierMeasurement",
     "BarrierPrediction",
     "BatchLoss",
+    "Eigenpairs",
+    "Estimate",
+    "GGNOperator",
     "HessianOperator",
     "LMCCurvatureError",
+    "Lanczos",
     "LayerPartition",
     "Objective",
     "Projection",
     "Segment",
+    "SpectralDensity",
+    "cross_layer_hessian",
+    "hessian_operator",
+    "lanczos",
+    "layer_hessian",
     "measure_barrier",
     "predict_barrier",
     "project_hessian",
+    "spectral_density",
+    "top_eigenpairs",
+    "trace",
 ]

@@ -6,7 +6,6 @@ one a token, one a pixel). Everything about W's block of the Hessian is then in 
 
 import contextlib
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,12 +122,22 @@ class AffineMap:
             return output.flatten(2).transpose(1, 2)
         return output.reshape(output.shape[0], -1, output.shape[-1])
 
-    def features(self, input: Tensor) -> Float[Tensor, "examples positions features"]:
-        """What the weight multiplies: the module's input, or the patches that a convolution sees."""
+    def features(self, input: Tensor, *, constant: float = 1.0) -> Float[Tensor, "examples positions features"]:
+        """What the entries multiply at each position: the module's input, or the patch that a convolution sees; and 1.
+
+        Args:
+            input: The module's input, or a derivative of it.
+            constant: What the bias multiplies.
+        """
+        input = _precise(input.detach())
         if isinstance(self.module, nn.Conv2d):
             geometry: Any = (self.module.kernel_size, self.module.dilation, self.module.padding, self.module.stride)
-            return F.unfold(input, *geometry).transpose(1, 2)
-        return input.reshape(input.shape[0], -1, input.shape[-1])
+            found = F.unfold(input, *geometry).transpose(1, 2)
+        else:
+            found = input.reshape(input.shape[0], -1, input.shape[-1])
+        constants = torch.full_like(found[:, :, :1], constant)
+        parts = [part for entry, part in ((self.weight, found), (self.bias, constants)) if entry is not None]
+        return torch.cat(parts, 2)
 
 
 def find_affine(network: nn.Module, state: State, entries: Sequence[str]) -> AffineMap | None:
@@ -253,19 +262,56 @@ def pair_blocks(first: Call, second: Call) -> Iterator[tuple[int, Float[Tensor, 
     gradient = first.affine.by_position(_gradient(first))
     if not gradient.requires_grad:
         return
-    features = first.affine.features(first.input).transpose(0, 1)
-    others = second.affine.features(second.input)
+    features, others = first.affine.features(first.input), second.affine.features(second.input)
     slopes = _precise(second.affine.by_position(_gradient(second).detach()))
     step = max(1, _ROWS // first.examples)
     for unit in range(gradient.shape[2]):
-        start = unit if first is second else 0
-        block: Any = 0
-        for positions in torch.arange(gradient.shape[1]).split(step):
-            parts = [_derivatives(*_one(gradient, position, unit), first, second) for position in positions.tolist()]
+        beyond = unit if first is second else 0
+        block = features.new_zeros(features.shape[2], second.affine.width - beyond, others.shape[2])
+        for start in range(0, gradient.shape[1], step):
+            here = features[:, start : start + step].transpose(0, 1)
+            parts = [_unit_derivatives(gradient, unit, start + number, first, second) for number in range(len(here))]
             curvature = torch.stack([_precise(second.affine.by_position(part[0])) for part in parts])
-            mixed = _outer(curvature[..., start:], others)
+            mixed = _outer(curvature[..., beyond:], others)
             if len(parts[0]) == 2:
                 fed = torch.stack([second.affine.features(part[1], constant=0.0) for part in parts])
                 mixed = mixed + _outer(slopes, fed)
-            block = block + features[positions].flatten(0, 1).T @ mixed.flatten(1)
-        yield unit, block.unflatten(1, mixed.shape[1:])
+            block.flatten(1).addmm_(here.flatten(0, 1).T, mixed.flatten(1))
+        yield unit, block
+
+
+def _unit_derivatives(gradient: Tensor, unit: int, position: int, first: Call, second: Call) -> list[Tensor]:
+    weights = torch.zeros_like(gradient)
+    weights[:, position, unit] = 1
+    return _derivatives(gradient, weights, first, second)
+
+
+def _derivatives(values: Tensor, weights: Tensor, first: Call, second: Call) -> list[Tensor]:
+    """Derivatives of weighed slopes in the second call's output and, if the first may feed it, input gradient."""
+    inputs = {"output": second.output}
+    slope = second.input_gradient
+    if first is not second and slope is not None and slope.requires_grad:
+        inputs["input gradient"] = slope
+    return list(gradients([values], inputs, [weights]).values())
+
+
+def _gradient(call: Call) -> Tensor:
+    if call.gradient is None:
+        raise ValueError("The loss's gradient in a recorded output is not taken yet.")
+    return call.gradient
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    """Half-precision values as float32: a sum of many does not fit into half a number."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _outer(
+    slopes: Float[Tensor, "*#positions examples places width"],
+    features: Float[Tensor, "*#positions examples places features"],
+) -> Float[Tensor, "rows width features"]:
+    """Outer products summed over places, one for each position and example."""
+    left = slopes.mT
+    # Of a single place there is nothing to sum, and a product of elements is faster.
+    found = left * features if features.shape[-2] == 1 else left @ features
+    return found.flatten(0, -3)

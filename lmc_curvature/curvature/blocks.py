@@ -17,7 +17,7 @@ from lmc_curvature.curvature.affine import (
     LayerShape,
     examples_interact,
     find_affine,
-    mixed_derivatives,
+    pair_blocks,
     recording,
     road_costs,
 )
@@ -189,6 +189,12 @@ class _Layer:
         place, features = self.places[entry], self.shapes[entry].numel() // self.width
         return slice(place.start + start * features, place.start + stop * features)
 
+    def parts(self) -> list[tuple[str, slice]]:
+        """Entries of the affine module, and where what they multiply is among its features."""
+        counts = [self.shapes[name].numel() // self.width for name in self.own]
+        ends = list(itertools.accumulate(counts))
+        return [(name, slice(end - count, end)) for name, count, end in zip(self.own, counts, ends, strict=True)]
+
     def seen(self, call: Call) -> LayerShape:
         """The layer's shape, as one call of its module shows it."""
         affine = sum(self.shapes[name].numel() for name in self.own)
@@ -257,13 +263,13 @@ class _BlockSum:
         self._examples += batch.size
         with recording([] if method == "products" else list(self._affines.values())) as calls:
             gradient = self._gradient(batch, calls)
-            if batch.index == 0:
-                gradient.check_twice_differentiable()
-            finite_loss(gradient.loss, batch)
-            if method != "products" and self._adds_structured(gradient, calls, batch, method):
-                return method
-            side = min(self._forth, self._back, key=lambda side: side.units.size)
-            self._add_products(side, side.units.places, side.others.places, gradient, batch.size)
+        if batch.index == 0:
+            gradient.check_twice_differentiable()
+        finite_loss(gradient.loss, batch)
+        if method != "products" and self._adds_structured(gradient, calls, batch, method):
+            return method
+        side = min(self._forth, self._back, key=lambda side: side.units.size)
+        self._add_products(side, side.units.places, side.others.places, gradient, batch.size)
         return "products"
 
     def _gradient(self, batch: Batch, calls: list[Call]) -> BatchGradient:
@@ -322,15 +328,12 @@ class _BlockSum:
     def _add_structured(self, gradient: BatchGradient, first: Call, second: Call, size: int) -> None:
         """Add the block of both affine modules, and by products what the layers have beside them."""
         side = self._side_of(first)
-        by_position = {name: factor.transpose(0, 1) for name, factor in first.factors().items()}
-        for unit, positions, derivatives in mixed_derivatives(first, second):
-            for name, factor in by_position.items():
-                rows = side.units.of_units(name, unit, unit + 1)
-                for other, derivative in derivatives.items():
-                    place = side.others.places[other]
-                    columns = slice(place.stop - derivative.shape[1], place.stop)
-                    found = factor[positions].flatten(0, 1).T @ derivative
-                    side.block[rows, columns].add_(found, alpha=size)
+        for unit, block in pair_blocks(first, second):
+            start = side.others.width - block.shape[1]
+            for (row, mine), (column, theirs) in itertools.product(side.units.parts(), side.others.parts()):
+                rows = side.units.of_units(row, unit, unit + 1)
+                columns = side.others.of_units(column, start, side.others.width)
+                side.block[rows, columns].add_(block[mine, :, theirs].flatten(1), alpha=size)
         self._half_filled = first is second
         rows, columns = self._forth.units, self._forth.others
         self._add_products(self._back, columns.beside, rows.places, gradient, size)

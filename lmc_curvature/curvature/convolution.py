@@ -48,10 +48,9 @@ class DifferentiableConvolutions(TorchFunctionMode):
 
     @contextlib.contextmanager
     def linear(self) -> Iterator[None]:
-        """Within the block, gradients of convolutions differentiate as if only the slope they were given varied.
+        """Within the block, gradients differentiate in the slope that they were given, and in nothing else.
 
-        A backward pass through a gradient is then a forward pass of tangents, if it is to the cotangent that the
-        gradient started from.
+        Enough for the derivative of Jᵀu in the cotangent u, which is as much work as a forward pass of tangents.
         """
         self._linear = True
         try:
@@ -59,13 +58,14 @@ class DifferentiableConvolutions(TorchFunctionMode):
         finally:
             self._linear = False
 
-    def wants_operand(self) -> bool:
-        """Whether the backward pass under way needs a derivative of a gradient in a convolution's input or weight."""
-        return not self._linear
-
-    def wants(self, weight: Tensor) -> bool:
+    def needs(self, weight: Tensor) -> bool:
         """Whether the backward pass under way needs a derivative in a weight."""
         return id(weight) not in self._left_out
+
+    @property
+    def needs_operands(self) -> bool:
+        """Whether the backward pass under way differentiates gradients in more than their slopes."""
+        return not self._linear
 
 
 def _convolve(
@@ -124,7 +124,7 @@ class _Convolution(torch.autograd.Function):
         (slope,) = slopes
         for_x, for_w, for_bias, *_ = ctx.needs_input_grad
         x, w = ctx.saved_tensors
-        for_w = for_w and ctx.mode.wants(w)
+        for_w = for_w and ctx.mode.needs(w)
         in_x, in_w = _ConvolutionGradients.apply(slope, x, w, ctx.geometry, ctx.mode, for_x, for_w)
         in_bias = slope.sum((0, *range(2, slope.ndim))) if for_bias else None
         return in_x, in_w, in_bias, None, None
@@ -160,7 +160,7 @@ class _ConvolutionGradients(torch.autograd.Function):
         if a is not None:
             through_weight = _convolution(x, a, None, ctx.geometry)
             in_slope = through_weight if in_slope is None else in_slope + through_weight
-        for_x, for_w = for_x and a is not None, for_w and u is not None and ctx.mode.wants(w)
-        if (for_x or for_w) and ctx.mode.wants_operand():
+        for_x, for_w = for_x and a is not None, for_w and u is not None and ctx.mode.needs(w)
+        if (for_x or for_w) and ctx.mode.needs_operands:
             in_x, in_w = _gradients(slope, x if u is None else u, w if a is None else a, ctx.geometry, for_x, for_w)
         return in_slope, in_x, in_w, None, None, None, None

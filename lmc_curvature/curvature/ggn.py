@@ -92,8 +92,8 @@ class GGNOperator(CurvatureOperator):
         G = (1/n) Σ_i J_iᵀ (∂²loss_i/∂output²) J_i    (Schraudolph 2002)
 
     The Hessian without the network's own second derivatives, exactly; positive semidefinite where the loss is convex
-    in the output, and equal to the Hessian where the network is linear in its state or fits every example. For the
-    losses of exponential families (cross-entropy, squared error) it is the Fisher information matrix.
+    in the output, and equal to the Hessian where the network is linear in its state or the loss is least at the output
+    of every example. For cross-entropy it is the Fisher information matrix, for the squared error a multiple of it.
 
     Example:
         >>> G = GGNOperator(objective)                          # doctest: +SKIP
@@ -139,4 +139,7 @@ class GGNOperator(CurvatureOperator):
             with torch.no_grad():
                 self.objective.batch_loss(self.point, batch)
             self._checked = True
-        return BatchGaussNewton(self.objective, self.point, batch, entries)
+        matrix = BatchGaussNewton(self.objective, self.point, batch, entries)
+        if batch.index == 0:
+            matrix.check_twice_differentiable()
+        return matrix

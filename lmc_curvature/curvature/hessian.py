@@ -118,4 +118,7 @@ class HessianOperator(CurvatureOperator):
     _name = "Hessian"
 
     def _on_batch(self, batch: Batch, entries: Sequence[str]) -> BatchGradient:
-        return BatchGradient(self.objective, self.point, batch, entries)
+        gradient = BatchGradient(self.objective, self.point, batch, entries)
+        if batch.index == 0:
+            gradient.check_twice_differentiable()
+        return gradient

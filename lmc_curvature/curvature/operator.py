@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.layout import in_best_layout
-from lmc_curvature.errors import DirectionError, HessianSizeError, OperatorError
+from lmc_curvature.errors import DirectionError, HessianSizeError, NonFiniteError, OperatorError
 from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
 from lmc_curvature.losses import finite_loss
 from lmc_curvature.network import State, check_finite
@@ -35,10 +35,6 @@ class BatchMatrix(Protocol):
 
     def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
         """The product with a sparse direction: entry name to tensor, for the entries in `rows` (default: all)."""
-        ...
-
-    def check_twice_differentiable(self) -> None:
-        """Refuse a loss whose derivatives torch would leave out without a word."""
         ...
 
 
@@ -65,7 +61,7 @@ class CurvatureOperator(abc.ABC):
     Raises:
         UnknownLayerError: `layers` names an unknown layer.
         DirectionError: The state has an unknown entry or a wrong shape.
-        NonFiniteError: The state, a vector or the loss of a batch is not finite; names the entry or the batch.
+        NonFiniteError: The state, a vector, the loss of a batch or a product is not finite; names the entry or batch.
     """
 
     _name = "curvature matrix"
@@ -181,8 +177,6 @@ class CurvatureOperator(abc.ABC):
 
         def compute_on(batch: Batch) -> tuple[Tensor, list[Tensor]]:
             matrix = self._on_batch(batch, entries)
-            if batch.index == 0:
-                matrix.check_twice_differentiable()
             finite_loss(matrix.loss, batch)
             return matrix.loss, compute(matrix)
 
@@ -192,6 +186,12 @@ class CurvatureOperator(abc.ABC):
                 for row, found in zip(total, self._lay_out(batch, compute_on), strict=True):
                     row.add_(found, alpha=batch.size)
                 examples += batch.size
+        if not bool(torch.isfinite(total).all()):
+            raise NonFiniteError(
+                f"The {self._name} has products that are not finite, although loss and vectors are. Does the network "
+                "compute something without a second derivative (a square root at zero), or forget values that it "
+                "computes again (torch.utils.checkpoint)?"
+            )
         return total.div_(examples)
 
     def _lay_out(self, batch: Batch, compute: Callable[[Batch], tuple[Tensor, list[Tensor]]]) -> list[Tensor]:
@@ -225,7 +225,7 @@ class CurvatureOperator(abc.ABC):
     def unflatten(self, vector: Float[Tensor, " n"], entries: Sequence[str] | None = None) -> dict[str, Tensor]:
         """A vector as a direction over the operator's columns (or over `entries`), on the objective's device."""
         entries = self.columns if entries is None else entries
-        vector = vector.to(self.device, self.objective.dtype)
+        vector = vector.to(self.device, self.objective.dtype).contiguous()
         parts = torch.split(vector, [self.state[name].numel() for name in entries])
         return {name: part.view(self.state[name].shape) for name, part in zip(entries, parts, strict=True)}
 

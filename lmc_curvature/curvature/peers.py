@@ -5,6 +5,7 @@ parameters are the entries of the state, running statistics included, and whose 
 policy, weights of batches, loss function, device and type are then the objective's own, for each library alike.
 """
 
+import abc
 import contextlib
 import importlib
 import warnings
@@ -97,7 +98,7 @@ class _Identity(nn.Module):
         return output
 
 
-class PeerBatch:
+class PeerBatch(abc.ABC):
     """The Hessian of one batch, whose products a library computes.
 
     Args:
@@ -120,13 +121,13 @@ class PeerBatch:
         with objective.differentiating():
             self._prepare()
 
+    @abc.abstractmethod
     def _prepare(self) -> None:
         """Do what all vectors share, and set `loss`."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _multiply(self, vectors: list[Tensor]) -> Sequence[Tensor]:
         """The product with a vector that is a list of tensors, one for each entry."""
-        raise NotImplementedError
 
     def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
         """H v for a sparse direction v: entry name to tensor, for the entries in `rows` (default: all)."""
@@ -137,9 +138,6 @@ class PeerBatch:
         with self._objective.differentiating():
             products = dict(zip(self._entries, self._multiply(vectors), strict=True))
         return {name: products[name].detach() for name in (self._entries if rows is None else rows)}
-
-    def check_twice_differentiable(self) -> None:
-        """Nothing: the operator compares a product of the library with our own, which is checked."""
 
 
 class CurvlinopsBatch(PeerBatch):

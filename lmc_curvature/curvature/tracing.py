@@ -45,7 +45,7 @@ def trace(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.Graph
             return function(*tensors)
 
     try:
-        with torch.enable_grad(), preserve_node_meta(), _recurrent_layers_in_parts():
+        with torch.enable_grad(), preserve_node_meta(), _announced(), _recurrent_layers_in_parts():
             module = _functional(watched, inputs)
             if any(_is_mutable(node) for node in module.graph.nodes):
                 # Composite operations (circular padding, recurrent layers) come apart too late the first time.
@@ -104,6 +104,18 @@ class _Watching(TorchDispatchMode):
         if torch.is_grad_enabled():
             return result
         return tree_map_only(Tensor, lambda value: aten.detach.default(value), result)
+
+
+@contextlib.contextmanager
+def _announced() -> Iterator[None]:
+    # What branches on values to save work (a mask without padding, say) asks torch.compiler whether it may.
+    compiler: Any = torch.compiler
+    before = compiler._is_compiling_flag
+    compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        compiler._is_compiling_flag = before
 
 
 @contextlib.contextmanager

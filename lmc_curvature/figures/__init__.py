@@ -12,6 +12,7 @@ from lmc_curvature.figures.barriers import (
     draw_prediction,
 )
 from lmc_curvature.figures.landscapes import draw_barrier_kinds, draw_toy_landscapes
+from lmc_curvature.figures.spectra import draw_spectral_density
 from lmc_curvature.figures.style import save_figure
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "draw_measurement",
     "draw_predicted_against_measured",
     "draw_prediction",
+    "draw_spectral_density",
     "draw_toy_landscapes",
     "save_figure",
 ]

@@ -69,6 +69,25 @@ def test_derivatives_that_are_left_out_change_no_other():
     torch.testing.assert_close(again, both, rtol=1e-12, atol=1e-12)
 
 
+def test_a_derivative_in_the_cotangent_alone_is_a_forward_pass_of_tangents():
+    x, w, v = (torch.randn(2, 2, 4, 4, dtype=torch.float64) for _ in range(3))
+    w.requires_grad_(), v.requires_grad_()
+
+    def network(w, v):
+        return F.conv2d(torch.tanh(F.conv2d(x, w, padding=2)), v)
+
+    mode = DifferentiableConvolutions()
+    with mode:
+        output = network(w, v)
+    cotangent = torch.zeros_like(output, requires_grad=True)
+    pulled = torch.autograd.grad(output, [w, v], cotangent, create_graph=True)
+    tangents = [torch.randn_like(w), torch.randn_like(v)]
+    with mode.linear():
+        (found,) = torch.autograd.grad(pulled, [cotangent], tangents)
+    _, expected = torch.func.jvp(network, (w.detach(), v.detach()), tuple(tangents))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("func", "operands"),
     [

@@ -246,3 +246,14 @@ def test_bad_input_is_named():
     G = GGNOperator(Objective(_classifier().double(), [(x, y)]))
     with pytest.raises(NonFiniteError, match="loss is nan at batch 0"):
         G @ torch.ones(G.shape[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", [name for name in CASES if name != "dict batches"])
+def test_products_on_a_gpu_equal_those_on_a_cpu(name):
+    case = CASES[name]
+    G = GGNOperator(Objective(case.model(), case.batches(), **case.options))
+    there = GGNOperator(Objective(case.model(), case.batches(), device="cuda", **case.options))
+    V = torch.randn(G.shape[1], 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(there.matmat(V.cuda()).cpu(), G.matmat(V), rtol=1e-8, atol=1e-10)

@@ -268,3 +268,28 @@ def test_an_operation_without_a_second_derivative_is_said_so():
     objective = Objective(bag, [(torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1]))])
     with pytest.raises(UnsupportedModelError, match="cannot be differentiated twice: .*_embedding_bag"):
         project_hessian(objective, {}, [{"0.weight": torch.ones(5, 3)}])
+
+
+def test_products_that_are_not_finite_are_refused():
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    torch.nn.init.zeros_(model.weight)
+    batches = [(torch.ones(3, 2), torch.ones(3))]
+    H = HessianOperator(Objective(model, batches, loss_fn=lambda out, _: out.abs().pow(1.5).mean()))
+    with pytest.raises(NonFiniteError, match="Hessian has products that are not finite.*square root at zero"):
+        H @ torch.ones(2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_products_on_a_gpu_equal_those_on_a_cpu(case, dtype):
+    # In single precision far nearer than with ten bits of mantissa, which TF32 keeps.
+    tolerance = {"rtol": 1e-8, "atol": 1e-10} if dtype is torch.float64 else {"rtol": 1e-3, "atol": 2e-5}
+    H = HessianOperator(Objective(case.model(), case.batches(), **case.options))
+    there = HessianOperator(Objective(case.model(), case.batches(), device="cuda", dtype=dtype, **case.options))
+    V = torch.randn(H.shape[1], 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for on_cpu, on_gpu in ((H, there), (H.block_diagonal(), there.block_diagonal())):
+        product = on_gpu.matmat(V.cuda())
+        assert product.device.type == on_gpu.device.type == "cuda"
+        torch.testing.assert_close(product.cpu(), on_cpu.matmat(V), **tolerance)
