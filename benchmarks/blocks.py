@@ -3,7 +3,6 @@
 python benchmarks/blocks.py [--network resnet18] [--device cuda] [--quick]
 """
 
-import argparse
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from charts import draw_roads
-from harness import ROAD_COLUMNS, Bar, Report, Table, parse_options, publish, relative_error, road_row, setting
+from harness import (
+    ROAD_COLUMNS,
+    Bar,
+    Report,
+    Table,
+    add_network,
+    chosen_size,
+    parse_options,
+    publish,
+    relative_error,
+    road_row,
+    setting,
+)
 from memory import columns_that_fit, peak_bytes
 from peers import curvlinops_columns, curvlinops_hessian, installed, missing_peers
 from problems import Problem, image_problem
@@ -35,8 +46,8 @@ SIZES = {
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
-    options = parse_options(__file__, __doc__, argv, _add_options)
-    size = {**SIZES[options.size], **({"network": options.network} if options.network else {})}
+    options = parse_options(__file__, __doc__, argv, add_network)
+    size = chosen_size(options, SIZES)
     problem = image_problem(**size, device=options.device)
     layer, linear = _last_linear(problem.model)
     name = "blocks" if size["network"] == "resnet20" else f"blocks-{size['network']}"
@@ -60,10 +71,6 @@ def main(argv: Sequence[str] | None = None) -> Report:
     return publish(report, options, draw_roads(found, ours, "forward passes of the network over all examples"))
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--network", help="resnet8, resnet14, resnet20, …, or torchvision's resnet18")
-
-
 def _notes() -> list[str]:
     return [
         "F is one forward pass over all batches; peaks have one gradient on one batch as their unit.",
@@ -85,8 +92,10 @@ def _layer_alone(problem: Problem, layer: str, linear: nn.Linear) -> Problem:
     problem.forward()
     handle.remove()
     batches = [(x, y) for x, (_, y) in zip(inputs, problem.batches, strict=True)]
-    other = problem.other.get_submodule(layer)
-    return Problem(*(nn.Sequential(OrderedDict(linear=module)) for module in (linear, other)), batches)
+    model, other = (
+        nn.Sequential(OrderedDict(linear=module)) for module in (linear, problem.other.get_submodule(layer))
+    )
+    return Problem(model, other, batches)
 
 
 def block_roads(problem: Problem, layer: str, forward: Run, suffix: str = "") -> list[Road]:

@@ -1,16 +1,19 @@
 """Pictures of benchmarks, in the house style."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from timing import Measurement, Spread
 
 from lmc_curvature.figures.style import (
     BLUE,
-    COLUMN_WIDTH,
     GREEN,
     GREY,
     INK,
@@ -24,7 +27,8 @@ from lmc_curvature.figures.style import (
 )
 
 _COLORS = (BLUE, VERMILION, GREEN, PURPLE, GREY, INK)
-_MARKERS = "osD^vP"
+# Not as many as colours, so that pairs come back after thirty.
+_MARKERS = "osD^v"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def fitted_exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
 
 @look()
 def draw_roads(measurements: Mapping[str, Measurement], ours: Sequence[str], xlabel: str) -> Figure:
-    """A horizontal bar a road, on a logarithmic axis, in multiples of a forward pass.
+    """A point a road with its quartiles, on a logarithmic axis, in multiples of a forward pass.
 
     Args:
         measurements: By name; those without samples are left out.
@@ -69,60 +73,82 @@ def draw_roads(measurements: Mapping[str, Measurement], ours: Sequence[str], xla
         xlabel: What the axis shows.
     """
     shown = {name: found.in_forwards for name, found in measurements.items() if found.multiples}
-    figure = new_figure(TEXT_WIDTH, 0.7 + 0.22 * len(shown))
+    figure = new_figure(TEXT_WIDTH, 0.6 + 0.2 * len(shown))
     axes = figure.subplots()
     for row, (name, spread) in enumerate(shown.items()):
-        axes.barh(row, spread.median, height=0.7, color=BLUE if name in ours else GREY)
-        axes.plot([spread.low, spread.high], [row, row], color=INK, linewidth=0.8)
-        axes.annotate(
-            f"{spread.median:.3g}",
-            (spread.high, row),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=SMALL,
-        )
+        color = BLUE if name in ours else GREY
+        axes.plot([spread.low, spread.high], [row, row], color=color, linewidth=1.0)
+        axes.plot(spread.median, row, "o", color=color, markersize=4)
+        text = f"{spread.median:.3g}"
+        axes.annotate(text, (spread.high, row), (6, 0), textcoords="offset points", va="center", fontsize=SMALL)
     axes.set_yticks(range(len(shown)), list(shown))
     axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.5, -0.5)
     axes.set_xscale("log")
     axes.margins(x=0.1)
-    axes.grid(axis="x", color=PALE, linewidth=0.5)
+    _plain_ticks(axes.xaxis)
+    axes.grid(color=PALE, linewidth=0.5)
     axes.set_xlabel(xlabel)
     return figure
 
 
 @look()
 def draw_panels(panels: Sequence[Panel]) -> Figure:
-    """Panels side by side, each with its curves on logarithmic axes."""
-    figure = new_figure(max(TEXT_WIDTH, COLUMN_WIDTH * len(panels)) if len(panels) > 1 else TEXT_WIDTH, 3.2)
+    """Panels side by side on logarithmic axes, with one legend; a number at a curve's end is its fitted exponent."""
+    labels = list(dict.fromkeys(line.label for panel in panels for line in panel.lines))
+    figure = new_figure(max(TEXT_WIDTH, 2.6 * len(panels)), 2.6 + 0.15 * math.ceil(len(labels) / 3))
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _draw_panel(axes, panel)
+        _draw_panel(axes, panel, labels)
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower left", ncols=3)
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel) -> None:
-    for number, line in enumerate(panel.lines):
+def _draw_panel(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:
+    for line in panel.lines:
+        number = labels.index(line.label)
+        color = _COLORS[number % len(_COLORS)]
         medians = np.array([spread.median for spread in line.ys])
         below, above = (np.array([getattr(spread, end) for spread in line.ys]) for end in ("low", "high"))
         axes.errorbar(
             line.xs,
             medians,
             yerr=[medians - below, above - medians],
-            color=_COLORS[number % len(_COLORS)],
+            color=color,
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=3.5,
             linewidth=1.0,
             elinewidth=0.8,
-            label=line.label if line.exponent is None else f"{line.label}: exponent {line.exponent:.2f}",
+            label=line.label,
         )
+        if line.exponent is not None:
+            end: Any = (line.xs[-1], medians[-1])
+            place: Any = {"textcoords": "offset points", "va": "center"}
+            axes.annotate(f"{line.exponent:.2f}", end, (5, 0), fontsize=SMALL, color=color, **place)
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = sorted({x for line in panel.lines for x in line.xs})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.minorticks_off()
+    axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    _plain_ticks(axes.yaxis)
+    axes.margins(x=0.15)
     axes.grid(color=PALE, linewidth=0.5)
     axes.set_xlabel(panel.xlabel)
     axes.set_ylabel(panel.ylabel)
     axes.set_title(panel.title, loc="left")
-    axes.legend(loc="best")
+
+
+def _short(value: float) -> str:
+    """A tick's number: 330, 1.1k, 10k."""
+    return f"{value:g}" if value < 1000 else f"{value / 1000:.2g}k"
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 of each decade, or at its start alone where there are many decades, as plain numbers."""
+    low, high = axis.get_view_interval()
+    subs = (1.0, 2.0, 5.0) if high < 200 * max(low, 1e-12) else (1.0,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))

@@ -195,6 +195,22 @@ def parse_options(
     return options
 
 
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose a network and a batch."""
+    parser.add_argument("--network", help="resnet8, resnet14, resnet20, …, or torchvision's resnet18")
+    parser.add_argument("--batch", type=int, help="examples in a batch")
+
+
+def chosen_size(options: argparse.Namespace, sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What to build: the size for `options.size`, with the network and batch that the command line names."""
+    size = dict(sizes[options.size])
+    size |= {key: value for key in ("network", "batch") if (value := getattr(options, key))}
+    if size["network"] == "resnet18":
+        # Its width is its own.
+        size.pop("width")
+    return size
+
+
 def setting(options: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What was measured on, for the report."""
     cuda = options.device.type == "cuda"
@@ -319,6 +335,8 @@ __all__ = [
     "Pace",
     "Report",
     "Table",
+    "add_network",
+    "chosen_size",
     "parse_options",
     "publish",
     "relative_error",

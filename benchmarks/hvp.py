@@ -6,13 +6,24 @@ vectors of a batch it shares, and times are of one vector.
     python benchmarks/hvp.py [--network resnet18] [--batch 512] [--device cuda] [--quick]
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from charts import draw_roads
-from harness import ROAD_COLUMNS, Bar, Report, Table, parse_options, publish, relative_error, road_row, setting
+from harness import (
+    ROAD_COLUMNS,
+    Bar,
+    Report,
+    Table,
+    add_network,
+    chosen_size,
+    parse_options,
+    publish,
+    relative_error,
+    road_row,
+    setting,
+)
 from memory import columns_that_fit, peak_bytes
 from peers import curvlinops_columns, curvlinops_hessian, installed, layouts, missing_peers, peer_products
 from problems import Problem, image_problem, parameters_only
@@ -36,8 +47,8 @@ COUNTS = {"full": (8, 22), "quick": (8,), "smoke": (2,)}
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
-    options = parse_options(__file__, __doc__, argv, _add_options)
-    size = {**SIZES[options.size], **{key: value for key in ("network", "batch") if (value := vars(options)[key])}}
+    options = parse_options(__file__, __doc__, argv, add_network)
+    size = chosen_size(options, SIZES)
     problem = image_problem(**size, device=options.device, away_from_kinks=True)
     name = "hvp" if size["network"] == "resnet20" else f"hvp-{size['network']}"
     report = Report(name, "What does a Hessian-vector product cost?", setting(options, **size, dtype="float32"))
@@ -60,11 +71,6 @@ def main(argv: Sequence[str] | None = None) -> Report:
     report.bars += _bars(found, counts)
     ours = [name for name in found if not name.startswith(PEERS)]
     return publish(report, options, draw_roads(found, ours, "forward passes a vector"))
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--network", help="resnet8, resnet14, resnet20, …, or torchvision's resnet18")
-    parser.add_argument("--batch", type=int, help="examples")
 
 
 def _notes() -> list[str]:

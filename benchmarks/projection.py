@@ -19,6 +19,8 @@ from harness import (
     Column,
     Report,
     Table,
+    add_network,
+    chosen_size,
     parse_options,
     publish,
     relative_error,
@@ -50,7 +52,7 @@ SIZES = {
 def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
     options = parse_options(__file__, __doc__, argv, _add_options)
-    size = {**SIZES[options.size], **{key: value for key in ("network", "batch") if (value := vars(options)[key])}}
+    size = chosen_size(options, SIZES)
     problem = image_problem(**size, device=options.device, away_from_kinks=True)
     name = "projection" if size["network"] == "resnet20" else f"projection-{size['network']}"
     report = Report(name, "What does UᵀHU for every layer cost?", setting(options, **size, dtype="float32"))
@@ -79,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--network", help="resnet8, resnet14, resnet20, …, or torchvision's resnet18")
-    parser.add_argument("--batch", type=int, help="examples")
+    add_network(parser)
     parser.add_argument("--profile", action="store_true", help="also show where the sweep's time goes")
 
 
@@ -161,7 +162,7 @@ def _curvlinops_matrix(problem: Problem) -> Road:
 
 def _first_call(problem: Problem) -> Table:
     """What the first sweep over a shape of batch costs, step by step."""
-    forward, _ = min(seconds_once(problem.forward) for _ in range(3)), None
+    forward = min(seconds_once(problem.forward)[0] for _ in range(3))
     objective = Objective(problem.model, list(problem.batches))
     steps = {"checks of the network (any first evaluation)": seconds_once(objective.loss)[0]}
     sweep = Sweep(objective, [problem.state], list(problem.directions.values()))
@@ -175,7 +176,7 @@ def _first_call(problem: Problem) -> Table:
     steps["the sweep, as ever after"] = warm
     steps["together"] = sum(steps.values())
     columns = (Column("step", "step"), Column("ms", "ms"), Column("F", "F"))
-    rows = [{"step": step, "ms": 1000 * seconds, "F": seconds / forward[0]} for step, seconds in steps.items()]
+    rows = [{"step": step, "ms": 1000 * seconds, "F": seconds / forward} for step, seconds in steps.items()]
     return Table("first", "The first call of a sweep, measured once", columns, rows)
 
 

@@ -220,6 +220,24 @@ def test_report_is_written_as_json_and_markdown(tmp_path):
     assert "| a \\| b | 1234 [1200, ] |" in lines
 
 
+def test_examples_near_a_kink_are_left_out():
+    kinks = importlib.import_module("kinks")
+    layer = torch.nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[0.1, 0.2, -0.3]]))
+    # The second one's terms cancel up to rounding.
+    x = torch.tensor([[1.0, 1.0, -1.0], [1.0, 1.0, 1.0], [-2.0, 0.3, 1.0]])
+    assert kinks.far_from_kinks(torch.nn.Sequential(layer, torch.nn.ReLU()), x, 2).tolist() == [0, 2]
+
+
+def test_digits_are_learned():
+    problem = importlib.import_module("problems").digits_problem(32, width=2, epochs=1)
+    assert problem.examples == 32
+    assert not problem.model.training
+    # That of a guess is log 10 = 2.3.
+    assert problem.objective.loss() < 1.5
+
+
 def test_fitted_exponent():
     charts = importlib.import_module("charts")
     assert charts.fitted_exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)

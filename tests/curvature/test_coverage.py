@@ -73,8 +73,6 @@ NETWORKS = {
     "densenet121": (lambda: models.densenet121(num_classes=10), 32),
     "efficientnet_b0": (lambda: models.efficientnet_b0(num_classes=10), 32),
     "convnext_tiny": (lambda: models.convnext_tiny(num_classes=10), 32),
-    "shufflenet": (lambda: models.shufflenet_v2_x0_5(num_classes=10), 32),
-    "regnet": (lambda: models.regnet_y_400mf(num_classes=10), 32),
     "squeezenet": (lambda: models.squeezenet1_1(num_classes=10), 32),
     "VisionTransformer": (_vision_transformer, 16),
     "swin": (_swin, 32),
@@ -107,7 +105,11 @@ def by_autodiff(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+# Annotations are checked by the tests of smaller networks; here that would take as long as the computation.
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "convnext_tiny" else name for name in NETWORKS]
+)
 def test_networks_for_images(name, by_autodiff):
     model, batch = _network(name)
     objective = Objective(model, [batch])
@@ -116,8 +118,10 @@ def test_networks_for_images(name, by_autodiff):
     assert set(by_autodiff) <= ({"aten.linalg_vector_norm.default"} if name == "swin v2" else set())
 
 
-@pytest.mark.parametrize("policy", ["batch", "recalibrate"])
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v3_small"])
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(
+    ("name", "policy"), [("resnet20", "batch"), ("resnet20", "recalibrate"), ("mobilenet_v3_small", "batch")]
+)
 def test_networks_for_images_that_normalize_by_the_batch(name, policy):
     model, batch = _network(name, count=4)
     objective = Objective(model, [batch], batch_norm=policy)
