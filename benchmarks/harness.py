@@ -252,7 +252,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def publish(report: Report, options: argparse.Namespace, figure: Figure | None = None) -> Report:
     """Print a report, and write it as JSON and Markdown, with its figure as PNG and PDF; returns it."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     console.print(_sentence(report.setting), style="dim")
     for table in report.all_tables():
         console.print(_rich_table(table))

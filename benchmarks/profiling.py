@@ -45,6 +45,8 @@ def profile_table(run: Callable[[], Any], device: torch.device, *, top: int = 12
     times = [
         (event.key, event.count, event.self_device_time_total if cuda else event.self_cpu_time_total)
         for event in recorded.key_averages()
+        # Kernels are listed themselves, too; their time is that of the operations that launched them.
+        if event.device_type.name == "CPU"
     ]
     times = sorted((entry for entry in times if entry[2] > 0), key=lambda entry: -entry[2])
     kinds: dict[str, tuple[int, float]] = {}

@@ -68,6 +68,26 @@ def assert_projections_agree(found: Projection, expected: Projection, *, relativ
         assert len(wrong) == 0, [(*place, curvature[tuple(place)], other[tuple(place)]) for place in wrong[:5]]
 
 
+class TwoLayers(nn.Module):
+    """Two linear layers with a tanh between them, for tests to vary; its data are `vectors`."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def vectors(*sizes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of the given sizes, in float64."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(n, 5, generator=generator, dtype=torch.float64), torch.randint(3, (n,), generator=generator))
+        for n in sizes
+    ]
+
+
 class Around(nn.Module):
     """An operation on tensors of given shapes, each from a linear layer of its own, with a linear layer after it."""
 
@@ -96,9 +116,4 @@ def around(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = randomized(Around(operation, shapes, sizes[0]))
-    generator = torch.Generator().manual_seed(1)
-    batches = [
-        (torch.randn(n, 5, generator=generator, dtype=torch.float64), torch.randint(3, (n,), generator=generator))
-        for n in sizes
-    ]
-    return Objective(model, batches, **options)
+    return Objective(model, vectors(*sizes), **options)

@@ -14,6 +14,10 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PEERS = ("PyHessian", "BackPACK", "curvlinops")
 
 
+# Annotations are checked by the tests of the library; here that would take most of the time.
+pytestmark = pytest.mark.usefixtures("untyped")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def scripts():
     """The scripts import each other by name, as they do when run from their directory."""
@@ -130,6 +134,16 @@ def test_scaling(tmp_path):
         assert [row["at"] for row in rows] == [value for value in values for _ in range(2)]
     assert len(record["tables"]["exponents"]) == 6
     assert {"sweep: exponent in layers", "sweep: exponent in batches"} == set(bars(record))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("script", ["projection", "hvp", "blocks", "hvp_vs_exact", "spectrum", "scaling"])
+def test_on_a_gpu(script, tmp_path):
+    record = run(script, tmp_path, "--device", "cuda")
+    assert record["setting"]["device"] == torch.cuda.get_device_name()
+    for rows in record["tables"].values():
+        assert all(row["error"] < 1e-3 for row in rows if row.get("error") is not None)
 
 
 def test_peak_is_what_lives_at_once():

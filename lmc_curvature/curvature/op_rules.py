@@ -1,193 +1,32 @@
 """What each operation of a captured graph is, for the sweep: linear, bilinear, pointwise, or anything else.
 
-An operation z = f(a, b, …) enters the projection of the Hessian in two ways. Its tangent along direction i,
-
-    ż_i = Df [u_i]                      (u_i: the tangents of its arguments)
-
-goes on to the operations that read it, and its own second derivative, against the adjoint g = ∂L/∂z, contributes
-
-    ⟨g, D²f [u_i, u_j]⟩                 to entry (i, j).
-
-A rule computes both for one kind of operation. Tangents are sparse: a direction that has not reached an argument is
-absent from its dictionary. An operation without a rule of its own goes by `ByAutodiff`, which is right for every
-operation that torch can differentiate twice; the others are there because they are faster.
+An operation without a rule of its own goes by `ByAutodiff`, which is right for every operation that torch can
+differentiate twice; the others are there because they are faster.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, fx
 
+from lmc_curvature.curvature.op_autodiff import ByAutodiff, FlatByAutodiff
+from lmc_curvature.curvature.op_calls import (
+    Call,
+    Contributions,
+    Rule,
+    Tangents,
+    aligned,
+    evaluate,
+    gram,
+    inner_with_each,
+    weighted_gram,
+)
 from lmc_curvature.curvature.tracing import value_of
 
 aten = torch.ops.aten
-
-Tangents = dict[int, Any]
-"""Direction to the tangent of one value; of a tuple of values, a tuple with None for zero."""
-
-
-@dataclass
-class Contributions:
-    """Sums over operations of P, where the projected Hessian is P + Pᵀ; kept on the device until they are asked for."""
-
-    parts: list[tuple[list[int], list[int], Tensor]] = field(default_factory=list)
-
-    def add(self, rows: Iterable[int], columns: Iterable[int], values: Float[Tensor, "rows columns"]) -> None:
-        """Add to the entries of P in some rows and columns."""
-        self.parts.append((list(rows), list(columns), values.detach()))
-
-    def flat(self) -> list[Tensor]:
-        """All values, one vector a part, in the order that `assemble` takes them."""
-        return [values.flatten() for _, _, values in self.parts]
-
-    def assemble(self, values: Float[np.ndarray, " n"], size: int) -> Float[np.ndarray, "size size"]:
-        """P + Pᵀ from the values of `flat`, end to end."""
-        half = np.zeros((size, size))
-        start = 0
-        for rows, columns, part in self.parts:
-            half[np.ix_(rows, columns)] += values[start : start + part.numel()].reshape(part.shape)
-            start += part.numel()
-        return half + half.T
-
-
-@dataclass
-class Call:
-    """One operation in one evaluation of the graph: its arguments' values and tangents, its own value and adjoint."""
-
-    node: fx.Node
-    values: Mapping[fx.Node, Any]
-    tangents: Mapping[fx.Node, Tangents]
-    adjoint: Any = None
-
-    def value(self, position: int) -> Any:
-        """Value of a positional argument."""
-        return self.resolve(self.node.args[position])
-
-    def resolve(self, argument: Any) -> Any:
-        """An argument with values in place of nodes."""
-        return fx.map_arg(argument, self.values.__getitem__)
-
-    def argument(self, name: str) -> Any:
-        """Value of an argument by its name, or its default."""
-        target: Any = self.node.target
-        for position, argument in enumerate(target._schema.arguments):
-            if argument.name == name:
-                given = self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name)
-                return argument.default_value if given is None else self.resolve(given)
-        raise KeyError(name)
-
-    def tangents_of(self, argument: Any) -> Tangents:
-        """Tangents of an argument; none if it does not depend on the directions."""
-        return self.tangents.get(argument, {}) if isinstance(argument, fx.Node) else {}
-
-    @property
-    def output(self) -> Any:
-        """Value of the operation."""
-        return self.values[self.node]
-
-    def directions(self) -> list[int]:
-        """Directions that have reached any argument."""
-        return sorted({i for argument in self.node.all_input_nodes for i in self.tangents_of(argument)})
-
-
-class Rule:
-    """How one kind of operation passes on tangents and contributes curvature."""
-
-    curved: ClassVar[bool] = True
-    """Whether it can contribute curvature, so that its adjoint is needed."""
-
-    def bends(self, node: fx.Node, moving: set[fx.Node]) -> bool:
-        """Whether the operation can contribute curvature, given which nodes depend on the directions."""
-        return self.curved
-
-    def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
-        """Whether the rule holds for an operation some arguments of which depend on the directions."""
-        return True
-
-    def push(self, call: Call) -> Tangents:
-        """Tangents of the operation's value, from those of its arguments."""
-        raise NotImplementedError
-
-    def contract(self, call: Call, contributions: Contributions) -> None:
-        """Add ⟨adjoint, D²f[u_i, u_j]⟩ for every pair of directions."""
-
-
-# --- Inner products, whatever the memory layout
-
-
-def as_vector(tensor: Tensor) -> Float[Tensor, " n"]:
-    """All elements in the order of memory where that is possible without a copy; two alike tensors come out alike."""
-    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        tensor = tensor.permute(0, 2, 3, 1)
-    return tensor.reshape(-1)
-
-
-def _aligned(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` in the memory layout of `like`."""
-    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor.contiguous()
-
-
-def _inner_with_each(tensor: Tensor, others: Iterable[Tensor]) -> Float[Tensor, " k"]:
-    vectors = [as_vector(_aligned(other, tensor)) for other in others]
-    vector = as_vector(_aligned(tensor, tensor))
-    wide = torch.promote_types(vector.dtype, torch.float32)
-    return torch.stack([torch.dot(vector.to(wide), other.to(wide)) for other in vectors])
-
-
-def _weighted_gram(weight: Tensor, tangents: Tangents) -> Float[Tensor, "k k"]:
-    """Σ weight · u_i · u_j for every pair of tangents."""
-    if not tangents:
-        return weight.new_zeros(0, 0)
-    first = next(iter(tangents.values()))
-    rows = torch.stack([as_vector(_aligned(tensor, first)) for tensor in tangents.values()]).to(_wide(first))
-    return (rows * as_vector(_aligned(weight.expand(first.shape), first))) @ rows.T
-
-
-def _gram(left: list[Tensor], right: list[Tensor]) -> Float[Tensor, "rows columns"]:
-    """Inner products of every tensor on the left with every tensor on the right."""
-    wide = torch.promote_types(left[0].dtype, torch.float32)
-    rows = torch.stack([as_vector(_aligned(tensor, left[0])) for tensor in left]).to(wide)
-    columns = torch.stack([as_vector(_aligned(tensor, left[0])) for tensor in right]).to(wide)
-    return rows @ columns.T
-
-
-# --- Anything
-
-
-class ByAutodiff(Rule):
-    """Any operation, by differentiating it alone, reverse over reverse.
-
-    With q(a, g) = ∇_a ⟨g, f(a)⟩, one backward pass through q along u_i gives both Df[u_i], in g, and
-    D²⟨g, f⟩ u_i, in a.
-    """
-
-    def push(self, call: Call) -> Tangents:
-        """See `Rule`."""
-        local = _LocalGraph(call)
-        return {i: local.tangent(call, i) for i in local.directions}
-
-    def contract(self, call: Call, contributions: Contributions) -> None:
-        """See `Rule`."""
-        local = _LocalGraph(call)
-        directions = local.directions
-        if not directions:
-            return
-        products = {i: local.second(call, i) for i in directions}
-        rows = torch.stack([torch.stack([local.inner(call, products[i], j) for j in directions]) for i in directions])
-        contributions.add(directions, directions, rows / 2)
-
-
-class FlatByAutodiff(ByAutodiff):
-    """The same for an operation whose second derivative is zero wherever it has one."""
-
-    curved: ClassVar[bool] = False
 
 
 class Constant(Rule):
@@ -198,75 +37,6 @@ class Constant(Rule):
     def push(self, call: Call) -> Tangents:
         """See `Rule`."""
         return {}
-
-
-class _LocalGraph:
-    """f and q of `ByAutodiff`, on leaves of their own."""
-
-    def __init__(self, call: Call):
-        self.arguments = [node for node in call.node.all_input_nodes if call.tangents_of(node)]
-        self.leaves = {node: call.values[node].detach().requires_grad_() for node in self.arguments}
-        values = {node: self.leaves.get(node, call.values[node]) for node in call.node.all_input_nodes}
-        with torch.enable_grad():
-            output = evaluate(call.node, values)
-            self.single = isinstance(output, Tensor)
-            outputs = [output] if self.single else list(output)
-            self.kept = [index for index, value in enumerate(outputs) if _has_gradient(value)]
-            adjoints = [call.adjoint] if self.single else list(call.adjoint or [None] * len(outputs))
-            self.count = len(outputs)
-            seeds: list[Any] = [torch.zeros_like(outputs[k]) if adjoints[k] is None else adjoints[k] for k in self.kept]
-            self.weights = [seed.detach().clone().requires_grad_() for seed in seeds]
-            self.directions = call.directions() if self.kept else []
-            self.pulled: Sequence[Any] = [None] * len(self.arguments)
-            if self.directions:
-                leaves, kept = list(self.leaves.values()), [outputs[k] for k in self.kept]
-                self.pulled = torch.autograd.grad(kept, leaves, self.weights, create_graph=True, allow_unused=True)
-
-    def _backward(self, call: Call, direction: int, inputs: list[Tensor]) -> list[Tensor | None]:
-        moved = [
-            (pulled, call.tangents_of(node)[direction])
-            for node, pulled in zip(self.arguments, self.pulled, strict=True)
-            if pulled is not None and pulled.requires_grad and direction in call.tangents_of(node)
-        ]
-        if not moved:
-            return [None] * len(inputs)
-        pulled, tangents = zip(*moved, strict=True)
-        return list(torch.autograd.grad(pulled, inputs, tangents, retain_graph=True, allow_unused=True))
-
-    def tangent(self, call: Call, direction: int) -> Any:
-        found = self._backward(call, direction, self.weights)
-        found = [torch.zeros_like(w) if t is None else t for w, t in zip(self.weights, found, strict=True)]
-        if self.single:
-            return found[0]
-        tangents: list[Tensor | None] = [None] * self.count
-        for k, tensor in zip(self.kept, found, strict=True):
-            tangents[k] = tensor
-        return tuple(tangents)
-
-    def second(self, call: Call, direction: int) -> list[Tensor | None]:
-        return self._backward(call, direction, [self.leaves[node] for node in self.arguments])
-
-    def inner(self, call: Call, product: list[Tensor | None], direction: int) -> Float[Tensor, ""]:
-        terms = [
-            _inner_with_each(tensor, [call.tangents_of(node)[direction]])[0]
-            for node, tensor in zip(self.arguments, product, strict=True)
-            if tensor is not None and direction in call.tangents_of(node)
-        ]
-        return torch.stack(terms).sum() if terms else self.weights[0].new_zeros((), dtype=_wide(self.weights[0]))
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _has_gradient(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """Evaluate one operation."""
-    target: Any = node.target
-    return target(*fx.map_arg(node.args, values.__getitem__), **fx.map_arg(node.kwargs, values.__getitem__))
 
 
 # --- Linear
@@ -466,9 +236,9 @@ class Bilinear(Rule):
             pulled = {i: self.pull_right(call, call.adjoint, tangent) for i, tangent in left.items()}
             others = right
         if len(pulled) > 1:
-            values = _gram(list(pulled.values()), list(others.values()))
+            values = gram(list(pulled.values()), list(others.values()))
         else:
-            values = torch.stack([_inner_with_each(tensor, others.values()) for tensor in pulled.values()])
+            values = torch.stack([inner_with_each(tensor, others.values()) for tensor in pulled.values()])
         contributions.add(pulled, others, values)
 
 
@@ -549,7 +319,7 @@ class Pointwise(Rule):
         if bend is None:
             return
         tangents = call.tangents_of(call.node.args[0])
-        contributions.add(tangents, tangents, _weighted_gram(call.adjoint * bend, tangents) / 2)
+        contributions.add(tangents, tangents, weighted_gram(call.adjoint * bend, tangents) / 2)
 
 
 def _pointwise_derivatives(call: Call, order: int) -> tuple[Tensor, Tensor | None]:
@@ -580,7 +350,7 @@ class Rectifier(Rule):
         """See `Rule`."""
         output = call.output.detach()
         return {
-            i: aten.threshold_backward.default(_aligned(tangent, output), output, 0)
+            i: aten.threshold_backward.default(aligned(tangent, output), output, 0)
             for i, tangent in call.tangents_of(call.node.args[0]).items()
         }
 
@@ -641,7 +411,7 @@ class Softmax(Rule):
         y, g = call.output.detach(), call.adjoint
         weight = (g - (y * g).sum(_axis(call), keepdim=True)) * y
         tangents = _centered(call, y)
-        contributions.add(tangents, tangents, _weighted_gram(weight, tangents) / 2)
+        contributions.add(tangents, tangents, weighted_gram(weight, tangents) / 2)
 
 
 class LogSoftmax(Rule):
@@ -656,7 +426,7 @@ class LogSoftmax(Rule):
         p = call.output.detach().exp()
         weight = -call.adjoint.sum(_axis(call), keepdim=True) * p
         tangents = _centered(call, p)
-        contributions.add(tangents, tangents, _weighted_gram(weight, tangents) / 2)
+        contributions.add(tangents, tangents, weighted_gram(weight, tangents) / 2)
 
 
 def _axis(call: Call) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from lmc_curvature.curvature.graph import Stage, value_of
-from lmc_curvature.curvature.op_rules import Call, Contributions, Rule, Tangents, evaluate, rule_of
+from lmc_curvature.curvature.op_calls import Call, Contributions, Rule, Tangents, evaluate
+from lmc_curvature.curvature.op_rules import rule_of
 from lmc_curvature.errors import CaptureError
 
 aten = torch.ops.aten

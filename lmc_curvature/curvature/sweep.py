@@ -28,7 +28,7 @@ from torch import Tensor, fx
 
 from lmc_curvature.batches import Batch, map_tensors
 from lmc_curvature.curvature.graph import capture, dependents
-from lmc_curvature.curvature.op_rules import Contributions, Tangents
+from lmc_curvature.curvature.op_calls import Contributions, Tangents
 from lmc_curvature.curvature.plan import Plan
 from lmc_curvature.errors import CaptureError, MemoryBudgetError
 from lmc_curvature.network import State

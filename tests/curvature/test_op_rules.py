@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from sweeping import around, assert_sweep_agrees
+from sweeping import around, assert_sweep_agrees, layer_directions
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 from lmc_curvature.curvature import op_rules
 
@@ -121,6 +122,14 @@ POOLINGS = {
     "adaptive average pool, channels last": (
         lambda x: F.adaptive_avg_pool2d(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), 1),
         IMAGE,
+    ),
+    "fractional max pool": (
+        nn.FractionalMaxPool2d(2, output_size=3, _random_samples=torch.full((3, 2, 2), 0.4, dtype=torch.float64)),
+        IMAGE,
+    ),
+    "fractional max pool of volumes": (
+        nn.FractionalMaxPool3d(2, output_size=2, _random_samples=torch.full((3, 1, 3), 0.4, dtype=torch.float64)),
+        (1, 4, 4, 4),
     ),
     "cubic pool of positive numbers": (lambda x: F.lp_pool2d(x.exp(), 3.0, 2), IMAGE),
     "unpooled": (lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2, output_size=(5, 6)), IMAGE),
@@ -264,6 +273,7 @@ FUNCTIONS = {
     "matrix exponential": (torch.matrix_exp, SQUARE),
     "determinant": (lambda x: torch.linalg.det(x + 3 * torch.eye(3)).unsqueeze(1), SQUARE),
     "inverse": (lambda x: torch.linalg.inv(x + 3 * torch.eye(3)), SQUARE),
+    "checkpointed": (lambda x: checkpoint(torch.sin, x, use_reentrant=False), VECTOR),
     "detached factor": (lambda x: x * x.detach(), VECTOR),
     "changed in place": (lambda x: (2 * x).add_(1).relu_() * x, VECTOR),
 }
@@ -427,6 +437,35 @@ def test_scaled_dot_product_attention(options):
 
 def test_products_of_three_tensors():
     assert_sweep_agrees(around(lambda a, b, c: torch.einsum("bi,bj,bk->bijk", a, b, c), (2,), (3,), (2,)))
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        # torch gives these a wrong second derivative, or none.
+        (lambda: weight_norm(nn.Linear(6, 4)), VECTOR),
+        (lambda: weight_norm(nn.Conv2d(2, 3, 2), dim=1), IMAGE),
+        (nn.Hardsigmoid, VECTOR),
+        (lambda: nn.Hardsigmoid(inplace=True), VECTOR),
+    ],
+    ids=["weight norm", "weight norm of another axis", "hard sigmoid", "hard sigmoid in place"],
+)
+def test_second_derivatives_that_torch_lacks_equal_differences_of_the_gradient(make, shape):
+    objective = around(make(), shape)
+    directions = layer_directions(objective)
+    found = assert_sweep_agrees(objective, directions)
+    state, h = objective.state(), 1e-4
+
+    def gradient(step, direction):
+        return objective.gradient({name: state[name] + step * tensor for name, tensor in direction.items()})
+
+    for i, direction in enumerate(directions.values()):
+        up, down = gradient(h, direction), gradient(-h, direction)
+        for j, other in enumerate(directions.values()):
+            difference = sum(((up[name] - down[name]) * tensor).sum().item() for name, tensor in other.items()) / (
+                2 * h
+            )
+            assert found.curvature[i, j] == pytest.approx(difference, rel=1e-6, abs=1e-8)
 
 
 @pytest.mark.parametrize("padding", [None, 2])

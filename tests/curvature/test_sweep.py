@@ -10,20 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES
-from networks import NETWORKS, randomized
+from networks import randomized
 from sweeping import assert_projections_agree, assert_sweep_agrees, layer_directions, swept
 from torch import nn
 
-from lmc_curvature import BatchLoss, Objective, project_hessian
-from lmc_curvature.curvature import graph, op_rules, sweep
+from lmc_curvature import Objective, project_hessian
+from lmc_curvature.curvature import graph, sweep
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.errors import (
     CaptureError,
     DirectionError,
-    FallbackWarning,
     MemoryBudgetError,
     OptionError,
-    SweepError,
 )
 from lmc_curvature.forking.models import resnet20
 
@@ -31,14 +29,6 @@ from lmc_curvature.forking.models import resnet20
 def _objective(name, sizes=(6, 6, 3), **options):
     case = CASES[name]
     return Objective(case.model(), case.batches(sizes), **{**case.options, **options})
-
-
-def _vectors(*sizes, features=5, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (torch.randn(n, features, generator=generator).double(), torch.randint(3, (n,), generator=generator))
-        for n in sizes
-    ]
 
 
 @pytest.fixture
@@ -167,29 +157,22 @@ def test_graphs_go_with_their_objective():
     assert program() is None
 
 
-# --- Networks and losses of any form
-
-
-class _Mixing(nn.Module):
+class _Mixing(TwoLayers):
     """Subtracts the mean over the batch, in evaluation mode too."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(5, 4), nn.Linear(4, 3)
 
     def forward(self, x):
         x = torch.tanh(self.first(x))
         return self.second(x - x.mean(0))
 
 
-class _Counting(_Mixing):
+class _Counting(TwoLayers):
     """Divides by the number of examples."""
 
     def forward(self, x):
         return self.second(torch.tanh(self.first(x)) / x.shape[0])
 
 
-class _TimeFirst(_Mixing):
+class _TimeFirst(TwoLayers):
     """Returns time before examples, of which there are as many."""
 
     def forward(self, x):
@@ -197,7 +180,7 @@ class _TimeFirst(_Mixing):
         return self.second(torch.tanh(self.first(x))).transpose(0, 1).cumsum(0)
 
 
-class _Insisting(_Mixing):
+class _Insisting(TwoLayers):
     """Takes four examples at a time and no others."""
 
     def forward(self, x):
@@ -215,202 +198,19 @@ class _Insisting(_Mixing):
 )
 def test_networks_that_mix_examples_are_swept_whole(make, size, loss_fn, tiles, monkeypatch):
     monkeypatch.setattr(sweep, "_CACHE_BYTES", 1)
-    assert_sweep_agrees(Objective(randomized(make().double()), _vectors(size, size), loss_fn=loss_fn))
+    assert_sweep_agrees(Objective(randomized(make().double()), vectors(size, size), loss_fn=loss_fn))
     assert tiles[-1] == size
     assert tiles[0] < size or make is _Insisting
 
 
 def test_a_table_with_as_many_rows_as_there_are_examples(monkeypatch):
-    class Table(_Mixing):
+    class Table(TwoLayers):
         def forward(self, inputs):
             return self.second(torch.tanh(self.first(inputs["x"] + inputs["table"].mean(0))))
 
     monkeypatch.setattr(sweep, "_CACHE_BYTES", 1)
-    batches = [({"x": x, "table": x.flip(0).square()}, y) for x, y in _vectors(4, 4)]
+    batches = [({"x": x, "table": x.flip(0).square()}, y) for x, y in vectors(4, 4)]
     assert_sweep_agrees(Objective(randomized(Table().double()), batches))
-
-
-class _Detaching(_Mixing):
-    def forward(self, x):
-        x = torch.tanh(self.first(x))
-        return self.second(x * torch.sigmoid(x.detach()))
-
-
-class _WithoutGraph(_Mixing):
-    def forward(self, x):
-        x = self.first(x)
-        with torch.no_grad():
-            scale = self.second(torch.tanh(x)).exp().mean(1, keepdim=True)
-        return self.second(torch.tanh(x) / scale)
-
-
-@pytest.mark.parametrize("make", [_Detaching, _WithoutGraph])
-def test_what_torch_takes_for_a_constant_has_no_tangent(make):
-    assert_sweep_agrees(Objective(randomized(make().double()), _vectors(4, 4, 3)))
-
-
-def test_a_network_may_be_a_feature_extractor_without_graph_and_a_head():
-    class Headed(_Mixing):
-        def forward(self, x):
-            with torch.no_grad():
-                x = torch.tanh(self.first(x))
-            return self.second(x)
-
-    objective = Objective(randomized(Headed().double()), _vectors(4, 3))
-    directions = layer_directions(objective)
-    found = swept(objective, directions)
-    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
-    np.testing.assert_array_equal(found.curvature[0], 0)
-    assert found.curvature[1, 1] > 1e-3
-
-
-class _Sign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.sign()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-class _Binarized(_Mixing):
-    """Passes gradients straight through a sign."""
-
-    def forward(self, x):
-        return self.second(torch.sin(_Sign.apply(self.first(x)) + 0.5))
-
-
-def test_a_gradient_of_its_own_is_left_to_autograd():
-    objective = Objective(randomized(_Binarized().double()), _vectors(4, 4))
-    directions = layer_directions(objective)
-    with pytest.raises(
-        CaptureError, match=r"autograd.Function has derivatives of its own.*in forward: return self.sec"
-    ):
-        project_hessian(objective, {}, directions, method="sweep")
-    with pytest.warns(FallbackWarning, match="autograd.Function.*one Hessian-vector product a direction") as warned:
-        found = project_hessian(objective, {}, directions)
-    assert len(warned) == 1, "not one a batch"
-    expected = project_hessian(objective, {}, directions, method="hvp")
-    assert np.abs(expected.curvature).max() > 1e-3
-    assert_projections_agree(found, expected, relative=0)
-
-
-def test_unused_and_frozen_parameters_and_linear_directions():
-    class Partly(_Mixing):
-        def __init__(self):
-            super().__init__()
-            self.unused = nn.Linear(2, 2)
-            self.shift = nn.Parameter(torch.zeros(()))
-
-        def forward(self, x):
-            # Shifting all logits alike leaves the softmax as it is.
-            return self.second(torch.tanh(self.first(x))) + self.shift
-
-    model = randomized(Partly().double())
-    model.first.requires_grad_(False)
-    objective = Objective(model, _vectors(4, 3))
-    directions = layer_directions(objective)
-    found = swept(objective, directions)
-    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
-    names = list(directions)
-    assert abs(found.curvature[names.index("first"), names.index("first")]) > 1e-3
-    np.testing.assert_array_equal(found.curvature[names.index("unused")], 0)
-    np.testing.assert_allclose(found.curvature[names.index("shift")], 0, atol=1e-14)
-    alone = swept(objective, [directions["unused"]])
-    np.testing.assert_array_equal(alone.curvature, np.zeros((1, 1)))
-
-
-def test_a_loss_without_curvature():
-    objective = Objective(nn.Linear(5, 3).double(), _vectors(4, 3), loss_fn=lambda out, _: out.mean())
-    np.testing.assert_array_equal(swept(objective, layer_directions(objective)).curvature, np.zeros((3, 3)))
-
-
-class _Several(_Mixing):
-    def forward(self, inputs):
-        x = torch.tanh(self.first(inputs["x"]) * inputs["scale"][0])
-        return {"logits": self.second(x), "features": x}
-
-
-def test_dict_inputs_and_outputs():
-    batches = [({"x": x, "scale": (x[:, :1].abs() + 0.5,)}, y) for x, y in _vectors(4, 4, 3)]
-
-    def loss(output, target):
-        return F.cross_entropy(output["logits"], target) + output["features"].square().mean()
-
-    objective = Objective(randomized(_Several().double()), batches, loss_fn=loss)
-    assert_sweep_agrees(objective)
-
-
-def test_tuple_outputs():
-    class Pair(_Mixing):
-        def forward(self, x):
-            features = torch.tanh(self.first(x))
-            return self.second(features), features
-
-    objective = Objective(
-        randomized(Pair().double()), _vectors(4, 3), loss_fn=lambda out, y: F.cross_entropy(out[0], y) + out[1].var()
-    )
-    assert_sweep_agrees(objective)
-
-
-class _Scalar(_Mixing):
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x))).square().mean()
-
-
-class _Constant(_Mixing):
-    def forward(self, x):
-        return torch.tanh(self.second(self.first.bias)).expand(x.shape[0], -1)
-
-
-class _EverySecond(_Mixing):
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)))[::2]
-
-
-@pytest.mark.parametrize(
-    ("make", "loss_fn"),
-    [
-        (_Scalar, lambda out, _: 1.5 * out),
-        (_Constant, F.cross_entropy),
-        (_EverySecond, lambda out, y: F.cross_entropy(out, y[::2])),
-    ],
-)
-def test_outputs_that_do_not_belong_to_examples(make, loss_fn):
-    objective = Objective(randomized(make().double()), _vectors(4, 3), loss_fn=loss_fn)
-    directions = layer_directions(objective)
-    found = swept(objective, directions)
-    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
-    assert np.abs(found.curvature[-1]).max() > 1e-3
-
-
-@pytest.mark.parametrize("target", [None, 3, torch.tensor(0.3)])
-def test_targets_that_do_not_belong_to_examples(target):
-    batches = [(x, target) for x, _ in _vectors(4, 3)]
-    loss = F.mse_loss if isinstance(target, torch.Tensor) else lambda out, y: (out - (y or 0)).square().mean()
-    objective = Objective(randomized(_Mixing().double()), batches, loss_fn=lambda out, y: loss(out.sin(), y))
-    assert_sweep_agrees(objective)
-
-
-def test_a_loss_of_the_whole_network():
-    loss = BatchLoss(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]) + model.first.weight.pow(4).sum())
-    assert_sweep_agrees(Objective(randomized(_Mixing().double()), _vectors(4, 3), loss_fn=loss))
-
-
-@pytest.mark.parametrize("name", [name for name in NETWORKS if name not in CASES])
-def test_networks_that_are_easy_to_get_wrong(name):
-    case = NETWORKS[name]
-    assert_sweep_agrees(Objective(case.model(), case.batches((3, 2)), **case.options))
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("layers", ["module", "tensor"])
-def test_cases(case, layers):
-    objective = Objective(case.model(), case.batches((4, 4, 3)), **case.options)
-    directions = layer_directions(objective, layers)
-    found = swept(objective, directions)
-    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
 
 
 # --- Against what is not autograd
@@ -442,7 +242,7 @@ def test_random_combinations_equal_second_differences_of_the_loss(name):
 
 def test_the_dense_hessian_of_a_small_network():
     model = randomized(nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.LayerNorm(4), nn.Linear(4, 3)).double())
-    ((x, y),) = _vectors(7)
+    ((x, y),) = vectors(7)
     objective = Objective(model, [(x, y)])
     state = objective.state()
     shapes = [tensor.shape for tensor in state.values()]
@@ -470,82 +270,6 @@ def test_single_precision_agrees_as_well_as_it_can():
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     exact = project_hessian(Objective(model.double(), objective.loader), {}, directions, method="hvp").curvature
     np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5 * np.abs(exact).max())
-
-
-# --- The check on itself
-
-
-def _nothing(self, call, contributions):
-    pass
-
-
-_MUTATIONS = {
-    "no curvature of log softmax": (op_rules.LogSoftmax, "contract", _nothing),
-    "no curvature of products": (op_rules.Bilinear, "contract", _nothing),
-    "no curvature of activations": (op_rules.Pointwise, "contract", _nothing),
-    "tangents of activations passed on as they are": (
-        op_rules.Pointwise,
-        "push",
-        lambda self, call: dict(call.tangents_of(call.node.args[0])),
-    ),
-    "tangents of sums lost": (op_rules.Affine, "push", lambda self, call: {}),
-}
-
-
-@pytest.mark.parametrize(("rule", "method", "broken"), _MUTATIONS.values(), ids=_MUTATIONS)
-def test_a_broken_rule_is_found_out(rule, method, broken, monkeypatch):
-    objective = _objective("conv, interpolate")
-    directions = layer_directions(objective)
-    expected = project_hessian(objective, {}, directions, method="hvp")
-    monkeypatch.setattr(rule, method, broken)
-    with pytest.raises(SweepError, match=r"along a random combination of the directions is \S+ on batch 0, and \S+ by"):
-        project_hessian(objective, {}, directions, method="sweep")
-    with pytest.warns(FallbackWarning, match="on batch 0.*Falling back on one Hessian-vector product a direction"):
-        found = project_hessian(objective, {}, directions)
-    assert_projections_agree(found, expected, relative=0)
-
-
-def test_every_shape_of_batch_is_checked(monkeypatch):
-    objective = _objective("LayerNorm and GELU", (4, 4, 3))
-    directions = layer_directions(objective)
-    contract = op_rules.LogSoftmax.contract
-
-    def broken_for_three(self, call, contributions):
-        if call.output.shape[0] != 3:
-            contract(self, call, contributions)
-
-    monkeypatch.setattr(op_rules.LogSoftmax, "contract", broken_for_three)
-    with pytest.raises(SweepError, match="on batch 2"):
-        project_hessian(objective, {}, directions, method="sweep")
-
-
-def test_a_layer_that_is_small_beside_the_others_is_checked_too(monkeypatch):
-    case = CASES["LayerNorm and GELU"]
-    model = case.model()
-    objective = Objective(model, case.batches())
-    directions = layer_directions(objective)
-    directions = {
-        name: {entry: (1e-4 if name == "0" else 1.0) * tensor for entry, tensor in direction.items()}
-        for name, direction in directions.items()
-        if name != "everything"
-    }
-    contract = op_rules.Bilinear.contract
-
-    def broken_for_the_first_layer(self, call, contributions):
-        if "addmm" not in str(call.node.target) or call.value(2).shape[0] != 5:
-            contract(self, call, contributions)
-
-    push = op_rules.Bilinear.push
-
-    def stretched(self, call):
-        found = push(self, call)
-        first = "addmm" in str(call.node.target) and call.value(2).shape[0] == 5
-        return {i: 1.01 * tangent for i, tangent in found.items()} if first else found
-
-    monkeypatch.setattr(op_rules.Bilinear, "contract", broken_for_the_first_layer)
-    monkeypatch.setattr(op_rules.Bilinear, "push", stretched)
-    with pytest.raises(SweepError):
-        project_hessian(objective, {}, directions, method="sweep")
 
 
 # --- Bad input
@@ -596,10 +320,10 @@ def test_a_batch_that_holds_what_is_no_tensor():
     class Kind:
         pass
 
-    class Ignoring(_Mixing):
+    class Ignoring(TwoLayers):
         def forward(self, inputs):
             return self.second(torch.tanh(self.first(inputs[0])))
 
-    objective = Objective(randomized(Ignoring().double()), [((x, Kind()), y) for x, y in _vectors(4)])
+    objective = Objective(randomized(Ignoring().double()), [((x, Kind()), y) for x, y in vectors(4)])
     with pytest.raises(CaptureError, match="the batch holds a Kind, which may change from batch to batch"):
         project_hessian(objective, {}, layer_directions(objective), method="sweep")

@@ -1,0 +1,163 @@
+"""An operation of a captured graph as the sweep meets it: what a rule is given, and what it adds to.
+
+An operation z = f(a, b, …) enters the projection of the Hessian in two ways. Its tangent along direction i,
+
+    ż_i = Df [u_i]                      (u_i: the tangents of its arguments)
+
+goes on to the operations that read it, and its own second derivative, against the adjoint g = ∂L/∂z, contributes
+
+    ⟨g, D²f [u_i, u_j]⟩                 to entry (i, j).
+
+Tangents are sparse: a direction that has not reached an argument is absent from its dictionary.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, fx
+
+Tangents = dict[int, Any]
+"""Direction to the tangent of one value; of a tuple of values, a tuple with None for zero."""
+
+
+@dataclass
+class Contributions:
+    """Sums over operations of P, where the projected Hessian is P + Pᵀ; kept on the device until they are asked for."""
+
+    parts: list[tuple[list[int], list[int], Tensor]] = field(default_factory=list)
+
+    def add(self, rows: Iterable[int], columns: Iterable[int], values: Float[Tensor, "rows columns"]) -> None:
+        """Add to the entries of P in some rows and columns."""
+        self.parts.append((list(rows), list(columns), values.detach()))
+
+    def flat(self) -> list[Tensor]:
+        """All values, one vector a part, in the order that `assemble` takes them."""
+        return [values.flatten() for _, _, values in self.parts]
+
+    def assemble(self, values: Float[np.ndarray, " n"], size: int) -> Float[np.ndarray, "size size"]:
+        """P + Pᵀ from the values of `flat`, end to end."""
+        half = np.zeros((size, size))
+        start = 0
+        for rows, columns, part in self.parts:
+            half[np.ix_(rows, columns)] += values[start : start + part.numel()].reshape(part.shape)
+            start += part.numel()
+        return half + half.T
+
+
+@dataclass
+class Call:
+    """One operation in one evaluation of the graph: its arguments' values and tangents, its own value and adjoint."""
+
+    node: fx.Node
+    values: Mapping[fx.Node, Any]
+    tangents: Mapping[fx.Node, Tangents]
+    adjoint: Any = None
+
+    def value(self, position: int) -> Any:
+        """Value of a positional argument."""
+        return self.resolve(self.node.args[position])
+
+    def resolve(self, argument: Any) -> Any:
+        """An argument with values in place of nodes."""
+        return fx.map_arg(argument, self.values.__getitem__)
+
+    def argument(self, name: str) -> Any:
+        """Value of an argument by its name, or its default."""
+        target: Any = self.node.target
+        for position, argument in enumerate(target._schema.arguments):
+            if argument.name == name:
+                given = self.node.args[position] if position < len(self.node.args) else self.node.kwargs.get(name)
+                return argument.default_value if given is None else self.resolve(given)
+        raise KeyError(name)
+
+    def tangents_of(self, argument: Any) -> Tangents:
+        """Tangents of an argument; none if it does not depend on the directions."""
+        return self.tangents.get(argument, {}) if isinstance(argument, fx.Node) else {}
+
+    @property
+    def output(self) -> Any:
+        """Value of the operation."""
+        return self.values[self.node]
+
+    def directions(self) -> list[int]:
+        """Directions that have reached any argument."""
+        return sorted({i for argument in self.node.all_input_nodes for i in self.tangents_of(argument)})
+
+
+class Rule:
+    """How one kind of operation passes on tangents and contributes curvature."""
+
+    curved: ClassVar[bool] = True
+    """Whether it can contribute curvature, so that its adjoint is needed."""
+
+    def bends(self, node: fx.Node, moving: set[fx.Node]) -> bool:
+        """Whether the operation can contribute curvature, given which nodes depend on the directions."""
+        return self.curved
+
+    def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
+        """Whether the rule holds for an operation some arguments of which depend on the directions."""
+        return True
+
+    def push(self, call: Call) -> Tangents:
+        """Tangents of the operation's value, from those of its arguments."""
+        raise NotImplementedError
+
+    def contract(self, call: Call, contributions: Contributions) -> None:
+        """Add ⟨adjoint, D²f[u_i, u_j]⟩ for every pair of directions."""
+
+
+def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """Evaluate one operation."""
+    target: Any = node.target
+    return target(*fx.map_arg(node.args, values.__getitem__), **fx.map_arg(node.kwargs, values.__getitem__))
+
+
+# --- Inner products, whatever the memory layout
+
+
+def as_vector(tensor: Tensor) -> Float[Tensor, " n"]:
+    """All elements in the order of memory where that is possible without a copy; two alike tensors come out alike."""
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    return tensor.reshape(-1)
+
+
+def aligned(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` in the memory layout of `like`."""
+    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor.contiguous()
+
+
+def inner_with_each(tensor: Tensor, others: Iterable[Tensor]) -> Float[Tensor, " k"]:
+    """Inner products of a tensor with every other one."""
+    vectors = [as_vector(aligned(other, tensor)) for other in others]
+    vector = as_vector(aligned(tensor, tensor))
+    dtype = wide(vector)
+    return torch.stack([torch.dot(vector.to(dtype), other.to(dtype)) for other in vectors])
+
+
+def weighted_gram(weight: Tensor, tangents: Tangents) -> Float[Tensor, "k k"]:
+    """Σ weight · u_i · u_j for every pair of tangents."""
+    if not tangents:
+        return weight.new_zeros(0, 0)
+    first = next(iter(tangents.values()))
+    rows = torch.stack([as_vector(aligned(tensor, first)) for tensor in tangents.values()]).to(wide(first))
+    return (rows * as_vector(aligned(weight.expand(first.shape), first))) @ rows.T
+
+
+def gram(left: list[Tensor], right: list[Tensor]) -> Float[Tensor, "rows columns"]:
+    """Inner products of every tensor on the left with every tensor on the right."""
+    dtype = wide(left[0])
+    rows = torch.stack([as_vector(aligned(tensor, left[0])) for tensor in left]).to(dtype)
+    columns = torch.stack([as_vector(aligned(tensor, left[0])) for tensor in right]).to(dtype)
+    return rows @ columns.T
+
+
+def wide(tensor: Tensor) -> torch.dtype:
+    """The type that sums over a tensor are kept in: single precision at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)

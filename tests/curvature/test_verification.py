@@ -1,0 +1,122 @@
+"""Claim: where the sweep is wrong, or cannot go, that is found out: it never gives a wrong answer without a word."""
+
+import numpy as np
+import pytest
+import torch
+from cases import CASES
+from networks import randomized
+from sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
+
+from lmc_curvature import Objective, project_hessian
+from lmc_curvature.curvature import op_rules
+from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
+
+
+def _objective(name, sizes=(6, 6, 3), **options):
+    case = CASES[name]
+    return Objective(case.model(), case.batches(sizes), **{**case.options, **options})
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class _Binarized(TwoLayers):
+    """Passes gradients straight through a sign."""
+
+    def forward(self, x):
+        return self.second(torch.sin(_Sign.apply(self.first(x)) + 0.5))
+
+
+def test_a_gradient_of_its_own_is_left_to_autograd():
+    objective = Objective(randomized(_Binarized().double()), vectors(4, 4))
+    directions = layer_directions(objective)
+    with pytest.raises(
+        CaptureError, match=r"autograd.Function has derivatives of its own.*in forward: return self.sec"
+    ):
+        project_hessian(objective, {}, directions, method="sweep")
+    with pytest.warns(FallbackWarning, match="autograd.Function.*one Hessian-vector product a direction") as warned:
+        found = project_hessian(objective, {}, directions)
+    assert len(warned) == 1, "not one a batch"
+    expected = project_hessian(objective, {}, directions, method="hvp")
+    assert np.abs(expected.curvature).max() > 1e-3
+    assert_projections_agree(found, expected, relative=0)
+
+
+def _nothing(self, call, contributions):
+    pass
+
+
+_MUTATIONS = {
+    "no curvature of log softmax": (op_rules.LogSoftmax, "contract", _nothing),
+    "no curvature of products": (op_rules.Bilinear, "contract", _nothing),
+    "no curvature of activations": (op_rules.Pointwise, "contract", _nothing),
+    "tangents of activations passed on as they are": (
+        op_rules.Pointwise,
+        "push",
+        lambda self, call: dict(call.tangents_of(call.node.args[0])),
+    ),
+    "tangents of sums lost": (op_rules.Affine, "push", lambda self, call: {}),
+}
+
+
+@pytest.mark.parametrize(("rule", "method", "broken"), _MUTATIONS.values(), ids=_MUTATIONS)
+def test_a_broken_rule_is_found_out(rule, method, broken, monkeypatch):
+    objective = _objective("conv, interpolate")
+    directions = layer_directions(objective)
+    expected = project_hessian(objective, {}, directions, method="hvp")
+    monkeypatch.setattr(rule, method, broken)
+    with pytest.raises(SweepError, match=r"along a random combination of the directions is \S+ on batch 0, and \S+ by"):
+        project_hessian(objective, {}, directions, method="sweep")
+    with pytest.warns(FallbackWarning, match="on batch 0.*Falling back on one Hessian-vector product a direction"):
+        found = project_hessian(objective, {}, directions)
+    assert_projections_agree(found, expected, relative=0)
+
+
+def test_every_shape_of_batch_is_checked(monkeypatch):
+    objective = _objective("LayerNorm and GELU", (4, 4, 3))
+    directions = layer_directions(objective)
+    contract = op_rules.LogSoftmax.contract
+
+    def broken_for_three(self, call, contributions):
+        if call.output.shape[0] != 3:
+            contract(self, call, contributions)
+
+    monkeypatch.setattr(op_rules.LogSoftmax, "contract", broken_for_three)
+    with pytest.raises(SweepError, match="on batch 2"):
+        project_hessian(objective, {}, directions, method="sweep")
+
+
+def test_a_layer_that_is_small_beside_the_others_is_checked_too(monkeypatch):
+    case = CASES["LayerNorm and GELU"]
+    model = case.model()
+    objective = Objective(model, case.batches())
+    directions = layer_directions(objective)
+    directions = {
+        name: {entry: (1e-4 if name == "0" else 1.0) * tensor for entry, tensor in direction.items()}
+        for name, direction in directions.items()
+        if name != "everything"
+    }
+    contract = op_rules.Bilinear.contract
+
+    def broken_for_the_first_layer(self, call, contributions):
+        if "addmm" not in str(call.node.target) or call.value(2).shape[0] != 5:
+            contract(self, call, contributions)
+
+    push = op_rules.Bilinear.push
+
+    def stretched(self, call):
+        found = push(self, call)
+        first = "addmm" in str(call.node.target) and call.value(2).shape[0] == 5
+        return {i: 1.01 * tangent for i, tangent in found.items()} if first else found
+
+    monkeypatch.setattr(op_rules.Bilinear, "contract", broken_for_the_first_layer)
+    monkeypatch.setattr(op_rules.Bilinear, "push", stretched)
+    with pytest.raises(SweepError):
+        project_hessian(objective, {}, directions, method="sweep")
