@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PEERS := $(VENV)/.peers-installed
 BENCHMARKS := projection hvp hvp_vs_exact blocks spectrum scaling
 # BENCH_OPTIONS= measures in full, BENCH_OPTIONS='--device cuda' on a GPU.
 BENCH_OPTIONS ?= --quick
@@ -14,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/lmc-curvature demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -24,7 +23,7 @@ lint: $(INSTALLED)
 
 # The profiler, which benchmarks ask about memory, otherwise announces every start and stop.
 bench: export KINETO_LOG_LEVEL ?= 6
-bench: $(PEERS)
+bench: $(INSTALLED)
 	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCH_OPTIONS); done
 
 # The stamp is written last: an installation that was interrupted is done again.
@@ -32,10 +31,6 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	touch $@
-
-$(PEERS): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,backends]'
 	touch $@
 
 clean:

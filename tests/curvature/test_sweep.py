@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES
 from networks import randomized
-from sweeping import assert_projections_agree, assert_sweep_agrees, layer_directions, swept
+from sweeping import TwoLayers, assert_projections_agree, assert_sweep_agrees, layer_directions, swept, vectors
 from torch import nn
 
 from lmc_curvature import Objective, project_hessian
