@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/lmc-curvature demo
 
 test: lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -31,7 +31,7 @@ class VerifiedSweep:
             CaptureError: The loss cannot be captured.
             SweepError: The sweep's answer is not that of a Hessian-vector product.
         """
-        values = self._sweep.project(number, batch)
+        values = self._in_tiles(number, batch)
         captured = self._sweep.captured(batch)
         if captured.verified or not _finite(values):
             return values
@@ -45,6 +45,16 @@ class VerifiedSweep:
             raise SweepError(disagreement)
         captured.verified = True
         return values
+
+    def _in_tiles(self, number: int, batch: Batch) -> BatchValues:
+        try:
+            return self._sweep.project(number, batch)
+        except CaptureError:
+            if self._sweep.captured(batch).tile == batch.size:
+                raise
+            # The network insists on its batch size, or its inputs do not begin with the examples.
+            self._sweep.sweep_whole_batches()
+            return self._sweep.project(number, batch)
 
     def project_or_fall_back(self, number: int, batch: Batch) -> BatchValues:
         """As `project`, and by products, with a warning, from where the sweep cannot go on."""

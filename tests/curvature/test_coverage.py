@@ -13,7 +13,7 @@ from torchvision import models
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
 from lmc_curvature.curvature import plan
-from lmc_curvature.curvature.op_rules import ByAutodiff
+from lmc_curvature.curvature.op_autodiff import ByAutodiff
 from lmc_curvature.errors import FallbackWarning
 from lmc_curvature.forking.models import resnet20
 

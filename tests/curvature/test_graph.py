@@ -302,6 +302,17 @@ def test_what_cannot_be_captured_is_named_with_its_line(function, message):
     torch.testing.assert_close(found.curvature, expected.curvature, rtol=0, atol=0)
 
 
+def test_an_operation_without_a_second_derivative_is_named_with_its_line():
+    def margins(output, target):
+        return F.multi_margin_loss(output, target)
+
+    objective = around(torch.tanh, (6,), loss_fn=margins)
+    with pytest.raises(
+        CaptureError, match=r"multi_margin_loss.*cannot be swept \(at test_graph.py.*in margins: return"
+    ):
+        project_hessian(objective, {}, layer_directions(objective), method="sweep")
+
+
 def test_a_shape_that_depends_on_constants_alone_is_fine():
     kept = torch.tensor([True, False, True])
 
