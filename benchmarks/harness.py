@@ -185,14 +185,20 @@ def parse_options(
     options = parser.parse_args(argv)
     options.size = "smoke" if options.smoke else "quick" if options.quick else "full"
     options.pace = PACES[options.size]
-    words = sys.argv[1:] if argv is None else argv
-    options.command = " ".join(["python", f"benchmarks/{Path(script).name}", *words])
+    options.command = " ".join(["python", f"benchmarks/{Path(script).name}", *_without_out(argv)])
     if options.threads:
         torch.set_num_threads(options.threads)
     # Every road in plain single precision: TF32 keeps ten bits, and libraries differ in who switches it off.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     return options
+
+
+def _without_out(argv: Sequence[str] | None) -> list[str]:
+    """The words of the command line that have a part in what is measured."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    return parser.parse_known_args(argv)[1]
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:

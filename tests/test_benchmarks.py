@@ -36,7 +36,7 @@ def run(script: str, directory: Path, *words: str) -> dict:
         assert (directory / f"{report.name}{suffix}").stat().st_size > 100
     record = json.loads((directory / f"{report.name}.json").read_text())
     assert record["benchmark"] == report.name
-    assert record["setting"]["command"].startswith(f"python benchmarks/{script}.py --smoke")
+    assert record["setting"]["command"] == " ".join(["python", f"benchmarks/{script}.py", "--smoke", *words])
     return record
 
 

@@ -103,13 +103,15 @@ class Affine(Rule):
 
     def push(self, call: Call) -> Tangents:
         """See `Rule`."""
+        arguments = call.node.args
+        return {i: self.part(call, [_tangent_of(call, each, i) for each in arguments]) for i in call.directions()}
 
-        def tangent(argument: Any, i: int) -> Any:
-            if isinstance(argument, (list, tuple)):
-                return [tangent(each, i) for each in argument]
-            return call.tangents_of(argument).get(i)
 
-        return {i: self.part(call, [tangent(argument, i) for argument in call.node.args]) for i in call.directions()}
+def _tangent_of(call: Call, argument: Any, direction: int) -> Any:
+    """Tangent of an argument, or of each in a list of them; None where it is zero."""
+    if isinstance(argument, (list, tuple)):
+        return [_tangent_of(call, each, direction) for each in argument]
+    return call.tangents_of(argument).get(direction)
 
 
 def _sum_part(sign: int) -> Callable[[Call, list[Any]], Tensor]:

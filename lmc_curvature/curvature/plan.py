@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from lmc_curvature.curvature.graph import Stage, value_of
 from lmc_curvature.curvature.op_calls import Call, Contributions, Rule, Tangents, evaluate
 from lmc_curvature.curvature.op_rules import rule_of
+from lmc_curvature.curvature.tracing import line_of
 from lmc_curvature.errors import CaptureError
 
 aten = torch.ops.aten
@@ -148,7 +149,7 @@ def _naming(node: fx.Node) -> Iterator[None]:
         raise
     except (RuntimeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CaptureError(f"Operation {node.target} of the loss cannot be swept: {reason}") from error
+        raise CaptureError(f"Operation {node.target} of the loss cannot be swept{line_of(node)}: {reason}") from error
 
 
 def _moving(stage: Stage, inputs: Iterable[fx.Node]) -> set[fx.Node]:

@@ -258,7 +258,8 @@ class Sweep:
         if captured.loss is None:
             loss, slopes = results[0], self._sweep(tiles, torch.ones_like(results[0]), block, contributions)
         else:
-            loss, slopes = self._through_loss(captured.loss, batch, tiles, torch.cat(results), block, contributions)
+            output = results[0] if len(results) == 1 else torch.cat(results)
+            loss, slopes = self._through_loss(captured.loss, batch, tiles, output, block, contributions)
         return self._gathered(loss, slopes, block, contributions)
 
     def _through_loss(
@@ -406,9 +407,10 @@ class Sweep:
             together = max(2, together // 2)
         if not cuts:
             return size, together, keeps
-        most = left / each
+        # Nothing may be reached at all.
+        most = left / max(each, 1.0)
         if self.objective.device.type == "cpu":
-            most = min(most, max(1.0, _CACHE_BYTES / tangents))
+            most = min(most, max(1.0, _CACHE_BYTES / max(tangents, 1.0)))
         # Of one size where that is possible: every size of tile is captured for itself.
         tiles = -(-size // max(1, min(size, int(most))))
         return -(-size // tiles), together, keeps
