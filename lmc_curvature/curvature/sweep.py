@@ -339,10 +339,18 @@ class Sweep:
 
     def captured(self, batch: Batch) -> _Captured:
         """What is known of batches of this shape, found out the first time."""
-        key = (_Data.of(batch.data).signature, batch.size, self._layout)
+        key = self._key(batch)
         if key not in self._known:
             self._known[key] = self._capture(batch)
         return self._known[key]
+
+    def cuts(self, batch: Batch) -> bool:
+        """Whether batches of this shape were captured, and are cut into tiles."""
+        known = self._known.get(self._key(batch))
+        return known is not None and known.tile < batch.size
+
+    def _key(self, batch: Batch) -> tuple:
+        return _Data.of(batch.data).signature, batch.size, self._layout
 
     def _capture(self, batch: Batch) -> _Captured:
         state = self.states[0]

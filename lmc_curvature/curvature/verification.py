@@ -50,7 +50,7 @@ class VerifiedSweep:
         try:
             return self._sweep.project(number, batch)
         except CaptureError:
-            if self._sweep.captured(batch).tile == batch.size:
+            if not self._sweep.cuts(batch):
                 raise
             # The network insists on its batch size, or its inputs do not begin with the examples.
             self._sweep.sweep_whole_batches()
