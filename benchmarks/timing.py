@@ -57,7 +57,7 @@ class Pace:
     budget: float
 
 
-PACES = {"full": Pace(7, 1.0, 60.0), "quick": Pace(3, 0.2, 4.0), "smoke": Pace(1, 0.0, 0.0)}
+PACES = {"full": Pace(5, 0.5, 20.0), "quick": Pace(3, 0.2, 4.0), "smoke": Pace(1, 0.0, 0.0)}
 
 
 @dataclass(frozen=True)
