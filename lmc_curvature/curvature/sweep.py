@@ -14,11 +14,13 @@ output. The network is swept in tiles of examples, so that the tangents at work 
 batches, so a loss may weigh its examples as it likes.
 """
 
+import functools
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,8 +38,9 @@ from lmc_curvature.objective import Objective
 
 # Examples of the capture that a tile's memory is estimated from.
 _PROBE = 16
-# On a CPU, tangents in its last cache are several times faster to work on than those in main memory.
-_CACHE_BYTES = 32 * 2**20
+# On a CPU, tangents in its last cache are several times faster to work on than those in main memory. Half of it is left
+# to values and weights; larger tiles than the most would save hardly any calls. The least is for where none is reported.
+_LEAST_CACHE_BYTES, _MOST_CACHE_BYTES = 32 * 2**20, 128 * 2**20
 _DEFAULT_BUDGET_GIB = 4.0
 
 BatchValues = tuple[float, Float[np.ndarray, " k"], Float[np.ndarray, "k k"]]
@@ -418,10 +421,20 @@ class Sweep:
         # Nothing may be reached at all.
         most = left / max(each, 1.0)
         if self.objective.device.type == "cpu":
-            most = min(most, max(1.0, _CACHE_BYTES / max(tangents, 1.0)))
+            most = min(most, max(1.0, _cache_bytes() / max(tangents, 1.0)))
         # Of one size where that is possible: every size of tile is captured for itself.
         tiles = -(-size // max(1, min(size, int(most))))
         return -(-size // tiles), together, keeps
+
+
+@functools.cache
+def _cache_bytes() -> int:
+    """What tangents may take of a CPU's last cache, which Linux reports in KiB."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number, unit = path.read_text().strip()[:-1], path.read_text().strip()[-1:]
+        sizes.append(int(number) * 2**10 if unit == "K" and number.isdigit() else 0)
+    return min(max(max(sizes) // 2, _LEAST_CACHE_BYTES), _MOST_CACHE_BYTES)
 
 
 def _laid_out(data: _Data) -> _Data:

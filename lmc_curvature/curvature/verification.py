@@ -35,12 +35,13 @@ class VerifiedSweep:
         captured = self._sweep.captured(batch)
         if captured.verified or not _finite(values):
             return values
-        if captured.tile < batch.size and self._disagreement(values, number, batch):
+        disagreement = self._disagreement(values, number, batch)
+        if disagreement and captured.tile < batch.size:
             # The network mixes examples: whole batches it is.
             self._sweep.sweep_whole_batches()
             values = self._sweep.project(number, batch)
             captured = self._sweep.captured(batch)
-        disagreement = self._disagreement(values, number, batch)
+            disagreement = self._disagreement(values, number, batch)
         if disagreement:
             raise SweepError(disagreement)
         captured.verified = True

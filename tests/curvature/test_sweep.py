@@ -73,11 +73,11 @@ def _needed(objective, directions):
 def test_tiles_of_examples_change_nothing(name, tiles, monkeypatch):
     objective = _objective(name, (3, 3))
     directions = layer_directions(objective)
-    monkeypatch.setattr(sweep, "_CACHE_BYTES", 2**40)
+    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 2**40)
     whole = swept(objective, directions)
     assert set(tiles) == {3}
     tiles.clear()
-    monkeypatch.setattr(sweep, "_CACHE_BYTES", 2.5 * _tangent_bytes(objective, directions))
+    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 2.5 * _tangent_bytes(objective, directions))
     cut = swept(_objective(name, (3, 3)), directions)
     # The last one of a batch is smaller.
     assert set(tiles) == {2, 1}
@@ -116,7 +116,7 @@ def test_blocks_of_directions_change_nothing(name):
     ids=["weighted", "ignoring", "both"],
 )
 def test_losses_that_weigh_examples_are_cut_right(weights, ignored, tiles, monkeypatch):
-    monkeypatch.setattr(sweep, "_CACHE_BYTES", 1)
+    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 1)
     loss = nn.CrossEntropyLoss(weight=torch.tensor(weights) if weights else None, ignore_index=ignored)
     assert_sweep_agrees(_objective("LayerNorm and GELU", loss_fn=loss))
     assert set(tiles) == {1}
@@ -197,7 +197,7 @@ class _Insisting(TwoLayers):
     ],
 )
 def test_networks_that_mix_examples_are_swept_whole(make, size, loss_fn, tiles, monkeypatch):
-    monkeypatch.setattr(sweep, "_CACHE_BYTES", 1)
+    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 1)
     assert_sweep_agrees(Objective(randomized(make().double()), vectors(size, size), loss_fn=loss_fn))
     assert tiles[-1] == size
     assert tiles[0] < size or make is _Insisting
@@ -208,7 +208,7 @@ def test_a_table_with_as_many_rows_as_there_are_examples(monkeypatch):
         def forward(self, inputs):
             return self.second(torch.tanh(self.first(inputs["x"] + inputs["table"].mean(0))))
 
-    monkeypatch.setattr(sweep, "_CACHE_BYTES", 1)
+    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 1)
     batches = [({"x": x, "table": x.flip(0).square()}, y) for x, y in vectors(4, 4)]
     assert_sweep_agrees(Objective(randomized(Table().double()), batches))
 
