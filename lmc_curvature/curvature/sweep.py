@@ -39,7 +39,7 @@ from lmc_curvature.objective import Objective
 # Examples of the capture that a tile's memory is estimated from.
 _PROBE = 16
 # On a CPU, tangents in its last cache are several times faster to work on than those in main memory. Half of it is left
-# to values and weights; larger tiles than the most would save hardly any calls. The least is for where none is reported.
+# to values and weights; tiles larger than the most hardly save calls. The least is for where none is reported.
 _LEAST_CACHE_BYTES, _MOST_CACHE_BYTES = 32 * 2**20, 128 * 2**20
 _DEFAULT_BUDGET_GIB = 4.0
 
