@@ -63,7 +63,6 @@ def fitted_exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
     return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
 
 
-@look()
 def draw_roads(measurements: Mapping[str, Measurement], ours: Sequence[str], xlabel: str) -> Figure:
     """A point a road with its quartiles, on a logarithmic axis, in multiples of a forward pass.
 
@@ -72,7 +71,14 @@ def draw_roads(measurements: Mapping[str, Measurement], ours: Sequence[str], xla
         ours: Names of this library's roads, which have a colour of their own.
         xlabel: What the axis shows.
     """
-    shown = {name: found.in_forwards for name, found in measurements.items() if found.multiples}
+    return draw_points(
+        {name: found.in_forwards for name, found in measurements.items() if found.multiples}, ours, xlabel
+    )
+
+
+@look()
+def draw_points(shown: Mapping[str, Spread], ours: Sequence[str], xlabel: str) -> Figure:
+    """A point for each name with its quartiles, on a logarithmic axis; some names have a colour of their own."""
     figure = new_figure(TEXT_WIDTH, 0.6 + 0.2 * len(shown))
     axes = figure.subplots()
     for row, (name, spread) in enumerate(shown.items()):

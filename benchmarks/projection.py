@@ -111,7 +111,12 @@ def own_roads(problem: Problem) -> list[Road]:
         ONE_BY_ONE: lambda: torch.stack([vectors @ (operator @ vector) for vector in vectors]),
         f"vmap of jvp(grad(loss)), {at_once} at once": lambda: _vmapped(problem, vectors, at_once),
     }
-    return [Road(name, run, problem.forward, warms_up=name == SWEEP) for name, run in roads.items()]
+    # A loop is at its peak within every turn.
+    briefly: dict[str, Callable[[], Any]] = {ONE_BY_ONE: lambda: operator @ vectors[0]}
+    return [
+        Road(name, run, problem.forward, warms_up=name == SWEEP, memory_run=briefly.get(name))
+        for name, run in roads.items()
+    ]
 
 
 def _vmapped(problem: Problem, vectors: Tensor, at_once: int) -> Tensor:
@@ -139,8 +144,8 @@ def peer_roads(problem: Problem, *, both_layouts: bool) -> list[Road]:
         vectors = chosen.dense(chosen.parameter_directions)
         for peer in ("PyHessian", "BackPACK", "curvlinops"):
             if installed(peer):
-                run = _looped(peer, chosen, vectors)
-                roads.append(Road(f"{peer}, loop of products{layout}", run, problem.forward))
+                run, briefly = (_looped(peer, chosen, part) for part in (vectors, vectors[:2]))
+                roads.append(Road(f"{peer}, loop of products{layout}", run, problem.forward, memory_run=briefly))
     if installed("curvlinops"):
         roads.append(_curvlinops_matrix(problem))
     return roads

@@ -15,6 +15,7 @@ import torch
 from memory import peak_bytes
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as clock
+from tqdm.auto import tqdm
 
 Run = Callable[[], Any]
 
@@ -57,7 +58,7 @@ class Pace:
     budget: float
 
 
-PACES = {"full": Pace(5, 0.5, 20.0), "quick": Pace(3, 0.2, 4.0), "smoke": Pace(1, 0.0, 0.0)}
+PACES = {"full": Pace(5, 0.5, 15.0), "quick": Pace(3, 0.2, 4.0), "smoke": Pace(1, 0.0, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -134,15 +135,19 @@ def measure(roads: Sequence[Road], pace: Pace, device: torch.device) -> dict[str
     """
     forwards = _Forwards(pace)
     found = {road.name: Measurement(road) for road in roads}
-    with _garbage_frozen():
+    with _garbage_frozen(), tqdm(total=len(found) * (1 + pace.rounds), desc="roads", unit="sample") as bar:
         for measurement in found.values():
+            bar.set_description(measurement.road.name)
             _run_first(measurement, forwards, pace, device)
+            bar.update()
         forwards.forget()
         for number in range(pace.rounds):
             for measurement in list(found.values())[:: 1 if number % 2 == 0 else -1]:
+                bar.set_description(measurement.road.name)
                 spent = measurement.multiples and measurement.spent >= pace.budget
                 if not measurement.failure and not spent:
                     _sample(measurement, forwards, pace)
+                bar.update()
     return found
 
 

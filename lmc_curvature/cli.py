@@ -17,9 +17,13 @@ from lmc_curvature.barrier.measurement import measure_barrier
 from lmc_curvature.barrier.prediction import predict_barrier
 from lmc_curvature.demo import run_demo
 from lmc_curvature.errors import DataError, LMCCurvatureError, OptionError, check_choice
+from lmc_curvature.figures.experiment import draw_all
 from lmc_curvature.forking.checkpoints import load_checkpoint
 from lmc_curvature.forking.data import load_data
+from lmc_curvature.forking.experiment import run_forks
 from lmc_curvature.forking.models import make_model
+from lmc_curvature.forking.plan import load_config
+from lmc_curvature.forking.tracing import trace_forks
 from lmc_curvature.layers import LayerPartition, layer_indices
 from lmc_curvature.network import parse_device
 from lmc_curvature.normalization import BatchNormPolicy
@@ -29,6 +33,7 @@ from lmc_curvature.tables import (
     measurement_table,
     prediction_record,
     prediction_table,
+    trace_tables,
 )
 
 app = typer.Typer(
@@ -63,6 +68,10 @@ LayerSet = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 DType = Annotated[str, typer.Option(help="float32 or float64.")]
+ForkDir = Annotated[Path, typer.Argument(help="A directory that lmc-curvature fork wrote.")]
+Workers = Annotated[
+    int, typer.Option(help="Processes to work in. More may be started from elsewhere: they share the work.")
+]
 Save = Annotated[Path | None, typer.Option(help="Also save the full result here, for Python.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Progress = Annotated[bool, typer.Option(help="Show progress bars (on standard error).")]
@@ -78,6 +87,57 @@ def demo(
     result = run_demo(out, device=device, progress=progress)
     _print(*demo_tables(result))
     _print(*(f"drawn: {path}" for path in result.figures))
+
+
+@app.command()
+def fork(
+    config: Annotated[Path, typer.Argument(help="A YAML file; the project's are in configs/.")],
+    out: Annotated[Path, typer.Option(help="Where networks go. The same directory continues what was stopped.")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="Instead of the file's data: a folder of images, …")
+    ] = None,
+    device: Device = "cpu",
+    workers: Workers = 1,
+    tensorboard: Annotated[Path | None, typer.Option(help="Also log metrics there, for TensorBoard.")] = None,
+    progress: Progress = True,
+) -> None:
+    """Train a parent, and children forked from it at several epochs."""
+    changes = {} if data is None else {"data": data}
+    parse_device(device)
+    directory = run_forks(
+        load_config(config, **changes),
+        out,
+        device=device,
+        workers=workers,
+        tensorboard=tensorboard,
+        progress=progress,
+    )
+    _print(f"trained: {directory.path}; next: lmc-curvature trace {directory.path}")
+
+
+@app.command()
+def trace(
+    directory: ForkDir,
+    device: Device = "cpu",
+    workers: Workers = 1,
+    progress: Progress = True,
+) -> None:
+    """Predict and measure the barriers between siblings, epoch by epoch."""
+    parse_device(device)
+    traces = trace_forks(directory, device=device, workers=workers, progress=progress)
+    _print(*trace_tables(traces))
+    _print(f"tables: {directory / 'traces'}; next: lmc-curvature figures {directory}")
+
+
+@app.command()
+def figures(
+    directory: ForkDir,
+    out: Annotated[Path | None, typer.Option(help="Where figures go; by default DIRECTORY/figures.")] = None,
+    progress: Progress = True,
+) -> None:
+    """Draw every figure of the paper from what was traced."""
+    paths = draw_all(directory, out or directory / "figures", progress=progress)
+    _print(*(f"drawn: {path}" for path in paths))
 
 
 @app.command()

@@ -1,14 +1,20 @@
 """Distances and angles between networks: siblings, their fork, and the planes their solutions span."""
 
+import dataclasses
 import math
+import os
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lmc_curvature.errors import ArchitectureMismatchError, NonFiniteError
+from lmc_curvature.storage import load_arrays, save_arrays
 
 State = Mapping[str, Tensor]
+
+_KIND = "sibling-geometry"
 
 
 def distance(a: State, b: State) -> float:
@@ -44,6 +50,53 @@ def solution_plane_cosine(a: State, b: State, final_a: State, final_b: State) ->
     return cosine(_difference(b, a), _difference(final_b, final_a))
 
 
+@dataclasses.dataclass(frozen=True)
+class SiblingGeometry:
+    """How two siblings lie to each other, to where they come from, and to where they end.
+
+    Attributes:
+        distance: Between the siblings.
+        cosine_origin: Of the angle between them, seen from the origin.
+        cosine_fork: Of the angle between them, seen from their fork.
+        cosine_final: Of their difference with the final one; see `solution_plane_cosine`.
+    """
+
+    distance: float
+    cosine_origin: float
+    cosine_fork: float
+    cosine_final: float
+
+    @classmethod
+    def of(cls, a: State, b: State, base: State, final_a: State, final_b: State) -> "SiblingGeometry":
+        """Of two siblings, their fork, and the two at the end.
+
+        Raises:
+            NonFiniteError: Two of the states are equal, so there is no angle, or one is not finite.
+            ArchitectureMismatchError: They differ in entries or shapes.
+        """
+        return cls(
+            distance(a, b),
+            sibling_cosine(a, b),
+            sibling_cosine(a, b, base),
+            solution_plane_cosine(a, b, final_a, final_b),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the four numbers to one file, without loss."""
+        save_arrays(path, _KIND, {name: np.array(value) for name, value in dataclasses.asdict(self).items()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "SiblingGeometry":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            FileFormatError: The file is damaged or holds something else.
+        """
+        arrays, _ = load_arrays(path, _KIND)
+        return cls(**{name: float(value) for name, value in arrays.items()})
+
+
 def _difference(a: State, b: State) -> dict[str, Tensor]:
     _check_alike(a, b)
     return {name: tensor.double() - b[name].double() for name, tensor in a.items()}
@@ -63,4 +116,4 @@ def _check_alike(a: State, b: State) -> None:
 
 
 def _dot(a: State, b: State) -> float:
-    return float(sum(torch.dot(a[name].double().flatten(), b[name].double().flatten()) for name in a))
+    return float(sum(torch.dot(a[name].detach().double().flatten(), b[name].detach().double().flatten()) for name in a))

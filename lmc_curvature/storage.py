@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and never run code when they are read."""
 
 import contextlib
+import hashlib
 import json
 import os
 import tempfile
@@ -43,6 +44,12 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_partial_files(directory: str | os.PathLike[str]) -> None:
+    """Remove what `write_atomically` left in a directory when its process was killed."""
+    for path in Path(directory).glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
 def save_arrays(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, np.ndarray], **metadata: Any) -> None:
     """Write named arrays and JSON metadata as one safetensors file, atomically.
 
@@ -52,10 +59,11 @@ def save_arrays(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, np
         arrays: Name to array, of any shape and any dtype that safetensors knows.
         **metadata: Anything JSON can hold.
     """
+    arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     # One key: safetensors writes several in no fixed order, and the same result should give the same bytes.
-    header = {_HEADER: json.dumps({"kind": kind, "version": _VERSION, "metadata": metadata})}
+    contents = {"kind": kind, "version": _VERSION, "metadata": metadata, "checksum": _checksum(arrays)}
     with write_atomically(path) as temporary:
-        save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary, header)
+        save_file(arrays, temporary, {_HEADER: json.dumps(contents)})
 
 
 def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -81,4 +89,14 @@ def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.n
             f"{path} has format version {header.get('version')!r}; this release reads {_VERSION!r}. "
             "Upgrade lmc_curvature."
         )
+    if header.get("checksum", _checksum(arrays)) != _checksum(arrays):
+        raise FileFormatError(f"{path} is damaged: its contents do not match its checksum.")
     return arrays, header["metadata"]
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
+        digest.update(np.asarray(arrays[name], order="C").tobytes())
+    return digest.hexdigest()

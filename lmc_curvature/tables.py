@@ -1,16 +1,20 @@
 """Results as terminal tables, and as plain records for JSON."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from rich.table import Column, Table
 
 from lmc_curvature.barrier.expansions import EXPANSIONS
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.demo import DemoResult, layer_rank_correlations, layer_sets
+from lmc_curvature.figures.frames import at_epoch, numbers
+from lmc_curvature.figures.ranks import rank_correlations
+from lmc_curvature.forking.traces import Traces
 
 LayerSets = Sequence[Sequence[str]]
 
@@ -149,11 +153,67 @@ def _demo_ranks(result: DemoResult) -> Table:
         fork: layer_rank_correlations(prediction, result.measurements[fork])
         for fork, prediction in result.predictions.items()
     }
-    titles = {
-        "second-order": "predicted (second order)",
-        "with-slopes": "predicted (with slopes)",
-        "distance": "distance alone",
-    }
+    return _rank_table(
+        ranks,
+        {
+            "second-order": "predicted (second order)",
+            "with-slopes": "predicted (with slopes)",
+            "distance": "distance alone",
+        },
+    )
+
+
+def trace_tables(traces: Traces) -> list[Table]:
+    """What lies between siblings at the end, by fork: barriers, and how well layers are ranked."""
+    ranked = bool(np.isfinite(numbers(traces.layers, "measured")).any())
+    return [_trace_whole(traces), *([_trace_ranks(traces)] if ranked else [])]
+
+
+def _trace_whole(traces: Traces) -> Table:
+    table = Table(
+        "fork at epoch",
+        *_right("distance", "measured", "predicted", "with slopes", "error barrier", "test error barrier"),
+        title="Barrier between the siblings of each fork at the end (nats; mean ± standard error over batches)",
+    )
+    barriers = _last_by(traces.barriers, "fork", "split", "metric")
+    predictions = _last_by(traces.predictions, "fork", "expansion")
+    for (fork,), geometry in _last_by(traces.geometry, "fork").items():
+        errors = (barriers.get((fork, split, "error")) for split in ("train", "test"))
+        table.add_row(
+            str(fork),
+            _number(geometry["distance"]),
+            _with_error(barriers[fork, "train", "loss"]),
+            _with_error(predictions[fork, "second-order"]),
+            _number(predictions[fork, "with-slopes"]["barrier"]),
+            *("–" if row is None else f"{row['barrier']:.1%}" for row in errors),
+        )
+    return table
+
+
+def _last_by(rows: pd.DataFrame, *columns: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """The rows of each fork's last epoch, by the values in some columns."""
+    records = at_epoch(rows, "traces", None).to_dict("records")
+    return {tuple(row[column] for column in columns): {str(key): row[key] for key in row} for row in records}
+
+
+def _with_error(row: Mapping[str, Any]) -> str:
+    return f"{_number(row['barrier'])} ± {_number(row['standard_error'], 2)}"
+
+
+def _trace_ranks(traces: Traces) -> Table:
+    return _rank_table(
+        rank_correlations(traces.layers),
+        {
+            "predicted": "predicted (second order)",
+            "predicted_with_slopes": "predicted (with slopes)",
+            "distance": "distance alone",
+            "curvature": "curvature alone",
+        },
+    )
+
+
+def _rank_table(ranks: Mapping[int, Mapping[str, float]], titles: Mapping[str, str]) -> Table:
+    """A row a way of ranking layers, a column a fork, and the mean."""
     table = Table(
         "Spearman with the measured",
         *_right(*(f"fork {fork}" for fork in ranks), "mean"),

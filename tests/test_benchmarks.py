@@ -255,3 +255,12 @@ def test_digits_are_learned():
 def test_fitted_exponent():
     charts = importlib.import_module("charts")
     assert charts.fitted_exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+
+
+def test_training_compares_loops_and_siblings(tmp_path):
+    record = run("training", tmp_path)
+    loops = record["tables"]["loop"]
+    assert [row["loop"].split()[0] for row in loops] == ["lmc_curvature:", "plain", "plain"]
+    for row in loops:
+        assert row["rate"] == pytest.approx(64 / row["seconds"])
+    assert [bar["what"] for bar in record["bars"]] == ["fastest plain loop / ours"]

@@ -159,3 +159,41 @@ def test_help_and_version(run):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so asking for one is no mistake")
 def test_a_missing_device_is_named(run, checkpoints):
     assert "no CUDA device was found" in run("predict", *checkpoints, *COMMON, "--device", "cuda")[2]
+
+
+CONFIG = """
+training: {epochs: 2, learning_rate: 0.1, batch_size: 50}
+fork_epochs: [0]
+snapshot_epochs: 1
+limit: 100
+model_options: {width: 2}
+threads: 1
+trace: {batch_size: 100, alphas: 3, layer_alphas: 3, test: false}
+"""
+
+
+@pytest.mark.slow
+def test_fork_trace_and_figures_are_three_commands(run, tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    out = tmp_path / "out"
+    _, printed, _ = run("fork", tmp_path / "config.yaml", "--out", out, "--no-progress")
+    assert "next: lmc-curvature trace" in printed
+    _, printed, _ = run("trace", out, "--no-progress")
+    assert "Barrier between the siblings of each fork at the end" in printed
+    assert "predicted (with slopes)" in printed
+    status, printed, _ = run("figures", out, "--no-progress")
+    assert status == 0
+    drawn = sorted(path.stem for path in (out / "figures").glob("*.png"))
+    for name in ("ridges-error-train", "sibling-angles", "mountainside", "layers-fork-0000", "cumulative-barriers"):
+        assert name in drawn
+    assert len(drawn) == printed.count(".pdf")
+
+
+def test_the_three_commands_explain_what_is_missing(run, tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG + "modle: x\n")
+    status, _, printed = run("fork", tmp_path / "config.yaml", "--out", tmp_path / "out")
+    assert status == 2
+    assert "modle: unknown key; did you mean 'model'" in printed
+    assert not (tmp_path / "out").exists()
+    assert "config.json is missing; run_forks" in run("trace", tmp_path / "out")[2]
+    assert "config.json is missing; run_forks" in run("figures", tmp_path / "out")[2]

@@ -86,6 +86,28 @@ def predict_barrier(
         device=device,
         dtype=dtype,
     )
+    return predict_on_segment(objective, segment, method=method, memory_gib=memory_gib, progress=progress)
+
+
+def predict_on_segment(
+    objective: Objective,
+    segment: Segment,
+    *,
+    method: str = "auto",
+    memory_gib: float | None = None,
+    progress: bool = True,
+) -> "BarrierPrediction":
+    """As `predict_barrier`, for an objective and a segment that exist already.
+
+    Several segments with one objective share what is found out about its network, the captured graph above all.
+
+    Args:
+        objective: The loss, of a network of the segment's architecture and under its policy.
+        segment: The segment between the two networks.
+        method: How curvature is computed; see `project_hessian`.
+        memory_gib: What computing it may take, in GiB; see `project_hessian`.
+        progress: Show a progress bar over batches.
+    """
     segment = segment.to(objective.device, objective.dtype)
     directions = segment.directions()
     first, second = project_hessian_at(
@@ -97,7 +119,7 @@ def predict_barrier(
         progress=progress,
     )
     squares = [sum(float((d.double() ** 2).sum()) for d in direction.values()) for direction in directions.values()]
-    return BarrierPrediction(segment.layers, (first, second), np.sqrt(np.array(squares)), batch_norm)
+    return BarrierPrediction(segment.layers, (first, second), np.sqrt(np.array(squares)), objective.batch_norm)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,15 @@
 """Parents, and children forked from them: networks, data sets, training, and the files of an experiment."""
 
 from lmc_curvature.forking.checkpoints import load_checkpoint
-from lmc_curvature.forking.data import Batches, ImageDataset, load_data, load_digits, load_image_folder
+from lmc_curvature.forking.data import (
+    Batches,
+    ImageDataset,
+    load_cifar10,
+    load_data,
+    load_digits,
+    load_image_folder,
+)
 from lmc_curvature.forking.directory import (
-    ForkConfig,
     ForkDirectory,
     load_child,
     load_fork_data,
@@ -11,7 +17,18 @@ from lmc_curvature.forking.directory import (
     open_directory,
 )
 from lmc_curvature.forking.experiment import run_forks
-from lmc_curvature.forking.models import CifarResNet, digits_resnet, make_model, model_names, resnet, resnet20
+from lmc_curvature.forking.models import (
+    CifarResNet,
+    cifar_resnet18,
+    digits_resnet,
+    make_model,
+    model_names,
+    resnet,
+    resnet20,
+)
+from lmc_curvature.forking.plan import ForkConfig, TraceConfig, load_config
+from lmc_curvature.forking.traces import Traces, read_traces
+from lmc_curvature.forking.tracing import trace_forks
 from lmc_curvature.forking.training import EpochMetrics, TrainingConfig, TrainingState, evaluate, train
 
 __all__ = [
@@ -21,12 +38,17 @@ __all__ = [
     "ForkConfig",
     "ForkDirectory",
     "ImageDataset",
+    "TraceConfig",
+    "Traces",
     "TrainingConfig",
     "TrainingState",
+    "cifar_resnet18",
     "digits_resnet",
     "evaluate",
     "load_checkpoint",
     "load_child",
+    "load_cifar10",
+    "load_config",
     "load_data",
     "load_digits",
     "load_fork_data",
@@ -35,8 +57,10 @@ __all__ = [
     "make_model",
     "model_names",
     "open_directory",
+    "read_traces",
     "resnet",
     "resnet20",
     "run_forks",
+    "trace_forks",
     "train",
 ]

@@ -1,4 +1,4 @@
-"""Labelled images, held as one tensor: scikit-learn's digits, and folders of image files."""
+"""Labelled images, held as one tensor: scikit-learn's digits, CIFAR-10, and folders of image files."""
 
 import dataclasses
 import os
@@ -11,16 +11,18 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from sklearn import datasets, model_selection
 from torch import Tensor
-from torchvision.datasets import ImageFolder
+from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import default_loader
 from tqdm.auto import tqdm
 
 from lmc_curvature.errors import DataError, OptionError, check_choice
+from lmc_curvature.forking.augmentation import Crops
 
 Split = Literal["train", "test"]
 
 _DIGITS_TEST_EXAMPLES = 360
 _SAMPLE_SEED = 0
+_CIFAR10_ROOT = "data"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,9 +66,14 @@ class ImageDataset:
         tensors = {name: getattr(self, name).to(device) for name in ("images", "targets", "mean", "std")}
         return dataclasses.replace(self, **tensors)
 
-    def batches(self, batch_size: int, *, order: Int64[Tensor, " selected"] | None = None) -> "Batches":
-        """Return a loader of normalised batches, in the order of the examples or of the indices in `order`."""
-        return Batches(self, batch_size, order)
+    def batches(
+        self, batch_size: int, *, order: Int64[Tensor, " selected"] | None = None, crops: Crops | None = None
+    ) -> "Batches":
+        """Return a loader of normalised batches, in the order of the examples or of the indices in `order`.
+
+        With `crops`, images are augmented; these are drawn for as many positions as the loader has examples.
+        """
+        return Batches(self, batch_size, order, crops)
 
     def subset(self, selection: int | Int64[Tensor, " selected"]) -> "ImageDataset":
         """Return some of the examples, normalised as before.
@@ -101,6 +108,7 @@ class Batches:
     dataset: ImageDataset
     batch_size: int
     order: Int64[Tensor, " selected"] | None = None
+    crops: Crops | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -114,10 +122,12 @@ class Batches:
         data = self.dataset
         mean, std = data.mean.view(-1, 1, 1), data.std.view(-1, 1, 1)
         order = None if self.order is None else self.order.to(data.images.device)
+        crops = None if self.crops is None else self.crops.to(data.images.device)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             stop = start + self.batch_size
             chosen = slice(start, stop) if order is None else order[start:stop]
-            pixels = data.images[chosen].to(torch.float32)
+            images = data.images[chosen]
+            pixels = (images if crops is None else crops.apply(images, start)).to(torch.float32)
             yield pixels.div_(255).sub_(mean).div_(std), data.targets[chosen]
 
 
@@ -127,7 +137,8 @@ def load_data(
     """Load a data set by name.
 
     Args:
-        spec: `"digits"`, or the root of a folder of images (see `load_image_folder`).
+        spec: `"digits"`; `"cifar10"` or `"cifar10:ROOT"` (see `load_cifar10`); or the root of a folder of images (see
+            `load_image_folder`).
         split: `"train"` or `"test"`.
         limit: Keep at most this many examples, a fixed random sample. The normalisation is that of the whole
             training split all the same.
@@ -139,7 +150,13 @@ def load_data(
     """
     if limit is not None and limit < 1:
         raise OptionError(f"limit={limit} must be at least 1.")
-    data = load_digits(split) if spec == "digits" else load_image_folder(spec, split, progress=progress)
+    name, colon, root = os.fspath(spec).partition(":")
+    if spec == "digits":
+        data = load_digits(split)
+    elif name == "cifar10" and (colon or not Path(name).is_dir()):
+        data = load_cifar10(root or _CIFAR10_ROOT, split)
+    else:
+        data = load_image_folder(spec, split, progress=progress)
     return data if limit is None or limit >= len(data) else data.subset(limit)
 
 
@@ -162,6 +179,31 @@ def load_digits(split: Split = "train") -> ImageDataset:
     chosen = torch.from_numpy(np.sort(train if split == "train" else test))
     names = tuple(str(name) for name in bunch["target_names"])
     return ImageDataset(pixels[chosen], targets[chosen], names, mean, std)
+
+
+def load_cifar10(root: str | os.PathLike[str] = _CIFAR10_ROOT, split: Split = "train") -> ImageDataset:
+    """Load CIFAR-10 (Krizhevsky 2009) through torchvision: 3×32×32 images, 50,000 for training and 10,000 for testing.
+
+    Args:
+        root: Directory with `cifar-10-batches-py`, which is downloaded and checked if it is not there.
+        split: `"train"` or `"test"`.
+
+    Raises:
+        DataError: It is not there and cannot be downloaded.
+        OptionError: The split is unknown.
+    """
+    check_choice("split", split, ("train", "test"))
+    try:
+        train = CIFAR10(Path(root), train=True, download=True)
+        chosen = train if split == "train" else CIFAR10(Path(root), train=False, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"CIFAR-10 is not in {Path(root)} and cannot be downloaded ({error}). Put cifar-10-batches-py there, or "
+            "name a folder of images, ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png, instead."
+        ) from error
+    images = [torch.from_numpy(np.asarray(part.data)).permute(0, 3, 1, 2).contiguous() for part in (train, chosen)]
+    mean, std = _channel_statistics(images[0])
+    return ImageDataset(images[1], torch.tensor(chosen.targets), tuple(chosen.classes), mean, std)
 
 
 def load_image_folder(root: str | os.PathLike[str], split: Split = "train", *, progress: bool = True) -> ImageDataset:
@@ -199,7 +241,7 @@ def _split_directory(root: Path, split: Split) -> Path:
     root = root.expanduser()
     if not root.is_dir():
         raise DataError(
-            f"Data {str(root)!r} is neither 'digits' nor a directory; expected a directory of images, "
+            f"Data {str(root)!r} is neither 'digits' nor 'cifar10' nor a directory; expected a directory of images, "
             "ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png."
         )
     directory = root / split

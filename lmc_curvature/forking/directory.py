@@ -1,22 +1,19 @@
-"""What a forking experiment is, and where its files lie.
+"""Where the files of a forking experiment lie, and what can be read from them.
 
 config.json
-parent/epoch-0000.safetensors       the parent at each fork epoch and at the end
-parent/metrics.csv
-fork-0000/child-0.safetensors       each child of each fork epoch, at the end
-fork-0000/child-0.csv
+parent/               the parent at each fork epoch and at the end; see `runs` for the files of one network
+fork-0000/child-0/    each child of each fork epoch, at its snapshot epochs and at the end
+traces/               see `traces`
+locks/                who works on what, while somebody does
 """
 
-import csv
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field, JsonValue, field_validator
 from torch import nn
 
 from lmc_curvature.errors import CheckpointError, ConfigurationError
@@ -24,61 +21,12 @@ from lmc_curvature.forking.checkpoints import load_entries
 from lmc_curvature.forking.configuration import Configuration
 from lmc_curvature.forking.data import ImageDataset, Split, load_data
 from lmc_curvature.forking.models import make_model
-from lmc_curvature.forking.training import EpochMetrics, TrainingConfig, TrainingState
+from lmc_curvature.forking.plan import ForkConfig
+from lmc_curvature.forking.runs import Run
+from lmc_curvature.forking.training import TrainingState
 from lmc_curvature.storage import write_atomically
 
-_VERSION = "1"
-
-
-class ForkConfig(Configuration):
-    """A parent, and children forked from it at some epochs.
-
-    Attributes:
-        training: The schedule, common to the parent and all children.
-        fork_epochs: Epochs of the parent to fork at, increasing; 0 is the initialisation.
-        data: What `load_data` takes.
-        limit: Train on at most this many examples, a fixed random sample.
-        model: What `make_model` takes.
-        model_options: Options of the network.
-        init_seed: Decides the parent's initialisation.
-        order_seed: Decides the order of the parent's examples. Child c has the order seed `order_seed + 1 +
-            c` at every fork, so forks differ by their epoch alone.
-        children: Children of each fork, at least 2.
-        threads: CPU threads to train with; by default as many as torch uses. The last bits of a network depend on the
-            number. Small networks train fastest with one, above all on a busy machine.
-
-    Raises:
-        ConfigurationError: A key is unknown, missing, or has a bad value.
-    """
-
-    training: TrainingConfig
-    fork_epochs: tuple[int, ...] = Field(min_length=1)
-    data: str = "digits"
-    limit: int | None = Field(default=None, ge=1)
-    model: str = "digits-resnet"
-    model_options: dict[str, JsonValue] = Field(default_factory=dict)
-    init_seed: int = Field(default=0, ge=0, lt=2**63)
-    order_seed: int = Field(default=0, ge=0, lt=2**63)
-    children: int = Field(default=2, ge=2)
-    threads: int | None = Field(default=None, ge=1)
-
-    @field_validator("fork_epochs")
-    @classmethod
-    def _increasing_within_schedule(cls, fork_epochs: tuple[int, ...], info: Any) -> tuple[int, ...]:
-        if list(fork_epochs) != sorted(set(fork_epochs)):
-            raise ValueError(f"{fork_epochs} must increase.")
-        # A bad schedule is reported by itself.
-        if "training" in info.data:
-            last = info.data["training"].epochs - 1
-            outside = [epoch for epoch in fork_epochs if not 0 <= epoch <= last]
-            if outside:
-                raise ValueError(f"{outside[0]} is outside the schedule of {last + 1} epochs; choose from 0 to {last}.")
-        return fork_epochs
-
-    @property
-    def parent_epochs(self) -> tuple[int, ...]:
-        """The epochs at which the parent is stored: the fork epochs and the last."""
-        return (*self.fork_epochs, self.training.epochs)
+_VERSION = "2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,21 +41,33 @@ class ForkDirectory:
     path: Path
     config: ForkConfig
 
-    def parent_path(self, epoch: int) -> Path:
-        """Return the path of the parent's snapshot at an epoch."""
-        return self.path / "parent" / f"epoch-{epoch:04d}.safetensors"
+    @property
+    def parent(self) -> Run:
+        """The run of the parent."""
+        return Run(self.path / "parent", "parent", self.config.order_seed, 0, self.config.parent_epochs)
 
-    def child_path(self, fork_epoch: int, child: int) -> Path:
-        """Return the path of a finished child's snapshot."""
-        return self.path / f"fork-{fork_epoch:04d}" / f"child-{child}.safetensors"
+    def child(self, fork_epoch: int, child: int) -> Run:
+        """The run of a child."""
+        return Run(
+            self.path / f"fork-{fork_epoch:04d}" / f"child-{child}",
+            f"fork {fork_epoch}, child {child}",
+            self.config.order_seed + 1 + child,
+            fork_epoch,
+            self.config.child_epochs(fork_epoch),
+        )
 
-    def parent_metrics_path(self) -> Path:
-        """Return the path of the parent's metrics by epoch."""
-        return self.path / "parent" / "metrics.csv"
+    def children(self) -> dict[tuple[int, int], Run]:
+        """The runs of all children, by fork epoch and number."""
+        numbers = range(self.config.children)
+        return {(fork, child): self.child(fork, child) for fork in self.config.fork_epochs for child in numbers}
 
-    def child_metrics_path(self, fork_epoch: int, child: int) -> Path:
-        """Return the path of a child's metrics by epoch, from the fork on."""
-        return self.child_path(fork_epoch, child).with_suffix(".csv")
+    def trace_path(self, fork_epoch: int, epoch: int) -> Path:
+        """Path of the directory with what was traced of a fork at an epoch."""
+        return self.path / "traces" / f"fork-{fork_epoch:04d}" / f"epoch-{epoch:04d}"
+
+    def lock_path(self, name: str) -> Path:
+        """Path of the lock that whoever works on `name` holds."""
+        return self.path / "locks" / f"{name.replace(', ', '-').replace(' ', '-')}.lock"
 
 
 def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
@@ -127,7 +87,8 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
         raise CheckpointError(f"{path} is damaged ({error}); delete it and {_remedy(out_dir)} again.") from error
     if version != _VERSION:
         raise ConfigurationError(
-            f"{path} has format version {version!r}; this release reads {_VERSION!r}. Upgrade lmc_curvature."
+            f"{path} has format version {version!r}; this release reads {_VERSION!r}. Use the release of lmc_curvature "
+            "that wrote it, or another directory."
         )
     try:
         return ForkDirectory(Path(out_dir), ForkConfig(**values))
@@ -138,35 +99,39 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
 def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> ForkDirectory:
     """Open the directory of an experiment, beginning it if need be.
 
+    What is traced may change: training does not depend on it.
+
     Raises:
         CheckpointError: The configuration in the directory is damaged.
         ConfigurationError: The directory belongs to another configuration. The message has the differences.
     """
     path = Path(out_dir) / "config.json"
     if not path.exists():
-        contents = {"version": _VERSION, "config": config.model_dump(mode="json")}
-        with write_atomically(path) as temporary:
-            temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+        _write_config(path, config)
     directory = open_directory(out_dir)
-    changes = _differences(directory.config.model_dump(mode="json"), config.model_dump(mode="json"))
+    stored = directory.config
+    changes = differences(stored.model_copy(update={"trace": config.trace}), config)
     if changes:
         raise ConfigurationError(
             f"{out_dir} holds an experiment with another configuration:\n" + "\n".join(changes) + "\nUse another "
             "directory, or the same configuration."
         )
-    return directory
+    if stored.trace != config.trace:
+        _write_config(path, config)
+    return ForkDirectory(directory.path, config)
 
 
-def load_child(out_dir: str | os.PathLike[str], fork_epoch: int, child: int) -> nn.Module:
-    """Rebuild a finished child, on the CPU and in evaluation mode.
+def load_child(out_dir: str | os.PathLike[str], fork_epoch: int, child: int, epoch: int | None = None) -> nn.Module:
+    """Rebuild a child, on the CPU and in evaluation mode.
 
     Args:
         out_dir: The directory of an experiment.
         fork_epoch: One of its fork epochs.
         child: Which child, from 0.
+        epoch: Of the schedule, one that was stored; by default the last.
 
     Raises:
-        CheckpointError: The experiment has no such child, or its file is missing or damaged.
+        CheckpointError: The experiment has no such child or snapshot, or its file is missing or damaged.
         ConfigurationError: The network cannot be built.
     """
     directory = open_directory(out_dir)
@@ -175,7 +140,7 @@ def load_child(out_dir: str | os.PathLike[str], fork_epoch: int, child: int) -> 
         raise CheckpointError(f"{out_dir} has no fork at epoch {fork_epoch}; its forks are {config.fork_epochs}.")
     if not 0 <= child < config.children:
         raise CheckpointError(f"{out_dir} has no child {child}; its children are 0 to {config.children - 1}.")
-    return _load_network(directory, directory.child_path(fork_epoch, child))
+    return _load_network(directory, directory.child(fork_epoch, child), epoch)
 
 
 def load_parent(out_dir: str | os.PathLike[str], epoch: int | None = None) -> nn.Module:
@@ -186,11 +151,7 @@ def load_parent(out_dir: str | os.PathLike[str], epoch: int | None = None) -> nn
         ConfigurationError: The network cannot be built.
     """
     directory = open_directory(out_dir)
-    config = directory.config
-    epoch = config.training.epochs if epoch is None else epoch
-    if epoch not in config.parent_epochs:
-        raise CheckpointError(f"{out_dir} has no parent at epoch {epoch}; it was stored at {config.parent_epochs}.")
-    return _load_network(directory, directory.parent_path(epoch))
+    return _load_network(directory, directory.parent, epoch)
 
 
 def load_fork_data(out_dir: str | os.PathLike[str], split: Split = "train", *, progress: bool = True) -> ImageDataset:
@@ -215,27 +176,41 @@ def initial_model(config: ForkConfig) -> nn.Module:
         return make_model(config.model, **config.model_options)
 
 
-def write_metrics(path: str | os.PathLike[str], history: Sequence[EpochMetrics]) -> None:
-    """Write metrics as CSV, a row an epoch, whole or not at all."""
-    names = [field.name for field in dataclasses.fields(EpochMetrics)]
-    with write_atomically(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows(dataclasses.astuple(metrics) for metrics in history)
+def load_state(directory: ForkDirectory, run: Run, epoch: int) -> TrainingState:
+    """Read a snapshot of a run.
 
-
-def _load_network(directory: ForkDirectory, path: Path) -> nn.Module:
+    Raises:
+        CheckpointError: It is missing or damaged; the message says what makes it.
+    """
     try:
-        state = TrainingState.load(path)
+        return TrainingState.load(run.snapshot_path(epoch))
     except CheckpointError as error:
         raise CheckpointError(f"{error} {_remedy(directory.path)} makes it.") from error
+
+
+def _load_network(directory: ForkDirectory, run: Run, epoch: int | None) -> nn.Module:
+    epoch = run.epochs[-1] if epoch is None else epoch
+    if epoch not in run.epochs:
+        raise CheckpointError(f"{directory.path} has no {run.title} at epoch {epoch}; it was stored at {run.epochs}.")
+    state = load_state(directory, run, epoch)
     model = initial_model(directory.config)
-    load_entries(model, state.model, source=str(path))
+    load_entries(model, state.model, source=str(run.snapshot_path(epoch)))
     return model.eval()
 
 
+def _write_config(path: Path, config: ForkConfig) -> None:
+    contents = {"version": _VERSION, "config": config.model_dump(mode="json")}
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
 def _remedy(out_dir: str | os.PathLike[str]) -> str:
-    return f"run_forks(config, {os.fspath(out_dir)!r})"
+    return f"run_forks(config, {os.fspath(out_dir)!r}), or lmc-curvature fork CONFIG --out {os.fspath(out_dir)},"
+
+
+def differences(stored: Configuration, given: Configuration) -> list[str]:
+    """What two configurations differ in, a line a key."""
+    return _differences(stored.model_dump(mode="json"), given.model_dump(mode="json"))
 
 
 def _differences(stored: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:

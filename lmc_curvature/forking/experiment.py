@@ -5,27 +5,31 @@ so.
 """
 
 import contextlib
+import dataclasses
+import functools
 import os
-import warnings
+import platform
+import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
-from lmc_curvature.errors import CheckpointError, ConfigurationError, NonFiniteError
+from lmc_curvature.errors import ConfigurationError, NonFiniteError, OptionError
 from lmc_curvature.forking.data import ImageDataset, load_data
-from lmc_curvature.forking.directory import (
-    ForkConfig,
-    ForkDirectory,
-    create_directory,
-    initial_model,
-    write_metrics,
-)
+from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state
+from lmc_curvature.forking.events import check_tensorboard, event_log
+from lmc_curvature.forking.plan import ForkConfig
+from lmc_curvature.forking.runs import Run
+from lmc_curvature.forking.sharing import helpers, is_first_rank, share
 from lmc_curvature.forking.training import EpochMetrics, TrainingState, capture_state, train
 
-Report = Callable[[EpochMetrics], None]
+# What being killed costs at most, besides the epoch at hand.
+_SECONDS_BETWEEN_SAVES = 5.0
 
 
 def run_forks(
@@ -33,18 +37,24 @@ def run_forks(
     out_dir: str | os.PathLike[str],
     *,
     device: torch.device | str = "cpu",
+    workers: int = 1,
+    tensorboard: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> ForkDirectory:
     """Train the parent to the end, and the children of every fork to the same epoch.
 
     A child starts from the parent's network and momentum at its fork epoch. What the directory already holds
-    is kept, so the same call continues where an earlier one stopped, and ends with the same bits on the same
-    machine with as many threads. A damaged snapshot is computed again, with a warning that names it.
+    is kept, so the same call continues where an earlier one was stopped or killed, and ends with the same bits on the
+    same machine with as many threads. A damaged snapshot is computed again, with a warning that names it. Several
+    processes may make the same call, under `torchrun` for example: each takes what no other is working on.
 
     Args:
         config: The experiment.
         out_dir: Where to write; made if need be.
-        device: Where to train.
+        device: Where to train. Under `torchrun`, `"cuda"` is the device of the rank.
+        workers: Processes to train in, this one included. A script that asks for more than one needs the usual
+            `if __name__ == "__main__":`.
+        tensorboard: Also log the metrics of every run there, as TensorBoard events.
         progress: Show one bar of epochs for the whole experiment.
 
     Returns:
@@ -56,27 +66,196 @@ def run_forks(
         DataError: The data set is missing or is not what it should be.
         NonFiniteError: The parent diverged; or children did, after all others were trained. The message says
             which.
+        OptionError: `workers` is not positive, or TensorBoard is asked for and not installed.
     """
+    if workers < 1:
+        raise OptionError(f"workers={workers} must be at least 1.")
+    if tensorboard is not None:
+        check_tensorboard()
     directory = create_directory(out_dir, config)
-    parent = [epoch for epoch in config.parent_epochs if not _is_complete_parent(directory, epoch)]
-    children = [
-        (epoch, child)
-        for epoch in config.fork_epochs
-        for child in range(config.children)
-        if not _is_complete_child(directory, epoch, child)
-    ]
-    if not parent and not children:
-        return directory
-    data = load_data(config.data, limit=config.limit, progress=progress).to(device)
-    model = initial_model(config)
-    check_fit(model, data, config)
-    model = model.to(device)
-    total = _parent_work(config, parent) + sum(config.training.epochs - epoch for epoch, _ in children)
-    with cpu_threads(config.threads), tqdm(total=total, unit="epoch", disable=not progress) as bar:
-        if parent:
-            _train_parent(directory, model, data, missing=parent, bar=bar)
-        _train_children(directory, model, data, missing=children, bar=bar)
+    runs = [directory.parent, *directory.children().values()]
+    for run in runs:
+        _discard_damage(directory, run)
+    if any(run.status == "training" for run in runs):
+        laboratory = _Laboratory(directory, device_of_rank(device), tensorboard, progress=progress)
+        # What cannot be trained is refused before anything is started.
+        laboratory.check()
+        with helpers(workers - 1, _help, directory, device, tensorboard):
+            laboratory.train_all()
+    diverged = [f"{run.title}: {run.message}" for run in runs if run.status == "diverged"]
+    if diverged:
+        raise NonFiniteError("\n".join(diverged))
     return directory
+
+
+def _help(directory: ForkDirectory, device: torch.device | str, tensorboard: str | os.PathLike[str] | None) -> None:
+    _Laboratory(directory, device_of_rank(device), tensorboard, progress=False).train_all()
+
+
+class _Laboratory:
+    """What training every run of a directory needs: the network, the data, the device, and who is to be told."""
+
+    def __init__(
+        self,
+        directory: ForkDirectory,
+        device: torch.device,
+        tensorboard: str | os.PathLike[str] | None,
+        *,
+        progress: bool,
+    ):
+        self.directory = directory
+        self.config = directory.config
+        self.device = device
+        self.tensorboard = tensorboard
+        self.progress = progress and is_first_rank()
+        self.bar = tqdm(disable=True)
+
+    @functools.cached_property
+    def data(self) -> ImageDataset:
+        return load_data(self.config.data, limit=self.config.limit, progress=self.progress).to(self.device)
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        return initial_model(self.config).to(self.device)
+
+    @property
+    def made_with(self) -> dict[str, str | int]:
+        """What decides the last bits of a result, besides the configuration."""
+        cuda = self.device.type == "cuda"
+        return {
+            "lmc_curvature": version("lmc-curvature"),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def check(self) -> None:
+        check_fit(initial_model(self.config), self.data, self.config)
+
+    def train_all(self) -> None:
+        """Train all runs, together with whatever other processes are at it."""
+        tasks = [_Training(self, run) for run in self._runs()]
+        total = sum(run.epochs[-1] - run.first_epoch for run in self._runs())
+        with (
+            cpu_threads(self.config.threads),
+            tqdm(total=total, initial=self._trained(), unit="epoch", disable=not self.progress) as self.bar,
+        ):
+            share(tasks, on_turn=self._look_at_others)
+
+    def _runs(self) -> list[Run]:
+        return [self.directory.parent, *self.directory.children().values()]
+
+    def _trained(self) -> int:
+        return sum(run.epochs_trained() for run in self._runs())
+
+    def _look_at_others(self) -> None:
+        self.bar.update(max(self._trained() - self.bar.n, 0))
+
+    def on_epoch(self, metrics: EpochMetrics) -> None:
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{metrics.loss:.3g}", accuracy=f"{metrics.accuracy:.1%}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """The task of training one run to its end."""
+
+    laboratory: _Laboratory
+    trained: Run
+
+    @property
+    def lock_path(self) -> Path:
+        return self.laboratory.directory.lock_path(self.trained.title)
+
+    def is_done(self) -> bool:
+        # Without its parent a child has nowhere to start.
+        return self.trained.status != "training" or self.laboratory.directory.parent.status == "diverged"
+
+    def is_ready(self) -> bool:
+        return self._is_parent or self.laboratory.directory.parent.snapshot_path(self.trained.first_epoch).is_file()
+
+    def run(self) -> None:
+        laboratory, run = self.laboratory, self.trained
+        laboratory.bar.set_description(run.title)
+        run.write_manifest("training", laboratory.made_with)
+        try:
+            with event_log(laboratory.tensorboard, run.path.relative_to(laboratory.directory.path)) as log:
+                state = self._train(log)
+        except NonFiniteError as error:
+            run.write_manifest("diverged", laboratory.made_with, str(error))
+            return
+        run.write_metrics(state.history)
+        run.latest_path.unlink(missing_ok=True)
+        run.write_manifest("finished", laboratory.made_with)
+
+    def _train(self, log: Callable[[EpochMetrics], None]) -> TrainingState:
+        """Train to the end, leaving a snapshot at each epoch that is kept."""
+        run = self.trained
+        state = self._start()
+        for epoch in run.epochs:
+            if run.snapshot_path(epoch).is_file():
+                state = TrainingState.load(run.snapshot_path(epoch))
+                continue
+            state = self._advance(run.furthest(state, epoch), epoch, log)
+            state.save(run.snapshot_path(epoch))
+            run.write_manifest("training", self.laboratory.made_with)
+        return state
+
+    @property
+    def _is_parent(self) -> bool:
+        return self.trained == self.laboratory.directory.parent
+
+    def _start(self) -> TrainingState:
+        if self._is_parent:
+            return capture_state(initial_model(self.laboratory.config))
+        directory = self.laboratory.directory
+        return load_state(directory, directory.parent, self.trained.first_epoch)
+
+    def _advance(self, state: TrainingState, until: int, log: Callable[[EpochMetrics], None]) -> TrainingState:
+        """Train to an epoch of the schedule, leaving a state to continue from every few seconds.
+
+        Every epoch starts from a state, and a state from a file is the same state: so it makes no difference to the
+        result whether training was interrupted between two epochs.
+        """
+
+        def report(metrics: EpochMetrics) -> None:
+            self.laboratory.on_epoch(metrics)
+            log(metrics)
+
+        saved = time.monotonic()
+        while state.epoch < until:
+            state = train(
+                self.laboratory.model,
+                self.laboratory.data,
+                self.laboratory.config.training,
+                order_seed=self.trained.order_seed,
+                start=state,
+                until=state.epoch + 1,
+                on_epoch=report,
+                progress=False,
+            )
+            if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES and state.epoch < until:
+                state.save(self.trained.latest_path)
+                self.trained.write_metrics(state.history)
+                saved = time.monotonic()
+        return state
+
+
+def _discard_damage(directory: ForkDirectory, run: Run) -> None:
+    """Remove damaged files of a run, unless another process works on it, which has done so itself."""
+    path = directory.lock_path(run.title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(Timeout), FileLock(path, timeout=0):
+        run.discard_damage()
+
+
+def device_of_rank(device: torch.device | str) -> torch.device:
+    """The device to use: under `torchrun`, `"cuda"` is the one of the local rank."""
+    device = torch.device(device)
+    rank = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda" and device.index is None and rank is not None:
+        return torch.device("cuda", int(rank) % torch.cuda.device_count())
+    return device
 
 
 def check_fit(model: nn.Module, data: ImageDataset, config: ForkConfig) -> None:
@@ -104,73 +283,6 @@ def check_fit(model: nn.Module, data: ImageDataset, config: ForkConfig) -> None:
         )
 
 
-def _train_parent(
-    directory: ForkDirectory, model: nn.Module, data: ImageDataset, *, missing: list[int], bar: tqdm
-) -> None:
-    config = directory.config
-    state = capture_state(model)
-    for epoch in config.parent_epochs:
-        path = directory.parent_path(epoch)
-        if epoch not in missing:
-            state = TrainingState.load(path)
-            continue
-        bar.set_description("parent")
-        state = train(
-            model,
-            data,
-            config.training,
-            order_seed=config.order_seed,
-            start=state,
-            until=epoch,
-            on_epoch=_reporter(bar),
-            progress=False,
-        )
-        state.save(path)
-    # The last state knows the whole history, also when only an earlier one was missing.
-    write_metrics(directory.parent_metrics_path(), state.history)
-
-
-def _train_children(
-    directory: ForkDirectory,
-    model: nn.Module,
-    data: ImageDataset,
-    *,
-    missing: list[tuple[int, int]],
-    bar: tqdm,
-) -> None:
-    diverged = []
-    for fork_epoch, child in missing:
-        bar.set_description(f"fork {fork_epoch}, child {child}")
-        try:
-            _train_child(directory, model, data, fork_epoch, child, _reporter(bar))
-        except NonFiniteError as error:
-            diverged.append(f"Fork {fork_epoch}, child {child}: {error}")
-    if diverged:
-        raise NonFiniteError("\n".join(diverged))
-
-
-def _train_child(
-    directory: ForkDirectory,
-    model: nn.Module,
-    data: ImageDataset,
-    fork_epoch: int,
-    child: int,
-    report: Report,
-) -> None:
-    config = directory.config
-    state = train(
-        model,
-        data,
-        config.training,
-        order_seed=config.order_seed + 1 + child,
-        start=TrainingState.load(directory.parent_path(fork_epoch)),
-        on_epoch=report,
-        progress=False,
-    )
-    state.save(directory.child_path(fork_epoch, child))
-    write_metrics(directory.child_metrics_path(fork_epoch, child), state.history[fork_epoch:])
-
-
 @contextlib.contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
     """Within the block, let torch use so many CPU threads; as many as before for None."""
@@ -180,42 +292,3 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _reporter(bar: tqdm) -> Report:
-    def report(metrics: EpochMetrics) -> None:
-        bar.update()
-        bar.set_postfix(loss=f"{metrics.loss:.3g}", accuracy=f"{metrics.accuracy:.1%}")
-
-    return report
-
-
-def _parent_work(config: ForkConfig, missing: list[int]) -> int:
-    stored = config.parent_epochs
-    return sum(epoch - before for before, epoch in zip([0, *stored], stored, strict=False) if epoch in missing)
-
-
-def _is_complete_parent(directory: ForkDirectory, epoch: int) -> bool:
-    state = _stored_state(directory.parent_path(epoch))
-    path = directory.parent_metrics_path()
-    if state is not None and epoch == directory.config.training.epochs and not path.is_file():
-        write_metrics(path, state.history)
-    return state is not None
-
-
-def _is_complete_child(directory: ForkDirectory, fork_epoch: int, child: int) -> bool:
-    state = _stored_state(directory.child_path(fork_epoch, child))
-    path = directory.child_metrics_path(fork_epoch, child)
-    if state is not None and not path.is_file():
-        write_metrics(path, state.history[fork_epoch:])
-    return state is not None
-
-
-def _stored_state(path: Path) -> TrainingState | None:
-    if not path.exists():
-        return None
-    try:
-        return TrainingState.load(path)
-    except CheckpointError as error:
-        warnings.warn(f"{error} It is computed again.", stacklevel=2)
-        return None

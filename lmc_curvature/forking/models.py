@@ -105,6 +105,31 @@ def digits_resnet(
     return resnet(8, width=width, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
 
 
+def cifar_resnet18(*, normalization: bool = True, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
+    """Build torchvision's ResNet-18 for small images: 11 M parameters, 3×3 first convolution, no max-pooling.
+
+    Args:
+        normalization: With batch normalisation, or with nothing in its place. Without it the network needs a lower
+            learning rate and a few epochs of warm-up.
+        num_classes: Outputs.
+        in_channels: Channels of the images.
+
+    Raises:
+        OptionError: A number is not positive.
+    """
+    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise OptionError(f"{name}={value} must be at least 1.")
+    # The identity takes the number of channels, as a normalisation does, and ignores it.
+    norm_layer = None if normalization else nn.Identity
+    model = torchvision.models.resnet18(weights=None, num_classes=num_classes, norm_layer=norm_layer)
+    width = model.conv1.out_channels
+    model.conv1 = _conv3x3(in_channels, width, stride=1)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.set_submodule("maxpool", nn.Identity())
+    return model
+
+
 class CifarResNet(nn.Module):
     """The residual network of He et al. (2015) for CIFAR; see `resnet`, which checks the options.
 
@@ -170,6 +195,7 @@ class ZeroPadShortcut(nn.Module):
 _FACTORIES: dict[str, Callable[..., nn.Module]] = {
     "digits-resnet": digits_resnet,
     "resnet20": resnet20,
+    "cifar-resnet18": cifar_resnet18,
     "resnet": resnet,
 }
 

@@ -1,7 +1,7 @@
 """Training by stochastic gradient descent that can be stopped, continued and repeated bit for bit.
 
-The order of the examples in an epoch is a function of the order seed and the epoch alone, so a run that
-continues from a stored state takes the same steps as one that was never stopped. Bits are those of one machine
+The order of the examples in an epoch, and their augmentation, are functions of the order seed and the epoch alone, so a
+run that continues from a stored state takes the same steps as one that was never stopped. Bits are those of one machine
 with one number of threads; on a CUDA device they also need a network whose operations have deterministic kernels.
 """
 
@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from lmc_curvature.errors import NonFiniteError, OptionError
+from lmc_curvature.forking.augmentation import Crops
 from lmc_curvature.forking.checkpoints import load_entries, read_snapshot, write_snapshot
 from lmc_curvature.forking.configuration import Configuration
 from lmc_curvature.forking.data import ImageDataset
@@ -36,6 +37,7 @@ class TrainingConfig(Configuration):
         weight_decay: Coefficient of the L2 penalty, added to the gradient.
         batch_size: Examples a step; the last batch of an epoch may be short.
         warmup_epochs: The learning rate rises linearly, step by step, over this many epochs.
+        augmentation: `"crop-flip"`: random crops after padding by 4 pixels, and random mirror images; or `"none"`.
 
     Raises:
         ConfigurationError: A key is unknown, missing, or has a bad value.
@@ -49,6 +51,7 @@ class TrainingConfig(Configuration):
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     batch_size: int = Field(default=128, ge=1)
     warmup_epochs: int = Field(default=0, ge=0)
+    augmentation: Literal["none", "crop-flip"] = "none"
 
     @field_validator("milestones")
     @classmethod
@@ -132,7 +135,7 @@ def train(
         model: The network, on the device to train on; changed in place.
         data: The training examples.
         config: The schedule.
-        order_seed: Decides the order of the examples, and nothing else does. Not negative.
+        order_seed: Decides the order of the examples and their augmentation, and nothing else does. Not negative.
         start: Where to continue; by default from the network as it is, at epoch 0 of the schedule.
         until: The epoch of the schedule to stop at; by default its end.
         on_epoch: Called with the metrics of each epoch as it ends.
@@ -156,6 +159,8 @@ def train(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
+    # Convolutions of images are up to twice as fast so.
+    model.to(memory_format=torch.channels_last)
     if start is not None:
         _restore(model, optimizer, start)
     history = list(() if start is None else start.history)
@@ -169,7 +174,7 @@ def train(
             bar.set_postfix(loss=f"{metrics.loss:.3g}", accuracy=f"{metrics.accuracy:.1%}")
             if on_epoch is not None:
                 on_epoch(metrics)
-    model.train(was_training)
+    model.train(was_training).to(memory_format=torch.contiguous_format)
     return capture_state(model, optimizer, epoch=last, history=tuple(history))
 
 
@@ -245,7 +250,9 @@ def _train_epoch(
     epoch: int,
 ) -> EpochMetrics:
     generator = epoch_generator(order_seed, epoch)
-    loader = data.batches(config.batch_size, order=torch.randperm(len(data), generator=generator))
+    order = torch.randperm(len(data), generator=generator)
+    crops = Crops.draw(len(data), generator) if config.augmentation == "crop-flip" else None
+    loader = data.batches(config.batch_size, order=order, crops=crops)
     losses, correct = [], torch.zeros((), dtype=torch.int64, device=data.images.device)
     rate = 0.0
     with _reproducible(generator, data.images.device):
@@ -254,7 +261,7 @@ def _train_epoch(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            logits = model(x)
+            logits = model(x.contiguous(memory_format=torch.channels_last))
             loss = functional.cross_entropy(logits, y)
             loss.backward()
             optimizer.step()

@@ -11,6 +11,7 @@ from sklearn import datasets
 
 from lmc_curvature.errors import DataError, OptionError
 from lmc_curvature.forking import ImageDataset, load_data, load_digits, load_image_folder
+from lmc_curvature.forking import data as data_module
 
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10-imagefolder.tar.gz"
 
@@ -209,3 +210,30 @@ def test_cifar10_jpeg_files(tmp_path):
     # The statistics everybody uses for CIFAR-10, within what a few hundred images allow.
     assert torch.allclose(data.mean, torch.tensor([0.491, 0.482, 0.447]), atol=0.05)
     assert torch.allclose(data.std, torch.tensor([0.247, 0.243, 0.262]), atol=0.03)
+
+
+class FakeCIFAR10:
+    """What torchvision's class gives, for a directory that holds the archive."""
+
+    classes = ("plane", "car", "bird")
+
+    def __init__(self, root, train, download):
+        assert download
+        if root != "there":
+            raise RuntimeError("Dataset not found or corrupted.")
+        generator = np.random.default_rng(int(train))
+        self.data = generator.integers(0, 256, (6 if train else 3, 32, 32, 3), dtype=np.uint8)
+        self.targets = [0, 1, 2] * (2 if train else 1)
+
+
+def test_cifar10_comes_through_torchvision(monkeypatch):
+    monkeypatch.setattr(data_module, "CIFAR10", FakeCIFAR10)
+    train, test = load_data("cifar10:there"), load_data("cifar10:there", "test")
+    assert (train.images.shape, test.images.shape) == ((6, 3, 32, 32), (3, 3, 32, 32))
+    original = FakeCIFAR10("there", False, True).data
+    assert np.array_equal(test.images[1, :, 4, 5].numpy(), original[1, 4, 5])
+    assert torch.equal(train.mean, test.mean)
+    assert train.mean.numpy() == pytest.approx(FakeCIFAR10("there", True, True).data.mean((0, 1, 2)) / 255, abs=1e-6)
+    assert test.class_names == FakeCIFAR10.classes
+    with pytest.raises(DataError, match=r"CIFAR-10 is not in elsewhere and cannot be downloaded \(Dataset not found"):
+        load_data("cifar10:elsewhere")

@@ -4,10 +4,11 @@ import types
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from lmc_curvature.errors import ConfigurationError, OptionError
-from lmc_curvature.forking import digits_resnet, make_model, model_names, resnet, resnet20
+from lmc_curvature.forking import cifar_resnet18, digits_resnet, make_model, model_names, resnet, resnet20
 
 
 def weight_modules(model):
@@ -125,3 +126,24 @@ def test_direct_calls_check_their_options():
     # The tests' own check of types would catch the choice before the library does.
     with pytest.raises(OptionError, match="shortcut='identify' is not a choice: did you mean 'identity'"):
         inspect.unwrap(resnet)(20, shortcut="identify")
+
+
+@pytest.mark.parametrize("normalization", [True, False])
+def test_resnet18_for_small_images_is_that_of_torchvision(normalization):
+    model = make_model("cifar-resnet18", num_classes=7, normalization=normalization)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    # Features keep their resolution until the second stage: 32, 16, 8, 4.
+    assert model.layer4(model.layer3(model.layer2(model.layer1(torch.randn(1, 64, 32, 32))))).shape == (1, 512, 4, 4)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules()) == normalization
+    reference = torchvision.models.resnet18(num_classes=7)
+    expected = {
+        name: p.shape for name, p in reference.named_parameters() if normalization or p.ndim != 1 or "fc" in name
+    }
+    assert {name: p.shape for name, p in model.named_parameters()} == {**expected, "conv1.weight": (64, 3, 3, 3)}
+    with pytest.raises(OptionError, match="num_classes=0 must be at least 1"):
+        cifar_resnet18(num_classes=0)
+
+
+def test_resnet20_without_projections_has_the_papers_size():
+    model = make_model("resnet20", shortcut="identity")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 269_722

@@ -1,0 +1,256 @@
+"""How fast are siblings trained: against a plain loop over torchvision's DataLoader, and several at once?
+
+python benchmarks/training.py [--network resnet20] [--width 8] [--data FOLDER] [--device cuda] [--quick]
+"""
+
+import argparse
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from charts import draw_points
+from harness import Bar, Column, Report, Table, parse_options, publish, setting
+from PIL import Image
+from timing import Spread
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from lmc_curvature.forking import ImageDataset, TrainingConfig, TrainingState, load_data, make_model, train
+
+SIZES = {
+    "full": {"network": "resnet20", "width": 8, "examples": 5000, "batch": 128, "epochs": 3, "siblings": (2, 4)},
+    "quick": {"network": "resnet20", "width": 8, "examples": 1280, "batch": 128, "epochs": 2, "siblings": (2,)},
+    "smoke": {"network": "resnet", "width": 2, "examples": 64, "batch": 32, "epochs": 1, "siblings": (2,)},
+}
+OURS = "lmc_curvature: one tensor, batches augmented at once, channels last"
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Parse, measure, print and write."""
+    options = parse_options(__file__, __doc__, argv, _add_options)
+    size = dict(SIZES[options.size])
+    size |= {key: value for key in ("network", "width", "batch") if (value := getattr(options, key)) is not None}
+    data = images(options.data, size["examples"])
+    report = Report(
+        "training", "How fast are siblings trained?", setting(options, **size, data=options.data or "noise")
+    )
+    report.notes += [
+        "Every loop takes the same steps of SGD on crops and mirror images padded by 4; an epoch is all the data.",
+        "The plain loop is what torchvision's examples do: an image at a time through Pillow, transforms, DataLoader.",
+        "Siblings at once are processes with a thread each; start-up is not counted.",
+    ]
+    loops = _loops(size, data, options.device)
+    report.tables.append(Table("loop", "An epoch of one network", _COLUMNS, loops))
+    report.tables.append(_siblings(size, options))
+    ours, *plain = (row["seconds"] for row in loops)
+    fastest = min(plain, key=lambda spread: spread.median)
+    report.bars.append(Bar("fastest plain loop / ours", fastest.over(ours), "at least", 1.5))
+    figure = draw_points({row["loop"]: row["seconds"] for row in loops}, [OURS], "seconds an epoch")
+    return publish(report, options, figure)
+
+
+_COLUMNS = (
+    Column("loop", "loop"),
+    Column("seconds", "seconds an epoch [quartiles]"),
+    Column("rate", "images a second"),
+    Column("samples", "samples"),
+)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--network", help="resnet20, cifar-resnet18, …")
+    parser.add_argument("--width", type=int, help="of a resnet")
+    parser.add_argument("--batch", type=int, help="examples a batch")
+    parser.add_argument("--data", help="cifar10 or a folder of images; by default noise of the same size")
+
+
+def images(spec: str | None, count: int) -> ImageDataset:
+    """Some images of 32 × 32 pixels: of a data set, or noise, which takes as long."""
+    if spec is not None:
+        return load_data(spec, limit=count)
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    half = torch.full((3,), 0.5)
+    return ImageDataset(pixels, torch.arange(count) % 10, tuple("0123456789"), half, half)
+
+
+def _config(size: dict[str, Any], epochs: int) -> TrainingConfig:
+    return TrainingConfig(
+        epochs=epochs, learning_rate=0.1, weight_decay=1e-4, batch_size=size["batch"], augmentation="crop-flip"
+    )
+
+
+def _model(size: dict[str, Any]) -> nn.Module:
+    torch.manual_seed(0)
+    resnet = size["network"].startswith("resnet")
+    options = {"width": size["width"], "shortcut": "identity"} if resnet else {}
+    if size["network"] == "resnet":
+        options["depth"] = 8
+    return make_model(size["network"], **options)
+
+
+def _loops(size: dict[str, Any], data: ImageDataset, device: torch.device) -> list[dict[str, Any]]:
+    """Rows of our loop, and of the plain one with several numbers of worker processes, which take turns."""
+    ours = _Ours(size, data, device)
+    loops: dict[str, Callable[[], None]] = {OURS: ours.epoch}
+    for workers in (0, 2):
+        plain = _Plain(size, data, device, workers)
+        loops[f"plain loop over a DataLoader, num_workers={workers}"] = plain.epoch
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for epoch in loops.values():
+        epoch()
+    for _ in range(size["epochs"]):
+        for name, epoch in loops.items():
+            start = time.perf_counter()
+            epoch()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return [
+        {"loop": name, "seconds": Spread.of(each), "rate": len(data) / Spread.of(each).median, "samples": len(each)}
+        for name, each in seconds.items()
+    ]
+
+
+class _Ours:
+    """The library's training, an epoch at a time, as forks are trained."""
+
+    def __init__(self, size: dict[str, Any], data: ImageDataset, device: torch.device):
+        self.model, self.data = _model(size).to(device), data.to(device)
+        # Long enough never to end.
+        self.config = _config(size, 10_000)
+        self.state: TrainingState | None = None
+
+    def epoch(self) -> None:
+        epoch = 0 if self.state is None else self.state.epoch
+        self.state = train(
+            self.model, self.data, self.config, order_seed=0, start=self.state, until=epoch + 1, progress=False
+        )
+
+
+class _Images(Dataset):
+    """Images one at a time, as torchvision's CIFAR10 gives them."""
+
+    def __init__(self, data: ImageDataset):
+        self.pixels = data.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.targets = data.targets.tolist()
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(32, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(data.mean.tolist(), data.std.tolist()),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.transform(Image.fromarray(self.pixels[index])), self.targets[index]
+
+
+class _Plain:
+    """The loop that everybody writes first."""
+
+    def __init__(self, size: dict[str, Any], data: ImageDataset, device: torch.device, workers: int):
+        self.model, self.device = _model(size).to(device), device
+        self.loader = DataLoader(
+            _Images(data),
+            batch_size=size["batch"],
+            shuffle=True,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+        )
+        config = _config(size, 1)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+
+    def epoch(self) -> None:
+        self.model.train()
+        for x, y in self.loader:
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            self.optimizer.zero_grad()
+            loss = functional.cross_entropy(self.model(x), y)
+            loss.backward()
+            self.optimizer.step()
+
+
+def _siblings(size: dict[str, Any], options: argparse.Namespace) -> Table:
+    """Seconds that several siblings take for an epoch each: one after another, and at once."""
+    rows = []
+    threads = torch.get_num_threads()
+    for count in size["siblings"]:
+        for processes, each in ((1, threads), (1, 1), (min(count, os.cpu_count() or 1), 1)):
+            if (processes, each, count) in {(row["processes"], row["threads"], row["siblings"]) for row in rows}:
+                continue
+            seconds = _seconds_in_processes(size, options, count, processes, each)
+            rows.append({"siblings": count, "processes": processes, "threads": each, "seconds": seconds})
+    for row in rows:
+        first = next(other for other in rows if other["siblings"] == row["siblings"])
+        row["ratio"] = first["seconds"] / row["seconds"]
+    columns = (
+        Column("siblings", "siblings"),
+        Column("processes", "processes"),
+        Column("threads", "threads each"),
+        Column("seconds", "seconds for an epoch of all"),
+        Column("ratio", "times faster than the first"),
+    )
+    return Table("siblings", "Several siblings, one after another and at once", columns, rows)
+
+
+def _seconds_in_processes(
+    size: dict[str, Any], options: argparse.Namespace, siblings: int, processes: int, threads: int
+) -> float:
+    """Median seconds of an epoch of all siblings, shared evenly among processes that are warm."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(processes + 1)
+    shares = [siblings // processes + (number < siblings % processes) for number in range(processes)]
+    workers = [
+        context.Process(target=_train_share, args=(barrier, size, options.data, str(options.device), share, threads))
+        for share in shares
+    ]
+    for worker in workers:
+        worker.start()
+    seconds = []
+    barrier.wait()
+    for _ in range(size["epochs"]):
+        start = time.perf_counter()
+        barrier.wait()
+        barrier.wait()
+        seconds.append(time.perf_counter() - start)
+    for worker in workers:
+        worker.join()
+    return Spread.of(seconds).median
+
+
+def _train_share(
+    barrier: Any, size: dict[str, Any], data: str | None, device: str, siblings: int, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    place = torch.device(device)
+    networks = [_Ours(size, images(data, size["examples"]), place) for _ in range(siblings)]
+    for network in networks:
+        network.epoch()
+    barrier.wait()
+    for _ in range(size["epochs"]):
+        barrier.wait()
+        for network in networks:
+            network.epoch()
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        barrier.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Barriers that grow layer by layer: of the first k layers, and of the last k."""
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lmc_curvature.figures.frames import at_epoch, by_fork, checked, numbers
+from lmc_curvature.figures.grids import count_axis, fork_cells, share_scale
+from lmc_curvature.figures.panels import BARRIER_LABEL, fork_title, heading, plain_ticks, zero_line
+from lmc_curvature.figures.style import BLUE, INK, VERMILION, look
+
+_SIDES = {"first": BLUE, "last": VERMILION}
+_PREDICTED = {"predicted_shared": ("predicted, shared Hessian", "--"), "predicted": ("predicted, second order", ":")}
+
+
+@look()
+def draw_cumulative_barriers(cumulative: pd.DataFrame, *, epoch: int | None = None) -> Figure:
+    """Draw the barrier of the first k layers and of the last k layers together, for every k, a panel a fork.
+
+    Measured as by Adilova et al. 2023, and predicted from the curvature at one end (Singh et al. 2024, equation 21) and
+    at both ends (second order). Panels have one scale when they are of one order of magnitude, and a scale each
+    otherwise.
+
+    Args:
+        cumulative: A row a fork, epoch, side (`"first"` or `"last"`) and count of layers, with the columns `measured`,
+            `predicted` and `predicted_shared`.
+        epoch: Of the siblings; by default the last that each fork has.
+
+    Raises:
+        OptionError: A column is missing, or no fork has this epoch.
+    """
+    columns = ["side", "count", "measured", *_PREDICTED]
+    rows = at_epoch(checked(cumulative, "cumulative barriers", columns), "cumulative barriers", epoch)
+    forks = by_fork(rows)
+    figure, cells = fork_cells(len(forks), 1.9, margin=0.85)
+    panels = [figure.add_subplot(cell) for cell in cells]
+    for axes, (fork, each) in zip(panels, forks.items(), strict=True):
+        zero_line(axes)
+        for side, color in _SIDES.items():
+            _draw_side(axes, each[each["side"] == side].sort_values("count"), side, color)
+        count_axis(axes, "")
+        plain_ticks(axes.yaxis)
+        heading(axes, fork_title(fork), f"siblings at epoch {int(numbers(each, 'epoch')[0])}")
+    share_scale(panels)
+    figure.supxlabel("number of layers k", fontsize="medium")
+    figure.supylabel(BARRIER_LABEL, fontsize="medium")
+    _draw_legend(figure)
+    return figure
+
+
+def _draw_side(axes: Axes, rows: pd.DataFrame, side: str, color: str) -> None:
+    counts = numbers(rows, "count")
+    for column, (_, linestyle) in _PREDICTED.items():
+        axes.plot(counts, numbers(rows, column), color=color, linestyle=linestyle, label=f"_{side}, {column}")
+    measured = numbers(rows, "measured")
+    axes.plot(counts, measured, color=color, marker="o", markersize=2.5, linewidth=1, label=f"_{side}, measured")
+
+
+def _draw_legend(figure: Figure) -> None:
+    """Colours for the sides and line styles for where the barriers come from."""
+    handles = [Line2D([], [], color=color, linewidth=3, label=f"{side} k layers") for side, color in _SIDES.items()]
+    handles.append(Line2D([], [], color=INK, marker="o", markersize=2.5, linewidth=1, label="measured"))
+    handles += [Line2D([], [], color=INK, linestyle=style, label=label) for label, style in _PREDICTED.values()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=5 if figure.get_figwidth() > 6 else 2)

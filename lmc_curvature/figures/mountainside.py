@@ -1,0 +1,208 @@
+"""The sketch of forks on a mountainside: early siblings are parted by a wide high ridge, late ones by a low one."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from matplotlib.axes import Axes
+from matplotlib.colors import LightSource, LinearSegmentedColormap
+from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d import Axes3D
+
+from lmc_curvature.figures.panels import heading
+from lmc_curvature.figures.style import BLUE, GREY, INK, SMALL, TEXT_WIDTH, VERMILION, look, new_figure
+
+Numbers = Float64[np.ndarray, "..."]
+
+_SLOPE = LinearSegmentedColormap.from_list("slope", ["#dfe8dc", "#efe9dc", "#d9cbb8", "#f4f2ee"])
+# Training ends just above the foot of the mountain.
+_END = 0.97
+# Paths are drawn this far above the ground, or it would swallow them.
+_LIFT = 0.004
+
+
+@dataclass(frozen=True)
+class Ridge:
+    """A ridge that runs straight down the mountain.
+
+    Attributes:
+        across: Where its crest runs.
+        start: How far down it begins.
+        length: Over which way it grows to its full height.
+        width: Standard deviation of its cross-section, times √2.
+        height: Above the ground beside it.
+    """
+
+    across: float
+    start: float
+    length: float
+    width: float
+    height: float
+
+    def above_ground(self, across: Numbers, down: Numbers) -> Numbers:
+        """How far it raises the ground."""
+        grown = self.height * _smooth_step((down - self.start) / self.length)
+        return grown * np.exp(-(((across - self.across) / self.width) ** 2))
+
+
+@dataclass(frozen=True)
+class Path:
+    """A way down, which bends once to another line of descent.
+
+    Attributes:
+        start: Across and down.
+        across: The line of descent in which it ends.
+        bend: How far down it begins to bend.
+        over: The way down that the bend takes.
+        end: How far down it ends.
+    """
+
+    start: tuple[float, float]
+    across: float
+    bend: float
+    over: float
+    end: float
+
+    def points(self) -> tuple[Numbers, Numbers]:
+        """Positions across and down, (200,) each."""
+        down = np.linspace(self.start[1], self.end, 200)
+        bent = _smooth_step((down - self.bend) / self.over)
+        return self.start[0] + (self.across - self.start[0]) * bent, down
+
+
+def _smooth_step(x: Numbers) -> Numbers:
+    x = np.clip(x, 0.0, 1.0)
+    return x**2 * (3 - 2 * x)
+
+
+EARLY_FORK, LATE_FORK = (-0.33, 0.13), (0.64, 0.57)
+# Each begins just below a fork, but for the one in the middle.
+RIDGES = (
+    Ridge(across=-0.33, start=0.16, length=0.50, width=0.20, height=0.36),
+    Ridge(across=0.34, start=0.42, length=0.40, width=0.09, height=0.18),
+    Ridge(across=0.64, start=0.60, length=0.35, width=0.05, height=0.08),
+)
+PARENT = Path((-0.33, 0.02), across=0.64, bend=0.13, over=0.25, end=0.57)
+EARLY_SIBLINGS = (
+    Path(EARLY_FORK, across=-0.75, bend=0.13, over=0.45, end=_END),
+    Path(EARLY_FORK, across=0.09, bend=0.13, over=0.45, end=_END),
+)
+LATE_SIBLINGS = (
+    Path(LATE_FORK, across=0.53, bend=0.57, over=0.25, end=_END),
+    Path(LATE_FORK, across=0.75, bend=0.57, over=0.25, end=_END),
+)
+
+
+def height(across: Numbers, down: Numbers) -> Numbers:
+    """The mountainside: the loss at a position across, in [−1, 1], and down, from 0 at the top to 1 at the foot."""
+    return (1 - down) ** 2 + sum(ridge.above_ground(across, down) for ridge in RIDGES)
+
+
+def between(siblings: tuple[Path, Path], points: int = 301) -> tuple[Numbers, Numbers]:
+    """The way from the middle of the segment between two siblings, and the height above its chord, (points,) each."""
+    first, second = (np.array([path.points()[0][-1], path.points()[1][-1]]) for path in siblings)
+    alphas = np.linspace(0, 1, points)
+    across, down = np.outer(1 - alphas, first).T + np.outer(alphas, second).T
+    heights = height(across, down)
+    chord = (1 - alphas) * heights[0] + alphas * heights[-1]
+    return (alphas - 0.5) * float(np.linalg.norm(second - first)), heights - chord
+
+
+@look()
+def draw_mountainside() -> Figure:
+    """Draw the sketch of Singh et al. 2024, Figure 3: forks on a mountainside, and the ridges between siblings.
+
+    A parent comes down a mountainside from which ridges stand out, some from high up, some from low down. Siblings that
+    leave it early come down on either side of a ridge that begins high, and is wide and high where they end. Those that
+    leave it late are close to each other, with a low narrow ridge between them. Beside the mountain stand both ridges,
+    as they are met along the segments between the siblings. The mountain is a formula, not the loss of a network.
+    """
+    figure = new_figure(TEXT_WIDTH, 3.5)
+    grid = figure.add_gridspec(1, 2, width_ratios=[2.5, 1])
+    mountain = figure.add_subplot(grid[0, 0], projection="3d")
+    _draw_mountain(mountain)
+    _draw_paths(mountain)
+    _draw_labels(mountain)
+    _draw_ridges(figure.add_subplot(grid[0, 1]))
+    return figure
+
+
+def _draw_mountain(axes: Axes3D) -> None:
+    """The ground with level curves, seen from below the foot; the loss falls towards the reader."""
+    across, down = np.meshgrid(np.linspace(-1, 1, 241), np.linspace(0, 1, 161))
+    ground = height(across, down)
+    # The sun stands in the upper left, so that every ridge has a dark right side.
+    shaded = LightSource(azdeg=300, altdeg=42).shade(
+        ground, cmap=_SLOPE, vert_exag=90, blend_mode="soft", dx=1.0, dy=1.0, vmin=0, vmax=1
+    )
+    axes.computed_zorder = False
+    surface: dict[str, Any] = {"rstride": 1, "cstride": 1, "linewidth": 0, "antialiased": False, "shade": False}
+    # As outlines, its 38 400 facets would make a file of many megabytes.
+    axes.plot_surface(across, 1 - down, ground, facecolors=shaded, zorder=1, rasterized=True, **surface)
+    levels = np.linspace(0.02, 0.98, 17) ** 1.5
+    axes.contour(across, 1 - down, ground, levels=levels, colors=GREY, linewidths=0.35, alpha=0.6, zorder=2)
+    axes.set(xlim=(-1, 1), ylim=(0, 1), zlim=(0, 1))
+    axes.set_box_aspect((2, 1.35, 0.85), zoom=1.45)
+    axes.view_init(elev=36, azim=-84)
+    axes.set_axis_off()
+
+
+def _draw_paths(axes: Axes3D) -> None:
+    _draw_path(axes, PARENT, INK, "parent")
+    for siblings, color, name in ((EARLY_SIBLINGS, VERMILION, "early"), (LATE_SIBLINGS, BLUE, "late")):
+        for number, path in enumerate(siblings):
+            _draw_path(axes, path, color, f"{name} sibling {number + 1}")
+            _draw_point(axes, path.points()[0][-1], path.points()[1][-1], color)
+        # The segment is drawn where it runs: over the ground, whose height it meets.
+        across = np.linspace(siblings[0].across, siblings[1].across, 101)
+        pen: dict[str, Any] = {"color": color, "linestyle": (0, (2, 1.2))}
+        _draw_on_ground(axes, across, np.full_like(across, _END), f"{name} segment", **pen)
+    for fork in (EARLY_FORK, LATE_FORK):
+        _draw_point(axes, *fork, INK)
+
+
+def _draw_path(axes: Axes3D, path: Path, color: str, label: str) -> None:
+    _draw_on_ground(axes, *path.points(), label, color=color, linewidth=1.8)
+
+
+def _draw_on_ground(axes: Axes3D, across: Numbers, down: Numbers, label: str, **pen: Any) -> None:
+    axes.plot(across, 1 - down, height(across, down) + _LIFT, label=label, zorder=5, **pen)
+
+
+def _draw_point(axes: Axes3D, across: float, down: float, color: str) -> None:
+    ground = height(np.array([across]), np.array([down])) + _LIFT
+    axes.plot([across], [1 - down], ground, "o", color=color, markersize=4.5, markeredgecolor="white", zorder=6)
+
+
+def _draw_labels(axes: Axes3D) -> None:
+    """Names, each in the colour of what it names."""
+
+    def name(text: str, across: float, down: float, above: float, color: str = INK, **place: Any) -> None:
+        ground = float(height(np.array([across]), np.array([down]))[0])
+        axes.text(across, 1 - down, ground + above, text, color=color, zorder=9, fontsize=SMALL + 1, **place)
+
+    name("parent", -0.36, 0.04, 0.0, ha="right")
+    name("early fork", -0.40, 0.13, 0.0, ha="right", va="center")
+    name("late fork", 0.69, 0.56, 0.02)
+    name("early siblings", -0.80, _END, 0.0, VERMILION, ha="right", va="center")
+    name("late siblings", 0.80, _END, 0.0, BLUE, va="center")
+    name("ridge", -0.33, 0.62, 0.0, GREY, ha="center", va="bottom")
+
+
+def _draw_ridges(axes: Axes) -> None:
+    """The height along both segments above their chords, on one scale."""
+    for siblings, color, name in ((EARLY_SIBLINGS, VERMILION, "early"), (LATE_SIBLINGS, BLUE, "late")):
+        way, barrier = between(siblings)
+        axes.fill_between(way, 0, barrier, color=color, alpha=0.15, linewidth=0)
+        axes.plot(way, barrier, color=color, label=name)
+        axes.plot(way[[0, -1]], barrier[[0, -1]], "o", color=color, markersize=4, label=f"_{name} siblings")
+    (early_way, early), (_, late) = between(EARLY_SIBLINGS), between(LATE_SIBLINGS)
+    axes.text(0, 1.03 * early.max(), "early fork:\nwide, high ridge", color=VERMILION, ha="center", va="bottom")
+    beside: dict[str, Any] = {"textcoords": "offset points", "arrowprops": {"arrowstyle": "-", "color": BLUE}}
+    axes.annotate(
+        "late fork:\nlow ridge", (0.03, 0.8 * late.max()), (47, 64), color=BLUE, ha="center", va="bottom", **beside
+    )
+    axes.set(xlim=1.12 * early_way[[0, -1]], ylim=(-0.02, 1.3 * early.max()), xticks=[], yticks=[])
+    axes.set(xlabel="way along the segment", ylabel="loss above the chord")
+    heading(axes, "between the siblings", "")

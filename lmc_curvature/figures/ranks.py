@@ -1,0 +1,91 @@
+"""How well the layers are ranked by what is predicted of them, and by their curvature or their distance alone."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float64
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lmc_curvature.figures.agreement import Pairs
+from lmc_curvature.figures.frames import at_epoch, by_fork, checked, known, numbers
+from lmc_curvature.figures.style import BLUE, GREEN, GREY, PALE, PURPLE, TEXT_WIDTH, VERMILION, look, new_figure
+
+# Of each way to rank layers: what the legend calls it, its colour and its marker.
+_RANKINGS = {
+    "predicted": ("second order", BLUE, "s"),
+    "predicted_with_slopes": ("with slopes", VERMILION, "D"),
+    "hessian_energy": ("Hessian energy ΔᵀHΔ", GREY, "o"),
+    "distance": ("distance ‖Δ‖ alone", GREEN, "^"),
+    "curvature": ("curvature ΔᵀHΔ / ‖Δ‖² alone", PURPLE, "v"),
+}
+
+
+@look()
+def draw_rank_correlations(layers: pd.DataFrame) -> Figure:
+    """Draw how well the measured barriers of single layers are ranked, by fork: Spearman's ρ over the layers.
+
+    Compared are the predicted barriers, and what they are made of: the Hessian energy ΔᵀHΔ, the distance ‖Δ‖ alone, and
+    the curvature along Δ alone. Each fork is taken at the last epoch at which its layers were measured. Fewer than
+    three layers have no ranks, and then there is no point. On the right, and in the legend, stand the means.
+
+    Args:
+        layers: A row a fork, epoch and layer, with the columns `measured`, `predicted`, `predicted_with_slopes`,
+            `hessian_energy` and `distance`.
+
+    Raises:
+        OptionError: A column is missing, or no layer was measured.
+    """
+    correlations = rank_correlations(layers)
+    forks = list(correlations)
+    figure = new_figure(min(0.45 * len(forks) + 3.6, TEXT_WIDTH), 2.6)
+    axes = figure.add_subplot()
+    handles = []
+    offsets = np.linspace(-0.34, 0.34, len(_RANKINGS))
+    for offset, (name, (label, color, marker)) in zip(offsets, _RANKINGS.items(), strict=True):
+        values = np.array([correlations[fork][name] for fork in forks])
+        mean = _mean(values)
+        pen: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4.5, "linestyle": "none"}
+        axes.plot(np.arange(len(forks)) + offset, values, label=f"_{name}", **pen)
+        axes.plot([len(forks) + offset], [mean], label=f"_{name}, mean", **pen)
+        shown = f"{mean:.2f}".replace("-", "−") if math.isfinite(mean) else "undefined"
+        handles.append(Line2D([], [], label=f"{label}: {shown}", **pen))
+    lowest = min((value for each in correlations.values() for value in each.values() if value < 0), default=0.0)
+    axes.axhline(0, color=GREY, linewidth=0.6, zorder=1, label="_zero")
+    axes.axvline(len(forks) - 0.5, color=GREY, linewidth=0.6, linestyle=":", label="_forks and their mean")
+    axes.grid(axis="y", color=PALE, linewidth=0.5)
+    axes.set_xticks(range(len(forks) + 1), [*(str(fork) for fork in forks), "mean"])
+    axes.set(xlim=(-0.5, len(forks) + 0.5), ylim=(min(lowest - 0.05, 0.0), 1.04))
+    axes.set(xlabel="fork at epoch", ylabel="Spearman's ρ over layers\nwith the measured barrier")
+    figure.legend(handles=handles, title="ranked by: mean ρ", loc="outside right upper", alignment="left")
+    return figure
+
+
+def rank_correlations(layers: pd.DataFrame) -> dict[int, dict[str, float]]:
+    """Fork to way of ranking to Spearman's ρ with the measured barriers; NaN where it is undefined."""
+    columns = [column for column in _RANKINGS if column != "curvature"]
+    rows = known(checked(layers, "layers", ["measured", *columns]), "layers", "measured")
+    return {fork: _of_fork(each, columns) for fork, each in by_fork(at_epoch(rows, "layers", None)).items()}
+
+
+def _of_fork(rows: pd.DataFrame, columns: list[str]) -> dict[str, float]:
+    rankings = {column: numbers(rows, column) for column in columns}
+    # A layer that does not move has no barrier, and no curvature along its way.
+    squares = rankings["distance"] ** 2
+    energy = rankings["hessian_energy"]
+    rankings["curvature"] = np.divide(energy, squares, out=np.zeros_like(energy), where=squares > 0)
+    measured = numbers(rows, "measured")
+    return {name: _correlation(measured, values) for name, values in rankings.items()}
+
+
+def _correlation(measured: Float64[np.ndarray, " layers"], ranking: Float64[np.ndarray, " layers"]) -> float:
+    both = np.isfinite(measured) & np.isfinite(ranking)
+    return Pairs(measured[both], ranking[both]).rank_correlation() if both.any() else math.nan
+
+
+def _mean(values: Float64[np.ndarray, " forks"]) -> float:
+    """Over the forks that have a value."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan

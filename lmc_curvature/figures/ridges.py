@@ -1,0 +1,124 @@
+"""The ridge between siblings while they train: barrier curves, one behind the other."""
+
+from typing import Literal, get_args
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.colors import Normalize, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from mpl_toolkits.mplot3d import Axes3D
+from mpl_toolkits.mplot3d.art3d import Poly3DCollection
+
+from lmc_curvature.errors import check_choice
+from lmc_curvature.figures.frames import by_fork, checked, known, numbers
+from lmc_curvature.figures.grids import EPOCH_LABEL, fork_cells
+from lmc_curvature.figures.panels import fork_title, heading, short_number
+from lmc_curvature.figures.style import GREY, PALE, SMALL, TEXT_WIDTH, look
+
+Quantity = Literal["value", "barrier"]
+
+# More curves than this hide each other.
+_MOST_CURVES = 24
+_WHITENED = 0.6
+
+
+@look()
+def draw_ridges(
+    curves: pd.DataFrame, *, metric: str = "error", quantity: Quantity = "value", split: str = "train"
+) -> Figure:
+    """Draw the metric along the segment between siblings in three dimensions, a curve an epoch and a panel a fork.
+
+    Figures 1 and 8 to 12 of Singh et al. 2024. All panels have the same axes and the same colours, from the first epoch
+    in dark to the last in light. Values fall while networks learn, so the last epoch stands in front; barriers rise,
+    and the first does. Of many epochs, 24 evenly chosen ones are drawn, the first and the last among them.
+
+    Args:
+        curves: A row a fork, epoch, split, metric and α, with the columns `alpha`, `value` and `barrier`.
+        metric: Which metric: `"loss"` or `"error"`.
+        quantity: `"value"` for the metric itself, `"barrier"` for how far it lies above the chord.
+        split: On which data: `"train"` or `"test"`.
+
+    Raises:
+        OptionError: A column is missing, no row has this split and metric, or `quantity` is unknown.
+    """
+    check_choice("quantity", quantity, get_args(Quantity))
+    rows = checked(curves, "curves", ["alpha", quantity], split=split, metric=metric)
+    rows = known(rows, "curves", quantity)
+    forks = by_fork(rows)
+    epochs, heights = numbers(rows, "epoch"), numbers(rows, quantity)
+    shade = Normalize(epochs.min(), epochs.max() + (epochs.min() == epochs.max()))
+    low, top = (_without_noise(end) for end in (min(heights.min(), 0.0), max(heights.max(), 0.0)))
+    limits = (low, top if top > low else low + 1)
+    figure, cells = fork_cells(len(forks), 2.25, margin=0.4)
+    for (fork, each), cell in zip(forks.items(), cells, strict=True):
+        axes = figure.add_subplot(cell, projection="3d")
+        _dress(axes, shade, limits, last_in_front=quantity == "value")
+        axes.set_zlabel(metric if quantity == "value" else "barrier", labelpad=-6, rotation=90)
+        last = each[each["epoch"] == each["epoch"].max()]
+        highest = short_number(_without_noise(numbers(last, quantity).max()))
+        detail = f"highest at epoch {int(numbers(last, 'epoch')[0])}: {highest}"
+        # The upper left corner of the panel is empty.
+        heading(axes, fork_title(fork), detail, lift=-10.0)
+        _draw_curves(axes, each, quantity, shade, limits[0])
+    named = {"loss": "loss", "error": "error, a share of examples"}.get(metric, metric)
+    what = named if quantity == "value" else f"barrier of the {named}"
+    space = " " if figure.get_figwidth() >= TEXT_WIDTH else "\n"
+    title = f"{split} {what},{space}between siblings at α of their segment"
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
+    # The layout does not see how far the labels of the heights reach.
+    figure.set_layout_engine("constrained", rect=(0, 0, 1 - 0.15 / figure.get_figwidth(), 1))
+    return figure
+
+
+def _without_noise(value: float) -> float:
+    """A barrier is a difference: where it is zero, its last digits are not."""
+    return round(float(value), 12)
+
+
+def shown_epochs(epochs: np.ndarray) -> np.ndarray:
+    """The epochs whose curves are drawn, in increasing order."""
+    epochs = np.unique(epochs)
+    return epochs[np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), _MOST_CURVES)).round().astype(int))]
+
+
+def _draw_curves(axes: Axes3D, rows: pd.DataFrame, quantity: Quantity, shade: Normalize, bottom: float) -> None:
+    """The curves from the back to the front, each with a face down to the bottom that covers those behind it."""
+    epochs = shown_epochs(numbers(rows, "epoch"))
+    from_back = epochs if axes.yaxis_inverted() else epochs[::-1]
+    for depth, epoch in enumerate(from_back):
+        curve = rows[rows["epoch"] == epoch].sort_values("alpha")
+        alphas, values = numbers(curve, "alpha"), numbers(curve, quantity)
+        color = mpl.colormaps["viridis"](0.9 * float(shade(epoch)))
+        pale = tuple(_WHITENED + (1 - _WHITENED) * part for part in to_rgb(color))
+        corners = [(alphas[0], epoch, bottom), *zip(alphas, np.full_like(alphas, epoch), values, strict=True)]
+        face = Poly3DCollection([[*corners, (alphas[-1], epoch, bottom)]], facecolors=[(*pale, 0.8)], edgecolors="none")
+        face.set_zorder(10 + 2 * depth)
+        axes.add_collection3d(face)
+        axes.plot(alphas, np.full_like(alphas, epoch), values, color=color, linewidth=1, zorder=11 + 2 * depth)
+
+
+def _dress(axes: Axes3D, shade: Normalize, limits: tuple[float, float], *, last_in_front: bool) -> None:
+    """Axes, view and ticks, alike for all panels."""
+    # What lies in front is known here; matplotlib would guess it from the middle of each curve.
+    axes.computed_zorder = False
+    # The labels of the panel on the left reach into this one.
+    axes.patch.set_visible(False)
+    axes.view_init(elev=26, azim=-62)
+    axes.set_box_aspect((1, 1.1, 0.75), zoom=0.92)
+    ends = (shade.vmin or 0.0, shade.vmax or 1.0)
+    axes.set(xlim=(0, 1), ylim=ends[::-1] if last_in_front else ends, zlim=limits)
+    axes.set_xlabel("α", labelpad=-9)
+    axes.set_ylabel(EPOCH_LABEL, labelpad=-6)
+    axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.zaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}".replace("-", "−")))
+    # Or a long word stands upright, and a short one lies.
+    axes.zaxis.set_rotate_label(False)
+    for axis, pad in ((axes.xaxis, -4), (axes.yaxis, -1), (axes.zaxis, -1)):
+        axis.set_pane_color((1, 1, 1, 0))
+        axis.line.set_color(GREY)
+        axis.set_tick_params(pad=pad, labelsize=SMALL - 0.5)
+        axis._axinfo["grid"].update(color=PALE, linewidth=0.5)

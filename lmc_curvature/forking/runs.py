@@ -1,0 +1,144 @@
+"""The files of one network in training.
+
+manifest.json               how far it has come, what it was made with, and the SHA-256 of every snapshot
+metrics.csv                 a row an epoch
+epoch-0006.safetensors      the network and its optimiser at each epoch that is kept
+latest.safetensors          the same at the last epoch trained, until training is finished
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from lmc_curvature.errors import CheckpointError
+from lmc_curvature.forking.training import EpochMetrics, TrainingState
+from lmc_curvature.storage import remove_partial_files, write_atomically
+
+Status = Literal["training", "finished", "diverged"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One network in training, and where its files lie. Only one process writes to them at a time.
+
+    Attributes:
+        path: The directory.
+        title: What to call it.
+        order_seed: Of its examples.
+        first_epoch: The epoch it begins at.
+        epochs: The epochs that are kept, increasing; the last is the end of the schedule.
+    """
+
+    path: Path
+    title: str
+    order_seed: int
+    first_epoch: int
+    epochs: tuple[int, ...]
+
+    @property
+    def latest_path(self) -> Path:
+        """Path of the state that training continues from."""
+        return self.path / "latest.safetensors"
+
+    @property
+    def metrics_path(self) -> Path:
+        """Path of the metrics by epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def manifest_path(self) -> Path:
+        """Path of the manifest."""
+        return self.path / "manifest.json"
+
+    def snapshot_path(self, epoch: int) -> Path:
+        """Path of the snapshot at an epoch."""
+        return self.path / f"epoch-{epoch:04d}.safetensors"
+
+    def missing(self) -> tuple[int, ...]:
+        """The epochs whose snapshots are not there."""
+        return tuple(epoch for epoch in self.epochs if not self.snapshot_path(epoch).is_file())
+
+    @property
+    def status(self) -> Status:
+        """How far training has come: finished only if every file is there."""
+        status = self.manifest().get("status", "training")
+        complete = self.metrics_path.is_file() and not self.missing()
+        return "training" if status == "finished" and not complete else status
+
+    @property
+    def message(self) -> str:
+        """Why training ended early, if it did."""
+        return str(self.manifest().get("message", ""))
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest; empty if there is none, or if it is damaged, so that it is made anew."""
+        try:
+            contents = json.loads(self.manifest_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return contents if isinstance(contents, dict) else {}
+
+    def write_manifest(self, status: Status, made_with: Mapping[str, Any], message: str = "") -> None:
+        """Write the manifest: the status, what made the run, and the snapshots that are there with their digests."""
+        stored = (self.snapshot_path(epoch) for epoch in self.epochs)
+        contents = {
+            "title": self.title,
+            "status": status,
+            "message": message,
+            "order_seed": self.order_seed,
+            "first_epoch": self.first_epoch,
+            "epochs": self.epochs,
+            "made_with": dict(made_with),
+            "sha256": {path.name: _digest(path) for path in stored if path.is_file()},
+        }
+        with write_atomically(self.manifest_path) as temporary:
+            temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+    def write_metrics(self, history: Sequence[EpochMetrics]) -> None:
+        """Write the metrics of the run's own epochs, given those since the beginning of the schedule."""
+        names = [field.name for field in dataclasses.fields(EpochMetrics)]
+        with (
+            write_atomically(self.metrics_path) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(names)
+            writer.writerows(dataclasses.astuple(metrics) for metrics in history[self.first_epoch :])
+
+    def epochs_trained(self) -> int:
+        """How many epochs of its own the run has behind it, as far as files tell."""
+        if self.status == "finished":
+            return self.epochs[-1] - self.first_epoch
+        try:
+            return max(len(self.metrics_path.read_text(encoding="utf-8").splitlines()) - 1, 0)
+        except OSError:
+            return 0
+
+    def discard_damage(self) -> None:
+        """Remove snapshots that do not match their checksums, with a warning that names each, and unfinished files."""
+        remove_partial_files(self.path)
+        for path in (*(self.snapshot_path(epoch) for epoch in self.epochs), self.latest_path):
+            if path.is_file():
+                try:
+                    TrainingState.load(path)
+                except CheckpointError as error:
+                    warnings.warn(f"{error} It is computed again.", stacklevel=2)
+                    path.unlink(missing_ok=True)
+
+    def furthest(self, state: TrainingState, until: int) -> TrainingState:
+        """The latest state if it lies after `state` and not after `until`, else `state`."""
+        if self.latest_path.is_file():
+            latest = TrainingState.load(self.latest_path)
+            if state.epoch < latest.epoch <= until:
+                return latest
+        return state
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

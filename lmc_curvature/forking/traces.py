@@ -1,0 +1,188 @@
+"""The tables of a traced experiment, one a quantity, tidy: a row an observation.
+
+All have `fork`, the epoch of the parent that siblings were forked at, and `epoch`, of the common schedule. Losses are
+in nats, errors are shares of examples.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lmc_curvature.barrier.measurement import BarrierMeasurement
+from lmc_curvature.barrier.prediction import BarrierPrediction
+from lmc_curvature.errors import CheckpointError
+from lmc_curvature.forking.directory import ForkDirectory, open_directory
+from lmc_curvature.geometry import SiblingGeometry
+from lmc_curvature.storage import write_atomically
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traces:
+    """What lies between siblings, as they train.
+
+    Attributes:
+        curves: `split`, `metric`, `alpha`, `value`, and `barrier`, the value over the chord: of whole networks.
+        barriers: `split`, `metric`, `barrier` (the maximum of its curve), `standard_error`, `end_a`, `end_b`.
+        predictions: `expansion`, `barrier`, `standard_error`: of the training loss.
+        layers: `position`, `layer`, `distance`, `hessian_energy` (Δ_ℓᵀHΔ_ℓ, mean of both ends), `predicted`,
+            `predicted_with_slopes`, and `measured`, which is not a number where it was not measured.
+        cumulative: `side` (`"first"` or `"last"`), `count`: barriers of the first and last `count` layers: `measured`,
+            `predicted` (second order), `predicted_with_slopes`, and `predicted_shared`, the interactions' sum (eq. 21).
+        geometry: `distance` between siblings, `cosine_origin` and `cosine_fork` of the angle between them, and
+            `cosine_final` of their difference with the final one: of parameters.
+    """
+
+    curves: pd.DataFrame
+    barriers: pd.DataFrame
+    predictions: pd.DataFrame
+    layers: pd.DataFrame
+    cumulative: pd.DataFrame
+    geometry: pd.DataFrame
+
+
+_COLUMNS = {
+    "curves": ("fork", "epoch", "split", "metric", "alpha", "value", "barrier"),
+    "barriers": ("fork", "epoch", "split", "metric", "barrier", "standard_error", "end_a", "end_b"),
+    "predictions": ("fork", "epoch", "expansion", "barrier", "standard_error"),
+    "layers": (
+        *("fork", "epoch", "position", "layer", "distance", "hessian_energy"),
+        *("predicted", "predicted_with_slopes", "measured"),
+    ),
+    "cumulative": (
+        *("fork", "epoch", "side", "count"),
+        *("measured", "predicted", "predicted_with_slopes", "predicted_shared"),
+    ),
+    "geometry": ("fork", "epoch", "distance", "cosine_origin", "cosine_fork", "cosine_final"),
+}
+_EXPANSIONS = ("second-order", "with-slopes", "shared-hessian", "hermite")
+
+
+def read_traces(out_dir: str | os.PathLike[str]) -> Traces:
+    """Read the tables that `trace_forks` wrote.
+
+    Raises:
+        CheckpointError: The directory has none, or one is damaged.
+    """
+    directory = open_directory(out_dir)
+    tables = {}
+    for name, columns in _COLUMNS.items():
+        path = _table_path(directory, name)
+        remedy = f"trace_forks({os.fspath(out_dir)!r}), or lmc-curvature trace {os.fspath(out_dir)}, makes it."
+        try:
+            tables[name] = pd.read_csv(path)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing; {remedy}") from error
+        except (ValueError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
+        if tuple(tables[name].columns) != columns:
+            raise CheckpointError(
+                f"{path} has columns {list(tables[name].columns)}; expected {list(columns)}; {remedy}"
+            )
+    return Traces(**tables)
+
+
+def write_tables(directory: ForkDirectory, pairs: Iterable[tuple[int, int]]) -> Traces:
+    """Gather what was traced of forks at epochs into tables, and write each as CSV, whole or not at all."""
+    rows: dict[str, list[Row]] = {name: [] for name in _COLUMNS}
+    for fork, epoch in pairs:
+        path = directory.trace_path(fork, epoch)
+        for name, found in _rows_of(path).items():
+            rows[name] += [{"fork": fork, "epoch": epoch, **row} for row in found]
+    tables = {name: pd.DataFrame(rows[name], columns=list(columns)) for name, columns in _COLUMNS.items()}
+    for name, table in tables.items():
+        with write_atomically(_table_path(directory, name)) as temporary:
+            table.to_csv(temporary, index=False)
+    return Traces(**tables)
+
+
+def _table_path(directory: ForkDirectory, name: str) -> Path:
+    return directory.path / "traces" / f"{name}.csv"
+
+
+def _rows_of(path: Path) -> dict[str, list[Row]]:
+    prediction = BarrierPrediction.load(path / "predicted.safetensors")
+    measured = {
+        split: BarrierMeasurement.load(path / f"{split}.safetensors")
+        for split in ("train", "test")
+        if (path / f"{split}.safetensors").is_file()
+    }
+    sets: dict[tuple[str, ...], float] = {}
+    if (path / "sets.safetensors").is_file():
+        measurement = BarrierMeasurement.load(path / "sets.safetensors")
+        sets = dict(zip(measurement.sets, measurement.layer_barriers().tolist(), strict=True))
+    return {
+        "curves": [row for split, found in measured.items() for row in _curve_rows(split, found)],
+        "barriers": [row for split, found in measured.items() for row in _barrier_rows(split, found)],
+        "predictions": [
+            {
+                "expansion": expansion,
+                "barrier": prediction.barrier(None, expansion),
+                "standard_error": prediction.standard_error(None, expansion),
+            }
+            for expansion in _EXPANSIONS
+        ],
+        "layers": list(_layer_rows(prediction, sets)),
+        "cumulative": list(_cumulative_rows(prediction, sets)),
+        "geometry": [dataclasses.asdict(SiblingGeometry.load(path / "geometry.safetensors"))],
+    }
+
+
+def _curve_rows(split: str, measurement: BarrierMeasurement) -> Iterator[Row]:
+    for metric in measurement.metrics:
+        values, barriers = measurement.values(metric), measurement.curve(metric)
+        for alpha, value, barrier in zip(measurement.alphas, values, barriers, strict=True):
+            yield {"split": split, "metric": metric, "alpha": alpha, "value": value, "barrier": barrier}
+
+
+def _barrier_rows(split: str, measurement: BarrierMeasurement) -> Iterator[Row]:
+    for metric in measurement.metrics:
+        first, second = measurement.ends(metric)
+        yield {
+            "split": split,
+            "metric": metric,
+            "barrier": measurement.barrier(metric),
+            "standard_error": measurement.standard_error(metric),
+            "end_a": first,
+            "end_b": second,
+        }
+
+
+def _layer_rows(prediction: BarrierPrediction, sets: dict[tuple[str, ...], float]) -> Iterator[Row]:
+    second_order, with_slopes = prediction.layer_barriers(), prediction.layer_barriers("with-slopes")
+    for position, layer in enumerate(prediction.layers):
+        yield {
+            "position": position,
+            "layer": layer,
+            "distance": prediction.distances[position],
+            "hessian_energy": prediction.hessian_energy[position],
+            "predicted": second_order[position],
+            "predicted_with_slopes": with_slopes[position],
+            "measured": sets.get((layer,), float("nan")),
+        }
+
+
+def _cumulative_rows(prediction: BarrierPrediction, sets: dict[tuple[str, ...], float]) -> Iterator[Row]:
+    for side, count, members in cumulative_sets(prediction.layers):
+        # Only the last epoch has these, unless the configuration asks for more.
+        if members in sets and prediction.layers in sets:
+            yield {
+                "side": side,
+                "count": count,
+                "measured": sets[members],
+                "predicted": prediction.barrier(members),
+                "predicted_with_slopes": prediction.barrier(members, "with-slopes"),
+                "predicted_shared": prediction.barrier(members, "shared-hessian"),
+            }
+
+
+def cumulative_sets(layers: Sequence[str]) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+    """Side, number and names of the first and of the last k layers, for every k (Adilova et al. 2023)."""
+    for count in range(1, len(layers) + 1):
+        yield "first", count, tuple(layers[:count])
+        yield "last", count, tuple(layers[len(layers) - count :])

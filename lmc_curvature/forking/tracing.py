@@ -1,0 +1,317 @@
+"""Trace an experiment: what lies between siblings, at every epoch at which they were stored.
+
+traces/config.json                                 what is traced
+traces/fork-0004/epoch-0010/predicted.safetensors  `BarrierPrediction` on the training split
+                            train.safetensors      `BarrierMeasurement` of the whole network, loss and error
+                            test.safetensors       the same on the test split
+                            geometry.safetensors   `SiblingGeometry`: distance, angles, solution plane
+                            sets.safetensors       `BarrierMeasurement` of layers, and of the first and last k layers
+traces/*.csv                                       all of it as tidy tables; see `traces`
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
+from lmc_curvature.barrier.prediction import BarrierPrediction, predict_on_segment
+from lmc_curvature.errors import CheckpointError, ConfigurationError, DataError, FileFormatError, OptionError
+from lmc_curvature.forking.data import Batches, Split, load_data
+from lmc_curvature.forking.directory import (
+    ForkDirectory,
+    differences,
+    initial_model,
+    load_child,
+    load_parent,
+    open_directory,
+)
+from lmc_curvature.forking.experiment import cpu_threads, device_of_rank
+from lmc_curvature.forking.plan import TraceConfig, When
+from lmc_curvature.forking.sharing import helpers, is_first_rank, share
+from lmc_curvature.forking.traces import Traces, cumulative_sets, write_tables
+from lmc_curvature.geometry import SiblingGeometry
+from lmc_curvature.layers import LayerPartition
+from lmc_curvature.objective import Objective
+from lmc_curvature.segment import Segment
+from lmc_curvature.storage import remove_partial_files, write_atomically
+
+Traced = BarrierPrediction | BarrierMeasurement | SiblingGeometry
+
+
+def trace_forks(
+    out_dir: str | os.PathLike[str],
+    *,
+    device: torch.device | str = "cpu",
+    workers: int = 1,
+    progress: bool = True,
+) -> Traces:
+    """Predict and measure the barriers between the first two siblings of every fork, epoch by epoch.
+
+    What was traced before is kept, so the same call continues where an earlier one was stopped or killed, and ends with
+    the same tables. Several processes may make the same call, as for `run_forks`.
+
+    Args:
+        out_dir: The directory of a finished experiment; its configuration says what is traced.
+        device: Where to compute.
+        workers: Processes to compute in, this one included; see `run_forks`.
+        progress: Show a bar of epochs.
+
+    Returns:
+        The tables, which lie as CSV files in the directory `traces`.
+
+    Raises:
+        CheckpointError: Snapshots are missing or damaged. The message names them and what makes them.
+        ConfigurationError: The directory holds traces of another configuration. The message has the differences.
+        DataError: The data set is missing, or has fewer examples than are to be traced.
+        OptionError: `workers` is not positive.
+    """
+    if workers < 1:
+        raise OptionError(f"workers={workers} must be at least 1.")
+    directory = open_directory(out_dir)
+    _check_config(directory)
+    pairs = _pairs(directory)
+    for pair in pairs:
+        pair.discard_damage()
+    todo = [pair for pair in pairs if not pair.is_done()]
+    if todo:
+        tracer = _Tracer(directory, device_of_rank(device), progress=progress)
+        tracer.check()
+        with helpers(workers - 1, _help, directory, device):
+            tracer.trace_all()
+    return write_tables(directory, [(pair.fork_epoch, pair.epoch) for pair in pairs])
+
+
+def _help(directory: ForkDirectory, device: torch.device | str) -> None:
+    _Tracer(directory, device_of_rank(device), progress=False).trace_all()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """The first two siblings of a fork at an epoch, and the files about them."""
+
+    directory: ForkDirectory
+    fork_epoch: int
+    epoch: int
+
+    @property
+    def path(self) -> Path:
+        return self.directory.trace_path(self.fork_epoch, self.epoch)
+
+    @property
+    def title(self) -> str:
+        return f"fork {self.fork_epoch}, epoch {self.epoch}"
+
+    @property
+    def sets(self) -> tuple[bool, bool]:
+        """Whether layers, and cumulative sets of layers, are measured at this epoch."""
+        trace = self.directory.config.trace
+        return self._is_chosen(trace.layers), self._is_chosen(trace.cumulative)
+
+    def _is_chosen(self, when: When) -> bool:
+        return when == "all" or (when == "last" and self.epoch == self.directory.config.training.epochs)
+
+    def files(self) -> Iterator[tuple[Path, type[Traced]]]:
+        """The files, in the order in which they are written."""
+        yield self.path / "predicted.safetensors", BarrierPrediction
+        yield self.path / "geometry.safetensors", SiblingGeometry
+        yield self.path / "train.safetensors", BarrierMeasurement
+        if self.directory.config.trace.test:
+            yield self.path / "test.safetensors", BarrierMeasurement
+        if any(self.sets):
+            yield self.path / "sets.safetensors", BarrierMeasurement
+
+    def is_done(self) -> bool:
+        return all(path.is_file() for path, _ in self.files())
+
+    def discard_damage(self) -> None:
+        """Remove files that cannot be read, with a warning that names each."""
+        for path, kind in self.files():
+            if path.is_file():
+                try:
+                    kind.load(path)
+                except FileFormatError as error:
+                    warnings.warn(f"{error} It is computed again.", stacklevel=3)
+                    path.unlink(missing_ok=True)
+
+
+class _Tracer:
+    """What tracing every pair of a directory needs: the data, the device and a progress bar."""
+
+    def __init__(self, directory: ForkDirectory, device: torch.device, *, progress: bool):
+        self.directory = directory
+        self.config = directory.config.trace
+        self.device = device
+        self.progress = progress and is_first_rank()
+        self.bar = tqdm(disable=True)
+
+    def loader(self, split: Split) -> Batches:
+        """The examples of a split that are traced: of those trained on, for the training split."""
+        return self._train if split == "train" else self._test
+
+    @functools.cached_property
+    def _train(self) -> Batches:
+        return self._load("train")
+
+    @functools.cached_property
+    def _test(self) -> Batches:
+        return self._load("test")
+
+    def _load(self, split: Split) -> Batches:
+        whole = self.directory.config
+        data = load_data(whole.data, split, whole.limit if split == "train" else None, progress=self.progress)
+        count = self.config.examples
+        if count is not None and count > len(data):
+            raise DataError(f"trace.examples: {count} were asked for; the {split} split has {len(data)}.")
+        data = data if count is None else data.subset(count)
+        return data.to(self.device).batches(self.config.batch_size)
+
+    @functools.cached_property
+    def objective(self) -> Objective:
+        """One for all pairs, so that the network is captured once."""
+        fork = self.directory.config.fork_epochs[0]
+        model = self.child(fork, 0, self.directory.config.training.epochs)
+        return Objective(model, self.loader("train"), batch_norm=self.config.batch_norm)
+
+    def child(self, fork_epoch: int, child: int, epoch: int) -> nn.Module:
+        return load_child(self.directory.path, fork_epoch, child, epoch).to(self.device)
+
+    def check(self) -> None:
+        """Load the data and cut the network into layers, before anything is started."""
+        self.loader("train")
+        if self.config.test:
+            self.loader("test")
+        network = initial_model(self.directory.config)
+        LayerPartition.of(network, self.config.partition, batch_norm=self.config.batch_norm)
+
+    def trace_all(self) -> None:
+        """Trace all pairs, together with whatever other processes are at it."""
+        pairs = _pairs(self.directory)
+        with (
+            cpu_threads(self.directory.config.threads),
+            tqdm(total=len(pairs), desc="tracing", unit="epoch", disable=not self.progress) as self.bar,
+        ):
+
+            def look() -> None:
+                self.bar.update(sum(pair.is_done() for pair in pairs) - self.bar.n)
+
+            share([_Tracing(self, pair) for pair in pairs], on_turn=look)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tracing:
+    """The task of tracing one pair."""
+
+    tracer: _Tracer
+    pair: _Pair
+
+    @property
+    def lock_path(self) -> Path:
+        return self.pair.directory.lock_path(f"trace {self.pair.title}")
+
+    def is_done(self) -> bool:
+        return self.pair.is_done()
+
+    def is_ready(self) -> bool:
+        return True
+
+    def run(self) -> None:
+        self.tracer.bar.set_description(f"tracing {self.pair.title}")
+        remove_partial_files(self.pair.path)
+        siblings = self._siblings()
+        for path, _ in self.pair.files():
+            if not path.is_file():
+                self._compute(path.stem, siblings).save(path)
+
+    def _siblings(self) -> tuple[nn.Module, nn.Module]:
+        first, second = (self.tracer.child(self.pair.fork_epoch, child, self.pair.epoch) for child in (0, 1))
+        return first, second
+
+    def _compute(self, name: str, siblings: tuple[nn.Module, nn.Module]) -> Traced:
+        tracer, config = self.tracer, self.tracer.config
+        if name == "predicted":
+            segment = Segment(*siblings, layers=config.partition, batch_norm=config.batch_norm)
+            return predict_on_segment(tracer.objective, segment, progress=False)
+        if name == "geometry":
+            return self._geometry(siblings)
+        if name == "sets":
+            return self._measure_sets(siblings)
+        loader = tracer.loader("test" if name == "test" else "train")
+        return measure_barrier(*siblings, loader, alphas=config.alphas, batch_norm=config.batch_norm, progress=False)
+
+    def _geometry(self, siblings: tuple[nn.Module, nn.Module]) -> SiblingGeometry:
+        tracer, fork = self.tracer, self.pair.fork_epoch
+        last = tracer.directory.config.training.epochs
+        networks = [
+            *siblings,
+            load_parent(tracer.directory.path, fork).to(tracer.device),
+            *(tracer.child(fork, child, last) for child in (0, 1)),
+        ]
+        return SiblingGeometry.of(*(dict(network.named_parameters()) for network in networks))
+
+    def _measure_sets(self, siblings: tuple[nn.Module, nn.Module]) -> BarrierMeasurement:
+        config = self.tracer.config
+        layers, cumulative = self.pair.sets
+        names = LayerPartition.of(siblings[0], config.partition, batch_norm=config.batch_norm).names
+        sets = [(name,) for name in names] if layers else []
+        if cumulative:
+            sets += [members for _, _, members in cumulative_sets(names) if members not in sets]
+        return measure_barrier(
+            *siblings,
+            self.tracer.loader("train"),
+            layers=sets,
+            partition=config.partition,
+            alphas=config.layer_alphas,
+            batch_norm=config.batch_norm,
+            metrics=("loss",),
+            progress=False,
+        )
+
+
+def _pairs(directory: ForkDirectory) -> list[_Pair]:
+    """Every fork and epoch to trace, without forks that have a diverged child.
+
+    Raises:
+        CheckpointError: Snapshots are missing.
+    """
+    pairs, missing = [], []
+    for fork in directory.config.fork_epochs:
+        siblings = [directory.child(fork, child) for child in (0, 1)]
+        diverged = [run for run in siblings if run.status == "diverged"]
+        if diverged:
+            warnings.warn(f"{diverged[0].title} diverged, so fork {fork} is not traced.", stacklevel=3)
+            continue
+        missing += [run.snapshot_path(epoch) for run in siblings for epoch in run.missing()]
+        pairs += [_Pair(directory, fork, epoch) for epoch in siblings[0].epochs]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{missing[0]}{more} missing: run_forks(config, {os.fspath(directory.path)!r}), or lmc-curvature fork "
+            f"CONFIG --out {directory.path}, makes them."
+        )
+    return pairs
+
+
+def _check_config(directory: ForkDirectory) -> None:
+    path = directory.path / "traces" / "config.json"
+    config = directory.config.trace
+    if not path.is_file():
+        with write_atomically(path) as temporary:
+            temporary.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    try:
+        stored = TraceConfig(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"{path} is damaged ({error}); remove {path.parent}.") from error
+    changes = differences(stored, config)
+    if changes:
+        raise ConfigurationError(
+            f"{path.parent} holds traces of another configuration:\n" + "\n".join(changes) + f"\nMove {path.parent} "
+            "away, or use the same configuration."
+        )

@@ -1,0 +1,49 @@
+"""Make every figure of the paper from configurations: fork, trace and draw, each continued where it was stopped.
+
+    python scripts/reproduce.py configs/cifar10-small.yaml --data DIRECTORY_OF_IMAGES --workers 2
+    python scripts/reproduce.py --device cuda                        # the paper's own scale, every configuration
+
+Networks, tables and figures of configs/NAME.yaml go to runs/NAME/.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lmc_curvature.figures.experiment import draw_all
+from lmc_curvature.forking import load_config, run_forks, trace_forks
+from lmc_curvature.network import parse_device
+from lmc_curvature.tables import trace_tables
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+PAPER = sorted(path for path in CONFIGS.glob("cifar10-resnet*.yaml"))
+
+
+def main(
+    configs: Annotated[list[Path] | None, typer.Argument(help="By default those of the paper.")] = None,
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs"),
+    data: Annotated[str | None, typer.Option(help="Instead of the configurations' data: a folder of images, …")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
+    workers: Annotated[int, typer.Option(help="Processes to work in.")] = 1,
+    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+) -> None:
+    """Fork, trace and draw."""
+    parse_device(device)
+    chosen = configs or PAPER
+    changes = {} if data is None else {"data": data}
+    # All are read before the first is trained.
+    experiments = {path.stem: load_config(path, **changes) for path in chosen}
+    console = Console()
+    for name, config in experiments.items():
+        console.rule(name)
+        run_forks(config, out / name, device=device, workers=workers, progress=progress)
+        for table in trace_tables(trace_forks(out / name, device=device, workers=workers, progress=progress)):
+            console.print(table)
+        paths = draw_all(out / name, out / name / "figures", progress=progress)
+        console.print(f"{len(paths)} files in {out / name / 'figures'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

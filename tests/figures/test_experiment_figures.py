@@ -1,0 +1,94 @@
+"""A traced experiment becomes files, one a figure and format; what was not traced is left out by name."""
+
+import shutil
+import warnings
+
+import pytest
+
+from lmc_curvature.errors import CheckpointError
+from lmc_curvature.figures import experiment
+from lmc_curvature.figures.experiment import draw_all
+from lmc_curvature.forking import ForkConfig, run_forks, trace_forks
+
+SETTINGS = {
+    "training": {"epochs": 3, "learning_rate": 0.1, "batch_size": 50},
+    "fork_epochs": [0, 1],
+    "limit": 200,
+    "model_options": {"width": 2},
+    "threads": 1,
+    "trace": {"examples": 100, "batch_size": 100, "alphas": 3, "layer_alphas": 3},
+}
+RIDGES = {
+    f"ridges-{metric}{of}-{split}"
+    for metric in ("error", "loss")
+    for of in ("", "-barrier")
+    for split in ("train", "test")
+}
+NAMES = RIDGES | {
+    "sibling-angles",
+    "solution-planes",
+    "mountainside",
+    "barriers-by-fork",
+    "barrier-growth",
+    "sibling-distances",
+    "layers-fork-0000",
+    "layers-fork-0001",
+    "layer-ranks",
+    "cumulative-barriers",
+    "toy-landscapes",
+    "barrier-kinds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trained")
+    run_forks(ForkConfig(**SETTINGS), path, progress=False)
+    return path
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def unwritten(monkeypatch):
+    """Figures are drawn but not written, which takes longest: what is left to test is which are drawn."""
+    monkeypatch.setattr(experiment, "save_figure", lambda figure, path: (path,))
+
+
+@pytest.mark.slow
+def test_every_figure_is_written_in_both_formats(copy, tmp_path):
+    trace_forks(copy, progress=False)
+    with warnings.catch_warnings():
+        # Neither is a figure left out, nor does the layout of one fail.
+        warnings.simplefilter("error", UserWarning)
+        paths = draw_all(copy, tmp_path / "new" / "figures", progress=False)
+    assert sorted(paths) == sorted((tmp_path / "new" / "figures").iterdir())
+    assert {path.name for path in paths} == {f"{name}.{kind}" for name in NAMES for kind in ("png", "pdf")}
+    assert all(path.read_bytes().startswith({".png": b"\x89PNG", ".pdf": b"%PDF"}[path.suffix]) for path in paths)
+
+
+def test_what_was_not_traced_is_left_out_with_a_warning(copy, unwritten, tmp_path):
+    never = {**SETTINGS["trace"], "layers": "never", "cumulative": "never", "test": False}
+    run_forks(ForkConfig(**{**SETTINGS, "trace": never}), copy, progress=False)
+    trace_forks(copy, progress=False)
+    with pytest.warns(UserWarning) as caught:
+        paths = draw_all(copy, tmp_path, progress=False)
+    assert [str(warning.message) for warning in caught if "left out" in str(warning.message)] == [
+        "layer-ranks is left out: The table of layers has no number in column 'measured', so there is nothing to draw.",
+        "cumulative-barriers is left out: The table of cumulative barriers has no rows, so there is nothing to draw.",
+    ]
+    # Heat maps remain, for what is predicted of the layers.
+    of_test = {name for name in RIDGES if name.endswith("test")}
+    assert {path.name for path in paths} == NAMES - of_test - {"layer-ranks", "cumulative-barriers"}
+
+
+def test_missing_traces_are_named_with_what_makes_them(trained, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"curves\.csv is missing; trace_forks\(.*lmc-curvature trace .* makes it"
+    ):
+        draw_all(trained, tmp_path / "figures", progress=False)
+    assert not (tmp_path / "figures").exists()

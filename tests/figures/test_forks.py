@@ -1,0 +1,174 @@
+"""Barriers by fork and over training are those of the tables; what is not positive stands in the strip."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+from lmc_curvature.errors import OptionError
+from lmc_curvature.figures import draw_barrier_growth, draw_barriers_by_fork
+
+SECOND_ORDER, WITH_SLOPES = "predicted, second order", "predicted, with slopes"
+
+
+def points(axes, label):
+    """Positions, values, and lower and upper ends of the bars of points with errors."""
+    (container,) = (group for group in axes.containers if group.get_label() == f"_{label}")
+    line, _, (bars,) = container
+    # Where there is no point, the segment is empty.
+    ends = np.array([segment[:, 1] if len(segment) else (np.nan, np.nan) for segment in bars.get_segments()])
+    return *line.get_data(), *ends.T
+
+
+def strip(axes):
+    return next(text.get_position()[1] for text in axes.texts if text.get_text() == "≈ 0")
+
+
+def changed(table, values, **where):
+    """The table with other barriers in some rows."""
+    chosen = np.logical_and.reduce([table[column] == value for column, value in where.items()])
+    return table.assign(barrier=table["barrier"].where(~chosen, values))
+
+
+def test_points_are_the_barriers_at_the_last_epochs(traces, saved, uncut):
+    figure = draw_barriers_by_fork(traces.barriers, traces.predictions)
+    saved(figure)
+    uncut(figure)
+    (axes,) = figure.axes
+    # The last epoch of all is 8; the barrier is 8 / (1 + fork).
+    barriers = np.array([8, 8 / 3, 8 / 6])
+    groups = {"measured, train": (1, 0.1), SECOND_ORDER: (2, 0.2), WITH_SLOPES: (1.5, 0.2)}
+    for offset, (label, (factor, error)) in zip((-0.2, 0, 0.2), groups.items(), strict=True):
+        positions, values, low, high = points(axes, label)
+        assert_allclose(positions, np.arange(3) + offset)
+        assert_allclose(values, factor * barriers)
+        assert_allclose([low, high], [(factor - error) * barriers, (factor + error) * barriers])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(groups)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2", "5"]
+    assert axes.get_yscale() == "log"
+    assert not axes.texts
+
+
+def test_each_fork_is_taken_at_its_own_last_epoch(traces):
+    barriers = traces.barriers[(traces.barriers["fork"] != 0) | (traces.barriers["epoch"] < 8)]
+    (axes,) = draw_barriers_by_fork(barriers, traces.predictions).axes
+    assert_allclose(points(axes, "measured, train")[1], [4, 8 / 3, 8 / 6])
+    assert_allclose(points(axes, SECOND_ORDER)[1], [8, 16 / 3, 16 / 6])
+
+
+def test_test_barriers_stand_beside_predictions_of_the_training_loss(traces):
+    figure = draw_barriers_by_fork(traces.barriers, traces.predictions, split="test")
+    assert_allclose(points(figure.axes[0], "measured, test")[1], [24, 8, 4])
+    assert_allclose(points(figure.axes[0], "predicted (train), second order")[1], [16, 16 / 3, 16 / 6])
+
+
+@pytest.mark.parametrize("small", [0.0, -0.3, 1e-7])
+def test_what_is_not_positive_or_far_too_small_stands_in_the_strip(small, traces, lines, uncut):
+    barriers = changed(traces.barriers, small, fork=2)
+    predictions = changed(traces.predictions, small, fork=5, expansion="with-slopes")
+    figure = draw_barriers_by_fork(barriers, predictions)
+    uncut(figure)
+    (axes,) = figure.axes
+    for label, place in (("measured, train", 1), (WITH_SLOPES, 2)):
+        _, values, *_ = points(axes, label)
+        in_strip = lines(axes)[f"_{label}, small"][1]
+        assert np.flatnonzero(np.isnan(values)) == [place]
+        assert np.flatnonzero(np.isfinite(in_strip)) == [place]
+        assert in_strip[place] == strip(axes)
+    assert np.isnan(lines(axes)[f"_{SECOND_ORDER}, small"][1]).all()
+    hollow = [line for line in axes.get_lines() if line.get_label().endswith(", small")]
+    assert {line.get_markerfacecolor() for line in hollow} == {"none"}
+
+
+def test_a_bar_ends_at_the_foot_of_the_axis(traces):
+    barriers = traces.barriers.assign(standard_error=2 * traces.barriers["barrier"])
+    (axes,) = draw_barriers_by_fork(barriers, traces.predictions).axes
+    _, values, low, high = points(axes, "measured, train")
+    assert_allclose(low, axes.get_ylim()[0])
+    assert_allclose(high, 3 * values)
+    assert axes.get_ylim()[1] > high.max()
+
+
+def test_a_fork_without_a_prediction_keeps_its_place(traces, lines):
+    predictions = traces.predictions[traces.predictions["fork"] != 2]
+    (axes,) = draw_barriers_by_fork(traces.barriers, predictions).axes
+    assert_allclose(points(axes, SECOND_ORDER)[1], [16, np.nan, 16 / 6])
+    assert np.isnan(lines(axes)[f"_{SECOND_ORDER}, small"][1]).all()
+
+
+def test_growth_is_the_barriers_over_training(traces, pick, lines, saved, uncut):
+    figure = draw_barrier_growth(traces.barriers, traces.predictions)
+    saved(figure)
+    uncut(figure)
+    (axes,) = figure.axes
+    drawn = lines(axes)
+    colors = {line.get_label(): line.get_color() for line in axes.get_lines()}
+    for fork in (0, 2, 5):
+        measured = pick(traces.barriers, fork=fork, split="train", metric="loss")
+        predicted = pick(traces.predictions, fork=fork, expansion="second-order")
+        assert_array_equal(drawn[f"_{fork}"], measured[["epoch", "barrier"]].to_numpy().T)
+        assert_array_equal(drawn[f"_{fork}, predicted"], predicted[["epoch", "barrier"]].to_numpy().T)
+        assert colors[f"_{fork}"] == colors[f"_{fork}, predicted"]
+        assert np.isnan(drawn[f"_{fork}, small"][1]).all()
+    assert [[text.get_text() for text in legend.get_texts()] for legend in figure.legends] == [
+        ["0", "2", "5"],
+        ["measured", SECOND_ORDER],
+    ]
+
+
+def test_in_the_strip_every_fork_has_a_row(traces, lines):
+    barriers = changed(traces.barriers, 0.0, epoch=8)
+    (axes,) = draw_barrier_growth(barriers, changed(traces.predictions, 0.0, fork=0, epoch=4)).axes
+    drawn = lines(axes)
+    floor = axes.patches[0].get_extents().transformed(axes.transData.inverted()).y1
+    heights = []
+    for fork in (0, 2, 5):
+        epochs, values = drawn[f"_{fork}, small"]
+        assert epochs[np.isfinite(values)].tolist() == [8]
+        assert np.isnan(drawn[f"_{fork}"][1][-1])
+        heights.append(values[-1])
+    # From the top, in the order of the forks.
+    assert floor > heights[0] > heights[1] > heights[2] > axes.get_ylim()[0]
+    # A small prediction is a gap.
+    assert np.isnan(drawn["_0, predicted"][1]).tolist() == [False, True, False]
+
+
+def test_a_fork_of_a_single_epoch_is_visible(traces):
+    (axes,) = draw_barrier_growth(*(t[t["epoch"] == 8] for t in (traces.barriers, traces.predictions))).axes
+    alone = [line for line in axes.get_lines() if not line.get_label().endswith("small")]
+    assert len(alone) == 6
+    assert all(line.get_marker() not in ("None", "") and line.get_markersize() > 0 for line in alone)
+
+
+def test_a_fork_that_was_only_predicted_has_a_colour(traces, lines):
+    barriers = traces.barriers[traces.barriers["fork"] != 2]
+    figure = draw_barrier_growth(barriers, traces.predictions)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0", "2", "5"]
+    assert "_2" not in lines(figure.axes[0])
+    assert_allclose(lines(figure.axes[0])["_2, predicted"], [[4, 8], [8 / 3, 16 / 3]])
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda b, p: draw_barriers_by_fork(b, p, split="val"), "of barriers has no rows with split='val'"),
+        (
+            lambda b, p: draw_barriers_by_fork(b, p[p["epoch"] < 8]),
+            "of predictions has no barrier for the last epochs measured: fork 0 at epoch 8, fork 2 at epoch 8, fork 5",
+        ),
+        (
+            lambda b, p: draw_barriers_by_fork(b[b["metric"] == "error"], p),
+            "of barriers has no rows with metric='loss': choose from 'error'",
+        ),
+        (
+            lambda b, p: draw_barrier_growth(b[b["split"] == "test"], p),
+            "of barriers has no rows with split='train'",
+        ),
+        (
+            lambda b, p: draw_barrier_growth(b, p[p["expansion"] == "with-slopes"]),
+            "of predictions has no rows with expansion='second-order': choose from 'with-slopes'",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_named(draw, message, traces):
+    with pytest.raises(OptionError, match=message):
+        draw(traces.barriers, traces.predictions)

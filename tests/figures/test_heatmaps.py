@@ -1,0 +1,157 @@
+"""Heat maps show the table, a row a layer and a column an epoch; hatched is what is not known."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import LogNorm, to_rgba
+from numpy.testing import assert_allclose, assert_array_equal
+
+from lmc_curvature.errors import OptionError
+from lmc_curvature.figures import draw_layer_heatmaps
+
+COLUMNS = ("measured", "predicted", "hessian_energy", "distance")
+
+
+def meshes(figure):
+    """Column to its mesh; bars of colours have meshes, too."""
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    found = [next(each for each in axes.collections if isinstance(each, QuadMesh)) for axes in panels]
+    return dict(zip(COLUMNS, found, strict=True))
+
+
+def matrix(rows, column):
+    return rows.pivot(index="position", columns="epoch", values=column).to_numpy()
+
+
+def seen(mesh):
+    """Colours of the cells, (layers, epochs, 4)."""
+    mesh.update_scalarmappable()
+    return mesh.get_facecolor().reshape(*mesh.get_array().shape, 4)
+
+
+def legend(figure):
+    return [text.get_text() for each in figure.legends for text in each.get_texts()]
+
+
+def put(table, column, value, **where):
+    chosen = np.logical_and.reduce([table[name] == wanted for name, wanted in where.items()])
+    return table.assign(**{column: table[column].mask(chosen, value)})
+
+
+def test_cells_are_those_of_the_table(traces, pick, saved, uncut):
+    figure = draw_layer_heatmaps(traces.layers, fork=0)
+    saved(figure)
+    uncut(figure)
+    rows = pick(traces.layers, fork=0)
+    for column, mesh in meshes(figure).items():
+        assert_array_equal(mesh.get_array(), matrix(rows, column))
+        axes = mesh.axes
+        assert axes.yaxis_inverted()
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["2", "4", "8"]
+        assert axes.get_xlabel() == "epoch"
+    names = [label.get_text() for label in meshes(figure)["measured"].axes.get_yticklabels()]
+    assert names == ["conv", "block.0.conv1", "block.0.conv2", "linear"]
+    assert figure.get_suptitle() == "fork at epoch 0"
+    assert legend(figure) == []
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.01])
+def test_the_two_barriers_share_a_scale_and_no_other_does(factor, traces, pick):
+    table = traces.layers.assign(measured=factor * traces.layers["measured"])
+    found = meshes(draw_layer_heatmaps(table, fork=0))
+    limits = {column: (mesh.norm.vmin, mesh.norm.vmax) for column, mesh in found.items()}
+    barriers = pick(table, fork=0)[["measured", "predicted"]].to_numpy()
+    assert type(found["measured"].norm) is type(found["predicted"].norm)
+    assert isinstance(found["measured"].norm, LogNorm) == (factor < 1)
+    assert limits["measured"] == limits["predicted"] == (barriers.min() if factor < 1 else 0, barriers.max())
+    assert limits["distance"][1] == pick(table, fork=0)["distance"].max()
+    assert len(set(limits.values())) == 3
+
+
+def test_what_is_not_known_is_hatched(traces, saved):
+    table = put(traces.layers, "measured", np.nan, epoch=4)
+    # A row that the table lacks is not known either.
+    table = table[(table["fork"] != 0) | (table["epoch"] != 2) | (table["position"] != 3)]
+    figure = draw_layer_heatmaps(table, fork=0)
+    saved(figure)
+    found = meshes(figure)
+    unknown = np.zeros((4, 3), dtype=bool)
+    unknown[3, 0] = True
+    assert_array_equal(np.ma.getmaskarray(found["predicted"].get_array()), unknown)
+    unknown[:, 1] = True
+    assert_array_equal(np.ma.getmaskarray(found["measured"].get_array()), unknown)
+    # The hatching shows through them, and nowhere else.
+    assert_array_equal(seen(found["measured"])[..., 3] == 0, unknown)
+    for mesh in found.values():
+        (behind,) = (patch for patch in mesh.axes.patches if patch.get_hatch())
+        assert behind.get_zorder() < mesh.get_zorder()
+        assert_array_equal(behind.get_bbox().extents, [-0.5, -0.5, 2.5, 3.5])
+    assert legend(figure) == ["not measured"]
+
+
+def test_layers_that_were_never_measured_leave_the_scale_to_the_predictions(traces, pick):
+    found = meshes(draw_layer_heatmaps(traces.layers.assign(measured=np.nan), fork=2))
+    assert np.ma.getmaskarray(found["measured"].get_array()).all()
+    assert found["predicted"].norm.vmax == pick(traces.layers, fork=2)["predicted"].max()
+
+
+@pytest.mark.parametrize(("ratio", "logarithmic"), [(29, False), (31, True)])
+def test_a_scale_is_logarithmic_from_a_factor_of_30(ratio, logarithmic, traces):
+    distance = 1.0 + (ratio - 1) * (traces.layers["position"] == 2)
+    mesh = meshes(draw_layer_heatmaps(traces.layers.assign(distance=distance), fork=0))["distance"]
+    assert isinstance(mesh.norm, LogNorm) == logarithmic
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (1 if logarithmic else 0, ratio)
+
+
+@pytest.mark.parametrize("small", [0.0, -2.0, 0.9e-4])
+def test_what_is_below_a_logarithmic_scale_is_white(small, traces):
+    table = traces.layers.assign(hessian_energy=np.where(traces.layers["position"] == 0, small, 1.0))
+    # Something on the axis must span the factor from which a scale is logarithmic.
+    table = put(table, "hessian_energy", 0.01, position=3)
+    figure = draw_layer_heatmaps(table, fork=0)
+    mesh = meshes(figure)["hessian_energy"]
+    assert isinstance(mesh.norm, LogNorm)
+    assert_allclose([mesh.norm.vmin, mesh.norm.vmax], [1e-4 if small > 0 else 0.01, 1])
+    white = (seen(mesh) == to_rgba("white")).all(axis=-1)
+    assert_array_equal(white, np.repeat([[True], [False], [False], [False]], 3, axis=1))
+    assert legend(figure) == ["zero or below, or over 1e4 times below the largest"]
+    assert mesh.colorbar.extend == "min"
+
+
+def test_a_linear_scale_holds_values_below_zero(traces):
+    table = traces.layers.assign(hessian_energy=traces.layers["position"] - 2.0)
+    figure = draw_layer_heatmaps(table, fork=0)
+    mesh = meshes(figure)["hessian_energy"]
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (-2, 1)
+    assert mesh.colorbar.extend == "neither"
+    assert legend(figure) == []
+
+
+def test_names_are_shortened_at_the_front_and_only_some_are_written(traces, uncut):
+    # 70 layers, of which every second is named.
+    one = traces.layers[(traces.layers["fork"] == 0) & (traces.layers["position"] == 0)]
+    copies = [
+        one.assign(position=number, layer=f"a.very.long.prefix.of.stage{number:02d}.conv") for number in range(70)
+    ]
+    table = pd.concat(copies)
+    figure = draw_layer_heatmaps(table, fork=0)
+    uncut(figure)
+    names = [label.get_text() for label in meshes(figure)["measured"].axes.get_yticklabels()]
+    assert len(names) == 35
+    assert names[1].startswith("…")
+    assert names[1].endswith("stage02.conv")
+    assert max(map(len, names)) == 24
+
+
+def test_many_epochs_have_few_ticks(traces):
+    one = traces.layers[(traces.layers["fork"] == 2) & (traces.layers["epoch"] == 4)]
+    table = pd.concat([one.assign(epoch=epoch) for epoch in range(4, 24)])
+    axes = meshes(draw_layer_heatmaps(table, fork=2))["predicted"].axes
+    ticks = dict(zip(axes.get_xticks().tolist(), [label.get_text() for label in axes.get_xticklabels()], strict=True))
+    assert ticks == {0: "4", 4: "8", 8: "12", 12: "16", 16: "20"}
+
+
+def test_an_unknown_fork_is_named(traces):
+    with pytest.raises(OptionError, match="table of layers has no fork 7; it has 0, 2, 5"):
+        draw_layer_heatmaps(traces.layers, fork=7)

@@ -1,0 +1,128 @@
+"""Ridges show the curves of the table, at most 24 a fork, the nearest in front."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from mpl_toolkits.mplot3d import proj3d
+from numpy.testing import assert_allclose, assert_array_equal
+
+from lmc_curvature.errors import OptionError
+from lmc_curvature.figures import draw_ridges
+from lmc_curvature.figures.ridges import shown_epochs
+
+
+def drawn(axes):
+    """Epoch to line, from the back to the front."""
+    ordered = sorted(axes.get_lines(), key=lambda line: line.get_zorder())
+    return {line.get_data_3d()[1][0]: line for line in ordered}
+
+
+def titles(figure):
+    return [axes.get_title(loc="left") for axes in figure.axes]
+
+
+def details(figure):
+    return [axes.texts[0].get_text() for axes in figure.axes]
+
+
+@pytest.mark.parametrize(
+    ("metric", "quantity", "split"),
+    [("error", "value", "train"), ("loss", "barrier", "test"), ("loss", "value", "test")],
+)
+def test_curves_are_those_of_the_table(metric, quantity, split, traces, pick, uncut):
+    figure = draw_ridges(traces.curves, metric=metric, quantity=quantity, split=split)
+    uncut(figure)
+    assert titles(figure) == ["fork at epoch 0", "fork at epoch 2", "fork at epoch 5"]
+    for fork, axes in zip((0, 2, 5), figure.axes, strict=True):
+        rows = pick(traces.curves, fork=fork, metric=metric, split=split)
+        lines = drawn(axes)
+        assert set(lines) == set(rows["epoch"])
+        for epoch, line in lines.items():
+            curve = rows[rows["epoch"] == epoch].sort_values("alpha")
+            assert_array_equal(line.get_data_3d(), curve[["alpha", "epoch", quantity]].to_numpy().T)
+        assert axes.get_zlabel() == (metric if quantity == "value" else "barrier")
+    title = figure.get_suptitle()
+    assert title.startswith(f"{split} {'barrier of the ' if quantity == 'barrier' else ''}{metric}")
+
+
+def test_panels_have_the_same_axes_and_an_epoch_the_same_colour(traces):
+    first, *others = draw_ridges(traces.curves, split="test", metric="loss").axes
+    heights = traces.curves.query("split == 'test' and metric == 'loss'")["value"]
+    assert first.get_zlim() == (0, heights.max())
+    assert set(first.get_ylim()) == {2, 8}
+    for other in others:
+        assert (other.get_ylim(), other.get_zlim()) == (first.get_ylim(), first.get_zlim())
+        assert drawn(other)[8].get_color() == drawn(first)[8].get_color() != drawn(first)[4].get_color()
+
+
+@pytest.mark.parametrize(("quantity", "in_front"), [("value", 8), ("barrier", 2)])
+def test_what_is_nearest_covers_what_is_behind(quantity, in_front, traces, saved):
+    figure = draw_ridges(traces.curves, quantity=quantity)
+    saved(figure)
+    axes = figure.axes[0]
+    lines = drawn(axes)
+    assert list(lines)[-1] == in_front
+    # Seen from above, what is nearer stands lower in the picture.
+    _, lower, _ = proj3d.proj_transform(np.zeros(3), np.array(list(lines)), np.zeros(3), axes.get_proj())
+    assert (np.diff(lower) < 0).all()
+    faces = sorted(face.get_zorder() for face in axes.collections)
+    order = [line.get_zorder() for line in lines.values()]
+    assert all(face < line for face, line in zip(faces, order, strict=True))
+    assert all(line < face for line, face in zip(order, faces[1:], strict=False))
+
+
+def test_of_many_epochs_24_are_drawn_the_ends_among_them():
+    epochs = np.arange(3, 100)
+    curves = pd.DataFrame({"fork": 0, "epoch": np.repeat(epochs, 2), "alpha": np.tile([0.0, 1.0], len(epochs))})
+    curves = curves.assign(split="train", metric="error", value=1.0 / curves["epoch"])
+    shown = list(drawn(draw_ridges(curves).axes[0]))
+    assert len(shown) == 24
+    assert (shown[0], shown[-1]) == (3, 99)
+    # Evenly chosen of 97: every fourth, or now and then every fifth.
+    assert set(np.diff(shown)) == {4, 5}
+    assert_array_equal(shown_epochs(np.array([9, 1, 9, 4])), [1, 4, 9])
+
+
+@pytest.mark.parametrize("quantity", ["value", "barrier"])
+def test_the_small_print_is_the_maximum_at_the_last_epoch(quantity, traces):
+    figure = draw_ridges(traces.curves, metric="loss", quantity=quantity)
+    # At α = 1/2, epoch 8: 8 / (1 + fork), and 4 / 8 for the chord.
+    expected = {"value": ["8.5", "3.2", "1.8"], "barrier": ["8.0", "2.7", "1.3"]}[quantity]
+    assert details(figure) == [f"highest at epoch 8: {value}" for value in expected]
+
+
+def test_the_noise_of_a_zero_barrier_is_not_shown(traces):
+    curves = traces.curves.assign(barrier=np.where(traces.curves["alpha"] == 0.5, -0.25, 7e-17))
+    figure = draw_ridges(curves, quantity="barrier")
+    assert details(figure) == ["highest at epoch 8: 0"] * 3
+    # Convex: the whole height is for what lies below.
+    assert_allclose([axes.get_zlim() for axes in figure.axes], [(-0.25, 0)] * 3)
+
+
+@pytest.mark.parametrize("forks", [[0], [0, 5]])
+def test_few_panels_are_narrow_yet_nothing_is_cut(forks, traces, uncut):
+    curves = traces.curves[traces.curves["fork"].isin(forks)]
+    figure = draw_ridges(curves, quantity="barrier")
+    uncut(figure)
+    # Labels of one panel reach into the next, whose background would cover them.
+    assert not any(axes.patch.get_visible() for axes in figure.axes)
+
+
+def test_one_epoch_and_no_height_can_be_drawn(traces, uncut):
+    curves = traces.curves[traces.curves["epoch"] == 8].assign(value=0.0)
+    figure = draw_ridges(curves)
+    uncut(figure)
+    assert figure.axes[0].get_zlim() == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"split": "tset"}, "table of curves has no rows with split='tset': did you mean 'test'"),
+        ({"metric": "accuracy"}, "table of curves has no rows with metric='accuracy': choose from 'error', 'loss'"),
+        ({"quantity": "bariers"}, "quantity='bariers' is not a choice: did you mean 'barrier'"),
+    ],
+)
+def test_unknown_options_are_named(options, message, traces, untyped):
+    with pytest.raises(OptionError, match=message):
+        draw_ridges(traces.curves, **options)

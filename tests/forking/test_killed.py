@@ -1,0 +1,69 @@
+"""SIGKILL at random moments, again and again: the same command ends with the bits of an undisturbed run."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+
+from lmc_curvature.forking import ForkConfig, experiment, run_forks, trace_forks
+
+CONFIG = ForkConfig(
+    training={"epochs": 6, "learning_rate": 0.1, "batch_size": 32, "augmentation": "crop-flip"},
+    fork_epochs=[0, 3],
+    snapshot_epochs=2,
+    limit=600,
+    model_options={"width": 2},
+    threads=1,
+    trace={"batch_size": 300, "alphas": 3, "layer_alphas": 3, "layers": "last"},
+)
+# Says when it begins to work, and leaves a state after every epoch.
+PROGRAM = """
+import sys
+from lmc_curvature.forking import ForkConfig, experiment, run_forks, trace_forks
+experiment._SECONDS_BETWEEN_SAVES = 0.0
+config, out, what, workers = sys.argv[1:]
+print("begins", flush=True)
+if what == "train":
+    run_forks(ForkConfig.model_validate_json(config), out, workers=int(workers), progress=False)
+else:
+    trace_forks(out, workers=int(workers), progress=False)
+"""
+KILLS = 4
+
+
+def contents(path):
+    files = (file for file in path.rglob("*") if file.is_file() and "locks" not in file.parts)
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def run_and_kill(tmp_path, what, seconds, workers=1):
+    """Start the work, kill it some time after it begins, and return whether it was still at it."""
+    script = tmp_path / "program.py"
+    script.write_text(f"if __name__ == '__main__':\n    {PROGRAM.strip().replace(chr(10), chr(10) + '    ')}\n")
+    command = [sys.executable, script, CONFIG.model_dump_json(), tmp_path / "killed", what, str(workers)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begins\n"
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        return process.wait() == -9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_training_and_tracing_survive_being_killed(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(experiment, "_SECONDS_BETWEEN_SAVES", 0.0)
+    run_forks(CONFIG, tmp_path / "undisturbed", progress=False)
+    trace_forks(tmp_path / "undisturbed", progress=False)
+    moments = random.Random(workers)
+    killed = {"train": 0, "trace": 0}
+    for what in ("train", "trace"):
+        for _ in range(KILLS):
+            killed[what] += run_and_kill(tmp_path, what, moments.uniform(0.05, 1.2), workers)
+        assert not run_and_kill(tmp_path, what, 600, workers)
+    # Most kills hit while there was work left.
+    assert min(killed.values()) >= 2
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")

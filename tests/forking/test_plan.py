@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+
+from lmc_curvature.errors import ConfigurationError
+from lmc_curvature.forking import ForkConfig, load_config, make_model
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+TEXT = "training: {epochs: 5, learning_rate: 0.1}\nfork_epochs: [0, 2]\n"
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        (tmp_path / "config.yaml").write_text(text)
+        return tmp_path / "config.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_of_the_project_is_right(path):
+    config = load_config(path)
+    make_model(config.model, **config.model_options)
+    # Every snapshot is of some child.
+    assert max(config.snapshot_epochs) < config.training.epochs
+    assert load_config(path, data="elsewhere").data == "elsewhere"
+
+
+def test_the_paper_is_there():
+    paper = load_config(CONFIGS[0].parent / "cifar10-resnet20.yaml")
+    training = paper.training
+    assert (training.epochs, training.learning_rate, training.milestones) == (160, 0.1, (80, 120))
+    assert (training.momentum, training.weight_decay, training.batch_size) == (0.9, 1e-4, 128)
+    assert paper.fork_epochs == (0, 1, 2, 4, 6, 8, 14, 15, 20)
+    bare = load_config(CONFIGS[0].parent / "cifar10-resnet18-no-norm.yaml")
+    assert (bare.training.learning_rate, bare.training.batch_size) == (0.05, 64)
+
+
+def test_epochs_of_snapshots_are_a_list_or_a_step(file):
+    assert load_config(file(TEXT + "snapshot_epochs: 2\n")).snapshot_epochs == (2, 4)
+    config = load_config(file(TEXT + "snapshot_epochs: [1, 3]\n"))
+    assert config.snapshot_epochs == (1, 3)
+    assert (config.child_epochs(0), config.child_epochs(2)) == ((1, 3, 5), (3, 5))
+    # Snapshots at the fork itself would be the parent twice.
+    assert ForkConfig(**{**config.model_dump(), "fork_epochs": [3]}).child_epochs(3) == (5,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("training: [", "is not YAML"),
+        ("- 1\n", "holds list; expected keys such as training"),
+        ("", "holds NoneType; expected keys"),
+        (TEXT + "1: 2\n", "1 is not a name"),
+        (TEXT + "modle: resnet20\n", "modle: unknown key; did you mean 'model'"),
+        (TEXT.replace("epochs: 5", "epochs: five"), "training.epochs: .*got 'five'"),
+        (TEXT + "trace: {examples: 0}\n", "trace.examples: .*greater than or equal to 1, got 0"),
+        (TEXT + "snapshot_epochs: 1.5\n", "snapshot_epochs: .*got 1.5"),
+        (TEXT.replace("2]", "5]"), "fork_epochs: 5 is outside the schedule of 5 epochs; choose from 0 to 4"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(file, text, message):
+    with pytest.raises(ConfigurationError, match=r"config\.yaml(?s:.)*" + message):
+        load_config(file(text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"none\.yaml cannot be read \(No such file"):
+        load_config(tmp_path / "none.yaml")

@@ -1,0 +1,198 @@
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lmc_curvature import measure_barrier, predict_barrier
+from lmc_curvature.errors import CheckpointError, ConfigurationError, DataError
+from lmc_curvature.forking import ForkConfig, load_child, load_data, load_parent, read_traces, run_forks, trace_forks
+from lmc_curvature.forking.traces import cumulative_sets
+from lmc_curvature.geometry import sibling_cosine, solution_plane_cosine
+
+SETTINGS = {
+    "training": {"epochs": 3, "learning_rate": 0.1, "batch_size": 50},
+    "fork_epochs": [0, 1],
+    "snapshot_epochs": [2],
+    "limit": 200,
+    "model_options": {"width": 2},
+    "threads": 1,
+    "trace": {"examples": 150, "batch_size": 100, "alphas": 5, "layer_alphas": 3, "cumulative": "last"},
+}
+CONFIG = ForkConfig(**SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    path = tmp_path_factory.mktemp("traced")
+    run_forks(CONFIG, path, progress=False)
+    return path, trace_forks(path, progress=False)
+
+
+@pytest.fixture
+def copy(traced, tmp_path):
+    shutil.copytree(traced[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def contents(path):
+    files = (file for file in (path / "traces").rglob("*") if file.is_file())
+    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+
+
+def siblings(path, fork, epoch):
+    return [load_child(path, fork, child, epoch) for child in (0, 1)]
+
+
+def pick(table, **values):
+    for column, value in values.items():
+        table = table[table[column] == value]
+    return table
+
+
+def test_every_fork_and_epoch_is_in_every_table(traced):
+    expected = {(fork, epoch) for fork in (0, 1) for epoch in (2, 3)}
+    for name in ("curves", "barriers", "predictions", "layers", "geometry"):
+        table = getattr(traced[1], name)
+        assert set(zip(table["fork"], table["epoch"], strict=True)) == expected, name
+    assert set(traced[1].cumulative["epoch"]) == {3}
+    assert set(traced[1].curves["split"]) == {"train", "test"}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_barriers_are_those_of_measure_barrier(traced, split):
+    path, traces = traced
+    data = load_data("digits", split, 200 if split == "train" else None).subset(150)
+    measured = measure_barrier(*siblings(path, 1, 2), data.batches(100), alphas=5, progress=False)
+    for metric in ("loss", "error"):
+        row = pick(traces.barriers, fork=1, epoch=2, split=split, metric=metric).iloc[0]
+        assert row["barrier"] == pytest.approx(measured.barrier(metric), abs=1e-6)
+        assert row["standard_error"] == pytest.approx(measured.standard_error(metric), abs=1e-6)
+        assert (row["end_a"], row["end_b"]) == pytest.approx(measured.ends(metric), abs=1e-6)
+        curve = pick(traces.curves, fork=1, epoch=2, split=split, metric=metric)
+        assert curve["value"].to_numpy() == pytest.approx(measured.values(metric), abs=1e-6)
+        assert curve["barrier"].to_numpy() == pytest.approx(measured.curve(metric), abs=1e-6)
+
+
+def test_predictions_and_layers_are_those_of_the_library(traced):
+    path, traces = traced
+    loader = load_data("digits", "train", 200).subset(150).batches(100)
+    prediction = predict_barrier(*siblings(path, 0, 3), loader, progress=False)
+    for expansion in ("second-order", "with-slopes", "shared-hessian", "hermite"):
+        row = pick(traces.predictions, fork=0, epoch=3, expansion=expansion).iloc[0]
+        assert row["barrier"] == pytest.approx(prediction.barrier(None, expansion), rel=1e-4)
+    layers = pick(traces.layers, fork=0, epoch=3)
+    assert tuple(layers["layer"]) == prediction.layers
+    assert layers["predicted"].to_numpy() == pytest.approx(prediction.layer_barriers(), rel=1e-4, abs=1e-7)
+    assert layers["hessian_energy"].to_numpy() == pytest.approx(prediction.hessian_energy, rel=1e-3, abs=1e-7)
+    assert layers["distance"].to_numpy() == pytest.approx(prediction.distances, rel=1e-6)
+    measured = measure_barrier(*siblings(path, 0, 3), loader, layers="fused", alphas=3, progress=False)
+    assert layers["measured"].to_numpy() == pytest.approx(measured.layer_barriers(), abs=1e-6)
+
+
+def test_cumulative_barriers_are_of_the_first_and_last_layers(traced):
+    path, traces = traced
+    loader = load_data("digits", "train", 200).subset(150).batches(100)
+    prediction = predict_barrier(*siblings(path, 0, 3), loader, progress=False)
+    names = prediction.layers
+    sets = [names[:4], names[-4:]]
+    measured = measure_barrier(*siblings(path, 0, 3), loader, layers=sets, alphas=3, progress=False).layer_barriers()
+    for side, members, expected in zip(("first", "last"), sets, measured, strict=True):
+        row = pick(traces.cumulative, fork=0, side=side, count=4).iloc[0]
+        assert row["measured"] == pytest.approx(expected, abs=1e-6)
+        assert row["predicted"] == pytest.approx(prediction.barrier(members), rel=1e-4, abs=1e-7)
+        # Equation 21: the sum of the interactions of the set.
+        inside = np.isin(names, members)
+        total = max(prediction.interactions[np.ix_(inside, inside)].sum(), 0.0)
+        assert row["predicted_shared"] == pytest.approx(total, rel=1e-4, abs=1e-7)
+    whole = pick(traces.cumulative, fork=0, count=len(names))
+    assert whole["measured"].nunique() == 1
+    assert list(cumulative_sets("abc"))[2:4] == [("first", 2, ("a", "b")), ("last", 2, ("b", "c"))]
+
+
+def test_geometry_is_that_of_parameters(traced):
+    path, traces = traced
+    (a, b), (final_a, final_b) = (
+        [dict(model.named_parameters()) for model in siblings(path, 1, epoch)] for epoch in (2, 3)
+    )
+    row = pick(traces.geometry, fork=1, epoch=2).iloc[0]
+    assert row["cosine_fork"] == pytest.approx(sibling_cosine(a, b, dict(load_parent(path, 1).named_parameters())))
+    assert row["cosine_origin"] == pytest.approx(sibling_cosine(a, b))
+    assert row["cosine_final"] == pytest.approx(solution_plane_cosine(a, b, final_a, final_b))
+    assert pick(traces.geometry, epoch=3)["cosine_final"].to_numpy() == pytest.approx(1.0)
+
+
+def test_tables_are_read_back(traced):
+    path, traces = traced
+    read = read_traces(path)
+    for name in vars(traces):
+        pd.testing.assert_frame_equal(getattr(read, name), getattr(traces, name))
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        ["curves.csv"],
+        ["fork-0000/epoch-0002/sets.safetensors"],
+        ["fork-0001/epoch-0003/predicted.safetensors", "fork-0001/epoch-0003/geometry.safetensors"],
+    ],
+)
+def test_what_was_lost_comes_back_with_the_same_bits(copy, lost):
+    expected = contents(copy)
+    for name in lost:
+        (copy / "traces" / name).unlink()
+    trace_forks(copy, progress=False)
+    assert contents(copy) == expected
+
+
+def test_damage_is_named_and_computed_again(copy):
+    expected = contents(copy)
+    path = copy / "traces" / "fork-0000" / "epoch-0003" / "train.safetensors"
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    path.write_bytes(bytes(changed))
+    with pytest.warns(UserWarning, match=r"train\.safetensors is damaged.* It is computed again"):
+        trace_forks(copy, progress=False)
+    assert contents(copy) == expected
+    (copy / "traces" / "layers.csv").write_text("fork,epoch\n")
+    with pytest.raises(CheckpointError, match=r"layers\.csv has columns .*lmc-curvature trace .* makes it"):
+        read_traces(copy)
+
+
+def test_missing_snapshots_are_named_with_what_makes_them(copy):
+    (copy / "fork-0001" / "child-1" / "epoch-0002.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"child-1/epoch-0002\.safetensors missing: run_forks\(.*lmc-curvature fork"
+    ):
+        trace_forks(copy, progress=False)
+
+
+def test_a_diverged_child_leaves_its_fork_out(copy):
+    shutil.rmtree(copy / "traces")
+    manifest = copy / "fork-0000" / "child-1" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "status": "diverged"}))
+    with pytest.warns(UserWarning, match="fork 0, child 1 diverged, so fork 0 is not traced"):
+        traces = trace_forks(copy, progress=False)
+    assert set(traces.geometry["fork"]) == {1}
+
+
+def test_another_configuration_is_refused_with_the_difference(copy):
+    changed = ForkConfig(**{**SETTINGS, "trace": {**SETTINGS["trace"], "alphas": 7}})
+    # Training does not depend on it, so nothing is trained again.
+    run_forks(changed, copy, progress=False)
+    with pytest.raises(ConfigurationError, match=r"another configuration:\nalphas: 5 there, 7 now\nMove .*traces away"):
+        trace_forks(copy, progress=False)
+
+
+def test_more_examples_than_there_are_is_refused(copy):
+    shutil.rmtree(copy / "traces")
+    run_forks(ForkConfig(**{**SETTINGS, "trace": {"examples": 201}}), copy, progress=False)
+    with pytest.raises(DataError, match=r"trace\.examples: 201 were asked for; the train split has 200"):
+        trace_forks(copy, progress=False)
+
+
+def test_tables_that_are_not_there_are_explained(tmp_path):
+    run_forks(ForkConfig(**SETTINGS), tmp_path, progress=False)
+    with pytest.raises(CheckpointError, match=r"curves\.csv is missing; trace_forks\(.*lmc-curvature trace"):
+        read_traces(tmp_path)
