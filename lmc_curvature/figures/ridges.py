@@ -55,7 +55,7 @@ def draw_ridges(
     for (fork, each), cell in zip(forks.items(), cells, strict=True):
         axes = figure.add_subplot(cell, projection="3d")
         _dress(axes, shade, limits, last_in_front=quantity == "value")
-        axes.set_zlabel(metric if quantity == "value" else "barrier", labelpad=-6, rotation=90)
+        _label_heights(axes, metric if quantity == "value" else "barrier")
         last = each[each["epoch"] == each["epoch"].max()]
         highest = short_number(_without_noise(numbers(last, quantity).max()))
         detail = f"highest at epoch {int(numbers(last, 'epoch')[0])}: {highest}"
@@ -68,7 +68,7 @@ def draw_ridges(
     title = f"{split} {what},{space}between siblings at α of their segment"
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     # The layout does not see how far the labels of the heights reach.
-    figure.set_layout_engine("constrained", rect=(0, 0, 1 - 0.15 / figure.get_figwidth(), 1))
+    figure.set_layout_engine("constrained", rect=(0, 0, 1 - 0.2 / figure.get_figwidth(), 1))
     return figure
 
 
@@ -113,12 +113,22 @@ def _dress(axes: Axes3D, shade: Normalize, limits: tuple[float, float], *, last_
     axes.set_ylabel(EPOCH_LABEL, labelpad=-6)
     axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    axes.zaxis.set_major_locator(MaxNLocator(nbins=4))
-    axes.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}".replace("-", "−")))
-    # Or a long word stands upright, and a short one lies.
-    axes.zaxis.set_rotate_label(False)
-    for axis, pad in ((axes.xaxis, -4), (axes.yaxis, -1), (axes.zaxis, -1)):
+    axes.tick_params("x", pad=-4)
+    axes.tick_params("y", pad=-1)
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_pane_color((1, 1, 1, 0))
         axis.line.set_color(GREY)
-        axis.set_tick_params(pad=pad, labelsize=SMALL - 0.5)
+        axis.set_tick_params(labelsize=SMALL - 0.5)
         axis._axinfo["grid"].update(color=PALE, linewidth=0.5)
+
+
+def _label_heights(axes: Axes3D, label: str) -> None:
+    """Ticks and label of z, as far out as the longest number of a tick asks for: matplotlib centres them on a line."""
+    locator = MaxNLocator(nbins=4)
+    axes.zaxis.set_major_locator(locator)
+    axes.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}".replace("-", "−")))
+    longest = max(len(f"{value:.6g}") for value in locator.tick_values(*axes.get_zlim()))
+    axes.zaxis.set_tick_params(pad=max(longest - 5, -1))
+    # Or a long word stands upright, and a short one lies.
+    axes.zaxis.set_rotate_label(False)
+    axes.set_zlabel(label, labelpad=max(2.5 * longest - 14, -6), rotation=90)

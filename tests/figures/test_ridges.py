@@ -126,3 +126,15 @@ def test_one_epoch_and_no_height_can_be_drawn(traces, uncut):
 def test_unknown_options_are_named(options, message, traces, untyped):
     with pytest.raises(OptionError, match=message):
         draw_ridges(traces.curves, **options)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 4), (0, 0.6), (-0.0251, 0.0154)])
+def test_the_label_of_the_heights_stands_clear_of_their_numbers(low, high, traces):
+    figure = draw_ridges(
+        traces.curves.assign(barrier=np.where(traces.curves["alpha"] == 0.5, low, high)), quantity="barrier"
+    )
+    figure.draw_without_rendering()
+    axis = figure.axes[0].zaxis
+    numbers = [tick.label1.get_window_extent() for tick in axis.get_major_ticks() if tick.label1.get_text()]
+    assert len(numbers) >= 3
+    assert max(box.x1 for box in numbers) < axis.label.get_window_extent().x0
