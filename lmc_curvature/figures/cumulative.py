@@ -1,11 +1,13 @@
 """Barriers that grow layer by layer: of the first k layers, and of the last k."""
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lmc_curvature.figures.frames import at_epoch, by_fork, checked, numbers
+from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, numbers
 from lmc_curvature.figures.grids import count_axis, fork_cells, share_scale
 from lmc_curvature.figures.panels import BARRIER_LABEL, fork_title, heading, plain_ticks, zero_line
 from lmc_curvature.figures.style import BLUE, INK, VERMILION, look
@@ -38,7 +40,7 @@ def draw_cumulative_barriers(cumulative: pd.DataFrame, *, epoch: int | None = No
     for axes, (fork, each) in zip(panels, forks.items(), strict=True):
         zero_line(axes)
         for side, color in _SIDES.items():
-            _draw_side(axes, each[each["side"] == side].sort_values("count"), side, color)
+            _draw_side(axes, having(each, "side", side, by="count"), side, color)
         count_axis(axes, "")
         plain_ticks(axes.yaxis)
         heading(axes, fork_title(fork), f"siblings at epoch {int(numbers(each, 'epoch')[0])}")
@@ -61,5 +63,7 @@ def _draw_legend(figure: Figure) -> None:
     """Colours for the sides and line styles for where the barriers come from."""
     handles = [Line2D([], [], color=color, linewidth=3, label=f"{side} k layers") for side, color in _SIDES.items()]
     handles.append(Line2D([], [], color=INK, marker="o", markersize=2.5, linewidth=1, label="measured"))
-    handles += [Line2D([], [], color=INK, linestyle=style, label=label) for label, style in _PREDICTED.values()]
+    for label, style in _PREDICTED.values():
+        pen: dict[str, Any] = {"color": INK, "linestyle": style}
+        handles.append(Line2D([], [], label=label, **pen))
     figure.legend(handles=handles, loc="outside upper left", ncols=5 if figure.get_figwidth() > 6 else 2)

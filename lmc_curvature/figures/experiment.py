@@ -15,7 +15,7 @@ from lmc_curvature.figures.heatmaps import draw_layer_heatmaps
 from lmc_curvature.figures.landscapes import draw_barrier_kinds, draw_toy_landscapes
 from lmc_curvature.figures.mountainside import draw_mountainside
 from lmc_curvature.figures.ranks import draw_rank_correlations
-from lmc_curvature.figures.ridges import draw_ridges
+from lmc_curvature.figures.ridges import Quantity, draw_ridges
 from lmc_curvature.figures.siblings import draw_sibling_angles, draw_sibling_distances, draw_solution_planes
 from lmc_curvature.figures.style import save_figure
 from lmc_curvature.forking.traces import Traces, read_traces
@@ -52,7 +52,13 @@ def draw_all(
 def _figures(traces: Traces) -> Iterator[tuple[str, Callable[[], Figure]]]:
     """Name and drawing of each figure; the paper's number of it, if it has one, stands beside it."""
     # 1, 8 to 12
-    for metric, quantity in (("error", "value"), ("loss", "value"), ("error", "barrier"), ("loss", "barrier")):
+    drawn: list[tuple[str, Quantity]] = [
+        ("error", "value"),
+        ("loss", "value"),
+        ("error", "barrier"),
+        ("loss", "barrier"),
+    ]
+    for metric, quantity in drawn:
         for split in sorted(set(traces.curves["split"])):
             name = f"ridges-{metric}{'-barrier' if quantity == 'barrier' else ''}-{split}"
             yield name, lambda m=metric, q=quantity, s=split: draw_ridges(traces.curves, metric=m, quantity=q, split=s)

@@ -10,15 +10,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures.decades import Decades, decades, decades_axis
-from lmc_curvature.figures.frames import at_epoch, by_fork, checked, known, numbers
+from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, known, numbers
 from lmc_curvature.figures.grids import EPOCH_LABEL, count_axis, fork_legend
 from lmc_curvature.figures.panels import BARRIER_LABEL
 from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, INK, TEXT_WIDTH, fork_colors, look, new_figure
 
 # The expansions beside the measurement, and their markers.
-_COMPARED: dict[str, str] = {"second-order": "s", "with-slopes": "D"}
+_COMPARED: dict[Expansion, str] = {"second-order": "s", "with-slopes": "D"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     groups = [_points(measured, times, f"measured, {split}", INK, "o")]
     predicted = checked(predictions, "predictions", ["expansion", "barrier", "standard_error"])
     for expansion, marker in _COMPARED.items():
-        rows = predicted[predicted["expansion"] == expansion]
+        rows = having(predicted, "expansion", expansion)
         pen = EXPANSION_PENS[expansion]
         groups.append(_points(rows, times, f"predicted{of_train}, {pen.label}", pen.color, marker))
     if not np.isfinite([group.values for group in groups[1:]]).any():

@@ -32,7 +32,7 @@ def checked(table: pd.DataFrame, name: str, columns: Sequence[str], **values: st
         choices = sorted({str(choice) for choice in rows[column]})
         if value not in choices:
             raise OptionError(f"The table of {name} has no rows with {column}={value!r}: {suggest(value, choices)}")
-        rows = _where(rows, np.asarray(rows[column] == value))
+        rows = having(rows, column, value)
     return rows.sort_values(["fork", "epoch"], kind="stable")
 
 
@@ -46,6 +46,12 @@ def known(rows: pd.DataFrame, name: str, column: str) -> pd.DataFrame:
     if not finite.any():
         raise OptionError(f"The table of {name} has no number in column {column!r}, so there is nothing to draw.")
     return _where(rows, finite)
+
+
+def having(rows: pd.DataFrame, column: str, value: object, *, by: str | None = None) -> pd.DataFrame:
+    """The rows with a value in a column, in increasing order of another column if one is named."""
+    chosen = _where(rows, np.asarray(rows[column] == value))
+    return chosen if by is None else chosen.sort_values([by], kind="stable")
 
 
 def by_fork(rows: pd.DataFrame) -> dict[int, pd.DataFrame]:

@@ -69,7 +69,7 @@ def draw_layer_heatmaps(layers: pd.DataFrame, *, fork: int) -> Figure:
         mesh = _draw_cells(axes, values, scales[column])
         _label_epochs(axes, epochs)
         axes.set_title(f"{_TITLES[column]}\n{_DETAILS[column]}", loc="left", fontsize=SMALL + 0.5)
-        _draw_scale(figure, axes, mesh, values)
+        _draw_scale(figure, axes, mesh, below=bool((values < _floor(scales[column])).any()))
     step = math.ceil(len(positions) / _MOST_NAMES)
     shown = range(0, len(positions), step)
     panels[0].set_yticks(list(shown), [_shorten(str(names[positions[row]])) for row in shown])
@@ -128,9 +128,8 @@ def _label_epochs(axes: Axes, epochs: np.ndarray) -> None:
     axes.set_xlabel(EPOCH_LABEL)
 
 
-def _draw_scale(figure: Figure, axes: Axes, mesh: QuadMesh, values: Cells) -> None:
+def _draw_scale(figure: Figure, axes: Axes, mesh: QuadMesh, *, below: bool) -> None:
     logarithmic = isinstance(mesh.norm, LogNorm)
-    below = bool((values < _floor(mesh.norm)).any())
     bar = figure.colorbar(mesh, ax=axes, location="bottom", extend="min" if below else "neither", aspect=14, pad=0.02)
     bar.ax.xaxis.set_major_locator(LogLocator(numticks=4) if logarithmic else MaxNLocator(nbins=3))
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, 1 if logarithmic else 2)))

@@ -143,7 +143,9 @@ def _draw_mountain(axes: Axes3D) -> None:
     levels = np.linspace(0.02, 0.98, 17) ** 1.5
     axes.contour(across, 1 - down, ground, levels=levels, colors=GREY, linewidths=0.35, alpha=0.6, zorder=2)
     axes.set(xlim=(-1, 1), ylim=(0, 1), zlim=(0, 1))
-    axes.set_box_aspect((2, 1.35, 0.85), zoom=1.45)
+    # matplotlib takes any number, and says that it takes whole ones.
+    zoom: Any = 1.45
+    axes.set_box_aspect((2, 1.35, 0.85), zoom=zoom)
     axes.view_init(elev=36, azim=-84)
     axes.set_axis_off()
 

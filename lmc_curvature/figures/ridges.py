@@ -1,6 +1,6 @@
 """The ridge between siblings while they train: barrier curves, one behind the other."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import matplotlib as mpl
 import numpy as np
@@ -12,7 +12,7 @@ from mpl_toolkits.mplot3d import Axes3D
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from lmc_curvature.errors import check_choice
-from lmc_curvature.figures.frames import by_fork, checked, known, numbers
+from lmc_curvature.figures.frames import by_fork, checked, having, known, numbers
 from lmc_curvature.figures.grids import EPOCH_LABEL, fork_cells
 from lmc_curvature.figures.panels import fork_title, heading, short_number
 from lmc_curvature.figures.style import GREY, PALE, SMALL, TEXT_WIDTH, look
@@ -56,7 +56,7 @@ def draw_ridges(
         axes = figure.add_subplot(cell, projection="3d")
         _dress(axes, shade, limits, last_in_front=quantity == "value")
         _label_heights(axes, metric if quantity == "value" else "barrier")
-        last = each[each["epoch"] == each["epoch"].max()]
+        last = having(each, "epoch", numbers(each, "epoch").max())
         highest = short_number(_without_noise(numbers(last, quantity).max()))
         detail = f"highest at epoch {int(numbers(last, 'epoch')[0])}: {highest}"
         # The upper left corner of the panel is empty.
@@ -88,7 +88,7 @@ def _draw_curves(axes: Axes3D, rows: pd.DataFrame, quantity: Quantity, shade: No
     epochs = shown_epochs(numbers(rows, "epoch"))
     from_back = epochs if axes.yaxis_inverted() else epochs[::-1]
     for depth, epoch in enumerate(from_back):
-        curve = rows[rows["epoch"] == epoch].sort_values("alpha")
+        curve = having(rows, "epoch", epoch, by="alpha")
         alphas, values = numbers(curve, "alpha"), numbers(curve, quantity)
         color = mpl.colormaps["viridis"](0.9 * float(shade(epoch)))
         pale = tuple(_WHITENED + (1 - _WHITENED) * part for part in to_rgb(color))
@@ -106,7 +106,9 @@ def _dress(axes: Axes3D, shade: Normalize, limits: tuple[float, float], *, last_
     # The labels of the panel on the left reach into this one.
     axes.patch.set_visible(False)
     axes.view_init(elev=26, azim=-62)
-    axes.set_box_aspect((1, 1.1, 0.75), zoom=0.92)
+    # matplotlib takes any number, and says that it takes whole ones.
+    zoom: Any = 0.92
+    axes.set_box_aspect((1, 1.1, 0.75), zoom=zoom)
     ends = (shade.vmin or 0.0, shade.vmax or 1.0)
     axes.set(xlim=(0, 1), ylim=ends[::-1] if last_in_front else ends, zlim=limits)
     axes.set_xlabel("α", labelpad=-9)
@@ -115,7 +117,9 @@ def _dress(axes: Axes3D, shade: Normalize, limits: tuple[float, float], *, last_
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
     axes.tick_params("x", pad=-4)
     axes.tick_params("y", pad=-1)
-    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+    # They are axes of three-dimensional plots, whatever their declared types.
+    each_axis: Any = (axes.xaxis, axes.yaxis, axes.zaxis)
+    for axis in each_axis:
         axis.set_pane_color((1, 1, 1, 0))
         axis.line.set_color(GREY)
         axis.set_tick_params(labelsize=SMALL - 0.5)
