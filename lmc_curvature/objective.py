@@ -143,6 +143,10 @@ class Objective:
         """The network's state when the objective was made: entry name to tensor, what a segment may move."""
         return {name: self._entries[name] for name in self._movable}
 
+    def complete(self, state: State) -> dict[str, Tensor]:
+        """A placed state with every floating-point entry of the network: those left out are as in the network."""
+        return {name: t for name, t in self._entries.items() if t.is_floating_point()} | self.place(state)
+
     def place(self, state: State) -> dict[str, Tensor]:
         """Bring a state or direction to the objective's device and floating-point type.
 
@@ -370,15 +374,23 @@ class Objective:
             # The fused attention kernels have no second derivative; the plain mathematics has.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             stack.enter_context(_TwiceDifferentiable())
-            if self.device.type == "cuda":
-                # cuDNN's recurrent kernels have no second derivative, and TF32 keeps ten bits of the mantissa.
-                stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False))
+            # cuDNN's recurrent kernels have no second derivative.
+            stack.enter_context(self._exact_kernels(enabled=not recurrent))
+            yield
+
+    @contextlib.contextmanager
+    def _exact_kernels(self, *, enabled: bool = True) -> Iterator[None]:
+        """Within the block, convolutions on a CUDA device are deterministic, and not rounded to TF32's ten bits."""
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.backends.cudnn.flags(enabled=enabled, benchmark=False, deterministic=True, allow_tf32=False):
             yield
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Within the block, `"recalibrate"` normalises by the statistics in the state (see `recalibrated`)."""
-        with self._normalizing_by("batch" if self.batch_norm == "batch" else "running"):
+        """Within the block, values are exact, and `"recalibrate"` normalises by the state (see `recalibrated`)."""
+        with self._exact_kernels(), self._normalizing_by("batch" if self.batch_norm == "batch" else "running"):
             yield
 
     def recalibrated(self, states: Sequence[State], *, progress: bool = False) -> list[dict[str, Tensor]]:

@@ -236,11 +236,12 @@ def test_report_is_written_as_json_and_markdown(tmp_path):
 
 def test_examples_near_a_kink_are_left_out():
     kinks = importlib.import_module("kinks")
-    layer = torch.nn.Linear(3, 1, bias=False)
+    layer = torch.nn.Linear(200, 1, bias=False)
+    weight, vector = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        layer.weight.copy_(torch.tensor([[0.1, 0.2, -0.3]]))
-    # The second one's terms cancel up to rounding.
-    x = torch.tensor([[1.0, 1.0, -1.0], [1.0, 1.0, 1.0], [-2.0, 0.3, 1.0]])
+        layer.weight.copy_(weight.unsqueeze(0))
+    # The second one is at right angles: what is left of its terms is their rounding.
+    x = torch.stack([weight, vector - (vector @ weight) / (weight @ weight) * weight, -weight])
     assert kinks.far_from_kinks(torch.nn.Sequential(layer, torch.nn.ReLU()), x, 2).tolist() == [0, 2]
 
 

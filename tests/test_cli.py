@@ -127,7 +127,7 @@ def test_measure_takes_sets_and_a_loader_of_ones_own(run, checkpoints):
         (["--model-option", "width"], "--model-option 'width': expected KEY=VALUE"),
         (["--model-option", "widht=4"], "widht"),
         (["--model", "resnet2O"], "resnet2O"),
-        (["--data", "nowhere"], "'nowhere' is neither 'digits' nor a directory"),
+        (["--data", "nowhere"], "'nowhere' is neither 'digits' nor 'cifar10' nor a directory"),
         (["--data", "no.such.module:factory"], "--data no.such.module:factory: No module named"),
         (["--split", "valid"], "split='valid' is not a choice"),
     ],

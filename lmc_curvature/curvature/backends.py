@@ -276,7 +276,7 @@ def hessian_diagonal(
         BackendError: The backend is not installed, computes no exact diagonal, or cannot do this network.
         OptionError: `backend` is not a choice.
     """
-    operator = _operator_for("diagonals", objective, state, backend, layers, partition)
+    operator = _operator_for("exact diagonals", objective, state, backend, layers, partition)
     if backend == "backpack":
         return backpack_diagonal(objective, operator.point, operator.rows)
     sizes = [operator.state[name].numel() for name in operator.rows]
@@ -287,7 +287,7 @@ def hessian_diagonal(
 _ABLE: dict[str, tuple[str, ...]] = {
     "eigenvalues": ("native", "curvlinops", "pyhessian"),
     "traces": BACKENDS,
-    "diagonals": ("native", "backpack"),
+    "exact diagonals": ("native", "backpack"),
 }
 
 

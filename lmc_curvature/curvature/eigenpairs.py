@@ -147,13 +147,15 @@ class _Criterion:
 
 
 def _dense_eigenpairs(operator: SymmetricOperator, k: int, criterion: _Criterion) -> Eigenpairs:
-    values, vectors = torch.linalg.eigh(dense_matrix(operator))
+    matrix = dense_matrix(operator)
+    values, vectors = torch.linalg.eigh(matrix)
     chosen = criterion.rank(values).argsort(descending=True)[:k]
-    rounding = torch.full((k,), torch.finfo(torch.float64).eps, dtype=torch.float64, device=values.device)
+    stored = vectors[:, chosen].to(storage_dtype(operator))
+    rest = torch.linalg.vector_norm(matrix @ stored.double() - values[chosen] * stored.double(), dim=0)
     return Eigenpairs(
         values=values[chosen],
-        vectors=vectors[:, chosen].to(storage_dtype(operator)),
-        residuals=rounding * values.abs().max() / values[chosen].abs().clamp(min=1e-300),
+        vectors=stored,
+        residuals=rest / values[chosen].abs().clamp(min=1e-300),
         converged=torch.ones(k, dtype=torch.bool, device=values.device),
         products=operator.shape[0],
     )

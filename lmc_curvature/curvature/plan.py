@@ -58,9 +58,14 @@ class Plan:
         if not sources or not places:
             return {}
         tensors, seeds = zip(*sources, strict=True)
-        found = torch.autograd.grad(
-            tensors, [value for _, _, value in places], seeds, retain_graph=keeps_graph, allow_unused=True
-        )
+        try:
+            found = torch.autograd.grad(
+                tensors, [value for _, _, value in places], seeds, retain_graph=keeps_graph, allow_unused=True
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise CaptureError(f"The loss cannot be swept backwards: {str(error).strip().splitlines()[0]}") from error
         adjoints: dict[fx.Node, Any] = {}
         for (node, k, _), adjoint in zip(places, found, strict=True):
             if isinstance(values[node], Tensor):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.hessian import BatchGradient, inner
@@ -45,15 +46,19 @@ class Products:
         curvature = found[1:]
         return gradient.loss.item(), found[0], (curvature + curvature.T) / 2
 
-    def bilinear(self, number: int, batch: Batch, left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
-        """⟨∇L, Ul⟩ and ⟨Ul, H Ur⟩ of one batch, for coefficients l and r: a single product.
+    def combination(
+        self, number: int, batch: Batch, coefficients: np.ndarray
+    ) -> tuple[Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+        """Uᵀ∇L and UᵀHUr of one batch, for coefficients r: all the slopes, and a single product.
 
         Raises:
             UnsupportedModelError: An operation has no second derivative.
         """
         gradient = self._gradient(number, batch)
-        first, second = self._combined(left), self._combined(right)
-        return gradient.slope(first).item(), inner(gradient.product(second), first).item()
+        product = gradient.product(self._combined(coefficients))
+        rows = [[gradient.slope(direction), inner(product, direction)] for direction in self.directions]
+        slopes, curvature = torch.stack([torch.stack(row) for row in rows], dim=1).double().cpu().numpy()
+        return slopes, curvature
 
     def _gradient(self, number: int, batch: Batch) -> BatchGradient:
         gradient = BatchGradient(self.objective, self.states[number], batch, self._entries)

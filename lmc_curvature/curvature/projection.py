@@ -128,7 +128,7 @@ def project_hessian_at(
     if memory_gib is not None and not memory_gib > 0:
         raise OptionError(f"memory_gib={memory_gib!r}: expected a positive number of GiB (or None).")
     placed = _place_directions(objective, directions)
-    states = [{**objective.state(), **objective.place(state)} for state in states]
+    states = [objective.complete(state) for state in states]
     for state in states:
         check_finite(state, "the state")
     project = _road(objective, states, placed, method, memory_gib)

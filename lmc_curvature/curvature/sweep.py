@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, fx
 
 from lmc_curvature.batches import Batch, map_tensors
-from lmc_curvature.curvature.graph import capture, dependents
+from lmc_curvature.curvature.graph import capture, dependents, value_of
 from lmc_curvature.curvature.op_calls import Contributions, Tangents
 from lmc_curvature.curvature.plan import Plan
 from lmc_curvature.errors import CaptureError, MemoryBudgetError
@@ -145,7 +145,7 @@ class _Captured:
         keeps_values: Whether the values of all tiles are kept until their turn, or computed anew.
         networks: Number of examples to the network's program, or to that of the whole loss.
         loss: The loss as a function of the network's output, if it is one.
-        verified: Whether one bilinear form was found to agree with a Hessian-vector product.
+        verified: Whether its answer was found to agree with a Hessian-vector product.
     """
 
     tile: int
@@ -231,6 +231,7 @@ class Sweep:
         self._layout = (tuple(tuple(sorted(direction)) for direction in directions), memory_gib)
         self._points: dict[tuple[Program, int | None], _Point] = {}
         self._known = _CAPTURED.setdefault(objective, {})
+        self._current: set[Any] = set()
         self._whole_batches = not objective.has_output or objective.batch_norm != "interpolate"
 
     def project(self, number: int, batch: Batch) -> BatchValues:
@@ -253,11 +254,14 @@ class Sweep:
         self._whole_batches = True
         self._points.clear()
         self._known.clear()
+        self._current.clear()
 
     def _project(self, captured: _Captured, number: int, batch: Batch, block: list[int]) -> BatchValues:
         contributions = Contributions()
         tiles = self._tiles(captured, number, batch)
         results = [tile.result(keep=captured.keeps_values) for tile in tiles]
+        if len(tiles) > 1:
+            _check_examples(tiles, results)
         if captured.loss is None:
             loss, slopes = results[0], self._sweep(tiles, torch.ones_like(results[0]), block, contributions)
         else:
@@ -341,11 +345,39 @@ class Sweep:
         return self._points[program, number]
 
     def captured(self, batch: Batch) -> _Captured:
-        """What is known of batches of this shape, found out the first time."""
+        """What is known of batches of this shape, found out the first time.
+
+        What another sweep has captured is compared with the network and the loss as they are now: a loss may have
+        changed that refers to something outside.
+        """
         key = self._key(batch)
-        if key not in self._known:
-            self._known[key] = self._capture(batch)
+        if key not in self._current:
+            if key in self._known and not self._still_holds(self._known[key], batch):
+                del self._known[key]
+            if key not in self._known:
+                self._known[key] = self._capture(batch)
+            self._current.add(key)
         return self._known[key]
+
+    def _still_holds(self, captured: _Captured, batch: Batch) -> bool:
+        """Whether captured programs give what the network and the loss do, on as few examples as there is one for."""
+        size, program = min(captured.networks.items(), key=lambda item: item[0])
+        state, whole_loss = self.states[0], captured.loss is None
+        data = _Data.of(batch.data if whole_loss else batch.data[0]).rows(0, size, batch.size)
+        part = Batch(batch.index, size, data.structure if whole_loss else (data.structure, None))
+        with torch.no_grad():
+            found = program.evaluate(program.state.run([state[name] for name in program.entries]), data)
+            expected = self.objective.batch_loss(state, part) if whole_loss else self.objective.output(state, part)
+            if not _alike(found[program.result], expected):
+                return False
+            if captured.loss is None:
+                return True
+            # Any output will do, within the bounds that some losses ask for.
+            shape, dtype = value_of(captured.loss.argument).shape, value_of(captured.loss.argument).dtype
+            output = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.objective.device, dtype)
+            constants = captured.loss.state.run([])
+            found = captured.loss.evaluate(constants, _Data.of((output, batch.data[1])))
+            return _alike(found[captured.loss.result], self.objective.output_loss(output, batch))
 
     def cuts(self, batch: Batch) -> bool:
         """Whether batches of this shape were captured, and are cut into tiles."""
@@ -353,7 +385,9 @@ class Sweep:
         return known is not None and known.tile < batch.size
 
     def _key(self, batch: Batch) -> tuple:
-        return _Data.of(batch.data).signature, batch.size, self._layout
+        device = self.objective.device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return _Data.of(batch.data).signature, batch.size, self._layout, cast
 
     def _capture(self, batch: Batch) -> _Captured:
         state = self.states[0]
@@ -437,6 +471,26 @@ def _cache_bytes() -> int:
     return min(max(max(sizes) // 2, _LEAST_CACHE_BYTES), _MOST_CACHE_BYTES)
 
 
+def _check_examples(tiles: Sequence[_Tile], results: Sequence[Tensor]) -> None:
+    """Refuse tiles whose outputs cannot be joined: the network looks at the number of examples."""
+    rest = results[0].shape[1:]
+    for tile, result in zip(tiles, results, strict=True):
+        expected = (tile.stop - tile.start, *rest)
+        if tuple(result.shape) != expected:
+            raise CaptureError(
+                f"The network's output has shape {tuple(result.shape)} for {tile.stop - tile.start} examples of a "
+                f"batch; expected {expected}, as for the others."
+            )
+
+
+def _alike(found: Tensor, expected: Any) -> bool:
+    """Whether two results are equal up to rounding."""
+    if not isinstance(expected, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    scale = expected.abs().max() if expected.numel() else 0.0
+    return bool(((found - expected).abs() <= torch.finfo(found.dtype).eps ** 0.5 * scale).all())
+
+
 def _laid_out(data: _Data) -> _Data:
     """Images with channels last on a CPU, where single-precision convolutions are faster so."""
 
@@ -460,5 +514,7 @@ def _budget_bytes(device: torch.device, memory_gib: float | None) -> float:
     if memory_gib is not None:
         return memory_gib * 2**30
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2
+        # What torch has taken and does not use is free, too.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + unused) / 2
     return _DEFAULT_BUDGET_GIB * 2**30

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta, set_stack_trace
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
@@ -41,7 +42,7 @@ def trace(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.Graph
     """
 
     def watched(*tensors: Tensor) -> Tensor:
-        with _Watching():
+        with _Watching(), _RefusingToLeave():
             return function(*tensors)
 
     try:
@@ -104,6 +105,18 @@ class _Watching(TorchDispatchMode):
         if torch.is_grad_enabled():
             return result
         return tree_map_only(Tensor, lambda value: aten.detach.default(value), result)
+
+
+class _RefusingToLeave(TorchFunctionMode):
+    """Refuses to hand values out of torch: what is computed from them elsewhere would become a constant."""
+
+    _WAYS_OUT = frozenset({"numpy", "__array__", "tolist", "data_ptr", "__dlpack__"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self._WAYS_OUT:
+            raise RuntimeError(f"Tensor.{name} hands values out of torch")
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

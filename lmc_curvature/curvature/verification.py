@@ -12,7 +12,7 @@ from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
 
 
 class VerifiedSweep:
-    """Projects batches by the sweep, and compares a random bilinear form of each newly captured graph with a product.
+    """Projects batches by the sweep, and compares what each newly captured graph gives with a product.
 
     Args:
         sweep: The sweep.
@@ -72,7 +72,7 @@ class VerifiedSweep:
         return self._products.project(number, batch)
 
     def _disagreement(self, values: BatchValues, number: int, batch: Batch) -> str:
-        """What is wrong with the sweep's values, or nothing."""
+        """What is wrong with the sweep's values, or nothing: a row of UᵀHUr for a random r at a time."""
         loss, slopes, curvature = values
         precision = float(torch.finfo(self._sweep.objective.dtype).eps)
         # Far above rounding, and what it does at the kinks of rectifiers; far below a forgotten term.
@@ -80,26 +80,25 @@ class VerifiedSweep:
         # What cancels exactly comes out as rounding of what cancelled, which the loss gives the size of.
         rounding = 30 * precision * max(1.0, abs(loss))
         # Signs, scaled so that every direction has its say.
-        scale = 1 / np.sqrt(np.maximum(np.abs(curvature).max(1), rounding))
-        generator = np.random.default_rng(0)
-        left, right = (scale * generator.choice([-1.0, 1.0], len(scale)) for _ in range(2))
-        slope, form = self._products.bilinear(number, batch, left, right)
-        first, second = np.abs(left), np.abs(right)
-        pairs = [
-            ("slope", left @ slopes, slope, first @ (np.abs(slopes) + rounding / margin)),
-            (
-                "curvature",
-                left @ curvature @ right,
-                form,
-                first @ (np.abs(curvature) + rounding / margin) @ second,
+        size = np.sqrt(np.maximum(np.abs(curvature).max(1), rounding))
+        coefficients = np.random.default_rng(0).choice([-1.0, 1.0], len(size)) / size
+        slope, row = self._products.combination(number, batch, coefficients)
+        compared = {
+            "slope": (slopes, slope, np.abs(slopes) + np.abs(slope) + rounding / margin),
+            "curvature": (
+                curvature @ coefficients,
+                row,
+                np.abs(curvature) @ np.abs(coefficients) + size + rounding / margin * np.abs(coefficients).sum(),
             ),
-        ]
-        for name, swept, expected, size in pairs:
-            if not abs(swept - expected) <= margin * max(size, abs(expected)):
+        }
+        for name, (swept, expected, scale) in compared.items():
+            wrong = np.flatnonzero(~(np.abs(swept - expected) <= margin * scale))
+            if len(wrong):
+                along = f"direction {wrong[0]}" + (" and a random combination of all" if name == "curvature" else "")
                 return (
-                    f"The sweep's {name} along a random combination of the directions is {swept:.6g} on batch "
-                    f"{batch.index}, and {expected:.6g} by a Hessian-vector product. Does the network have derivatives "
-                    "of its own (autograd.Function, no_grad, detach)?"
+                    f"The sweep's {name} along {along} is {swept[wrong[0]]:.6g} on batch {batch.index}, and "
+                    f"{expected[wrong[0]]:.6g} by a Hessian-vector product. Does the network have derivatives of its "
+                    "own (autograd.Function, no_grad, detach)?"
                 )
         return ""
 

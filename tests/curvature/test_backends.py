@@ -244,7 +244,9 @@ def test_diagonals_are_those_of_the_dense_matrix(backend, loss, convolutional):
 
 @pytest.mark.parametrize("backend", ["curvlinops", "pyhessian"])
 def test_backends_without_diagonals_say_who_has_them(backend):
-    with pytest.raises(BackendError, match=f"'{backend}' does not compute diagonals; these do: 'native', 'backpack'"):
+    with pytest.raises(
+        BackendError, match=f"'{backend}' does not compute exact diagonals; these do: 'native', 'backpack'"
+    ):
         hessian_diagonal(_objective(), backend=backend)
 
 

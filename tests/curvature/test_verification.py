@@ -1,5 +1,7 @@
 """Claim: where the sweep is wrong, or cannot go, that is found out: it never gives a wrong answer without a word."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -72,7 +74,7 @@ def test_a_broken_rule_is_found_out(rule, method, broken, monkeypatch):
     directions = layer_directions(objective)
     expected = project_hessian(objective, {}, directions, method="hvp")
     monkeypatch.setattr(rule, method, broken)
-    with pytest.raises(SweepError, match=r"along a random combination of the directions is \S+ on batch 0, and \S+ by"):
+    with pytest.raises(SweepError, match=r"along direction \d+.* is \S+ on batch 0, and \S+ by"):
         project_hessian(objective, {}, directions, method="sweep")
     with pytest.warns(FallbackWarning, match="on batch 0.*Falling back on one Hessian-vector product a direction"):
         found = project_hessian(objective, {}, directions)
@@ -120,3 +122,23 @@ def test_a_layer_that_is_small_beside_the_others_is_checked_too(monkeypatch):
     monkeypatch.setattr(op_rules.Bilinear, "push", stretched)
     with pytest.raises(SweepError):
         project_hessian(objective, {}, directions, method="sweep")
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_a_tenth_of_one_operation_is_missed_in_no_direction(place, monkeypatch):
+    objective = _objective("conv, interpolate")
+    directions = layer_directions(objective, "tensor")
+    contract, bent = op_rules.Bilinear.contract, []
+
+    def lessened(self, call, contributions):
+        bent.append(call)
+        contract(
+            self,
+            dataclasses.replace(call, adjoint=0.9 * call.adjoint) if len(bent) == place + 1 else call,
+            contributions,
+        )
+
+    monkeypatch.setattr(op_rules.Bilinear, "contract", lessened)
+    with pytest.raises(SweepError, match="curvature along direction"):
+        project_hessian(objective, {}, directions, method="sweep")
+    assert len(bent) > place

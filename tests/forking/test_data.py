@@ -165,7 +165,7 @@ def test_files_that_are_not_images_are_named(folder):
 
 
 def test_missing_directories_and_classes_are_explained(tmp_path):
-    with pytest.raises(DataError, match="'digit' is neither 'digits' nor a directory"):
+    with pytest.raises(DataError, match="'digit' is neither 'digits' nor 'cifar10' nor a directory"):
         load_data("digit")
     with pytest.raises(DataError, match=r"is not a folder of images .*expected .*/CLASS/\*\.png"):
         load_data(tmp_path)
@@ -219,7 +219,7 @@ class FakeCIFAR10:
 
     def __init__(self, root, train, download):
         assert download
-        if root != "there":
+        if str(root) != "there":
             raise RuntimeError("Dataset not found or corrupted.")
         generator = np.random.default_rng(int(train))
         self.data = generator.integers(0, 256, (6 if train else 3, 32, 32, 3), dtype=np.uint8)

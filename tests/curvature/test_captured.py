@@ -1,0 +1,105 @@
+"""Claim: a captured graph is used for nothing but what it was captured of."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import randomized
+from sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
+from torch import nn
+
+from lmc_curvature import Objective, project_hessian
+from lmc_curvature.curvature import sweep
+from lmc_curvature.curvature.projection import project_hessian_at
+from lmc_curvature.errors import CaptureError, FallbackWarning
+
+
+class _Scaled(TwoLayers):
+    """Has a buffer that no segment moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64), persistent=True)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)) * self.scale)
+
+
+class _ByNumpy(TwoLayers):
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x))) * float(np.abs(x.numpy()).mean())
+
+
+class _Squeezing(TwoLayers):
+    """Loses the axis of the examples where there is one."""
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))[:, None].squeeze()
+
+
+def _assert_as_products(objective, state=None, **options):
+    directions = layer_directions(objective)
+    found = project_hessian(objective, state or {}, directions, **options)
+    assert_projections_agree(found, project_hessian(objective, state or {}, directions, method="hvp"), relative=1e-9)
+    return found
+
+
+def test_what_leaves_torch_is_no_constant():
+    objective = Objective(randomized(_ByNumpy().double()), vectors(4, 4, 4))
+    with pytest.raises(CaptureError, match=r"Tensor\.numpy hands values out of torch.*in forward: return self"):
+        project_hessian(objective, {}, layer_directions(objective), method="sweep")
+    with pytest.warns(FallbackWarning, match="hands values out of torch"):
+        _assert_as_products(objective)
+
+
+@pytest.mark.parametrize("complete_first", [True, False])
+def test_entries_that_do_not_move_belong_to_the_state(complete_first):
+    model = randomized(_Scaled().double())
+    objective = Objective(model, vectors(4, 3))
+    other = {**model.state_dict(), "scale": torch.tensor(3.0, dtype=torch.float64)}
+    states = [other, {}] if complete_first else [{}, other]
+    curvatures = [_assert_as_products(objective, state, method="sweep").curvature for state in states]
+    assert not np.allclose(*curvatures, rtol=0.1)
+    directions = layer_directions(objective)
+    for found, expected in zip(project_hessian_at(objective, states, directions), curvatures, strict=True):
+        np.testing.assert_allclose(found.curvature, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_running_statistics_may_be_given_or_not():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    objective = Objective(randomized(model), vectors(6), batch_norm="batch")
+    for state in (model.state_dict(), {}):
+        _assert_as_products(objective, state, method="sweep")
+
+
+def test_a_loss_that_has_changed_since_is_captured_anew():
+    temperature = [1.0]
+    objective = Objective(
+        randomized(TwoLayers().double()),
+        vectors(4, 4),
+        loss_fn=lambda output, target: F.cross_entropy(output / temperature[0], target),
+    )
+    before = _assert_as_products(objective, method="sweep").curvature
+    temperature[0] = 3.0
+    assert not np.allclose(_assert_as_products(objective, method="sweep").curvature, before, rtol=0.1)
+
+
+def test_autocast_is_part_of_what_was_captured():
+    model, batches = randomized(TwoLayers()), [(x.float(), y) for x, y in vectors(8)]
+    objective = Objective(model, batches)
+    directions = layer_directions(objective)
+    with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+        # Half the mantissa is too coarse for the comparison with a product.
+        warnings.simplefilter("ignore", FallbackWarning)
+        coarse = project_hessian(objective, {}, directions).curvature
+    exact = project_hessian(Objective(model, batches), {}, directions).curvature
+    assert not np.allclose(coarse, exact, rtol=1e-4)
+    np.testing.assert_array_equal(project_hessian(objective, {}, directions).curvature, exact)
+
+
+def test_tiles_whose_outputs_cannot_be_joined_are_swept_whole(monkeypatch):
+    monkeypatch.setattr(sweep.Sweep, "_cut", lambda self, program, probe, size, cuts: (2 if cuts else size, 99, True))
+    objective = Objective(randomized(_Squeezing().double()), vectors(5))
+    _assert_as_products(objective, method="sweep")
