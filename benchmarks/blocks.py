@@ -3,6 +3,7 @@
 python benchmarks/blocks.py [--network resnet18] [--device cuda] [--quick]
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from harness import (
     setting,
 )
 from memory import columns_that_fit, peak_bytes
-from peers import curvlinops_columns, curvlinops_hessian, installed, missing_peers
+from peers import curvlinops_columns, curvlinops_hessian, installed, layouts, missing_peers
 from problems import Problem, image_problem
 from timing import Measurement, Road, Run, measure
 from torch import Tensor, nn
@@ -56,7 +57,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
     report.notes += [*missing_peers(), *_notes()]
 
     alone = _layer_alone(problem, layer, linear)
-    roads = [*block_roads(problem, layer, problem.forward), *block_roads(alone, "linear", problem.forward, ALONE)]
+    roads = [
+        *block_roads(problem, layer, problem.forward, both_layouts=options.size == "full"),
+        *block_roads(alone, "linear", problem.forward, ALONE),
+    ]
     found = measure(roads, options.pace, options.device)
     gradient_peak = peak_bytes(problem.forward_backward, options.device)
     reference = HessianOperator(problem.to(torch.float64).objective).block(layer).to_dense()
@@ -98,27 +102,32 @@ def _layer_alone(problem: Problem, layer: str, linear: nn.Linear) -> Problem:
     return Problem(model, other, batches)
 
 
-def block_roads(problem: Problem, layer: str, forward: Run, suffix: str = "") -> list[Road]:
+def block_roads(
+    problem: Problem, layer: str, forward: Run, suffix: str = "", *, both_layouts: bool = False
+) -> list[Road]:
     """Roads to the dense block of a linear layer, rows and columns in the order weight, bias."""
-    linear = problem.model.get_submodule(layer)
     block = HessianOperator(problem.objective).block(layer)
     roads: dict[str, Callable[[], Any]] = {
         OURS: lambda: layer_hessian(problem.objective, None, layer),
         "the same, method='products'": lambda: layer_hessian(problem.objective, None, layer, method="products"),
         "HessianOperator.block(layer).to_dense()": block.to_dense,
-        TORCH: lambda: _by_torch(problem, layer),
     }
-    if installed("curvlinops"):
-        parameters = list(linear.parameters())
-        operator = curvlinops_hessian(problem, parameters)
-        unit = torch.eye(sum(parameter.numel() for parameter in parameters), device=problem.device)
-        at_once = columns_that_fit(
-            lambda count: curvlinops_columns(operator, unit[:count], count), len(unit), problem.device, probe=16
-        )
-        roads[f"curvlinops, H @ identity, {at_once} columns at once"] = lambda: curvlinops_columns(
-            operator, unit, at_once
-        )
+    for layout, chosen in layouts(problem, both=both_layouts).items():
+        roads[f"{TORCH}{layout}"] = functools.partial(_by_torch, chosen, layer)
+        if installed("curvlinops"):
+            name, run = _curvlinops_road(chosen, layer)
+            roads[f"{name}{layout}"] = run
     return [Road(name + suffix, run, forward) for name, run in roads.items()]
+
+
+def _curvlinops_road(problem: Problem, layer: str) -> tuple[str, Callable[[], Tensor]]:
+    parameters = list(problem.model.get_submodule(layer).parameters())
+    operator = curvlinops_hessian(problem, parameters)
+    unit = torch.eye(sum(parameter.numel() for parameter in parameters), device=problem.device)
+    at_once = columns_that_fit(
+        lambda count: curvlinops_columns(operator, unit[:count], count), len(unit), problem.device, probe=16
+    )
+    return f"curvlinops, H @ identity, {at_once} columns at once", lambda: curvlinops_columns(operator, unit, at_once)
 
 
 def _by_torch(problem: Problem, layer: str) -> Tensor:

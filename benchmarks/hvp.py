@@ -6,6 +6,7 @@ vectors of a batch it shares, and times are of one vector.
     python benchmarks/hvp.py [--network resnet18] [--batch 512] [--device cuda] [--quick]
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -111,11 +112,16 @@ def many_products_roads(problem: Problem, vectors: Tensor, *, both_layouts: bool
         for peer in ("PyHessian", "BackPACK"):
             if installed(peer):
                 roads[_many(count, f"{peer}, kept graph{layout}")] = _peer_road(peer, chosen, parts)
-    if installed("curvlinops"):
-        peer = curvlinops_hessian(problem)
-        at_once = columns_that_fit(lambda k: curvlinops_columns(peer, parts[:k], k), count, problem.device)
-        roads[_many(count, f"curvlinops, H @ V, {at_once} at once")] = lambda: curvlinops_columns(peer, parts, at_once)
+        if installed("curvlinops"):
+            peer = curvlinops_hessian(chosen)
+            at_once = columns_that_fit(functools.partial(_first_columns, peer, parts), count, problem.device)
+            name = f"curvlinops, H @ V, {at_once} at once{layout}"
+            roads[_many(count, name)] = functools.partial(curvlinops_columns, peer, parts, at_once)
     return [Road(name, run, problem.forward, vectors=count) for name, run in roads.items()]
+
+
+def _first_columns(peer: Any, vectors: Tensor, count: int) -> Tensor:
+    return curvlinops_columns(peer, vectors[:count], count)
 
 
 def _many(count: int, road: str) -> str:

@@ -146,8 +146,8 @@ def peer_roads(problem: Problem, *, both_layouts: bool) -> list[Road]:
             if installed(peer):
                 run, briefly = (_looped(peer, chosen, part) for part in (vectors, vectors[:2]))
                 roads.append(Road(f"{peer}, loop of products{layout}", run, problem.forward, memory_run=briefly))
-    if installed("curvlinops"):
-        roads.append(_curvlinops_matrix(problem))
+        if installed("curvlinops"):
+            roads.append(_curvlinops_matrix(chosen, layout))
     return roads
 
 
@@ -156,12 +156,12 @@ def _looped(peer: str, problem: Problem, vectors: Tensor) -> Callable[[], Tensor
     return lambda: vectors @ multiply(problem, vectors).T
 
 
-def _curvlinops_matrix(problem: Problem) -> Road:
+def _curvlinops_matrix(problem: Problem, layout: str) -> Road:
     operator, vectors = curvlinops_hessian(problem), problem.dense(problem.parameter_directions)
     at_once = columns_that_fit(
         lambda count: curvlinops_columns(operator, vectors[:count], count), len(vectors), problem.device
     )
-    name = f"curvlinops, H @ V, {at_once} at once"
+    name = f"curvlinops, H @ V, {at_once} at once{layout}"
     return Road(name, lambda: vectors @ curvlinops_columns(operator, vectors, at_once).T, problem.forward)
 
 

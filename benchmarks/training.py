@@ -27,6 +27,7 @@ SIZES = {
     "quick": {"network": "resnet20", "width": 8, "examples": 1280, "batch": 128, "epochs": 2, "siblings": (2,)},
     "smoke": {"network": "resnet", "width": 2, "examples": 64, "batch": 32, "epochs": 1, "siblings": (2,)},
 }
+_SECONDS_TO_WAIT = 900.0
 OURS = "lmc_curvature: one tensor, batches augmented at once, channels last"
 
 
@@ -214,7 +215,8 @@ def _seconds_in_processes(
 ) -> float:
     """Median seconds of an epoch of all siblings, shared evenly among processes that are warm."""
     context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(processes + 1)
+    # A process that died would otherwise be waited for.
+    barrier = context.Barrier(processes + 1, timeout=_SECONDS_TO_WAIT)
     shares = [siblings // processes + (number < siblings % processes) for number in range(processes)]
     workers = [
         context.Process(target=_train_share, args=(barrier, size, options.data, str(options.device), share, threads))

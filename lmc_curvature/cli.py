@@ -312,3 +312,7 @@ def _print(*things: Any) -> None:
 
 def _print_json(record: dict[str, Any]) -> None:
     print(json.dumps(record, indent=2))
+
+
+if __name__ == "__main__":
+    main()

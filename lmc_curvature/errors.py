@@ -93,11 +93,15 @@ class BackendError(LMCCurvatureError, RuntimeError):
 
 
 class FileFormatError(LMCCurvatureError, ValueError):
-    """A file was not written by this library, is damaged, or comes from a newer version."""
+    """A file was not written by this library, or is damaged."""
 
 
 class CheckpointError(LMCCurvatureError, ValueError):
     """A checkpoint is missing, damaged, refused, or does not fit the network."""
+
+
+class NewerVersionError(FileFormatError, CheckpointError):
+    """A file was written by another release of this library, which has to read it."""
 
 
 class DataError(LMCCurvatureError, ValueError):

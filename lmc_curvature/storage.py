@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from lmc_curvature.errors import FileFormatError
+from lmc_curvature.errors import FileFormatError, NewerVersionError
 
 _HEADER = "lmc_curvature"
 _VERSION = "1"
@@ -61,7 +61,7 @@ def save_arrays(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, np
     """
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     # One key: safetensors writes several in no fixed order, and the same result should give the same bytes.
-    contents = {"kind": kind, "version": _VERSION, "metadata": metadata, "checksum": _checksum(arrays)}
+    contents = {"kind": kind, "version": _VERSION, "metadata": metadata, "checksum": _checksum(arrays, metadata)}
     with write_atomically(path) as temporary:
         save_file(arrays, temporary, {_HEADER: json.dumps(contents)})
 
@@ -78,24 +78,25 @@ def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.n
         raise FileNotFoundError(f"{path} does not exist.")
     try:
         with safetensors.safe_open(path, "np") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            header = dict(json.loads((file.metadata() or {}).get(_HEADER, "{}")))
         arrays = load_file(path)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
         raise FileFormatError(f"{path} is damaged or is not a safetensors file ({error}).") from error
     if header.get("kind") != kind:
         raise FileFormatError(f"{path} holds {header.get('kind')!r}; expected a file of kind {kind!r}.")
     if header.get("version") != _VERSION:
-        raise FileFormatError(
+        raise NewerVersionError(
             f"{path} has format version {header.get('version')!r}; this release reads {_VERSION!r}. "
             "Upgrade lmc_curvature."
         )
-    if header.get("checksum", _checksum(arrays)) != _checksum(arrays):
+    metadata = header.get("metadata", {})
+    if header.get("checksum") != _checksum(arrays, metadata):
         raise FileFormatError(f"{path} is damaged: its contents do not match its checksum.")
-    return arrays, header["metadata"]
+    return arrays, metadata
 
 
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(arrays):
         digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
         digest.update(np.asarray(arrays[name], order="C").tobytes())

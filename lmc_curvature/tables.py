@@ -220,8 +220,10 @@ def _rank_table(ranks: Mapping[int, Mapping[str, float]], titles: Mapping[str, s
         title="How well layers are ranked before measuring",
     )
     for key, title in titles.items():
-        values = [rank[key] for rank in ranks.values()]
-        table.add_row(title, *(f"{value:.2f}" for value in [*values, float(np.mean(values))]))
+        values = np.array([rank[key] for rank in ranks.values()])
+        # A fork without ranks has no part in the mean.
+        mean = float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else math.nan
+        table.add_row(title, *("–" if math.isnan(value) else f"{value:.2f}" for value in [*values.tolist(), mean]))
     return table
 
 

@@ -17,7 +17,7 @@ import typer
 from jaxtyping import Float64
 
 from lmc_curvature.figures.agreement import Pairs
-from lmc_curvature.figures.frames import at_epoch, by_fork, checked, known, numbers
+from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, known, numbers
 from lmc_curvature.figures.ranks import rank_correlations
 from lmc_curvature.forking import Traces, read_traces
 
@@ -129,8 +129,14 @@ def layers(traces: Traces) -> list[Row]:
         {"fork": fork, **correlations[fork], "median of predicted / measured": _median_ratio(each)}
         for fork, each in by_fork(rows).items()
     ]
-    means = {name: float(np.mean([row[name] for row in found])) for name in found[0] if name != "fork"}
+    means = {name: _mean([row[name] for row in found]) for name in found[0] if name != "fork"}
     return [*found, {"fork": "mean", **means}]
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Over the forks that have a value."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan
 
 
 def _median_ratio(rows: pd.DataFrame) -> float:
@@ -140,7 +146,7 @@ def _median_ratio(rows: pd.DataFrame) -> float:
 
 
 def growing_sets(traces: Traces) -> list[Row]:
-    """Cumulative barriers of the first and of the last k layers, over all k: ρ, and the ratio for all layers."""
+    """Cumulative barriers of the first and of the last k layers: Spearman's ρ over k, and the ratio for all layers."""
     if traces.cumulative.empty:
         return []
     rows = []
@@ -151,8 +157,15 @@ def growing_sets(traces: Traces) -> list[Row]:
             for column, name in (("predicted_shared", "eq. 21"), ("predicted", "second order")):
                 pairs = Pairs(numbers(part, "measured"), numbers(part, column))
                 row[f"ρ, {side} k, {name}"] = pairs.rank_correlation()
+        whole = having(each, "count", numbers(each, "count").max())
+        row["all layers, second order / measured"] = _ratio(whole)
         rows.append(row)
     return rows
+
+
+def _ratio(rows: pd.DataFrame) -> float:
+    measured = numbers(rows, "measured")[0]
+    return float(numbers(rows, "predicted")[0] / measured) if measured > 0 else math.nan
 
 
 CLAIMS: dict[str, Claim] = {

@@ -11,9 +11,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
+from lmc_curvature.errors import NonFiniteError
 from lmc_curvature.figures.experiment import draw_all
-from lmc_curvature.forking import load_config, run_forks, trace_forks
+from lmc_curvature.forking import load_config, open_directory, run_forks, trace_forks
 from lmc_curvature.network import parse_device
 from lmc_curvature.tables import trace_tables
 
@@ -38,7 +40,12 @@ def main(
     console = Console()
     for name, config in experiments.items():
         console.rule(name)
-        run_forks(config, out / name, device=device, workers=workers, progress=progress)
+        try:
+            run_forks(config, out / name, device=device, workers=workers, progress=progress)
+        except NonFiniteError as error:
+            console.print(f"[red]{escape(str(error))}[/red]")
+            if open_directory(out / name).parent.status == "diverged":
+                continue
         for table in trace_tables(trace_forks(out / name, device=device, workers=workers, progress=progress)):
             console.print(table)
         paths = draw_all(out / name, out / name / "figures", progress=progress)

@@ -118,7 +118,9 @@ def predict_on_segment(
         memory_gib=memory_gib,
         progress=progress,
     )
-    squares = [sum(float((d.double() ** 2).sum()) for d in direction.values()) for direction in directions.values()]
+    parameters = {name for name, _ in objective.network.named_parameters()}
+    moved = [[d for name, d in direction.items() if name in parameters] for direction in directions.values()]
+    squares = [sum(float((d.double() ** 2).sum()) for d in tensors) for tensors in moved]
     return BarrierPrediction(segment.layers, (first, second), np.sqrt(np.array(squares)), objective.batch_norm)
 
 
@@ -132,7 +134,7 @@ class BarrierPrediction:
     Attributes:
         layers: Names of the L layers.
         endpoints: Projections onto the layers' directions Δ_ℓ at `model_a` and at `model_b`.
-        distances: Norms of Δ_ℓ, (L,).
+        distances: Norms of Δ_ℓ over parameters, (L,); running statistics have another scale, and are left out.
         batch_norm: The batch-normalisation policy.
     """
 
@@ -143,7 +145,7 @@ class BarrierPrediction:
 
     @property
     def distance(self) -> float:
-        """Norm of Δ = θ₂ − θ₁."""
+        """Norm of Δ = θ₂ − θ₁ over parameters."""
         return float(np.linalg.norm(self.distances))
 
     @property

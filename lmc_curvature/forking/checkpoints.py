@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lmc_curvature.errors import CheckpointError
+from lmc_curvature.errors import CheckpointError, NewerVersionError
 from lmc_curvature.storage import write_atomically
 
 _HEADER = "lmc_curvature"
@@ -168,7 +168,7 @@ def _check_snapshot(path: Path, header: Mapping[str, Any], entries: Mapping[str,
     if header.get("kind") != _KIND:
         raise CheckpointError(f"{path} is not a snapshot of a training run; load it with load_checkpoint.")
     if header.get("version") != _VERSION:
-        raise CheckpointError(
+        raise NewerVersionError(
             f"{path} has format version {header.get('version')!r}; this release reads {_VERSION!r}. Upgrade "
             "lmc_curvature."
         )

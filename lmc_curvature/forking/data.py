@@ -2,12 +2,14 @@
 
 import dataclasses
 import os
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from filelock import FileLock
 from jaxtyping import Float32, Int64, UInt8
 from sklearn import datasets, model_selection
 from torch import Tensor
@@ -193,12 +195,16 @@ def load_cifar10(root: str | os.PathLike[str] = _CIFAR10_ROOT, split: Split = "t
         OptionError: The split is unknown.
     """
     check_choice("split", split, ("train", "test"))
+    root = Path(root)
     try:
-        train = CIFAR10(Path(root), train=True, download=True)
-        chosen = train if split == "train" else CIFAR10(Path(root), train=False, download=True)
-    except (OSError, RuntimeError) as error:
+        root.mkdir(parents=True, exist_ok=True)
+        # Of several processes, one downloads.
+        with FileLock(root / ".lmc-curvature.lock"):
+            train = CIFAR10(root, train=True, download=True)
+            chosen = train if split == "train" else CIFAR10(root, train=False, download=True)
+    except (OSError, RuntimeError, tarfile.TarError) as error:
         raise DataError(
-            f"CIFAR-10 is not in {Path(root)} and cannot be downloaded ({error}). Put cifar-10-batches-py there, or "
+            f"CIFAR-10 is not in {root} and cannot be downloaded ({error}). Put cifar-10-batches-py there, or "
             "name a folder of images, ROOT/train/CLASS/*.png and ROOT/test/CLASS/*.png, instead."
         ) from error
     images = [torch.from_numpy(np.asarray(part.data)).permute(0, 3, 1, 2).contiguous() for part in (train, chosen)]

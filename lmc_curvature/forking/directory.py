@@ -7,13 +7,16 @@ traces/               see `traces`
 locks/                who works on what, while somebody does
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import nn
 
 from lmc_curvature.errors import CheckpointError, ConfigurationError
@@ -24,7 +27,7 @@ from lmc_curvature.forking.models import make_model
 from lmc_curvature.forking.plan import ForkConfig
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.training import TrainingState
-from lmc_curvature.storage import write_atomically
+from lmc_curvature.storage import remove_partial_files, write_atomically
 
 _VERSION = "2"
 
@@ -69,6 +72,15 @@ class ForkDirectory:
         """Path of the lock that whoever works on `name` holds."""
         return self.path / "locks" / f"{name.replace(', ', '-').replace(' ', '-')}.lock"
 
+    @contextlib.contextmanager
+    def writing(self, directory: Path) -> Iterator[None]:
+        """Within the block, no other process writes the files right below a directory; clears what killed ones left."""
+        lock = self.lock_path(f"files of {directory.name}")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock):
+            remove_partial_files(directory)
+            yield
+
 
 def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
     """Open the directory of an experiment that `run_forks` began.
@@ -105,9 +117,11 @@ def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> For
         CheckpointError: The configuration in the directory is damaged.
         ConfigurationError: The directory belongs to another configuration. The message has the differences.
     """
-    path = Path(out_dir) / "config.json"
-    if not path.exists():
-        _write_config(path, config)
+    given = ForkDirectory(Path(out_dir), config)
+    path = given.path / "config.json"
+    with given.writing(given.path):
+        if not path.exists():
+            _write_config(path, config)
     directory = open_directory(out_dir)
     stored = directory.config
     changes = differences(stored.model_copy(update={"trace": config.trace}), config)
@@ -117,8 +131,9 @@ def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> For
             "directory, or the same configuration."
         )
     if stored.trace != config.trace:
-        _write_config(path, config)
-    return ForkDirectory(directory.path, config)
+        with given.writing(given.path):
+            _write_config(path, config)
+    return given
 
 
 def load_child(out_dir: str | os.PathLike[str], fork_epoch: int, child: int, epoch: int | None = None) -> nn.Module:

@@ -19,14 +19,16 @@ from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
-from lmc_curvature.errors import ConfigurationError, NonFiniteError, OptionError
-from lmc_curvature.forking.data import ImageDataset, load_data
+from lmc_curvature.errors import ConfigurationError, DataError, NonFiniteError, OptionError
+from lmc_curvature.forking.data import ImageDataset, Split, load_data
 from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state
 from lmc_curvature.forking.events import check_tensorboard, event_log
-from lmc_curvature.forking.plan import ForkConfig
+from lmc_curvature.forking.plan import ForkConfig, TraceConfig
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.sharing import helpers, is_first_rank, share
 from lmc_curvature.forking.training import EpochMetrics, TrainingState, capture_state, train
+from lmc_curvature.layers import LayerPartition
+from lmc_curvature.storage import remove_partial_files
 
 # What being killed costs at most, besides the epoch at hand.
 _SECONDS_BETWEEN_SAVES = 5.0
@@ -66,7 +68,9 @@ def run_forks(
         DataError: The data set is missing or is not what it should be.
         NonFiniteError: The parent diverged; or children did, after all others were trained. The message says
             which.
+        NewerVersionError: A snapshot was written by another release.
         OptionError: `workers` is not positive, or TensorBoard is asked for and not installed.
+        PartitionError: The layers that are to be traced are not those of the network.
     """
     if workers < 1:
         raise OptionError(f"workers={workers} must be at least 1.")
@@ -131,6 +135,9 @@ class _Laboratory:
 
     def check(self) -> None:
         check_fit(initial_model(self.config), self.data, self.config)
+        # What cannot be traced is better known before days of training.
+        check_layers(self.config)
+        check_examples(self.config.trace, self.data, "train")
 
     def train_all(self) -> None:
         """Train all runs, together with whatever other processes are at it."""
@@ -177,6 +184,7 @@ class _Training:
     def run(self) -> None:
         laboratory, run = self.laboratory, self.trained
         laboratory.bar.set_description(run.title)
+        remove_partial_files(run.path)
         run.write_manifest("training", laboratory.made_with)
         try:
             with event_log(laboratory.tensorboard, run.path.relative_to(laboratory.directory.path)) as log:
@@ -281,6 +289,25 @@ def check_fit(model: nn.Module, data: ImageDataset, config: ForkConfig) -> None:
             f"model_options: {config.model!r} gives {got} for one image of {config.data!r}; expected {expected}. Set "
             f"num_classes to {len(data.class_names)}."
         )
+
+
+def check_layers(config: ForkConfig) -> None:
+    """Check that the network can be cut into the layers that are to be traced.
+
+    Raises:
+        PartitionError: There is no such partition, or it does not fit the network.
+    """
+    LayerPartition.of(initial_model(config), config.trace.partition, batch_norm=config.trace.batch_norm)
+
+
+def check_examples(trace: TraceConfig, data: ImageDataset, split: Split) -> None:
+    """Check that there are as many examples as are to be traced.
+
+    Raises:
+        DataError: There are fewer.
+    """
+    if trace.examples is not None and trace.examples > len(data):
+        raise DataError(f"trace.examples: {trace.examples} were asked for; the {split} split has {len(data)}.")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lmc_curvature.errors import CheckpointError
+from lmc_curvature.errors import CheckpointError, NewerVersionError
 from lmc_curvature.forking.training import EpochMetrics, TrainingState
 from lmc_curvature.storage import remove_partial_files, write_atomically
 
@@ -120,12 +120,18 @@ class Run:
             return 0
 
     def discard_damage(self) -> None:
-        """Remove snapshots that do not match their checksums, with a warning that names each, and unfinished files."""
+        """Remove snapshots that do not match their checksums, with a warning that names each, and unfinished files.
+
+        Raises:
+            NewerVersionError: A snapshot was written by another release; it is left alone.
+        """
         remove_partial_files(self.path)
         for path in (*(self.snapshot_path(epoch) for epoch in self.epochs), self.latest_path):
             if path.is_file():
                 try:
                     TrainingState.load(path)
+                except NewerVersionError:
+                    raise
                 except CheckpointError as error:
                     warnings.warn(f"{error} It is computed again.", stacklevel=2)
                     path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -87,6 +88,13 @@ def helpers(count: int, target: Callable[..., None], *args: Any) -> Iterator[Non
         yield
         for process in processes:
             process.join()
+        failed = [process.exitcode for process in processes if process.exitcode]
+        if failed:
+            warnings.warn(
+                f"{len(failed)} of {count} helper processes ended early (exit codes {failed}); their work was done by "
+                "the others. Is there memory enough for so many workers?",
+                stacklevel=3,
+            )
     finally:
         for process in processes:
             process.terminate()

@@ -95,9 +95,10 @@ def write_tables(directory: ForkDirectory, pairs: Iterable[tuple[int, int]]) -> 
         for name, found in _rows_of(path).items():
             rows[name] += [{"fork": fork, "epoch": epoch, **row} for row in found]
     tables = {name: pd.DataFrame(rows[name], columns=list(columns)) for name, columns in _COLUMNS.items()}
-    for name, table in tables.items():
-        with write_atomically(_table_path(directory, name)) as temporary:
-            table.to_csv(temporary, index=False)
+    with directory.writing(directory.path / "traces"):
+        for name, table in tables.items():
+            with write_atomically(_table_path(directory, name)) as temporary:
+                table.to_csv(temporary, index=False)
     return Traces(**tables)
 
 

@@ -23,17 +23,22 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
 from lmc_curvature.barrier.prediction import BarrierPrediction, predict_on_segment
-from lmc_curvature.errors import CheckpointError, ConfigurationError, DataError, FileFormatError, OptionError
+from lmc_curvature.errors import (
+    CheckpointError,
+    ConfigurationError,
+    FileFormatError,
+    NewerVersionError,
+    OptionError,
+)
 from lmc_curvature.forking.data import Batches, Split, load_data
 from lmc_curvature.forking.directory import (
     ForkDirectory,
     differences,
-    initial_model,
     load_child,
     load_parent,
     open_directory,
 )
-from lmc_curvature.forking.experiment import cpu_threads, device_of_rank
+from lmc_curvature.forking.experiment import check_examples, check_layers, cpu_threads, device_of_rank
 from lmc_curvature.forking.plan import TraceConfig, When
 from lmc_curvature.forking.sharing import helpers, is_first_rank, share
 from lmc_curvature.forking.traces import Traces, cumulative_sets, write_tables
@@ -42,6 +47,9 @@ from lmc_curvature.layers import LayerPartition
 from lmc_curvature.objective import Objective
 from lmc_curvature.segment import Segment
 from lmc_curvature.storage import remove_partial_files, write_atomically
+
+# Not what a device happens to have free: how a batch is cut into tiles decides the last bits of a prediction.
+_MEMORY_GIB = 4.0
 
 Traced = BarrierPrediction | BarrierMeasurement | SiblingGeometry
 
@@ -132,11 +140,17 @@ class _Pair:
         return all(path.is_file() for path, _ in self.files())
 
     def discard_damage(self) -> None:
-        """Remove files that cannot be read, with a warning that names each."""
+        """Remove files that cannot be read, with a warning that names each.
+
+        Raises:
+            NewerVersionError: A file was written by another release; it is left alone.
+        """
         for path, kind in self.files():
             if path.is_file():
                 try:
                     kind.load(path)
+                except NewerVersionError:
+                    raise
                 except FileFormatError as error:
                     warnings.warn(f"{error} It is computed again.", stacklevel=3)
                     path.unlink(missing_ok=True)
@@ -167,10 +181,8 @@ class _Tracer:
     def _load(self, split: Split) -> Batches:
         whole = self.directory.config
         data = load_data(whole.data, split, whole.limit if split == "train" else None, progress=self.progress)
-        count = self.config.examples
-        if count is not None and count > len(data):
-            raise DataError(f"trace.examples: {count} were asked for; the {split} split has {len(data)}.")
-        data = data if count is None else data.subset(count)
+        check_examples(self.config, data, split)
+        data = data if self.config.examples is None else data.subset(self.config.examples)
         return data.to(self.device).batches(self.config.batch_size)
 
     @functools.cached_property
@@ -188,8 +200,7 @@ class _Tracer:
         self.loader("train")
         if self.config.test:
             self.loader("test")
-        network = initial_model(self.directory.config)
-        LayerPartition.of(network, self.config.partition, batch_norm=self.config.batch_norm)
+        check_layers(self.directory.config)
 
     def trace_all(self) -> None:
         """Trace all pairs, together with whatever other processes are at it."""
@@ -238,7 +249,7 @@ class _Tracing:
         tracer, config = self.tracer, self.tracer.config
         if name == "predicted":
             segment = Segment(*siblings, layers=config.partition, batch_norm=config.batch_norm)
-            return predict_on_segment(tracer.objective, segment, progress=False)
+            return predict_on_segment(tracer.objective, segment, memory_gib=_MEMORY_GIB, progress=False)
         if name == "geometry":
             return self._geometry(siblings)
         if name == "sets":
@@ -302,9 +313,10 @@ def _pairs(directory: ForkDirectory) -> list[_Pair]:
 def _check_config(directory: ForkDirectory) -> None:
     path = directory.path / "traces" / "config.json"
     config = directory.config.trace
-    if not path.is_file():
-        with write_atomically(path) as temporary:
-            temporary.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    with directory.writing(path.parent):
+        if not path.is_file():
+            with write_atomically(path) as temporary:
+                temporary.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     try:
         stored = TraceConfig(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

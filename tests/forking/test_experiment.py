@@ -5,11 +5,23 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import save_file
 
-from lmc_curvature.errors import CheckpointError, ConfigurationError, DataError, NonFiniteError, OptionError
+from lmc_curvature.errors import (
+    CheckpointError,
+    ConfigurationError,
+    DataError,
+    NewerVersionError,
+    NonFiniteError,
+    OptionError,
+    PartitionError,
+)
 from lmc_curvature.forking import (
     ForkConfig,
     TrainingState,
@@ -375,3 +387,37 @@ def test_tensorboard_that_is_missing_is_named_before_anything_starts(tmp_path, m
     with pytest.raises(OptionError, match=r"package tensorboard: pip install lmc-curvature\[tensorboard\]"):
         run_forks(CONFIG, tmp_path / "forks", tensorboard=tmp_path / "events", progress=False)
     assert not (tmp_path / "forks").exists()
+
+
+def test_a_snapshot_from_a_newer_release_is_left_alone(finished, copy):
+    path = copy / "fork-0000" / "child-1" / "epoch-0003.safetensors"
+    header, entries = checkpoints._read_safetensors(path)
+    save_file(entries, path, {checkpoints._HEADER: json.dumps({**header, "version": "99"})})
+    written = path.read_bytes()
+    with pytest.raises(NewerVersionError, match=r"epoch-0003\.safetensors has format version '99'.*Upgrade"):
+        run_forks(CONFIG, copy, progress=False)
+    assert path.read_bytes() == written
+
+
+@pytest.mark.parametrize(
+    ("trace", "error", "message"),
+    [
+        ({"partition": "fusd"}, PartitionError, "did you mean 'fused'"),
+        ({"examples": 151}, DataError, r"trace\.examples: 151 were asked for; the train split has 150"),
+    ],
+)
+def test_what_cannot_be_traced_is_known_before_training(tmp_path, monkeypatch, trace, error, message):
+    monkeypatch.setattr(experiment, "train", None)
+    with pytest.raises(error, match=message):
+        run_forks(ForkConfig(**SETTINGS, trace=trace), tmp_path, progress=False)
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_share_the_children(tmp_path):
+    config = ForkConfig(**SETTINGS, threads=1)
+    run_forks(config, tmp_path / "one", progress=False)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lmc_curvature.cli", "fork"]
+    arguments = [tmp_path / "config.yaml", "--out", tmp_path / "two", "--no-progress"]
+    subprocess.run([sys.executable, *command, *arguments], check=True, timeout=300)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -87,3 +87,23 @@ def test_the_first_rank_reports(monkeypatch):
     assert is_first_rank()
     monkeypatch.setenv("RANK", "1")
     assert not is_first_rank()
+
+
+def test_helpers_take_part(tmp_path):
+    with helpers(1, share_writes, tmp_path):
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("[a-h]")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert os.getpid() not in {int((tmp_path / name).read_text()) for name in "abcdefgh"}
+
+
+def end_early():
+    os._exit(3)
+
+
+def test_helpers_that_end_early_are_mentioned():
+    with (
+        pytest.warns(UserWarning, match=r"1 of 1 helper processes ended early \(exit codes \[3\]\)"),
+        helpers(1, end_early),
+    ):
+        pass
