@@ -12,8 +12,9 @@ BENCH_OPTIONS ?= --quick
 demo: $(INSTALLED)
 	$(BIN)/lmc-curvature demo
 
+# The tests of a file run in one process, which makes what they share once.
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

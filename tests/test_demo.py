@@ -7,9 +7,6 @@ from lmc_curvature import BarrierMeasurement
 from lmc_curvature.demo import CONFIG, layer_rank_correlations, layer_sets, run_demo
 from lmc_curvature.tables import demo_tables
 
-# The demo runs once, whichever processes share the tests.
-pytestmark = pytest.mark.xdist_group("demo")
-
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):

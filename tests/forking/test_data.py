@@ -219,21 +219,22 @@ class FakeCIFAR10:
 
     def __init__(self, root, train, download):
         assert download
-        if str(root) != "there":
+        if root.name != "there":
             raise RuntimeError("Dataset not found or corrupted.")
         generator = np.random.default_rng(int(train))
         self.data = generator.integers(0, 256, (6 if train else 3, 32, 32, 3), dtype=np.uint8)
         self.targets = [0, 1, 2] * (2 if train else 1)
 
 
-def test_cifar10_comes_through_torchvision(monkeypatch):
+def test_cifar10_comes_through_torchvision(monkeypatch, tmp_path):
     monkeypatch.setattr(data_module, "CIFAR10", FakeCIFAR10)
+    monkeypatch.chdir(tmp_path)
     train, test = load_data("cifar10:there"), load_data("cifar10:there", "test")
     assert (train.images.shape, test.images.shape) == ((6, 3, 32, 32), (3, 3, 32, 32))
-    original = FakeCIFAR10("there", False, True).data
+    original = FakeCIFAR10(Path("there"), False, True).data
     assert np.array_equal(test.images[1, :, 4, 5].numpy(), original[1, 4, 5])
     assert torch.equal(train.mean, test.mean)
-    assert train.mean.numpy() == pytest.approx(FakeCIFAR10("there", True, True).data.mean((0, 1, 2)) / 255, abs=1e-6)
+    assert train.mean.numpy() == pytest.approx(FakeCIFAR10(Path("there"), True, True).data.mean((0, 1, 2)) / 255, abs=1e-6)
     assert test.class_names == FakeCIFAR10.classes
     with pytest.raises(DataError, match=r"CIFAR-10 is not in elsewhere and cannot be downloaded \(Dataset not found"):
         load_data("cifar10:elsewhere")
