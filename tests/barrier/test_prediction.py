@@ -25,6 +25,7 @@ from lmc_curvature.errors import (
     OptionError,
     UnknownLayerError,
 )
+from lmc_curvature.geometry import distance
 
 CONV = CASES["conv, interpolate"]
 ALPHAS = np.linspace(0, 1, 9)
@@ -73,11 +74,16 @@ def test_summaries_follow_from_the_curves(prediction):
     np.testing.assert_allclose(prediction.hessian_energy, (first + second) / 2)
 
 
-def test_distances_are_norms_of_the_directions(prediction):
-    directions = Segment(CONV.model(0), CONV.model(1)).directions()
-    expected = [np.sqrt(sum(float((t**2).sum()) for t in directions[name].values())) for name in prediction.layers]
+def test_distances_are_norms_of_the_directions_over_parameters(prediction):
+    model = CONV.model(0)
+    parameters = dict(model.named_parameters())
+    directions = Segment(model, CONV.model(1)).directions()
+    moved = [[t for name, t in directions[layer].items() if name in parameters] for layer in prediction.layers]
+    expected = [np.sqrt(sum(float((t**2).sum()) for t in tensors)) for tensors in moved]
     np.testing.assert_allclose(prediction.distances, expected)
-    assert prediction.distance == pytest.approx(np.linalg.norm(expected))
+    assert sum(map(len, moved)) < sum(map(len, directions.values())), "running statistics move, too"
+    # That of the two networks as the user knows them.
+    assert prediction.distance == pytest.approx(distance(parameters, dict(CONV.model(1).named_parameters())))
 
 
 def _same(a, b, tolerance):

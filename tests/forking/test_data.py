@@ -234,7 +234,9 @@ def test_cifar10_comes_through_torchvision(monkeypatch, tmp_path):
     original = FakeCIFAR10(Path("there"), False, True).data
     assert np.array_equal(test.images[1, :, 4, 5].numpy(), original[1, 4, 5])
     assert torch.equal(train.mean, test.mean)
-    assert train.mean.numpy() == pytest.approx(FakeCIFAR10(Path("there"), True, True).data.mean((0, 1, 2)) / 255, abs=1e-6)
+    assert train.mean.numpy() == pytest.approx(
+        FakeCIFAR10(Path("there"), True, True).data.mean((0, 1, 2)) / 255, abs=1e-6
+    )
     assert test.class_names == FakeCIFAR10.classes
     with pytest.raises(DataError, match=r"CIFAR-10 is not in elsewhere and cannot be downloaded \(Dataset not found"):
         load_data("cifar10:elsewhere")
