@@ -118,13 +118,14 @@ def fork(
 @app.command()
 def trace(
     directory: ForkDir,
+    data: Annotated[str | None, typer.Option("--data", help="Where the data lie now, if they have moved.")] = None,
     device: Device = "cpu",
     workers: Workers = 1,
     progress: Progress = True,
 ) -> None:
     """Predict and measure the barriers between siblings, epoch by epoch."""
     parse_device(device)
-    traces = trace_forks(directory, device=device, workers=workers, progress=progress)
+    traces = trace_forks(directory, data=data, device=device, workers=workers, progress=progress)
     _print(*trace_tables(traces))
     _print(f"tables: {directory / 'traces'}; next: lmc-curvature figures {directory}")
 

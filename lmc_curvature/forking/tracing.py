@@ -57,6 +57,7 @@ Traced = BarrierPrediction | BarrierMeasurement | SiblingGeometry
 def trace_forks(
     out_dir: str | os.PathLike[str],
     *,
+    data: str | None = None,
     device: torch.device | str = "cpu",
     workers: int = 1,
     progress: bool = True,
@@ -68,6 +69,7 @@ def trace_forks(
 
     Args:
         out_dir: The directory of a finished experiment; its configuration says what is traced.
+        data: Where the data set lies now, if it has moved since the networks were trained on it.
         device: Where to compute.
         workers: Processes to compute in, this one included; see `run_forks`.
         progress: Show a bar of epochs.
@@ -90,15 +92,15 @@ def trace_forks(
         pair.discard_damage()
     todo = [pair for pair in pairs if not pair.is_done()]
     if todo:
-        tracer = _Tracer(directory, device_of_rank(device), progress=progress)
+        tracer = _Tracer(directory, data, device_of_rank(device), progress=progress)
         tracer.check()
-        with helpers(workers - 1, _help, directory, device):
+        with helpers(workers - 1, _help, directory, data, device):
             tracer.trace_all()
     return write_tables(directory, [(pair.fork_epoch, pair.epoch) for pair in pairs])
 
 
-def _help(directory: ForkDirectory, device: torch.device | str) -> None:
-    _Tracer(directory, device_of_rank(device), progress=False).trace_all()
+def _help(directory: ForkDirectory, data: str | None, device: torch.device | str) -> None:
+    _Tracer(directory, data, device_of_rank(device), progress=False).trace_all()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,8 +161,9 @@ class _Pair:
 class _Tracer:
     """What tracing every pair of a directory needs: the data, the device and a progress bar."""
 
-    def __init__(self, directory: ForkDirectory, device: torch.device, *, progress: bool):
+    def __init__(self, directory: ForkDirectory, data: str | None, device: torch.device, *, progress: bool):
         self.directory = directory
+        self.data = data or directory.config.data
         self.config = directory.config.trace
         self.device = device
         self.progress = progress and is_first_rank()
@@ -180,7 +183,7 @@ class _Tracer:
 
     def _load(self, split: Split) -> Batches:
         whole = self.directory.config
-        data = load_data(whole.data, split, whole.limit if split == "train" else None, progress=self.progress)
+        data = load_data(self.data, split, whole.limit if split == "train" else None, progress=self.progress)
         check_examples(self.config, data, split)
         data = data if self.config.examples is None else data.subset(self.config.examples)
         return data.to(self.device).batches(self.config.batch_size)

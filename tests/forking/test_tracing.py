@@ -185,6 +185,18 @@ def test_another_configuration_is_refused_with_the_difference(copy):
         trace_forks(copy, progress=False)
 
 
+def test_data_that_have_moved_are_read_where_they_are(copy):
+    expected = contents(copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["config"]["data"] = "gone"
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "traces" / "fork-0001" / "epoch-0003" / "test.safetensors").unlink()
+    with pytest.raises(DataError, match="'gone' is neither"):
+        trace_forks(copy, progress=False)
+    trace_forks(copy, data="digits", progress=False)
+    assert contents(copy) == expected
+
+
 def test_more_examples_than_there_are_is_refused(copy):
     shutil.rmtree(copy / "traces")
     run_forks(ForkConfig(**{**SETTINGS, "trace": {"examples": 201}}), copy, progress=False)
