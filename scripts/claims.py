@@ -60,7 +60,10 @@ def ridges(traces: Traces) -> list[Row]:
                 "highest": _at(values[highest], epochs[highest]),
                 "at the end": values[-1],
                 "width at half height": half_width(numbers(curves[fork], "alpha"), numbers(curves[fork], "barrier")),
-                **{f"barrier of the {split} error": float(numbers(errors[split][fork], "barrier")[0]) for split in errors},
+                **{
+                    f"barrier of the {split} error": float(numbers(errors[split][fork], "barrier")[0])
+                    for split in errors
+                },
             }
         )
     return rows
