@@ -366,14 +366,19 @@ class Objective:
 
     @contextlib.contextmanager
     def differentiating(self) -> Iterator[None]:
-        """Within the block, operations have exact first and second derivatives, on a CUDA device too."""
+        """Within the block, all that the network calls has exact first and second derivatives, on a CUDA device too."""
+        with self.differentiating_operations(), _TwiceDifferentiable():
+            yield
+
+    @contextlib.contextmanager
+    def differentiating_operations(self) -> Iterator[None]:
+        """The same for the operations of a captured graph: without a look at every call on its way to torch."""
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.network.modules())
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             # The fused attention kernels have no second derivative; the plain mathematics has.
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(_TwiceDifferentiable())
             # cuDNN's recurrent kernels have no second derivative.
             stack.enter_context(self._exact_kernels(enabled=not recurrent))
             yield

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from lmc_curvature.curvature.op_autodiff import ByAutodiff, FlatByAutodiff
+from lmc_curvature.curvature.op_bilinear import DOT, MATRIX_VECTOR, PRODUCT, matrix_product
 from lmc_curvature.curvature.op_calls import (
     Call,
     Contributions,
@@ -20,10 +21,9 @@ from lmc_curvature.curvature.op_calls import (
     Tangents,
     aligned,
     evaluate,
-    gram,
-    inner_with_each,
     weighted_gram,
 )
+from lmc_curvature.curvature.op_convolution import CONVOLUTION
 from lmc_curvature.curvature.tracing import value_of
 
 aten = torch.ops.aten
@@ -177,125 +177,6 @@ class Pick(Rule):
         source, index = call.node.args
         picked = {i: tangent[index] for i, tangent in call.tangents_of(source).items()}
         return {i: tangent for i, tangent in picked.items() if tangent is not None}
-
-
-# --- Bilinear
-
-
-@dataclass(frozen=True)
-class Bilinear(Rule):
-    """f(a, b), linear in each of two arguments, with perhaps a third one that is added.
-
-    ⟨g, f(a_i, b_j) + f(a_j, b_i)⟩: g is contracted with the side that fewer directions have reached.
-
-    Attributes:
-        left: Position of a.
-        right: Position of b.
-        product: `product(call, a, b)`.
-        pull_left: `pull_left(call, g, b)`, the gradient of ⟨g, f(a, b)⟩ in a.
-        pull_right: `pull_right(call, g, a)`, likewise in b.
-        added: Position of what is added, if anything.
-        pass_added: Its contribution to the value, given its tangent.
-    """
-
-    left: int
-    right: int
-    product: Callable[[Call, Tensor, Tensor], Tensor]
-    pull_left: Callable[[Call, Tensor, Tensor], Tensor]
-    pull_right: Callable[[Call, Tensor, Tensor], Tensor]
-    added: int | None = None
-    pass_added: Callable[[Call, Tensor], Tensor] | None = None
-
-    def bends(self, node: fx.Node, moving: set[fx.Node]) -> bool:
-        """See `Rule`."""
-        return node.args[self.left] in moving and node.args[self.right] in moving
-
-    def _sides(self, call: Call) -> tuple[Tangents, Tangents]:
-        return call.tangents_of(call.node.args[self.left]), call.tangents_of(call.node.args[self.right])
-
-    def push(self, call: Call) -> Tangents:
-        """See `Rule`."""
-        left, right = self._sides(call)
-        tangents = {i: self.product(call, tangent, call.value(self.right)) for i, tangent in left.items()}
-        for i, tangent in right.items():
-            term = self.product(call, call.value(self.left), tangent)
-            tangents[i] = tangents[i] + term if i in tangents else term
-        if self.added is not None and self.pass_added is not None:
-            for i, tangent in call.tangents_of(call.node.args[self.added]).items():
-                term = self.pass_added(call, tangent)
-                tangents[i] = tangents[i] + term if i in tangents else term.expand(call.output.shape)
-        return tangents
-
-    def contract(self, call: Call, contributions: Contributions) -> None:
-        """See `Rule`."""
-        left, right = self._sides(call)
-        if not left or not right:
-            return
-        if len(right) <= len(left):
-            pulled = {j: self.pull_left(call, call.adjoint, tangent) for j, tangent in right.items()}
-            others = left
-        else:
-            pulled = {i: self.pull_right(call, call.adjoint, tangent) for i, tangent in left.items()}
-            others = right
-        if len(pulled) > 1:
-            values = gram(list(pulled.values()), list(others.values()))
-        else:
-            values = torch.stack([inner_with_each(tensor, others.values()) for tensor in pulled.values()])
-        contributions.add(pulled, others, values)
-
-
-PRODUCT = Bilinear(
-    0,
-    1,
-    lambda call, a, b: a * b,
-    lambda call, g, b: (g * b).sum_to_size(call.value(0).shape),
-    lambda call, g, a: (g * a).sum_to_size(call.value(1).shape),
-)
-
-
-def _convolve(call: Call, input: Tensor, weight: Tensor) -> Tensor:
-    return aten.convolution.default(input, weight, None, *call.node.args[3:])
-
-
-def _convolution_gradient(call: Call, g: Tensor, input: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
-    return aten.convolution_backward.default(g, input, weight, None, *call.node.args[3:], wanted)
-
-
-CONVOLUTION = Bilinear(
-    0,
-    1,
-    _convolve,
-    lambda call, g, weight: _convolution_gradient(call, g, call.value(0), weight, [True, False, False])[0],
-    lambda call, g, input: _convolution_gradient(call, g, input, call.value(1), [False, True, False])[1],
-    added=2,
-    pass_added=lambda call, bias: bias.view(1, -1, *(1,) * (call.output.ndim - 2)),
-)
-
-
-MATRIX_VECTOR = Bilinear(
-    0,
-    1,
-    lambda call, a, b: a @ b,
-    lambda call, g, b: torch.outer(g, b),
-    lambda call, g, a: a.mT @ g,
-)
-DOT = Bilinear(0, 1, lambda call, a, b: a @ b, lambda call, g, b: g * b, lambda call, g, a: g * a)
-
-
-def _matrix_product(left: int, right: int, added: int | None = None) -> Bilinear:
-    def scale(call: Call, name: str, tensor: Tensor) -> Tensor:
-        factor: Any = call.node.kwargs.get(name, 1)
-        return tensor if factor == 1 else tensor * factor
-
-    return Bilinear(
-        left,
-        right,
-        lambda call, a, b: scale(call, "alpha", a @ b),
-        lambda call, g, b: scale(call, "alpha", g @ b.mT),
-        lambda call, g, a: scale(call, "alpha", a.mT @ g),
-        added=added,
-        pass_added=lambda call, tangent: scale(call, "beta", tangent),
-    )
 
 
 # --- Pointwise
@@ -504,10 +385,10 @@ _RULES: dict[str, Rule] = {
     "convolution": CONVOLUTION,
     "mv": MATRIX_VECTOR,
     "dot": DOT,
-    "mm": _matrix_product(0, 1),
-    "bmm": _matrix_product(0, 1),
-    "addmm": _matrix_product(1, 2, added=0),
-    "baddbmm": _matrix_product(1, 2, added=0),
+    "mm": matrix_product(0, 1),
+    "bmm": matrix_product(0, 1),
+    "addmm": matrix_product(1, 2, added=0),
+    "baddbmm": matrix_product(1, 2, added=0),
     "_softmax": Softmax(),
     "_safe_softmax": Softmax(),
     "_log_softmax": LogSoftmax(),

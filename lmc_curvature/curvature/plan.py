@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from lmc_curvature.curvature.graph import Stage, value_of
 from lmc_curvature.curvature.op_calls import Call, Contributions, Rule, Tangents, evaluate
+from lmc_curvature.curvature.op_convolution import CONVOLUTION, Rectified
 from lmc_curvature.curvature.op_rules import rule_of
 from lmc_curvature.curvature.tracing import line_of
 from lmc_curvature.errors import CaptureError
@@ -29,11 +30,27 @@ class Plan:
     def __init__(self, stage: Stage, moving: Iterable[fx.Node], wanted: Iterable[fx.Node] = ()):
         self.stage = stage
         self.moving = _moving(stage, moving)
-        self.steps = [node for node in stage.operations if node in self.moving]
-        self.rules: dict[fx.Node, Rule] = {node: rule_of(node, self.moving) for node in self.steps}
-        self.curved = [node for node in self.steps if self.rules[node].bends(node, self.moving)]
+        moved = [node for node in stage.operations if node in self.moving]
+        self.rules: dict[fx.Node, Rule] = {node: rule_of(node, self.moving) for node in moved}
+        self.curved = [node for node in moved if self.rules[node].bends(node, self.moving)]
         self.wanted = [node for node in wanted if node in self.moving]
-        self._last_reader = {operand: node for node in self.steps for operand in node.all_input_nodes}
+        self._rectified = self._fused(moved)
+        inner = {node for rectified in self._rectified.values() for node in rectified.inner}
+        self.steps = [node for node in moved if node not in inner]
+        self._last_reader = {operand: node for node in self.steps for operand in self._operands(node)}
+
+    def _fused(self, moved: Sequence[fx.Node]) -> dict[fx.Node, Rectified]:
+        """Rectifiers that take the convolutions before them along."""
+        convolutions = {node for node in moved if self.rules[node] is CONVOLUTION} - {*self.stage.outputs}
+        found = {node: Rectified.at(node, convolutions) for node in moved}
+        return {node: rectified for node, rectified in found.items() if rectified is not None}
+
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        """What the step that ends with a node reads."""
+        if node not in self._rectified:
+            return node.all_input_nodes
+        rectified = self._rectified[node]
+        return [*rectified.convolution.all_input_nodes, *(() if rectified.added is None else (rectified.added,))]
 
     def run(self, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
         """Value of every node; where gradients are enabled, as an autograd graph over the moving inputs."""
@@ -85,12 +102,8 @@ class Plan:
         tangents: dict[fx.Node, Tangents] = dict(inputs)
         with torch.no_grad():
             for node in self.steps:
-                call = Call(node, values, tangents, adjoints.get(node))
-                with _naming(node):
-                    if call.adjoint is not None:
-                        self.rules[node].contract(call, contributions)
-                    tangents[node] = self.rules[node].push(call)
-                for operand in node.all_input_nodes:
+                tangents[node] = self._push(node, values, tangents, adjoints, contributions)
+                for operand in self._operands(node):
                     if self._last_reader[operand] is node and operand not in self.stage.outputs:
                         tangents.pop(operand, None)
         return [tangents.get(node, {}) for node in self.stage.outputs]
@@ -100,8 +113,7 @@ class Plan:
         tangents: dict[fx.Node, Tangents] = dict(inputs)
         with torch.no_grad():
             for node in self.steps:
-                with _naming(node):
-                    tangents[node] = self.rules[node].push(Call(node, values, tangents))
+                tangents[node] = self._push(node, values, tangents, {}, Contributions())
         return tangents
 
     def contract(
@@ -118,11 +130,27 @@ class Plan:
                     with _naming(node):
                         self.rules[node].contract(Call(node, values, tangents, adjoints[node]), contributions)
 
+    def _push(
+        self,
+        node: fx.Node,
+        values: Mapping[fx.Node, Any],
+        tangents: Mapping[fx.Node, Tangents],
+        adjoints: Mapping[fx.Node, Any],
+        contributions: Contributions,
+    ) -> Tangents:
+        rectified = self._rectified.get(node)
+        bent = node if rectified is None else rectified.convolution
+        call = Call(bent, values, tangents, adjoints.get(bent))
+        with _naming(bent):
+            if call.adjoint is not None:
+                self.rules[bent].contract(call, contributions)
+            return self.rules[bent].push(call) if rectified is None else rectified.push(call, values[node])
+
     def reached(self, inputs: Mapping[fx.Node, frozenset[int]]) -> dict[fx.Node, frozenset[int]]:
         """Which directions reach each node, given which reach the inputs."""
         found = dict(inputs)
         for node in self.steps:
-            found[node] = frozenset().union(*(found.get(operand, frozenset()) for operand in node.all_input_nodes))
+            found[node] = frozenset().union(*(found.get(operand, frozenset()) for operand in self._operands(node)))
         return found
 
     def tangent_bytes(self, inputs: Mapping[fx.Node, frozenset[int]], together: int) -> int:
@@ -135,7 +163,7 @@ class Plan:
         for node in self.steps:
             alive += _bytes(node) * reached[node]
             peak = max(peak, alive)
-            for operand in node.all_input_nodes:
+            for operand in self._operands(node):
                 if self._last_reader[operand] is node and operand in self.rules:
                     alive -= _bytes(operand) * reached[operand]
         return peak

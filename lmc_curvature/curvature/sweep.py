@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor, fx
 
 from lmc_curvature.batches import Batch, map_tensors
-from lmc_curvature.curvature.graph import capture, dependents, value_of
+from lmc_curvature.curvature.graph import capture, dependents
 from lmc_curvature.curvature.op_calls import Contributions, Tangents
 from lmc_curvature.curvature.plan import Plan
 from lmc_curvature.errors import CaptureError, MemoryBudgetError
@@ -241,12 +241,18 @@ class Sweep:
             CaptureError: The loss cannot be captured, or an operation cannot be differentiated.
             MemoryBudgetError: A single example takes more memory than allowed.
         """
-        with self.objective.differentiating():
+        with self.objective.differentiating_operations():
             captured = self.captured(batch)
+            tiles, results = self._evaluated(captured, number, batch)
+            if not self._is_current(captured, number, batch, results):
+                self._forget(batch)
+                captured = self.captured(batch)
+                tiles, results = self._evaluated(captured, number, batch)
             count = len(self.directions)
             loss, slopes, curvature = math.nan, np.empty(count), np.empty((count, count))
             for block in _blocks(count, captured.directions):
-                loss, slopes[block], curvature[np.ix_(block, block)] = self._project(captured, number, batch, block)
+                found = self._project(captured, batch, tiles, results, block)
+                loss, slopes[block], curvature[np.ix_(block, block)] = found
         return loss, slopes, curvature
 
     def sweep_whole_batches(self) -> None:
@@ -256,17 +262,21 @@ class Sweep:
         self._known.clear()
         self._current.clear()
 
-    def _project(self, captured: _Captured, number: int, batch: Batch, block: list[int]) -> BatchValues:
-        contributions = Contributions()
+    def _evaluated(self, captured: _Captured, number: int, batch: Batch) -> tuple[list[_Tile], list[Tensor]]:
         tiles = self._tiles(captured, number, batch)
         results = [tile.result(keep=captured.keeps_values) for tile in tiles]
         if len(tiles) > 1:
             _check_examples(tiles, results)
+        return tiles, results
+
+    def _project(
+        self, captured: _Captured, batch: Batch, tiles: list[_Tile], results: list[Tensor], block: list[int]
+    ) -> BatchValues:
+        contributions = Contributions()
         if captured.loss is None:
             loss, slopes = results[0], self._sweep(tiles, torch.ones_like(results[0]), block, contributions)
         else:
-            output = results[0] if len(results) == 1 else torch.cat(results)
-            loss, slopes = self._through_loss(captured.loss, batch, tiles, output, block, contributions)
+            loss, slopes = self._through_loss(captured.loss, batch, tiles, _joined(results), block, contributions)
         return self._gathered(loss, slopes, block, contributions)
 
     def _through_loss(
@@ -345,39 +355,46 @@ class Sweep:
         return self._points[program, number]
 
     def captured(self, batch: Batch) -> _Captured:
-        """What is known of batches of this shape, found out the first time.
-
-        What another sweep has captured is compared with the network and the loss as they are now: a loss may have
-        changed that refers to something outside.
-        """
+        """What is known of batches of this shape, found out the first time."""
         key = self._key(batch)
-        if key not in self._current:
-            if key in self._known and not self._still_holds(self._known[key], batch):
-                del self._known[key]
-            if key not in self._known:
-                self._known[key] = self._capture(batch)
+        if key not in self._known:
+            self._known[key] = self._capture(batch)
             self._current.add(key)
         return self._known[key]
 
-    def _still_holds(self, captured: _Captured, batch: Batch) -> bool:
-        """Whether captured programs give what the network and the loss do, on as few examples as there is one for."""
-        size, program = min(captured.networks.items(), key=lambda item: item[0])
-        state, whole_loss = self.states[0], captured.loss is None
-        data = _Data.of(batch.data if whole_loss else batch.data[0]).rows(0, size, batch.size)
-        part = Batch(batch.index, size, data.structure if whole_loss else (data.structure, None))
-        with torch.no_grad():
-            found = program.evaluate(program.state.run([state[name] for name in program.entries]), data)
-            expected = self.objective.batch_loss(state, part) if whole_loss else self.objective.output(state, part)
-            if not _alike(found[program.result], expected):
-                return False
-            if captured.loss is None:
-                return True
-            # Any output will do, within the bounds that some losses ask for.
-            shape, dtype = value_of(captured.loss.argument).shape, value_of(captured.loss.argument).dtype
-            output = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(self.objective.device, dtype)
-            constants = captured.loss.state.run([])
-            found = captured.loss.evaluate(constants, _Data.of((output, batch.data[1])))
-            return _alike(found[captured.loss.result], self.objective.output_loss(output, batch))
+    def _forget(self, batch: Batch) -> None:
+        captured = self._known.pop(self._key(batch))
+        programs = set(captured.networks.values())
+        self._points = {key: point for key, point in self._points.items() if key[0] not in programs}
+
+    def _is_current(self, captured: _Captured, number: int, batch: Batch, results: Sequence[Tensor]) -> bool:
+        """Whether programs that another sweep captured give what the network and the loss do now.
+
+        A network or a loss may refer to something outside that has changed.
+        """
+        key = self._key(batch)
+        if key not in self._current:
+            with self.objective.differentiating(), torch.no_grad():
+                if not self._agrees(captured, number, batch, results):
+                    return False
+            self._current.add(key)
+        return True
+
+    def _agrees(self, captured: _Captured, number: int, batch: Batch, results: Sequence[Tensor]) -> bool:
+        state = self.states[number]
+        if captured.loss is None:
+            return _alike(results[0], self.objective.batch_loss(state, batch))
+        output, inputs = _joined(results), _Data.of(batch.data[0])
+
+        def holds(size: int) -> bool:
+            part = Batch(batch.index, size, (inputs.rows(0, size, batch.size).structure, None))
+            return _alike(output[:size] if size < batch.size else output, self.objective.output(state, part))
+
+        # As few examples as the network is known to take, and all of them if it should mix them.
+        if not any(holds(size) for size in dict.fromkeys((min(captured.networks), batch.size))):
+            return False
+        values = captured.loss.evaluate(self._point(captured.loss, None).values, _Data.of((output, batch.data[1])))
+        return _alike(values[captured.loss.result], self.objective.output_loss(output, batch))
 
     def cuts(self, batch: Batch) -> bool:
         """Whether batches of this shape were captured, and are cut into tiles."""
@@ -416,13 +433,15 @@ class Sweep:
         def loss(state: State, data: Any) -> Tensor:
             return self.objective.batch_loss(state, Batch(1, size, data))
 
-        return Program(loss if whole_loss else output, self.states[0], data, moved=self._moved)
+        with self.objective.differentiating():
+            return Program(loss if whole_loss else output, self.states[0], data, moved=self._moved)
 
     def _loss_program(self, output: Tensor, batch: Batch) -> Program:
         def loss(_: State, data: Any) -> Tensor:
             return self.objective.output_loss(data[0], Batch(1, batch.size, (None, data[1])))
 
-        return Program(loss, {}, _Data.of((output, batch.data[1])), data_moves=True)
+        with self.objective.differentiating():
+            return Program(loss, {}, _Data.of((output, batch.data[1])), data_moves=True)
 
     def _cut(self, program: Program, probe: int, size: int, cuts: bool) -> tuple[int, int, bool]:
         """Examples and directions to sweep together, and whether all values can be kept, within the budget."""
@@ -481,6 +500,11 @@ def _check_examples(tiles: Sequence[_Tile], results: Sequence[Tensor]) -> None:
                 f"The network's output has shape {tuple(result.shape)} for {tile.stop - tile.start} examples of a "
                 f"batch; expected {expected}, as for the others."
             )
+
+
+def _joined(results: Sequence[Tensor]) -> Tensor:
+    """The output of a batch from those of its tiles."""
+    return results[0] if len(results) == 1 else torch.cat(list(results))
 
 
 def _alike(found: Tensor, expected: Any) -> bool:

@@ -10,7 +10,7 @@ from networks import randomized
 from sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.curvature import op_rules
+from lmc_curvature.curvature import op_bilinear, op_rules
 from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
 
 
@@ -57,7 +57,7 @@ def _nothing(self, call, contributions):
 
 _MUTATIONS = {
     "no curvature of log softmax": (op_rules.LogSoftmax, "contract", _nothing),
-    "no curvature of products": (op_rules.Bilinear, "contract", _nothing),
+    "no curvature of products": (op_bilinear.Bilinear, "contract", _nothing),
     "no curvature of activations": (op_rules.Pointwise, "contract", _nothing),
     "tangents of activations passed on as they are": (
         op_rules.Pointwise,
@@ -105,21 +105,21 @@ def test_a_layer_that_is_small_beside_the_others_is_checked_too(monkeypatch):
         for name, direction in directions.items()
         if name != "everything"
     }
-    contract = op_rules.Bilinear.contract
+    contract = op_bilinear.Bilinear.contract
 
     def broken_for_the_first_layer(self, call, contributions):
         if "addmm" not in str(call.node.target) or call.value(2).shape[0] != 5:
             contract(self, call, contributions)
 
-    push = op_rules.Bilinear.push
+    push = op_bilinear.Bilinear.push
 
     def stretched(self, call):
         found = push(self, call)
         first = "addmm" in str(call.node.target) and call.value(2).shape[0] == 5
         return {i: 1.01 * tangent for i, tangent in found.items()} if first else found
 
-    monkeypatch.setattr(op_rules.Bilinear, "contract", broken_for_the_first_layer)
-    monkeypatch.setattr(op_rules.Bilinear, "push", stretched)
+    monkeypatch.setattr(op_bilinear.Bilinear, "contract", broken_for_the_first_layer)
+    monkeypatch.setattr(op_bilinear.Bilinear, "push", stretched)
     with pytest.raises(SweepError):
         project_hessian(objective, {}, directions, method="sweep")
 
@@ -128,7 +128,7 @@ def test_a_layer_that_is_small_beside_the_others_is_checked_too(monkeypatch):
 def test_a_tenth_of_one_operation_is_missed_in_no_direction(place, monkeypatch):
     objective = _objective("conv, interpolate")
     directions = layer_directions(objective, "tensor")
-    contract, bent = op_rules.Bilinear.contract, []
+    contract, bent = op_bilinear.Bilinear.contract, []
 
     def lessened(self, call, contributions):
         bent.append(call)
@@ -138,7 +138,7 @@ def test_a_tenth_of_one_operation_is_missed_in_no_direction(place, monkeypatch):
             contributions,
         )
 
-    monkeypatch.setattr(op_rules.Bilinear, "contract", lessened)
+    monkeypatch.setattr(op_bilinear.Bilinear, "contract", lessened)
     with pytest.raises(SweepError, match="curvature along direction"):
         project_hessian(objective, {}, directions, method="sweep")
     assert len(bent) > place

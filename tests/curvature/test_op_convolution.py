@@ -1,0 +1,164 @@
+"""Claim: convolutions that are swept together with sums and rectifiers after them give what they give alone."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import randomized
+from sweeping import assert_projections_agree, assert_sweep_agrees, layer_directions, swept
+from torch import nn
+
+from lmc_curvature import Objective, project_hessian
+from lmc_curvature.batches import Batch
+from lmc_curvature.curvature import op_convolution
+from lmc_curvature.curvature.sweep import Sweep
+from lmc_curvature.forking.models import resnet
+
+# Whether the rectifier takes the convolutions before it along, after the first one: what follows, and what is expected.
+_FORMS = {
+    "alone": (lambda net, x: F.relu(net.second(x)), 1),
+    "with batch norm": (lambda net, x: F.relu(net.norm(net.second(x))), 1),
+    "sum": (lambda net, x: F.relu(net.second(x) + x), 1),
+    "sum in place": (lambda net, x: net.second(x).add_(x).relu_(), 1),
+    "sum, the other way round": (lambda net, x: F.relu(x + net.norm(net.second(x))), 1),
+    "sum of two": (lambda net, x: F.relu(net.second(x) + net.third(x)), 1),
+    "sum with what no direction moves": (lambda net, x: F.relu(net.second(x) + torch.ones_like(x)), 1),
+    "of what no direction moves": (lambda net, x: F.relu(net.second(torch.ones_like(x)) + x), 1),
+    "weight used twice": (lambda net, x: F.relu(net.second(F.relu(net.second(x)))), 2),
+    "no bias": (lambda net, x: F.relu(F.conv2d(x, net.second.weight, padding=1)), 1),
+    "depthwise": (lambda net, x: F.relu(net.depthwise(x) + x), 1),
+    "transposed": (lambda net, x: F.relu(net.transposed(x) + x), 1),
+    "strided and dilated": (lambda net, x: F.relu(net.strided(x)), 1),
+    "one dimension": (lambda net, x: F.relu(net.flat(x.flatten(2))), 1),
+    "a convolution and itself": (lambda net, x: F.relu((z := net.second(x)) + z), 0),
+    "convolution read twice": (lambda net, x: F.relu((z := net.second(x)) + x) + z, 0),
+    "sum read twice": (lambda net, x: F.relu(z := net.second(x) + x) + z, 0),
+    "weighted sum": (lambda net, x: F.relu(torch.add(net.second(x), x, alpha=2)), 0),
+    "sum that spreads": (lambda net, x: F.relu(net.second(x) + x.mean((2, 3), keepdim=True)), 0),
+    "another activation": (lambda net, x: F.silu(net.second(x) + x), 0),
+}
+
+
+class _Net(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.third = nn.Conv2d(4, 4, 1)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.transposed = nn.ConvTranspose2d(4, 4, 3, padding=1)
+        self.strided = nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(2, 1), dilation=(1, 2))
+        self.flat = nn.Conv1d(4, 5, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.last = nn.LazyLinear(3)
+
+    def forward(self, x):
+        x = self.form(self, torch.tanh(self.first(x)))
+        return self.last(x.flatten(1))
+
+
+def _problem(form, batch_sizes=(5, 3)):
+    generator = torch.Generator().manual_seed(3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = _Net(form).double()
+        net(torch.zeros(2, 3, 6, 5, dtype=torch.float64))
+        net = randomized(net).eval()
+    batches = [
+        (
+            torch.randn(size, 3, 6, 5, generator=generator, dtype=torch.float64),
+            torch.randint(3, (size,), generator=generator),
+        )
+        for size in batch_sizes
+    ]
+    return net, batches
+
+
+def _used(objective):
+    """Random directions for the layers that the form uses."""
+    gradient = objective.gradient({})
+    return {
+        layer: direction
+        for layer, direction in layer_directions(objective).items()
+        if any(gradient[name].any() for name in direction)
+    }
+
+
+@pytest.mark.parametrize(("form", "expected"), _FORMS.values(), ids=_FORMS)
+def test_they_agree_with_products(form, expected, monkeypatch):
+    taken = []
+    found = op_convolution.Rectified.at
+
+    def counting(node, convolutions):
+        rectified = found(node, convolutions)
+        taken.extend([] if rectified is None else [node])
+        return rectified
+
+    monkeypatch.setattr(op_convolution.Rectified, "at", counting)
+    objective = Objective(*_problem(form))
+    directions = _used(objective)
+    assert_sweep_agrees(objective, directions)
+    # Once for each of the two shapes of batch.
+    assert len(taken) == 2 * expected
+
+
+@pytest.mark.parametrize(("form", "expected"), _FORMS.values(), ids=_FORMS)
+def test_they_agree_in_single_precision(form, expected):
+    net, batches = _problem(form)
+    exact = Objective(net, batches)
+    directions = _used(exact)
+    single = Objective(copy.deepcopy(net).float(), [(x.float(), y) for x, y in batches])
+    assert_projections_agree(
+        swept(single, directions), project_hessian(exact, {}, directions, method="hvp"), relative=2e-4
+    )
+
+
+def test_without_onednn_they_agree_too(monkeypatch):
+    monkeypatch.setattr(op_convolution, "_POINTWISE", None)
+    test_they_agree_in_single_precision(_FORMS["sum"][0], 1)
+
+
+def test_values_and_directions_stay_as_they_were():
+    objective = Objective(*_problem(_FORMS["sum"][0]))
+    directions = _used(objective)
+    kept = {
+        layer: {name: tensor.clone() for name, tensor in direction.items()} for layer, direction in directions.items()
+    }
+    before = {name: tensor.clone() for name, tensor in objective.state().items()}
+    for _ in range(2):
+        swept(objective, directions)
+    for layer, direction in kept.items():
+        assert all(torch.equal(tensor, directions[layer][name]) for name, tensor in direction.items())
+    assert all(torch.equal(tensor, objective.state()[name]) for name, tensor in before.items())
+
+
+def test_single_precision_near_kinks_is_no_disagreement():
+    # Some of these images have units so near to zero that their sign depends on the road taken there.
+    torch.manual_seed(0)
+    model, other = (resnet(8, num_classes=10, shortcut="projection") for _ in range(2))
+    x = torch.randn(64, 3, 32, 32)
+    model.train()
+    with torch.no_grad():
+        model(x)
+    objective = Objective(model.eval(), [(x, torch.randint(10, (64,)))])
+    state = objective.state()
+    displacement = {name: tensor - state[name] for name, tensor in other.state_dict().items() if name in state}
+    directions = [{name: tensor} for name, tensor in displacement.items() if name.endswith("weight")]
+    found = swept(objective, directions)
+    assert found.curvature.shape == (len(directions), len(directions))
+
+
+def test_a_residual_network_is_swept_by_them():
+    torch.manual_seed(0)
+    objective = Objective(resnet(8, width=4, num_classes=10).eval(), [(torch.randn(4, 3, 8, 8), torch.arange(4))])
+    directions = layer_directions(objective)
+    sweep = Sweep(objective, [objective.state()], [objective.place(each) for each in directions.values()])
+    with objective.differentiating():
+        captured = sweep.captured(Batch(0, 4, objective.loader[0]))
+    (program,) = captured.networks.values()
+    convolutions = [node for node in program.rest.rules if "convolution" in str(node.target)]
+    alone = [node for node in convolutions if node in program.rest.steps]
+    # Two blocks add a convolution to another one, which is taken.
+    assert (len(convolutions), len(alone)) == (9, 2)
