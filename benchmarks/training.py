@@ -28,7 +28,7 @@ SIZES = {
     "smoke": {"network": "resnet", "width": 2, "examples": 64, "batch": 32, "epochs": 1, "siblings": (2,)},
 }
 _SECONDS_TO_WAIT = 900.0
-OURS = "lmc_curvature: one tensor, batches augmented at once, channels last"
+OURS = "lmc_curvature: one tensor, batches augmented at once"
 
 
 def main(argv: Sequence[str] | None = None) -> Report:

@@ -287,7 +287,7 @@ class _BlockSum:
         """Add a batch by the structured road; whether that road was open."""
         probe = self._probe(gradient) if batch.index == 0 else None
         try:
-            with self._objective.differentiating():
+            with self._objective.differentiating_operations():
                 first, second = self._pair(calls, only_if_cheaper=method == "auto")
                 self._add_structured(gradient, first, second, batch.size)
             if probe is not None:

@@ -66,7 +66,7 @@ class BatchGaussNewton:
         """G v for a sparse direction v: entry name to tensor, for the entries in `rows` (default: all)."""
         leaves = self._leaves if rows is None else {name: self._leaves[name] for name in rows}
         others = [leaf for name, leaf in self._leaves.items() if name not in leaves]
-        with self._objective.differentiating():
+        with self._objective.differentiating_operations():
             pulled = [self._pulled[name] for name in direction]
             with self._convolutions.linear():
                 tangent = gradients(pulled, {"output": self._cotangent}, list(direction.values()))["output"]

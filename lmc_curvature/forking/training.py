@@ -159,8 +159,8 @@ def train(
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
-    # Convolutions of images are up to twice as fast so.
-    model.to(memory_format=torch.channels_last)
+    layout = _fastest_layout(model)
+    model.to(memory_format=layout)
     if start is not None:
         _restore(model, optimizer, start)
     history = list(() if start is None else start.history)
@@ -168,7 +168,7 @@ def train(
     was_training = model.training
     with tqdm(total=last - first, desc="training", unit="epoch", disable=not progress) as bar:
         for epoch in range(first, last):
-            metrics = _train_epoch(model.train(), optimizer, data, config, order_seed, epoch)
+            metrics = _train_epoch(model.train(), optimizer, data, config, order_seed, epoch, layout)
             history.append(metrics)
             bar.update()
             bar.set_postfix(loss=f"{metrics.loss:.3g}", accuracy=f"{metrics.accuracy:.1%}")
@@ -241,6 +241,17 @@ def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: Training
             optimizer.state[parameter]["momentum_buffer"] = buffer
 
 
+def _fastest_layout(model: nn.Module) -> torch.memory_format:
+    """Channels-last, in which convolutions are up to twice as fast; contiguous where normalisation loses more by it.
+
+    On several threads of a CPU, torch's backward pass of batch normalisation takes four times longer on channels-last
+    images than on one.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    normalized = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    return torch.contiguous_format if on_cpu and normalized and torch.get_num_threads() > 1 else torch.channels_last
+
+
 def _train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -248,6 +259,7 @@ def _train_epoch(
     config: TrainingConfig,
     order_seed: int,
     epoch: int,
+    layout: torch.memory_format,
 ) -> EpochMetrics:
     generator = epoch_generator(order_seed, epoch)
     order = torch.randperm(len(data), generator=generator)
@@ -261,7 +273,7 @@ def _train_epoch(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.zero_grad()
-            logits = model(x.contiguous(memory_format=torch.channels_last))
+            logits = model(x.contiguous(memory_format=layout))
             loss = functional.cross_entropy(logits, y)
             loss.backward()
             optimizer.step()
