@@ -135,8 +135,8 @@ def normalize_by(
 ) -> Float[Tensor, "batch channels *positions"]:
     """Normalise by given statistics, differentiably in all of them (Ioffe & Szegedy 2015, Algorithm 2).
 
-    One multiplication and one addition per element: mean, variance, weight and bias are folded into a scale
-    and a shift per channel first.
+    Mean, variance, weight and bias are folded into a scale and a shift per channel first, which takes one pass over
+    the input.
     """
     scale = torch.rsqrt(variance + eps)
     if weight is not None:
@@ -145,4 +145,4 @@ def normalize_by(
     if bias is not None:
         shift = shift + bias
     shape = (1, -1) + (1,) * (input.ndim - 2)
-    return input * scale.view(shape) + shift.view(shape)
+    return torch.addcmul(shift.view(shape), input, scale.view(shape))

@@ -17,6 +17,8 @@ from lmc_curvature import (
     measure_barrier,
     predict_barrier,
 )
+from lmc_curvature.curvature.products import Products
+from lmc_curvature.curvature.sweep import Sweep
 from lmc_curvature.errors import (
     AlphaError,
     ArchitectureMismatchError,
@@ -142,6 +144,16 @@ def test_every_network_and_policy_is_predicted_and_left_alone(case):
         assert model.training
         for name, tensor in model.state_dict().items():
             assert torch.equal(tensor, state[name])
+
+
+def test_it_is_computed_by_the_sweep(monkeypatch):
+    swept, by_products = [], []
+    project, product = Sweep.project, Products.project
+    monkeypatch.setattr(Sweep, "project", lambda self, *args: swept.append(args) or project(self, *args))
+    monkeypatch.setattr(Products, "project", lambda self, *args: by_products.append(args) or product(self, *args))
+    predict_barrier(CONV.model(0), CONV.model(1), CONV.batches(), progress=False)
+    assert len(swept) == 2 * len(CONV.batches()), "both endpoints of every batch"
+    assert not by_products
 
 
 def test_saving_and_loading_is_lossless(prediction, tmp_path):
