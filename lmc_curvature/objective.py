@@ -90,9 +90,11 @@ class Objective:
         max_batches: Use only this many batches of the loader.
         device: Where to compute; the model's device by default.
         dtype: Floating-point type to compute in; by default the one that holds all of the model's.
+        allow_tf32: Let convolutions on a CUDA device round float32 to TF32's ten bits of mantissa: faster, with errors
+            of about 1e-3. Matrix products follow `torch.backends.cuda.matmul`, where it is off unless switched on.
 
     Raises:
-        OptionError: `batch_norm`, `max_batches`, `device` or `dtype` has a bad value.
+        OptionError: `batch_norm`, `max_batches`, `device`, `dtype` or `allow_tf32` has a bad value.
         LoaderError: `loader` cannot be iterated over, or is a data set of single examples.
         LossError: `loss_fn` is not a function, sums over the batch, or does not reduce.
         UnsupportedModelError: `model` is no network, has parameters that cannot move, or cannot be copied.
@@ -108,9 +110,12 @@ class Objective:
         max_batches: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        allow_tf32: bool = False,
     ):
         check_module("model", model)
         check_choice("batch_norm", batch_norm, POLICIES)
+        if not isinstance(allow_tf32, bool):
+            raise OptionError(f"allow_tf32={allow_tf32!r}: expected True or False.")
         if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
             raise OptionError(f"max_batches={max_batches!r}: expected a whole number, at least 1 (or None for all).")
         _check_iterable(loader)
@@ -119,6 +124,7 @@ class Objective:
         self.loader = loader
         self.batch_norm: BatchNormPolicy = batch_norm
         self.max_batches = max_batches
+        self.allow_tf32 = allow_tf32
         tensors = (*model.parameters(), *model.buffers())
         self.device = parse_device(device) if device is not None else device_of(tensors)
         self.dtype = parse_dtype(dtype) if dtype is not None else dtype_of(tensors)
@@ -385,11 +391,13 @@ class Objective:
 
     @contextlib.contextmanager
     def _exact_kernels(self, *, enabled: bool = True) -> Iterator[None]:
-        """Within the block, convolutions on a CUDA device are deterministic, and not rounded to TF32's ten bits."""
+        """Within the block, convolutions on a CUDA device are deterministic, and rounded to TF32 only if asked to."""
         if self.device.type != "cuda":
             yield
             return
-        with torch.backends.cudnn.flags(enabled=enabled, benchmark=False, deterministic=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(
+            enabled=enabled, benchmark=False, deterministic=True, allow_tf32=self.allow_tf32
+        ):
             yield
 
     @contextlib.contextmanager

@@ -354,6 +354,19 @@ def test_generators_are_restored_although_a_pass_is_left_halfway(untyped):
     assert batches is not None
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_convolutions_on_cuda_round_to_tf32_only_if_asked_to(asked):
+    objective = Objective(IMAGES.model(), IMAGES.batches(), allow_tf32=asked)
+    # The flags are there without a device, too.
+    objective.device = torch.device("cuda")
+    before = torch.backends.cudnn.allow_tf32
+    for block in (objective.differentiating, objective.differentiating_operations, objective.measuring):
+        with block():
+            assert torch.backends.cudnn.allow_tf32 is asked
+            assert torch.backends.cudnn.deterministic
+        assert torch.backends.cudnn.allow_tf32 == before
+
+
 # Bad input
 
 
@@ -363,6 +376,7 @@ def test_generators_are_restored_although_a_pass_is_left_halfway(untyped):
         ({"batch_norm": "interpolat"}, OptionError, "batch_norm='interpolat'.*did you mean 'interpolate'"),
         ({"batch_norm": 3}, OptionError, "batch_norm=3.*choose from 'interpolate', 'batch', 'recalibrate'"),
         ({"max_batches": 0}, OptionError, r"max_batches=0: expected a whole number, at least 1"),
+        ({"allow_tf32": "yes"}, OptionError, "allow_tf32='yes': expected True or False"),
         ({"loader": 5}, LoaderError, "loader is an object of type int; expected an iterable.*DataLoader"),
         ({"loader": None}, LoaderError, "loader is an object of type NoneType; expected an iterable"),
         (
