@@ -7,6 +7,9 @@ group; the same derivatives are plain convolutions and plain gradients of convol
     backward of (x̄, w̄) by (u, a):   of ȳ: w * u + a * x,    of x: ∂⟨ȳ, a * x⟩/∂x,    of w: ∂⟨ȳ, w * u⟩/∂w
 
 because (x̄, w̄) is bilinear in ȳ and (w, x). The last two are one call: the gradient of the convolution a * u by ȳ.
+
+Rectifiers go with them: torch's backward pass through a rectifier's gradient makes an image of zeros, the derivative in
+where the rectifier is open, and adds it up with the rest.
 """
 
 import contextlib
@@ -19,10 +22,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+# A rectifier in place keeps torch's own derivatives.
+_RECTIFIERS = (F.relu, torch.relu, Tensor.relu)
 
 
 class DifferentiableConvolutions(TorchFunctionMode):
-    """Within the block, convolutions are recorded so that they differentiate twice at little cost."""
+    """Within the block, convolutions and rectifiers are recorded so that they differentiate twice at little cost."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,6 +37,8 @@ class DifferentiableConvolutions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLUTIONS:
             return _convolve(self, func, *args, **(kwargs or {}))
+        if func in _RECTIFIERS and len(args) == 1 and not any((kwargs or {}).values()) and _is_plain(args[0]):
+            return _Rectifier.apply(args[0])
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
@@ -80,20 +87,21 @@ def _convolve(
     groups: int = 1,
 ) -> Tensor:
     dimensions = _CONVOLUTIONS[func]
-    plain = (
+    fits = input.ndim == weight.ndim == dimensions + 2 and input.dtype == weight.dtype and not isinstance(padding, str)
+    if not (fits and _is_plain(input)):
+        return func(input, weight, bias, stride, padding, dilation, groups)
+    lists = [[value] * dimensions if isinstance(value, int) else list(value) for value in (stride, padding, dilation)]
+    return _Convolution.apply(input, weight, bias, (*lists, False, [0] * dimensions, groups), mode)
+
+
+def _is_plain(input: Tensor) -> bool:
+    return (
         type(input) is Tensor
-        and input.ndim == weight.ndim == dimensions + 2
-        and input.dtype == weight.dtype
         and input.is_floating_point()
-        and not isinstance(padding, str)
         # These replace operations underneath, and know torch's own better than ours.
         and not torch.is_autocast_enabled(input.device.type)
         and not torch._C._are_functorch_transforms_active()
     )
-    if not plain:
-        return func(input, weight, bias, stride, padding, dilation, groups)
-    lists = [[value] * dimensions if isinstance(value, int) else list(value) for value in (stride, padding, dilation)]
-    return _Convolution.apply(input, weight, bias, (*lists, False, [0] * dimensions, groups), mode)
 
 
 # The geometry of a convolution is what `aten::convolution` takes after its bias.
@@ -164,3 +172,18 @@ class _ConvolutionGradients(torch.autograd.Function):
         if (for_x or for_w) and ctx.mode.needs_operands:
             in_x, in_w = _gradients(slope, x if u is None else u, w if a is None else a, ctx.geometry, for_x, for_w)
         return in_slope, in_x, in_w, None, None, None, None
+
+
+class _Rectifier(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.ops.aten.relu(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        (output,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(slopes[0], output.detach(), 0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from lmc_curvature import HessianOperator, Objective
@@ -136,3 +136,37 @@ def test_a_network_that_uses_a_kernel_twice_and_computes_another():
     )
     for name, product in (H @ direction).items():
         torch.testing.assert_close(product, (up[name] - down[name]) / (2 * h), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "rectify", [F.relu, torch.relu, Tensor.relu, nn.ReLU()], ids=["F", "torch", "method", "module"]
+)
+def test_derivatives_of_rectifiers_equal_differences(rectify):
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+
+    def recorded(x):
+        with DifferentiableConvolutions():
+            return rectify(x) ** 3
+
+    output = recorded(x)
+    assert "_Rectifier" in {type(node).__name__.removesuffix("Backward") for node, _ in output.grad_fn.next_functions}
+    torch.testing.assert_close(output, x.clamp(min=0) ** 3, rtol=1e-12, atol=1e-12)
+    assert gradcheck(recorded, x)
+    assert gradgradcheck(recorded, x)
+
+
+def test_a_rectifier_is_flat_at_zero():
+    x = torch.tensor([-1.0, 0.0, 1.0], requires_grad=True)
+    with DifferentiableConvolutions():
+        output = F.relu(x)
+    (slope,) = torch.autograd.grad(output.sum(), x)
+    assert slope.tolist() == [0, 0, 1]
+
+
+def test_a_rectifier_in_place_stays_in_place():
+    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    with DifferentiableConvolutions():
+        moved = x * 1
+        output = F.relu(moved, inplace=True)
+    assert output is moved
+    assert (output >= 0).all()
