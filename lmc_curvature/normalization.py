@@ -136,7 +136,7 @@ def normalize_by(
     """Normalise by given statistics, differentiably in all of them (Ioffe & Szegedy 2015, Algorithm 2).
 
     Mean, variance, weight and bias are folded into a scale and a shift per channel first, which takes one pass over
-    the input.
+    the input, or two where it is differentiated.
     """
     scale = torch.rsqrt(variance + eps)
     if weight is not None:

@@ -32,6 +32,7 @@ from lmc_curvature.batches import (
 from lmc_curvature.errors import (
     DirectionError,
     LoaderError,
+    LossError,
     OptionError,
     RandomStateError,
     UnsupportedModelError,

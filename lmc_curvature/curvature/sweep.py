@@ -302,7 +302,8 @@ class Sweep:
         found: list[Tangents] = []
         pulled: dict[Program, dict[fx.Node, Tensor]] = {}
         for tile in tiles:
-            part = adjoint[tile.start : tile.stop] if adjoint.ndim else adjoint
+            # An output that was not cut may have other rows than examples: tokens, crops.
+            part = adjoint[tile.start : tile.stop] if len(tiles) > 1 else adjoint
             tangents, adjoints = tile.sweep(part, block, contributions)
             found.append(tangents)
             total = pulled.setdefault(tile.program, {})

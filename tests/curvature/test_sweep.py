@@ -14,12 +14,14 @@ from networks import randomized
 from sweeping import TwoLayers, assert_projections_agree, assert_sweep_agrees, layer_directions, swept, vectors
 from torch import nn
 
-from lmc_curvature import Objective, project_hessian
+from lmc_curvature import BatchLoss, Objective, project_hessian
+from lmc_curvature.batches import Batch
 from lmc_curvature.curvature import graph, sweep
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.errors import (
     CaptureError,
     DirectionError,
+    LossError,
     MemoryBudgetError,
     OptionError,
 )
@@ -327,3 +329,30 @@ def test_a_batch_that_holds_what_is_no_tensor():
     objective = Objective(randomized(Ignoring().double()), [((x, Kind()), y) for x, y in vectors(4)])
     with pytest.raises(CaptureError, match="the batch holds a Kind, which may change from batch to batch"):
         project_hessian(objective, {}, layer_directions(objective), method="sweep")
+
+
+class _Tokens(TwoLayers):
+    """Gives more rows of output than it has examples."""
+
+    def forward(self, x):
+        return super().forward(torch.stack([x, x.flip(1), x * x], 1)).flatten(0, 1)
+
+
+def test_an_output_may_have_more_rows_than_examples():
+    net = randomized(_Tokens().double())
+    objective = Objective(net, vectors(4, 3), loss_fn=_of_tokens)
+    assert_sweep_agrees(objective)
+
+
+def _of_tokens(output, target):
+    return torch.nn.functional.cross_entropy(output, target.repeat_interleave(3))
+
+
+def test_a_loss_of_the_network_itself_has_no_output():
+    objective = Objective(TwoLayers().double(), vectors(4), loss_fn=BatchLoss(_whole))
+    with pytest.raises(LossError, match="BatchLoss"):
+        objective.output({}, Batch(0, 4, vectors(4)[0]))
+
+
+def _whole(network, batch):
+    return torch.nn.functional.cross_entropy(network(batch[0]), batch[1])
