@@ -379,7 +379,7 @@ class Objective:
 
     @contextlib.contextmanager
     def differentiating_operations(self) -> Iterator[None]:
-        """The same for the operations of a captured graph: without a look at every call on its way to torch."""
+        """The same for operations of a graph that is there: without a look at every call on its way to torch."""
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.network.modules())
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))

@@ -1,7 +1,7 @@
-"""Convolutions, together with the sums and rectifiers that follow them.
+"""Convolutions, together with the rectifiers that follow them, perhaps after a sum.
 
-On a processor a pass over the tangents of an image costs a good part of a convolution. Where a sum or a rectifier reads
-a convolution and nobody else does, its tangents are written once: oneDNN adds and multiplies as it stores.
+On a processor a pass over the tangents of an image costs a good part of a convolution. Where a rectifier reads one, or
+its sum with something else, and nobody else does, tangents are written once: oneDNN adds and multiplies as it stores.
 """
 
 from collections.abc import Collection
