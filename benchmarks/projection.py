@@ -171,7 +171,7 @@ def _first_call(problem: Problem) -> Table:
     objective = Objective(problem.model, list(problem.batches))
     steps = {"checks of the network (any first evaluation)": seconds_once(objective.loss)[0]}
     sweep = Sweep(objective, [problem.state], list(problem.directions.values()))
-    steps["capture of the graph"] = seconds_once(lambda: sweep.captured(problem.batch))[0]
+    steps["capture of the graph"] = seconds_once(lambda: sweep.captures.of(problem.batch))[0]
 
     def project() -> object:
         return project_hessian(objective, problem.state, problem.directions, method="sweep")

@@ -4,13 +4,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-def weighted_mean(values: Float[np.ndarray, "batches *shape"], sizes: Int[np.ndarray, " batches"]) -> np.ndarray:
+def weighted_mean(values: Float[np.ndarray, " batches *shape"], sizes: Int[np.ndarray, " batches"]) -> np.ndarray:
     """Mean over all examples, from per-batch means and batch sizes; float64, of shape `shape`."""
     weights = sizes / sizes.sum()
     return np.asarray(np.tensordot(weights, values, axes=1))
 
 
-def standard_error(values: Float[np.ndarray, "batches *shape"], sizes: Int[np.ndarray, " batches"]) -> np.ndarray:
+def standard_error(values: Float[np.ndarray, " batches *shape"], sizes: Int[np.ndarray, " batches"]) -> np.ndarray:
     """Standard error of `weighted_mean`, from the spread between batches; NaN for a single batch.
 
     With weights w_b = n_b / n and B batches, the variance of the mean is estimated by

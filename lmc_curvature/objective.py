@@ -146,6 +146,17 @@ class Objective:
         self._aliases = tied_names(model)
         self._checked = False
 
+    @property
+    def rounding(self) -> float:
+        """Relative rounding error of one operation as things are: that of TF32 or of autocast where they are on."""
+        kind = self.device.type
+        errors = [torch.finfo(self.dtype).eps]
+        if kind == "cuda" and self.dtype == torch.float32 and self.allow_tf32:
+            errors.append(2.0**-10)
+        if torch.is_autocast_enabled(kind):
+            errors.append(torch.finfo(torch.get_autocast_dtype(kind)).eps)
+        return max(errors)
+
     def state(self) -> dict[str, Tensor]:
         """The network's state when the objective was made: entry name to tensor, what a segment may move."""
         return {name: self._entries[name] for name in self._movable}

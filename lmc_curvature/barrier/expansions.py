@@ -24,7 +24,7 @@ class Endpoint(NamedTuple):
     curvature: float | np.ndarray
 
 
-def coefficients(expansion: Expansion, first: Endpoint, second: Endpoint) -> Float[np.ndarray, "powers *batches"]:
+def coefficients(expansion: Expansion, first: Endpoint, second: Endpoint) -> Float[np.ndarray, " powers *batches"]:
     """Coefficients of B(α), the constant first.
 
     - `"second-order"`: α(1−α)/2 · (α c₁ + (1−α) c₂), Propositions 1 and 2 of Singh et al. 2024;
@@ -60,7 +60,7 @@ def coefficients(expansion: Expansion, first: Endpoint, second: Endpoint) -> Flo
 
 
 def evaluate(
-    curve: Float[np.ndarray, "powers *batches"], alphas: Float[np.ndarray, " n"]
+    curve: Float[np.ndarray, " powers *batches"], alphas: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, "*batches n"]:
     """Values of a curve, given by its coefficients, at positions on the segment."""
     return polynomial.polyval(alphas, curve)

@@ -370,7 +370,7 @@ class _BlockSum:
             self._mirror()
         expected = float(torch.linalg.norm(probe.product))
         error = float(torch.linalg.norm(self._total @ probe.vector / size - probe.product))
-        if not error <= 10 * probe.rounding + torch.finfo(self._objective.dtype).eps ** 0.5 * expected:
+        if not error <= 10 * probe.rounding + self._objective.rounding**0.5 * expected:
             raise _MismatchError(
                 f"the structured block times a random vector is off by {error:.2g} of {expected:.2g}: an affine "
                 "module's weight has a part in the loss beside its output."

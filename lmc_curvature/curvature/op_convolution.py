@@ -78,11 +78,13 @@ def _convolve(
         return found if times is None else found.mul_(times)
     stride, padding, dilation, _, _, groups = settings
     kind = "add" if times is None else "mul"
+    # oneDNN reads a bias as if its numbers were neighbours.
+    bias = None if bias is None else bias.contiguous()
     return _POINTWISE.binary(input, other, weight, bias, padding, stride, dilation, groups, kind, None, None, [], None)
 
 
 def _fuses(input: Tensor, settings: Any) -> bool:
-    """Whether oneDNN has the convolution with something to follow."""
+    """Whether oneDNN has the convolution, of a batch of images, with something to follow it as it stores."""
     return (
         _POINTWISE is not None
         and input.device.type == "cpu"

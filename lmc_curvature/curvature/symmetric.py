@@ -97,7 +97,8 @@ def storage_dtype(operator: SymmetricOperator) -> torch.dtype:
 
 def rounding_of(operator: SymmetricOperator) -> float:
     """The relative rounding error of one operation of the operator."""
-    return torch.finfo(precision_of(operator) or torch.float32).eps
+    rounding = getattr(getattr(operator, "objective", None), "rounding", None)
+    return rounding if isinstance(rounding, float) else torch.finfo(precision_of(operator) or torch.float32).eps
 
 
 def multiply(operator: SymmetricOperator, vectors: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:

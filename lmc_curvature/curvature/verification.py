@@ -3,10 +3,11 @@
 import warnings
 
 import numpy as np
-import torch
 
 from lmc_curvature.batches import Batch
+from lmc_curvature.curvature.captured import Captured
 from lmc_curvature.curvature.products import Products
+from lmc_curvature.curvature.program import Data
 from lmc_curvature.curvature.sweep import BatchValues, Sweep
 from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
 
@@ -32,26 +33,37 @@ class VerifiedSweep:
             SweepError: The sweep's answer is not that of a Hessian-vector product.
         """
         values = self._in_tiles(number, batch)
-        captured = self._sweep.captured(batch)
+        captured = self._sweep.captures.of(batch)
         if captured.verified or not _finite(values):
             return values
-        disagreement = self._disagreement(values, number, batch)
-        if disagreement and captured.tile < batch.size:
+        disagreement = self._disagreement_in_budget(captured, values, number, batch)
+        if disagreement and captured.cut.examples < batch.size:
             # The network mixes examples: whole batches it is.
             self._sweep.sweep_whole_batches()
             values = self._sweep.project(number, batch)
-            captured = self._sweep.captured(batch)
+            captured = self._sweep.captures.of(batch)
             disagreement = self._disagreement(values, number, batch)
         if disagreement:
             raise SweepError(disagreement)
         captured.verified = True
         return values
 
+    def _disagreement_in_budget(self, captured: Captured, values: BatchValues, number: int, batch: Batch) -> str:
+        """What is wrong with the sweep's values, found with a product that takes no more memory than the sweep."""
+        if captured.cut.keeps_values or captured.cut.examples == batch.size:
+            return self._disagreement(values, number, batch)
+        # A product holds the graph of all that it is of. A tile has the derivatives, the whole batch needs values only.
+        if not self._sweep.is_cut_rightly(number, batch):
+            return "The network's output for a batch is not that for its parts, end to end."
+        rows = Data.of(batch.data).rows(0, captured.cut.examples, batch.size)
+        part = Batch(batch.index, captured.cut.examples, rows.structure)
+        return self._disagreement(self._sweep.project(number, part), number, part)
+
     def _in_tiles(self, number: int, batch: Batch) -> BatchValues:
         try:
             return self._sweep.project(number, batch)
         except CaptureError:
-            if not self._sweep.cuts(batch):
+            if not self._sweep.captures.cuts(batch):
                 raise
             # The network insists on its batch size, or its inputs do not begin with the examples.
             self._sweep.sweep_whole_batches()
@@ -74,7 +86,7 @@ class VerifiedSweep:
     def _disagreement(self, values: BatchValues, number: int, batch: Batch) -> str:
         """What is wrong with the sweep's values, or nothing: a row of UᵀHUr for a random r at a time."""
         loss, slopes, curvature = values
-        precision = float(torch.finfo(self._sweep.objective.dtype).eps)
+        precision = self._sweep.objective.rounding
         # Far above rounding, and what it does at the kinks of rectifiers; far below a forgotten term.
         margin = precision**0.4
         # What cancels exactly comes out as rounding of what cancelled, which the loss gives the size of.

@@ -115,6 +115,78 @@ def test_they_agree_in_single_precision(form, expected):
     )
 
 
+_STRIDED = {
+    # The last bias moves no difference of outputs if it is a single number.
+    "expanded": lambda tensor: tensor[..., :1].expand(tensor.shape) if tensor.shape != (3,) else tensor,
+    "every other number": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
+    "channels last": lambda tensor: (
+        tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+    ),
+}
+
+
+@pytest.mark.parametrize("strided", _STRIDED.values(), ids=_STRIDED)
+@pytest.mark.parametrize("form", ["alone", "with batch norm", "sum", "strided and dilated"])
+def test_directions_may_lie_in_memory_as_they_like(form, strided):
+    net, batches = _problem(_FORMS[form][0])
+    exact = Objective(net, batches)
+    directions = {
+        layer: {name: strided(tensor) for name, tensor in direction.items()}
+        for layer, direction in _used(exact).items()
+    }
+    single = Objective(copy.deepcopy(net).float(), [(x.float(), y) for x, y in batches])
+    expected = project_hessian(exact, {}, directions, method="hvp")
+    assert_projections_agree(swept(exact, directions), expected, relative=1e-9)
+    coarse = {
+        layer: {name: strided(tensor.float()) for name, tensor in direction.items()}
+        for layer, direction in directions.items()
+    }
+    assert_projections_agree(swept(single, coarse), expected, relative=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["alone", "with batch norm", "sum", "sum of two", "one dimension"])
+def test_a_bias_may_move_without_its_weight(form, dtype):
+    net, batches = _problem(_FORMS[form][0])
+    exact = Objective(net, batches)
+    directions = {
+        name: {name: tensor}
+        for direction in _used(exact).values()
+        for name, tensor in direction.items()
+        if tensor.ndim == 1
+    }
+    # With and without a direction that comes from above.
+    for chosen in (directions, {name: d for name, d in directions.items() if not name.startswith("first")}):
+        chosen = chosen | {"together": {name: d[name] for name, d in chosen.items()}}
+        objective = Objective(copy.deepcopy(net).to(dtype), [(x.to(dtype), y) for x, y in batches])
+        expected = project_hessian(exact, {}, chosen, method="hvp")
+        assert_projections_agree(swept(objective, chosen), expected, relative=2e-4 if dtype == torch.float32 else 1e-9)
+
+
+@pytest.mark.skipif(op_convolution._POINTWISE is None, reason="torch was built without oneDNN")
+@pytest.mark.parametrize(("form", "calls"), [("alone", 1), ("sum", 1), ("with batch norm", 1), ("transposed", 0)])
+def test_in_single_precision_tangents_are_written_once(form, calls, monkeypatch):
+    kinds = []
+
+    class Counting:
+        @staticmethod
+        def binary(*args):
+            kinds.append(args[8])
+            return pointwise.binary(*args)
+
+    pointwise = op_convolution._POINTWISE
+    monkeypatch.setattr(op_convolution, "_POINTWISE", Counting)
+    net, batches = _problem(_FORMS[form][0], (5,))
+    objective = Objective(net.float(), [(x.float(), y) for x, y in batches])
+    swept(
+        objective,
+        {"last": {"second.weight": torch.ones_like(objective.state()["second.weight"])}}
+        if calls
+        else {"last": {"transposed.weight": torch.ones_like(objective.state()["transposed.weight"])}},
+    )
+    assert kinds == ["mul"] * calls
+
+
 def test_without_onednn_they_agree_too(monkeypatch):
     monkeypatch.setattr(op_convolution, "_POINTWISE", None)
     test_they_agree_in_single_precision(_FORMS["sum"][0], 1)
@@ -156,7 +228,7 @@ def test_a_residual_network_is_swept_by_them():
     directions = layer_directions(objective)
     sweep = Sweep(objective, [objective.state()], [objective.place(each) for each in directions.values()])
     with objective.differentiating():
-        captured = sweep.captured(Batch(0, 4, objective.loader[0]))
+        captured = sweep.captures.of(Batch(0, 4, objective.loader[0]))
     (program,) = captured.networks.values()
     convolutions = [node for node in program.rest.rules if "convolution" in str(node.target)]
     alone = [node for node in convolutions if node in program.rest.steps]

@@ -16,7 +16,7 @@ from torch import nn
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
 from lmc_curvature.batches import Batch
-from lmc_curvature.curvature import graph, sweep
+from lmc_curvature.curvature import captured, graph, program, sweep, tiling
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.errors import (
     CaptureError,
@@ -57,7 +57,7 @@ def captures(monkeypatch):
         found.append(args)
         return graph.capture(*args)
 
-    monkeypatch.setattr(sweep, "capture", capture)
+    monkeypatch.setattr(program, "capture", capture)
     return found
 
 
@@ -65,7 +65,7 @@ def _needed(objective, directions):
     """The least budget, in GiB, according to the refusal of a smaller one."""
     with pytest.raises(MemoryBudgetError) as refusal:
         project_hessian(objective, {}, directions, memory_gib=1e-9)
-    return float(re.search(r"need ([\d.e+-]+) GiB", str(refusal.value))[1])
+    return float(re.search(r"about ([\d.e+-]+) GiB", str(refusal.value))[1])
 
 
 # --- However it is cut
@@ -75,11 +75,11 @@ def _needed(objective, directions):
 def test_tiles_of_examples_change_nothing(name, tiles, monkeypatch):
     objective = _objective(name, (3, 3))
     directions = layer_directions(objective)
-    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 2**40)
+    monkeypatch.setattr(tiling, "_cache_bytes", lambda: 2**40)
     whole = swept(objective, directions)
     assert set(tiles) == {3}
     tiles.clear()
-    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 2.5 * _tangent_bytes(objective, directions))
+    monkeypatch.setattr(tiling, "_cache_bytes", lambda: 2.5 * _tangent_bytes(objective, directions))
     cut = swept(_objective(name, (3, 3)), directions)
     # The last one of a batch is smaller.
     assert set(tiles) == {2, 1}
@@ -88,15 +88,15 @@ def test_tiles_of_examples_change_nothing(name, tiles, monkeypatch):
 
 def _tangent_bytes(objective, directions):
     """What the tangents of one example take, according to the graph that was captured for three."""
-    captured = (known.networks.get(3) for known in sweep._CAPTURED[objective].values())
-    program = next(program for program in captured if program is not None)
-    reach = program.state.reached(
+    found = (known.networks.get(3) for known in captured._CAPTURED[objective].values())
+    network = next(network for network in found if network is not None)
+    reach = network.state.reached(
         {
             node: frozenset(i for i, direction in enumerate(directions.values()) if entry in direction)
-            for entry, node in program.entries.items()
+            for entry, node in network.entries.items()
         }
     )
-    return program.rest.tangent_bytes(reach, len(directions)) / 3
+    return network.rest.tangent_bytes(reach, len(directions)) / 3
 
 
 @pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch", "LayerNorm and GELU", "dict batches"])
@@ -108,7 +108,7 @@ def test_blocks_of_directions_change_nothing(name):
     for factor in (1.01, 1.5):
         objective = _objective(name, (4, 4))
         assert_projections_agree(swept(objective, directions, memory_gib=factor * least), whole, relative=1e-12)
-        together |= {known.directions for known in sweep._CAPTURED[objective].values()}
+        together |= {known.cut.directions for known in captured._CAPTURED[objective].values()}
     assert min(together) == 2
 
 
@@ -118,7 +118,7 @@ def test_blocks_of_directions_change_nothing(name):
     ids=["weighted", "ignoring", "both"],
 )
 def test_losses_that_weigh_examples_are_cut_right(weights, ignored, tiles, monkeypatch):
-    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 1)
+    monkeypatch.setattr(tiling, "_cache_bytes", lambda: 1)
     loss = nn.CrossEntropyLoss(weight=torch.tensor(weights) if weights else None, ignore_index=ignored)
     assert_sweep_agrees(_objective("LayerNorm and GELU", loss_fn=loss))
     assert set(tiles) == {1}
@@ -152,11 +152,11 @@ def test_graphs_are_captured_once_for_each_shape(captures):
 def test_graphs_go_with_their_objective():
     objective = _objective("conv, interpolate", (3,))
     swept(objective, layer_directions(objective))
-    program = weakref.ref(next(iter(sweep._CAPTURED[objective].values())).networks[3])
-    assert program() is not None
+    network = weakref.ref(next(iter(captured._CAPTURED[objective].values())).networks[3])
+    assert network() is not None
     del objective
     gc.collect()
-    assert program() is None
+    assert network() is None
 
 
 class _Mixing(TwoLayers):
@@ -199,7 +199,7 @@ class _Insisting(TwoLayers):
     ],
 )
 def test_networks_that_mix_examples_are_swept_whole(make, size, loss_fn, tiles, monkeypatch):
-    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 1)
+    monkeypatch.setattr(tiling, "_cache_bytes", lambda: 1)
     assert_sweep_agrees(Objective(randomized(make().double()), vectors(size, size), loss_fn=loss_fn))
     assert tiles[-1] == size
     assert tiles[0] < size or make is _Insisting
@@ -210,7 +210,7 @@ def test_a_table_with_as_many_rows_as_there_are_examples(monkeypatch):
         def forward(self, inputs):
             return self.second(torch.tanh(self.first(inputs["x"] + inputs["table"].mean(0))))
 
-    monkeypatch.setattr(sweep, "_cache_bytes", lambda: 1)
+    monkeypatch.setattr(tiling, "_cache_bytes", lambda: 1)
     batches = [({"x": x, "table": x.flip(0).square()}, y) for x, y in vectors(4, 4)]
     assert_sweep_agrees(Objective(randomized(Table().double()), batches))
 
@@ -281,7 +281,7 @@ def test_a_budget_too_small_for_one_example_says_how_much_it_takes():
     objective = _objective("conv, interpolate")
     directions = layer_directions(objective)
     with pytest.raises(
-        MemoryBudgetError, match=r"Two directions of one example need \S+ GiB, more than the budget of 1e-09 GiB: raise"
+        MemoryBudgetError, match=r"2 of 6 directions at 1 examples takes about \S+ GiB, more than the budget of 1e-09 GiB: raise"
     ):
         project_hessian(objective, {}, directions, memory_gib=1e-9)
     least = _needed(objective, directions)
@@ -293,7 +293,7 @@ def test_a_budget_too_small_for_one_example_says_how_much_it_takes():
 def test_a_budget_too_small_for_a_batch_that_cannot_be_cut():
     objective = _objective("conv, batch")
     with pytest.raises(
-        MemoryBudgetError, match="Two directions of a batch of 6 examples need .*, or use smaller batches"
+        MemoryBudgetError, match="2 of 6 directions at 6 examples takes about .*, or use smaller batches"
     ):
         project_hessian(objective, {}, layer_directions(objective), memory_gib=1e-9)
 

@@ -10,7 +10,8 @@ from networks import randomized
 from sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.curvature import op_bilinear, op_rules
+from lmc_curvature.curvature import captured, op_bilinear, op_rules, tiling
+from lmc_curvature.curvature.products import Products
 from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
 
 
@@ -142,3 +143,50 @@ def test_a_tenth_of_one_operation_is_missed_in_no_direction(place, monkeypatch):
     with pytest.raises(SweepError, match="curvature along direction"):
         project_hessian(objective, {}, directions, method="sweep")
     assert len(bent) > place
+
+
+class _Mixing(TwoLayers):
+    """Subtracts the mean over the batch, in evaluation mode too."""
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x) - self.first(x).mean(0)))
+
+
+@pytest.fixture
+def recomputing(monkeypatch):
+    """The sizes of batches that products were computed of, where memory is for two examples at a time only."""
+    monkeypatch.setattr(
+        captured, "cut", lambda program, directions, *, size, whole, **_: tiling.Cut(size if whole else 2, 99, False)
+    )
+    sizes = []
+    combination = Products.combination
+
+    def watched(self, number, batch, coefficients):
+        sizes.append(batch.size)
+        return combination(self, number, batch, coefficients)
+
+    monkeypatch.setattr(Products, "combination", watched)
+    return sizes
+
+
+def test_where_memory_is_short_a_tile_is_compared(recomputing):
+    objective = _objective("conv, interpolate", (6, 6))
+    directions = layer_directions(objective)
+    found = project_hessian(objective, {}, directions, method="sweep")
+    assert recomputing == [2]
+    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
+
+
+def test_a_broken_rule_is_found_out_in_a_tile(recomputing, monkeypatch):
+    monkeypatch.setattr(op_rules.LogSoftmax, "contract", _nothing)
+    objective = _objective("conv, interpolate", (6, 6))
+    with pytest.raises(SweepError, match="curvature along direction"):
+        project_hessian(objective, {}, layer_directions(objective), method="sweep")
+
+
+def test_a_network_that_mixes_examples_is_found_out_where_a_tile_is_compared(recomputing):
+    objective = Objective(randomized(_Mixing().double()), vectors(6, 6))
+    directions = layer_directions(objective)
+    found = project_hessian(objective, {}, directions, method="sweep")
+    assert recomputing == [6]
+    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)

@@ -1,0 +1,122 @@
+"""How examples and directions are cut for the sweep: to a budget of memory, and to the cache of a CPU."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+from lmc_curvature.curvature.program import Program
+from lmc_curvature.errors import MemoryBudgetError
+from lmc_curvature.network import State
+
+# On a CPU, tangents in its last cache are several times faster to work on than those in main memory. Half of it is left
+# to values and weights; tiles larger than the most hardly save calls. The least is for where none is reported.
+_LEAST_CACHE_BYTES, _MOST_CACHE_BYTES = 32 * 2**20, 128 * 2**20
+_DEFAULT_BUDGET_GIB = 4.0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is swept together.
+
+    Attributes:
+        examples: Examples in a tile.
+        directions: Directions in a block.
+        keeps_values: Whether the values of all tiles are kept until their turn, or computed anew.
+    """
+
+    examples: int
+    directions: int
+    keeps_values: bool
+
+
+def budget_bytes(device: torch.device, memory_gib: float | None) -> float:
+    """What values and tangents may take: by default half of a CUDA device's free memory, or 4 GiB."""
+    if memory_gib is not None:
+        return memory_gib * 2**30
+    if device.type == "cuda":
+        # What torch has taken and does not use is free, too.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + unused) / 2
+    return _DEFAULT_BUDGET_GIB * 2**30
+
+
+def cut(
+    program: Program,
+    directions: Sequence[State],
+    *,
+    probe: int,
+    size: int,
+    whole: bool,
+    budget: float,
+    device: torch.device,
+) -> Cut:
+    """Examples and directions to sweep together.
+
+    Args:
+        program: Captured for `probe` examples.
+        directions: All directions.
+        probe: Examples that memory is estimated from.
+        size: Examples of the batch.
+        whole: Whether the batch must not be cut into tiles.
+        budget: Bytes that values and tangents may take.
+        device: Where they are.
+
+    Raises:
+        MemoryBudgetError: Two directions of as few examples as possible need more than the budget.
+    """
+    reach = program.state.reached(
+        {
+            node: frozenset(i for i, direction in enumerate(directions) if name in direction)
+            for name, node in program.entries.items()
+        }
+    )
+    # The graph of a forward and backward pass holds about three times the values themselves.
+    values = 3 * program.rest.value_bytes / probe
+    keeps = values * size <= budget / 2
+    left = budget - values * size if keeps else budget
+    least = size if whole else 1
+    together = len(directions)
+    while True:
+        tangents = program.rest.tangent_bytes(reach, together) / probe
+        each = tangents if keeps else tangents + values
+        if each * least <= left:
+            break
+        if together <= 2:
+            raise MemoryBudgetError(
+                f"Sweeping {min(2, together)} of {len(directions)} directions at {size if whole else 1} examples takes "
+                f"about {(tangents + values) * least / 2**30:.3g} GiB, more than the budget of "
+                f"{budget / 2**30:.3g} GiB: raise memory_gib{', or use smaller batches' if whole else ''}."
+            )
+        together = max(2, together // 2)
+    if whole:
+        return Cut(size, together, keeps)
+    # Nothing may be reached at all.
+    most = left / max(each, 1.0)
+    if device.type == "cpu":
+        most = min(most, max(1.0, _cache_bytes() / max(tangents, 1.0)))
+    # Of one size where that is possible: every size of tile is captured for itself.
+    tiles = -(-size // max(1, min(size, int(most))))
+    return Cut(-(-size // tiles), together, keeps)
+
+
+def blocks(count: int, together: int) -> list[list[int]]:
+    """Sets of directions, none larger than `together`, that between them hold every pair."""
+    if count <= together:
+        return [list(range(count))]
+    half = together // 2
+    parts = [list(range(start, min(start + half, count))) for start in range(0, count, half)]
+    return [first + second for first, second in combinations(parts, 2)]
+
+
+@functools.cache
+def _cache_bytes() -> int:
+    """What tangents may take of a CPU's last cache, which Linux reports in KiB."""
+    sizes = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number, unit = path.read_text().strip()[:-1], path.read_text().strip()[-1:]
+        sizes.append(int(number) * 2**10 if unit == "K" and number.isdigit() else 0)
+    return min(max(max(sizes) // 2, _LEAST_CACHE_BYTES), _MOST_CACHE_BYTES)
