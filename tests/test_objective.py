@@ -367,6 +367,18 @@ def test_convolutions_on_cuda_round_to_tf32_only_if_asked_to(asked):
         assert torch.backends.cudnn.allow_tf32 == before
 
 
+def test_rounding_is_that_of_what_computes():
+    objective = Objective(IMAGES.model().float(), IMAGES.batches())
+    assert objective.rounding == 2.0**-23
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert objective.rounding == 2.0**-7
+    assert Objective(IMAGES.model().double(), IMAGES.batches()).rounding == 2.0**-52
+    tolerant = Objective(IMAGES.model().float(), IMAGES.batches(), allow_tf32=True)
+    assert tolerant.rounding == 2.0**-23, "TF32 is nothing that a CPU has"
+    tolerant.device = torch.device("cuda")
+    assert tolerant.rounding == 2.0**-10
+
+
 # Bad input
 
 

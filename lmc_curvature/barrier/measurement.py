@@ -43,6 +43,7 @@ def measure_barrier(
     max_batches: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    allow_tf32: bool = False,
     progress: bool = True,
 ) -> "BarrierMeasurement":
     """Measure the barrier between two networks, for the whole network and for sets of layers.
@@ -68,6 +69,7 @@ def measure_barrier(
         max_batches: Use only this many batches.
         device: Where to compute; `model_a`'s device by default.
         dtype: Floating-point type to compute in; `model_a`'s by default.
+        allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
         progress: Show a progress bar over batches.
 
     Raises:
@@ -87,6 +89,7 @@ def measure_barrier(
         max_batches=max_batches,
         device=device,
         dtype=dtype,
+        allow_tf32=allow_tf32,
     )
     points = SegmentPoints(segment.to(objective.device, objective.dtype))
     needed = [[points.pair(members, alpha) for alpha in positions] for members in (segment.layers, *sets)]

@@ -50,6 +50,7 @@ def predict_barrier(
     max_batches: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    allow_tf32: bool = False,
     progress: bool = True,
 ) -> "BarrierPrediction":
     """Predict the barrier between two networks, for all their layers and for any set of them, in one pass.
@@ -70,6 +71,7 @@ def predict_barrier(
         max_batches: Use only this many batches; the standard errors say how far to trust the result.
         device: Where to compute; `model_a`'s device by default.
         dtype: Floating-point type to compute in; `model_a`'s by default.
+        allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
         progress: Show a progress bar over batches.
 
     Raises:
@@ -85,6 +87,7 @@ def predict_barrier(
         max_batches=max_batches,
         device=device,
         dtype=dtype,
+        allow_tf32=allow_tf32,
     )
     return predict_on_segment(objective, segment, method=method, memory_gib=memory_gib, progress=progress)
 

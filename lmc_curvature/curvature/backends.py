@@ -157,6 +157,15 @@ def hessian_vector_product(objective: Objective, state: State | None, vector: An
 
     One pass over the loader. For several products at one state make a `hessian_operator` once.
 
+    Args:
+        objective: The loss and its data.
+        state: Where to differentiate; None for the objective's own state.
+        vector: Flat (n,), several as columns (n, k), or a direction by entry names.
+        backend: Who computes it; see `hessian_operator`.
+
+    Returns:
+        The product, of the kind and type of `vector`.
+
     Raises:
         BackendError: The library is not installed, or has another result than a native product on the first batch.
         DirectionError: The vector has a wrong shape, an unknown entry or a type that cannot move.

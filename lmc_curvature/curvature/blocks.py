@@ -106,12 +106,22 @@ def cross_layer_hessian(
 
     whose second term is there when layer a feeds layer b. Both derivatives come from one product a unit of z.
 
+    Args:
+        objective: The loss and its data.
+        state: Where to differentiate; None for the objective's own state.
+        layer_a: Name of the layer along the rows.
+        layer_b: Name of the layer along the columns.
+        partition: How the network is cut into layers; see `LayerPartition.of`.
+        method: See `layer_hessian`.
+        max_gib: Refuse a block that takes more memory.
+        progress: Show a progress bar over batches.
+
     Returns:
         The block, float64, on the objective's device: rows of layer a, columns of layer b, each in the order of
         `HessianOperator(...).block(layer).rows`.
 
     Raises:
-        As `layer_hessian`.
+        LMCCurvatureError: As `layer_hessian`.
     """
     check_choice("method", method, METHODS)
     block = HessianOperator(objective, state, partition=partition).block(layer_a, layer_b)

@@ -87,7 +87,11 @@ class CurvatureOperator(abc.ABC):
         """The matrix of one batch, for directions and rows among some entries."""
 
     def block(self, rows: Iterable[str] | str, columns: Iterable[str] | str | None = None) -> "CurvatureOperator":
-        """The block between two layers, or sets of layers; of one with itself when `columns` is None."""
+        """The block between two layers, or sets of layers; of one with itself when `columns` is None.
+
+        Raises:
+            UnknownLayerError: Names a layer that the partition does not have.
+        """
         row_entries = self._entries_of(rows)
         return self._restricted(row_entries, row_entries if columns is None else self._entries_of(columns))
 
@@ -156,7 +160,11 @@ class CurvatureOperator(abc.ABC):
         return self.matmat(vectors).reshape(self.shape[0], *other.shape[1:]).to(other.device, other.dtype)
 
     def matmat(self, matrix: Float[Tensor, "columns k"]) -> Float[Tensor, "rows k"]:
-        """The product with k vectors in one pass over the loader; float64, on the objective's device."""
+        """The product with k vectors in one pass over the loader; float64, on the objective's device.
+
+        Raises:
+            NonFiniteError: A vector, the loss of a batch or a product is not finite.
+        """
         if matrix.shape[1] == 0:
             return torch.zeros(self.shape[0], 0, dtype=torch.float64, device=self.device)
         return self._products([self.unflatten(vector) for vector in matrix.T]).T
@@ -232,8 +240,12 @@ class CurvatureOperator(abc.ABC):
     def to_dense(self, *, max_gib: float = 4.0) -> Float[Tensor, "rows columns"]:
         """The dense matrix, float64, on the objective's device; one pass over the loader per 64 columns.
 
+        For networks of a few thousand parameters, where calls cost more than arithmetic, `torch.func.hessian` of the
+        loss is several times faster, as long as it fits into memory.
+
         Raises:
             HessianSizeError: It would need more than `max_gib` GiB.
+            NonFiniteError: The loss of a batch or an entry is not finite.
         """
         rows, columns = self.shape
         gib = rows * columns * 8 / 2**30
@@ -255,6 +267,7 @@ class CurvatureOperator(abc.ABC):
 
         Raises:
             OperatorError: Rows and columns are of different layers.
+            NonFiniteError: The loss of a batch or an entry is not finite.
         """
         if self.rows != self.columns:
             raise OperatorError(

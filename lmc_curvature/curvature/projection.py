@@ -94,7 +94,10 @@ def project_hessian(
             Hessian-vector product on the first batch. `"hvp"`: one exact Hessian-vector product a direction and
             batch. `"auto"`: the sweep, and products with a `FallbackWarning` where it cannot go.
         memory_gib: What the sweep may take for values and tangents, in GiB: examples and directions are cut to fit.
-            By default half of what a CUDA device has free, or 4 GiB of main memory.
+            By default half of what a CUDA device has free, or 4 GiB of main memory. Beside it there are the directions,
+            folded weights and their tangents (about as large as state and directions), and for the first batch of
+            every shape a pass without gradients over all of it; the objective's own check of the first batch keeps a
+            graph of it for a moment.
         progress: Show a progress bar over batches.
 
     Returns:
@@ -123,7 +126,22 @@ def project_hessian_at(
     memory_gib: float | None = None,
     progress: bool = False,
 ) -> list[Projection]:
-    """As `project_hessian`, at several states on the same batches: still one pass over the loader."""
+    """As `project_hessian`, at several states on the same batches: still one pass over the loader.
+
+    Args:
+        objective: The loss and its data.
+        states: Where to differentiate; every batch is visited at all of them.
+        directions: k sparse states, the same at every state.
+        method: See `project_hessian`.
+        memory_gib: See `project_hessian`.
+        progress: Show a progress bar over batches.
+
+    Returns:
+        A projection for each state.
+
+    Raises:
+        LMCCurvatureError: As `project_hessian`; values that are not finite are named with their state's number.
+    """
     check_choice("method", method, METHODS)
     if memory_gib is not None and not memory_gib > 0:
         raise OptionError(f"memory_gib={memory_gib!r}: expected a positive number of GiB (or None).")

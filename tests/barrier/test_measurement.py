@@ -193,6 +193,7 @@ def test_alphas_may_be_any_positions():
         ({"layers": [["conv1"], ["conv9"]]}, UnknownLayerError, "no layer 'conv9': did you mean 'conv"),
         ({"layers": [["conv1"], []]}, OptionError, r"layers\[1\] is an empty set"),
         ({"metrics": ("accuracy",)}, OptionError, "metrics='accuracy' is not a choice"),
+        ({"allow_tf32": 1}, OptionError, "allow_tf32=1: expected True or False"),
         ({"metrics": ()}, MetricError, "No metric was asked for"),
         ({"loss_fn": BatchLoss(lambda m, b: m(b[0]).mean())}, MetricError, r"pass metrics=\('loss',\)"),
         ({"loss_fn": F.mse_loss}, MetricError, r"'error' needs outputs.*batch 0.*Pass metrics=\('loss',\)"),

@@ -225,6 +225,7 @@ class _Untouchable:
         (CASES["tied weights"].model(), {}, ArchitectureMismatchError, r"conv1.weight: only in model_a, with shape"),
         (CONV.model(1), {"batch_norm": "freeze"}, OptionError, "batch_norm='freeze' is not a choice"),
         (CONV.model(1), {"max_batches": 0}, OptionError, "max_batches=0"),
+        (CONV.model(1), {"allow_tf32": 1}, OptionError, "allow_tf32=1: expected True or False"),
     ],
 )
 def test_bad_input_is_refused_before_the_loader_is_visited(model_b, options, error, message, untyped):

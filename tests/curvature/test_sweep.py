@@ -281,7 +281,8 @@ def test_a_budget_too_small_for_one_example_says_how_much_it_takes():
     objective = _objective("conv, interpolate")
     directions = layer_directions(objective)
     with pytest.raises(
-        MemoryBudgetError, match=r"2 of 6 directions at 1 examples takes about \S+ GiB, more than the budget of 1e-09 GiB: raise"
+        MemoryBudgetError,
+        match=r"2 of 6 directions at 1 examples takes about \S+ GiB, more than the budget of 1e-09 GiB: raise",
     ):
         project_hessian(objective, {}, directions, memory_gib=1e-9)
     least = _needed(objective, directions)
