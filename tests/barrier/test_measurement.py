@@ -10,7 +10,7 @@ from cases import CASES
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lmc_curvature import BarrierMeasurement, BatchLoss, measure_barrier
+from lmc_curvature import BarrierMeasurement, BatchLoss, Objective, measure_barrier
 from lmc_curvature.errors import AlphaError, LoaderError, MetricError, NonFiniteError, OptionError, UnknownLayerError
 
 CONV = CASES["conv, interpolate"]
@@ -185,6 +185,20 @@ def test_alphas_may_be_any_positions():
     np.testing.assert_allclose(found.curve(), whole.curve()[[1, 3]], atol=1e-13)
 
 
+def test_tf32_may_be_asked_for(monkeypatch):
+    asked = []
+
+    class Recording(Objective):
+        def measuring(self):
+            asked.append(self.allow_tf32)
+            return super().measuring()
+
+    monkeypatch.setattr("lmc_curvature.barrier.measurement.Objective", Recording)
+    for options in ({}, {"allow_tf32": True}):
+        measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), alphas=3, progress=False, **options)
+    assert asked == [False, True]
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -193,7 +207,6 @@ def test_alphas_may_be_any_positions():
         ({"layers": [["conv1"], ["conv9"]]}, UnknownLayerError, "no layer 'conv9': did you mean 'conv"),
         ({"layers": [["conv1"], []]}, OptionError, r"layers\[1\] is an empty set"),
         ({"metrics": ("accuracy",)}, OptionError, "metrics='accuracy' is not a choice"),
-        ({"allow_tf32": 1}, OptionError, "allow_tf32=1: expected True or False"),
         ({"metrics": ()}, MetricError, "No metric was asked for"),
         ({"loss_fn": BatchLoss(lambda m, b: m(b[0]).mean())}, MetricError, r"pass metrics=\('loss',\)"),
         ({"loss_fn": F.mse_loss}, MetricError, r"'error' needs outputs.*batch 0.*Pass metrics=\('loss',\)"),
