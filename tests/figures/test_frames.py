@@ -30,7 +30,7 @@ FIGURES = {
     ),
     "heat maps": (
         lambda t: figures.draw_layer_heatmaps(t.layers, fork=0),
-        {"layers": "position layer measured predicted hessian_energy distance"},
+        {"layers": "position layer measured measured_lowest predicted hessian_energy distance"},
     ),
     "ranks": (
         lambda t: figures.draw_rank_correlations(t.layers),
