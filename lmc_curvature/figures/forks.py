@@ -18,8 +18,10 @@ from lmc_curvature.figures.grids import EPOCH_LABEL, count_axis, fork_legend
 from lmc_curvature.figures.panels import BARRIER_LABEL
 from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, INK, TEXT_WIDTH, fork_colors, look, new_figure
 
+Values = Float64[np.ndarray, " n"]
+
 # The expansions beside the measurement, and their markers.
-_COMPARED: dict[Expansion, str] = {"second-order": "s", "with-slopes": "D"}
+_COMPARED: dict[Expansion, str] = {"second-order": "s", "with-slopes": "D", "hermite": "^"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     """Draw the loss barrier between siblings at their last epoch, by fork: measured, and predicted beside it.
 
     Figure 4 of Singh et al. 2024. The axis is logarithmic; hollow points in the grey strip at its foot are barriers of
-    zero or below, or over 1e5 times below the largest. Bars are standard errors. Predictions are always of the loss on
+    zero or below, or over 1e5 times below the largest. Bars are standard errors; where one reaches into the strip, zero
+    is within it. Predictions are to second order, with slopes, and of Hermite's quintic. They are always of the loss on
     the training data, whatever the split.
 
     Args:
@@ -70,10 +73,11 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     if not np.isfinite([group.values for group in groups[1:]]).any():
         last = ", ".join(f"fork {int(fork)} at epoch {int(epoch)}" for fork, epoch in times)
         raise OptionError(f"The table of predictions has no barrier for the last epochs measured: {last}.")
-    figure = new_figure(max(COLUMN_WIDTH, 0.42 * len(times) + 1.2), 2.9)
+    figure = new_figure(max(COLUMN_WIDTH, 0.5 * len(times) + 1.2), 3.1)
     axes = figure.add_subplot()
-    scale = decades(np.concatenate([_reach(group) for group in groups]))
-    for offset, group in zip((-0.2, 0.0, 0.2), groups, strict=True):
+    scale = decades(np.concatenate([_reach(group.values, group.errors) for group in groups]))
+    groups = [group for group in groups if np.isfinite(group.values).any()]
+    for offset, group in zip(0.16 * (np.arange(len(groups)) - (len(groups) - 1) / 2), groups, strict=True):
         _draw_points(axes, group, offset, scale)
     decades_axis(axes, scale)
     axes.set_xticks(range(len(times)), [str(int(fork)) for fork, _ in times])
@@ -146,16 +150,27 @@ def _points(rows: pd.DataFrame, times: list[tuple[int, int]], label: str, color:
     return Points(label, color, marker, values, errors)
 
 
-def _reach(points: Points) -> np.ndarray:
-    """The values, and the upper ends of their bars; the lower ones may leave the axis."""
-    return np.concatenate([points.values, (points.values + points.errors)[points.values > 0]])
+def _reach(values: Values, errors: Values) -> Values:
+    """The values, and the ends of the bars of those that are positive; zero for lower ends that are nearly zero.
+
+    A bar that ends just above zero would draw the axis out over decades in which nothing else is.
+    """
+    positive = values > 0
+    values, lower, upper = values, (values - errors)[positive], (values + errors)[positive]
+    least = 0.1 * values[positive].min(initial=np.inf)
+    return np.concatenate([values, np.where(lower < least, 0.0, lower), upper])
+
+
+def _bars(values: Values, errors: Values, scale: Decades) -> Float64[np.ndarray, "2 n"]:
+    """How far bars reach down and up; what has no place on the axis ends in the strip."""
+    lower = values - errors
+    return np.stack([values - np.where(lower < scale.floor, scale.strip, lower), errors])
 
 
 def _draw_points(axes: Axes, points: Points, offset: float, scale: Decades) -> None:
     positions = np.arange(len(points.values)) + offset
     values = scale.above(points.values)
-    # A bar that reaches below the floor is cut there: a logarithm knows no end for it.
-    errors = np.stack([np.minimum(points.errors, values - scale.floor), points.errors])
+    errors = _bars(values, points.errors, scale)
     pen: dict[str, Any] = {"color": points.color, "marker": points.marker, "markersize": 4, "linestyle": "none"}
     axes.errorbar(positions, values, yerr=errors, elinewidth=0.8, label=f"_{points.label}", **pen)
     axes.plot(positions, scale.below(points.values), markerfacecolor="none", label=f"_{points.label}, small", **pen)
