@@ -26,7 +26,7 @@ FIGURES = {
     ),
     "growth": (
         lambda t: figures.draw_barrier_growth(t.barriers, t.predictions),
-        {"barriers": "split metric barrier", "predictions": "expansion barrier"},
+        {"barriers": "split metric barrier standard_error", "predictions": "expansion barrier standard_error"},
     ),
     "heat maps": (
         lambda t: figures.draw_layer_heatmaps(t.layers, fork=0),
