@@ -1,5 +1,6 @@
 """The ridge between siblings while they train: barrier curves, one behind the other."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import matplotlib as mpl
@@ -22,6 +23,8 @@ Quantity = Literal["value", "barrier"]
 # More curves than this hide each other.
 _MOST_CURVES = 24
 _WHITENED = 0.6
+# Panels of values have one scale while the highest is at most this many times as high as the lowest.
+_ALIKE = 3.0
 # How far a panel of barriers reaches below the chord, as a share of the way above it.
 _VALLEY = 1 / 3
 
@@ -33,12 +36,14 @@ def draw_ridges(
     """Draw the metric along the segment between siblings in three dimensions, a curve an epoch and a panel a fork.
 
     Figures 1 and 8 to 12 of Singh et al. 2024. All panels have the same epochs and the same colours, from the first
-    epoch in dark to the last in light. Values fall while networks learn, so the last epoch stands in front, and panels
-    have one scale. Barriers rise, so the first epoch stands in front; and as later forks have barriers orders of
-    magnitude lower, each panel has a scale of its own, and a grey sheet at zero, where the chord is. Below the chord it
-    reaches a third as far as above, so that valleys do not flatten the ridge: deeper curves are cut at the floor, and
-    the small print says how deep they are. Of many epochs, 24 evenly chosen ones are drawn, the first and the last
-    among them.
+    epoch in dark to the last in light. Of many epochs, 24 evenly chosen ones are drawn, the first and the last among
+    them.
+
+    Values fall while networks learn, so the last epoch stands in front. Panels of values have one scale unless one is
+    over three times as high as another. Barriers rise, so the first epoch stands in front. As later forks have barriers
+    orders of magnitude lower, each panel has a scale of its own, and a grey sheet at zero, where the chord is. Below
+    the chord it reaches a third as far as above, so that valleys do not flatten the ridge: deeper curves are cut at the
+    floor, and the small print says how deep they are.
 
     Args:
         curves: A row a fork, epoch, split, metric and α, with the columns `alpha`, `value` and `barrier`.
@@ -53,14 +58,13 @@ def draw_ridges(
     rows = checked(curves, "curves", ["alpha", quantity], split=split, metric=metric)
     rows = known(rows, "curves", quantity)
     forks = by_fork(rows)
-    epochs, heights = numbers(rows, "epoch"), numbers(rows, quantity)
+    epochs = numbers(rows, "epoch")
     shade = Normalize(epochs.min(), epochs.max() + (epochs.min() == epochs.max()))
-    shared = _limits(heights)
+    limits = _panel_limits({fork: numbers(each, quantity) for fork, each in forks.items()}, quantity)
     figure, cells = fork_cells(len(forks), 2.25, margin=0.4)
     for (fork, each), cell in zip(forks.items(), cells, strict=True):
         axes = figure.add_subplot(cell, projection="3d")
-        limits = shared if quantity == "value" else _ridge_limits(numbers(each, quantity))
-        _dress(axes, shade, limits, last_in_front=quantity == "value")
+        _dress(axes, shade, limits[fork], last_in_front=quantity == "value")
         _label_heights(axes, metric if quantity == "value" else "barrier")
         # The upper left corner of the panel is empty.
         heading(axes, fork_title(fork), _detail(each, quantity), lift=-10.0)
@@ -73,12 +77,21 @@ def draw_ridges(
     what = named if quantity == "value" else f"barrier of the {named}"
     space = " " if figure.get_figwidth() >= TEXT_WIDTH else "\n"
     title = f"{split} {what},{space}between siblings at α of their segment"
-    if quantity == "barrier":
+    if len(set(limits.values())) > 1:
         title += f";{space}each panel has its own scale"
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     # The layout does not see how far the labels of the heights reach.
     figure.set_layout_engine("constrained", rect=(0, 0, 1 - 0.2 / figure.get_figwidth(), 1))
     return figure
+
+
+def _panel_limits(heights: Mapping[int, np.ndarray], quantity: Quantity) -> dict[int, tuple[float, float]]:
+    """Fork to the ends of its axis of heights: one scale for values that are alike, otherwise a scale each."""
+    if quantity == "barrier":
+        return {fork: _ridge_limits(each) for fork, each in heights.items()}
+    limits = {fork: _limits(each) for fork, each in heights.items()}
+    tops = [top for _, top in limits.values()]
+    return limits if max(tops) > _ALIKE * min(tops) else dict.fromkeys(heights, _limits(np.hstack([*heights.values()])))
 
 
 def _limits(heights: np.ndarray) -> tuple[float, float]:

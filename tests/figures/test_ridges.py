@@ -45,14 +45,18 @@ def test_curves_are_those_of_the_table(metric, quantity, split, traces, pick, un
     assert title.startswith(f"{split} {'barrier of the ' if quantity == 'barrier' else ''}{metric}")
 
 
-def test_panels_of_values_have_the_same_axes_and_an_epoch_the_same_colour(traces):
-    first, *others = draw_ridges(traces.curves, split="test", metric="loss").axes
-    heights = traces.curves.query("split == 'test' and metric == 'loss'")["value"]
-    assert first.get_zlim() == (0, heights.max())
+@pytest.mark.parametrize(("height", "own"), [(2.9, False), (3.1, True)])
+def test_panels_of_values_have_one_scale_while_they_are_alike(height, own, traces):
+    curves = traces.curves.assign(value=np.where(traces.curves["fork"] == 0, height, 1.0))
+    figure = draw_ridges(curves, split="test", metric="loss")
+    assert [axes.get_zlim()[1] for axes in figure.axes] == ([height, 1, 1] if own else [height] * 3)
+    assert figure.get_suptitle().endswith("each panel has its own scale") == own
+    first, *others = figure.axes
     assert set(first.get_ylim()) == {2, 8}
     for other in others:
-        assert (other.get_ylim(), other.get_zlim()) == (first.get_ylim(), first.get_zlim())
-        assert drawn(other)[8].get_color() == drawn(first)[8].get_color() != drawn(first)[4].get_color()
+        assert other.get_ylim() == first.get_ylim()
+        assert drawn(other)[8].get_color() == drawn(first)[8].get_color()
+    assert drawn(first)[4].get_color() != drawn(first)[8].get_color()
 
 
 def test_each_panel_of_barriers_has_its_own_scale_and_a_sheet_at_zero(traces, pick):
