@@ -168,7 +168,7 @@ def _label_epochs(axes: Axes, epochs: np.ndarray) -> None:
 def _draw_signed_bar(figure: Figure, panels: Sequence[Axes], mesh: QuadMesh, *, powers: int) -> None:
     """A bar under the panels, with numbers at zero and at the largest powers of ten on either side of it."""
     bar = _draw_bar(figure, panels, mesh)
-    top = math.floor(math.log10(float(mesh.norm.vmax or 1.0)) + 1e-9)
+    top = math.floor(math.log10(mesh.get_clim()[1] or 1.0) + 1e-9)
     ticks = 10.0 ** np.arange(top - powers + 1, top + 1)
     bar.ax.xaxis.set_major_locator(FixedLocator([*-ticks[::-1], 0, *ticks]))
     bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, 1)))
