@@ -9,9 +9,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from timing import Measurement, Spread
 
+from lmc_curvature.figures.panels import short_number
 from lmc_curvature.figures.style import (
     BLUE,
     GREEN,
@@ -29,6 +32,8 @@ from lmc_curvature.figures.style import (
 _COLORS = (BLUE, VERMILION, GREEN, PURPLE, GREY, INK)
 # Not as many as colours, so that pairs come back after thirty.
 _MARKERS = "osD^v"
+# Within this factor from the smallest to the largest, points have a linear axis.
+_NARROW = 2.0
 
 
 @dataclass(frozen=True)
@@ -78,23 +83,36 @@ def draw_roads(measurements: Mapping[str, Measurement], ours: Sequence[str], xla
 
 @look()
 def draw_points(shown: Mapping[str, Spread], ours: Sequence[str], xlabel: str) -> Figure:
-    """A point for each name with its quartiles, on a logarithmic axis; some names have a colour of their own."""
-    figure = new_figure(TEXT_WIDTH, 0.6 + 0.2 * len(shown))
+    """A point for each name with its quartiles; this library's have a colour of their own.
+
+    The axis is logarithmic, but where all lie within a factor of two: then it begins at zero, or small differences
+    would look large.
+    """
+    figure = new_figure(TEXT_WIDTH, 0.8 + 0.2 * len(shown))
     axes = figure.subplots()
     for row, (name, spread) in enumerate(shown.items()):
         color = BLUE if name in ours else GREY
         axes.plot([spread.low, spread.high], [row, row], color=color, linewidth=1.0)
         axes.plot(spread.median, row, "o", color=color, markersize=4)
-        text = f"{spread.median:.3g}"
-        axes.annotate(text, (spread.high, row), (6, 0), textcoords="offset points", va="center", fontsize=SMALL)
+        text, place = short_number(spread.median, 3), (spread.high, row)
+        axes.annotate(text, place, (6, 0), textcoords="offset points", va="center", fontsize=SMALL)
     axes.set_yticks(range(len(shown)), list(shown))
     axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xscale("log")
-    axes.margins(x=0.1)
-    _plain_ticks(axes.xaxis)
+    if max(spread.high for spread in shown.values()) > _NARROW * min(spread.low for spread in shown.values()):
+        axes.set_xscale("log")
+        # On the right, for the numbers.
+        axes.margins(x=0.15)
+        _plain_ticks(axes.xaxis)
+    else:
+        axes.set_xlim(0, 1.15 * max(spread.high for spread in shown.values()))
     axes.grid(color=PALE, linewidth=0.5)
     axes.set_xlabel(xlabel)
+    if 0 < sum(name in ours for name in shown) < len(shown):
+        point: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 4}
+        handles = [Line2D([], [], color=BLUE, label="this library", **point)]
+        handles.append(Line2D([], [], color=GREY, label="others", **point))
+        figure.legend(handles=handles, loc="outside upper left", ncols=2)
     return figure
 
 
@@ -109,7 +127,31 @@ def draw_panels(panels: Sequence[Panel]) -> Figure:
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend([handles[label] for label in labels], labels, loc="outside lower left", ncols=3)
+    # How close numbers come is known once all have their places.
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        _part_numbers(axes)
     return figure
+
+
+def _part_numbers(axes: Axes) -> None:
+    """Move the numbers at the ends of curves up and down, no farther than it takes for none to cover another."""
+    numbers = sorted((text for text in axes.texts if isinstance(text, Annotation)), key=lambda text: text.xy[1])
+    heights = np.array([axes.transData.transform(number.xy)[1] for number in numbers]) * 72 / axes.figure.dpi
+    for number, height, place in zip(numbers, heights, spread_out(heights.tolist(), 1.15 * SMALL), strict=True):
+        number.set_position((number.get_position()[0], place - height))
+
+
+def spread_out(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights in increasing order, at least a gap apart, where those too close stay centred on where they were."""
+    groups: list[tuple[float, int]] = []
+    for height in heights:
+        groups.append((height, 1))
+        # Two groups that overlap are one, around the mean of all that is in it.
+        while len(groups) > 1 and groups[-1][0] - groups[-2][0] < gap * (groups[-1][1] + groups[-2][1]) / 2:
+            (below, lower), (above, upper) = groups[-2:]
+            groups[-2:] = [((below * lower + above * upper) / (lower + upper), lower + upper)]
+    return [middle + gap * (number - (count - 1) / 2) for middle, count in groups for number in range(count)]
 
 
 def _draw_panel(axes: Axes, panel: Panel, labels: Sequence[str]) -> None:

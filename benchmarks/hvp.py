@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         rows = [road_row(found[road.name], gradient_peak=gradient_peak, error=errors.get(road.name)) for road in roads]
         report.tables.append(Table(name, title, ROAD_COLUMNS, rows))
     report.bars += _bars(found, counts)
-    ours = [name for name in found if not name.startswith(PEERS)]
+    ours = [name for name in found if name.startswith(("HessianOperator", OURS_OF_PARAMETERS))]
     return publish(report, options, draw_roads(found, ours, "forward passes a vector"))
 
 

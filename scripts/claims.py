@@ -3,7 +3,8 @@
     python scripts/claims.py runs/cifar10-small
 
 Prints Markdown tables, a row a fork: the ridge between siblings, how siblings lie to each other, and how well barriers
-of whole networks, of layers and of growing sets of layers are predicted. Losses are in nats, of the training data.
+of whole networks, of layers and of growing sets of layers are predicted, at the end and before. Losses are in nats, of
+the training data but where a column says otherwise.
 """
 
 import math
@@ -16,10 +17,12 @@ import pandas as pd
 import typer
 from jaxtyping import Float64
 
+from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.figures.agreement import Pairs
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, known, numbers
 from lmc_curvature.figures.ranks import rank_correlations
 from lmc_curvature.forking import Traces, read_traces
+from lmc_curvature.forking.directory import open_directory
 
 Row = dict[str, Any]
 Claim = Callable[[Traces], list[Row]]
@@ -34,9 +37,18 @@ RATIO_SHARE = 0.01
 def main(directory: Annotated[Path, typer.Argument(help="A directory that lmc-curvature trace has traced.")]) -> None:
     """Print the tables."""
     traces = read_traces(directory)
+    print(f"{standard_errors(directory, traces)}\n")
     for title, claim in CLAIMS.items():
         rows = claim(traces)
         print(f"**{title}**\n\n{markdown(rows)}\n" if rows else f"**{title}**: not traced.\n")
+
+
+def standard_errors(directory: Path, traces: Traces) -> str:
+    """From how many batches standard errors are estimated: of few, they are themselves uncertain."""
+    fork, epoch = (int(traces.barriers[column].iloc[0]) for column in ("fork", "epoch"))
+    path = open_directory(directory).trace_path(fork, epoch) / "train.safetensors"
+    sizes = BarrierMeasurement.load(path).batch_sizes
+    return f"Standard errors are estimated from the spread between {len(sizes)} batches of {int(sizes.max())} examples."
 
 
 def ridges(traces: Traces) -> list[Row]:
@@ -102,26 +114,68 @@ def siblings(traces: Traces) -> list[Row]:
 
 def whole_networks(traces: Traces) -> list[Row]:
     """Proposition 1: predicted and measured barriers at the end, and their rank correlation over forks."""
-    measured = checked(traces.barriers, "barriers", ["barrier", "standard_error"], split="train", metric="loss")
-    measured = at_epoch(measured, "barriers", None)
+    of_loss = {
+        split: at_epoch(checked(traces.barriers, "barriers", ["barrier"], split=split, metric="loss"), "", None)
+        for split in sorted(set(traces.barriers["split"]), reverse=True)
+    }
     predicted = {
-        expansion: numbers(
-            at_epoch(checked(traces.predictions, "predictions", ["barrier"], expansion=expansion), "", None), "barrier"
-        )
+        expansion: at_epoch(checked(traces.predictions, "predictions", ["barrier"], expansion=expansion), "", None)
         for expansion in ("second-order", "with-slopes", "hermite")
     }
-    barriers, errors = numbers(measured, "barrier"), numbers(measured, "standard_error")
-    rows: list[Row] = [
+    measured = numbers(of_loss["train"], "barrier")
+    values = {expansion: numbers(rows, "barrier") for expansion, rows in predicted.items()}
+    found: list[Row] = [
         {
             "fork": int(fork),
-            "measured": f"{_text(barriers[k])} ± {_text(errors[k], 2)}",
-            **{expansion: values[k] for expansion, values in predicted.items()},
-            "second-order / measured": predicted["second-order"][k] / barriers[k] if barriers[k] > 0 else math.nan,
+            **{f"measured, {split}": _with_error(rows, k) for split, rows in of_loss.items()},
+            **{expansion: _with_error(rows, k) for expansion, rows in predicted.items()},
+            **{
+                f"{expansion} / measured": values[expansion][k] / measured[k] if measured[k] > 0 else math.nan
+                for expansion in ("second-order", "hermite")
+            },
         }
-        for k, fork in enumerate(measured["fork"])
+        for k, fork in enumerate(of_loss["train"]["fork"])
     ]
-    ranks = {expansion: Pairs(barriers, values).rank_correlation() for expansion, values in predicted.items()}
-    return [*rows, {"fork": "Spearman over forks", **ranks}]
+    ranks = {expansion: Pairs(measured, each).rank_correlation() for expansion, each in values.items()}
+    return [*found, {"fork": "Spearman over forks", **ranks}]
+
+
+def _with_error(rows: pd.DataFrame, k: int) -> str:
+    barrier, error = (float(numbers(rows, column)[k]) for column in ("barrier", "standard_error"))
+    # A curve that nowhere lies above the chord has its maximum at the ends, where there is no spread.
+    return "0" if barrier == 0 else f"{_text(barrier)} ± {_text(error, 2)}"
+
+
+def under_way(traces: Traces) -> list[Row]:
+    """What is predicted before the end: where no point of the segment lies above the chord, and where it is worst."""
+    measured = checked(traces.barriers, "barriers", ["barrier"], split="train", metric="loss")
+    curves = by_fork(checked(traces.curves, "curves", ["barrier"], split="train", metric="loss"))
+    tables = {
+        name: by_fork(checked(traces.predictions, "predictions", ["barrier"], expansion=name))
+        for name in ("second-order", "with-slopes", "hermite")
+    }
+    rows = []
+    for fork, each in by_fork(measured).items():
+        barriers, epochs = numbers(each, "barrier"), numbers(each, "epoch")
+        predicted = {name: numbers(table[fork], "barrier") for name, table in tables.items()}
+        none = barriers <= 0
+        ratios = np.divide(predicted["second-order"], barriers, out=np.zeros_like(barriers), where=~none)
+        worst = int(np.argmax(ratios))
+        at_worst = f"{_text(float(predicted['second-order'][worst]))} / {_at(float(barriers[worst]), epochs[worst])}"
+        rows.append(
+            {
+                "fork": fork,
+                "epochs without a barrier": f"{int(none.sum())} of {len(none)}",
+                **{f"{name} there": _range(values[none]) for name, values in predicted.items()},
+                "lowest point of a curve": float(numbers(curves[fork], "barrier").min()),
+                "worst second-order / measured": "–" if none.all() else at_worst,
+            }
+        )
+    return rows
+
+
+def _range(values: Float64[np.ndarray, " n"]) -> str:
+    return f"{_text(float(values.min()))} to {_text(float(values.max()))}" if len(values) else "–"
 
 
 def layers(traces: Traces) -> list[Row]:
@@ -134,6 +188,26 @@ def layers(traces: Traces) -> list[Row]:
     ]
     means = {name: _mean([row[name] for row in found]) for name in found[0] if name != "fork"}
     return [*found, {"fork": "mean", **means}]
+
+
+def sunken_layers(traces: Traces) -> list[Row]:
+    """Layers without a barrier, over training: how many, until when, and for how many one is predicted."""
+    rows = known(checked(traces.layers, "layers", ["measured", "predicted"]), "layers", "measured")
+    found = []
+    for fork, each in by_fork(rows).items():
+        epochs, none = numbers(each, "epoch"), numbers(each, "measured") <= 0
+        until = epochs[none].max() if none.any() else math.nan
+        wrong = none & (numbers(each, "predicted") > 0)
+        found.append(
+            {
+                "fork": fork,
+                "last epoch with a layer without a barrier": int(until) if none.any() else "–",
+                "layers without a barrier, up to it": f"{int(none.sum())} of {int((epochs <= until).sum())}",
+                "of these, predicted to have one": int(wrong.sum()),
+                "deepest below the chord": float(numbers(each, "measured_lowest").min()),
+            }
+        )
+    return found
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -175,7 +249,9 @@ CLAIMS: dict[str, Claim] = {
     "The ridge between siblings": ridges,
     "How siblings lie to each other": siblings,
     "Barriers of whole networks (Proposition 1)": whole_networks,
+    "Barriers of whole networks while training is under way": under_way,
     "Barriers of layers (Proposition 2): Spearman's ρ over layers with the measured barrier": layers,
+    "Layers without a barrier": sunken_layers,
     "Barriers of the first and of the last k layers": growing_sets,
 }
 

@@ -1,9 +1,11 @@
+import dataclasses
 import importlib.util
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from lmc_curvature.forking import ForkConfig, run_forks, trace_forks
@@ -53,7 +55,9 @@ def test_rows_are_those_of_the_tables(claims, experiment):
     assert ridge["at the end"] == end["barrier"]
     whole = claims.whole_networks(traces)
     predicted = traces.predictions.query("fork == 1 and epoch == 3 and expansion == 'second-order'").iloc[0]
-    assert whole[1]["second-order"] == predicted["barrier"]
+    assert float(whole[1]["second-order"].split(" ± ")[0]) == pytest.approx(predicted["barrier"], rel=5e-3)
+    test = traces.barriers.query("fork == 1 and epoch == 3 and split == 'test' and metric == 'loss'").iloc[0]
+    assert float(whole[1]["measured, test"].split(" ± ")[0]) == pytest.approx(test["barrier"], rel=5e-3)
     assert whole[-1]["fork"] == "Spearman over forks"
     assert math.isnan(whole[-1]["second-order"])  # two forks have no ranks
     geometry = traces.geometry.query("fork == 0 and epoch == 3").iloc[0]
@@ -64,7 +68,39 @@ def test_rows_are_those_of_the_tables(claims, experiment):
     assert layers[-1]["distance"] == pytest.approx((layers[0]["distance"] + layers[1]["distance"]) / 2)
 
 
+def test_what_is_predicted_where_there_is_no_barrier(claims, experiment):
+    traces = experiment[1]
+    none = traces.barriers.query("fork == 0 and split == 'train' and metric == 'loss'").sort_values("epoch")
+    barriers, predicted = (
+        none.assign(barrier=[0.0, 0.5, 0.1])["barrier"],
+        traces.predictions.query("fork == 0 and expansion == 'second-order'").sort_values("epoch"),
+    )
+    changed = dataclasses.replace(
+        traces,
+        barriers=traces.barriers.assign(barrier=barriers.reindex(traces.barriers.index).fillna(1.0)),
+        predictions=traces.predictions.assign(
+            barrier=pd.Series([2.0, 1.0, 0.3], index=predicted.index).reindex(traces.predictions.index).fillna(0.7)
+        ),
+    )
+    row = claims.under_way(changed)[0]
+    assert row["epochs without a barrier"] == "1 of 3"
+    assert row["second-order there"] == "2 to 2"
+    assert row["hermite there"] == "0.7 to 0.7"
+    assert row["worst second-order / measured"] == "0.3 / 0.1 (epoch 3)"
+
+
+def test_layers_without_a_barrier_are_counted_up_to_the_last_epoch_that_has_one(claims, experiment):
+    traces = experiment[1]
+    layers = traces.layers.assign(measured=1.0, measured_lowest=-0.25, predicted=1.0)
+    layers.loc[(layers["epoch"] == 2) & (layers["position"] < 2), "measured"] = 0.0
+    layers.loc[layers["position"] == 1, "predicted"] = 0.0
+    row = claims.sunken_layers(dataclasses.replace(traces, layers=layers))[0]
+    count = layers["position"].nunique()
+    assert list(row.values()) == [0, 2, f"2 of {2 * count}", 1, -0.25]
+
+
 def test_every_table_is_printed(claims, experiment, capsys):
     claims.main(experiment[0])
     printed = capsys.readouterr().out
+    assert printed.startswith("Standard errors are estimated from the spread between 1 batches of 150 examples.")
     assert all(f"**{title}**\n\n| fork |" in printed for title in claims.CLAIMS)

@@ -1,12 +1,14 @@
 """Barriers between siblings by the epoch of their fork, measured beside predicted."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float64
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -14,12 +16,16 @@ from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures.decades import Decades, decades, decades_axis
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, known, numbers
-from lmc_curvature.figures.grids import EPOCH_LABEL, count_axis, fork_legend
-from lmc_curvature.figures.panels import BARRIER_LABEL
-from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, INK, TEXT_WIDTH, fork_colors, look, new_figure
+from lmc_curvature.figures.grids import EPOCH_LABEL, count_axis, fork_cells
+from lmc_curvature.figures.panels import BARRIER_LABEL, fork_title
+from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, INK, look, new_figure
+
+Values = Float64[np.ndarray, " n"]
 
 # The expansions beside the measurement, and their markers.
-_COMPARED: dict[Expansion, str] = {"second-order": "s", "with-slopes": "D"}
+_COMPARED: dict[Expansion, str] = {"second-order": "s", "with-slopes": "D", "hermite": "^"}
+# Those drawn over training, their markers and places in the strip: with slopes, a line would hide the second order.
+_GROWN: dict[Expansion, tuple[str, float]] = {"second-order": ("s", 0.5), "hermite": ("^", 0.25)}
 
 
 @dataclass(frozen=True)
@@ -41,12 +47,35 @@ class Points:
     errors: Float64[np.ndarray, " forks"]
 
 
+class Growth(NamedTuple):
+    """Barriers of one kind over training.
+
+    Attributes:
+        label: What the legend calls them.
+        color: Of points, lines and bars.
+        marker: Shape of the points.
+        thickness: Of the bars.
+        opacity: Of the bars.
+        share: How far up the strip those stand that have no place on the axis; at one height they would hide others.
+        forks: Fork to its rows.
+    """
+
+    label: str
+    color: str
+    marker: str
+    thickness: float
+    opacity: float
+    share: float
+    forks: Mapping[int, pd.DataFrame]
+
+
 @look()
 def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, split: str = "train") -> Figure:
     """Draw the loss barrier between siblings at their last epoch, by fork: measured, and predicted beside it.
 
     Figure 4 of Singh et al. 2024. The axis is logarithmic; hollow points in the grey strip at its foot are barriers of
-    zero or below, or over 1e5 times below the largest. Bars are standard errors. Predictions are always of the loss on
+    zero or below, or over 1e5 times below the largest. Bars are standard errors; where one reaches into the strip, zero
+    is within it. Predictions are to second order, with slopes, and of Hermite's quintic. They are always of the loss on
     the training data, whatever the split.
 
     Args:
@@ -57,7 +86,7 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     Raises:
         OptionError: A column is missing, no row has this split, or nothing is predicted for the last epochs.
     """
-    measured = _loss_barriers(barriers, split, "standard_error")
+    measured = _loss_barriers(barriers, split)
     measured = at_epoch(measured, "barriers", None)
     times = list(zip(measured["fork"], measured["epoch"], strict=True))
     of_train = "" if split == "train" else " (train)"
@@ -70,10 +99,11 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     if not np.isfinite([group.values for group in groups[1:]]).any():
         last = ", ".join(f"fork {int(fork)} at epoch {int(epoch)}" for fork, epoch in times)
         raise OptionError(f"The table of predictions has no barrier for the last epochs measured: {last}.")
-    figure = new_figure(max(COLUMN_WIDTH, 0.42 * len(times) + 1.2), 2.9)
+    figure = new_figure(max(COLUMN_WIDTH, 0.5 * len(times) + 1.2), 3.1)
     axes = figure.add_subplot()
-    scale = decades(np.concatenate([_reach(group) for group in groups]))
-    for offset, group in zip((-0.2, 0.0, 0.2), groups, strict=True):
+    scale = decades(np.concatenate([_reach(group.values, group.errors) for group in groups]))
+    groups = [group for group in groups if np.isfinite(group.values).any()]
+    for offset, group in zip(0.16 * (np.arange(len(groups)) - (len(groups) - 1) / 2), groups, strict=True):
         _draw_points(axes, group, offset, scale)
     decades_axis(axes, scale)
     axes.set_xticks(range(len(times)), [str(int(fork)) for fork, _ in times])
@@ -85,52 +115,68 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
 
 @look()
 def draw_barrier_growth(barriers: pd.DataFrame, predictions: pd.DataFrame) -> Figure:
-    """Draw the loss barrier between siblings over training, a colour a fork: measured, and predicted to second order.
+    """Draw the loss barrier between siblings over training, a panel a fork: measured, and predicted beside it.
 
-    The axis is logarithmic; hollow points in the grey strip at its foot, a row a fork, are measured barriers of zero or
-    below, or over 1e5 times below the largest. Predictions as small are left out.
+    Panels have one logarithmic axis; hollow points in the grey strip at its foot are barriers of zero or below, or over
+    1e5 times below the largest. Predictions are to second order, and of Hermite's quintic. Bars, pale ones for
+    predictions, are standard errors; where one reaches into the strip, zero is within it.
 
     Args:
-        barriers: A row a fork, epoch, split and metric, with the column `barrier`.
-        predictions: A row a fork, epoch and expansion, with the column `barrier`.
+        barriers: A row a fork, epoch, split and metric, with the columns `barrier` and `standard_error`.
+        predictions: A row a fork, epoch and expansion, with the columns `barrier` and `standard_error`.
 
     Raises:
         OptionError: A column is missing, or no row is of the training loss, or of the second order.
     """
     measured = by_fork(_loss_barriers(barriers, "train"))
-    rows = checked(predictions, "predictions", ["barrier"], expansion="second-order")
-    predicted = by_fork(known(rows, "predictions", "barrier"))
-    forks = sorted(measured.keys() | predicted.keys())
-    colors = dict(zip(forks, fork_colors(forks).values(), strict=True))
-    scale = decades(np.concatenate([numbers(each, "barrier") for each in (*measured.values(), *predicted.values())]))
-    legend_rows = -(-len(forks) // 9)
-    figure = new_figure(0.75 * TEXT_WIDTH, 3.2 + 0.15 * legend_rows)
-    axes = figure.add_subplot()
-    # Small, but a line cannot show a point that stands alone.
-    dashed: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "s", "markersize": 1.5}
-    for fork, each in predicted.items():
-        epochs, values = numbers(each, "epoch"), scale.above(numbers(each, "barrier"))
-        axes.plot(epochs, values, color=colors[fork], label=f"_{fork}, predicted", **dashed)
-    hollow: dict[str, Any] = {"linestyle": "none", "marker": "o", "markersize": 3, "markerfacecolor": "white"}
-    for number, (fork, each) in enumerate(measured.items(), start=1):
-        epochs, values = numbers(each, "epoch"), numbers(each, "barrier")
-        # At one height, forks would hide each other.
-        strip = scale.below(values, 1 - number / (len(measured) + 1))
-        axes.plot(epochs, scale.above(values), color=colors[fork], marker="o", markersize=3, label=f"_{fork}")
-        axes.plot(epochs, strip, color=colors[fork], label=f"_{fork}, small", **hollow)
-    decades_axis(axes, scale)
-    count_axis(axes, EPOCH_LABEL)
-    axes.set_ylabel(BARRIER_LABEL)
-    styles = [
-        Line2D([], [], color=INK, marker="o", markersize=3, label="measured"),
-        Line2D([], [], color=INK, label="predicted, second order", **dashed),
+    rows = checked(predictions, "predictions", ["expansion", "barrier", "standard_error"])
+    # Of the expansions, the second order is the paper's.
+    checked(rows, "predictions", [], expansion="second-order")
+    rows = known(rows, "predictions", "barrier")
+    predicted = {expansion: by_fork(having(rows, "expansion", expansion)) for expansion in _GROWN}
+    forks = sorted(measured.keys() | {fork for each in predicted.values() for fork in each})
+    drawn = [each for group in (measured, *predicted.values()) for each in group.values()]
+    scale = decades(np.concatenate([_reach(numbers(e, "barrier"), numbers(e, "standard_error")) for e in drawn]))
+    figure, cells = fork_cells(len(forks), 1.9, margin=0.6)
+    groups = [
+        Growth(f"predicted, {pen.label}", pen.color, marker, 3.0, 0.3, share, predicted[expansion])
+        for expansion, (marker, share) in _GROWN.items()
+        if predicted[expansion] and (pen := EXPANSION_PENS[expansion])
     ]
-    fork_legend(figure, colors, styles)
+    groups.append(Growth("measured", INK, "o", 0.8, 1.0, 0.75, measured))
+    panels: list[Axes] = []
+    for fork, cell in zip(forks, cells, strict=True):
+        axes = figure.add_subplot(cell, sharex=panels[0] if panels else None, sharey=panels[0] if panels else None)
+        panels.append(axes)
+        for group in groups:
+            if fork in group.forks:
+                _draw_growth(axes, group, group.forks[fork], scale)
+        decades_axis(axes, scale)
+        count_axis(axes, "")
+        axes.set_title(fork_title(fork), loc="left")
+    figure.supxlabel(EPOCH_LABEL, fontsize="medium")
+    figure.supylabel(BARRIER_LABEL, fontsize="medium")
+    handles = [
+        Line2D([], [], color=group.color, marker=group.marker, markersize=3, label=group.label)
+        for group in groups[::-1]
+    ]
+    figure.legend(handles=handles, loc="outside upper left", ncols=3 if figure.get_figwidth() > 4 else 1)
     return figure
 
 
-def _loss_barriers(barriers: pd.DataFrame, split: str, *columns: str) -> pd.DataFrame:
-    rows = checked(barriers, "barriers", ["barrier", *columns], split=split, metric="loss")
+def _draw_growth(axes: Axes, group: Growth, rows: pd.DataFrame, scale: Decades) -> None:
+    """Barriers of a fork over epochs, with their standard errors."""
+    epochs, barriers, errors = (numbers(rows, column) for column in ("epoch", "barrier", "standard_error"))
+    values = scale.above(barriers)
+    pen: dict[str, Any] = {"color": group.color, "marker": group.marker, "markersize": 2.5}
+    bar: dict[str, Any] = {"ecolor": to_rgba(group.color, group.opacity), "elinewidth": group.thickness}
+    axes.errorbar(epochs, values, yerr=_bars(values, errors, scale), linewidth=1, label=f"_{group.label}", **pen, **bar)
+    hollow: dict[str, Any] = {"linestyle": "none", "markerfacecolor": "none", "label": f"_{group.label}, small"}
+    axes.plot(epochs, scale.below(barriers, group.share), **pen, **hollow)
+
+
+def _loss_barriers(barriers: pd.DataFrame, split: str) -> pd.DataFrame:
+    rows = checked(barriers, "barriers", ["barrier", "standard_error"], split=split, metric="loss")
     return known(rows, "barriers", "barrier")
 
 
@@ -146,16 +192,27 @@ def _points(rows: pd.DataFrame, times: list[tuple[int, int]], label: str, color:
     return Points(label, color, marker, values, errors)
 
 
-def _reach(points: Points) -> np.ndarray:
-    """The values, and the upper ends of their bars; the lower ones may leave the axis."""
-    return np.concatenate([points.values, (points.values + points.errors)[points.values > 0]])
+def _reach(values: Values, errors: Values) -> Float64[np.ndarray, " ends"]:
+    """The values, and the ends of the bars of those that are positive; zero for lower ends that are nearly zero.
+
+    A bar that ends just above zero would draw the axis out over decades in which nothing else is.
+    """
+    positive = values > 0
+    lower, upper = (values - errors)[positive], (values + errors)[positive]
+    least = 0.1 * values[positive].min(initial=np.inf)
+    return np.concatenate([values, np.where(lower < least, 0.0, lower), upper])
+
+
+def _bars(values: Values, errors: Values, scale: Decades) -> Float64[np.ndarray, "2 n"]:
+    """How far bars reach down and up; what has no place on the axis ends in the strip."""
+    lower = values - errors
+    return np.stack([values - np.where(lower < scale.floor, scale.strip, lower), errors])
 
 
 def _draw_points(axes: Axes, points: Points, offset: float, scale: Decades) -> None:
     positions = np.arange(len(points.values)) + offset
     values = scale.above(points.values)
-    # A bar that reaches below the floor is cut there: a logarithm knows no end for it.
-    errors = np.stack([np.minimum(points.errors, values - scale.floor), points.errors])
+    errors = _bars(values, points.errors, scale)
     pen: dict[str, Any] = {"color": points.color, "marker": points.marker, "markersize": 4, "linestyle": "none"}
     axes.errorbar(positions, values, yerr=errors, elinewidth=0.8, label=f"_{points.label}", **pen)
     axes.plot(positions, scale.below(points.values), markerfacecolor="none", label=f"_{points.label}, small", **pen)

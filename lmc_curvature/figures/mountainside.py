@@ -8,6 +8,7 @@ from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.colors import LightSource, LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d import Axes3D
 
 from lmc_curvature.figures.panels import heading
@@ -16,6 +17,8 @@ from lmc_curvature.figures.style import BLUE, GREY, INK, SMALL, TEXT_WIDTH, VERM
 Numbers = Float64[np.ndarray, "..."]
 
 _SLOPE = LinearSegmentedColormap.from_list("slope", ["#dfe8dc", "#efe9dc", "#d9cbb8", "#f4f2ee"])
+# The ground where the name of the ridge stands.
+_CREST = "#f4f1e8"
 # Training ends just above the foot of the mountain.
 _END = 0.97
 # Paths are drawn this far above the ground, or it would swallow them.
@@ -189,7 +192,17 @@ def _draw_labels(axes: Axes3D) -> None:
     name("late fork", 0.69, 0.56, 0.02)
     name("early siblings", -0.80, _END, 0.0, VERMILION, ha="right", va="center")
     name("late siblings", 0.80, _END, 0.0, BLUE, va="center")
-    name("ridge", -0.33, 0.62, 0.0, GREY, ha="center", va="bottom")
+    # The level curves run behind it.
+    name(
+        "ridge",
+        -0.33,
+        0.62,
+        0.0,
+        GREY,
+        ha="center",
+        va="bottom",
+        path_effects=[withStroke(linewidth=2.5, foreground=_CREST)],
+    )
 
 
 def _draw_ridges(axes: Axes) -> None:
@@ -201,10 +214,8 @@ def _draw_ridges(axes: Axes) -> None:
         axes.plot(way[[0, -1]], barrier[[0, -1]], "o", color=color, markersize=4, label=f"_{name} siblings")
     (early_way, early), (_, late) = between(EARLY_SIBLINGS), between(LATE_SIBLINGS)
     axes.text(0, 1.03 * early.max(), "early fork:\nwide, high ridge", color=VERMILION, ha="center", va="bottom")
-    beside: dict[str, Any] = {"textcoords": "offset points", "arrowprops": {"arrowstyle": "-", "color": BLUE}}
-    axes.annotate(
-        "late fork:\nlow ridge", (0.03, 0.8 * late.max()), (47, 64), color=BLUE, ha="center", va="bottom", **beside
-    )
+    # There is room for it within the other, where a leader from outside would cross that.
+    axes.text(0, late.max() + 0.02 * early.max(), "late fork:\nlow ridge", color=BLUE, ha="center", va="bottom")
     axes.set(xlim=1.12 * early_way[[0, -1]], ylim=(-0.02, 1.3 * early.max()), xticks=[], yticks=[])
     axes.set(xlabel="way along the segment", ylabel="loss above the chord")
     heading(axes, "between the siblings", "")

@@ -1,5 +1,6 @@
 """The ridge between siblings while they train: barrier curves, one behind the other."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import matplotlib as mpl
@@ -22,6 +23,10 @@ Quantity = Literal["value", "barrier"]
 # More curves than this hide each other.
 _MOST_CURVES = 24
 _WHITENED = 0.6
+# Panels of values have one scale while the highest is at most this many times as high as the lowest.
+_ALIKE = 3.0
+# How far a panel of barriers reaches below the chord, as a share of the way above it.
+_VALLEY = 1 / 3
 
 
 @look()
@@ -30,9 +35,15 @@ def draw_ridges(
 ) -> Figure:
     """Draw the metric along the segment between siblings in three dimensions, a curve an epoch and a panel a fork.
 
-    Figures 1 and 8 to 12 of Singh et al. 2024. All panels have the same axes and the same colours, from the first epoch
-    in dark to the last in light. Values fall while networks learn, so the last epoch stands in front; barriers rise,
-    and the first does. Of many epochs, 24 evenly chosen ones are drawn, the first and the last among them.
+    Figures 1 and 8 to 12 of Singh et al. 2024. All panels have the same epochs and the same colours, from the first
+    epoch in dark to the last in light. Of many epochs, 24 evenly chosen ones are drawn, the first and the last among
+    them.
+
+    Values fall while networks learn, so the last epoch stands in front. Panels of values have one scale unless one is
+    over three times as high as another. Barriers rise, so the first epoch stands in front. As later forks have barriers
+    orders of magnitude lower, each panel has a scale of its own, and a grey sheet at zero, where the chord is. Below
+    the chord it reaches a third as far as above, so that valleys do not flatten the ridge: deeper curves are cut at the
+    floor, and the small print says how deep they are.
 
     Args:
         curves: A row a fork, epoch, split, metric and α, with the columns `alpha`, `value` and `barrier`.
@@ -47,29 +58,62 @@ def draw_ridges(
     rows = checked(curves, "curves", ["alpha", quantity], split=split, metric=metric)
     rows = known(rows, "curves", quantity)
     forks = by_fork(rows)
-    epochs, heights = numbers(rows, "epoch"), numbers(rows, quantity)
+    epochs = numbers(rows, "epoch")
     shade = Normalize(epochs.min(), epochs.max() + (epochs.min() == epochs.max()))
-    low, top = (_without_noise(end) for end in (min(heights.min(), 0.0), max(heights.max(), 0.0)))
-    limits = (low, top if top > low else low + 1)
+    limits = _panel_limits({fork: numbers(each, quantity) for fork, each in forks.items()}, quantity)
     figure, cells = fork_cells(len(forks), 2.25, margin=0.4)
     for (fork, each), cell in zip(forks.items(), cells, strict=True):
         axes = figure.add_subplot(cell, projection="3d")
-        _dress(axes, shade, limits, last_in_front=quantity == "value")
+        _dress(axes, shade, limits[fork], last_in_front=quantity == "value")
         _label_heights(axes, metric if quantity == "value" else "barrier")
-        last = having(each, "epoch", numbers(each, "epoch").max())
-        highest = short_number(_without_noise(numbers(last, quantity).max()))
-        detail = f"highest at epoch {int(numbers(last, 'epoch')[0])}: {highest}"
         # The upper left corner of the panel is empty.
-        heading(axes, fork_title(fork), detail, lift=-10.0)
-        _draw_curves(axes, each, quantity, shade, limits[0])
+        heading(axes, fork_title(fork), _detail(each, quantity), lift=-10.0)
+        # It is wider than the box of the axes, for which the layout would make the panel small.
+        axes.texts[0].set_in_layout(False)
+        if quantity == "barrier":
+            _draw_chord(axes)
+        _draw_curves(axes, each, quantity, shade)
     named = {"loss": "loss", "error": "error, a share of examples"}.get(metric, metric)
     what = named if quantity == "value" else f"barrier of the {named}"
     space = " " if figure.get_figwidth() >= TEXT_WIDTH else "\n"
     title = f"{split} {what},{space}between siblings at α of their segment"
+    if len(set(limits.values())) > 1:
+        title += f";{space}each panel has its own scale"
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     # The layout does not see how far the labels of the heights reach.
     figure.set_layout_engine("constrained", rect=(0, 0, 1 - 0.2 / figure.get_figwidth(), 1))
     return figure
+
+
+def _panel_limits(heights: Mapping[int, np.ndarray], quantity: Quantity) -> dict[int, tuple[float, float]]:
+    """Fork to the ends of its axis of heights: one scale for values that are alike, otherwise a scale each."""
+    if quantity == "barrier":
+        return {fork: _ridge_limits(each) for fork, each in heights.items()}
+    limits = {fork: _limits(each) for fork, each in heights.items()}
+    tops = [top for _, top in limits.values()]
+    return limits if max(tops) > _ALIKE * min(tops) else dict.fromkeys(heights, _limits(np.hstack([*heights.values()])))
+
+
+def _limits(heights: np.ndarray) -> tuple[float, float]:
+    """From the lowest to the highest, zero among them."""
+    low, top = (_without_noise(end) for end in (min(heights.min(), 0.0), max(heights.max(), 0.0)))
+    return low, top if top > low else low + 1
+
+
+def _ridge_limits(barriers: np.ndarray) -> tuple[float, float]:
+    """Room for the ridge and a part of the valley; where there is no ridge, for the valley alone."""
+    low, top = _limits(barriers)
+    return (max(low, -_VALLEY * top), top) if barriers.max() > 1e-12 else (low, top)
+
+
+def _detail(rows: pd.DataFrame, quantity: Quantity) -> str:
+    """What the last epoch reaches, and how deep a valley is of which the panel shows a part."""
+    last = having(rows, "epoch", numbers(rows, "epoch").max())
+    highest = short_number(_without_noise(numbers(last, quantity).max()))
+    detail = f"highest at epoch {int(numbers(last, 'epoch')[0])}: {highest}"
+    lowest = _without_noise(numbers(rows, quantity).min())
+    cut = quantity == "barrier" and lowest < _ridge_limits(numbers(rows, quantity))[0]
+    return f"{detail}; lowest: {short_number(lowest)}" if cut else detail
 
 
 def _without_noise(value: float) -> float:
@@ -83,24 +127,41 @@ def shown_epochs(epochs: np.ndarray) -> np.ndarray:
     return epochs[np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), _MOST_CURVES)).round().astype(int))]
 
 
-def _draw_curves(axes: Axes3D, rows: pd.DataFrame, quantity: Quantity, shade: Normalize, bottom: float) -> None:
-    """The curves from the back to the front, each with a face down to the bottom that covers those behind it."""
+def _draw_chord(axes: Axes3D) -> None:
+    """A sheet at zero, behind all curves."""
+    (near, far), ends = axes.get_xlim(), axes.get_ylim()
+    corners = [(near, ends[0], 0.0), (far, ends[0], 0.0), (far, ends[1], 0.0), (near, ends[1], 0.0)]
+    sheet = Poly3DCollection([corners], facecolors=[(*to_rgb(GREY), 0.12)], edgecolors=[GREY], linewidths=0.4)
+    sheet.set_label("_chord")
+    sheet.set_zorder(5)
+    axes.add_collection3d(sheet)
+
+
+def _draw_curves(axes: Axes3D, rows: pd.DataFrame, quantity: Quantity, shade: Normalize) -> None:
+    """The curves from the back to the front, each with a face between it and zero that covers those behind it."""
     epochs = shown_epochs(numbers(rows, "epoch"))
     from_back = epochs if axes.yaxis_inverted() else epochs[::-1]
+    floor = axes.get_zlim()[0]
     for depth, epoch in enumerate(from_back):
         curve = having(rows, "epoch", epoch, by="alpha")
         alphas, values = numbers(curve, "alpha"), numbers(curve, quantity)
+        if values.min() < floor:
+            # Finely, or it would end at the last point that is above the floor.
+            fine = np.linspace(alphas[0], alphas[-1], 301)
+            alphas, values = fine, np.interp(fine, alphas, values)
         color = mpl.colormaps["viridis"](0.9 * float(shade(epoch)))
         pale = tuple(_WHITENED + (1 - _WHITENED) * part for part in to_rgb(color))
-        corners = [(alphas[0], epoch, bottom), *zip(alphas, np.full_like(alphas, epoch), values, strict=True)]
-        face = Poly3DCollection([[*corners, (alphas[-1], epoch, bottom)]], facecolors=[(*pale, 0.8)], edgecolors="none")
+        cut = np.maximum(values, floor)
+        corners = [(alphas[0], epoch, 0.0), *zip(alphas, np.full_like(alphas, epoch), cut, strict=True)]
+        face = Poly3DCollection([[*corners, (alphas[-1], epoch, 0.0)]], facecolors=[(*pale, 0.8)], edgecolors="none")
         face.set_zorder(10 + 2 * depth)
         axes.add_collection3d(face)
-        axes.plot(alphas, np.full_like(alphas, epoch), values, color=color, linewidth=1, zorder=11 + 2 * depth)
+        shown = np.where(values >= floor, values, np.nan)
+        axes.plot(alphas, np.full_like(alphas, epoch), shown, color=color, linewidth=1, zorder=11 + 2 * depth)
 
 
 def _dress(axes: Axes3D, shade: Normalize, limits: tuple[float, float], *, last_in_front: bool) -> None:
-    """Axes, view and ticks, alike for all panels."""
+    """Axes, view and ticks: epochs alike for all panels."""
     # What lies in front is known here; matplotlib would guess it from the middle of each curve.
     axes.computed_zorder = False
     # The labels of the panel on the left reach into this one.

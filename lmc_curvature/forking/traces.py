@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lmc_curvature.barrier.measurement import BarrierMeasurement
@@ -31,7 +32,8 @@ class Traces:
         barriers: `split`, `metric`, `barrier` (the maximum of its curve), `standard_error`, `end_a`, `end_b`.
         predictions: `expansion`, `barrier`, `standard_error`: of the training loss.
         layers: `position`, `layer`, `distance`, `hessian_energy` (Δ_ℓᵀHΔ_ℓ, mean of both ends), `predicted`,
-            `predicted_with_slopes`, and `measured`, which is not a number where it was not measured.
+            `predicted_with_slopes`, `measured`, and `measured_lowest`, the minimum of the measured curve: zero, or how
+            far it sinks below the chord. The last two are not numbers where nothing was measured.
         cumulative: `side` (`"first"` or `"last"`), `count`: barriers of the first and last `count` layers: `measured`,
             `predicted` (second order), `predicted_with_slopes`, and `predicted_shared`, the interactions' sum (eq. 21).
         geometry: `distance` between siblings, `cosine_origin` and `cosine_fork` of the angle between them, and
@@ -52,7 +54,7 @@ _COLUMNS = {
     "predictions": ("fork", "epoch", "expansion", "barrier", "standard_error"),
     "layers": (
         *("fork", "epoch", "position", "layer", "distance", "hessian_energy"),
-        *("predicted", "predicted_with_slopes", "measured"),
+        *("predicted", "predicted_with_slopes", "measured", "measured_lowest"),
     ),
     "cumulative": (
         *("fork", "epoch", "side", "count"),
@@ -113,10 +115,10 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
         for split in ("train", "test")
         if (path / f"{split}.safetensors").is_file()
     }
-    sets: dict[tuple[str, ...], float] = {}
+    sets: dict[tuple[str, ...], np.ndarray] = {}
     if (path / "sets.safetensors").is_file():
         measurement = BarrierMeasurement.load(path / "sets.safetensors")
-        sets = dict(zip(measurement.sets, measurement.layer_barriers().tolist(), strict=True))
+        sets = dict(zip(measurement.sets, measurement.layer_curves(), strict=True))
     return {
         "curves": [row for split, found in measured.items() for row in _curve_rows(split, found)],
         "barriers": [row for split, found in measured.items() for row in _barrier_rows(split, found)],
@@ -154,9 +156,10 @@ def _barrier_rows(split: str, measurement: BarrierMeasurement) -> Iterator[Row]:
         }
 
 
-def _layer_rows(prediction: BarrierPrediction, sets: dict[tuple[str, ...], float]) -> Iterator[Row]:
+def _layer_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...], np.ndarray]) -> Iterator[Row]:
     second_order, with_slopes = prediction.layer_barriers(), prediction.layer_barriers("with-slopes")
     for position, layer in enumerate(prediction.layers):
+        curve = curves.get((layer,), np.array([np.nan]))
         yield {
             "position": position,
             "layer": layer,
@@ -164,18 +167,19 @@ def _layer_rows(prediction: BarrierPrediction, sets: dict[tuple[str, ...], float
             "hessian_energy": prediction.hessian_energy[position],
             "predicted": second_order[position],
             "predicted_with_slopes": with_slopes[position],
-            "measured": sets.get((layer,), float("nan")),
+            "measured": curve.max(),
+            "measured_lowest": curve.min(),
         }
 
 
-def _cumulative_rows(prediction: BarrierPrediction, sets: dict[tuple[str, ...], float]) -> Iterator[Row]:
+def _cumulative_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...], np.ndarray]) -> Iterator[Row]:
     for side, count, members in cumulative_sets(prediction.layers):
         # Only the last epoch has these, unless the configuration asks for more.
-        if members in sets and prediction.layers in sets:
+        if members in curves and prediction.layers in curves:
             yield {
                 "side": side,
                 "count": count,
-                "measured": sets[members],
+                "measured": curves[members].max(),
                 "predicted": prediction.barrier(members),
                 "predicted_with_slopes": prediction.barrier(members, "with-slopes"),
                 "predicted_shared": prediction.barrier(members, "shared-hessian"),

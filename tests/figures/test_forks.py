@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures import draw_barrier_growth, draw_barriers_by_fork
 
-SECOND_ORDER, WITH_SLOPES = "predicted, second order", "predicted, with slopes"
+SECOND_ORDER, WITH_SLOPES, HERMITE = "predicted, second order", "predicted, with slopes", "predicted, Hermite"
 
 
 def points(axes, label):
@@ -36,8 +36,8 @@ def test_points_are_the_barriers_at_the_last_epochs(traces, saved, uncut):
     (axes,) = figure.axes
     # The last epoch of all is 8; the barrier is 8 / (1 + fork).
     barriers = np.array([8, 8 / 3, 8 / 6])
-    groups = {"measured, train": (1, 0.1), SECOND_ORDER: (2, 0.2), WITH_SLOPES: (1.5, 0.2)}
-    for offset, (label, (factor, error)) in zip((-0.2, 0, 0.2), groups.items(), strict=True):
+    groups = {"measured, train": (1, 0.1), SECOND_ORDER: (2, 0.2), WITH_SLOPES: (1.5, 0.2), HERMITE: (1.2, 0.2)}
+    for offset, (label, (factor, error)) in zip((-0.24, -0.08, 0.08, 0.24), groups.items(), strict=True):
         positions, values, low, high = points(axes, label)
         assert_allclose(positions, np.arange(3) + offset)
         assert_allclose(values, factor * barriers)
@@ -73,19 +73,28 @@ def test_what_is_not_positive_or_far_too_small_stands_in_the_strip(small, traces
         in_strip = lines(axes)[f"_{label}, small"][1]
         assert np.flatnonzero(np.isnan(values)) == [place]
         assert np.flatnonzero(np.isfinite(in_strip)) == [place]
-        assert in_strip[place] == strip(axes)
+        assert in_strip[place] == pytest.approx(strip(axes))
     assert np.isnan(lines(axes)[f"_{SECOND_ORDER}, small"][1]).all()
     hollow = [line for line in axes.get_lines() if line.get_label().endswith(", small")]
     assert {line.get_markerfacecolor() for line in hollow} == {"none"}
 
 
-def test_a_bar_ends_at_the_foot_of_the_axis(traces):
+def test_a_bar_that_reaches_zero_ends_in_the_strip(traces):
     barriers = traces.barriers.assign(standard_error=2 * traces.barriers["barrier"])
     (axes,) = draw_barriers_by_fork(barriers, traces.predictions).axes
     _, values, low, high = points(axes, "measured, train")
-    assert_allclose(low, axes.get_ylim()[0])
+    assert_allclose(low, strip(axes))
     assert_allclose(high, 3 * values)
     assert axes.get_ylim()[1] > high.max()
+
+
+@pytest.mark.parametrize(("share", "whole"), [(0.85, True), (0.95, False)])
+def test_the_axis_reaches_to_the_lower_ends_of_bars_within_a_decade(share, whole, traces):
+    barriers = traces.barriers.assign(standard_error=share * traces.barriers["barrier"])
+    (axes,) = draw_barriers_by_fork(barriers, traces.predictions).axes
+    _, values, low, _ = points(axes, "measured, train")
+    assert low[0] == pytest.approx((1 - share) * values[0])
+    assert low[2] == pytest.approx((1 - share) * values[2] if whole else strip(axes))
 
 
 def test_a_fork_without_a_prediction_keeps_its_place(traces, lines):
@@ -95,56 +104,69 @@ def test_a_fork_without_a_prediction_keeps_its_place(traces, lines):
     assert np.isnan(lines(axes)[f"_{SECOND_ORDER}, small"][1]).all()
 
 
-def test_growth_is_the_barriers_over_training(traces, pick, lines, saved, uncut):
+def growth(figure):
+    """Fork to its panel."""
+    return {int(axes.get_title(loc="left").removeprefix("fork at epoch ")): axes for axes in figure.axes}
+
+
+def test_growth_is_the_barriers_over_training(traces, pick, saved, uncut):
     figure = draw_barrier_growth(traces.barriers, traces.predictions)
     saved(figure)
     uncut(figure)
-    (axes,) = figure.axes
-    drawn = lines(axes)
-    colors = {line.get_label(): line.get_color() for line in axes.get_lines()}
-    for fork in (0, 2, 5):
-        measured = pick(traces.barriers, fork=fork, split="train", metric="loss")
-        predicted = pick(traces.predictions, fork=fork, expansion="second-order")
-        assert_array_equal(drawn[f"_{fork}"], measured[["epoch", "barrier"]].to_numpy().T)
-        assert_array_equal(drawn[f"_{fork}, predicted"], predicted[["epoch", "barrier"]].to_numpy().T)
-        assert colors[f"_{fork}"] == colors[f"_{fork}, predicted"]
-        assert np.isnan(drawn[f"_{fork}, small"][1]).all()
+    panels = growth(figure)
+    assert list(panels) == [0, 2, 5]
+    for fork, axes in panels.items():
+        tables = {
+            "measured": pick(traces.barriers, fork=fork, split="train", metric="loss"),
+            SECOND_ORDER: pick(traces.predictions, fork=fork, expansion="second-order"),
+            HERMITE: pick(traces.predictions, fork=fork, expansion="hermite"),
+        }
+        for label, rows in tables.items():
+            epochs, values, low, high = points(axes, label)
+            assert_array_equal([epochs, values], rows[["epoch", "barrier"]].to_numpy().T)
+            assert_allclose(low, rows["barrier"] - rows["standard_error"])
+            assert_allclose(high, rows["barrier"] + rows["standard_error"])
+        assert axes.get_ylim() == panels[0].get_ylim()
+        assert axes.get_xlim() == panels[0].get_xlim()
     assert [[text.get_text() for text in legend.get_texts()] for legend in figure.legends] == [
-        ["0", "2", "5"],
-        ["measured", SECOND_ORDER],
+        ["measured", HERMITE, SECOND_ORDER],
     ]
 
 
-def test_in_the_strip_every_fork_has_a_row(traces, lines):
-    barriers = changed(traces.barriers, 0.0, epoch=8)
-    (axes,) = draw_barrier_growth(barriers, changed(traces.predictions, 0.0, fork=0, epoch=4)).axes
-    drawn = lines(axes)
-    floor = axes.patches[0].get_extents().transformed(axes.transData.inverted()).y1
-    heights = []
-    for fork in (0, 2, 5):
-        epochs, values = drawn[f"_{fork}, small"]
-        assert epochs[np.isfinite(values)].tolist() == [8]
-        assert np.isnan(drawn[f"_{fork}"][1][-1])
-        heights.append(values[-1])
-    # From the top, in the order of the forks.
-    assert floor > heights[0] > heights[1] > heights[2] > axes.get_ylim()[0]
-    # A small prediction is a gap.
-    assert np.isnan(drawn["_0, predicted"][1]).tolist() == [False, True, False]
+def test_in_the_strip_every_kind_has_a_row(traces, lines):
+    predictions = changed(traces.predictions, 0.0, epoch=4)
+    panels = growth(draw_barrier_growth(changed(traces.barriers, 0.0, epoch=4), predictions))
+    for fork, at in ((0, 1), (2, 0)):
+        axes = panels[fork]
+        floor = axes.patches[0].get_extents().transformed(axes.transData.inverted()).y1
+        drawn = lines(axes)
+        heights = []
+        for label in ("measured", SECOND_ORDER, HERMITE):
+            epochs, values = drawn[f"_{label}, small"]
+            assert epochs[np.isfinite(values)].tolist() == [4]
+            heights.append(values[at])
+            assert np.isnan(points(axes, label)[1]).tolist() == [number == at for number in range(len(epochs))]
+        assert floor > heights[0] > heights[1] > heights[2] > axes.get_ylim()[0]
 
 
 def test_a_fork_of_a_single_epoch_is_visible(traces):
-    (axes,) = draw_barrier_growth(*(t[t["epoch"] == 8] for t in (traces.barriers, traces.predictions))).axes
-    alone = [line for line in axes.get_lines() if not line.get_label().endswith("small")]
-    assert len(alone) == 6
-    assert all(line.get_marker() not in ("None", "") and line.get_markersize() > 0 for line in alone)
+    figure = draw_barrier_growth(*(t[t["epoch"] == 8] for t in (traces.barriers, traces.predictions)))
+    for axes in figure.axes:
+        assert len(axes.containers) == 3
+        assert all(group[0].get_marker() in ("o", "s", "^") for group in axes.containers)
 
 
-def test_a_fork_that_was_only_predicted_has_a_colour(traces, lines):
-    barriers = traces.barriers[traces.barriers["fork"] != 2]
-    figure = draw_barrier_growth(barriers, traces.predictions)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0", "2", "5"]
-    assert "_2" not in lines(figure.axes[0])
-    assert_allclose(lines(figure.axes[0])["_2, predicted"], [[4, 8], [8 / 3, 16 / 3]])
+def test_a_fork_that_was_only_predicted_has_a_panel(traces):
+    axes = growth(draw_barrier_growth(traces.barriers[traces.barriers["fork"] != 2], traces.predictions))[2]
+    assert_allclose(points(axes, SECOND_ORDER)[:2], [[4, 8], [8 / 3, 16 / 3]])
+    assert {group.get_label() for group in axes.containers} == {f"_{SECOND_ORDER}", f"_{HERMITE}"}
+
+
+def test_expansions_that_were_not_traced_are_left_out(traces):
+    predictions = traces.predictions[traces.predictions["expansion"] != "hermite"]
+    for draw in (draw_barriers_by_fork, draw_barrier_growth):
+        figure = draw(traces.barriers, predictions)
+        assert HERMITE not in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 @pytest.mark.parametrize(

@@ -26,11 +26,11 @@ FIGURES = {
     ),
     "growth": (
         lambda t: figures.draw_barrier_growth(t.barriers, t.predictions),
-        {"barriers": "split metric barrier", "predictions": "expansion barrier"},
+        {"barriers": "split metric barrier standard_error", "predictions": "expansion barrier standard_error"},
     ),
     "heat maps": (
         lambda t: figures.draw_layer_heatmaps(t.layers, fork=0),
-        {"layers": "position layer measured predicted hessian_energy distance"},
+        {"layers": "position layer measured measured_lowest predicted hessian_energy distance"},
     ),
     "ranks": (
         lambda t: figures.draw_rank_correlations(t.layers),

@@ -4,13 +4,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import LogNorm, to_rgba
+from matplotlib.colors import LogNorm, SymLogNorm, to_rgba
 from numpy.testing import assert_allclose, assert_array_equal
 
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures import draw_layer_heatmaps
 
 COLUMNS = ("measured", "predicted", "hessian_energy", "distance")
+SIGNS = ["above the chord", "below the chord (no barrier)"]
 
 
 def meshes(figure):
@@ -53,20 +54,58 @@ def test_cells_are_those_of_the_table(traces, pick, saved, uncut):
     names = [label.get_text() for label in meshes(figure)["measured"].axes.get_yticklabels()]
     assert names == ["conv", "block.0.conv1", "block.0.conv2", "linear"]
     assert figure.get_suptitle() == "fork at epoch 0"
-    assert legend(figure) == []
+    assert legend(figure) == SIGNS
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.01])
-def test_the_two_barriers_share_a_scale_and_no_other_does(factor, traces, pick):
-    table = traces.layers.assign(measured=factor * traces.layers["measured"])
-    found = meshes(draw_layer_heatmaps(table, fork=0))
+def test_the_two_barriers_share_a_signed_scale_and_a_bar(traces, pick):
+    figure = draw_layer_heatmaps(traces.layers, fork=0)
+    found = meshes(figure)
     limits = {column: (mesh.norm.vmin, mesh.norm.vmax) for column, mesh in found.items()}
-    barriers = pick(table, fork=0)[["measured", "predicted"]].to_numpy()
-    assert type(found["measured"].norm) is type(found["predicted"].norm)
-    assert isinstance(found["measured"].norm, LogNorm) == (factor < 1)
-    assert limits["measured"] == limits["predicted"] == (barriers.min() if factor < 1 else 0, barriers.max())
-    assert limits["distance"][1] == pick(table, fork=0)["distance"].max()
-    assert len(set(limits.values())) == 3
+    rows = pick(traces.layers, fork=0)
+    highest = rows[["measured", "predicted"]].to_numpy().max()
+    assert limits["measured"] == limits["predicted"] == (-highest, highest)
+    assert limits["hessian_energy"] == (-rows["hessian_energy"].max(), rows["hessian_energy"].max())
+    assert limits["distance"] == (0, rows["distance"].max())
+    assert [isinstance(mesh.norm, SymLogNorm) for mesh in found.values()] == [True, True, True, False]
+    figure.draw_without_rendering()
+    bar, left, right = (
+        axes.get_window_extent()
+        for axes in (found["predicted"].colorbar.ax, found["measured"].axes, found["predicted"].axes)
+    )
+    assert_allclose([bar.x0, bar.x1], [left.x0, right.x1], atol=1)
+    assert found["measured"].colorbar is None
+    # The panels are aligned, whatever bars stand below them.
+    heights = [(mesh.axes.get_window_extent().y0, mesh.axes.get_window_extent().y1) for mesh in found.values()]
+    assert_allclose(heights, np.broadcast_to(heights[0], (4, 2)), atol=1)
+
+
+def test_what_sinks_below_the_chord_is_blue(traces, saved, uncut):
+    table = put(put(traces.layers, "measured", 0.0, position=1), "measured_lowest", -0.5, position=1)
+    # Both ends curve downwards, so the second-order curve sinks: an eighth of the energy, at α = ½.
+    table = put(put(table, "predicted", 0.0, position=2), "hessian_energy", -8.0, position=2)
+    # A curve that rises and sinks has a barrier.
+    table = put(table, "measured_lowest", -0.1, position=3)
+    figure = draw_layer_heatmaps(table, fork=0)
+    saved(figure)
+    uncut(figure)
+    found = meshes(figure)
+    assert_allclose(found["measured"].get_array()[1], -0.5)
+    assert_allclose(found["predicted"].get_array()[2], -1.0)
+    assert_allclose(found["hessian_energy"].get_array()[2], -8.0)
+    assert (found["measured"].get_array()[3] > 0).all()
+    for column, row in (("measured", 1), ("predicted", 2), ("hessian_energy", 2)):
+        red, _, blue, _ = np.moveaxis(seen(found[column]), -1, 0)
+        assert_array_equal((blue > red).all(axis=1), np.arange(4) == row)
+
+
+def test_zero_is_white_and_marked_on_the_bar(traces):
+    table = traces.layers.assign(hessian_energy=0.03 * (traces.layers["position"] - 1))
+    figure = draw_layer_heatmaps(table, fork=0)
+    mesh = meshes(figure)["hessian_energy"]
+    assert seen(mesh)[1].min() > 0.95
+    figure.draw_without_rendering()
+    labels = [label.get_text() for label in mesh.colorbar.ax.get_xticklabels()]
+    assert labels == ["−0.01", "0", "0.01"]
 
 
 def test_what_is_not_known_is_hatched(traces, saved):
@@ -87,7 +126,7 @@ def test_what_is_not_known_is_hatched(traces, saved):
         (behind,) = (patch for patch in mesh.axes.patches if patch.get_hatch())
         assert behind.get_zorder() < mesh.get_zorder()
         assert_array_equal(behind.get_bbox().extents, [-0.5, -0.5, 2.5, 3.5])
-    assert legend(figure) == ["not measured"]
+    assert legend(figure) == [*SIGNS, "not measured"]
 
 
 def test_layers_that_were_never_measured_leave_the_scale_to_the_predictions(traces, pick):
@@ -104,28 +143,19 @@ def test_a_scale_is_logarithmic_from_a_factor_of_30(ratio, logarithmic, traces):
     assert (mesh.norm.vmin, mesh.norm.vmax) == (1 if logarithmic else 0, ratio)
 
 
-@pytest.mark.parametrize("small", [0.0, -2.0, 0.9e-4])
+@pytest.mark.parametrize("small", [0.0, 0.9e-4])
 def test_what_is_below_a_logarithmic_scale_is_white(small, traces):
-    table = traces.layers.assign(hessian_energy=np.where(traces.layers["position"] == 0, small, 1.0))
+    table = traces.layers.assign(distance=np.where(traces.layers["position"] == 0, small, 1.0))
     # Something on the axis must span the factor from which a scale is logarithmic.
-    table = put(table, "hessian_energy", 0.01, position=3)
+    table = put(table, "distance", 0.01, position=3)
     figure = draw_layer_heatmaps(table, fork=0)
-    mesh = meshes(figure)["hessian_energy"]
+    mesh = meshes(figure)["distance"]
     assert isinstance(mesh.norm, LogNorm)
     assert_allclose([mesh.norm.vmin, mesh.norm.vmax], [1e-4 if small > 0 else 0.01, 1])
     white = (seen(mesh) == to_rgba("white")).all(axis=-1)
     assert_array_equal(white, np.repeat([[True], [False], [False], [False]], 3, axis=1))
-    assert legend(figure) == ["zero or below, or over 1e4 times below the largest"]
+    assert legend(figure) == [*SIGNS, "distance of zero, or over 1e4 times below the largest"]
     assert mesh.colorbar.extend == "min"
-
-
-def test_a_linear_scale_holds_values_below_zero(traces):
-    table = traces.layers.assign(hessian_energy=traces.layers["position"] - 2.0)
-    figure = draw_layer_heatmaps(table, fork=0)
-    mesh = meshes(figure)["hessian_energy"]
-    assert (mesh.norm.vmin, mesh.norm.vmax) == (-2, 1)
-    assert mesh.colorbar.extend == "neither"
-    assert legend(figure) == []
 
 
 def test_names_are_shortened_at_the_front_and_only_some_are_written(traces, uncut):

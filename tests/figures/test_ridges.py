@@ -45,14 +45,50 @@ def test_curves_are_those_of_the_table(metric, quantity, split, traces, pick, un
     assert title.startswith(f"{split} {'barrier of the ' if quantity == 'barrier' else ''}{metric}")
 
 
-def test_panels_have_the_same_axes_and_an_epoch_the_same_colour(traces):
-    first, *others = draw_ridges(traces.curves, split="test", metric="loss").axes
-    heights = traces.curves.query("split == 'test' and metric == 'loss'")["value"]
-    assert first.get_zlim() == (0, heights.max())
+@pytest.mark.parametrize(("height", "own"), [(2.9, False), (3.1, True)])
+def test_panels_of_values_have_one_scale_while_they_are_alike(height, own, traces):
+    curves = traces.curves.assign(value=np.where(traces.curves["fork"] == 0, height, 1.0))
+    figure = draw_ridges(curves, split="test", metric="loss")
+    assert [axes.get_zlim()[1] for axes in figure.axes] == ([height, 1, 1] if own else [height] * 3)
+    assert figure.get_suptitle().endswith("each panel has its own scale") == own
+    first, *others = figure.axes
     assert set(first.get_ylim()) == {2, 8}
     for other in others:
-        assert (other.get_ylim(), other.get_zlim()) == (first.get_ylim(), first.get_zlim())
-        assert drawn(other)[8].get_color() == drawn(first)[8].get_color() != drawn(first)[4].get_color()
+        assert other.get_ylim() == first.get_ylim()
+        assert drawn(other)[8].get_color() == drawn(first)[8].get_color()
+    assert drawn(first)[4].get_color() != drawn(first)[8].get_color()
+
+
+def test_each_panel_of_barriers_has_its_own_scale_and_a_sheet_at_zero(traces, pick):
+    figure = draw_ridges(traces.curves, metric="loss", quantity="barrier")
+    assert figure.get_suptitle().endswith("each panel has its own scale")
+    for fork, axes in zip((0, 2, 5), figure.axes, strict=True):
+        heights = pick(traces.curves, fork=fork, split="train", metric="loss")["barrier"]
+        assert axes.get_zlim() == pytest.approx((0, heights.max()))
+        (sheet,) = (each for each in axes.collections if each.get_label() == "_chord")
+        assert sheet.get_zorder() < min(line.get_zorder() for line in axes.get_lines())
+
+
+def test_a_deep_valley_is_cut_and_its_depth_is_said(traces, pick):
+    # Before the last epoch, siblings are in one valley three times as deep as the ridge is high in the end.
+    curves = traces.curves.assign(
+        barrier=np.where(traces.curves["epoch"] < 8, -3.0, 1.0) * traces.curves["alpha"] * (1 - traces.curves["alpha"])
+    )
+    figure = draw_ridges(curves, quantity="barrier")
+    assert details(figure) == ["highest at epoch 8: 0.25; lowest: −0.75"] * 3
+    for axes in figure.axes:
+        floor, top = axes.get_zlim()
+        assert (floor, top) == pytest.approx((-0.25 / 3, 0.25))
+        for epoch, line in drawn(axes).items():
+            alphas, _, heights = line.get_data_3d()
+            if epoch == 8:
+                assert len(alphas) == 5
+                continue
+            # Straight from 0 at α = 0 to 3·3/16 below at α = ¼, and cut on the way.
+            shown = np.isfinite(heights)
+            assert_allclose(heights[shown & (alphas < 0.25)], -2.25 * alphas[shown & (alphas < 0.25)], atol=1e-12)
+            assert floor <= heights[shown].min() < floor + 0.01
+            assert not shown[(alphas > 0.04) & (alphas < 0.96)].any()
 
 
 @pytest.mark.parametrize(("quantity", "in_front"), [("value", 8), ("barrier", 2)])
@@ -65,7 +101,7 @@ def test_what_is_nearest_covers_what_is_behind(quantity, in_front, traces, saved
     # Seen from above, what is nearer stands lower in the picture.
     _, lower, _ = proj3d.proj_transform(np.zeros(3), np.array(list(lines)), np.zeros(3), axes.get_proj())
     assert (np.diff(lower) < 0).all()
-    faces = sorted(face.get_zorder() for face in axes.collections)
+    faces = sorted(face.get_zorder() for face in axes.collections if face.get_label() != "_chord")
     order = [line.get_zorder() for line in lines.values()]
     assert all(face < line for face, line in zip(faces, order, strict=True))
     assert all(line < face for line, face in zip(order, faces[1:], strict=False))

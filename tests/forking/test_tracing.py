@@ -89,6 +89,7 @@ def test_predictions_and_layers_are_those_of_the_library(traced):
     assert layers["distance"].to_numpy() == pytest.approx(prediction.distances, rel=1e-6)
     measured = measure_barrier(*siblings(path, 0, 3), loader, layers="fused", alphas=3, progress=False)
     assert layers["measured"].to_numpy() == pytest.approx(measured.layer_barriers(), abs=1e-6)
+    assert layers["measured_lowest"].to_numpy() == pytest.approx(measured.layer_curves().min(axis=1), abs=1e-6)
 
 
 def test_cumulative_barriers_are_of_the_first_and_last_layers(traced):
