@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from lmc_curvature.errors import CheckpointError, ConfigurationError
+from lmc_curvature.errors import CheckpointError, ConfigurationError, FileFormatError, NewerVersionError
 from lmc_curvature.forking.checkpoints import load_entries
 from lmc_curvature.forking.configuration import Configuration
 from lmc_curvature.forking.data import ImageDataset, Split, load_data
@@ -27,7 +27,7 @@ from lmc_curvature.forking.models import make_model
 from lmc_curvature.forking.plan import ForkConfig
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.training import TrainingState
-from lmc_curvature.storage import remove_partial_files, write_atomically
+from lmc_curvature.storage import read_json, remove_partial_files, write_json
 
 _VERSION = "2"
 
@@ -88,20 +88,17 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
     Raises:
         CheckpointError: There is no experiment in the directory, or its configuration is damaged.
         ConfigurationError: The configuration has keys or values that this release does not know.
+        NewerVersionError: The directory was written by another release.
     """
     path = Path(out_dir) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; {_remedy(out_dir)} makes a directory of forks.")
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        version, values = contents["version"], dict(contents["config"])
-    except (ValueError, LookupError, TypeError) as error:
+        values = dict(read_json(path, _VERSION)["config"])
+    except NewerVersionError:
+        raise
+    except (FileFormatError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it and {_remedy(out_dir)} again.") from error
-    if version != _VERSION:
-        raise ConfigurationError(
-            f"{path} has format version {version!r}; this release reads {_VERSION!r}. Use the release of lmc_curvature "
-            "that wrote it, or another directory."
-        )
     try:
         return ForkDirectory(Path(out_dir), ForkConfig(**values))
     except ConfigurationError as error:
@@ -196,9 +193,12 @@ def load_state(directory: ForkDirectory, run: Run, epoch: int) -> TrainingState:
 
     Raises:
         CheckpointError: It is missing or damaged; the message says what makes it.
+        NewerVersionError: It was written by another release.
     """
     try:
         return TrainingState.load(run.snapshot_path(epoch))
+    except NewerVersionError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{error} {_remedy(directory.path)} makes it.") from error
 
@@ -214,9 +214,7 @@ def _load_network(directory: ForkDirectory, run: Run, epoch: int | None) -> nn.M
 
 
 def _write_config(path: Path, config: ForkConfig) -> None:
-    contents = {"version": _VERSION, "config": config.model_dump(mode="json")}
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    write_json(path, {"version": _VERSION, "config": config.model_dump(mode="json")})
 
 
 def _remedy(out_dir: str | os.PathLike[str]) -> str:

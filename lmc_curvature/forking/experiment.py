@@ -68,7 +68,7 @@ def run_forks(
         DataError: The data set is missing or is not what it should be.
         NonFiniteError: The parent diverged; or children did, after all others were trained. The message says
             which.
-        NewerVersionError: A snapshot was written by another release.
+        NewerVersionError: The directory, or a snapshot, was written by another release.
         OptionError: `workers` is not positive, or TensorBoard is asked for and not installed.
         PartitionError: The layers that are to be traced are not those of the network.
     """

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from lmc_curvature.errors import CheckpointError, NewerVersionError
 from lmc_curvature.forking.training import EpochMetrics, TrainingState
-from lmc_curvature.storage import remove_partial_files, write_atomically
+from lmc_curvature.storage import remove_partial_files, write_atomically, write_json
 
 Status = Literal["training", "finished", "diverged"]
 
@@ -96,8 +96,7 @@ class Run:
             "made_with": dict(made_with),
             "sha256": {path.name: _digest(path) for path in stored if path.is_file()},
         }
-        with write_atomically(self.manifest_path) as temporary:
-            temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+        write_json(self.manifest_path, contents)
 
     def write_metrics(self, history: Sequence[EpochMetrics]) -> None:
         """Write the metrics of the run's own epochs, given those since the beginning of the schedule."""

@@ -11,7 +11,6 @@ traces/*.csv                                       all of it as tidy tables; see
 
 import dataclasses
 import functools
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -46,8 +45,9 @@ from lmc_curvature.geometry import SiblingGeometry
 from lmc_curvature.layers import LayerPartition
 from lmc_curvature.objective import Objective
 from lmc_curvature.segment import Segment
-from lmc_curvature.storage import remove_partial_files, write_atomically
+from lmc_curvature.storage import read_json, remove_partial_files, write_json
 
+_VERSION = "1"
 # Not what a device happens to have free: how a batch is cut into tiles decides the last bits of a prediction.
 _MEMORY_GIB = 4.0
 
@@ -80,6 +80,7 @@ def trace_forks(
     Raises:
         CheckpointError: Snapshots are missing or damaged. The message names them and what makes them.
         ConfigurationError: The directory holds traces of another configuration. The message has the differences.
+        NewerVersionError: The directory, a snapshot or a trace was written by another release.
         DataError: The data set is missing, or has fewer examples than are to be traced.
         OptionError: `workers` is not positive.
     """
@@ -318,12 +319,18 @@ def _check_config(directory: ForkDirectory) -> None:
     config = directory.config.trace
     with directory.writing(path.parent):
         if not path.is_file():
-            with write_atomically(path) as temporary:
-                temporary.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            write_json(path, {"version": _VERSION, **config.model_dump(mode="json")})
     try:
-        stored = TraceConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"{path} is damaged ({error}); remove {path.parent}.") from error
+        stored = TraceConfig(**read_json(path, _VERSION))
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"{path} has keys or values that this release does not know:\n{error}\nUse the release that wrote it, or "
+            f"move {path.parent} away."
+        ) from error
+    except NewerVersionError:
+        raise
+    except FileFormatError as error:
+        raise ConfigurationError(f"{error} Remove {path.parent}.") from error
     changes = differences(stored, config)
     if changes:
         raise ConfigurationError(

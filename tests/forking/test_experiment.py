@@ -264,7 +264,8 @@ def test_a_changed_configuration_is_refused_with_the_difference(finished):
     [
         ("{", CheckpointError, r"config\.json is damaged"),
         ("[]", CheckpointError, r"config\.json is damaged"),
-        (json.dumps({"version": "7", "config": {}}), ConfigurationError, "version '7'; this release reads '2'"),
+        (json.dumps({"version": "7", "config": {}}), NewerVersionError, "version '7', of a newer .* Upgrade"),
+        (json.dumps({"version": "1", "config": {}}), NewerVersionError, "version '1', of an older .* Use that release"),
         (json.dumps({"version": "2", "config": {**SETTINGS, "new": 1}}), ConfigurationError, "new: unknown key"),
     ],
 )
@@ -394,6 +395,8 @@ def test_a_snapshot_from_a_newer_release_is_left_alone(finished, copy):
     header, entries = checkpoints._read_safetensors(path)
     save_file(entries, path, {checkpoints._HEADER: json.dumps({**header, "version": "99"})})
     written = path.read_bytes()
+    with pytest.raises(NewerVersionError, match=r"Upgrade lmc_curvature\.$"):
+        load_child(copy, 0, 1)
     with pytest.raises(NewerVersionError, match=r"epoch-0003\.safetensors has format version '99'.*Upgrade"):
         run_forks(CONFIG, copy, progress=False)
     assert path.read_bytes() == written

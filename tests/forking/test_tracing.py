@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from lmc_curvature import measure_barrier, predict_barrier
-from lmc_curvature.errors import CheckpointError, ConfigurationError, DataError
+from lmc_curvature.errors import CheckpointError, ConfigurationError, DataError, NewerVersionError
 from lmc_curvature.forking import ForkConfig, load_child, load_data, load_parent, read_traces, run_forks, trace_forks
 from lmc_curvature.forking.traces import cumulative_sets
 from lmc_curvature.geometry import sibling_cosine, solution_plane_cosine
@@ -182,6 +182,38 @@ def test_another_configuration_is_refused_with_the_difference(copy):
     # Training does not depend on it, so nothing is trained again.
     run_forks(changed, copy, progress=False)
     with pytest.raises(ConfigurationError, match=r"another configuration:\nalphas: 5 there, 7 now\nMove .*traces away"):
+        trace_forks(copy, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"version": "9", "new": 1},
+            NewerVersionError,
+            r"traces.config\.json has format version '9', of a newer release",
+        ),
+        (
+            {"new": 1},
+            ConfigurationError,
+            r"config\.json has keys .*not know:\nnew: unknown key.*\nUse the release that",
+        ),
+        ({"version": "1"}, None, None),
+    ],
+)
+def test_what_another_release_traced_is_not_called_damaged(copy, change, error, message):
+    path = copy / "traces" / "config.json"
+    contents = json.loads(path.read_text())
+    # The first release that traced gave no version.
+    del contents["version"]
+    path.write_text(json.dumps({**contents, **change}))
+    if error is None:
+        trace_forks(copy, progress=False)
+    else:
+        with pytest.raises(error, match=message):
+            trace_forks(copy, progress=False)
+    path.write_text("{")
+    with pytest.raises(ConfigurationError, match=r"config\.json is damaged .* Remove .*traces"):
         trace_forks(copy, progress=False)
 
 
