@@ -1,6 +1,7 @@
 """Where the files of a forking experiment lie, and what can be read from them.
 
 config.json
+provenance.json       see `provenance`
 parent/               the parent at each fork epoch and at the end; see `runs` for the files of one network
 fork-0000/child-0/    each child of each fork epoch, at its snapshot epochs and at the end
 traces/               see `traces`
@@ -22,7 +23,6 @@ from torch import nn
 from lmc_curvature.errors import CheckpointError, ConfigurationError, FileFormatError, NewerVersionError
 from lmc_curvature.forking.checkpoints import load_entries
 from lmc_curvature.forking.configuration import Configuration
-from lmc_curvature.forking.data import ImageDataset, Split, load_data
 from lmc_curvature.forking.models import make_model
 from lmc_curvature.forking.plan import ForkConfig
 from lmc_curvature.forking.runs import Run
@@ -63,6 +63,11 @@ class ForkDirectory:
         """The runs of all children, by fork epoch and number."""
         numbers = range(self.config.children)
         return {(fork, child): self.child(fork, child) for fork in self.config.fork_epochs for child in numbers}
+
+    @property
+    def provenance_path(self) -> Path:
+        """Path of the record of what the experiment was begun with."""
+        return self.path / "provenance.json"
 
     def trace_path(self, fork_epoch: int, epoch: int) -> Path:
         """Path of the directory with what was traced of a fork at an epoch."""
@@ -108,7 +113,8 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
 def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> ForkDirectory:
     """Open the directory of an experiment, beginning it if need be.
 
-    What is traced may change: training does not depend on it.
+    What is traced may change: training does not depend on it. So may the place of the data, which are known by their
+    fingerprint; without one, they are those of the configuration. `save_config` stores such changes.
 
     Raises:
         CheckpointError: The configuration in the directory is damaged.
@@ -120,17 +126,23 @@ def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> For
         if not path.exists():
             _write_config(path, config)
     directory = open_directory(out_dir)
-    stored = directory.config
-    changes = differences(stored.model_copy(update={"trace": config.trace}), config)
+    free = {"trace"}
+    if given.provenance_path.is_file() or not given.parent.path.exists():
+        free.add("data")
+    changes = differences(directory.config.model_copy(update={key: getattr(config, key) for key in free}), config)
     if changes:
         raise ConfigurationError(
             f"{out_dir} holds an experiment with another configuration:\n" + "\n".join(changes) + "\nUse another "
             "directory, or the same configuration."
         )
-    if stored.trace != config.trace:
-        with given.writing(given.path):
-            _write_config(path, config)
     return given
+
+
+def save_config(directory: ForkDirectory) -> None:
+    """Store the configuration of an experiment if it is another than the one in the directory."""
+    if open_directory(directory.path).config != directory.config:
+        with directory.writing(directory.path):
+            _write_config(directory.path / "config.json", directory.config)
 
 
 def load_child(out_dir: str | os.PathLike[str], fork_epoch: int, child: int, epoch: int | None = None) -> nn.Module:
@@ -164,17 +176,6 @@ def load_parent(out_dir: str | os.PathLike[str], epoch: int | None = None) -> nn
     """
     directory = open_directory(out_dir)
     return _load_network(directory, directory.parent, epoch)
-
-
-def load_fork_data(out_dir: str | os.PathLike[str], split: Split = "train", *, progress: bool = True) -> ImageDataset:
-    """Load the data of an experiment: the examples it trained on, or the whole test split.
-
-    Raises:
-        CheckpointError: There is no experiment in the directory.
-        DataError: The data set is missing or is not what it should be.
-    """
-    config = open_directory(out_dir).config
-    return load_data(config.data, split, config.limit if split == "train" else None, progress=progress)
 
 
 def initial_model(config: ForkConfig) -> nn.Module:

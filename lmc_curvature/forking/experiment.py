@@ -20,10 +20,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lmc_curvature.errors import ConfigurationError, DataError, NonFiniteError, OptionError
-from lmc_curvature.forking.data import ImageDataset, Split, load_data
-from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state
+from lmc_curvature.forking.data import ImageDataset, Split
+from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state, save_config
 from lmc_curvature.forking.events import check_tensorboard, event_log
 from lmc_curvature.forking.plan import ForkConfig, TraceConfig
+from lmc_curvature.forking.provenance import load_split, record_provenance, recorded_splits
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.sharing import helpers, is_first_rank, share
 from lmc_curvature.forking.training import EpochMetrics, TrainingState, capture_state, train
@@ -65,7 +66,8 @@ def run_forks(
     Raises:
         ConfigurationError: The directory belongs to another configuration, or the network does not fit the
             data.
-        DataError: The data set is missing or is not what it should be.
+        DataError: The data set is missing, is not what it should be, or is not the one the directory was begun with;
+            where it lies makes no difference.
         NonFiniteError: The parent diverged; or children did, after all others were trained. The message says
             which.
         NewerVersionError: The directory, or a snapshot, was written by another release.
@@ -80,10 +82,13 @@ def run_forks(
     runs = [directory.parent, *directory.children().values()]
     for run in runs:
         _discard_damage(directory, run)
-    if any(run.status == "training" for run in runs):
-        laboratory = _Laboratory(directory, device_of_rank(device), tensorboard, progress=progress)
-        # What cannot be trained is refused before anything is started.
-        laboratory.check()
+    laboratory = _Laboratory(directory, device_of_rank(device), tensorboard, progress=progress)
+    unfinished = any(run.status == "training" for run in runs)
+    if unfinished:
+        laboratory.begin()
+    # Only now: what could not be trained or traced has been refused.
+    save_config(directory)
+    if unfinished:
         with helpers(workers - 1, _help, directory, device, tensorboard):
             laboratory.train_all()
     diverged = [f"{run.title}: {run.message}" for run in runs if run.status == "diverged"]
@@ -116,7 +121,7 @@ class _Laboratory:
 
     @functools.cached_property
     def data(self) -> ImageDataset:
-        return load_data(self.config.data, limit=self.config.limit, progress=self.progress).to(self.device)
+        return load_split(self.directory, "train", progress=self.progress).to(self.device)
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -130,14 +135,26 @@ class _Laboratory:
             "lmc_curvature": version("lmc-curvature"),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
-            "threads": torch.get_num_threads(),
+            "threads": self.config.threads or torch.get_num_threads(),
         }
 
-    def check(self) -> None:
+    def begin(self) -> None:
+        """Check what can be checked before anything is started, and record what the experiment is begun with."""
         check_fit(initial_model(self.config), self.data, self.config)
         # What cannot be traced is better known before days of training.
         check_layers(self.config)
-        check_examples(self.config.trace, self.data, "train")
+        splits: dict[Split, ImageDataset] = {"train": self.data}
+        if self.config.trace.test and "test" not in recorded_splits(self.directory):
+            splits["test"] = self._load_test_split()
+        for split, data in splits.items():
+            check_examples(self.config.trace, data, split)
+        record_provenance(self.directory, splits, self.made_with)
+
+    def _load_test_split(self) -> ImageDataset:
+        try:
+            return load_split(self.directory, "test", progress=self.progress)
+        except DataError as error:
+            raise DataError(f"{error} To trace without a test split, set trace.test to false.") from error
 
     def train_all(self) -> None:
         """Train all runs, together with whatever other processes are at it."""

@@ -29,7 +29,7 @@ from lmc_curvature.errors import (
     NewerVersionError,
     OptionError,
 )
-from lmc_curvature.forking.data import Batches, Split, load_data
+from lmc_curvature.forking.data import Batches, Split
 from lmc_curvature.forking.directory import (
     ForkDirectory,
     differences,
@@ -39,6 +39,7 @@ from lmc_curvature.forking.directory import (
 )
 from lmc_curvature.forking.experiment import check_examples, check_layers, cpu_threads, device_of_rank
 from lmc_curvature.forking.plan import TraceConfig, When
+from lmc_curvature.forking.provenance import load_split
 from lmc_curvature.forking.sharing import helpers, is_first_rank, share
 from lmc_curvature.forking.traces import Traces, cumulative_sets, write_tables
 from lmc_curvature.geometry import SiblingGeometry
@@ -81,7 +82,8 @@ def trace_forks(
         CheckpointError: Snapshots are missing or damaged. The message names them and what makes them.
         ConfigurationError: The directory holds traces of another configuration. The message has the differences.
         NewerVersionError: The directory, a snapshot or a trace was written by another release.
-        DataError: The data set is missing, or has fewer examples than are to be traced.
+        DataError: The data set is missing, is not the one that the networks were trained on, or has fewer examples than
+            are to be traced.
         OptionError: `workers` is not positive.
     """
     if workers < 1:
@@ -164,7 +166,7 @@ class _Tracer:
 
     def __init__(self, directory: ForkDirectory, data: str | None, device: torch.device, *, progress: bool):
         self.directory = directory
-        self.data = data or directory.config.data
+        self.data = data
         self.config = directory.config.trace
         self.device = device
         self.progress = progress and is_first_rank()
@@ -183,8 +185,7 @@ class _Tracer:
         return self._load("test")
 
     def _load(self, split: Split) -> Batches:
-        whole = self.directory.config
-        data = load_data(self.data, split, whole.limit if split == "train" else None, progress=self.progress)
+        data = load_split(self.directory, split, self.data, progress=self.progress)
         check_examples(self.config, data, split)
         data = data if self.config.examples is None else data.subset(self.config.examples)
         return data.to(self.device).batches(self.config.batch_size)

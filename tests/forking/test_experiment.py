@@ -71,7 +71,7 @@ def test_the_directory_holds_every_file_and_nothing_else(finished):
     stored |= {f"fork-0002/child-{c}": (3,) for c in (0, 1)}
     files = [f"{run}/{name}" for run in stored for name in ("manifest.json", "metrics.csv")]
     files += [f"{run}/epoch-{epoch:04d}.safetensors" for run, epochs in stored.items() for epoch in epochs]
-    assert sorted(contents(finished.path)) == sorted(["config.json", *files])
+    assert sorted(contents(finished.path)) == sorted(["config.json", "provenance.json", *files])
 
 
 def test_the_same_configuration_gives_the_same_bits(finished, tmp_path):
@@ -113,7 +113,7 @@ def test_fork_0_is_the_initialisation(finished):
 
 def test_a_finished_experiment_is_not_trained_again(finished, monkeypatch):
     monkeypatch.setattr(experiment, "train", None)
-    monkeypatch.setattr(experiment, "load_data", None)
+    monkeypatch.setattr(experiment, "load_split", None)
     before = {name: (finished.path / name).stat().st_mtime_ns for name in contents(finished.path)}
     run_forks(CONFIG, finished.path, progress=False)
     assert {name: (finished.path / name).stat().st_mtime_ns for name in contents(finished.path)} == before
@@ -403,16 +403,21 @@ def test_a_snapshot_from_a_newer_release_is_left_alone(finished, copy):
 
 
 @pytest.mark.parametrize(
-    ("trace", "error", "message"),
+    ("change", "error", "message"),
     [
-        ({"partition": "fusd"}, PartitionError, "did you mean 'fused'"),
-        ({"examples": 151}, DataError, r"trace\.examples: 151 were asked for; the train split has 150"),
+        ({"trace": {"partition": "fusd"}}, PartitionError, "did you mean 'fused'"),
+        ({"trace": {"examples": 151}}, DataError, r"trace\.examples: 151 were asked for; the train split has 150"),
+        (
+            {"trace": {"examples": 361}, "limit": 400},
+            DataError,
+            r"trace\.examples: 361 were asked for; the test split has 360",
+        ),
     ],
 )
-def test_what_cannot_be_traced_is_known_before_training(tmp_path, monkeypatch, trace, error, message):
+def test_what_cannot_be_traced_is_known_before_training(tmp_path, monkeypatch, change, error, message):
     monkeypatch.setattr(experiment, "train", None)
     with pytest.raises(error, match=message):
-        run_forks(ForkConfig(**SETTINGS, trace=trace), tmp_path, progress=False)
+        run_forks(ForkConfig(**{**SETTINGS, **change}), tmp_path, progress=False)
 
 
 @pytest.mark.slow
