@@ -64,6 +64,24 @@ class ForkDirectory:
         numbers = range(self.config.children)
         return {(fork, child): self.child(fork, child) for fork in self.config.fork_epochs for child in numbers}
 
+    def runs(self) -> list[Run]:
+        """The runs of the parent and of all children."""
+        return [self.parent, *self.children().values()]
+
+    def cannot_start(self, run: Run) -> bool:
+        """Whether a child has nowhere to start, because the parent diverged before its fork epoch."""
+        parent = self.parent
+        return run != parent and parent.status == "diverged" and not parent.snapshot_path(run.first_epoch).is_file()
+
+    def failures(self) -> dict[str, str]:
+        """Why networks will never be trained to the end, by the titles of their runs."""
+        reasons = {run.title: run.message for run in self.runs() if run.status == "diverged"}
+        return reasons | {
+            run.title: f"Cannot start, because the parent diverged before epoch {run.first_epoch}."
+            for run in self.runs()
+            if self.cannot_start(run)
+        }
+
     @property
     def provenance_path(self) -> Path:
         """Path of the record of what the experiment was begun with."""

@@ -68,8 +68,8 @@ def run_forks(
             data.
         DataError: The data set is missing, is not what it should be, or is not the one the directory was begun with;
             where it lies makes no difference.
-        NonFiniteError: The parent diverged; or children did, after all others were trained. The message says
-            which.
+        NonFiniteError: The parent or children diverged. All others were trained, except for the children of forks that
+            the parent did not reach. The message says which.
         NewerVersionError: The directory, or a snapshot, was written by another release.
         OptionError: `workers` is not positive, or TensorBoard is asked for and not installed.
         PartitionError: The layers that are to be traced are not those of the network.
@@ -79,11 +79,10 @@ def run_forks(
     if tensorboard is not None:
         check_tensorboard()
     directory = create_directory(out_dir, config)
-    runs = [directory.parent, *directory.children().values()]
-    for run in runs:
+    for run in directory.runs():
         _discard_damage(directory, run)
     laboratory = _Laboratory(directory, device_of_rank(device), tensorboard, progress=progress)
-    unfinished = any(run.status == "training" for run in runs)
+    unfinished = any(run.status == "training" and not directory.cannot_start(run) for run in directory.runs())
     if unfinished:
         laboratory.begin()
     # Only now: what could not be trained or traced has been refused.
@@ -91,9 +90,9 @@ def run_forks(
     if unfinished:
         with helpers(workers - 1, _help, directory, device, tensorboard):
             laboratory.train_all()
-    diverged = [f"{run.title}: {run.message}" for run in runs if run.status == "diverged"]
-    if diverged:
-        raise NonFiniteError("\n".join(diverged))
+    failures = directory.failures()
+    if failures:
+        raise NonFiniteError("\n".join(f"{title}: {reason}" for title, reason in failures.items()))
     return directory
 
 
@@ -158,19 +157,16 @@ class _Laboratory:
 
     def train_all(self) -> None:
         """Train all runs, together with whatever other processes are at it."""
-        tasks = [_Training(self, run) for run in self._runs()]
-        total = sum(run.epochs[-1] - run.first_epoch for run in self._runs())
+        tasks = [_Training(self, run) for run in self.directory.runs()]
+        total = sum(run.epochs[-1] - run.first_epoch for run in self.directory.runs())
         with (
             cpu_threads(self.config.threads),
             tqdm(total=total, initial=self._trained(), unit="epoch", disable=not self.progress) as self.bar,
         ):
             share(tasks, on_turn=self._look_at_others)
 
-    def _runs(self) -> list[Run]:
-        return [self.directory.parent, *self.directory.children().values()]
-
     def _trained(self) -> int:
-        return sum(run.epochs_trained() for run in self._runs())
+        return sum(run.epochs_trained() for run in self.directory.runs())
 
     def _look_at_others(self) -> None:
         self.bar.update(max(self._trained() - self.bar.n, 0))
@@ -192,8 +188,7 @@ class _Training:
         return self.laboratory.directory.lock_path(self.trained.title)
 
     def is_done(self) -> bool:
-        # Without its parent a child has nowhere to start.
-        return self.trained.status != "training" or self.laboratory.directory.parent.status == "diverged"
+        return self.trained.status != "training" or self.laboratory.directory.cannot_start(self.trained)
 
     def is_ready(self) -> bool:
         return self._is_parent or self.laboratory.directory.parent.snapshot_path(self.trained.first_epoch).is_file()

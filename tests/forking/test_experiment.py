@@ -346,6 +346,30 @@ def test_a_diverged_parent_ends_the_experiment(tmp_path):
         run_forks(config, tmp_path, progress=False)
 
 
+def test_a_diverged_parent_leaves_the_children_it_reached(finished, tmp_path, monkeypatch):
+    real = experiment.train
+
+    def diverging(*args, **options):
+        if options["order_seed"] == 0 and options["start"].epoch == 1:
+            raise NonFiniteError("Training diverged.")
+        return real(*args, **options)
+
+    monkeypatch.setattr(experiment, "train", diverging)
+    report = ["parent: Training diverged."]
+    report += [f"fork 2, child {c}: Cannot start, because the parent diverged before epoch 2." for c in (0, 1)]
+    for _ in range(2):
+        # The second time nothing is left to train.
+        with pytest.raises(NonFiniteError) as caught:
+            run_forks(CONFIG, tmp_path, progress=False)
+        assert str(caught.value).splitlines() == report
+        monkeypatch.setattr(experiment, "train", None)
+        monkeypatch.setattr(experiment, "load_split", None)
+    kept, expected = contents(tmp_path), contents(finished.path)
+    reached = [name for name in expected if "fork-0000" in name]
+    assert {name: kept[name] for name in reached} == {name: expected[name] for name in reached}
+    assert not (tmp_path / "fork-0002").exists()
+
+
 def test_threads_are_those_of_the_configuration(tmp_path, monkeypatch):
     seen, before = [], torch.get_num_threads()
 
