@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from lmc_curvature.errors import FileFormatError, NewerVersionError
+from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError
 
 _HEADER = "lmc_curvature"
 _VERSION = "1"
@@ -47,6 +48,23 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 def remove_partial_files(directory: str | os.PathLike[str]) -> None:
     """Remove what `write_atomically` left in a directory when its process was killed."""
     for path in Path(directory).glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def discard_if_damaged(path: Path, load: Callable[[Path], object]) -> None:
+    """Remove a file that cannot be read, with a warning that names it, so that it is computed again.
+
+    Raises:
+        NewerVersionError: The file was written by another release; it is left alone.
+    """
+    if not path.is_file():
+        return
+    try:
+        load(path)
+    except NewerVersionError:
+        raise
+    except (FileFormatError, CheckpointError) as error:
+        warnings.warn(f"{error} It is computed again.", stacklevel=2)
         path.unlink(missing_ok=True)
 
 

@@ -15,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -26,7 +25,7 @@ from lmc_curvature.forking.events import check_tensorboard, event_log
 from lmc_curvature.forking.plan import ForkConfig, TraceConfig
 from lmc_curvature.forking.provenance import load_split, record_provenance, recorded_splits
 from lmc_curvature.forking.runs import Run
-from lmc_curvature.forking.sharing import helpers, is_first_rank, share
+from lmc_curvature.forking.sharing import helpers, is_first_rank, share, unless_claimed
 from lmc_curvature.forking.training import EpochMetrics, TrainingState, capture_state, train
 from lmc_curvature.layers import LayerPartition
 from lmc_curvature.storage import remove_partial_files
@@ -80,7 +79,7 @@ def run_forks(
         check_tensorboard()
     directory = create_directory(out_dir, config)
     for run in directory.runs():
-        _discard_damage(directory, run)
+        unless_claimed(directory.lock_path(run.title), run.discard_damage)
     laboratory = _Laboratory(directory, device_of_rank(device), tensorboard, progress=progress)
     unfinished = any(run.status == "training" and not directory.cannot_start(run) for run in directory.runs())
     if unfinished:
@@ -259,14 +258,6 @@ class _Training:
                 self.trained.write_metrics(state.history)
                 saved = time.monotonic()
         return state
-
-
-def _discard_damage(directory: ForkDirectory, run: Run) -> None:
-    """Remove damaged files of a run, unless another process works on it, which has done so itself."""
-    path = directory.lock_path(run.title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(Timeout), FileLock(path, timeout=0):
-        run.discard_damage()
 
 
 def device_of_rank(device: torch.device | str) -> torch.device:

@@ -10,14 +10,12 @@ import csv
 import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lmc_curvature.errors import CheckpointError, NewerVersionError
 from lmc_curvature.forking.training import EpochMetrics, TrainingState
-from lmc_curvature.storage import remove_partial_files, write_atomically, write_json
+from lmc_curvature.storage import discard_if_damaged, remove_partial_files, write_atomically, write_json
 
 Status = Literal["training", "finished", "diverged"]
 
@@ -126,14 +124,7 @@ class Run:
         """
         remove_partial_files(self.path)
         for path in (*(self.snapshot_path(epoch) for epoch in self.epochs), self.latest_path):
-            if path.is_file():
-                try:
-                    TrainingState.load(path)
-                except NewerVersionError:
-                    raise
-                except CheckpointError as error:
-                    warnings.warn(f"{error} It is computed again.", stacklevel=2)
-                    path.unlink(missing_ok=True)
+            discard_if_damaged(path, TrainingState.load)
 
     def furthest(self, state: TrainingState, until: int) -> TrainingState:
         """The latest state if it lies after `state` and not after `until`, else `state`."""

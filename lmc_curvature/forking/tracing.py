@@ -40,13 +40,13 @@ from lmc_curvature.forking.directory import (
 from lmc_curvature.forking.experiment import check_examples, check_layers, cpu_threads, device_of_rank
 from lmc_curvature.forking.plan import TraceConfig, When
 from lmc_curvature.forking.provenance import load_split
-from lmc_curvature.forking.sharing import helpers, is_first_rank, share
+from lmc_curvature.forking.sharing import helpers, is_first_rank, share, unless_claimed
 from lmc_curvature.forking.traces import Traces, cumulative_sets, write_tables
 from lmc_curvature.geometry import SiblingGeometry
 from lmc_curvature.layers import LayerPartition
 from lmc_curvature.objective import Objective
 from lmc_curvature.segment import Segment
-from lmc_curvature.storage import read_json, remove_partial_files, write_json
+from lmc_curvature.storage import discard_if_damaged, read_json, remove_partial_files, write_json
 
 _VERSION = "1"
 # Not what a device happens to have free: how a batch is cut into tiles decides the last bits of a prediction.
@@ -92,7 +92,7 @@ def trace_forks(
     _check_config(directory)
     pairs = _pairs(directory)
     for pair in pairs:
-        pair.discard_damage()
+        unless_claimed(pair.lock_path, pair.discard_damage)
     todo = [pair for pair in pairs if not pair.is_done()]
     if todo:
         tracer = _Tracer(directory, data, device_of_rank(device), progress=progress)
@@ -123,6 +123,11 @@ class _Pair:
         return f"fork {self.fork_epoch}, epoch {self.epoch}"
 
     @property
+    def lock_path(self) -> Path:
+        """Path of the lock that whoever writes the files holds."""
+        return self.directory.lock_path(f"trace {self.title}")
+
+    @property
     def sets(self) -> tuple[bool, bool]:
         """Whether layers, and cumulative sets of layers, are measured at this epoch."""
         trace = self.directory.config.trace
@@ -145,20 +150,14 @@ class _Pair:
         return all(path.is_file() for path, _ in self.files())
 
     def discard_damage(self) -> None:
-        """Remove files that cannot be read, with a warning that names each.
+        """Remove files that cannot be read, with a warning that names each, and unfinished files.
 
         Raises:
             NewerVersionError: A file was written by another release; it is left alone.
         """
+        remove_partial_files(self.path)
         for path, kind in self.files():
-            if path.is_file():
-                try:
-                    kind.load(path)
-                except NewerVersionError:
-                    raise
-                except FileFormatError as error:
-                    warnings.warn(f"{error} It is computed again.", stacklevel=3)
-                    path.unlink(missing_ok=True)
+            discard_if_damaged(path, kind.load)
 
 
 class _Tracer:
@@ -230,7 +229,7 @@ class _Tracing:
 
     @property
     def lock_path(self) -> Path:
-        return self.pair.directory.lock_path(f"trace {self.pair.title}")
+        return self.pair.lock_path
 
     def is_done(self) -> bool:
         return self.pair.is_done()

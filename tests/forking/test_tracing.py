@@ -4,10 +4,21 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from lmc_curvature import measure_barrier, predict_barrier
 from lmc_curvature.errors import CheckpointError, ConfigurationError, DataError, NewerVersionError
-from lmc_curvature.forking import ForkConfig, load_child, load_data, load_parent, read_traces, run_forks, trace_forks
+from lmc_curvature.forking import (
+    ForkConfig,
+    load_child,
+    load_data,
+    load_parent,
+    open_directory,
+    read_traces,
+    run_forks,
+    trace_forks,
+    tracing,
+)
 from lmc_curvature.forking.traces import cumulative_sets
 from lmc_curvature.geometry import sibling_cosine, solution_plane_cosine
 
@@ -158,6 +169,28 @@ def test_damage_is_named_and_computed_again(copy):
     (copy / "traces" / "layers.csv").write_text("fork,epoch\n")
     with pytest.raises(CheckpointError, match=r"layers\.csv has columns .*lmc-curvature trace .* makes it"):
         read_traces(copy)
+
+
+def test_files_that_another_process_is_at_are_left_alone(copy, monkeypatch):
+    expected = contents(copy)
+    pair = copy / "traces" / "fork-0000" / "epoch-0003"
+    (pair / "sets.safetensors").unlink()
+    half_written = pair / "train.safetensors"
+    half_written.write_bytes(b"half")
+    lock = FileLock(open_directory(copy).lock_path("trace fork 0, epoch 3"))
+    lock.acquire()
+    real = tracing.share
+
+    def share(tasks, **options):
+        assert half_written.read_bytes() == b"half"
+        # The other one goes on, and ends before it comes to the last file.
+        half_written.write_bytes(expected["traces/fork-0000/epoch-0003/train.safetensors"])
+        lock.release()
+        real(tasks, **options)
+
+    monkeypatch.setattr(tracing, "share", share)
+    trace_forks(copy, progress=False)
+    assert contents(copy) == expected
 
 
 def test_missing_snapshots_are_named_with_what_makes_them(copy):
