@@ -138,7 +138,7 @@ class _Laboratory:
 
     def begin(self) -> None:
         """Check what can be checked before anything is started, and record what the experiment is begun with."""
-        check_fit(initial_model(self.config), self.data, self.config)
+        check_fit(self.config, self.data)
         # What cannot be traced is better known before days of training.
         check_layers(self.config)
         splits: dict[Split, ImageDataset] = {"train": self.data}
@@ -269,28 +269,43 @@ def device_of_rank(device: torch.device | str) -> torch.device:
     return device
 
 
-def check_fit(model: nn.Module, data: ImageDataset, config: ForkConfig) -> None:
-    """Check that the network takes the images and has an output for each class.
+def check_fit(config: ForkConfig, data: ImageDataset) -> None:
+    """Check that the network takes the images and has an output for each class, in evaluation and in training.
+
+    It is tried on a network of its own, and the global random state is as before.
 
     Raises:
         ConfigurationError: It does not.
     """
-    x, _ = next(iter(data.subset(1).to("cpu").batches(1)))
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(x)
-    except RuntimeError as error:
+    model = initial_model(config)
+    batch_size = config.training.batch_size
+    # One image if an epoch ends with one: batch normalisation may then have nothing to average over.
+    count = min(2, len(data) % batch_size or batch_size)
+    x, _ = next(iter(data.subset(count).to("cpu").batches(count)))
+    for mode in ("evaluation", "training"):
+        model.train(mode == "training")
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                logits = model(x)
+        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
+            raise ConfigurationError(
+                f"model: in {mode}, {config.model!r} cannot take images of shape {tuple(x.shape[1:])} from "
+                f"{config.data!r}, {count} a batch ({error}). Choose another network or batch size, or set its input "
+                "channels in model_options."
+            ) from error
+        _check_logits(logits, (count, len(data.class_names)), mode, config)
+
+
+def _check_logits(logits: object, expected: tuple[int, int], mode: str, config: ForkConfig) -> None:
+    if not isinstance(logits, torch.Tensor):
         raise ConfigurationError(
-            f"model: {config.model!r} cannot take images of shape {tuple(x.shape[1:])} from {config.data!r} ({error}). "
-            "Choose another network, or set its input channels in model_options."
-        ) from error
-    expected = (1, len(data.class_names))
-    if not isinstance(logits, torch.Tensor) or logits.shape != expected:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            f"model_options: in {mode}, {config.model!r} gives {type(logits).__name__}; expected logits alone, a "
+            f"tensor {expected}. Choose another network, or switch off what else it gives (aux_logits: false)."
+        )
+    if logits.shape != expected:
         raise ConfigurationError(
-            f"model_options: {config.model!r} gives {got} for one image of {config.data!r}; expected {expected}. Set "
-            f"num_classes to {len(data.class_names)}."
+            f"model_options: {config.model!r} gives {tuple(logits.shape)} for {expected[0]} of the images of "
+            f"{config.data!r}; expected {expected}. Set num_classes to {expected[1]}."
         )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch import nn
 
 from lmc_curvature.errors import (
     CheckpointError,
@@ -46,6 +47,24 @@ SETTINGS = {
     "model_options": {"width": 2},
 }
 CONFIG = ForkConfig(**SETTINGS)
+
+
+class Unsteady(nn.Module):
+    """A network that is another in training, as some of torchvision's are."""
+
+    def __init__(self, training="", num_classes=10):
+        super().__init__()
+        self.in_training = training
+        self.linear = nn.Linear(64, num_classes)
+        self.norm = nn.BatchNorm1d(num_classes)
+
+    def forward(self, x):
+        logits = self.norm(self.linear(x.flatten(1)))
+        if self.training and self.in_training == "an assertion":
+            raise AssertionError("Wrong image height!")
+        if self.training and self.in_training == "a pair":
+            return logits, logits
+        return nn.functional.dropout(logits, training=self.training)
 
 
 @pytest.fixture(scope="module")
@@ -310,13 +329,37 @@ def test_bad_configurations_name_the_key(change, message):
             ConfigurationError,
             r"'resnet20' cannot take images of shape \(1, 8, 8\) from 'digits'",
         ),
-        ({"model_options": {"num_classes": 4}}, ConfigurationError, r"gives \(1, 4\) .*expected \(1, 10\)"),
+        ({"model_options": {"num_classes": 4}}, ConfigurationError, r"gives \(2, 4\) .*expected \(2, 10\)"),
+        (
+            {"model": "test_experiment:Unsteady", "model_options": {"training": "a pair"}},
+            ConfigurationError,
+            r"in training, .*Unsteady' gives tuple; expected logits alone, a tensor \(2, 10\).*aux_logits: false",
+        ),
+        (
+            {"model": "test_experiment:Unsteady", "model_options": {"training": "an assertion"}},
+            ConfigurationError,
+            r"in training, .*Unsteady' cannot take images of shape \(1, 8, 8\) .*Wrong image height",
+        ),
+        (
+            {"model": "test_experiment:Unsteady", "model_options": {}, "limit": 151},
+            ConfigurationError,
+            r"'digits', 1 a batch \(Expected more than 1 value per channel",
+        ),
         ({"data": "no-such-place"}, DataError, "'no-such-place' is neither"),
     ],
 )
-def test_a_network_or_data_set_that_does_not_fit_is_refused(tmp_path, change, error, message):
+def test_a_network_or_data_set_that_does_not_fit_is_refused(tmp_path, monkeypatch, change, error, message):
+    monkeypatch.setattr(experiment, "train", None)
     with pytest.raises(error, match=message):
         run_forks(ForkConfig(**{**SETTINGS, **change}), tmp_path, progress=False)
+
+
+def test_trying_the_network_out_leaves_no_trace(monkeypatch):
+    before = torch.random.get_rng_state()
+    # Draws random numbers in training.
+    config = ForkConfig(**{**SETTINGS, "model": "test_experiment:Unsteady", "model_options": {}})
+    experiment.check_fit(config, load_data("digits", limit=150))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_diverged_child_is_named_and_the_others_are_kept(finished, tmp_path, monkeypatch):
