@@ -23,7 +23,7 @@ from lmc_curvature.forking.data import ImageDataset, Split
 from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state, save_config
 from lmc_curvature.forking.events import check_tensorboard, event_log
 from lmc_curvature.forking.plan import ForkConfig, TraceConfig
-from lmc_curvature.forking.provenance import load_split, record_provenance, recorded_splits
+from lmc_curvature.forking.provenance import load_split, record_provenance, recorded_splits, warn_of_differences
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.sharing import helpers, is_first_rank, share, unless_claimed
 from lmc_curvature.forking.training import EpochMetrics, TrainingState, capture_state, train
@@ -47,8 +47,9 @@ def run_forks(
 
     A child starts from the parent's network and momentum at its fork epoch. What the directory already holds
     is kept, so the same call continues where an earlier one was stopped or killed, and ends with the same bits on the
-    same machine with as many threads. A damaged snapshot is computed again, with a warning that names it. Several
-    processes may make the same call, under `torchrun` for example: each takes what no other is working on.
+    same machine with as many threads; a warning says if these, or the versions of the software, are others. A damaged
+    snapshot is computed again, with a warning that names it. Several processes may make the same call, under `torchrun`
+    for example: each takes what no other is working on.
 
     Args:
         config: The experiment.
@@ -146,6 +147,7 @@ class _Laboratory:
             splits["test"] = self._load_test_split()
         for split, data in splits.items():
             check_examples(self.config.trace, data, split)
+        warn_of_differences(self.directory, self.made_with)
         record_provenance(self.directory, splits, self.made_with)
 
     def _load_test_split(self) -> ImageDataset:

@@ -4,6 +4,7 @@ provenance.json    SHA-256 of each split of the data, wherever it lies; versions
 """
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,9 +66,30 @@ def record_provenance(
         before = _read(directory)
         known = before.get("data", {})
         new = {split: data.fingerprint() for split, data in splits.items() if split not in known}
-        contents = {"made_with": before.get("made_with", dict(made_with)), "data": known | new}
+        contents = {"made_with": _begun_with(directory) or dict(made_with), "data": known | new}
         if contents != before:
             write_json(directory.provenance_path, {"version": _VERSION, **contents})
+
+
+def warn_of_differences(directory: ForkDirectory, made_with: Mapping[str, Any]) -> None:
+    """Warn if an experiment goes on with another release, device or number of threads than it was begun with."""
+    begun_with = _begun_with(directory)
+    changes = [
+        f"{name}: {begun_with[name]} then, {value} now"
+        for name, value in made_with.items()
+        if begun_with.get(name, value) != value
+    ]
+    if changes:
+        warnings.warn(
+            f"{directory.path} was begun otherwise, so the last bits may differ from those of an undisturbed run:\n"
+            + "\n".join(changes),
+            stacklevel=2,
+        )
+
+
+def _begun_with(directory: ForkDirectory) -> dict[str, Any]:
+    # Before there was a record, the parent's manifest told what it was made with last.
+    return _read(directory).get("made_with") or directory.parent.manifest().get("made_with", {})
 
 
 def _read(directory: ForkDirectory) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from lmc_curvature.errors import CheckpointError
 from lmc_curvature.forking.training import EpochMetrics, TrainingState
 from lmc_curvature.storage import discard_if_damaged, remove_partial_files, write_atomically, write_json
 
@@ -117,14 +118,22 @@ class Run:
             return 0
 
     def discard_damage(self) -> None:
-        """Remove snapshots that do not match their checksums, with a warning that names each, and unfinished files.
+        """Remove snapshots that do not match their checksums, or are not those of the manifest, and unfinished files.
+
+        A warning names each snapshot.
 
         Raises:
             NewerVersionError: A snapshot was written by another release; it is left alone.
         """
         remove_partial_files(self.path)
         for path in (*(self.snapshot_path(epoch) for epoch in self.epochs), self.latest_path):
-            discard_if_damaged(path, TrainingState.load)
+            discard_if_damaged(path, self._check)
+
+    def _check(self, path: Path) -> None:
+        TrainingState.load(path)
+        recorded = self.manifest().get("sha256", {}).get(path.name)
+        if recorded is not None and recorded != _digest(path):
+            raise CheckpointError(f"{path} is not the file that {self.manifest_path} tells the SHA-256 of.")
 
     def furthest(self, state: TrainingState, until: int) -> TrainingState:
         """The latest state if it lies after `state` and not after `until`, else `state`."""

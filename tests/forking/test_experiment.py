@@ -229,6 +229,14 @@ def test_a_damaged_snapshot_is_named_and_computed_again(finished, copy):
     assert contents(copy) == contents(finished.path)
 
 
+def test_a_snapshot_of_another_run_is_named_and_computed_again(finished, copy):
+    child = copy / "fork-0002" / "child-1" / "epoch-0003.safetensors"
+    shutil.copy(copy / "fork-0002" / "child-0" / "epoch-0003.safetensors", child)
+    with pytest.warns(UserWarning, match=r"child-1.epoch-0003\.safetensors is not the file that .*manifest\.json"):
+        run_forks(CONFIG, copy, progress=False)
+    assert contents(copy) == contents(finished.path)
+
+
 def test_metrics_have_a_row_for_each_epoch_of_the_run(finished):
     def epochs(path):
         with path.open(encoding="utf-8", newline="") as file:

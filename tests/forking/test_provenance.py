@@ -1,10 +1,12 @@
 """Claim: an experiment goes on with the data it was begun with, wherever they lie now, and with no others."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lmc_curvature.errors import CheckpointError, ConfigurationError, DataError, NewerVersionError
@@ -137,6 +139,26 @@ def test_a_test_split_that_traces_will_need_is_checked_before_training(
         run_forks(config, tmp_path / "out", progress=False)
     trace = config.trace.model_copy(update={"test": False})
     run_forks(config.model_copy(update={"trace": trace}), tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_going_on_with_another_release_is_told(config, out, recorded):
+    path = out / "provenance.json" if recorded else out / "parent" / "manifest.json"
+    contents = json.loads(path.read_text())
+    contents["made_with"] |= {"torch": "1.0", "device": "abacus"}
+    path.write_text(json.dumps(contents))
+    if not recorded:
+        (out / "provenance.json").unlink()
+    with pytest.warns(
+        UserWarning, match=rf"out was begun otherwise.*\ntorch: 1\.0 then, {re.escape(torch.__version__)} now\ndevice"
+    ):
+        run_forks(config, out, progress=False)
+    assert json.loads((out / "provenance.json").read_text())["made_with"]["torch"] == "1.0"
+
+
+def test_going_on_with_the_same_is_not_worth_a_word(config, out, recwarn):
+    run_forks(config, out, progress=False)
+    assert not recwarn.list
 
 
 def test_a_record_that_cannot_be_read_is_named(config, out):
