@@ -16,9 +16,10 @@ from lmc_curvature.figures.agreement import draw_predicted_against_measured
 from lmc_curvature.figures.barriers import draw_barrier_curves, draw_layer_bars
 from lmc_curvature.figures.landscapes import draw_barrier_kinds, draw_toy_landscapes
 from lmc_curvature.figures.style import save_figure
-from lmc_curvature.forking.directory import load_child, load_fork_data
+from lmc_curvature.forking.directory import load_child
 from lmc_curvature.forking.experiment import cpu_threads, run_forks
 from lmc_curvature.forking.plan import ForkConfig
+from lmc_curvature.forking.provenance import load_fork_data
 from lmc_curvature.forking.training import TrainingConfig
 
 CONFIG = ForkConfig(

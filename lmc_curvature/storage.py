@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import load_file, save_file
 
-from lmc_curvature.errors import FileFormatError, NewerVersionError
+from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError
 
 _HEADER = "lmc_curvature"
 _VERSION = "1"
@@ -47,6 +48,23 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 def remove_partial_files(directory: str | os.PathLike[str]) -> None:
     """Remove what `write_atomically` left in a directory when its process was killed."""
     for path in Path(directory).glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
+def discard_if_damaged(path: Path, load: Callable[[Path], object]) -> None:
+    """Remove a file that cannot be read, with a warning that names it, so that it is computed again.
+
+    Raises:
+        NewerVersionError: The file was written by another release; it is left alone.
+    """
+    if not path.is_file():
+        return
+    try:
+        load(path)
+    except NewerVersionError:
+        raise
+    except (FileFormatError, CheckpointError) as error:
+        warnings.warn(f"{error} It is computed again.", stacklevel=2)
         path.unlink(missing_ok=True)
 
 
@@ -84,15 +102,46 @@ def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.n
         raise FileFormatError(f"{path} is damaged or is not a safetensors file ({error}).") from error
     if header.get("kind") != kind:
         raise FileFormatError(f"{path} holds {header.get('kind')!r}; expected a file of kind {kind!r}.")
-    if header.get("version") != _VERSION:
-        raise NewerVersionError(
-            f"{path} has format version {header.get('version')!r}; this release reads {_VERSION!r}. "
-            "Upgrade lmc_curvature."
-        )
+    check_version(path, header.get("version"), _VERSION)
     metadata = header.get("metadata", {})
     if header.get("checksum") != _checksum(arrays, metadata):
         raise FileFormatError(f"{path} is damaged: its contents do not match its checksum.")
     return arrays, metadata
+
+
+def write_json(path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
+    """Write anything JSON can hold, atomically and for people to read."""
+    with write_atomically(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str], version: str) -> dict[str, Any]:
+    """Read what `write_json` wrote, without the key `version`. A file without that key is of the given version.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        FileFormatError: The file is damaged.
+        NewerVersionError: The file is of another version.
+    """
+    try:
+        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileFormatError(f"{path} is damaged ({error}).") from error
+    if not isinstance(contents, dict):
+        raise FileFormatError(f"{path} is damaged: it holds {type(contents).__name__}; expected names and values.")
+    check_version(path, contents.pop("version", version), version)
+    return contents
+
+
+def check_version(path: str | os.PathLike[str], found: Any, known: str) -> None:
+    """Raise `NewerVersionError` unless a file is of the version that this release reads."""
+    if found == known:
+        return
+    older = isinstance(found, str) and found.isdecimal() and int(found) < int(known)
+    age, remedy = ("an older", "Use that release") if older else ("a newer", "Upgrade lmc_curvature")
+    raise NewerVersionError(
+        f"{path} has format version {found!r}, of {age} release; this release reads {known!r}. {remedy}."
+    )
 
 
 def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> str:

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lmc_curvature.errors import NonFiniteError
+from lmc_curvature.errors import CheckpointError, NonFiniteError
 from lmc_curvature.figures.experiment import draw_all
-from lmc_curvature.forking import load_config, open_directory, run_forks, trace_forks
+from lmc_curvature.forking import load_config, read_traces, run_forks, trace_forks
 from lmc_curvature.network import parse_device
 from lmc_curvature.tables import trace_tables
 
@@ -44,9 +44,17 @@ def main(
             run_forks(config, out / name, device=device, workers=workers, progress=progress)
         except NonFiniteError as error:
             console.print(f"[red]{escape(str(error))}[/red]")
-            if open_directory(out / name).parent.status == "diverged":
-                continue
-        for table in trace_tables(trace_forks(out / name, device=device, workers=workers, progress=progress)):
+        try:
+            trace_forks(out / name, device=device, workers=workers, progress=progress)
+        except NonFiniteError as error:
+            console.print(f"[red]{escape(str(error))}[/red]")
+        try:
+            traces = read_traces(out / name)
+        except CheckpointError as error:
+            # Every fork diverged. The other configurations are not to suffer for it.
+            console.print(f"[red]{escape(str(error))}[/red]")
+            continue
+        for table in trace_tables(traces):
             console.print(table)
         paths = draw_all(out / name, out / name / "figures", progress=progress)
         console.print(f"{len(paths)} files in {out / name / 'figures'}")

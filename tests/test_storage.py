@@ -88,7 +88,7 @@ def _rewritten(header):
         (_rewritten(None), "holds None; expected a file of kind 'test'"),
         (
             _rewritten({"kind": "test", "version": "2"}),
-            "has format version '2'; this release reads '1'. Upgrade lmc_curvature",
+            "has format version '2', of a newer release; this release reads '1'. Upgrade lmc_curvature",
         ),
     ],
 )

@@ -12,7 +12,6 @@ from lmc_curvature.forking.data import (
 from lmc_curvature.forking.directory import (
     ForkDirectory,
     load_child,
-    load_fork_data,
     load_parent,
     open_directory,
 )
@@ -27,6 +26,7 @@ from lmc_curvature.forking.models import (
     resnet20,
 )
 from lmc_curvature.forking.plan import ForkConfig, TraceConfig, load_config
+from lmc_curvature.forking.provenance import load_fork_data
 from lmc_curvature.forking.traces import Traces, read_traces
 from lmc_curvature.forking.tracing import trace_forks
 from lmc_curvature.forking.training import EpochMetrics, TrainingConfig, TrainingState, evaluate, train

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lmc_curvature.errors import CheckpointError, NewerVersionError
-from lmc_curvature.storage import write_atomically
+from lmc_curvature.errors import CheckpointError
+from lmc_curvature.storage import check_version, write_atomically
 
 _HEADER = "lmc_curvature"
 _KIND = "training state"
@@ -167,11 +167,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _check_snapshot(path: Path, header: Mapping[str, Any], entries: Mapping[str, Tensor]) -> None:
     if header.get("kind") != _KIND:
         raise CheckpointError(f"{path} is not a snapshot of a training run; load it with load_checkpoint.")
-    if header.get("version") != _VERSION:
-        raise NewerVersionError(
-            f"{path} has format version {header.get('version')!r}; this release reads {_VERSION!r}. Upgrade "
-            "lmc_curvature."
-        )
+    check_version(path, header.get("version"), _VERSION)
     if header.get("checksum") != _checksum(entries, header.get("metadata", {})):
         raise CheckpointError(f"{path} is damaged: its contents do not match its checksum.")
 

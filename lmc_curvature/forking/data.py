@@ -1,6 +1,7 @@
 """Labelled images, held as one tensor: scikit-learn's digits, CIFAR-10, and folders of image files."""
 
 import dataclasses
+import hashlib
 import os
 import tarfile
 from collections.abc import Iterator
@@ -67,6 +68,13 @@ class ImageDataset:
         """Return the data set with its tensors on `device`."""
         tensors = {name: getattr(self, name).to(device) for name in ("images", "targets", "mean", "std")}
         return dataclasses.replace(self, **tensors)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the images, their labels and their normalisation: all that training sees of a data set."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.targets, self.mean, self.std):
+            digest.update(tensor.cpu().reshape(-1).numpy().data)
+        return digest.hexdigest()
 
     def batches(
         self, batch_size: int, *, order: Int64[Tensor, " selected"] | None = None, crops: Crops | None = None

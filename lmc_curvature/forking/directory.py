@@ -1,6 +1,7 @@
 """Where the files of a forking experiment lie, and what can be read from them.
 
 config.json
+provenance.json       see `provenance`
 parent/               the parent at each fork epoch and at the end; see `runs` for the files of one network
 fork-0000/child-0/    each child of each fork epoch, at its snapshot epochs and at the end
 traces/               see `traces`
@@ -19,15 +20,14 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from lmc_curvature.errors import CheckpointError, ConfigurationError
+from lmc_curvature.errors import CheckpointError, ConfigurationError, FileFormatError, NewerVersionError
 from lmc_curvature.forking.checkpoints import load_entries
 from lmc_curvature.forking.configuration import Configuration
-from lmc_curvature.forking.data import ImageDataset, Split, load_data
 from lmc_curvature.forking.models import make_model
 from lmc_curvature.forking.plan import ForkConfig
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.training import TrainingState
-from lmc_curvature.storage import remove_partial_files, write_atomically
+from lmc_curvature.storage import read_json, remove_partial_files, write_json
 
 _VERSION = "2"
 
@@ -64,6 +64,29 @@ class ForkDirectory:
         numbers = range(self.config.children)
         return {(fork, child): self.child(fork, child) for fork in self.config.fork_epochs for child in numbers}
 
+    def runs(self) -> list[Run]:
+        """The runs of the parent and of all children."""
+        return [self.parent, *self.children().values()]
+
+    def cannot_start(self, run: Run) -> bool:
+        """Whether a child has nowhere to start, because the parent diverged before its fork epoch."""
+        parent = self.parent
+        return run != parent and parent.status == "diverged" and not parent.snapshot_path(run.first_epoch).is_file()
+
+    def failures(self) -> dict[str, str]:
+        """Why networks will never be trained to the end, by the titles of their runs."""
+        reasons = {run.title: run.message for run in self.runs() if run.status == "diverged"}
+        return reasons | {
+            run.title: f"Cannot start, because the parent diverged before epoch {run.first_epoch}."
+            for run in self.runs()
+            if self.cannot_start(run)
+        }
+
+    @property
+    def provenance_path(self) -> Path:
+        """Path of the record of what the experiment was begun with."""
+        return self.path / "provenance.json"
+
     def trace_path(self, fork_epoch: int, epoch: int) -> Path:
         """Path of the directory with what was traced of a fork at an epoch."""
         return self.path / "traces" / f"fork-{fork_epoch:04d}" / f"epoch-{epoch:04d}"
@@ -88,20 +111,17 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
     Raises:
         CheckpointError: There is no experiment in the directory, or its configuration is damaged.
         ConfigurationError: The configuration has keys or values that this release does not know.
+        NewerVersionError: The directory was written by another release.
     """
     path = Path(out_dir) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; {_remedy(out_dir)} makes a directory of forks.")
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-        version, values = contents["version"], dict(contents["config"])
-    except (ValueError, LookupError, TypeError) as error:
+        values = dict(read_json(path, _VERSION)["config"])
+    except NewerVersionError:
+        raise
+    except (FileFormatError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); delete it and {_remedy(out_dir)} again.") from error
-    if version != _VERSION:
-        raise ConfigurationError(
-            f"{path} has format version {version!r}; this release reads {_VERSION!r}. Use the release of lmc_curvature "
-            "that wrote it, or another directory."
-        )
     try:
         return ForkDirectory(Path(out_dir), ForkConfig(**values))
     except ConfigurationError as error:
@@ -111,7 +131,8 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
 def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> ForkDirectory:
     """Open the directory of an experiment, beginning it if need be.
 
-    What is traced may change: training does not depend on it.
+    What is traced may change: training does not depend on it. So may the place of the data, which are known by their
+    fingerprint; without one, they are those of the configuration. `save_config` stores such changes.
 
     Raises:
         CheckpointError: The configuration in the directory is damaged.
@@ -123,17 +144,23 @@ def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> For
         if not path.exists():
             _write_config(path, config)
     directory = open_directory(out_dir)
-    stored = directory.config
-    changes = differences(stored.model_copy(update={"trace": config.trace}), config)
+    free = {"trace"}
+    if given.provenance_path.is_file() or not given.parent.path.exists():
+        free.add("data")
+    changes = differences(directory.config.model_copy(update={key: getattr(config, key) for key in free}), config)
     if changes:
         raise ConfigurationError(
             f"{out_dir} holds an experiment with another configuration:\n" + "\n".join(changes) + "\nUse another "
             "directory, or the same configuration."
         )
-    if stored.trace != config.trace:
-        with given.writing(given.path):
-            _write_config(path, config)
     return given
+
+
+def save_config(directory: ForkDirectory) -> None:
+    """Store the configuration of an experiment if it is another than the one in the directory."""
+    if open_directory(directory.path).config != directory.config:
+        with directory.writing(directory.path):
+            _write_config(directory.path / "config.json", directory.config)
 
 
 def load_child(out_dir: str | os.PathLike[str], fork_epoch: int, child: int, epoch: int | None = None) -> nn.Module:
@@ -169,17 +196,6 @@ def load_parent(out_dir: str | os.PathLike[str], epoch: int | None = None) -> nn
     return _load_network(directory, directory.parent, epoch)
 
 
-def load_fork_data(out_dir: str | os.PathLike[str], split: Split = "train", *, progress: bool = True) -> ImageDataset:
-    """Load the data of an experiment: the examples it trained on, or the whole test split.
-
-    Raises:
-        CheckpointError: There is no experiment in the directory.
-        DataError: The data set is missing or is not what it should be.
-    """
-    config = open_directory(out_dir).config
-    return load_data(config.data, split, config.limit if split == "train" else None, progress=progress)
-
-
 def initial_model(config: ForkConfig) -> nn.Module:
     """Build the network of an experiment as the parent's initialisation, on the CPU.
 
@@ -196,9 +212,12 @@ def load_state(directory: ForkDirectory, run: Run, epoch: int) -> TrainingState:
 
     Raises:
         CheckpointError: It is missing or damaged; the message says what makes it.
+        NewerVersionError: It was written by another release.
     """
     try:
         return TrainingState.load(run.snapshot_path(epoch))
+    except NewerVersionError:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"{error} {_remedy(directory.path)} makes it.") from error
 
@@ -214,9 +233,7 @@ def _load_network(directory: ForkDirectory, run: Run, epoch: int | None) -> nn.M
 
 
 def _write_config(path: Path, config: ForkConfig) -> None:
-    contents = {"version": _VERSION, "config": config.model_dump(mode="json")}
-    with write_atomically(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    write_json(path, {"version": _VERSION, "config": config.model_dump(mode="json")})
 
 
 def _remedy(out_dir: str | os.PathLike[str]) -> str:

@@ -15,17 +15,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 from tqdm.auto import tqdm
 
 from lmc_curvature.errors import ConfigurationError, DataError, NonFiniteError, OptionError
-from lmc_curvature.forking.data import ImageDataset, Split, load_data
-from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state
+from lmc_curvature.forking.data import ImageDataset, Split
+from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state, save_config
 from lmc_curvature.forking.events import check_tensorboard, event_log
 from lmc_curvature.forking.plan import ForkConfig, TraceConfig
+from lmc_curvature.forking.provenance import load_split, record_provenance, recorded_splits, warn_of_differences
 from lmc_curvature.forking.runs import Run
-from lmc_curvature.forking.sharing import helpers, is_first_rank, share
+from lmc_curvature.forking.sharing import helpers, is_first_rank, share, unless_claimed
 from lmc_curvature.forking.training import EpochMetrics, TrainingState, capture_state, train
 from lmc_curvature.layers import LayerPartition
 from lmc_curvature.storage import remove_partial_files
@@ -47,8 +47,9 @@ def run_forks(
 
     A child starts from the parent's network and momentum at its fork epoch. What the directory already holds
     is kept, so the same call continues where an earlier one was stopped or killed, and ends with the same bits on the
-    same machine with as many threads. A damaged snapshot is computed again, with a warning that names it. Several
-    processes may make the same call, under `torchrun` for example: each takes what no other is working on.
+    same machine with as many threads; a warning says if these, or the versions of the software, are others. A damaged
+    snapshot is computed again, with a warning that names it. Several processes may make the same call, under `torchrun`
+    for example: each takes what no other is working on.
 
     Args:
         config: The experiment.
@@ -65,10 +66,11 @@ def run_forks(
     Raises:
         ConfigurationError: The directory belongs to another configuration, or the network does not fit the
             data.
-        DataError: The data set is missing or is not what it should be.
-        NonFiniteError: The parent diverged; or children did, after all others were trained. The message says
-            which.
-        NewerVersionError: A snapshot was written by another release.
+        DataError: The data set is missing, is not what it should be, or is not the one the directory was begun with;
+            where it lies makes no difference.
+        NonFiniteError: The parent or children diverged. All others were trained, except for the children of forks that
+            the parent did not reach. The message says which.
+        NewerVersionError: The directory, or a snapshot, was written by another release.
         OptionError: `workers` is not positive, or TensorBoard is asked for and not installed.
         PartitionError: The layers that are to be traced are not those of the network.
     """
@@ -77,18 +79,20 @@ def run_forks(
     if tensorboard is not None:
         check_tensorboard()
     directory = create_directory(out_dir, config)
-    runs = [directory.parent, *directory.children().values()]
-    for run in runs:
-        _discard_damage(directory, run)
-    if any(run.status == "training" for run in runs):
-        laboratory = _Laboratory(directory, device_of_rank(device), tensorboard, progress=progress)
-        # What cannot be trained is refused before anything is started.
-        laboratory.check()
+    for run in directory.runs():
+        unless_claimed(directory.lock_path(run.title), run.discard_damage)
+    laboratory = _Laboratory(directory, device_of_rank(device), tensorboard, progress=progress)
+    unfinished = any(run.status == "training" and not directory.cannot_start(run) for run in directory.runs())
+    if unfinished:
+        laboratory.begin()
+    # Only now: what could not be trained or traced has been refused.
+    save_config(directory)
+    if unfinished:
         with helpers(workers - 1, _help, directory, device, tensorboard):
             laboratory.train_all()
-    diverged = [f"{run.title}: {run.message}" for run in runs if run.status == "diverged"]
-    if diverged:
-        raise NonFiniteError("\n".join(diverged))
+    failures = directory.failures()
+    if failures:
+        raise NonFiniteError("\n".join(f"{title}: {reason}" for title, reason in failures.items()))
     return directory
 
 
@@ -116,7 +120,7 @@ class _Laboratory:
 
     @functools.cached_property
     def data(self) -> ImageDataset:
-        return load_data(self.config.data, limit=self.config.limit, progress=self.progress).to(self.device)
+        return load_split(self.directory, "train", progress=self.progress).to(self.device)
 
     @functools.cached_property
     def model(self) -> nn.Module:
@@ -130,30 +134,40 @@ class _Laboratory:
             "lmc_curvature": version("lmc-curvature"),
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
-            "threads": torch.get_num_threads(),
+            "threads": self.config.threads or torch.get_num_threads(),
         }
 
-    def check(self) -> None:
-        check_fit(initial_model(self.config), self.data, self.config)
+    def begin(self) -> None:
+        """Check what can be checked before anything is started, and record what the experiment is begun with."""
+        check_fit(self.config, self.data)
         # What cannot be traced is better known before days of training.
         check_layers(self.config)
-        check_examples(self.config.trace, self.data, "train")
+        splits: dict[Split, ImageDataset] = {"train": self.data}
+        if self.config.trace.test and "test" not in recorded_splits(self.directory):
+            splits["test"] = self._load_test_split()
+        for split, data in splits.items():
+            check_examples(self.config.trace, data, split)
+        warn_of_differences(self.directory, self.made_with)
+        record_provenance(self.directory, splits, self.made_with)
+
+    def _load_test_split(self) -> ImageDataset:
+        try:
+            return load_split(self.directory, "test", progress=self.progress)
+        except DataError as error:
+            raise DataError(f"{error} To trace without a test split, set trace.test to false.") from error
 
     def train_all(self) -> None:
         """Train all runs, together with whatever other processes are at it."""
-        tasks = [_Training(self, run) for run in self._runs()]
-        total = sum(run.epochs[-1] - run.first_epoch for run in self._runs())
+        tasks = [_Training(self, run) for run in self.directory.runs()]
+        total = sum(run.epochs[-1] - run.first_epoch for run in self.directory.runs())
         with (
             cpu_threads(self.config.threads),
             tqdm(total=total, initial=self._trained(), unit="epoch", disable=not self.progress) as self.bar,
         ):
             share(tasks, on_turn=self._look_at_others)
 
-    def _runs(self) -> list[Run]:
-        return [self.directory.parent, *self.directory.children().values()]
-
     def _trained(self) -> int:
-        return sum(run.epochs_trained() for run in self._runs())
+        return sum(run.epochs_trained() for run in self.directory.runs())
 
     def _look_at_others(self) -> None:
         self.bar.update(max(self._trained() - self.bar.n, 0))
@@ -175,8 +189,7 @@ class _Training:
         return self.laboratory.directory.lock_path(self.trained.title)
 
     def is_done(self) -> bool:
-        # Without its parent a child has nowhere to start.
-        return self.trained.status != "training" or self.laboratory.directory.parent.status == "diverged"
+        return self.trained.status != "training" or self.laboratory.directory.cannot_start(self.trained)
 
     def is_ready(self) -> bool:
         return self._is_parent or self.laboratory.directory.parent.snapshot_path(self.trained.first_epoch).is_file()
@@ -249,14 +262,6 @@ class _Training:
         return state
 
 
-def _discard_damage(directory: ForkDirectory, run: Run) -> None:
-    """Remove damaged files of a run, unless another process works on it, which has done so itself."""
-    path = directory.lock_path(run.title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(Timeout), FileLock(path, timeout=0):
-        run.discard_damage()
-
-
 def device_of_rank(device: torch.device | str) -> torch.device:
     """The device to use: under `torchrun`, `"cuda"` is the one of the local rank."""
     device = torch.device(device)
@@ -266,28 +271,43 @@ def device_of_rank(device: torch.device | str) -> torch.device:
     return device
 
 
-def check_fit(model: nn.Module, data: ImageDataset, config: ForkConfig) -> None:
-    """Check that the network takes the images and has an output for each class.
+def check_fit(config: ForkConfig, data: ImageDataset) -> None:
+    """Check that the network takes the images and has an output for each class, in evaluation and in training.
+
+    It is tried on a network of its own, and the global random state is as before.
 
     Raises:
         ConfigurationError: It does not.
     """
-    x, _ = next(iter(data.subset(1).to("cpu").batches(1)))
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = model(x)
-    except RuntimeError as error:
+    model = initial_model(config)
+    batch_size = config.training.batch_size
+    # One image if an epoch ends with one: batch normalisation may then have nothing to average over.
+    count = min(2, len(data) % batch_size or batch_size)
+    x, _ = next(iter(data.subset(count).to("cpu").batches(count)))
+    for mode in ("evaluation", "training"):
+        model.train(mode == "training")
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                logits = model(x)
+        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
+            raise ConfigurationError(
+                f"model: in {mode}, {config.model!r} cannot take images of shape {tuple(x.shape[1:])} from "
+                f"{config.data!r}, {count} a batch ({error}). Choose another network or batch size, or set its input "
+                "channels in model_options."
+            ) from error
+        _check_logits(logits, (count, len(data.class_names)), mode, config)
+
+
+def _check_logits(logits: object, expected: tuple[int, int], mode: str, config: ForkConfig) -> None:
+    if not isinstance(logits, torch.Tensor):
         raise ConfigurationError(
-            f"model: {config.model!r} cannot take images of shape {tuple(x.shape[1:])} from {config.data!r} ({error}). "
-            "Choose another network, or set its input channels in model_options."
-        ) from error
-    expected = (1, len(data.class_names))
-    if not isinstance(logits, torch.Tensor) or logits.shape != expected:
-        got = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            f"model_options: in {mode}, {config.model!r} gives {type(logits).__name__}; expected logits alone, a "
+            f"tensor {expected}. Choose another network, or switch off what else it gives (aux_logits: false)."
+        )
+    if logits.shape != expected:
         raise ConfigurationError(
-            f"model_options: {config.model!r} gives {got} for one image of {config.data!r}; expected {expected}. Set "
-            f"num_classes to {len(data.class_names)}."
+            f"model_options: {config.model!r} gives {tuple(logits.shape)} for {expected[0]} of the images of "
+            f"{config.data!r}; expected {expected}. Set num_classes to {expected[1]}."
         )
 
 

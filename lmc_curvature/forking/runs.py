@@ -10,14 +10,13 @@ import csv
 import dataclasses
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lmc_curvature.errors import CheckpointError, NewerVersionError
+from lmc_curvature.errors import CheckpointError
 from lmc_curvature.forking.training import EpochMetrics, TrainingState
-from lmc_curvature.storage import remove_partial_files, write_atomically
+from lmc_curvature.storage import discard_if_damaged, remove_partial_files, write_atomically, write_json
 
 Status = Literal["training", "finished", "diverged"]
 
@@ -96,8 +95,7 @@ class Run:
             "made_with": dict(made_with),
             "sha256": {path.name: _digest(path) for path in stored if path.is_file()},
         }
-        with write_atomically(self.manifest_path) as temporary:
-            temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+        write_json(self.manifest_path, contents)
 
     def write_metrics(self, history: Sequence[EpochMetrics]) -> None:
         """Write the metrics of the run's own epochs, given those since the beginning of the schedule."""
@@ -120,21 +118,22 @@ class Run:
             return 0
 
     def discard_damage(self) -> None:
-        """Remove snapshots that do not match their checksums, with a warning that names each, and unfinished files.
+        """Remove snapshots that do not match their checksums, or are not those of the manifest, and unfinished files.
+
+        A warning names each snapshot.
 
         Raises:
             NewerVersionError: A snapshot was written by another release; it is left alone.
         """
         remove_partial_files(self.path)
         for path in (*(self.snapshot_path(epoch) for epoch in self.epochs), self.latest_path):
-            if path.is_file():
-                try:
-                    TrainingState.load(path)
-                except NewerVersionError:
-                    raise
-                except CheckpointError as error:
-                    warnings.warn(f"{error} It is computed again.", stacklevel=2)
-                    path.unlink(missing_ok=True)
+            discard_if_damaged(path, self._check)
+
+    def _check(self, path: Path) -> None:
+        TrainingState.load(path)
+        recorded = self.manifest().get("sha256", {}).get(path.name)
+        if recorded is not None and recorded != _digest(path):
+            raise CheckpointError(f"{path} is not the file that {self.manifest_path} tells the SHA-256 of.")
 
     def furthest(self, state: TrainingState, until: int) -> TrainingState:
         """The latest state if it lies after `state` and not after `until`, else `state`."""

@@ -59,19 +59,26 @@ def share(tasks: Sequence[Task], *, on_turn: Callable[[], None] = lambda: None) 
     on_turn()
 
 
-def _claim(task: Task) -> bool:
-    """Do a task unless it is not ready or another process has it; whether it was done here."""
-    if not task.is_ready():
-        return False
-    task.lock_path.parent.mkdir(parents=True, exist_ok=True)
+def unless_claimed(lock_path: Path, action: Callable[[], None]) -> bool:
+    """Do something under a lock unless another process holds it; whether it was done here."""
+    lock_path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(task.lock_path, timeout=0):
-            # Another process may have finished it between the two looks.
-            if not task.is_done():
-                task.run()
+        with FileLock(lock_path, timeout=0):
+            action()
     except Timeout:
         return False
     return True
+
+
+def _claim(task: Task) -> bool:
+    """Do a task unless it is not ready or another process has it; whether it was done here."""
+
+    def run() -> None:
+        # Another process may have finished it between the two looks.
+        if not task.is_done():
+            task.run()
+
+    return task.is_ready() and unless_claimed(task.lock_path, run)
 
 
 @contextlib.contextmanager

@@ -90,17 +90,21 @@ def read_traces(out_dir: str | os.PathLike[str]) -> Traces:
 
 
 def write_tables(directory: ForkDirectory, pairs: Iterable[tuple[int, int]]) -> Traces:
-    """Gather what was traced of forks at epochs into tables, and write each as CSV, whole or not at all."""
+    """Gather what was traced of forks at epochs into tables, and write each as CSV, whole or not at all.
+
+    Where nothing was traced, nothing is written.
+    """
     rows: dict[str, list[Row]] = {name: [] for name in _COLUMNS}
     for fork, epoch in pairs:
         path = directory.trace_path(fork, epoch)
         for name, found in _rows_of(path).items():
             rows[name] += [{"fork": fork, "epoch": epoch, **row} for row in found]
     tables = {name: pd.DataFrame(rows[name], columns=list(columns)) for name, columns in _COLUMNS.items()}
-    with directory.writing(directory.path / "traces"):
-        for name, table in tables.items():
-            with write_atomically(_table_path(directory, name)) as temporary:
-                table.to_csv(temporary, index=False)
+    if rows["geometry"]:
+        with directory.writing(directory.path / "traces"):
+            for name, table in tables.items():
+                with write_atomically(_table_path(directory, name)) as temporary:
+                    table.to_csv(temporary, index=False)
     return Traces(**tables)
 
 

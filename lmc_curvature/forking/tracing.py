@@ -11,10 +11,8 @@ traces/*.csv                                       all of it as tidy tables; see
 
 import dataclasses
 import functools
-import json
 import os
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,26 +26,30 @@ from lmc_curvature.errors import (
     ConfigurationError,
     FileFormatError,
     NewerVersionError,
+    NonFiniteError,
     OptionError,
 )
-from lmc_curvature.forking.data import Batches, Split, load_data
+from lmc_curvature.forking.data import Batches, Split
 from lmc_curvature.forking.directory import (
     ForkDirectory,
     differences,
+    initial_model,
     load_child,
     load_parent,
     open_directory,
 )
 from lmc_curvature.forking.experiment import check_examples, check_layers, cpu_threads, device_of_rank
 from lmc_curvature.forking.plan import TraceConfig, When
-from lmc_curvature.forking.sharing import helpers, is_first_rank, share
+from lmc_curvature.forking.provenance import load_split
+from lmc_curvature.forking.sharing import helpers, is_first_rank, share, unless_claimed
 from lmc_curvature.forking.traces import Traces, cumulative_sets, write_tables
 from lmc_curvature.geometry import SiblingGeometry
 from lmc_curvature.layers import LayerPartition
 from lmc_curvature.objective import Objective
 from lmc_curvature.segment import Segment
-from lmc_curvature.storage import remove_partial_files, write_atomically
+from lmc_curvature.storage import discard_if_damaged, read_json, remove_partial_files, write_json
 
+_VERSION = "1"
 # Not what a device happens to have free: how a batch is cut into tiles decides the last bits of a prediction.
 _MEMORY_GIB = 4.0
 
@@ -65,7 +67,8 @@ def trace_forks(
     """Predict and measure the barriers between the first two siblings of every fork, epoch by epoch.
 
     What was traced before is kept, so the same call continues where an earlier one was stopped or killed, and ends with
-    the same tables. Several processes may make the same call, as for `run_forks`.
+    the same tables. What can be traced is, also when networks are missing or have diverged, and however the call ends,
+    the tables hold what was traced until then. Several processes may make the same call, as for `run_forks`.
 
     Args:
         out_dir: The directory of a finished experiment; its configuration says what is traced.
@@ -78,9 +81,14 @@ def trace_forks(
         The tables, which lie as CSV files in the directory `traces`.
 
     Raises:
-        CheckpointError: Snapshots are missing or damaged. The message names them and what makes them.
+        CheckpointError: Snapshots are missing or damaged. The message names them and what makes them. All others were
+            traced; `read_traces` has the tables.
         ConfigurationError: The directory holds traces of another configuration. The message has the differences.
-        DataError: The data set is missing, or has fewer examples than are to be traced.
+        NewerVersionError: The directory, a snapshot or a trace was written by another release.
+        DataError: The data set is missing, is not the one that the networks were trained on, or has fewer examples than
+            are to be traced.
+        NonFiniteError: Networks have diverged, or something between siblings is infinite or not a number. The message
+            says which. All others were traced; `read_traces` has the tables.
         OptionError: `workers` is not positive.
     """
     if workers < 1:
@@ -89,14 +97,17 @@ def trace_forks(
     _check_config(directory)
     pairs = _pairs(directory)
     for pair in pairs:
-        pair.discard_damage()
-    todo = [pair for pair in pairs if not pair.is_done()]
-    if todo:
-        tracer = _Tracer(directory, data, device_of_rank(device), progress=progress)
-        tracer.check()
-        with helpers(workers - 1, _help, directory, data, device):
-            tracer.trace_all()
-    return write_tables(directory, [(pair.fork_epoch, pair.epoch) for pair in pairs])
+        unless_claimed(pair.lock_path, pair.discard_damage)
+    tracer = _Tracer(directory, data, device_of_rank(device), progress=progress)
+    try:
+        if any(not pair.is_done() for pair in tracer.pairs):
+            tracer.check()
+            with helpers(workers - 1, _help, directory, data, device):
+                tracer.trace_all()
+    finally:
+        traces = write_tables(directory, [(pair.fork_epoch, pair.epoch) for pair in pairs if pair.is_done()])
+    _report(directory, pairs, tracer.failures)
+    return traces
 
 
 def _help(directory: ForkDirectory, data: str | None, device: torch.device | str) -> None:
@@ -120,6 +131,11 @@ class _Pair:
         return f"fork {self.fork_epoch}, epoch {self.epoch}"
 
     @property
+    def lock_path(self) -> Path:
+        """Path of the lock that whoever writes the files holds."""
+        return self.directory.lock_path(f"trace {self.title}")
+
+    @property
     def sets(self) -> tuple[bool, bool]:
         """Whether layers, and cumulative sets of layers, are measured at this epoch."""
         trace = self.directory.config.trace
@@ -141,33 +157,37 @@ class _Pair:
     def is_done(self) -> bool:
         return all(path.is_file() for path, _ in self.files())
 
+    def missing(self) -> list[Path]:
+        """The snapshots that it takes and that are not there."""
+        directory, last = self.directory, self.directory.config.training.epochs
+        siblings = [directory.child(self.fork_epoch, child) for child in (0, 1)]
+        needed = [directory.parent.snapshot_path(self.fork_epoch)]
+        needed += [run.snapshot_path(epoch) for run in siblings for epoch in sorted({self.epoch, last})]
+        return [path for path in needed if not path.is_file()]
+
     def discard_damage(self) -> None:
-        """Remove files that cannot be read, with a warning that names each.
+        """Remove files that cannot be read, with a warning that names each, and unfinished files.
 
         Raises:
             NewerVersionError: A file was written by another release; it is left alone.
         """
+        remove_partial_files(self.path)
         for path, kind in self.files():
-            if path.is_file():
-                try:
-                    kind.load(path)
-                except NewerVersionError:
-                    raise
-                except FileFormatError as error:
-                    warnings.warn(f"{error} It is computed again.", stacklevel=3)
-                    path.unlink(missing_ok=True)
+            discard_if_damaged(path, kind.load)
 
 
 class _Tracer:
-    """What tracing every pair of a directory needs: the data, the device and a progress bar."""
+    """What tracing every pair of a directory needs: the data, the device and a progress bar; and what failed."""
 
     def __init__(self, directory: ForkDirectory, data: str | None, device: torch.device, *, progress: bool):
         self.directory = directory
-        self.data = data or directory.config.data
+        self.data = data
         self.config = directory.config.trace
         self.device = device
         self.progress = progress and is_first_rank()
         self.bar = tqdm(disable=True)
+        self.pairs = [pair for pair in _pairs(directory) if pair.is_done() or not pair.missing()]
+        self.failures: dict[str, NonFiniteError | CheckpointError] = {}
 
     def loader(self, split: Split) -> Batches:
         """The examples of a split that are traced: of those trained on, for the training split."""
@@ -182,17 +202,15 @@ class _Tracer:
         return self._load("test")
 
     def _load(self, split: Split) -> Batches:
-        whole = self.directory.config
-        data = load_data(self.data, split, whole.limit if split == "train" else None, progress=self.progress)
+        data = load_split(self.directory, split, self.data, progress=self.progress)
         check_examples(self.config, data, split)
         data = data if self.config.examples is None else data.subset(self.config.examples)
         return data.to(self.device).batches(self.config.batch_size)
 
     @functools.cached_property
     def objective(self) -> Objective:
-        """One for all pairs, so that the network is captured once."""
-        fork = self.directory.config.fork_epochs[0]
-        model = self.child(fork, 0, self.directory.config.training.epochs)
+        """One for all pairs, so that the network is captured once. It is evaluated at their states, not at its own."""
+        model = initial_model(self.directory.config).to(self.device).eval()
         return Objective(model, self.loader("train"), batch_norm=self.config.batch_norm)
 
     def child(self, fork_epoch: int, child: int, epoch: int) -> nn.Module:
@@ -206,8 +224,8 @@ class _Tracer:
         check_layers(self.directory.config)
 
     def trace_all(self) -> None:
-        """Trace all pairs, together with whatever other processes are at it."""
-        pairs = _pairs(self.directory)
+        """Trace all pairs whose networks are there, together with whatever other processes are at it."""
+        pairs = self.pairs
         with (
             cpu_threads(self.directory.config.threads),
             tqdm(total=len(pairs), desc="tracing", unit="epoch", disable=not self.progress) as self.bar,
@@ -228,10 +246,10 @@ class _Tracing:
 
     @property
     def lock_path(self) -> Path:
-        return self.pair.directory.lock_path(f"trace {self.pair.title}")
+        return self.pair.lock_path
 
     def is_done(self) -> bool:
-        return self.pair.is_done()
+        return self.pair.is_done() or self.pair.title in self.tracer.failures
 
     def is_ready(self) -> bool:
         return True
@@ -239,10 +257,13 @@ class _Tracing:
     def run(self) -> None:
         self.tracer.bar.set_description(f"tracing {self.pair.title}")
         remove_partial_files(self.pair.path)
-        siblings = self._siblings()
-        for path, _ in self.pair.files():
-            if not path.is_file():
-                self._compute(path.stem, siblings).save(path)
+        try:
+            siblings = self._siblings()
+            for path, _ in self.pair.files():
+                if not path.is_file():
+                    self._compute(path.stem, siblings).save(path)
+        except (NonFiniteError, CheckpointError) as error:
+            self.tracer.failures[self.pair.title] = error
 
     def _siblings(self) -> tuple[nn.Module, nn.Module]:
         first, second = (self.tracer.child(self.pair.fork_epoch, child, self.pair.epoch) for child in (0, 1))
@@ -290,27 +311,37 @@ class _Tracing:
 
 
 def _pairs(directory: ForkDirectory) -> list[_Pair]:
-    """Every fork and epoch to trace, without forks that have a diverged child.
+    """Every fork and epoch to trace, without forks of which a sibling will never be trained to the end."""
+    failed = _failed_siblings(directory)
+    return [
+        _Pair(directory, fork, epoch)
+        for fork in directory.config.fork_epochs
+        if not any(directory.child(fork, child).title in failed for child in (0, 1))
+        for epoch in directory.config.child_epochs(fork)
+    ]
 
-    Raises:
-        CheckpointError: Snapshots are missing.
-    """
-    pairs, missing = [], []
-    for fork in directory.config.fork_epochs:
-        siblings = [directory.child(fork, child) for child in (0, 1)]
-        diverged = [run for run in siblings if run.status == "diverged"]
-        if diverged:
-            warnings.warn(f"{diverged[0].title} diverged, so fork {fork} is not traced.", stacklevel=3)
-            continue
-        missing += [run.snapshot_path(epoch) for run in siblings for epoch in run.missing()]
-        pairs += [_Pair(directory, fork, epoch) for epoch in siblings[0].epochs]
+
+def _failed_siblings(directory: ForkDirectory) -> dict[str, str]:
+    titles = {directory.child(fork, child).title for fork in directory.config.fork_epochs for child in (0, 1)}
+    return {title: reason for title, reason in directory.failures().items() if title in titles}
+
+
+def _report(directory: ForkDirectory, pairs: list[_Pair], failures: Mapping[str, Exception]) -> None:
+    """Raise an error that names all that was not traced, if anything was not."""
+    reasons = _failed_siblings(directory) | {title: str(error) for title, error in failures.items()}
+    problems = [f"{title}: {reason}" for title, reason in reasons.items()]
+    missing = {path: None for pair in pairs if not pair.is_done() for path in pair.missing()}
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise CheckpointError(
-            f"{missing[0]}{more} missing: run_forks(config, {os.fspath(directory.path)!r}), or lmc-curvature fork "
-            f"CONFIG --out {directory.path}, makes them."
+        problems.append(
+            f"{next(iter(missing))}{more} missing: run_forks(config, {os.fspath(directory.path)!r}), or lmc-curvature "
+            f"fork CONFIG --out {directory.path}, makes them."
         )
-    return pairs
+    if problems:
+        if any(pair.is_done() for pair in pairs):
+            problems.append(f"All others are in the tables of {directory.path / 'traces'}.")
+        unreadable = missing or any(isinstance(error, CheckpointError) for error in failures.values())
+        raise (CheckpointError if unreadable else NonFiniteError)("\n".join(problems))
 
 
 def _check_config(directory: ForkDirectory) -> None:
@@ -318,12 +349,18 @@ def _check_config(directory: ForkDirectory) -> None:
     config = directory.config.trace
     with directory.writing(path.parent):
         if not path.is_file():
-            with write_atomically(path) as temporary:
-                temporary.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            write_json(path, {"version": _VERSION, **config.model_dump(mode="json")})
     try:
-        stored = TraceConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"{path} is damaged ({error}); remove {path.parent}.") from error
+        stored = TraceConfig(**read_json(path, _VERSION))
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"{path} has keys or values that this release does not know:\n{error}\nUse the release that wrote it, or "
+            f"move {path.parent} away."
+        ) from error
+    except NewerVersionError:
+        raise
+    except FileFormatError as error:
+        raise ConfigurationError(f"{error} Remove {path.parent}.") from error
     changes = differences(stored, config)
     if changes:
         raise ConfigurationError(

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch import nn
 
 from lmc_curvature.errors import (
     CheckpointError,
@@ -48,6 +49,24 @@ SETTINGS = {
 CONFIG = ForkConfig(**SETTINGS)
 
 
+class Unsteady(nn.Module):
+    """A network that is another in training, as some of torchvision's are."""
+
+    def __init__(self, training="", num_classes=10):
+        super().__init__()
+        self.in_training = training
+        self.linear = nn.Linear(64, num_classes)
+        self.norm = nn.BatchNorm1d(num_classes)
+
+    def forward(self, x):
+        logits = self.norm(self.linear(x.flatten(1)))
+        if self.training and self.in_training == "an assertion":
+            raise AssertionError("Wrong image height!")
+        if self.training and self.in_training == "a pair":
+            return logits, logits
+        return nn.functional.dropout(logits, training=self.training)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return run_forks(CONFIG, tmp_path_factory.mktemp("forks"), progress=False)
@@ -71,7 +90,7 @@ def test_the_directory_holds_every_file_and_nothing_else(finished):
     stored |= {f"fork-0002/child-{c}": (3,) for c in (0, 1)}
     files = [f"{run}/{name}" for run in stored for name in ("manifest.json", "metrics.csv")]
     files += [f"{run}/epoch-{epoch:04d}.safetensors" for run, epochs in stored.items() for epoch in epochs]
-    assert sorted(contents(finished.path)) == sorted(["config.json", *files])
+    assert sorted(contents(finished.path)) == sorted(["config.json", "provenance.json", *files])
 
 
 def test_the_same_configuration_gives_the_same_bits(finished, tmp_path):
@@ -113,7 +132,7 @@ def test_fork_0_is_the_initialisation(finished):
 
 def test_a_finished_experiment_is_not_trained_again(finished, monkeypatch):
     monkeypatch.setattr(experiment, "train", None)
-    monkeypatch.setattr(experiment, "load_data", None)
+    monkeypatch.setattr(experiment, "load_split", None)
     before = {name: (finished.path / name).stat().st_mtime_ns for name in contents(finished.path)}
     run_forks(CONFIG, finished.path, progress=False)
     assert {name: (finished.path / name).stat().st_mtime_ns for name in contents(finished.path)} == before
@@ -210,6 +229,14 @@ def test_a_damaged_snapshot_is_named_and_computed_again(finished, copy):
     assert contents(copy) == contents(finished.path)
 
 
+def test_a_snapshot_of_another_run_is_named_and_computed_again(finished, copy):
+    child = copy / "fork-0002" / "child-1" / "epoch-0003.safetensors"
+    shutil.copy(copy / "fork-0002" / "child-0" / "epoch-0003.safetensors", child)
+    with pytest.warns(UserWarning, match=r"child-1.epoch-0003\.safetensors is not the file that .*manifest\.json"):
+        run_forks(CONFIG, copy, progress=False)
+    assert contents(copy) == contents(finished.path)
+
+
 def test_metrics_have_a_row_for_each_epoch_of_the_run(finished):
     def epochs(path):
         with path.open(encoding="utf-8", newline="") as file:
@@ -264,7 +291,8 @@ def test_a_changed_configuration_is_refused_with_the_difference(finished):
     [
         ("{", CheckpointError, r"config\.json is damaged"),
         ("[]", CheckpointError, r"config\.json is damaged"),
-        (json.dumps({"version": "7", "config": {}}), ConfigurationError, "version '7'; this release reads '2'"),
+        (json.dumps({"version": "7", "config": {}}), NewerVersionError, "version '7', of a newer .* Upgrade"),
+        (json.dumps({"version": "1", "config": {}}), NewerVersionError, "version '1', of an older .* Use that release"),
         (json.dumps({"version": "2", "config": {**SETTINGS, "new": 1}}), ConfigurationError, "new: unknown key"),
     ],
 )
@@ -309,13 +337,37 @@ def test_bad_configurations_name_the_key(change, message):
             ConfigurationError,
             r"'resnet20' cannot take images of shape \(1, 8, 8\) from 'digits'",
         ),
-        ({"model_options": {"num_classes": 4}}, ConfigurationError, r"gives \(1, 4\) .*expected \(1, 10\)"),
+        ({"model_options": {"num_classes": 4}}, ConfigurationError, r"gives \(2, 4\) .*expected \(2, 10\)"),
+        (
+            {"model": "test_experiment:Unsteady", "model_options": {"training": "a pair"}},
+            ConfigurationError,
+            r"in training, .*Unsteady' gives tuple; expected logits alone, a tensor \(2, 10\).*aux_logits: false",
+        ),
+        (
+            {"model": "test_experiment:Unsteady", "model_options": {"training": "an assertion"}},
+            ConfigurationError,
+            r"in training, .*Unsteady' cannot take images of shape \(1, 8, 8\) .*Wrong image height",
+        ),
+        (
+            {"model": "test_experiment:Unsteady", "model_options": {}, "limit": 151},
+            ConfigurationError,
+            r"'digits', 1 a batch \(Expected more than 1 value per channel",
+        ),
         ({"data": "no-such-place"}, DataError, "'no-such-place' is neither"),
     ],
 )
-def test_a_network_or_data_set_that_does_not_fit_is_refused(tmp_path, change, error, message):
+def test_a_network_or_data_set_that_does_not_fit_is_refused(tmp_path, monkeypatch, change, error, message):
+    monkeypatch.setattr(experiment, "train", None)
     with pytest.raises(error, match=message):
         run_forks(ForkConfig(**{**SETTINGS, **change}), tmp_path, progress=False)
+
+
+def test_trying_the_network_out_leaves_no_trace(monkeypatch):
+    before = torch.random.get_rng_state()
+    # Draws random numbers in training.
+    config = ForkConfig(**{**SETTINGS, "model": "test_experiment:Unsteady", "model_options": {}})
+    experiment.check_fit(config, load_data("digits", limit=150))
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_diverged_child_is_named_and_the_others_are_kept(finished, tmp_path, monkeypatch):
@@ -343,6 +395,30 @@ def test_a_diverged_parent_ends_the_experiment(tmp_path):
     config = ForkConfig(**{**SETTINGS, "training": {**SETTINGS["training"], "learning_rate": 1e30}})
     with pytest.raises(NonFiniteError, match=r"^parent: Training diverged"):
         run_forks(config, tmp_path, progress=False)
+
+
+def test_a_diverged_parent_leaves_the_children_it_reached(finished, tmp_path, monkeypatch):
+    real = experiment.train
+
+    def diverging(*args, **options):
+        if options["order_seed"] == 0 and options["start"].epoch == 1:
+            raise NonFiniteError("Training diverged.")
+        return real(*args, **options)
+
+    monkeypatch.setattr(experiment, "train", diverging)
+    report = ["parent: Training diverged."]
+    report += [f"fork 2, child {c}: Cannot start, because the parent diverged before epoch 2." for c in (0, 1)]
+    for _ in range(2):
+        # The second time nothing is left to train.
+        with pytest.raises(NonFiniteError) as caught:
+            run_forks(CONFIG, tmp_path, progress=False)
+        assert str(caught.value).splitlines() == report
+        monkeypatch.setattr(experiment, "train", None)
+        monkeypatch.setattr(experiment, "load_split", None)
+    kept, expected = contents(tmp_path), contents(finished.path)
+    reached = [name for name in expected if "fork-0000" in name]
+    assert {name: kept[name] for name in reached} == {name: expected[name] for name in reached}
+    assert not (tmp_path / "fork-0002").exists()
 
 
 def test_threads_are_those_of_the_configuration(tmp_path, monkeypatch):
@@ -394,22 +470,29 @@ def test_a_snapshot_from_a_newer_release_is_left_alone(finished, copy):
     header, entries = checkpoints._read_safetensors(path)
     save_file(entries, path, {checkpoints._HEADER: json.dumps({**header, "version": "99"})})
     written = path.read_bytes()
+    with pytest.raises(NewerVersionError, match=r"Upgrade lmc_curvature\.$"):
+        load_child(copy, 0, 1)
     with pytest.raises(NewerVersionError, match=r"epoch-0003\.safetensors has format version '99'.*Upgrade"):
         run_forks(CONFIG, copy, progress=False)
     assert path.read_bytes() == written
 
 
 @pytest.mark.parametrize(
-    ("trace", "error", "message"),
+    ("change", "error", "message"),
     [
-        ({"partition": "fusd"}, PartitionError, "did you mean 'fused'"),
-        ({"examples": 151}, DataError, r"trace\.examples: 151 were asked for; the train split has 150"),
+        ({"trace": {"partition": "fusd"}}, PartitionError, "did you mean 'fused'"),
+        ({"trace": {"examples": 151}}, DataError, r"trace\.examples: 151 were asked for; the train split has 150"),
+        (
+            {"trace": {"examples": 361}, "limit": 400},
+            DataError,
+            r"trace\.examples: 361 were asked for; the test split has 360",
+        ),
     ],
 )
-def test_what_cannot_be_traced_is_known_before_training(tmp_path, monkeypatch, trace, error, message):
+def test_what_cannot_be_traced_is_known_before_training(tmp_path, monkeypatch, change, error, message):
     monkeypatch.setattr(experiment, "train", None)
     with pytest.raises(error, match=message):
-        run_forks(ForkConfig(**SETTINGS, trace=trace), tmp_path, progress=False)
+        run_forks(ForkConfig(**{**SETTINGS, **change}), tmp_path, progress=False)
 
 
 @pytest.mark.slow

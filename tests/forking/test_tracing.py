@@ -4,10 +4,23 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from lmc_curvature import measure_barrier, predict_barrier
-from lmc_curvature.errors import CheckpointError, ConfigurationError, DataError
-from lmc_curvature.forking import ForkConfig, load_child, load_data, load_parent, read_traces, run_forks, trace_forks
+from lmc_curvature.errors import CheckpointError, ConfigurationError, DataError, NewerVersionError, NonFiniteError
+from lmc_curvature.forking import (
+    ForkConfig,
+    TrainingState,
+    load_child,
+    load_data,
+    load_parent,
+    open_directory,
+    read_traces,
+    run_forks,
+    trace_forks,
+    tracing,
+)
+from lmc_curvature.forking.directory import create_directory
 from lmc_curvature.forking.traces import cumulative_sets
 from lmc_curvature.geometry import sibling_cosine, solution_plane_cosine
 
@@ -161,21 +174,103 @@ def test_damage_is_named_and_computed_again(copy):
         read_traces(copy)
 
 
-def test_missing_snapshots_are_named_with_what_makes_them(copy):
-    (copy / "fork-0001" / "child-1" / "epoch-0002.safetensors").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"child-1/epoch-0002\.safetensors missing: run_forks\(.*lmc-curvature fork"
-    ):
+def test_files_that_another_process_is_at_are_left_alone(copy, monkeypatch):
+    expected = contents(copy)
+    pair = copy / "traces" / "fork-0000" / "epoch-0003"
+    (pair / "sets.safetensors").unlink()
+    half_written = pair / "train.safetensors"
+    half_written.write_bytes(b"half")
+    lock = FileLock(open_directory(copy).lock_path("trace fork 0, epoch 3"))
+    lock.acquire()
+    real = tracing.share
+
+    def share(tasks, **options):
+        assert half_written.read_bytes() == b"half"
+        # The other one goes on, and ends before it comes to the last file.
+        half_written.write_bytes(expected["traces/fork-0000/epoch-0003/train.safetensors"])
+        lock.release()
+        real(tasks, **options)
+
+    monkeypatch.setattr(tracing, "share", share)
+    trace_forks(copy, progress=False)
+    assert contents(copy) == expected
+
+
+def tabled(path):
+    """The forks and epochs that the tables hold."""
+    geometry = read_traces(path).geometry
+    return set(zip(geometry["fork"], geometry["epoch"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("lost", "cut_short", "left"),
+    [
+        ("fork-0001/child-1/epoch-0002", False, {(0, 2), (0, 3), (1, 3)}),
+        ("fork-0000/child-0/epoch-0003", True, {(1, 2), (1, 3)}),
+        ("parent/epoch-0001", False, {(0, 2), (0, 3)}),
+    ],
+)
+def test_what_can_be_traced_is_traced_without_missing_snapshots(copy, lost, cut_short, left):
+    expected = contents(copy)
+    shutil.rmtree(copy / "traces")
+    path = copy / f"{lost}.safetensors"
+    written = path.read_bytes()
+    path.unlink()
+    if cut_short:
+        path.write_bytes(written[:-1])
+    with pytest.raises(CheckpointError, match=rf"{path.name} .*run_forks\(.*lmc-curvature fork.*makes"):
         trace_forks(copy, progress=False)
+    assert tabled(copy) == left
+    path.write_bytes(written)
+    trace_forks(copy, progress=False)
+    assert contents(copy) == expected
+
+
+def test_nothing_to_trace_leaves_no_tables(tmp_path):
+    create_directory(tmp_path, CONFIG)
+    with pytest.raises(CheckpointError, match=r"and 9 more missing: run_forks\(.*makes them\.$"):
+        trace_forks(tmp_path, progress=False)
+    assert not list((tmp_path / "traces").glob("*.csv"))
 
 
 def test_a_diverged_child_leaves_its_fork_out(copy):
     shutil.rmtree(copy / "traces")
-    manifest = copy / "fork-0000" / "child-1" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "status": "diverged"}))
-    with pytest.warns(UserWarning, match="fork 0, child 1 diverged, so fork 0 is not traced"):
-        traces = trace_forks(copy, progress=False)
-    assert set(traces.geometry["fork"]) == {1}
+    manifest = copy / "fork-0000" / "child-0" / "manifest.json"
+    diverged = {"status": "diverged", "message": "Training diverged."}
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **diverged}))
+    (copy / "fork-0000" / "child-0" / "epoch-0003.safetensors").unlink()
+    with pytest.raises(NonFiniteError, match=r"^fork 0, child 0: Training diverged\.\nAll others are in the tables of"):
+        trace_forks(copy, progress=False)
+    assert tabled(copy) == {(1, 2), (1, 3)}
+
+
+def test_a_pair_that_is_not_finite_is_named_and_the_rest_is_kept(copy):
+    shutil.rmtree(copy / "traces")
+    path = copy / "fork-0000" / "child-1" / "epoch-0002.safetensors"
+    state = TrainingState.load(path)
+    state.model["linear.bias"][0] = float("nan")
+    state.save(path)
+    for workers in (1, 2):
+        with pytest.raises(
+            NonFiniteError, match=r"^fork 0, epoch 2: Entry 'linear\.bias' .*not a number.*\nAll others"
+        ):
+            trace_forks(copy, workers=workers, progress=False)
+        assert tabled(copy) == {(0, 3), (1, 2), (1, 3)}
+
+
+def test_an_interrupted_trace_has_tables_of_what_was_done(copy, monkeypatch):
+    shutil.rmtree(copy / "traces")
+    real = tracing.SiblingGeometry.of
+
+    def interrupted(*args):
+        if (copy / "traces" / "fork-0000" / "epoch-0003" / "predicted.safetensors").is_file():
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(tracing.SiblingGeometry, "of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trace_forks(copy, progress=False)
+    assert tabled(copy) == {(0, 2)}
 
 
 def test_another_configuration_is_refused_with_the_difference(copy):
@@ -183,6 +278,38 @@ def test_another_configuration_is_refused_with_the_difference(copy):
     # Training does not depend on it, so nothing is trained again.
     run_forks(changed, copy, progress=False)
     with pytest.raises(ConfigurationError, match=r"another configuration:\nalphas: 5 there, 7 now\nMove .*traces away"):
+        trace_forks(copy, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"version": "9", "new": 1},
+            NewerVersionError,
+            r"traces.config\.json has format version '9', of a newer release",
+        ),
+        (
+            {"new": 1},
+            ConfigurationError,
+            r"config\.json has keys .*not know:\nnew: unknown key.*\nUse the release that",
+        ),
+        ({"version": "1"}, None, None),
+    ],
+)
+def test_what_another_release_traced_is_not_called_damaged(copy, change, error, message):
+    path = copy / "traces" / "config.json"
+    contents = json.loads(path.read_text())
+    # The first release that traced gave no version.
+    del contents["version"]
+    path.write_text(json.dumps({**contents, **change}))
+    if error is None:
+        trace_forks(copy, progress=False)
+    else:
+        with pytest.raises(error, match=message):
+            trace_forks(copy, progress=False)
+    path.write_text("{")
+    with pytest.raises(ConfigurationError, match=r"config\.json is damaged .* Remove .*traces"):
         trace_forks(copy, progress=False)
 
 

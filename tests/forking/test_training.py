@@ -7,7 +7,16 @@ from torch import nn
 from torch.nn import functional
 
 from lmc_curvature.errors import CheckpointError, ConfigurationError, NonFiniteError, OptionError
-from lmc_curvature.forking import TrainingConfig, TrainingState, digits_resnet, evaluate, load_data, make_model, train
+from lmc_curvature.forking import (
+    ImageDataset,
+    TrainingConfig,
+    TrainingState,
+    digits_resnet,
+    evaluate,
+    load_data,
+    make_model,
+    train,
+)
 from lmc_curvature.forking.training import capture_state, epoch_generator, learning_rate_at
 
 CONFIG = TrainingConfig(epochs=4, learning_rate=0.1, milestones=(3,), weight_decay=1e-4, batch_size=48, warmup_epochs=2)
@@ -16,6 +25,15 @@ CONFIG = TrainingConfig(epochs=4, learning_rate=0.1, milestones=(3,), weight_dec
 @pytest.fixture(scope="module")
 def data():
     return load_data("digits", limit=200)
+
+
+@pytest.fixture(scope="module")
+def rgb():
+    """Sixteen small images, dark and bright."""
+    targets = torch.arange(2).repeat(8)
+    noise = torch.randint(0, 100, (16, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    images = (noise + 100 * targets.view(-1, 1, 1, 1)).to(torch.uint8)
+    return ImageDataset(images, targets, ("dark", "bright"), torch.full((3,), 0.4), torch.full((3,), 0.2))
 
 
 def small_model(seed=0, width=2):
@@ -42,6 +60,18 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_global_seed(data):
     first = run(data)
     torch.manual_seed(2)
     assert_same_bits(first, run(data))
+
+
+def test_resnet18_without_normalisation_is_trained(rgb):
+    torch.manual_seed(0)
+    model = make_model("cifar-resnet18", normalization=False, num_classes=2)
+    # As in configs/cifar10-resnet18-no-norm.yaml; four steps.
+    config = TrainingConfig(epochs=2, learning_rate=0.05, weight_decay=1e-4, batch_size=8, warmup_epochs=2)
+    before = capture_state(model)
+    after = train(model, rgb, config, order_seed=0, progress=False)
+    assert after.history[1].loss < after.history[0].loss
+    moved = [name for name, tensor in after.model.items() if not torch.equal(tensor, before.model[name])]
+    assert moved == [name for name, _ in model.named_parameters()]
 
 
 def test_another_seed_gives_another_end(data):
