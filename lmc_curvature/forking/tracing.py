@@ -81,10 +81,10 @@ def trace_forks(
         The tables, which lie as CSV files in the directory `traces`.
 
     Raises:
-        CheckpointError: Snapshots are missing or damaged. The message names them and what makes them. All others were
-            traced; `read_traces` has the tables.
+        CheckpointError: Snapshots are missing, damaged or of another release. The message names them and what makes
+            them. All others were traced; `read_traces` has the tables.
         ConfigurationError: The directory holds traces of another configuration. The message has the differences.
-        NewerVersionError: The directory, a snapshot or a trace was written by another release.
+        NewerVersionError: The directory or a trace was written by another release.
         DataError: The data set is missing, is not the one that the networks were trained on, or has fewer examples than
             are to be traced.
         NonFiniteError: Networks have diverged, or something between siblings is infinite or not a number. The message
