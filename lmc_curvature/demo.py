@@ -11,16 +11,18 @@ from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
 from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
-from lmc_curvature.barrier.prediction import BarrierPrediction, predict_barrier
+from lmc_curvature.barrier.prediction import BarrierPrediction, predict_on_segment
 from lmc_curvature.figures.agreement import draw_predicted_against_measured
 from lmc_curvature.figures.barriers import draw_barrier_curves, draw_layer_bars
 from lmc_curvature.figures.landscapes import draw_barrier_kinds, draw_toy_landscapes
 from lmc_curvature.figures.style import save_figure
-from lmc_curvature.forking.directory import load_child
+from lmc_curvature.forking.directory import initial_model, load_child
 from lmc_curvature.forking.experiment import cpu_threads, run_forks
 from lmc_curvature.forking.plan import ForkConfig
 from lmc_curvature.forking.provenance import load_fork_data
 from lmc_curvature.forking.training import TrainingConfig
+from lmc_curvature.objective import Objective
+from lmc_curvature.segment import Segment
 
 CONFIG = ForkConfig(
     data="digits",
@@ -72,9 +74,11 @@ def run_demo(out_dir: str | PathLike[str], *, device: torch.device | str = "cpu"
     loader = load_fork_data(out_dir / "forks", progress=False).to(device).batches(_BATCH_SIZE)
     predictions, measurements = {}, {}
     with cpu_threads(CONFIG.threads):
+        # One for all forks: the network is captured once.
+        objective = Objective(initial_model(CONFIG).to(device), loader)
         for fork in tqdm(CONFIG.fork_epochs, desc="barriers", unit="fork", disable=not progress):
             first, second = (load_child(out_dir / "forks", fork, child).to(device) for child in (0, 1))
-            prediction = predict_barrier(first, second, loader, progress=False)
+            prediction = predict_on_segment(objective, Segment(first, second), progress=False)
             sets = [*([name] for name in prediction.layers), *layer_sets(prediction.layers).values()]
             measurement = measure_barrier(first, second, loader, layers=sets, progress=False)
             prediction.save(out_dir / "barriers" / f"fork-{fork:04d}" / "predicted.safetensors")
