@@ -264,8 +264,8 @@ def _load_pair(a: Path, b: Path, model: str, options: list[str] | None, device: 
 
 def _load_batches(data: str, split: str, limit: int | None, batch_size: int, progress: bool) -> Iterable[Any]:
     module, colon, factory = data.partition(":")
-    # A path may hold a colon, too; an existing folder is meant as such.
-    if colon and not Path(data).exists():
+    # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.
+    if colon and module != "cifar10" and not Path(data).exists():
         try:
             make_loader = getattr(importlib.import_module(module), factory)
         except (ImportError, AttributeError) as error:

@@ -6,6 +6,7 @@
 Networks, tables and figures of configs/NAME.yaml go to runs/NAME/.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from lmc_curvature.errors import CheckpointError, NonFiniteError
+from lmc_curvature.errors import CheckpointError, LMCCurvatureError, NonFiniteError, OptionError
 from lmc_curvature.figures.experiment import draw_all
 from lmc_curvature.forking import load_config, read_traces, run_forks, trace_forks
 from lmc_curvature.network import parse_device
@@ -35,19 +36,26 @@ def main(
     parse_device(device)
     chosen = configs or PAPER
     changes = {} if data is None else {"data": data}
+    names = [path.stem for path in chosen]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise OptionError(f"Two configurations are called {twice[0]!r}, and would share {out / twice[0]}: rename one.")
     # All are read before the first is trained.
     experiments = {path.stem: load_config(path, **changes) for path in chosen}
     console = Console()
+    failed = False
     for name, config in experiments.items():
         console.rule(name)
         try:
             run_forks(config, out / name, device=device, workers=workers, progress=progress)
         except NonFiniteError as error:
             console.print(f"[red]{escape(str(error))}[/red]")
+            failed = True
         try:
             trace_forks(out / name, device=device, workers=workers, progress=progress)
         except NonFiniteError as error:
             console.print(f"[red]{escape(str(error))}[/red]")
+            failed = True
         try:
             traces = read_traces(out / name)
         except CheckpointError as error:
@@ -58,7 +66,13 @@ def main(
             console.print(table)
         paths = draw_all(out / name, out / name / "figures", progress=progress)
         console.print(f"{len(paths)} files in {out / name / 'figures'}")
+    if failed:
+        raise typer.Exit(2)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except LMCCurvatureError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lmc_curvature import BarrierMeasurement, BarrierPrediction, measure_barrier, predict_barrier
+from lmc_curvature import BarrierMeasurement, BarrierPrediction, cli, measure_barrier, predict_barrier
 from lmc_curvature.cli import main
-from lmc_curvature.forking.data import load_data
+from lmc_curvature.forking.data import load_data, load_digits
 from lmc_curvature.forking.models import digits_resnet
 
 COMMON = ["--model", "digits-resnet", "--model-option", "width=4", "--data", "digits", "--limit", "60", "--no-progress"]
@@ -112,6 +112,13 @@ def test_measure_takes_sets_and_a_loader_of_ones_own(run, checkpoints):
     record = json.loads(out)
     assert (status, record["examples"]) == (0, 4)
     assert record["metrics"]["loss"]["sets"][0]["layers"] == ["conv", "linear"]
+
+
+def test_cifar10_may_lie_anywhere(monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "load_data", lambda data, *args, **options: asked.append(data) or load_digits("test"))
+    cli._load_batches("cifar10:somewhere", "train", None, 32, False)
+    assert asked == ["cifar10:somewhere"]
 
 
 @pytest.mark.parametrize(

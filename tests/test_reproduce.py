@@ -7,6 +7,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from lmc_curvature.errors import OptionError
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
 CONFIG = """
 training: {epochs: 2, learning_rate: 0.1, batch_size: 50}
@@ -55,11 +57,18 @@ def test_a_configuration_becomes_figures(reproduce, tmp_path):
     assert {"ridges-error-train", "sibling-angles", "layers-fork-0000", "cumulative-barriers"} <= drawn
 
 
+def test_two_configurations_of_one_name_are_refused(reproduce, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "small.yaml").write_text(CONFIG)
+    with pytest.raises(OptionError, match="Two configurations are called 'small'.*rename one"):
+        reproduce.module.main([tmp_path / "small.yaml", tmp_path / "other" / "small.yaml"], tmp_path)
+
+
 def test_a_configuration_that_diverges_does_not_stop_the_others(reproduce, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(reproduce.module, "draw_all", lambda *paths, **options: drawn.append(paths) or ())
     result = reproduce(bad=DIVERGES, good=CONFIG)
-    assert result.exit_code == 0
+    assert result.exit_code == 2
     assert "parent: Training diverged" in result.output
     assert "fork 0, child 1: Training diverged" in result.output
     assert drawn == [(tmp_path / "good", tmp_path / "good" / "figures")]

@@ -17,10 +17,10 @@ from lmc_curvature.objective import Objective
 
 # Examples of the capture that a tile's memory is estimated from.
 _PROBE = 16
-# Shapes of batches whose graphs are kept with an objective.
-_MOST_SHAPES = 64
-# Values that are no tensors, with which a shape of batch is captured: class names, yes; file names, no.
-_MOST_FRAMES = 8
+# Graphs that are kept with an objective: sentences of many lengths, yes.
+_MOST_GRAPHS = 256
+# Sets of values that are no tensors, and that graphs were captured with: class names, yes; file names, no.
+_MOST_FRAMES = 32
 
 
 @dataclass
@@ -83,15 +83,24 @@ class Captures:
             # Asked for last, given up last.
             self._known[key] = self._known.pop(key)
         else:
-            self._refuse_changing_frames(key)
+            self._refuse_changing_frames(key[1])
             self._known[key] = self._capture(batch)
             self._current.add(key)
-            while len(self._known) > _MOST_SHAPES:
+            while len(self._known) > _MOST_GRAPHS:
                 del self._known[next(iter(self._known))]
         return self._known[key]
 
     def network(self, captured: Captured, data: Data, size: int) -> Program:
-        """The program of the network, or of the whole loss, for some number of examples."""
+        """The program of the network, or of the whole loss, for some number of examples, captured the first time.
+
+        Args:
+            captured: What is known of the batch's shape.
+            data: Inputs of the network, or all data of the whole loss.
+            size: Examples in them.
+
+        Raises:
+            CaptureError: The network cannot be captured for this number.
+        """
         if size not in captured.networks:
             captured.networks[size] = self._network_program(data, size, whole_loss=captured.loss is None)
         return captured.networks[size]
@@ -148,31 +157,34 @@ class Captures:
         # As few examples as the network is known to take, and all of them if it should mix them.
         if not any(holds(size) for size in dict.fromkeys((min(captured.networks), batch.size))):
             return False
-        values = captured.loss.evaluate(captured.loss.constants, Data.of((result, batch.data[1])))
+        with torch.autocast(self._objective.device.type, enabled=False):
+            values = captured.loss.evaluate(captured.loss.constants, Data.of((result, batch.data[1])))
         return self._alike(values[captured.loss.result], self._objective.output_loss(result, batch))
 
     def _alike(self, found: Tensor, expected: Any) -> bool:
         """Whether two results are equal up to rounding."""
         if not isinstance(expected, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
             return False
-        scale = expected.abs().max() if expected.numel() else 0.0
+        # Outputs may be masked with infinities.
+        finite = expected[expected.isfinite()].abs()
+        scale = finite.max() if finite.numel() else 0.0
         rounding = max(torch.finfo(found.dtype).eps, self._objective.rounding)
-        return bool(((found - expected).abs() <= rounding**0.5 * scale).all())
+        near = (found - expected).abs() <= rounding**0.5 * scale
+        return bool((near | (found == expected) | (found.isnan() & expected.isnan())).all())
 
     def _key(self, batch: Batch) -> tuple:
         device = self._objective.device.type
         cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        shapes, frame = Data.of(batch.data).signature
-        return frame, (shapes, batch.size, self._options, cast)
+        signature, frame = Data.of(batch.data).signature
+        return signature, frame, batch.size, self._options, cast
 
-    def _refuse_changing_frames(self, key: tuple) -> None:
-        frame, rest = key
-        others = [other for other, *same in self._known if same == [rest]]
-        if len(others) >= _MOST_FRAMES:
+    def _refuse_changing_frames(self, frame: str) -> None:
+        others = [key[1] for key in self._known if key[1] != frame]
+        if len(set(others)) >= _MOST_FRAMES:
             raise CaptureError(
-                "The loss is captured as a graph for every batch anew, because batches hold values that are no tensors "
-                f"and change: {frame[:80]} now, {others[-1][:80]} before. Leave out what the loss does not need "
-                "(names of files), and make tensors of the rest."
+                f"The loss was captured as a graph {len(others)} times, because batches hold values that are no "
+                f"tensors and change: {frame[:80]} now, {others[-1][:80]} before. Leave out what the loss does not "
+                "need (names of files), and make tensors of the rest."
             )
 
     def _capture(self, batch: Batch) -> Captured:
@@ -191,18 +203,17 @@ class Captures:
             # A network may insist on its batch size.
             probe, cuts = batch.size, False
             program = self._network_program(inputs, probe)
-        return Captured(self._cut(program, probe, batch.size, whole=not cuts), {probe: program}, loss)
-
-    def _cut(self, program: Program, probe: int, size: int, *, whole: bool) -> Cut:
-        return cut(
+        found = cut(
             program,
+            loss,
             self._directions,
             probe=probe,
-            size=size,
-            whole=whole,
+            size=batch.size,
+            whole=not cuts,
             budget=self._budget,
             device=self._objective.device,
         )
+        return Captured(found, {probe: program}, loss)
 
     def _network_program(self, data: Data, size: int, *, whole_loss: bool = False) -> Program:
         def output(state: State, inputs: Any) -> Tensor:

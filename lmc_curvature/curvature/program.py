@@ -36,14 +36,14 @@ class Data:
 
     @property
     def signature(self) -> tuple[str, str]:
-        """What a captured graph depends on: the shapes and types of tensors, and whatever is no tensor.
+        """What a captured graph depends on: types and shapes of tensors, and what is no tensor; and the latter alone.
 
         Raises:
             CaptureError: There is something in the data whose value cannot be told from its looks.
         """
-        frame = map_tensors(lambda _: None, self.structure)
-        _check_plain(frame)
-        return repr([(tuple(tensor.shape), tensor.dtype) for tensor in self.tensors]), repr(frame)
+        shapes = map_tensors(lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}", self.structure)
+        _check_plain(shapes)
+        return repr(shapes), repr(map_tensors(lambda _: ..., self.structure))
 
     def rows(self, start: int, stop: int, size: int) -> "Data":
         """What belongs to some examples of a batch of `size`."""

@@ -37,6 +37,9 @@ from lmc_curvature.objective import Objective
 BatchValues = tuple[float, Float[np.ndarray, " k"], Float[np.ndarray, "k k"]]
 """Loss, slopes and curvature of one batch."""
 
+# How far along all directions another state lies, to see there what a state itself may hide.
+_NEAR = 0.01
+
 
 @dataclass(frozen=True)
 class _Point:
@@ -64,6 +67,11 @@ class _Tile:
             return self.values[self.program.result].detach()
         with torch.no_grad():
             return self._evaluate()[self.program.result]
+
+    def output_at(self, state: State) -> Tensor:
+        """The result at another state."""
+        operands = self.program.state.run([state[name] for name in self.program.entries])
+        return self.program.evaluate(operands, self.data)[self.program.result]
 
     def _evaluate(self) -> dict[fx.Node, Any]:
         return self.program.evaluate(self.point.values, self.data)
@@ -127,9 +135,22 @@ class Sweep:
         return loss, slopes, curvature
 
     def is_cut_rightly(self, number: int, batch: Batch) -> bool:
-        """Whether the tiles' outputs are those of the network for the batch as a whole, at one of the states."""
-        with self.objective.differentiating_operations(), torch.no_grad():
-            return self.captures.is_output(self.states[number], batch, self._evaluated(number, batch)[2])
+        """Whether the tiles' outputs are those of the network for the batch as a whole, near one of the states.
+
+        Near it, because examples may be mixed with a weight that happens to be zero there.
+
+        Args:
+            number: Which state.
+            batch: A batch of a shape that was swept in tiles.
+        """
+        near = dict(self.states[number])
+        for direction in self.directions:
+            for name, tensor in direction.items():
+                near[name] = near[name] + _NEAR * tensor
+        captured = self.captures.of(batch)
+        with self.objective.differentiating_operations(), torch.no_grad(), self._as_captured():
+            parts = [tile.output_at(near) for tile in self._tiles(captured, number, batch)]
+        return self.captures.is_output(near, batch, torch.cat(parts))
 
     def sweep_whole_batches(self) -> None:
         """From now on, do not cut batches into tiles, and forget what was captured for them."""

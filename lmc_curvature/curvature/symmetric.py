@@ -97,8 +97,11 @@ def storage_dtype(operator: SymmetricOperator) -> torch.dtype:
 
 def rounding_of(operator: SymmetricOperator) -> float:
     """The relative rounding error of one operation of the operator."""
+    own = getattr(operator, "dtype", None)
     rounding = getattr(getattr(operator, "objective", None), "rounding", None)
-    return rounding if isinstance(rounding, float) else torch.finfo(precision_of(operator) or torch.float32).eps
+    if isinstance(rounding, float) and not isinstance(own, torch.dtype):
+        return rounding
+    return torch.finfo(precision_of(operator) or torch.float32).eps
 
 
 def multiply(operator: SymmetricOperator, vectors: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from lmc_curvature.curvature.program import Program
+from lmc_curvature.curvature.tracing import value_of
 from lmc_curvature.errors import MemoryBudgetError
 from lmc_curvature.network import State
 
@@ -46,6 +47,7 @@ def budget_bytes(device: torch.device, memory_gib: float | None) -> float:
 
 def cut(
     program: Program,
+    loss: Program | None,
     directions: Sequence[State],
     *,
     probe: int,
@@ -57,7 +59,8 @@ def cut(
     """Examples and directions to sweep together.
 
     Args:
-        program: Captured for `probe` examples.
+        program: The network, or the whole loss, captured for `probe` examples.
+        loss: The loss of an output, captured for the whole batch, if it is apart.
         directions: All directions.
         probe: Examples that memory is estimated from.
         size: Examples of the batch.
@@ -77,19 +80,20 @@ def cut(
     # The graph of a forward and backward pass holds about three times the values themselves.
     values = 3 * program.rest.value_bytes / probe
     keeps = values * size <= budget / 2
-    left = budget - values * size if keeps else budget
     least = size if whole else 1
     together = len(directions)
     while True:
         tangents = program.rest.tangent_bytes(reach, together) / probe
+        of_loss = _loss_bytes(loss, together)
         each = tangents if keeps else tangents + values
+        left = budget - of_loss - (values * size if keeps else 0)
         if each * least <= left:
             break
         if together <= 2:
             raise MemoryBudgetError(
-                f"Sweeping {min(2, together)} of {len(directions)} directions at {size if whole else 1} examples takes "
-                f"about {(tangents + values) * least / 2**30:.3g} GiB, more than the budget of "
-                f"{budget / 2**30:.3g} GiB: raise memory_gib{', or use smaller batches' if whole else ''}."
+                f"Sweeping {min(2, together)} of {len(directions)} directions, {size if whole else 1} of {size} "
+                f"examples at a time, takes about {((tangents + values) * least + of_loss) / 2**30:.3g} GiB, more than "
+                f"the budget of {budget / 2**30:.3g} GiB: raise memory_gib, or use smaller batches."
             )
         together = max(2, together // 2)
     if whole:
@@ -101,6 +105,16 @@ def cut(
     # Of one size where that is possible: every size of tile is captured for itself.
     tiles = -(-size // max(1, min(size, int(most))))
     return Cut(-(-size // tiles), together, keeps)
+
+
+def _loss_bytes(loss: Program | None, together: int) -> int:
+    """What the loss takes, which sees the outputs of all examples at once."""
+    if loss is None or loss.argument is None:
+        return 0
+    tangents = loss.rest.tangent_bytes({loss.argument: frozenset(range(together))}, together)
+    # Tangents of the output come in tiles, which are joined, so for a moment there are two of each.
+    output = value_of(loss.argument)
+    return 3 * loss.rest.value_bytes + tangents + 2 * together * output.numel() * output.element_size()
 
 
 def blocks(count: int, together: int) -> list[list[int]]:

@@ -30,7 +30,9 @@ class VerifiedSweep:
 
         Raises:
             CaptureError: The loss cannot be captured.
+            MemoryBudgetError: Too few examples or directions would fit the budget.
             SweepError: The sweep's answer is not that of a Hessian-vector product.
+            UnsupportedModelError: An operation has no second derivative.
         """
         values = self._in_tiles(number, batch)
         captured = self._sweep.captures.of(batch)
@@ -49,15 +51,22 @@ class VerifiedSweep:
         return values
 
     def _disagreement_in_budget(self, captured: Captured, values: BatchValues, number: int, batch: Batch) -> str:
-        """What is wrong with the sweep's values, found with a product that takes no more memory than the sweep."""
+        """What is wrong with the sweep's values, found with a product of a part of the batch where memory is short."""
         if captured.cut.keeps_values or captured.cut.examples == batch.size:
             return self._disagreement(values, number, batch)
         # A product holds the graph of all that it is of. A tile has the derivatives, the whole batch needs values only.
-        if not self._sweep.is_cut_rightly(number, batch):
-            return "The network's output for a batch is not that for its parts, end to end."
-        rows = Data.of(batch.data).rows(0, captured.cut.examples, batch.size)
-        part = Batch(batch.index, captured.cut.examples, rows.structure)
-        return self._disagreement(self._sweep.project(number, part), number, part)
+        if self._sweep.is_cut_rightly(number, batch) and self._agrees_in_part(captured.cut.examples, number, batch):
+            return ""
+        return self._disagreement(values, number, batch)
+
+    def _agrees_in_part(self, size: int, number: int, batch: Batch) -> bool:
+        """Whether the sweep of the first examples agrees with a product; not if there is no loss of these alone."""
+        part = Batch(batch.index, size, Data.of(batch.data).rows(0, size, batch.size).structure)
+        try:
+            values = self._sweep.project(number, part)
+            return _finite(values) and not self._disagreement(values, number, part)
+        except Exception:  # noqa: BLE001 - what a loss makes of a part is nobody's concern: the whole is compared
+            return False
 
     def _in_tiles(self, number: int, batch: Batch) -> BatchValues:
         try:

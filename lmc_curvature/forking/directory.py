@@ -83,6 +83,11 @@ class ForkDirectory:
         }
 
     @property
+    def config_path(self) -> Path:
+        """Path of the configuration."""
+        return self.path / "config.json"
+
+    @property
     def provenance_path(self) -> Path:
         """Path of the record of what the experiment was begun with."""
         return self.path / "provenance.json"
@@ -129,38 +134,51 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
 
 
 def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> ForkDirectory:
-    """Open the directory of an experiment, beginning it if need be.
-
-    What is traced may change: training does not depend on it. So may the place of the data, which are known by their
-    fingerprint; without one, they are those of the configuration. `save_config` stores such changes.
+    """Open the directory of an experiment, making it if need be; see `check_config`.
 
     Raises:
         CheckpointError: The configuration in the directory is damaged.
         ConfigurationError: The directory belongs to another configuration. The message has the differences.
+        NewerVersionError: The directory was written by another release.
     """
     given = ForkDirectory(Path(out_dir), config)
-    path = given.path / "config.json"
     with given.writing(given.path):
-        if not path.exists():
-            _write_config(path, config)
-    directory = open_directory(out_dir)
-    free = {"trace"}
-    if given.provenance_path.is_file() or not given.parent.path.exists():
-        free.add("data")
-    changes = differences(directory.config.model_copy(update={key: getattr(config, key) for key in free}), config)
-    if changes:
-        raise ConfigurationError(
-            f"{out_dir} holds an experiment with another configuration:\n" + "\n".join(changes) + "\nUse another "
-            "directory, or the same configuration."
-        )
+        if not given.config_path.exists():
+            write_config(given)
+    check_config(given)
     return given
 
 
-def save_config(directory: ForkDirectory) -> None:
-    """Store the configuration of an experiment if it is another than the one in the directory."""
-    if open_directory(directory.path).config != directory.config:
-        with directory.writing(directory.path):
-            _write_config(directory.path / "config.json", directory.config)
+def check_config(directory: ForkDirectory) -> None:
+    """Check that an experiment is the one that its directory holds.
+
+    Until it has begun, it may still change: what was refused is to be corrected. Afterwards, what is traced may change,
+    on which training does not depend, and so may the place of the data, which are known by their fingerprint.
+
+    Raises:
+        CheckpointError: The configuration in the directory is damaged.
+        ConfigurationError: The directory belongs to another configuration. The message has the differences.
+        NewerVersionError: The directory was written by another release.
+    """
+    stored = open_directory(directory.path).config
+    recorded = directory.provenance_path.is_file()
+    if not recorded and not directory.parent.path.exists():
+        return
+    # Directories from before there were fingerprints know their data by their place.
+    free = {"trace", "data"} if recorded else {"trace"}
+    config = directory.config
+    changes = differences(stored.model_copy(update={key: getattr(config, key) for key in free}), config)
+    if changes:
+        raise ConfigurationError(
+            f"{directory.path} holds an experiment with another configuration:\n" + "\n".join(changes) + "\nUse "
+            "another directory, or the same configuration."
+        )
+
+
+def write_config(directory: ForkDirectory) -> None:
+    """Store the configuration of an experiment; to be called by whoever is `writing` in the directory."""
+    contents = {"version": _VERSION, "config": directory.config.model_dump(mode="json")}
+    write_json(directory.config_path, contents)
 
 
 def load_child(out_dir: str | os.PathLike[str], fork_epoch: int, child: int, epoch: int | None = None) -> nn.Module:
@@ -230,10 +248,6 @@ def _load_network(directory: ForkDirectory, run: Run, epoch: int | None) -> nn.M
     model = initial_model(directory.config)
     load_entries(model, state.model, source=str(run.snapshot_path(epoch)))
     return model.eval()
-
-
-def _write_config(path: Path, config: ForkConfig) -> None:
-    write_json(path, {"version": _VERSION, "config": config.model_dump(mode="json")})
 
 
 def _remedy(out_dir: str | os.PathLike[str]) -> str:

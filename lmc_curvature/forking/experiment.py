@@ -4,13 +4,12 @@ Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis" (20
 so.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,16 +17,16 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from lmc_curvature.errors import ConfigurationError, DataError, NonFiniteError, OptionError
+from lmc_curvature.errors import DataError, NonFiniteError, OptionError
+from lmc_curvature.forking.checks import check_examples, check_fit, check_layers
 from lmc_curvature.forking.data import ImageDataset, Split
-from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state, save_config
+from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state, open_directory
 from lmc_curvature.forking.events import check_tensorboard, event_log
-from lmc_curvature.forking.plan import ForkConfig, TraceConfig
-from lmc_curvature.forking.provenance import load_split, record_provenance, recorded_splits, warn_of_differences
+from lmc_curvature.forking.plan import ForkConfig
+from lmc_curvature.forking.provenance import begin, load_split, recorded_splits, warn_of_differences
 from lmc_curvature.forking.runs import Run
-from lmc_curvature.forking.sharing import helpers, is_first_rank, share, unless_claimed
+from lmc_curvature.forking.sharing import cpu_threads, device_of_rank, helpers, is_first_rank, share, unless_claimed
 from lmc_curvature.forking.training import EpochMetrics, TrainingState, capture_state, train
-from lmc_curvature.layers import LayerPartition
 from lmc_curvature.storage import remove_partial_files
 
 # What being killed costs at most, besides the epoch at hand.
@@ -83,10 +82,9 @@ def run_forks(
         unless_claimed(directory.lock_path(run.title), run.discard_damage)
     laboratory = _Laboratory(directory, device_of_rank(device), tensorboard, progress=progress)
     unfinished = any(run.status == "training" and not directory.cannot_start(run) for run in directory.runs())
-    if unfinished:
+    # What is new in the configuration is stored only after what cannot be trained or traced has been refused.
+    if unfinished or open_directory(out_dir).config != config:
         laboratory.begin()
-    # Only now: what could not be trained or traced has been refused.
-    save_config(directory)
     if unfinished:
         with helpers(workers - 1, _help, directory, device, tensorboard):
             laboratory.train_all()
@@ -133,12 +131,16 @@ class _Laboratory:
         return {
             "lmc_curvature": version("lmc-curvature"),
             "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(self.device) if cuda else platform.machine(),
+            "device": torch.cuda.get_device_name(self.device) if cuda else _processor(),
             "threads": self.config.threads or torch.get_num_threads(),
         }
 
     def begin(self) -> None:
-        """Check what can be checked before anything is started, and record what the experiment is begun with."""
+        """Check what can be checked before anything is started, and record what the experiment is begun with.
+
+        Raises:
+            LMCCurvatureError: As `run_forks`.
+        """
         check_fit(self.config, self.data)
         # What cannot be traced is better known before days of training.
         check_layers(self.config)
@@ -148,7 +150,7 @@ class _Laboratory:
         for split, data in splits.items():
             check_examples(self.config.trace, data, split)
         warn_of_differences(self.directory, self.made_with)
-        record_provenance(self.directory, splits, self.made_with)
+        begin(self.directory, splits, self.made_with)
 
     def _load_test_split(self) -> ImageDataset:
         try:
@@ -262,80 +264,6 @@ class _Training:
         return state
 
 
-def device_of_rank(device: torch.device | str) -> torch.device:
-    """The device to use: under `torchrun`, `"cuda"` is the one of the local rank."""
-    device = torch.device(device)
-    rank = os.environ.get("LOCAL_RANK")
-    if device.type == "cuda" and device.index is None and rank is not None:
-        return torch.device("cuda", int(rank) % torch.cuda.device_count())
-    return device
-
-
-def check_fit(config: ForkConfig, data: ImageDataset) -> None:
-    """Check that the network takes the images and has an output for each class, in evaluation and in training.
-
-    It is tried on a network of its own, and the global random state is as before.
-
-    Raises:
-        ConfigurationError: It does not.
-    """
-    model = initial_model(config)
-    batch_size = config.training.batch_size
-    # One image if an epoch ends with one: batch normalisation may then have nothing to average over.
-    count = min(2, len(data) % batch_size or batch_size)
-    x, _ = next(iter(data.subset(count).to("cpu").batches(count)))
-    for mode in ("evaluation", "training"):
-        model.train(mode == "training")
-        try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                logits = model(x)
-        except (RuntimeError, AssertionError, ValueError, TypeError, LookupError) as error:
-            raise ConfigurationError(
-                f"model: in {mode}, {config.model!r} cannot take images of shape {tuple(x.shape[1:])} from "
-                f"{config.data!r}, {count} a batch ({error}). Choose another network or batch size, or set its input "
-                "channels in model_options."
-            ) from error
-        _check_logits(logits, (count, len(data.class_names)), mode, config)
-
-
-def _check_logits(logits: object, expected: tuple[int, int], mode: str, config: ForkConfig) -> None:
-    if not isinstance(logits, torch.Tensor):
-        raise ConfigurationError(
-            f"model_options: in {mode}, {config.model!r} gives {type(logits).__name__}; expected logits alone, a "
-            f"tensor {expected}. Choose another network, or switch off what else it gives (aux_logits: false)."
-        )
-    if logits.shape != expected:
-        raise ConfigurationError(
-            f"model_options: {config.model!r} gives {tuple(logits.shape)} for {expected[0]} of the images of "
-            f"{config.data!r}; expected {expected}. Set num_classes to {expected[1]}."
-        )
-
-
-def check_layers(config: ForkConfig) -> None:
-    """Check that the network can be cut into the layers that are to be traced.
-
-    Raises:
-        PartitionError: There is no such partition, or it does not fit the network.
-    """
-    LayerPartition.of(initial_model(config), config.trace.partition, batch_norm=config.trace.batch_norm)
-
-
-def check_examples(trace: TraceConfig, data: ImageDataset, split: Split) -> None:
-    """Check that there are as many examples as are to be traced.
-
-    Raises:
-        DataError: There are fewer.
-    """
-    if trace.examples is not None and trace.examples > len(data):
-        raise DataError(f"trace.examples: {trace.examples} were asked for; the {split} split has {len(data)}.")
-
-
-@contextlib.contextmanager
-def cpu_threads(count: int | None) -> Iterator[None]:
-    """Within the block, let torch use so many CPU threads; as many as before for None."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if count is None else count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _processor() -> str:
+    """What decides the last bits on a CPU: which vector instructions torch uses there."""
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"

@@ -41,7 +41,7 @@ class TraceConfig(Configuration):
     layer_alphas: int = Field(default=5, ge=3)
     test: bool = True
     layers: When = "all"
-    cumulative: When = "last"
+    cumulative: When = "all"
 
 
 class ForkConfig(Configuration):

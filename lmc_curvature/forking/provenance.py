@@ -10,7 +10,7 @@ from typing import Any
 
 from lmc_curvature.errors import CheckpointError, DataError, FileFormatError, NewerVersionError
 from lmc_curvature.forking.data import ImageDataset, Split, load_data
-from lmc_curvature.forking.directory import ForkDirectory, open_directory
+from lmc_curvature.forking.directory import ForkDirectory, check_config, open_directory, write_config
 from lmc_curvature.storage import read_json, write_json
 
 _VERSION = "1"
@@ -45,12 +45,17 @@ def load_split(
     limit = directory.config.limit if split == "train" else None
     data = load_data(source, split, limit, progress=progress)
     begun_with = recorded_splits(directory).get(split)
-    if begun_with is not None and begun_with != data.fingerprint():
+    if begun_with is not None:
+        _check_same(directory, split, source, data.fingerprint(), begun_with)
+    return data
+
+
+def _check_same(directory: ForkDirectory, split: Split, source: str, found: str, begun_with: str) -> None:
+    if found != begun_with:
         raise DataError(
             f"{source!r} has other images or labels in its {split} split than those that the experiment in "
             f"{directory.path} was begun with. Name the place where those lie now, or use another directory."
         )
-    return data
 
 
 def recorded_splits(directory: ForkDirectory) -> dict[str, str]:
@@ -58,17 +63,28 @@ def recorded_splits(directory: ForkDirectory) -> dict[str, str]:
     return _read(directory).get("data", {})
 
 
-def record_provenance(
-    directory: ForkDirectory, splits: Mapping[Split, ImageDataset], made_with: Mapping[str, Any]
-) -> None:
-    """Record what an experiment is begun with. What was recorded before stays."""
+def begin(directory: ForkDirectory, splits: Mapping[Split, ImageDataset], made_with: Mapping[str, Any]) -> None:
+    """Record the configuration of an experiment, and what it is begun with; what was recorded of that before stays.
+
+    From here on the directory belongs to this experiment: of several processes that try to begin it with different
+    configurations or data, one does.
+
+    Raises:
+        CheckpointError: The configuration or the record in the directory is damaged.
+        ConfigurationError: It was begun with another configuration.
+        DataError: It was begun with other data.
+    """
+    found: dict[Split, str] = {split: data.fingerprint() for split, data in splits.items()}
     with directory.writing(directory.path):
+        check_config(directory)
         before = _read(directory)
         known = before.get("data", {})
-        new = {split: data.fingerprint() for split, data in splits.items() if split not in known}
-        contents = {"made_with": _begun_with(directory) or dict(made_with), "data": known | new}
+        for split, fingerprint in found.items():
+            _check_same(directory, split, directory.config.data, fingerprint, known.get(split, fingerprint))
+        contents = {"made_with": _begun_with(directory) or dict(made_with), "data": {**found, **known}}
         if contents != before:
             write_json(directory.provenance_path, {"version": _VERSION, **contents})
+        write_config(directory)
 
 
 def warn_of_differences(directory: ForkDirectory, made_with: Mapping[str, Any]) -> None:

@@ -64,10 +64,14 @@ class Run:
 
     @property
     def status(self) -> Status:
-        """How far training has come: finished only if every file is there."""
-        status = self.manifest().get("status", "training")
-        complete = self.metrics_path.is_file() and not self.missing()
-        return "training" if status == "finished" and not complete else status
+        """How far training has come: finished, or diverged, only if every file is there that was."""
+        manifest = self.manifest()
+        status = manifest.get("status", "training")
+        if status == "finished":
+            complete = self.metrics_path.is_file() and not self.missing()
+        else:
+            complete = all((self.path / name).is_file() for name in manifest.get("sha256", {}))
+        return status if complete else "training"
 
     @property
     def message(self) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from filelock import FileLock, Timeout
 
 _PAUSE = 0.5
@@ -124,3 +125,23 @@ def _end_with(parent: int) -> None:
 def is_first_rank() -> bool:
     """Whether this process is the one of a `torchrun` to report progress; also without `torchrun`."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def device_of_rank(device: torch.device | str) -> torch.device:
+    """The device to use: under `torchrun`, `"cuda"` is the one of the local rank."""
+    device = torch.device(device)
+    rank = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda" and device.index is None and rank is not None:
+        return torch.device("cuda", int(rank) % torch.cuda.device_count())
+    return device
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Within the block, let torch use so many CPU threads; as many as before for None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -93,15 +93,18 @@ def write_tables(directory: ForkDirectory, pairs: Iterable[tuple[int, int]]) -> 
     """Gather what was traced of forks at epochs into tables, and write each as CSV, whole or not at all.
 
     Where nothing was traced, nothing is written.
+
+    Args:
+        directory: The experiment.
+        pairs: Forks and epochs; asked for when no other process writes tables, so that none can lose rows by it.
     """
-    rows: dict[str, list[Row]] = {name: [] for name in _COLUMNS}
-    for fork, epoch in pairs:
-        path = directory.trace_path(fork, epoch)
-        for name, found in _rows_of(path).items():
-            rows[name] += [{"fork": fork, "epoch": epoch, **row} for row in found]
-    tables = {name: pd.DataFrame(rows[name], columns=list(columns)) for name, columns in _COLUMNS.items()}
-    if rows["geometry"]:
-        with directory.writing(directory.path / "traces"):
+    with directory.writing(directory.path / "traces"):
+        rows: dict[str, list[Row]] = {name: [] for name in _COLUMNS}
+        for fork, epoch in pairs:
+            for name, found in _rows_of(directory.trace_path(fork, epoch)).items():
+                rows[name] += [{"fork": fork, "epoch": epoch, **row} for row in found]
+        tables = {name: pd.DataFrame(rows[name], columns=list(columns)) for name, columns in _COLUMNS.items()}
+        if rows["geometry"]:
             for name, table in tables.items():
                 with write_atomically(_table_path(directory, name)) as temporary:
                     table.to_csv(temporary, index=False)
@@ -178,7 +181,7 @@ def _layer_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...], np.
 
 def _cumulative_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...], np.ndarray]) -> Iterator[Row]:
     for side, count, members in cumulative_sets(prediction.layers):
-        # Only the last epoch has these, unless the configuration asks for more.
+        # Not every epoch has these if the configuration says so.
         if members in curves and prediction.layers in curves:
             yield {
                 "side": side,

@@ -9,6 +9,7 @@ traces/fork-0004/epoch-0010/predicted.safetensors  `BarrierPrediction` on the tr
 traces/*.csv                                       all of it as tidy tables; see `traces`
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -25,10 +26,12 @@ from lmc_curvature.errors import (
     CheckpointError,
     ConfigurationError,
     FileFormatError,
+    LMCCurvatureError,
     NewerVersionError,
     NonFiniteError,
     OptionError,
 )
+from lmc_curvature.forking.checks import check_examples, check_layers
 from lmc_curvature.forking.data import Batches, Split
 from lmc_curvature.forking.directory import (
     ForkDirectory,
@@ -38,10 +41,9 @@ from lmc_curvature.forking.directory import (
     load_parent,
     open_directory,
 )
-from lmc_curvature.forking.experiment import check_examples, check_layers, cpu_threads, device_of_rank
 from lmc_curvature.forking.plan import TraceConfig, When
 from lmc_curvature.forking.provenance import load_split
-from lmc_curvature.forking.sharing import helpers, is_first_rank, share, unless_claimed
+from lmc_curvature.forking.sharing import cpu_threads, device_of_rank, helpers, is_first_rank, share, unless_claimed
 from lmc_curvature.forking.traces import Traces, cumulative_sets, write_tables
 from lmc_curvature.geometry import SiblingGeometry
 from lmc_curvature.layers import LayerPartition
@@ -99,13 +101,18 @@ def trace_forks(
     for pair in pairs:
         unless_claimed(pair.lock_path, pair.discard_damage)
     tracer = _Tracer(directory, data, device_of_rank(device), progress=progress)
+    done = ((pair.fork_epoch, pair.epoch) for pair in pairs if pair.is_done())
     try:
         if any(not pair.is_done() for pair in tracer.pairs):
             tracer.check()
             with helpers(workers - 1, _help, directory, data, device):
                 tracer.trace_all()
-    finally:
-        traces = write_tables(directory, [(pair.fork_epoch, pair.epoch) for pair in pairs if pair.is_done()])
+    except BaseException:
+        # The error is what there is to tell, whatever becomes of the tables.
+        with contextlib.suppress(OSError, LMCCurvatureError):
+            write_tables(directory, done)
+        raise
+    traces = write_tables(directory, done)
     _report(directory, pairs, tracer.failures)
     return traces
 
@@ -331,16 +338,22 @@ def _report(directory: ForkDirectory, pairs: list[_Pair], failures: Mapping[str,
     reasons = _failed_siblings(directory) | {title: str(error) for title, error in failures.items()}
     problems = [f"{title}: {reason}" for title, reason in reasons.items()]
     missing = {path: None for pair in pairs if not pair.is_done() for path in pair.missing()}
+    late = [pair for pair in pairs if not (pair.is_done() or pair.missing() or pair.title in failures)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         problems.append(
             f"{next(iter(missing))}{more} missing: run_forks(config, {os.fspath(directory.path)!r}), or lmc-curvature "
             f"fork CONFIG --out {directory.path}, makes them."
         )
+    if late:
+        problems.append(
+            f"{late[0].title}{f' and {len(late) - 1} more' if len(late) > 1 else ''} not traced: their networks came "
+            f"later. trace_forks({os.fspath(directory.path)!r}), or lmc-curvature trace {directory.path}, goes on."
+        )
     if problems:
         if any(pair.is_done() for pair in pairs):
             problems.append(f"All others are in the tables of {directory.path / 'traces'}.")
-        unreadable = missing or any(isinstance(error, CheckpointError) for error in failures.values())
+        unreadable = missing or late or any(isinstance(error, CheckpointError) for error in failures.values())
         raise (CheckpointError if unreadable else NonFiniteError)("\n".join(problems))
 
 
@@ -360,7 +373,9 @@ def _check_config(directory: ForkDirectory) -> None:
     except NewerVersionError:
         raise
     except FileFormatError as error:
-        raise ConfigurationError(f"{error} Remove {path.parent}.") from error
+        raise ConfigurationError(
+            f"{error} Remove it if the traces are those that the configuration asks for now, else {path.parent}."
+        ) from error
     changes = differences(stored, config)
     if changes:
         raise ConfigurationError(

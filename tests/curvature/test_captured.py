@@ -99,9 +99,7 @@ def test_autocast_is_part_of_what_was_captured():
 
 
 def test_tiles_whose_outputs_cannot_be_joined_are_swept_whole(monkeypatch):
-    monkeypatch.setattr(
-        captured, "cut", lambda program, directions, *, size, whole, **_: tiling.Cut(size if whole else 2, 99, True)
-    )
+    monkeypatch.setattr(captured, "cut", lambda *programs, size, whole, **_: tiling.Cut(size if whole else 2, 99, True))
     objective = Objective(randomized(_Squeezing().double()), vectors(5))
     _assert_as_products(objective, method="sweep")
 
@@ -116,6 +114,22 @@ class _Named(TwoLayers):
         return self.second(torch.tanh((1.0 if name < "b" else 2.0) * self.first(x)))
 
 
+class _OneOrTheOther(TwoLayers):
+    """Does something else with the second of its inputs than with the first."""
+
+    def forward(self, pair):
+        first, second = pair
+        return self.second(torch.tanh(self.first(first) if second is None else 2 * self.first(second)))
+
+
+class _Masking(TwoLayers):
+    """Never chooses its last class."""
+
+    def forward(self, x):
+        output = self.second(torch.tanh(self.first(x)))
+        return output.masked_fill(torch.arange(output.shape[1]) == output.shape[1] - 1, -torch.inf)
+
+
 def _named(model, batches):
     return Objective(randomized(model.double()), batches)
 
@@ -127,10 +141,20 @@ def test_strings_in_a_batch_are_part_of_what_is_captured():
     assert len(captured._CAPTURED[objective]) == 2
 
 
-def test_strings_that_never_come_again_end_in_a_fallback():
+def test_a_tensor_in_another_place_is_another_batch():
+    batches = []
+    for index, ((x, y),) in enumerate(vectors(size) for size in (4, 4, 4, 4)):
+        batches.append((((x, None) if index % 2 else (None, x)), y))
+    objective = _named(_OneOrTheOther(), batches)
+    _assert_as_products(objective, method="sweep")
+    assert len(captured._CAPTURED[objective]) == 2
+
+
+def test_strings_that_never_come_again_end_in_a_fallback(monkeypatch):
+    monkeypatch.setattr(captured, "_MOST_FRAMES", 8)
     batches = [((x, f"image-{i}.png"), y) for i, (x, y) in enumerate(vectors(*[4] * 12))]
     objective = _named(_Named(), batches)
-    with pytest.raises(CaptureError, match=r"values that are no tensors and change: .*image-8\.png.*image-7\.png"):
+    with pytest.raises(CaptureError, match=r"captured as a graph 8 times.* change: .*image-8\.png.*image-7\.png"):
         project_hessian(objective, {}, layer_directions(objective), method="sweep")
     with pytest.warns(FallbackWarning, match="Leave out what the loss does not need"):
         _assert_as_products(objective)
@@ -141,11 +165,18 @@ def test_inputs_without_a_tensor_are_swept():
     _assert_as_products(_named(_Named(), batches), method="sweep")
 
 
+def test_infinite_outputs_are_what_was_captured(monkeypatch):
+    objective = Objective(randomized(_Masking().double()), [(x, y.clamp(max=1)) for x, y in vectors(4, 4)])
+    _assert_as_products(objective, method="sweep")
+    monkeypatch.setattr(captured.Captures, "_capture", lambda self, batch: pytest.fail("captured again"))
+    _assert_as_products(objective, method="sweep")
+
+
 def test_graphs_of_shapes_that_were_not_seen_for_long_are_given_up(monkeypatch):
-    monkeypatch.setattr(captured, "_MOST_SHAPES", 2)
+    monkeypatch.setattr(captured, "_MOST_GRAPHS", 2)
     objective = Objective(randomized(TwoLayers().double()), vectors(3, 4, 3, 5, 3, 6))
     _assert_as_products(objective, method="sweep")
-    assert {size for _, (_, size, *_) in captured._CAPTURED[objective]} == {3, 6}
+    assert {size for _, _, size, *_ in captured._CAPTURED[objective]} == {3, 6}
 
 
 def test_weights_are_kept_for_one_shape_of_batch_at_a_time():

@@ -282,7 +282,7 @@ def test_a_budget_too_small_for_one_example_says_how_much_it_takes():
     directions = layer_directions(objective)
     with pytest.raises(
         MemoryBudgetError,
-        match=r"2 of 6 directions at 1 examples takes about \S+ GiB, more than the budget of 1e-09 GiB: raise",
+        match=r"2 of 6 directions, 1 of 6 examples at a time, takes about \S+ GiB, more than the budget of 1e-09 GiB",
     ):
         project_hessian(objective, {}, directions, memory_gib=1e-9)
     least = _needed(objective, directions)
@@ -291,10 +291,35 @@ def test_a_budget_too_small_for_one_example_says_how_much_it_takes():
         project_hessian(objective, {}, directions, memory_gib=0.9 * least)
 
 
+class _Image(nn.Module):
+    """A small weight, and an output as large as the image for each of several classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.paint = nn.Conv2d(1, 32, 1)
+
+    def forward(self, x):
+        return self.paint(x).tanh()
+
+
+def test_outputs_of_a_whole_batch_count_as_well():
+    x = torch.randn(8, 1, 16, 16, dtype=torch.float64)
+    objective = Objective(_Image().double(), [(x, torch.randint(32, (8, 16, 16)))])
+    directions = {f"{number}": {"paint.bias": torch.randn(32, dtype=torch.float64)} for number in range(12)}
+    whole = swept(objective, directions)
+    output = 8 * 32 * 16 * 16 * 8
+    least = _needed(objective, directions) * 2**30
+    assert least > 6 * output, "the loss keeps values for a backward pass, and tangents for two directions"
+    assert_projections_agree(swept(objective, directions, memory_gib=1.1 * least / 2**30), whole, relative=1e-12)
+    together = {known.cut.directions for known in captured._CAPTURED[objective].values()}
+    assert 12 in together
+    assert min(together) < 12
+
+
 def test_a_budget_too_small_for_a_batch_that_cannot_be_cut():
     objective = _objective("conv, batch")
     with pytest.raises(
-        MemoryBudgetError, match="2 of 6 directions at 6 examples takes about .*, or use smaller batches"
+        MemoryBudgetError, match="2 of 6 directions, 6 of 6 examples at a time, takes about .*, or use smaller batches"
     ):
         project_hessian(objective, {}, layer_directions(objective), memory_gib=1e-9)
 

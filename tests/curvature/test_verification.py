@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import CASES
 from networks import randomized
 from sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
@@ -156,7 +157,7 @@ class _Mixing(TwoLayers):
 def recomputing(monkeypatch):
     """The sizes of batches that products were computed of, where memory is for two examples at a time only."""
     monkeypatch.setattr(
-        captured, "cut", lambda program, directions, *, size, whole, **_: tiling.Cut(size if whole else 2, 99, False)
+        captured, "cut", lambda *programs, size, whole, **_: tiling.Cut(size if whole else 2, 99, False)
     )
     sizes = []
     combination = Products.combination
@@ -167,6 +168,18 @@ def recomputing(monkeypatch):
 
     monkeypatch.setattr(Products, "combination", watched)
     return sizes
+
+
+class _Gated(TwoLayers):
+    """Mixes examples by a weight that is zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        hidden = torch.tanh(self.first(x))
+        return self.second(hidden + self.gate * hidden.mean(0))
 
 
 def test_where_memory_is_short_a_tile_is_compared(recomputing):
@@ -188,5 +201,32 @@ def test_a_network_that_mixes_examples_is_found_out_where_a_tile_is_compared(rec
     objective = Objective(randomized(_Mixing().double()), vectors(6, 6))
     directions = layer_directions(objective)
     found = project_hessian(objective, {}, directions, method="sweep")
-    assert recomputing == [6]
+    assert recomputing == [6, 6]
+    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
+
+
+def test_mixing_by_a_weight_of_zero_is_found_out_where_a_tile_is_compared(recomputing):
+    model = randomized(_Gated().double())
+    model.gate.data.zero_()
+    objective = Objective(model, vectors(6, 6))
+    directions = layer_directions(objective, "tensor")
+    found = project_hessian(objective, {}, directions, method="sweep")
+    assert recomputing == [6, 6]
+    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
+
+
+_LOSSES = {
+    # The first tile has nothing to learn.
+    "ignoring": lambda output, target: F.cross_entropy(output, torch.tensor([0, 0, 1, 2, 1, 2]), ignore_index=0),
+    # Targets know how many examples there are.
+    "pairing": lambda output, target: (output[torch.arange(6).flip(0)] - output.sin()).square().mean(),
+}
+
+
+@pytest.mark.parametrize("loss_fn", _LOSSES.values(), ids=_LOSSES)
+def test_where_a_part_has_no_loss_the_batch_is_compared(loss_fn, recomputing):
+    objective = Objective(randomized(TwoLayers().double()), vectors(6, 6), loss_fn=loss_fn)
+    directions = layer_directions(objective)
+    found = project_hessian(objective, {}, directions, method="sweep")
+    assert recomputing[-1] == 6
     assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)

@@ -37,6 +37,7 @@ from lmc_curvature.forking import (
     run_forks,
     train,
 )
+from lmc_curvature.forking.checks import check_fit
 from lmc_curvature.forking.directory import initial_model
 
 SETTINGS = {
@@ -366,7 +367,7 @@ def test_trying_the_network_out_leaves_no_trace(monkeypatch):
     before = torch.random.get_rng_state()
     # Draws random numbers in training.
     config = ForkConfig(**{**SETTINGS, "model": "test_experiment:Unsteady", "model_options": {}})
-    experiment.check_fit(config, load_data("digits", limit=150))
+    check_fit(config, load_data("digits", limit=150))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -419,6 +420,24 @@ def test_a_diverged_parent_leaves_the_children_it_reached(finished, tmp_path, mo
     reached = [name for name in expected if "fork-0000" in name]
     assert {name: kept[name] for name in reached} == {name: expected[name] for name in reached}
     assert not (tmp_path / "fork-0002").exists()
+
+
+def test_what_a_diverged_network_had_is_computed_again_if_it_is_lost(finished, tmp_path, monkeypatch):
+    real = experiment.train
+
+    def diverging(*args, **options):
+        if options["order_seed"] == 0 and options["start"].epoch == 2:
+            raise NonFiniteError("Training diverged.")
+        return real(*args, **options)
+
+    monkeypatch.setattr(experiment, "train", diverging)
+    with pytest.raises(NonFiniteError, match=r"^parent: Training diverged\.$"):
+        run_forks(CONFIG, tmp_path, progress=False)
+    before = contents(tmp_path)
+    (tmp_path / "parent" / "epoch-0002.safetensors").unlink()
+    with pytest.raises(NonFiniteError, match=r"^parent: Training diverged\.$"):
+        run_forks(CONFIG, tmp_path, progress=False)
+    assert contents(tmp_path) == before
 
 
 def test_threads_are_those_of_the_configuration(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -15,7 +16,7 @@ CONFIG = ForkConfig(
     limit=600,
     model_options={"width": 2},
     threads=1,
-    trace={"batch_size": 300, "alphas": 3, "layer_alphas": 3, "layers": "last"},
+    trace={"batch_size": 300, "alphas": 3, "layer_alphas": 3, "layers": "last", "cumulative": "last"},
 )
 # Says when it begins to work, and leaves a state after every epoch.
 PROGRAM = """
@@ -37,14 +38,21 @@ def contents(path):
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
-def run_and_kill(tmp_path, what, seconds, workers=1):
-    """Start the work, kill it some time after it begins, and return whether it was still at it."""
+def trace_files(path):
+    return len(list(path.glob("traces/fork-*/epoch-*/*.safetensors")))
+
+
+def run_and_kill(tmp_path, what, seconds, workers=1, *, after_a_trace=False):
+    """Start the work, kill it some time after it begins, or after a trace, and return whether it was still at it."""
+    before = trace_files(tmp_path / "killed")
     script = tmp_path / "program.py"
     script.write_text(f"if __name__ == '__main__':\n    {PROGRAM.strip().replace(chr(10), chr(10) + '    ')}\n")
     command = [sys.executable, script, CONFIG.model_dump_json(), tmp_path / "killed", what, str(workers)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begins\n"
+        while after_a_trace and process.poll() is None and trace_files(tmp_path / "killed") == before:
+            time.sleep(0.01)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -59,10 +67,15 @@ def test_training_and_tracing_survive_being_killed(tmp_path, monkeypatch, worker
     run_forks(CONFIG, tmp_path / "undisturbed", progress=False)
     trace_forks(tmp_path / "undisturbed", progress=False)
     moments = random.Random(workers)
-    killed = {"train": 0, "trace": 0}
+    killed = {"train": 0, "trace": 0, "in the midst": 0}
+    whole = trace_files(tmp_path / "undisturbed")
     for what in ("train", "trace"):
-        for _ in range(KILLS):
-            killed[what] += run_and_kill(tmp_path, what, moments.uniform(0.05, 1.2), workers)
+        for number in range(KILLS):
+            # Some before there is a trace, some with a few.
+            late = what == "trace" and number > 0
+            seconds = moments.uniform(0.0, 0.5) if late else moments.uniform(0.05, 1.2)
+            killed[what] += run_and_kill(tmp_path, what, seconds, workers, after_a_trace=late)
+            killed["in the midst"] += 0 < trace_files(tmp_path / "killed") < whole
         assert not run_and_kill(tmp_path, what, 600, workers)
     # Most kills hit while there was work left.
     assert min(killed.values()) >= 2

@@ -16,9 +16,11 @@ from lmc_curvature.forking import (
     load_data,
     load_fork_data,
     open_directory,
+    provenance,
     run_forks,
     trace_forks,
 )
+from lmc_curvature.forking.directory import create_directory
 
 
 @pytest.fixture
@@ -175,3 +177,45 @@ def test_a_fingerprint_is_of_images_labels_and_normalisation():
     data = load_data("digits", limit=20)
     assert data.fingerprint() == load_data("digits", limit=20).fingerprint()
     assert data.fingerprint() != load_data("digits", limit=21).fingerprint()
+
+
+def test_what_a_finished_experiment_is_told_is_checked_as_well(config, images, tmp_path):
+    out = tmp_path / "out"
+    run_forks(config, out, progress=False)
+    with pytest.raises(DataError, match="nowhere"):
+        run_forks(config.model_copy(update={"data": "nowhere"}), out, progress=False)
+    trace = config.trace.model_copy(update={"examples": 1000})
+    with pytest.raises(DataError, match="trace.examples"):
+        run_forks(config.model_copy(update={"trace": trace}), out, progress=False)
+    assert open_directory(out).config == config
+    now = moved(config, images)
+    run_forks(now, out, progress=False)
+    assert open_directory(out).config == now
+
+
+def test_what_was_refused_can_be_corrected(config, tmp_path):
+    wrong = config.model_copy(update={"model_options": {"width": 2, "num_classes": 3, "in_channels": 3}})
+    with pytest.raises(ConfigurationError, match="Set num_classes to 2"):
+        run_forks(wrong, tmp_path / "out", progress=False)
+    run_forks(config, tmp_path / "out", progress=False)
+    assert open_directory(tmp_path / "out").config == config
+    with pytest.raises(ConfigurationError, match=r"another configuration:\nmodel_options"):
+        run_forks(wrong, tmp_path / "out", progress=False)
+
+
+@pytest.mark.parametrize("other", ["data", "configuration"])
+def test_of_two_that_begin_at_once_one_does(config, images, tmp_path, other):
+    data = load_data(str(images), progress=False)
+    first = create_directory(tmp_path / "out", config)
+    # Both have been checked before either begins.
+    changed = config if other == "data" else config.model_copy(update={"order_seed": 7})
+    second = create_directory(tmp_path / "out", changed)
+    provenance.begin(first, {"train": data}, {})
+    error, message = (
+        (DataError, "has other images")
+        if other == "data"
+        else (ConfigurationError, r"another configuration:\norder_seed")
+    )
+    with pytest.raises(error, match=message):
+        provenance.begin(second, {"train": data.subset(9) if other == "data" else data}, {})
+    assert open_directory(tmp_path / "out").config == config

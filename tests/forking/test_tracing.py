@@ -226,6 +226,38 @@ def test_what_can_be_traced_is_traced_without_missing_snapshots(copy, lost, cut_
     assert contents(copy) == expected
 
 
+def test_networks_that_come_while_others_are_traced_are_told_of(copy, monkeypatch):
+    shutil.rmtree(copy / "traces")
+    needed = tracing._Pair.missing
+    looked = []
+
+    def not_there_yet(pair):
+        # Whoever looks first does not see the later fork.
+        looked.append(pair.title)
+        return [copy] if pair.fork_epoch == 1 and looked.count(pair.title) == 1 else needed(pair)
+
+    monkeypatch.setattr(tracing._Pair, "missing", not_there_yet)
+    with pytest.raises(CheckpointError, match=r"^fork 1, epoch 2 and 1 more not traced: their .*goes on\.\nAll others"):
+        trace_forks(copy, progress=False)
+    assert set(read_traces(copy).barriers["fork"]) == {0}
+    assert set(trace_forks(copy, progress=False).barriers["fork"]) == {0, 1}
+
+
+def test_an_error_is_not_hidden_by_one_of_the_tables(copy, monkeypatch):
+    shutil.rmtree(copy / "traces")
+
+    def failing(*args):
+        raise OSError("disk full")
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tracing, "write_tables", failing)
+    monkeypatch.setattr(tracing._Tracer, "trace_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trace_forks(copy, progress=False)
+
+
 def test_nothing_to_trace_leaves_no_tables(tmp_path):
     create_directory(tmp_path, CONFIG)
     with pytest.raises(CheckpointError, match=r"and 9 more missing: run_forks\(.*makes them\.$"):
@@ -236,8 +268,9 @@ def test_nothing_to_trace_leaves_no_tables(tmp_path):
 def test_a_diverged_child_leaves_its_fork_out(copy):
     shutil.rmtree(copy / "traces")
     manifest = copy / "fork-0000" / "child-0" / "manifest.json"
-    diverged = {"status": "diverged", "message": "Training diverged."}
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **diverged}))
+    written = json.loads(manifest.read_text())
+    del written["sha256"]["epoch-0003.safetensors"]
+    manifest.write_text(json.dumps({**written, "status": "diverged", "message": "Training diverged."}))
     (copy / "fork-0000" / "child-0" / "epoch-0003.safetensors").unlink()
     with pytest.raises(NonFiniteError, match=r"^fork 0, child 0: Training diverged\.\nAll others are in the tables of"):
         trace_forks(copy, progress=False)
@@ -327,7 +360,9 @@ def test_data_that_have_moved_are_read_where_they_are(copy):
 
 def test_more_examples_than_there_are_is_refused(copy):
     shutil.rmtree(copy / "traces")
-    run_forks(ForkConfig(**{**SETTINGS, "trace": {"examples": 201}}), copy, progress=False)
+    config = json.loads((copy / "config.json").read_text())
+    config["config"]["trace"]["examples"] = 201
+    (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=r"trace\.examples: 201 were asked for; the train split has 200"):
         trace_forks(copy, progress=False)
 
