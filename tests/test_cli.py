@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from configurations import SECONDS
 from safetensors.torch import save_file
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction, cli, measure_barrier, predict_barrier
@@ -168,20 +169,9 @@ def test_a_missing_device_is_named(run, checkpoints):
     assert "no CUDA device was found" in run("predict", *checkpoints, *COMMON, "--device", "cuda")[2]
 
 
-CONFIG = """
-training: {epochs: 2, learning_rate: 0.1, batch_size: 50}
-fork_epochs: [0]
-snapshot_epochs: 1
-limit: 100
-model_options: {width: 2}
-threads: 1
-trace: {batch_size: 100, alphas: 3, layer_alphas: 3, test: false}
-"""
-
-
 @pytest.mark.slow
 def test_fork_trace_and_figures_are_three_commands(run, tmp_path):
-    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "config.yaml").write_text(SECONDS)
     out = tmp_path / "out"
     _, printed, _ = run("fork", tmp_path / "config.yaml", "--out", out, "--no-progress")
     assert "next: lmc-curvature trace" in printed
@@ -197,7 +187,7 @@ def test_fork_trace_and_figures_are_three_commands(run, tmp_path):
 
 
 def test_the_three_commands_explain_what_is_missing(run, tmp_path):
-    (tmp_path / "config.yaml").write_text(CONFIG + "modle: x\n")
+    (tmp_path / "config.yaml").write_text(SECONDS + "modle: x\n")
     status, _, printed = run("fork", tmp_path / "config.yaml", "--out", tmp_path / "out")
     assert status == 2
     assert "modle: unknown key; did you mean 'model'" in printed

@@ -5,21 +5,13 @@ from pathlib import Path
 
 import pytest
 import typer
+from configurations import SECONDS
 from typer.testing import CliRunner
 
 from lmc_curvature.errors import OptionError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
-CONFIG = """
-training: {epochs: 2, learning_rate: 0.1, batch_size: 50}
-fork_epochs: [0]
-snapshot_epochs: 1
-limit: 100
-model_options: {width: 2}
-threads: 1
-trace: {batch_size: 100, alphas: 3, layer_alphas: 3, test: false}
-"""
-DIVERGES = CONFIG.replace("learning_rate: 0.1", "learning_rate: 1.0e+30")
+DIVERGES = SECONDS.replace("learning_rate: 0.1", "learning_rate: 1.0e+30")
 
 
 @pytest.fixture
@@ -50,7 +42,7 @@ def test_the_configurations_of_the_paper_are_the_default(reproduce):
 
 @pytest.mark.slow
 def test_a_configuration_becomes_figures(reproduce, tmp_path):
-    result = reproduce(small=CONFIG)
+    result = reproduce(small=SECONDS)
     assert result.exit_code == 0
     assert "Barrier between the siblings of each fork at the end" in result.output
     drawn = {path.stem for path in (tmp_path / "small" / "figures").glob("*.pdf")}
@@ -59,7 +51,7 @@ def test_a_configuration_becomes_figures(reproduce, tmp_path):
 
 def test_two_configurations_of_one_name_are_refused(reproduce, tmp_path):
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "small.yaml").write_text(CONFIG)
+    (tmp_path / "other" / "small.yaml").write_text(SECONDS)
     with pytest.raises(OptionError, match="Two configurations are called 'small'.*rename one"):
         reproduce.module.main([tmp_path / "small.yaml", tmp_path / "other" / "small.yaml"], tmp_path)
 
@@ -67,7 +59,7 @@ def test_two_configurations_of_one_name_are_refused(reproduce, tmp_path):
 def test_a_configuration_that_diverges_does_not_stop_the_others(reproduce, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(reproduce.module, "draw_all", lambda *paths, **options: drawn.append(paths) or ())
-    result = reproduce(bad=DIVERGES, good=CONFIG)
+    result = reproduce(bad=DIVERGES, good=SECONDS)
     assert result.exit_code == 2
     assert "parent: Training diverged" in result.output
     assert "fork 0, child 1: Training diverged" in result.output

@@ -371,15 +371,24 @@ def test_trying_the_network_out_leaves_no_trace(monkeypatch):
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_a_diverged_child_is_named_and_the_others_are_kept(finished, tmp_path, monkeypatch):
+@pytest.fixture
+def diverge(monkeypatch):
+    """Let whoever trains with an order seed diverge after an epoch."""
     real = experiment.train
 
-    def diverging(*args, **options):
-        if options["order_seed"] == 1 and options["start"].epoch == 1:
-            raise NonFiniteError("Training diverged.")
-        return real(*args, **options)
+    def after(*, order_seed, epoch):
+        def diverging(*args, **options):
+            if (options["order_seed"], options["start"].epoch) == (order_seed, epoch):
+                raise NonFiniteError("Training diverged.")
+            return real(*args, **options)
 
-    monkeypatch.setattr(experiment, "train", diverging)
+        monkeypatch.setattr(experiment, "train", diverging)
+
+    return after
+
+
+def test_a_diverged_child_is_named_and_the_others_are_kept(finished, tmp_path, monkeypatch, diverge):
+    diverge(order_seed=1, epoch=1)
     for _ in range(2):
         # The second time nothing is trained: it would diverge again.
         with pytest.raises(NonFiniteError, match=r"^fork 0, child 0: Training diverged\.$"):
@@ -398,15 +407,8 @@ def test_a_diverged_parent_ends_the_experiment(tmp_path):
         run_forks(config, tmp_path, progress=False)
 
 
-def test_a_diverged_parent_leaves_the_children_it_reached(finished, tmp_path, monkeypatch):
-    real = experiment.train
-
-    def diverging(*args, **options):
-        if options["order_seed"] == 0 and options["start"].epoch == 1:
-            raise NonFiniteError("Training diverged.")
-        return real(*args, **options)
-
-    monkeypatch.setattr(experiment, "train", diverging)
+def test_a_diverged_parent_leaves_the_children_it_reached(finished, tmp_path, monkeypatch, diverge):
+    diverge(order_seed=0, epoch=1)
     report = ["parent: Training diverged."]
     report += [f"fork 2, child {c}: Cannot start, because the parent diverged before epoch 2." for c in (0, 1)]
     for _ in range(2):
@@ -422,15 +424,8 @@ def test_a_diverged_parent_leaves_the_children_it_reached(finished, tmp_path, mo
     assert not (tmp_path / "fork-0002").exists()
 
 
-def test_what_a_diverged_network_had_is_computed_again_if_it_is_lost(finished, tmp_path, monkeypatch):
-    real = experiment.train
-
-    def diverging(*args, **options):
-        if options["order_seed"] == 0 and options["start"].epoch == 2:
-            raise NonFiniteError("Training diverged.")
-        return real(*args, **options)
-
-    monkeypatch.setattr(experiment, "train", diverging)
+def test_what_a_diverged_network_had_is_computed_again_if_it_is_lost(tmp_path, diverge):
+    diverge(order_seed=0, epoch=2)
     with pytest.raises(NonFiniteError, match=r"^parent: Training diverged\.$"):
         run_forks(CONFIG, tmp_path, progress=False)
     before = contents(tmp_path)
