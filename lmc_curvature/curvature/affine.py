@@ -6,6 +6,7 @@ one a token, one a pixel). Everything about W's block of the Hessian is then in 
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lmc_curvature.curvature.derivatives import gradients
+from lmc_curvature.curvature.vectorization import Vectorizer, one_by_one
 from lmc_curvature.network import State, tied_names
 
 # Examples times positions whose derivatives are multiplied at once.
@@ -237,11 +239,13 @@ def examples_interact(first: Call, second: Call) -> bool:
     still, moved = order[: first.examples // 2], order[first.examples // 2 :]
     weights = torch.zeros_like(gradient)
     weights[moved] = torch.randn(gradient[moved].shape, generator=generator, dtype=torch.float64).to(gradient)
-    found = [part[still].count_nonzero() for part in _derivatives(gradient, weights, first, second)]
+    found = [part[still].count_nonzero() for part in _derivatives(gradient, weights, first, second).values()]
     return bool(torch.stack(found).any())
 
 
-def pair_blocks(first: Call, second: Call) -> Iterator[tuple[int, Float[Tensor, "features units other_features"]]]:
+def pair_blocks(
+    first: Call, second: Call, vectorizer: Vectorizer
+) -> Iterator[tuple[int, Float[Tensor, "features units other_features"]]]:
     """The Hessian between the weights of two calls' modules, for one unit of the first at a time.
 
     With y an output unit of the first call at one position, x and z the input and output of the second,
@@ -254,6 +258,7 @@ def pair_blocks(first: Call, second: Call) -> Iterator[tuple[int, Float[Tensor, 
     Args:
         first: The call that came first.
         second: The one that came after it, or the same one, which does not feed itself.
+        vectorizer: Decides how many products are made at once.
 
     Yields:
         Unit of the first call, and its block: a row for each of its features, a column for each unit and feature of
@@ -264,35 +269,48 @@ def pair_blocks(first: Call, second: Call) -> Iterator[tuple[int, Float[Tensor, 
         return
     features, others = first.affine.features(first.input), second.affine.features(second.input)
     slopes = _precise(second.affine.by_position(_gradient(second).detach()))
+    derivatives = _unit_derivatives(gradient, first, second, vectorizer)
     step = max(1, _ROWS // first.examples)
     for unit in range(gradient.shape[2]):
         beyond = unit if first is second else 0
         block = features.new_zeros(features.shape[2], second.affine.width - beyond, others.shape[2])
         for start in range(0, gradient.shape[1], step):
             here = features[:, start : start + step].transpose(0, 1)
-            parts = [_unit_derivatives(gradient, unit, start + number, first, second) for number in range(len(here))]
-            curvature = torch.stack([_precise(second.affine.by_position(part[0])) for part in parts])
+            parts = list(itertools.islice(derivatives, len(here)))
+            curvature = torch.stack([_precise(second.affine.by_position(part["output"])) for part in parts])
             mixed = _outer(curvature[..., beyond:], others)
-            if len(parts[0]) == 2:
-                fed = torch.stack([second.affine.features(part[1], constant=0.0) for part in parts])
+            if "input gradient" in parts[0]:
+                fed = torch.stack([second.affine.features(part["input gradient"], constant=0.0) for part in parts])
                 mixed = mixed + _outer(slopes, fed)
             block.flatten(1).addmm_(here.flatten(0, 1).T, mixed.flatten(1))
         yield unit, block
 
 
-def _unit_derivatives(gradient: Tensor, unit: int, position: int, first: Call, second: Call) -> list[Tensor]:
-    weights = torch.zeros_like(gradient)
-    weights[:, position, unit] = 1
-    return _derivatives(gradient, weights, first, second)
+def _unit_derivatives(
+    gradient: Float[Tensor, "examples positions width"], first: Call, second: Call, vectorizer: Vectorizer
+) -> Iterator[dict[str, Tensor]]:
+    """`_derivatives` for each unit, and each position of it."""
+    examples, positions, width = gradient.shape
+
+    def weights(start: int, stop: int) -> dict[str, Tensor]:
+        numbers = torch.arange(start, stop, device=gradient.device)
+        stacked = gradient.new_zeros(stop - start, examples, positions, width)
+        stacked[numbers - start, :, numbers % positions, numbers // positions] = 1
+        return {"slope": stacked}
+
+    def differentiate(direction: State) -> dict[str, Tensor]:
+        return _derivatives(gradient, direction["slope"], first, second)
+
+    return one_by_one(vectorizer.map(differentiate, weights, positions * width, (examples, positions, width)))
 
 
-def _derivatives(values: Tensor, weights: Tensor, first: Call, second: Call) -> list[Tensor]:
+def _derivatives(values: Tensor, weights: Tensor, first: Call, second: Call) -> dict[str, Tensor]:
     """Derivatives of weighed slopes in the second call's output and, if the first may feed it, input gradient."""
     inputs = {"output": second.output}
     slope = second.input_gradient
     if first is not second and slope is not None and slope.requires_grad:
         inputs["input gradient"] = slope
-    return list(gradients([values], inputs, [weights]).values())
+    return gradients([values], inputs, [weights])
 
 
 def _gradient(call: Call) -> Tensor:

@@ -69,6 +69,8 @@ class PeerHessian(CurvatureOperator):
     """
 
     _name = "Hessian"
+    # What a library does is left as it does it.
+    _vectorizes = False
 
     def __init__(
         self,
@@ -96,7 +98,9 @@ class PeerHessian(CurvatureOperator):
         self._compared = True
         return peer
 
-    def _lay_out(self, batch: Batch, compute: Callable[[Batch], tuple[Tensor, list[Tensor]]]) -> list[Tensor]:
+    def _lay_out(
+        self, batch: Batch, compute: Callable[[Batch], tuple[Tensor, list[tuple[Tensor, Tensor]]]]
+    ) -> list[tuple[Tensor, Tensor]]:
         # A peer gets the batch as its own users would pass it.
         return compute(batch)[1]
 

@@ -1,5 +1,6 @@
 """Dense blocks of the Hessian: of one layer, and between two layers; exact, over the whole loader."""
 
+import functools
 import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +22,10 @@ from lmc_curvature.curvature.affine import (
     recording,
     road_costs,
 )
+from lmc_curvature.curvature.derivatives import all_finite
 from lmc_curvature.curvature.hessian import BatchGradient, HessianOperator
 from lmc_curvature.curvature.layout import in_best_layout
+from lmc_curvature.curvature.vectorization import UnitVectors, Vectorizer
 from lmc_curvature.errors import FallbackWarning, HessianSizeError, NonFiniteError, OptionError, check_choice
 from lmc_curvature.layers import PartitionSpec
 from lmc_curvature.losses import finite_loss
@@ -142,7 +145,7 @@ def cross_layer_hessian(
         for batch in batches:
             method = block_sum.add(batch, method)
     total = block_sum.mean()
-    if not torch.isfinite(total).all():
+    if not all_finite(total):
         raise NonFiniteError(
             f"The Hessian block of {layer_a!r} and {layer_b!r} is not finite. Does the network compute something "
             "without a second derivative, such as a square root at zero?"
@@ -253,6 +256,7 @@ class _BlockSum:
         self._back = _Side(self._total.T, columns, rows)
         self._examples = 0
         self._half_filled = False
+        self._vectorizer = Vectorizer()
 
     def mean(self) -> Float[Tensor, "rows columns"]:
         """The block of the mean loss."""
@@ -267,6 +271,7 @@ class _BlockSum:
             for row, column in itertools.product(layer.own, repeat=2):
                 here, beyond = layer.of_units(row, unit, unit + 1), layer.of_units(column, unit + 1, layer.width)
                 self._total[beyond, here] = self._total[here, beyond].T
+        self._half_filled = False
 
     def add(self, batch: Batch, method: BlockMethod) -> BlockMethod:
         """Add a batch; returns the method for the batches to come."""
@@ -338,7 +343,7 @@ class _BlockSum:
     def _add_structured(self, gradient: BatchGradient, first: Call, second: Call, size: int) -> None:
         """Add the block of both affine modules, and by products what the layers have beside them."""
         side = self._side_of(first)
-        for unit, block in pair_blocks(first, second):
+        for unit, block in pair_blocks(first, second, self._vectorizer):
             start = side.others.width - block.shape[1]
             for (row, mine), (column, theirs) in itertools.product(side.units.parts(), side.others.parts()):
                 rows = side.units.of_units(row, unit, unit + 1)
@@ -353,14 +358,16 @@ class _BlockSum:
         self, side: _Side, units: Iterable[str], others: Iterable[str], gradient: BatchGradient, size: int
     ) -> None:
         """Add one exact product for each parameter in some entries: its part in some entries of the other layer."""
+        others = list(others)
         for name in units:
-            unit = torch.zeros_like(self._point[name], memory_format=torch.contiguous_format)
-            for number in range(unit.numel()):
-                unit.view(-1)[number] = 1
-                row = side.block[side.units.places[name].start + number]
-                for other, product in gradient.product({name: unit}, list(others)).items():
-                    row[side.others.places[other]].add_(product.flatten(), alpha=size)
-                unit.view(-1)[number] = 0
+            vectors = UnitVectors(name, self._point[name], 0, self._point[name].numel())
+            start = side.units.places[name].start
+            multiply = functools.partial(gradient.product, rows=others)
+            for products in self._vectorizer.map(multiply, vectors.stacked, len(vectors), (size, name, *others)):
+                count = len(products[others[0]])
+                for other, rows in products.items():
+                    side.block[start : start + count, side.others.places[other]].add_(rows.flatten(1), alpha=size)
+                start += count
 
     def _probe(self, gradient: BatchGradient) -> _Probe:
         """An exact product of the first batch with a random vector."""

@@ -49,6 +49,12 @@ def gradients(
     return dict(zip(inputs, found, strict=True))
 
 
+def all_finite(derivatives: Tensor) -> bool:
+    """Whether no value is infinite or not a number; makes no copy, however large the tensor is."""
+    # What is not a number is the least and the greatest of all that it is among.
+    return derivatives.numel() == 0 or bool(torch.stack(torch.aminmax(derivatives)).isfinite().all())
+
+
 def refuse_once_differentiable(tensors: Iterable[Tensor]) -> None:
     """Refuse what torch would differentiate twice with parts left out, without a word.
 

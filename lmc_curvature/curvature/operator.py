@@ -2,7 +2,8 @@
 
 import abc
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, overload, runtime_checkable
 
 import numpy as np
@@ -12,7 +13,9 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
 from lmc_curvature.batches import Batch
+from lmc_curvature.curvature.derivatives import all_finite
 from lmc_curvature.curvature.layout import in_best_layout
+from lmc_curvature.curvature.vectorization import UnitVectors, Vectorizer, unit_passes
 from lmc_curvature.errors import DirectionError, HessianSizeError, NonFiniteError, OperatorError
 from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
 from lmc_curvature.losses import finite_loss
@@ -20,7 +23,7 @@ from lmc_curvature.network import State, check_finite
 from lmc_curvature.objective import Objective
 
 # Columns of a dense matrix that are computed in one pass over the loader.
-_CHUNK = 64
+_CHUNK = 512
 
 
 @runtime_checkable
@@ -65,6 +68,8 @@ class CurvatureOperator(abc.ABC):
     """
 
     _name = "curvature matrix"
+    # Whether the matrix of a batch is made of torch's own differentiable operations only.
+    _vectorizes = True
 
     def __init__(
         self,
@@ -81,6 +86,7 @@ class CurvatureOperator(abc.ABC):
         self.partition = LayerPartition.of(objective.network, partition, batch_norm=objective.batch_norm)
         self.rows = self.columns = self._entries_of(layers)
         self._layerwise = False
+        self._vectorizer = Vectorizer(enabled=self._vectorizes)
 
     @abc.abstractmethod
     def _on_batch(self, batch: Batch, entries: Sequence[str]) -> BatchMatrix:
@@ -100,7 +106,7 @@ class CurvatureOperator(abc.ABC):
 
         Still exact, and one pass over the loader a product; each vector costs a product for every layer, on one graph.
         """
-        operator = copy.copy(self)
+        operator = self._restricted(self.rows, self.columns)
         operator._layerwise = True
         return operator
 
@@ -118,6 +124,8 @@ class CurvatureOperator(abc.ABC):
     def _restricted(self, rows: tuple[str, ...], columns: tuple[str, ...]) -> "CurvatureOperator":
         operator = copy.copy(self)
         operator.rows, operator.columns = rows, columns
+        # Products of another part of the matrix have another cost.
+        operator._vectorizer = Vectorizer(enabled=self._vectorizes)
         return operator
 
     @property
@@ -130,8 +138,11 @@ class CurvatureOperator(abc.ABC):
         """Where products are computed."""
         return self.objective.device
 
-    def _count(self, entries: Sequence[str]) -> int:
-        return sum(self.state[name].numel() for name in entries)
+    def _count(self, entries: Iterable[str]) -> int:
+        return sum(map(self._count_of, entries))
+
+    def _count_of(self, entry: str) -> int:
+        return self.state[entry].numel()
 
     @overload
     def __matmul__(self, other: Tensor) -> Tensor: ...
@@ -147,8 +158,8 @@ class CurvatureOperator(abc.ABC):
             outside = [name for name in other if name not in self.columns]
             if outside:
                 raise DirectionError(f"The direction has entries outside the operator's columns: {outside[:5]}.")
-            product = self._products([self.objective.place(other)])[0]
-            return self.unflatten(product, self.rows)
+            direction = {name: tensor.unsqueeze(0) for name, tensor in self.objective.place(other).items()}
+            return self.unflatten(self._products(direction, 1)[0], self.rows)
         if not isinstance(other, Tensor) or other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
             found = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
             raise DirectionError(
@@ -167,34 +178,49 @@ class CurvatureOperator(abc.ABC):
         """
         if matrix.shape[1] == 0:
             return torch.zeros(self.shape[0], 0, dtype=torch.float64, device=self.device)
-        return self._products([self.unflatten(vector) for vector in matrix.T]).T
+        return self._products(self.unflatten(matrix.T), matrix.shape[1]).T
 
-    def _products(self, directions: Sequence[State]) -> Float[Tensor, "k rows"]:
-        """The product with each sparse direction, as a row."""
+    def _products(self, directions: State, count: int) -> Float[Tensor, "k rows"]:
+        """The product with each of k directions, which are stacked along a first axis, as a row."""
         _check_finite_vectors(directions)
-        return self._mean_over_batches(
-            lambda matrix: [self._multiply(matrix, direction) for direction in directions],
-            torch.zeros(len(directions), self.shape[0], dtype=torch.float64, device=self.device),
-        )
+        total = torch.zeros(count, self.shape[0], dtype=torch.float64, device=self.device)
+        rows = self._places(self.rows)
 
-    def _mean_over_batches(
-        self, compute: Callable[[BatchMatrix], list[Tensor]], total: Float[Tensor, "k n"]
-    ) -> Float[Tensor, "k n"]:
-        """The mean over examples of what is computed from each batch's matrix, in one pass, into a tensor of zeros."""
+        def stacked(start: int, stop: int) -> dict[str, Tensor]:
+            return {name: tensor[start:stop] for name, tensor in directions.items()}
+
+        examples = self._add_up(
+            lambda matrix, size: self._add_products(total, rows, matrix, stacked, (size, *directions))
+        )
+        return self._mean(total, examples)
+
+    def _add_up(self, compute: Callable[[BatchMatrix, int], Iterable[tuple[Tensor, Tensor]]]) -> int:
+        """Sum over examples, in one pass over the loader.
+
+        Args:
+            compute: From the matrix of a batch, and its number of examples: parts of sums, and what to add to each.
+
+        Returns:
+            The number of examples.
+        """
         entries = [name for name in self.state if name in {*self.rows, *self.columns}]
 
-        def compute_on(batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        def compute_on(batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
             matrix = self._on_batch(batch, entries)
             finite_loss(matrix.loss, batch)
-            return matrix.loss, compute(matrix)
+            return matrix.loss, list(compute(matrix, batch.size))
 
         examples = 0
         with self.objective.one_pass() as batches:
             for batch in batches:
-                for row, found in zip(total, self._lay_out(batch, compute_on), strict=True):
-                    row.add_(found, alpha=batch.size)
+                for part, values in self._lay_out(batch, compute_on):
+                    part.add_(values, alpha=batch.size)
                 examples += batch.size
-        if not bool(torch.isfinite(total).all()):
+        return examples
+
+    def _mean(self, total: Float[Tensor, "*n"], examples: int) -> Float[Tensor, "*n"]:
+        """What `_add_up` has summed, a mean over examples."""
+        if not all_finite(total):
             raise NonFiniteError(
                 f"The {self._name} has products that are not finite, although loss and vectors are. Does the network "
                 "compute something without a second derivative (a square root at zero), or forget values that it "
@@ -202,19 +228,52 @@ class CurvatureOperator(abc.ABC):
             )
         return total.div_(examples)
 
-    def _lay_out(self, batch: Batch, compute: Callable[[Batch], tuple[Tensor, list[Tensor]]]) -> list[Tensor]:
+    def _lay_out(
+        self, batch: Batch, compute: Callable[[Batch], tuple[Tensor, list[tuple[Tensor, Tensor]]]]
+    ) -> list[tuple[Tensor, Tensor]]:
         return in_best_layout(self.objective, self.point, batch, compute)
 
-    def _multiply(self, matrix: BatchMatrix, direction: State) -> Float[Tensor, " rows"]:
-        """The product of one batch's matrix with one direction."""
+    def _add_products(
+        self,
+        total: Float[Tensor, "k n"],
+        rows: Mapping[str, slice],
+        matrix: BatchMatrix,
+        directions: Callable[[int, int], State],
+        key: Hashable,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Parts of a sum of products, and what a batch adds to each.
+
+        Args:
+            total: The sum: a row a direction.
+            rows: Names of the entries that are wanted, and where they stand in a row.
+            matrix: The matrix of the batch.
+            directions: See `Vectorizer.map`.
+            key: Likewise.
+        """
+        multiply = functools.partial(self._multiply, matrix, rows=rows)
+        start = 0
+        for products in self._vectorizer.map(multiply, directions, len(total), key):
+            stop = start + len(next(iter(products.values()), total))
+            for name, found in products.items():
+                yield total[start:stop, rows[name]], found.flatten(1)
+            start = stop
+
+    def _multiply(self, matrix: BatchMatrix, direction: State, rows: Iterable[str]) -> dict[str, Tensor]:
+        """The product of one batch's matrix with one direction, for some rows; those without an entry are zero."""
         product: dict[str, Tensor] = {}
-        for rows, columns in self._parts():
+        for part_rows, columns in self._parts():
+            wanted = [name for name in part_rows if name in rows]
             part = {name: direction[name] for name in columns if name in direction}
-            if part:
-                product |= matrix.product(part, rows)
-        return self.flatten(
-            {name: product[name] if name in product else torch.zeros_like(self.state[name]) for name in self.rows}
-        )
+            if wanted and part:
+                product |= matrix.product(part, wanted)
+        return product
+
+    def _places(self, entries: Iterable[str]) -> dict[str, slice]:
+        """Where each of some entries stands in a vector of all of them."""
+        places, start = {}, 0
+        for name in entries:
+            places[name] = slice(start, start := start + self._count_of(name))
+        return places
 
     def _parts(self) -> Iterator[tuple[list[str] | tuple[str, ...], list[str] | tuple[str, ...]]]:
         """Rows and columns of the parts that are not dropped."""
@@ -230,18 +289,21 @@ class CurvatureOperator(abc.ABC):
         """The entries of a state, in its order, as one vector."""
         return torch.cat([tensor.flatten() for tensor in state.values()])
 
-    def unflatten(self, vector: Float[Tensor, " n"], entries: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """A vector as a direction over the operator's columns (or over `entries`), on the objective's device."""
+    def unflatten(self, vector: Float[Tensor, "*k n"], entries: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """A vector as a direction over the operator's columns (or over `entries`), on the objective's device.
+
+        Of several vectors, as rows, the directions are stacked along a first axis.
+        """
         entries = self.columns if entries is None else entries
         vector = vector.to(self.device, self.objective.dtype).contiguous()
-        parts = torch.split(vector, [self.state[name].numel() for name in entries])
-        return {name: part.view(self.state[name].shape) for name, part in zip(entries, parts, strict=True)}
+        parts = torch.split(vector, [self.state[name].numel() for name in entries], dim=-1)
+        leading = vector.shape[:-1]
+        return {name: part.view(*leading, *self.state[name].shape) for name, part in zip(entries, parts, strict=True)}
 
     def to_dense(self, *, max_gib: float = 4.0) -> Float[Tensor, "rows columns"]:
-        """The dense matrix, float64, on the objective's device; one pass over the loader per 64 columns.
+        """The dense matrix, float64, on the objective's device; one pass over the loader per 512 columns.
 
-        For networks of a few thousand parameters, where calls cost more than arithmetic, `torch.func.hessian` of the
-        loss is several times faster, as long as it fits into memory.
+        Many columns are computed at once where calls cost more than arithmetic; see `Vectorizer`.
 
         Raises:
             HessianSizeError: It would need more than `max_gib` GiB.
@@ -254,16 +316,38 @@ class CurvatureOperator(abc.ABC):
                 f"A dense {rows} × {columns} {self._name} takes {gib:.1f} GiB, more than max_gib={max_gib:g}. Use "
                 "products (H @ v, H.to_scipy()), a layer's block (H.block(layer)), or raise max_gib."
             )
-        dense = torch.empty(rows, columns, dtype=torch.float64, device=self.device)
-        start = 0
-        for places in self._chunks():
-            stop = start + len(places)
-            dense[:, start:stop] = self._products([self._unit(*place) for place in places]).T
-            start = stop
-        return dense
+        # Columns are computed one after the other, so they are what lies together in memory.
+        transposed = torch.zeros(columns, rows, dtype=torch.float64, device=self.device)
+        row_places, column_places = self._places(self.rows), self._places(self.columns)
+        symmetric = self.rows == self.columns
+        # Of a symmetric matrix half is enough: each product for the entries that come no earlier, so that the largest
+        # entries, which have the most products, need least of each.
+        order = sorted(self.columns, key=self._count_of) if symmetric else self.columns
+        later = {name: order[number:] if symmetric else self.rows for number, name in enumerate(order)}
+
+        def multiply(matrix: BatchMatrix, size: int, passed: Sequence[UnitVectors]) -> Iterator[tuple[Tensor, Tensor]]:
+            for units in passed:
+                start = column_places[units.entry].start
+                yield from self._add_products(
+                    transposed[start + units.start : start + units.stop],
+                    {name: row_places[name] for name in later[units.entry]},
+                    matrix,
+                    units.stacked,
+                    (size, units.entry),
+                )
+
+        examples = 1
+        for passed in unit_passes({name: self.state[name] for name in order}, _CHUNK):
+            examples = self._add_up(functools.partial(multiply, passed=passed))
+        if symmetric:
+            for name in order:
+                for other in later[name][1:]:
+                    here, there = row_places[name], row_places[other]
+                    transposed[there, here] = transposed[here, there].T
+        return self._mean(transposed, examples).T
 
     def diagonal(self) -> Float[Tensor, " n"]:
-        """The diagonal, exactly: one product for each coordinate, one pass over the loader per 64; float64.
+        """The diagonal, exactly: one product for each coordinate, one pass over the loader per 512; float64.
 
         Raises:
             OperatorError: Rows and columns are of different layers.
@@ -274,45 +358,39 @@ class CurvatureOperator(abc.ABC):
                 "A block between two layers has no diagonal: expected the same layers along rows and columns, as in "
                 "H.block(layer)."
             )
+        total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
+        places = self._places(self.columns)
 
-        def read_off(matrix: BatchMatrix, places: Sequence[tuple[str, int]]) -> Tensor:
-            products = ((matrix.product(self._unit(*place), [place[0]]), place) for place in places)
-            return torch.stack([product[name].flatten()[number] for product, (name, number) in products])
+        def read_off(matrix: BatchMatrix, size: int, passed: Sequence[UnitVectors]) -> Iterator[tuple[Tensor, Tensor]]:
+            for units in passed:
+                multiply = functools.partial(matrix.product, rows=[units.entry])
+                key, number = (size, "diagonal", units.entry), units.start
+                for products in self._vectorizer.map(multiply, units.stacked, len(units), key):
+                    rows = products[units.entry].flatten(1)
+                    start = places[units.entry].start + number
+                    yield total[start : start + len(rows)], rows.diagonal(number)
+                    number += len(rows)
 
-        parts = []
-        for places in self._chunks():
-            total = torch.zeros(1, len(places), dtype=torch.float64, device=self.device)
-            parts.append(self._mean_over_batches(lambda matrix, places=places: [read_off(matrix, places)], total)[0])
-        return torch.cat(parts)
-
-    def _chunks(self) -> Iterator[list[tuple[str, int]]]:
-        """The columns as (entry, number in it), as many at once as share a pass over the loader."""
-        places = [(name, number) for name in self.columns for number in range(self.state[name].numel())]
-        for start in range(0, len(places), _CHUNK):
-            yield places[start : start + _CHUNK]
-
-    def _unit(self, name: str, number: int) -> dict[str, Tensor]:
-        """The direction of one coordinate: sparse, so that its product takes only the part of the graph it needs."""
-        unit = torch.zeros_like(self.state[name], memory_format=torch.contiguous_format)
-        unit.view(-1)[number] = 1.0
-        return {name: unit}
+        examples = 1
+        for passed in unit_passes({name: self.state[name] for name in self.columns}, _CHUNK):
+            examples = self._add_up(functools.partial(read_off, passed=passed))
+        return self._mean(total, examples)
 
     def to_scipy(self) -> LinearOperator:
         """The same operator for SciPy: NumPy in and out, float64, computed on the objective's device."""
         return _ScipyOperator(self)
 
 
-def _check_finite_vectors(directions: Sequence[State]) -> None:
+def _check_finite_vectors(directions: State) -> None:
     """Refuse vectors with values that are not finite.
 
     Raises:
         NonFiniteError: Names the entry.
     """
-    parts = [torch.isfinite(tensor).all() for direction in directions for tensor in direction.values()]
     # One question to the device for all of them; which entry it is matters only when the answer is no.
+    parts = [torch.isfinite(tensor).all() for tensor in directions.values()]
     if parts and not bool(torch.stack(parts).all()):
-        for direction in directions:
-            check_finite(direction, "the vector")
+        check_finite(directions, "the vector")
 
 
 class _ScipyOperator(LinearOperator):

@@ -12,6 +12,7 @@ from torch import nn
 from torch.func import functional_call, hessian
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective
+from lmc_curvature.curvature import vectorization
 from lmc_curvature.curvature.affine import LayerShape, road_costs
 from lmc_curvature.curvature.blocks import METHODS, cross_layer_hessian, layer_hessian
 from lmc_curvature.curvature.hessian import BatchGradient
@@ -152,12 +153,14 @@ def _assembled(blocks, rows, columns):
 
 
 def _count(monkeypatch):
-    """Count the Hessian-vector products that are made from now on."""
+    """Count the Hessian-vector products that are made from now on, one by one."""
     made, product = [], BatchGradient.product
 
-    def counted(self, *args):
+    def counted(self, *args, **options):
         made.append(1)
-        return product(self, *args)
+        return product(self, *args, **options)
+
+    monkeypatch.setattr(vectorization, "_ELEMENTS", {})
 
     monkeypatch.setattr(BatchGradient, "product", counted)
     return made
