@@ -1,8 +1,9 @@
 """What does the dense Hessian of a network's last linear layer cost, over some batches of data?
 
-python benchmarks/blocks.py [--network resnet18] [--device cuda] [--quick]
+python benchmarks/blocks.py [--network resnet18] [--device cuda] [--profile] [--quick]
 """
 
+import argparse
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from harness import (
 from memory import columns_that_fit, peak_bytes
 from peers import curvlinops_columns, curvlinops_hessian, installed, layouts, missing_peers
 from problems import Problem, image_problem
+from profiling import add_profile, profile_table
 from timing import Measurement, Road, Run, measure
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
@@ -47,7 +49,7 @@ SIZES = {
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
-    options = parse_options(__file__, __doc__, argv, add_network)
+    options = parse_options(__file__, __doc__, argv, _add_options)
     size = chosen_size(options, SIZES)
     problem = image_problem(**size, device=options.device)
     layer, linear = _last_linear(problem.model)
@@ -71,8 +73,15 @@ def main(argv: Sequence[str] | None = None) -> Report:
         rows = [_row(found[road], gradient_peak, reference) for road in chosen]
         report.tables.append(Table(name, title, ROAD_COLUMNS, rows))
     report.bars += [*_bars(found, ""), *_bars(found, ALONE)]
+    if options.profile:
+        report.tables.append(profile_table(OURS, lambda: layer_hessian(problem.objective, None, layer), options.device))
     ours = [name for name in found if not name.startswith((TORCH, "curvlinops"))]
     return publish(report, options, draw_roads(found, ours, "forward passes of the network over all examples"))
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add_network(parser)
+    add_profile(parser)
 
 
 def _notes() -> list[str]:

@@ -1,5 +1,6 @@
 """Where the time of a computation goes: its ATen operations, and what is left for Python."""
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,12 @@ _KINDS = {
 }
 
 
-def profile_table(run: Callable[[], Any], device: torch.device, *, top: int = 12) -> Table:
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Add the option that asks for `profile_table`."""
+    parser.add_argument("--profile", action="store_true", help="also show where our time goes")
+
+
+def profile_table(what: str, run: Callable[[], Any], device: torch.device, *, top: int = 12) -> Table:
     """Time within operations by kind, and the operations that take most of it.
 
     On CUDA the times are those of the kernels; on a CPU, those within operations, without what they call. The profiler
@@ -59,7 +65,7 @@ def profile_table(run: Callable[[], Any], device: torch.device, *, top: int = 12
     rows.append(_row("outside operations (Python, dispatch)", None, 1e6 * max(wall - inside, 0.0), wall))
     rows += [_row(name, count, microseconds, wall) for name, count, microseconds in times[:top]]
     columns = (Column("operation", "operation"), Column("calls", "calls"), Column("ms", "ms"), Column("share", "share"))
-    return Table("profile", "Where the sweep's time goes (share of a call without the profiler)", columns, rows)
+    return Table("profile", f"Where the time of {what} goes (share of a call without the profiler)", columns, rows)
 
 
 def _row(operation: str, calls: int | None, microseconds: float, wall: float) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from harness import (
 from memory import columns_that_fit, peak_bytes
 from peers import curvlinops_columns, curvlinops_hessian, installed, layouts, missing_peers, peer_products
 from problems import Problem, image_problem
-from profiling import profile_table
+from profiling import add_profile, profile_table
 from timing import Measurement, Road, Spread, measure, seconds_once
 from torch import Tensor
 from torch.func import grad, jvp, vmap
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     report.tables.append(agreement)
     report.bars += _bars(found, errors, [road.name for road in peers], gradient_peak, agreement)
     if options.profile:
-        report.tables.append(profile_table(lambda: _project(problem, "sweep"), options.device))
+        report.tables.append(profile_table("the sweep", lambda: _project(problem, "sweep"), options.device))
     # One of the roads from the network alone is torch's.
     ours = [road.name for road in own if not road.name.startswith("vmap")]
     figure = draw_roads(found, ours, "forward passes for the whole matrix")
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_network(parser)
-    parser.add_argument("--profile", action="store_true", help="also show where the sweep's time goes")
+    add_profile(parser)
 
 
 def _notes() -> list[str]:

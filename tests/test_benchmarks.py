@@ -92,12 +92,13 @@ def test_hvp(tmp_path):
 
 
 def test_blocks(tmp_path):
-    record = run("blocks", tmp_path)
+    record = run("blocks", tmp_path, "--profile")
     roads = ["layer_hessian", "the same, method='products'", "HessianOperator.block", "torch.func.hessian"]
     check_roads(record["tables"]["roads"], [*roads, *(peer for peer in installed_peers() if peer == "curvlinops")])
     assert all(row["error"] < 1e-5 for row in record["tables"]["roads"])
     assert record["setting"]["parameters"] == 170
     assert "torch.func.hessian / ours" in bars(record)
+    assert any(row["operation"] == "all: convolution, forward" for row in record["tables"]["profile"])
 
 
 def test_hvp_vs_exact(tmp_path):
