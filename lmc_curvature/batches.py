@@ -18,6 +18,13 @@ class Batch:
     size: int
     data: Any
 
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Shapes of all tensors in it: batches of the same ones cost the same."""
+        tensors: list[Tensor] = []
+        map_tensors(tensors.append, self.data)
+        return tuple(tensor.shape for tensor in tensors)
+
 
 def count_pair(data: Any, index: int) -> int:
     """Number of examples in an `(x, y)` batch: the leading dimension of the first tensor in it.

@@ -67,6 +67,18 @@ class Recurrent(nn.Module):
         return self.fc(self.lstm(x)[0][:, -1])
 
 
+class Tempered(nn.Module):
+    """Logits divided by a temperature, which is a parameter without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.log_temperature = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x):
+        return self.fc(torch.tanh(x)) * torch.exp(-self.log_temperature)
+
+
 def _normalized_mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3))
 
@@ -131,5 +143,6 @@ CASES = {
     "LayerNorm and GELU": Case(_normalized_mlp, _vectors(5)),
     "attention": Case(_attention, _vectors(3, 4)),
     "LSTM": Case(Recurrent, _vectors(4, 3)),
+    "scalar parameter": Case(Tempered, _vectors(4)),
     "dict batches": Case(DictNet, _tokens, {"loss_fn": BatchLoss(lambda model, batch: model(**batch)["loss"])}),
 }

@@ -26,7 +26,7 @@ from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.backpack_diagonal import backpack_diagonal
 from lmc_curvature.curvature.eigenpairs import top_eigenpairs
 from lmc_curvature.curvature.hessian import BatchGradient, HessianOperator
-from lmc_curvature.curvature.operator import CurvatureOperator
+from lmc_curvature.curvature.operator import CurvatureOperator, Share
 from lmc_curvature.curvature.peers import (
     BackpackBatch,
     CurvlinopsBatch,
@@ -98,9 +98,7 @@ class PeerHessian(CurvatureOperator):
         self._compared = True
         return peer
 
-    def _lay_out(
-        self, batch: Batch, compute: Callable[[Batch], tuple[Tensor, list[tuple[Tensor, Tensor]]]]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _lay_out(self, batch: Batch, compute: Callable[[Batch], tuple[Tensor, list[Share]]]) -> list[Share]:
         # A peer gets the batch as its own users would pass it.
         return compute(batch)[1]
 

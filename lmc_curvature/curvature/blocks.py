@@ -256,7 +256,7 @@ class _BlockSum:
         self._back = _Side(self._total.T, columns, rows)
         self._examples = 0
         self._half_filled = False
-        self._vectorizer = Vectorizer()
+        self._vectorizer = Vectorizer(objective.rounding)
 
     def mean(self) -> Float[Tensor, "rows columns"]:
         """The block of the mean loss."""
@@ -284,7 +284,7 @@ class _BlockSum:
         if method != "products" and self._adds_structured(gradient, calls, batch, method):
             return method
         side = min(self._forth, self._back, key=lambda side: side.units.size)
-        self._add_products(side, side.units.places, side.others.places, gradient, batch.size)
+        self._add_products(side, side.units.places, side.others.places, gradient, batch)
         return "products"
 
     def _gradient(self, batch: Batch, calls: list[Call]) -> BatchGradient:
@@ -304,7 +304,7 @@ class _BlockSum:
         try:
             with self._objective.differentiating_operations():
                 first, second = self._pair(calls, only_if_cheaper=method == "auto")
-                self._add_structured(gradient, first, second, batch.size)
+                self._add_structured(gradient, first, second, batch)
             if probe is not None:
                 self._check_against(probe, batch.size)
         except _StructureError as reason:
@@ -340,7 +340,7 @@ class _BlockSum:
     def _side_of(self, call: Call) -> _Side:
         return self._forth if call.affine is self._forth.units.affine else self._back
 
-    def _add_structured(self, gradient: BatchGradient, first: Call, second: Call, size: int) -> None:
+    def _add_structured(self, gradient: BatchGradient, first: Call, second: Call, batch: Batch) -> None:
         """Add the block of both affine modules, and by products what the layers have beside them."""
         side = self._side_of(first)
         for unit, block in pair_blocks(first, second, self._vectorizer):
@@ -348,14 +348,14 @@ class _BlockSum:
             for (row, mine), (column, theirs) in itertools.product(side.units.parts(), side.others.parts()):
                 rows = side.units.of_units(row, unit, unit + 1)
                 columns = side.others.of_units(column, start, side.others.width)
-                side.block[rows, columns].add_(block[mine, :, theirs].flatten(1), alpha=size)
+                side.block[rows, columns].add_(block[mine, :, theirs].flatten(1), alpha=batch.size)
         self._half_filled = first is second
         rows, columns = self._forth.units, self._forth.others
-        self._add_products(self._back, columns.beside, rows.places, gradient, size)
-        self._add_products(self._forth, rows.beside, columns.own, gradient, size)
+        self._add_products(self._back, columns.beside, rows.places, gradient, batch)
+        self._add_products(self._forth, rows.beside, columns.own, gradient, batch)
 
     def _add_products(
-        self, side: _Side, units: Iterable[str], others: Iterable[str], gradient: BatchGradient, size: int
+        self, side: _Side, units: Iterable[str], others: Iterable[str], gradient: BatchGradient, batch: Batch
     ) -> None:
         """Add one exact product for each parameter in some entries: its part in some entries of the other layer."""
         others = list(others)
@@ -363,10 +363,12 @@ class _BlockSum:
             vectors = UnitVectors(name, self._point[name], 0, self._point[name].numel())
             start = side.units.places[name].start
             multiply = functools.partial(gradient.product, rows=others)
-            for products in self._vectorizer.map(multiply, vectors.stacked, len(vectors), (size, name, *others)):
+            key = (batch.shapes, name, *others)
+            for products in self._vectorizer.map(multiply, vectors.stacked, len(vectors), key):
                 count = len(products[others[0]])
                 for other, rows in products.items():
-                    side.block[start : start + count, side.others.places[other]].add_(rows.flatten(1), alpha=size)
+                    part = side.block[start : start + count, side.others.places[other]]
+                    part.add_(rows.reshape(count, -1), alpha=batch.size)
                 start += count
 
     def _probe(self, gradient: BatchGradient) -> _Probe:

@@ -22,8 +22,13 @@ from lmc_curvature.losses import finite_loss
 from lmc_curvature.network import State, check_finite
 from lmc_curvature.objective import Objective
 
-# Columns of a dense matrix that are computed in one pass over the loader.
-_CHUNK = 512
+# Columns of a dense matrix that are computed in one pass over the loader, at least and at most, and how many numbers
+# they may have together.
+_COLUMNS = (64, 512)
+_ELEMENTS = 2**24
+
+Share = tuple[Tensor, Tensor]
+"""Part of a sum, and what a batch adds to it."""
 
 
 @runtime_checkable
@@ -86,7 +91,7 @@ class CurvatureOperator(abc.ABC):
         self.partition = LayerPartition.of(objective.network, partition, batch_norm=objective.batch_norm)
         self.rows = self.columns = self._entries_of(layers)
         self._layerwise = False
-        self._vectorizer = Vectorizer(enabled=self._vectorizes)
+        self._vectorizer = Vectorizer(self.objective.rounding, enabled=self._vectorizes)
 
     @abc.abstractmethod
     def _on_batch(self, batch: Batch, entries: Sequence[str]) -> BatchMatrix:
@@ -125,7 +130,7 @@ class CurvatureOperator(abc.ABC):
         operator = copy.copy(self)
         operator.rows, operator.columns = rows, columns
         # Products of another part of the matrix have another cost.
-        operator._vectorizer = Vectorizer(enabled=self._vectorizes)
+        operator._vectorizer = Vectorizer(self.objective.rounding, enabled=self._vectorizes)
         return operator
 
     @property
@@ -190,25 +195,25 @@ class CurvatureOperator(abc.ABC):
             return {name: tensor[start:stop] for name, tensor in directions.items()}
 
         examples = self._add_up(
-            lambda matrix, size: self._add_products(total, rows, matrix, stacked, (size, *directions))
+            lambda matrix, batch: self._add_products(total, rows, matrix, stacked, (batch.shapes, *directions))
         )
         return self._mean(total, examples)
 
-    def _add_up(self, compute: Callable[[BatchMatrix, int], Iterable[tuple[Tensor, Tensor]]]) -> int:
+    def _add_up(self, compute: Callable[[BatchMatrix, Batch], Iterable[Share]]) -> int:
         """Sum over examples, in one pass over the loader.
 
         Args:
-            compute: From the matrix of a batch, and its number of examples: parts of sums, and what to add to each.
+            compute: From the matrix of a batch, and the batch: parts of sums, and what to add to each.
 
         Returns:
             The number of examples.
         """
         entries = [name for name in self.state if name in {*self.rows, *self.columns}]
 
-        def compute_on(batch: Batch) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        def compute_on(batch: Batch) -> tuple[Tensor, list[Share]]:
             matrix = self._on_batch(batch, entries)
             finite_loss(matrix.loss, batch)
-            return matrix.loss, list(compute(matrix, batch.size))
+            return matrix.loss, list(compute(matrix, batch))
 
         examples = 0
         with self.objective.one_pass() as batches:
@@ -228,9 +233,7 @@ class CurvatureOperator(abc.ABC):
             )
         return total.div_(examples)
 
-    def _lay_out(
-        self, batch: Batch, compute: Callable[[Batch], tuple[Tensor, list[tuple[Tensor, Tensor]]]]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _lay_out(self, batch: Batch, compute: Callable[[Batch], tuple[Tensor, list[Share]]]) -> list[Share]:
         return in_best_layout(self.objective, self.point, batch, compute)
 
     def _add_products(
@@ -240,7 +243,7 @@ class CurvatureOperator(abc.ABC):
         matrix: BatchMatrix,
         directions: Callable[[int, int], State],
         key: Hashable,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    ) -> Iterator[Share]:
         """Parts of a sum of products, and what a batch adds to each.
 
         Args:
@@ -255,7 +258,7 @@ class CurvatureOperator(abc.ABC):
         for products in self._vectorizer.map(multiply, directions, len(total), key):
             stop = start + len(next(iter(products.values()), total))
             for name, found in products.items():
-                yield total[start:stop, rows[name]], found.flatten(1)
+                yield total[start:stop, rows[name]], found.reshape(len(found), -1)
             start = stop
 
     def _multiply(self, matrix: BatchMatrix, direction: State, rows: Iterable[str]) -> dict[str, Tensor]:
@@ -298,10 +301,10 @@ class CurvatureOperator(abc.ABC):
         vector = vector.to(self.device, self.objective.dtype).contiguous()
         parts = torch.split(vector, [self.state[name].numel() for name in entries], dim=-1)
         leading = vector.shape[:-1]
-        return {name: part.view(*leading, *self.state[name].shape) for name, part in zip(entries, parts, strict=True)}
+        return {name: part.view((*leading, *self.state[name].shape)) for name, part in zip(entries, parts, strict=True)}
 
     def to_dense(self, *, max_gib: float = 4.0) -> Float[Tensor, "rows columns"]:
-        """The dense matrix, float64, on the objective's device; one pass over the loader per 512 columns.
+        """The dense matrix, float64, on the objective's device; one pass over the loader per 64 to 512 columns.
 
         Many columns are computed at once where calls cost more than arithmetic; see `Vectorizer`.
 
@@ -325,7 +328,7 @@ class CurvatureOperator(abc.ABC):
         order = sorted(self.columns, key=self._count_of) if symmetric else self.columns
         later = {name: order[number:] if symmetric else self.rows for number, name in enumerate(order)}
 
-        def multiply(matrix: BatchMatrix, size: int, passed: Sequence[UnitVectors]) -> Iterator[tuple[Tensor, Tensor]]:
+        def multiply(matrix: BatchMatrix, batch: Batch, passed: Sequence[UnitVectors]) -> Iterator[Share]:
             for units in passed:
                 start = column_places[units.entry].start
                 yield from self._add_products(
@@ -333,11 +336,11 @@ class CurvatureOperator(abc.ABC):
                     {name: row_places[name] for name in later[units.entry]},
                     matrix,
                     units.stacked,
-                    (size, units.entry),
+                    (batch.shapes, units.entry),
                 )
 
         examples = 1
-        for passed in unit_passes({name: self.state[name] for name in order}, _CHUNK):
+        for passed in self._unit_passes(order, rows):
             examples = self._add_up(functools.partial(multiply, passed=passed))
         if symmetric:
             for name in order:
@@ -361,20 +364,28 @@ class CurvatureOperator(abc.ABC):
         total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
         places = self._places(self.columns)
 
-        def read_off(matrix: BatchMatrix, size: int, passed: Sequence[UnitVectors]) -> Iterator[tuple[Tensor, Tensor]]:
+        def read_off(matrix: BatchMatrix, batch: Batch, passed: Sequence[UnitVectors]) -> Iterator[Share]:
             for units in passed:
                 multiply = functools.partial(matrix.product, rows=[units.entry])
-                key, number = (size, "diagonal", units.entry), units.start
+                key, number = (batch.shapes, "diagonal", units.entry), units.start
                 for products in self._vectorizer.map(multiply, units.stacked, len(units), key):
-                    rows = products[units.entry].flatten(1)
+                    rows = products[units.entry].reshape(-1, units.tensor.numel())
                     start = places[units.entry].start + number
-                    yield total[start : start + len(rows)], rows.diagonal(number)
+                    # A copy, so that only one of them is kept.
+                    yield total[start : start + len(rows)], rows.diagonal(number).clone()
                     number += len(rows)
 
         examples = 1
-        for passed in unit_passes({name: self.state[name] for name in self.columns}, _CHUNK):
+        for passed in self._unit_passes(self.columns, 1):
             examples = self._add_up(functools.partial(read_off, passed=passed))
         return self._mean(total, examples)
+
+    def _unit_passes(self, entries: Iterable[str], rows: int) -> Iterator[list[UnitVectors]]:
+        """The unit vectors of some entries, as many at a time as share a pass over the loader."""
+        least, most = _COLUMNS
+        return unit_passes(
+            {name: self.state[name] for name in entries}, max(least, min(most, _ELEMENTS // max(rows, 1)))
+        )
 
     def to_scipy(self) -> LinearOperator:
         """The same operator for SciPy: NumPy in and out, float64, computed on the objective's device."""

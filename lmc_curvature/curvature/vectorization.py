@@ -15,11 +15,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.network import State
 
 # Numbers that the products made at once may write, in all: few of them are alive at the same time.
 _ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+
+# In the names of operations that are slower by many weights at once than alone, or that torch maps wrongly.
+_ALONE = ("convolution", "conv_tbc", "rnn", "lstm", "gru", "cdist")
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,18 @@ Product = Callable[[State], dict[str, Tensor]]
 
 
 class Vectorizer:
-    """Decides by the first product how many are made at once from then on.
+    """Decides by the first product how many are made at once from then on, and checks the first that are.
 
     Args:
+        rounding: Relative rounding error of one operation.
         enabled: Whether products can be mapped at all.
     """
 
-    def __init__(self, *, enabled: bool = True) -> None:
+    def __init__(self, rounding: float, *, enabled: bool = True) -> None:
+        self._rounding = rounding
         self._enabled = enabled
         self._at_once: dict[Hashable, int] = {}
+        self._checked: set[Hashable] = set()
 
     def map(
         self, compute: Product, directions: Callable[[int, int], State], count: int, key: Hashable
@@ -87,7 +92,7 @@ class Vectorizer:
         """Compute a product of each direction.
 
         Args:
-            compute: The product.
+            compute: The product, linear in the direction.
             directions: `directions(start, stop)` gives a range of them, stacked along a first axis.
             count: How many there are.
             key: What tells products of different cost apart.
@@ -98,22 +103,48 @@ class Vectorizer:
         start = 0
         if self._enabled and count > 1 and key not in self._at_once:
             first = _only(directions(0, 1))
-            with _Footprint(first) as footprint:
+            with _Footprint() as footprint:
                 found = compute(first)
-            self._at_once[key] = footprint.fits
+            self._at_once[key] = footprint.fitting(first)
             yield _stacked_alone(found)
             start = 1
         while start < count:
             size = min(self._at_once.get(key, 1), count - start)
-            found = None
-            if size > 1:
-                found = _mapped(compute, directions(start, start + size))
+            found = self._together(compute, directions(start, start + size), size, key) if size > 1 else None
             if found is None:
-                if size > 1:
-                    self._at_once[key] = size = 1
+                size = 1
                 found = _stacked_alone(compute(_only(directions(start, start + 1))))
             yield found
             start += size
+
+    def _together(self, compute: Product, directions: State, size: int, key: Hashable) -> dict[str, Tensor] | None:
+        """The products of all directions; None, and fewer at once from now on, where that cannot be or is wrong."""
+        try:
+            found = _mapped(compute, directions)
+        except torch.OutOfMemoryError:
+            self._at_once[key] = size // 2
+            return None
+        except Exception:  # noqa: BLE001 - whatever it is, it comes again, or does not, where products are made alone
+            self._at_once[key] = 1
+            return None
+        if key not in self._checked:
+            if not self._agrees(found, compute, directions, size):
+                self._at_once[key] = 1
+                return None
+            self._checked.add(key)
+        return found
+
+    def _agrees(self, found: State, compute: Product, directions: State, size: int) -> bool:
+        """Whether a random combination of the products is the product of that combination.
+
+        torch has an operation whose mapped form is wrong, without a word (`torch.cdist`).
+        """
+        signs = torch.randint(2, (size,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        expected = compute({name: _combined(signs, stacked) for name, stacked in directions.items()})
+        off = [torch.linalg.vector_norm(_combined(signs, found[name]) - expected[name]) for name in found]
+        sizes = [torch.linalg.vector_norm(stacked) for stacked in found.values()]
+        # Where products cancel to nothing but rounding they differ, and are made alone.
+        return not off or bool(torch.stack(off).norm() <= self._rounding**0.5 * torch.stack(sizes).norm())
 
 
 def one_by_one(found: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -131,36 +162,34 @@ def _stacked_alone(found: State) -> dict[str, Tensor]:
     return {name: tensor.unsqueeze(0) for name, tensor in found.items()}
 
 
-def _mapped(compute: Product, directions: State) -> dict[str, Tensor] | None:
-    """The products of all directions; None if an operation cannot be mapped, or memory does not suffice."""
+def _combined(signs: Tensor, stacked: Tensor) -> Tensor:
+    return torch.tensordot(signs.to(stacked), stacked, dims=1)
+
+
+def _mapped(compute: Product, directions: State) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         # An operation that torch maps by a loop is exact, and no slower than our loop.
         warnings.filterwarnings("ignore", "There is a performance drop")
-        try:
-            return torch.func.vmap(compute)(dict(directions))
-        except (RuntimeError, UnsupportedModelError):
-            return None
+        return torch.func.vmap(compute)(dict(directions))
 
 
 class _Footprint(TorchDispatchMode):
-    """How many numbers a computation from a direction writes, and whether it makes sense to map it."""
+    """How many numbers a computation writes, and whether it makes sense to map it."""
 
-    def __init__(self, direction: State):
+    def __init__(self) -> None:
         super().__init__()
-        self._device = next(iter(direction.values())).device.type
-        self._elements = sum(tensor.numel() for tensor in direction.values())
+        self._written = 0
         self._mappable = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
-        name = func.name()
-        if "convolution" in name or "rnn" in name:
-            self._mappable = False
+        self._mappable &= not any(word in func.name() for word in _ALONE)
         if not func.is_view:
-            self._elements += sum(leaf.numel() for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
+            self._written += sum(leaf.numel() for leaf in tree_leaves(found) if isinstance(leaf, Tensor))
         return found
 
-    @property
-    def fits(self) -> int:
-        """How many of the computation may be made at once."""
-        return max(_ELEMENTS.get(self._device, 0) // self._elements, 1) if self._mappable else 1
+    def fitting(self, direction: State) -> int:
+        """How many of the computation, which was of a direction, may be made at once."""
+        written = self._written + sum(tensor.numel() for tensor in direction.values())
+        device = next((tensor.device.type for tensor in direction.values()), "")
+        return max(_ELEMENTS.get(device, 0) // max(written, 1), 1) if self._mappable else 1

@@ -150,19 +150,91 @@ def test_what_cannot_be_mapped_is_made_one_by_one(mapped):
     assert mapped
 
 
+class _Radial(nn.Module):
+    """Radial basis functions around centres that are parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.centres = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x):
+        return self.outer(torch.exp(-torch.cdist(self.inner(x), self.centres)))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_operation_that_torch_maps_wrongly(by_name, mapped, monkeypatch):
+    if not by_name:
+        monkeypatch.setattr(vectorization, "_ALONE", ())
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    H = HessianOperator(Objective(_Radial().double(), [(x, y)]))
+    vectors = _vectors(H)
+    expected = torch.stack([H @ vector for vector in vectors.T], dim=1)
+    torch.testing.assert_close(H @ vectors, expected, rtol=1e-10, atol=1e-13)
+    # It is mapped once, and found out.
+    assert len(mapped) == (0 if by_name else 1)
+    torch.testing.assert_close(H @ vectors, expected, rtol=1e-10, atol=1e-13)
+    assert len(mapped) == (0 if by_name else 1)
+
+
+def test_batches_of_other_shapes_are_measured_anew(mapped):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 3)
+
+        def forward(self, x):
+            return torch.tanh(self.fc(x)).mean(1)
+
+    y = torch.tensor([0, 1, 2, 0])
+    batches = [(torch.randn(4, length, 2, dtype=torch.float64), y) for length in (2, 50_000)]
+    H = HessianOperator(Objective(Mean().double(), batches))
+    H @ _vectors(H, 20)
+    assert max(mapped) == 19
+    assert min(mapped) < 10
+
+
+def test_no_columns():
+    H = HessianOperator(_objective("LayerNorm and GELU"))
+    layer = H.partition.names[0]
+    for count in (0, 1, 3):
+        found = H.block(layer, []) @ torch.zeros(0, count, dtype=torch.float64)
+        assert found.shape == (H.block(layer).shape[0], count)
+        assert not found.any()
+    assert not any(product.any() for product in (H @ {}).values())
+
+
 class _Plain(nn.Module):
     def forward(self, x):
         return x.sin()
 
 
 def test_errors_of_a_product_are_those_of_one():
-    vectorizer = Vectorizer()
+    vectorizer = Vectorizer(2.0**-52)
 
     def fail(direction):
-        raise RuntimeError("no such product")
+        raise ValueError("no such product")
 
-    with pytest.raises(RuntimeError, match="no such product"):
+    with pytest.raises(ValueError, match="no such product"):
         list(vectorizer.map(fail, lambda start, stop: {"x": torch.ones(stop - start, 2)}, 3, "key"))
+
+
+def test_what_fails_many_at_once_only_is_made_alone():
+    made = []
+
+    def double(direction):
+        if torch._C._functorch.is_batchedtensor(direction["x"]):
+            made.append(None)
+            raise (torch.OutOfMemoryError if len(made) < 3 else ValueError)("too many")
+        made.append(1)
+        return {"y": 2 * direction["x"]}
+
+    vectorizer, x = Vectorizer(2.0**-52), torch.arange(40.0).view(20, 2)
+    parts = list(vectorizer.map(double, lambda start, stop: {"x": x[start:stop]}, 20, "key"))
+    torch.testing.assert_close(torch.cat([part["y"] for part in parts]), 2 * x)
+    # The first, all others, one, half of as many, and one by one.
+    assert made == [1, None, 1, None, *[1] * 18]
 
 
 def test_a_remainder_of_one_does_not_end_it():
@@ -172,7 +244,7 @@ def test_a_remainder_of_one_does_not_end_it():
         calls.append(1)
         return {"y": 2 * direction["x"]}
 
-    vectorizer, x = Vectorizer(), torch.arange(12.0).view(6, 2)
+    vectorizer, x = Vectorizer(2.0**-52), torch.arange(12.0).view(6, 2)
     for _ in range(3):
         parts = list(vectorizer.map(double, lambda start, stop: {"x": x[start:stop]}, 2, "key"))
         torch.testing.assert_close(torch.cat([part["y"] for part in parts]), 2 * x[:2])
