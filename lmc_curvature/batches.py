@@ -19,11 +19,11 @@ class Batch:
     data: Any
 
     @property
-    def shapes(self) -> tuple[torch.Size, ...]:
-        """Shapes of all tensors in it: batches of the same ones cost the same."""
+    def kind(self) -> tuple[Any, ...]:
+        """Shapes of all tensors in it: batches of the same kind cost the same. Its place, if none can be seen."""
         tensors: list[Tensor] = []
         map_tensors(tensors.append, self.data)
-        return tuple(tensor.shape for tensor in tensors)
+        return tuple(tensor.shape for tensor in tensors) or (self.index,)
 
 
 def count_pair(data: Any, index: int) -> int:

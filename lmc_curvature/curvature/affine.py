@@ -7,7 +7,7 @@ one a token, one a pixel). Everything about W's block of the Hessian is then in 
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lmc_curvature.curvature.derivatives import gradients
+from lmc_curvature.curvature.derivatives import gradients, operations
 from lmc_curvature.curvature.vectorization import Vectorizer, one_by_one
 from lmc_curvature.network import State, tied_names
 
@@ -226,20 +226,33 @@ class _Recorder:
         return output.clone()
 
 
-def examples_interact(first: Call, second: Call) -> bool:
+def examples_interact(first: Call, second: Call, vectorizer: Vectorizer) -> bool:
     """Whether the loss's slopes in one example's output of the first call depend on another example's in the second.
 
-    Half of the examples are moved at random: for the others, what does not depend on them stays exactly zero.
+    Some examples are moved at random: for the others, what does not depend on them stays exactly zero. Any two
+    examples differ in a bit of their number, so a split of all examples by each bit tells them all apart; both ways,
+    where the dependence is not mutual.
+
+    Args:
+        first: The call that came first.
+        second: The one that came after it, or the same one.
+        vectorizer: Decides how many products are made at once.
     """
-    gradient = _gradient(first)
+    gradient = _slopes(first)
     if not gradient.requires_grad or first.examples == 1:
         return False
+    bits = torch.arange((first.examples - 1).bit_length()).unsqueeze(1)
+    moved = (torch.arange(first.examples) >> bits & 1).bool()
+    moved = (moved if first is second else torch.cat([moved, ~moved])).to(gradient.device)
     generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(first.examples, generator=generator).to(gradient.device)
-    still, moved = order[: first.examples // 2], order[first.examples // 2 :]
-    weights = torch.zeros_like(gradient)
-    weights[moved] = torch.randn(gradient[moved].shape, generator=generator, dtype=torch.float64).to(gradient)
-    found = [part[still].count_nonzero() for part in _derivatives(gradient, weights, first, second).values()]
+    random = torch.randn(gradient.shape, generator=generator, dtype=torch.float64).to(gradient)
+
+    def weights(start: int, stop: int) -> dict[str, Tensor]:
+        return {"slope": moved[start:stop, :, None, None] * random}
+
+    derivatives = _derivatives_along(weights, len(moved), first, second, vectorizer)
+    split = zip(derivatives, ~moved, strict=True)
+    found = [part[still].count_nonzero() for parts, still in split for part in parts.values()]
     return bool(torch.stack(found).any())
 
 
@@ -264,12 +277,12 @@ def pair_blocks(
         Unit of the first call, and its block: a row for each of its features, a column for each unit and feature of
         the second call's module. Of a call with itself only units from this one on: the rest is symmetric.
     """
-    gradient = first.affine.by_position(_gradient(first))
+    gradient = _slopes(first)
     if not gradient.requires_grad:
         return
     features, others = first.affine.features(first.input), second.affine.features(second.input)
-    slopes = _precise(second.affine.by_position(_gradient(second).detach()))
-    derivatives = _unit_derivatives(gradient, first, second, vectorizer)
+    slopes = _precise(_slopes(second).detach())
+    derivatives = _unit_derivatives(first, second, vectorizer)
     step = max(1, _ROWS // first.examples)
     for unit in range(gradient.shape[2]):
         beyond = unit if first is second else 0
@@ -286,10 +299,9 @@ def pair_blocks(
         yield unit, block
 
 
-def _unit_derivatives(
-    gradient: Float[Tensor, "examples positions width"], first: Call, second: Call, vectorizer: Vectorizer
-) -> Iterator[dict[str, Tensor]]:
+def _unit_derivatives(first: Call, second: Call, vectorizer: Vectorizer) -> Iterator[dict[str, Tensor]]:
     """`_derivatives` for each unit, and each position of it."""
+    gradient = _slopes(first)
     examples, positions, width = gradient.shape
 
     def weights(start: int, stop: int) -> dict[str, Tensor]:
@@ -298,10 +310,19 @@ def _unit_derivatives(
         stacked[numbers - start, :, numbers % positions, numbers // positions] = 1
         return {"slope": stacked}
 
+    return _derivatives_along(weights, positions * width, first, second, vectorizer)
+
+
+def _derivatives_along(
+    weights: Callable[[int, int], State], count: int, first: Call, second: Call, vectorizer: Vectorizer
+) -> Iterator[dict[str, Tensor]]:
+    """`_derivatives` for each of some weights of slopes, by position; see `Vectorizer.map`."""
+    gradient = _slopes(first)
+
     def differentiate(direction: State) -> dict[str, Tensor]:
         return _derivatives(gradient, direction["slope"], first, second)
 
-    return one_by_one(vectorizer.map(differentiate, weights, positions * width, (examples, positions, width)))
+    return one_by_one(vectorizer.map(differentiate, weights, count, (operations([gradient]), gradient.shape)))
 
 
 def _derivatives(values: Tensor, weights: Tensor, first: Call, second: Call) -> dict[str, Tensor]:
@@ -313,10 +334,11 @@ def _derivatives(values: Tensor, weights: Tensor, first: Call, second: Call) -> 
     return gradients([values], inputs, [weights])
 
 
-def _gradient(call: Call) -> Tensor:
+def _slopes(call: Call) -> Float[Tensor, "examples positions width"]:
+    """The loss's gradient in a call's output."""
     if call.gradient is None:
         raise ValueError("The loss's gradient in a recorded output is not taken yet.")
-    return call.gradient
+    return call.affine.by_position(call.gradient)
 
 
 def _precise(tensor: Tensor) -> Tensor:

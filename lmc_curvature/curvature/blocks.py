@@ -251,7 +251,9 @@ class _BlockSum:
         self._point = point
         self._entries = [name for name in point if name in rows.places or name in columns.places]
         self._affines = {id(layer.affine): layer.affine for layer in (rows, columns) if layer.affine is not None}
-        self._total = torch.zeros(rows.size, columns.size, dtype=torch.float64, device=objective.device)
+        # What was made in inference mode could not be added to outside, where derivatives are taken.
+        with torch.inference_mode(False):
+            self._total = torch.zeros(rows.size, columns.size, dtype=torch.float64, device=objective.device)
         self._forth = _Side(self._total, rows, columns)
         self._back = _Side(self._total.T, columns, rows)
         self._examples = 0
@@ -333,7 +335,7 @@ class _BlockSum:
         costs = road_costs(side.units.seen(first), None if first is second else side.others.seen(second))
         if only_if_cheaper and costs["structured"].multiplications > costs["products"].multiplications:
             raise _StructureError("that road is not the cheaper one.")
-        if examples_interact(first, second):
+        if examples_interact(first, second, self._vectorizer):
             raise _StructureError("examples have a part in each other's loss above the layer (batch statistics?).")
         return first, second
 
@@ -363,7 +365,7 @@ class _BlockSum:
             vectors = UnitVectors(name, self._point[name], 0, self._point[name].numel())
             start = side.units.places[name].start
             multiply = functools.partial(gradient.product, rows=others)
-            key = (batch.shapes, name, *others)
+            key = (batch.kind, gradient.operations, name, *others)
             for products in self._vectorizer.map(multiply, vectors.stacked, len(vectors), key):
                 count = len(products[others[0]])
                 for other, rows in products.items():

@@ -1,7 +1,7 @@
 """Derivatives of derivatives, or an error that says why there is none."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ def gradients(
             materialize_grads=True,
         )
     return dict(zip(inputs, found, strict=True))
+
+
+def operations(tensors: Iterable[Tensor]) -> Hashable:
+    """What tells the graphs of some tensors apart that are made of other operations."""
+    return hash(tuple(type(node).__name__ for node in graph_nodes(tensors)))
 
 
 def all_finite(derivatives: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """The generalised Gauss-Newton matrix of an objective as a linear operator."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lmc_curvature.batches import Batch, describe
 from lmc_curvature.curvature.convolution import DifferentiableConvolutions
-from lmc_curvature.curvature.derivatives import gradients, refuse_once_differentiable
+from lmc_curvature.curvature.derivatives import gradients, operations, refuse_once_differentiable
 from lmc_curvature.curvature.operator import CurvatureOperator
 from lmc_curvature.errors import LossError, UnsupportedModelError
 from lmc_curvature.layers import PartitionSpec
@@ -61,6 +62,11 @@ class BatchGaussNewton:
             UnsupportedModelError: An operation's backward pass is marked once-differentiable.
         """
         refuse_once_differentiable([self._graph, self._slope, self._output, *self._pulled.values()])
+
+    @functools.cached_property
+    def operations(self) -> Hashable:
+        """What the graphs are made of."""
+        return operations([self._slope, self._output, *self._pulled.values()])
 
     def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
         """G v for a sparse direction v: entry name to tensor, for the entries in `rows` (default: all)."""

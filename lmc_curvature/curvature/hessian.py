@@ -1,6 +1,7 @@
 """Exact Hessian-vector products of an objective, and the Hessian as a linear operator."""
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.convolution import DifferentiableConvolutions
-from lmc_curvature.curvature.derivatives import gradients, refuse_once_differentiable
+from lmc_curvature.curvature.derivatives import gradients, operations, refuse_once_differentiable
 from lmc_curvature.curvature.operator import CurvatureOperator
 from lmc_curvature.losses import check_differentiable
 from lmc_curvature.network import State, as_leaves
@@ -59,6 +60,11 @@ class BatchGradient:
             UnsupportedModelError: An operation's backward pass is marked once-differentiable.
         """
         refuse_once_differentiable([self._graph, *self._gradient.values()])
+
+    @functools.cached_property
+    def operations(self) -> Hashable:
+        """What the graph is made of."""
+        return operations([self._graph, *self._gradient.values()])
 
     def slope(self, direction: State) -> Float[Tensor, ""]:
         """⟨∇L, v⟩ for a direction v."""

@@ -15,7 +15,13 @@ from torch import Tensor
 from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.derivatives import all_finite
 from lmc_curvature.curvature.layout import in_best_layout
-from lmc_curvature.curvature.vectorization import UnitVectors, Vectorizer, unit_passes
+from lmc_curvature.curvature.vectorization import (
+    UnitVectors,
+    Vectorizer,
+    stacked_units,
+    unit_passes,
+    units_within,
+)
 from lmc_curvature.errors import DirectionError, HessianSizeError, NonFiniteError, OperatorError
 from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
 from lmc_curvature.losses import finite_loss
@@ -40,6 +46,11 @@ class BatchMatrix(Protocol):
     """
 
     loss: Tensor
+
+    @property
+    def operations(self) -> Hashable:
+        """What tells its products from those of a matrix that is computed by other operations."""
+        ...
 
     def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
         """The product with a sparse direction: entry name to tensor, for the entries in `rows` (default: all)."""
@@ -194,10 +205,13 @@ class CurvatureOperator(abc.ABC):
         def stacked(start: int, stop: int) -> dict[str, Tensor]:
             return {name: tensor[start:stop] for name, tensor in directions.items()}
 
-        examples = self._add_up(
-            lambda matrix, batch: self._add_products(total, rows, matrix, stacked, (batch.shapes, *directions))
-        )
-        return self._mean(total, examples)
+        def multiply(matrix: BatchMatrix, batch: Batch) -> Iterator[Share]:
+            key = self._key(matrix, batch, *directions) if count > 1 else ()
+            for done, products in self._multiplied(matrix, rows, stacked, count, key):
+                for name, found in products.items():
+                    yield total[done, rows[name]], found
+
+        return self._mean(total, self._add_up(multiply))
 
     def _add_up(self, compute: Callable[[BatchMatrix, Batch], Iterable[Share]]) -> int:
         """Sum over examples, in one pass over the loader.
@@ -236,29 +250,31 @@ class CurvatureOperator(abc.ABC):
     def _lay_out(self, batch: Batch, compute: Callable[[Batch], tuple[Tensor, list[Share]]]) -> list[Share]:
         return in_best_layout(self.objective, self.point, batch, compute)
 
-    def _add_products(
+    def _multiplied(
         self,
-        total: Float[Tensor, "k n"],
-        rows: Mapping[str, slice],
         matrix: BatchMatrix,
+        rows: Iterable[str],
         directions: Callable[[int, int], State],
+        count: int,
         key: Hashable,
-    ) -> Iterator[Share]:
-        """Parts of a sum of products, and what a batch adds to each.
+    ) -> Iterator[tuple[slice, dict[str, Float[Tensor, "k n"]]]]:
+        """The product of one batch's matrix with each of some directions.
 
         Args:
-            total: The sum: a row a direction.
-            rows: Names of the entries that are wanted, and where they stand in a row.
             matrix: The matrix of the batch.
+            rows: Names of the entries that are wanted.
             directions: See `Vectorizer.map`.
+            count: Likewise.
             key: Likewise.
+
+        Yields:
+            Of which directions, in order, and for each entry the products with them as rows.
         """
         multiply = functools.partial(self._multiply, matrix, rows=rows)
         start = 0
-        for products in self._vectorizer.map(multiply, directions, len(total), key):
-            stop = start + len(next(iter(products.values()), total))
-            for name, found in products.items():
-                yield total[start:stop, rows[name]], found.reshape(len(found), -1)
+        for products in self._vectorizer.map(multiply, directions, count, key):
+            stop = start + len(next(iter(products.values()), range(count)))
+            yield slice(start, stop), {name: found.reshape(stop - start, -1) for name, found in products.items()}
             start = stop
 
     def _multiply(self, matrix: BatchMatrix, direction: State, rows: Iterable[str]) -> dict[str, Tensor]:
@@ -316,7 +332,7 @@ class CurvatureOperator(abc.ABC):
         gib = rows * columns * 8 / 2**30
         if gib > max_gib:
             raise HessianSizeError(
-                f"A dense {rows} × {columns} {self._name} takes {gib:.1f} GiB, more than max_gib={max_gib:g}. Use "
+                f"A dense {rows} × {columns} {self._name} takes {gib:.3g} GiB, more than max_gib={max_gib:g}. Use "
                 "products (H @ v, H.to_scipy()), a layer's block (H.block(layer)), or raise max_gib."
             )
         # Columns are computed one after the other, so they are what lies together in memory.
@@ -329,15 +345,17 @@ class CurvatureOperator(abc.ABC):
         later = {name: order[number:] if symmetric else self.rows for number, name in enumerate(order)}
 
         def multiply(matrix: BatchMatrix, batch: Batch, passed: Sequence[UnitVectors]) -> Iterator[Share]:
-            for units in passed:
-                start = column_places[units.entry].start
-                yield from self._add_products(
-                    transposed[start + units.start : start + units.stop],
-                    {name: row_places[name] for name in later[units.entry]},
-                    matrix,
-                    units.stacked,
-                    (batch.shapes, units.entry),
-                )
+            for group in self._groups(matrix, batch, passed, later):
+                directions, count = functools.partial(stacked_units, group), sum(map(len, group))
+                key = self._key(matrix, batch, *(units.entry for units in group))
+                found = self._multiplied(matrix, later[group[0].entry], directions, count, key)
+                for done, products in found:
+                    for units, vectors, coordinates in units_within(group, done.start, done.stop):
+                        start = column_places[units.entry].start
+                        columns = transposed[start + coordinates.start : start + coordinates.stop]
+                        for name in later[units.entry]:
+                            if name in products:
+                                yield columns[:, row_places[name]], products[name][vectors]
 
         examples = 1
         for passed in self._unit_passes(order, rows):
@@ -367,7 +385,7 @@ class CurvatureOperator(abc.ABC):
         def read_off(matrix: BatchMatrix, batch: Batch, passed: Sequence[UnitVectors]) -> Iterator[Share]:
             for units in passed:
                 multiply = functools.partial(matrix.product, rows=[units.entry])
-                key, number = (batch.shapes, "diagonal", units.entry), units.start
+                key, number = self._key(matrix, batch, "diagonal", units.entry), units.start
                 for products in self._vectorizer.map(multiply, units.stacked, len(units), key):
                     rows = products[units.entry].reshape(-1, units.tensor.numel())
                     start = places[units.entry].start + number
@@ -379,6 +397,24 @@ class CurvatureOperator(abc.ABC):
         for passed in self._unit_passes(self.columns, 1):
             examples = self._add_up(functools.partial(read_off, passed=passed))
         return self._mean(total, examples)
+
+    def _groups(
+        self, matrix: BatchMatrix, batch: Batch, passed: Sequence[UnitVectors], rows: Mapping[str, Sequence[str]]
+    ) -> Iterable[Sequence[UnitVectors]]:
+        """Entries whose products are made together: all of a pass where they fit, else each for itself.
+
+        An entry for itself takes less of the graph, and needs fewer rows.
+        """
+        if len(passed) == 1:
+            return [passed]
+        multiply = functools.partial(self._multiply, matrix, rows=rows[passed[0].entry])
+        key = self._key(matrix, batch, *(units.entry for units in passed))
+        fitting = self._vectorizer.at_once(multiply, functools.partial(stacked_units, passed), key)
+        return [passed] if fitting >= sum(map(len, passed)) else [[units] for units in passed]
+
+    def _key(self, matrix: BatchMatrix, batch: Batch, *names: str) -> Hashable:
+        """What tells products apart that cost something else, or are made of other operations."""
+        return (batch.kind, matrix.operations, *names)
 
     def _unit_passes(self, entries: Iterable[str], rows: int) -> Iterator[list[UnitVectors]]:
         """The unit vectors of some entries, as many at a time as share a pass over the loader."""

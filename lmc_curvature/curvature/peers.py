@@ -9,7 +9,7 @@ import abc
 import contextlib
 import importlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -112,6 +112,8 @@ class PeerBatch(abc.ABC):
     """
 
     loss: Tensor
+    # Products of a peer are made as it makes them.
+    operations: Hashable = ()
 
     def __init__(self, objective: Objective, point: State, batch: Batch, entries: Sequence[str]):
         self._objective = objective

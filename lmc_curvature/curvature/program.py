@@ -52,6 +52,15 @@ class Data:
         parts = [tensor[start:stop] if tensor.ndim and tensor.shape[0] == size else tensor for tensor in self.tensors]
         return Data(parts, self.rebuilt(parts))
 
+    def repeated(self, count: int, size: int) -> "Data":
+        """As many examples as a batch of `size`, which are its first ones over and over."""
+        numbers = torch.arange(size) % count
+        parts = [
+            tensor[numbers.to(tensor.device)] if tensor.ndim and tensor.shape[0] == size else tensor
+            for tensor in self.tensors
+        ]
+        return Data(parts, self.rebuilt(parts))
+
     def laid_out(self) -> "Data":
         """Images with channels last on a CPU, where single-precision convolutions are faster so."""
 

@@ -143,14 +143,40 @@ class Sweep:
             number: Which state.
             batch: A batch of a shape that was swept in tiles.
         """
+        near = self._near(number)
+        parts = self._outputs_at(near, self._tiles_of(number, batch))
+        return self.captures.is_output(near, batch, torch.cat(parts))
+
+    def keeps_alike_apart(self, number: int, batch: Batch) -> bool:
+        """Whether examples that are alike have no part in each other's outputs, near one of the states.
+
+        A network may mix examples by what is in them, neighbours or members of a group, and a batch may have none.
+
+        Args:
+            number: Which state.
+            batch: A batch of a shape that was swept in tiles.
+        """
+        near = self._near(number)
+        tile = self._tiles_of(number, batch)[0]
+        (output,) = self._outputs_at(near, [tile])
+        inputs = Data.of(batch.data[0]).repeated(tile.stop, batch.size).structure
+        expected = output[torch.arange(batch.size, device=output.device) % tile.stop]
+        return self.captures.is_output(near, Batch(batch.index, batch.size, (inputs, None)), expected)
+
+    def _near(self, number: int) -> dict[str, Tensor]:
         near = dict(self.states[number])
         for direction in self.directions:
             for name, tensor in direction.items():
                 near[name] = near[name] + _NEAR * tensor
-        captured = self.captures.of(batch)
+        return near
+
+    def _tiles_of(self, number: int, batch: Batch) -> list[_Tile]:
+        with self.objective.differentiating_operations():
+            return self._tiles(self.captures.of(batch), number, batch)
+
+    def _outputs_at(self, state: State, tiles: Sequence[_Tile]) -> list[Tensor]:
         with self.objective.differentiating_operations(), torch.no_grad(), self._as_captured():
-            parts = [tile.output_at(near) for tile in self._tiles(captured, number, batch)]
-        return self.captures.is_output(near, batch, torch.cat(parts))
+            return [tile.output_at(state) for tile in tiles]
 
     def sweep_whole_batches(self) -> None:
         """From now on, do not cut batches into tiles, and forget what was captured for them."""
@@ -194,7 +220,8 @@ class Sweep:
                 for name, node in program.entries.items()
                 if node in program.state.moving
             }
-            with self._as_captured():
+            # Kept for when derivatives are taken.
+            with self._as_captured(), torch.enable_grad():
                 values = program.state.run([self.states[number][name] for name in program.entries])
                 self._points[program, number] = _Point(values, program.state.push_all(values, along))
         return self._points[program, number]

@@ -6,7 +6,7 @@ several weights at once becomes a grouped one, which is slower than one after an
 """
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +44,27 @@ class UnitVectors:
 
     def stacked(self, start: int, stop: int) -> dict[str, Tensor]:
         """A range of them, stacked along a first axis."""
-        count = stop - start
-        units = self.tensor.new_zeros(count, *self.tensor.shape)
-        units.view(count, -1).diagonal(self.start + start).fill_(1.0)
-        return {self.entry: units}
+        return stacked_units([self], start, stop)
+
+
+def stacked_units(group: Sequence[UnitVectors], start: int, stop: int) -> dict[str, Tensor]:
+    """A range of the unit vectors of several entries, one entry after the other, stacked along a first axis."""
+    stacked = {units.entry: units.tensor.new_zeros(stop - start, *units.tensor.shape) for units in group}
+    for units, vectors, coordinates in units_within(group, start, stop):
+        ones = stacked[units.entry].view(stop - start, -1)[vectors]
+        ones.diagonal(coordinates.start).fill_(1.0)
+    return stacked
+
+
+def units_within(group: Sequence[UnitVectors], start: int, stop: int) -> Iterator[tuple[UnitVectors, slice, slice]]:
+    """Whose unit vectors are in a range of those of several entries: where in the range, and of which coordinates."""
+    before = 0
+    for units in group:
+        first, last = max(start, before), min(stop, before + len(units))
+        if first < last:
+            offset = units.start - before
+            yield units, slice(first - start, last - start), slice(first + offset, last + offset)
+        before += len(units)
 
 
 def unit_passes(tensors: State, size: int) -> Iterator[list[UnitVectors]]:
@@ -101,12 +118,8 @@ class Vectorizer:
             For some directions in a row, in order, what `compute` returns for each, stacked along a first axis.
         """
         start = 0
-        if self._enabled and count > 1 and key not in self._at_once:
-            first = _only(directions(0, 1))
-            with _Footprint() as footprint:
-                found = compute(first)
-            self._at_once[key] = footprint.fitting(first)
-            yield _stacked_alone(found)
+        if count > 1 and self._is_unknown(key):
+            yield _stacked_alone(self._measure(compute, directions, key))
             start = 1
         while start < count:
             size = min(self._at_once.get(key, 1), count - start)
@@ -116,6 +129,29 @@ class Vectorizer:
                 found = _stacked_alone(compute(_only(directions(start, start + 1))))
             yield found
             start += size
+
+    def at_once(self, compute: Product, directions: Callable[[int, int], State], key: Hashable) -> int:
+        """How many products `map` would make at once; found, where that is not known, by making the first for nothing.
+
+        Args:
+            compute: See `map`.
+            directions: Likewise.
+            key: Likewise.
+        """
+        if self._is_unknown(key):
+            self._measure(compute, directions, key)
+        return self._at_once.get(key, 1)
+
+    def _is_unknown(self, key: Hashable) -> bool:
+        return self._enabled and key not in self._at_once
+
+    def _measure(self, compute: Product, directions: Callable[[int, int], State], key: Hashable) -> dict[str, Tensor]:
+        """The first product, which decides how many are made at once."""
+        first = _only(directions(0, 1))
+        with _Footprint() as footprint:
+            found = compute(first)
+        self._at_once[key] = footprint.fitting(first)
+        return found
 
     def _together(self, compute: Product, directions: State, size: int, key: Hashable) -> dict[str, Tensor] | None:
         """The products of all directions; None, and fewer at once from now on, where that cannot be or is wrong."""
@@ -141,10 +177,13 @@ class Vectorizer:
         """
         signs = torch.randint(2, (size,), generator=torch.Generator().manual_seed(0)) * 2 - 1
         expected = compute({name: _combined(signs, stacked) for name, stacked in directions.items()})
-        off = [torch.linalg.vector_norm(_combined(signs, found[name]) - expected[name]) for name in found]
-        sizes = [torch.linalg.vector_norm(stacked) for stacked in found.values()]
-        # Where products cancel to nothing but rounding they differ, and are made alone.
-        return not off or bool(torch.stack(off).norm() <= self._rounding**0.5 * torch.stack(sizes).norm())
+        if not found:
+            return True
+        off = torch.stack([torch.linalg.vector_norm(_combined(signs, found[name]) - expected[name]) for name in found])
+        sizes = torch.stack([torch.linalg.vector_norm(stacked) for stacked in found.values()])
+        # Entry by entry: one that is wrong may be small beside others. Where a product cancels to nothing but rounding
+        # of the others', it may differ; where all of them do, they are made alone.
+        return bool((off <= self._rounding**0.5 * sizes + 10 * self._rounding * sizes.norm()).all())
 
 
 def one_by_one(found: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -39,7 +39,7 @@ class VerifiedSweep:
         if captured.verified or not _finite(values):
             return values
         disagreement = self._disagreement_in_budget(captured, values, number, batch)
-        if disagreement and captured.cut.examples < batch.size:
+        if captured.cut.examples < batch.size and (disagreement or not self._sweep.keeps_alike_apart(number, batch)):
             # The network mixes examples: whole batches it is.
             self._sweep.sweep_whole_batches()
             values = self._sweep.project(number, batch)

@@ -289,6 +289,34 @@ def test_examples_that_interact_in_a_later_batch_only():
         layer_hessian(objective, None, "fc", method="structured")
 
 
+class Siamese(nn.Module):
+    """Multiplies the examples at some places by those at others."""
+
+    def __init__(self, first, others):
+        super().__init__()
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.first, self.others = first, others
+
+    def forward(self, x):
+        x = torch.tanh(self.fc(x))
+        if len(x) > 2:
+            x = x.index_put((torch.tensor(self.first),), x[self.first] * x[self.others])
+        return self.out(x)
+
+
+@pytest.mark.parametrize(("first", "others"), [([0], [1]), ([4], [6]), ([7], [3]), ([0, 1, 2, 3], [4, 5, 6, 7])])
+@pytest.mark.parametrize("layers", [("fc", "fc"), ("fc", "out"), ("out", "fc")])
+def test_examples_that_interact_in_pairs(first, others, layers):
+    # Nothing interacts in the first batch.
+    _, batches = _setting("mlp", sizes=(2, 8, 5))
+    objective = Objective(Siamese(first, others).double(), batches)
+    a, b = layers
+    expected = HessianOperator(objective).block(a, b).to_dense()
+    torch.testing.assert_close(cross_layer_hessian(objective, None, a, b), expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(OptionError, match="at batch 1, examples have a part"):
+        cross_layer_hessian(objective, None, a, b, method="structured")
+
+
 def test_a_module_called_twice_has_no_structure():
     model, batches = _setting("repeated")
     with pytest.raises(OptionError, match="at batch 0, the module of 'again.weight' is used 2 times, not once"):
@@ -498,3 +526,13 @@ def test_blocks_on_a_gpu_equal_those_on_a_cpu(name):
         found = cross_layer_hessian(Objective(model, batches, device="cuda"), None, a, b)
         assert found.device.type == "cuda"
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_blocks_are_computed_in_inference_mode(method):
+    model, batches = _setting("mlp")
+    objective = Objective(model, batches)
+    expected = layer_hessian(objective, None, "0", method=method)
+    with torch.inference_mode():
+        found = layer_hessian(objective, None, "0", method=method)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

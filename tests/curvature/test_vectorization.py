@@ -8,12 +8,18 @@ from cases import CASES
 from networks import randomized
 from torch import nn
 
-from lmc_curvature import HessianOperator, Objective
+from lmc_curvature import BatchLoss, HessianOperator, Objective
 from lmc_curvature.curvature import vectorization
 from lmc_curvature.curvature.blocks import layer_hessian
 from lmc_curvature.curvature.ggn import GGNOperator
 from lmc_curvature.curvature.hessian import BatchGradient
-from lmc_curvature.curvature.vectorization import UnitVectors, Vectorizer, unit_passes
+from lmc_curvature.curvature.vectorization import (
+    UnitVectors,
+    Vectorizer,
+    stacked_units,
+    unit_passes,
+    units_within,
+)
 
 
 def _objective(name):
@@ -178,7 +184,55 @@ def test_an_operation_that_torch_maps_wrongly(by_name, mapped, monkeypatch):
     assert len(mapped) == (0 if by_name else 1)
 
 
-def test_batches_of_other_shapes_are_measured_anew(mapped):
+class _Switching(_Radial):
+    """Measures distances in some batches only."""
+
+    def forward(self, x):
+        return super().forward(x) if x[0, 0] > 0 else self.outer(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_operation_that_a_later_batch_brings(by_name, mapped, monkeypatch):
+    if not by_name:
+        monkeypatch.setattr(vectorization, "_ALONE", ())
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    x[:, 0, 0] = torch.tensor([-1.0, 1.0])
+    H = HessianOperator(Objective(_Switching().double(), list(zip(x, [y, y], strict=True))))
+    vectors = torch.eye(H.shape[1], dtype=torch.float64)
+    expected = torch.stack([H @ vector for vector in vectors.T], dim=1)
+    for found in (H @ vectors, H.to_dense()):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(H.diagonal(), expected.diagonal(), rtol=1e-10, atol=1e-13)
+    assert mapped
+
+
+@pytest.mark.parametrize("scale", [1, 1e-2, 1e-4])
+def test_what_is_mapped_wrongly_and_small_beside_the_rest(scale, mapped, monkeypatch):
+    monkeypatch.setattr(vectorization, "_ALONE", ())
+
+    class Beside(_Radial):
+        def forward(self, x):
+            return self.outer(torch.tanh(self.inner(x))) + scale * super().forward(x)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    H = HessianOperator(Objective(Beside(), [(x, y)]))
+    vectors = _vectors(H).float()
+    expected = torch.stack([H @ vector for vector in vectors.T], dim=1)
+    torch.testing.assert_close(H @ vectors, expected, rtol=1e-4, atol=1e-8)
+    assert len(mapped) == 1
+
+
+class _Sequence:
+    """A batch whose tensors are not seen from outside."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
+@pytest.mark.parametrize("make", [lambda x, y: (x, y), _Sequence])
+def test_batches_of_other_shapes_are_measured_anew(make, mapped):
     class Mean(nn.Module):
         def __init__(self):
             super().__init__()
@@ -188,8 +242,13 @@ def test_batches_of_other_shapes_are_measured_anew(mapped):
             return torch.tanh(self.fc(x)).mean(1)
 
     y = torch.tensor([0, 1, 2, 0])
-    batches = [(torch.randn(4, length, 2, dtype=torch.float64), y) for length in (2, 50_000)]
-    H = HessianOperator(Objective(Mean().double(), batches))
+    batches = [make(torch.randn(4, length, 2, dtype=torch.float64), y) for length in (2, 50_000)]
+
+    def loss(model, batch):
+        x, y = batch if isinstance(batch, tuple) else (batch.x, batch.y)
+        return F.cross_entropy(model(x), y)
+
+    H = HessianOperator(Objective(Mean().double(), batches, loss_fn=BatchLoss(loss, size=lambda batch: 4)))
     H @ _vectors(H, 20)
     assert max(mapped) == 19
     assert min(mapped) < 10
@@ -277,6 +336,22 @@ def test_a_range_of_unit_vectors():
     torch.testing.assert_close(units.stacked(1, 3), {"w": expected})
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 8), (0, 3), (2, 5), (4, 5), (4, 8), (6, 7)])
+def test_a_range_of_unit_vectors_of_several_entries(start, stop):
+    group = [
+        UnitVectors("w", torch.zeros(2, 3), 2, 6),
+        UnitVectors("s", torch.zeros(()), 0, 1),
+        UnitVectors("b", torch.zeros(4), 0, 3),
+    ]
+    chosen = torch.tensor([2, 3, 4, 5, 6, 7, 8, 9])[start:stop]
+    w, s, b = torch.eye(11)[chosen].split([6, 1, 4], dim=1)
+    expected = {"w": w.reshape(-1, 2, 3), "s": s.reshape(-1), "b": b}
+    torch.testing.assert_close(stacked_units(group, start, stop), expected)
+    for units, vectors, coordinates in units_within(group, start, stop):
+        first = {"w": 0, "s": 6, "b": 7}[units.entry]
+        assert chosen[vectors].tolist() == list(range(first + coordinates.start, first + coordinates.stop))
+
+
 @pytest.mark.parametrize("batch_norm", ["interpolate", "batch"])
 def test_one_product_makes_what_many_share_a_call_of(batch_norm, monkeypatch):
     torch.manual_seed(0)
@@ -289,5 +364,11 @@ def test_one_product_makes_what_many_share_a_call_of(batch_norm, monkeypatch):
         BatchGradient, "product", lambda self, *args, **options: made.append(1) or product(self, *args, **options)
     )
     H.to_dense()
-    # A call for each entry.
+    assert len(made) == 1
+    # Where they do not fit together, a call for each entry.
+    monkeypatch.setattr(vectorization, "_ELEMENTS", {"cpu": 25_000})
+    fresh = HessianOperator(H.objective)
+    fresh.to_dense()
+    made.clear()
+    fresh.to_dense()
     assert len(made) == len(H.rows) < H.shape[0]

@@ -215,6 +215,33 @@ def test_mixing_by_a_weight_of_zero_is_found_out_where_a_tile_is_compared(recomp
     assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
 
 
+class _Neighbours(TwoLayers):
+    """Adds up what is near in the input."""
+
+    def forward(self, x):
+        near = ((x[:, None] - x).norm(dim=-1) < 0.1).to(x.dtype)
+        return self.second(torch.tanh(near @ self.first(x)))
+
+
+class _Groups(TwoLayers):
+    """Adds up what has the same mark, in a column of the input."""
+
+    def forward(self, x):
+        same = (x[:, :1] == x[:, 0]).to(x.dtype)
+        return self.second(torch.tanh(same @ self.first(x)))
+
+
+@pytest.mark.parametrize("network", [_Neighbours, _Groups])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_mixing_that_only_a_later_batch_shows(network, keeps, monkeypatch):
+    monkeypatch.setattr(captured, "cut", lambda *_, size, whole, **__: tiling.Cut(size if whole else 2, 99, keeps))
+    (x, y), (other, _) = vectors(6, 6)
+    objective = Objective(randomized(network().double()), [(x, y), (torch.cat([other[:3], other[:3]]), y)])
+    directions = layer_directions(objective)
+    found = project_hessian(objective, {}, directions, method="sweep")
+    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
+
+
 _LOSSES = {
     # The first tile has nothing to learn.
     "ignoring": lambda output, target: F.cross_entropy(output, torch.tensor([0, 0, 1, 2, 1, 2]), ignore_index=0),
