@@ -252,7 +252,7 @@ def examples_interact(first: Call, second: Call, vectorizer: Vectorizer) -> bool
 
     derivatives = _derivatives_along(weights, len(moved), first, second, vectorizer)
     split = zip(derivatives, ~moved, strict=True)
-    found = [part[still].count_nonzero() for parts, still in split for part in parts.values()]
+    found = [part.flatten(1).ne(0).any(1) & still for parts, still in split for part in parts.values()]
     return bool(torch.stack(found).any())
 
 

@@ -182,7 +182,7 @@ class _Layer:
     def size(self) -> int:
         return sum(shape.numel() for shape in self.shapes.values())
 
-    @property
+    @functools.cached_property
     def own(self) -> tuple[str, ...]:
         """Entries of the affine module."""
         return () if self.affine is None else self.affine.entries
@@ -192,7 +192,7 @@ class _Layer:
         """The other entries."""
         return tuple(name for name in self.places if name not in self.own)
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Number of the affine module's outputs at one position."""
         return 1 if self.affine is None else self.affine.width
