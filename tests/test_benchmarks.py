@@ -128,6 +128,16 @@ def test_spectrum(tmp_path):
 
 
 @pytest.mark.slow
+def test_eigenvalues_of_a_network_by_name(tmp_path):
+    record = run("spectrum", tmp_path, "--network", "resnet8", "--batch", "6")
+    assert list(record["tables"]) == ["eigenvalues"]
+    rows = record["tables"]["eigenvalues"]
+    check_roads(rows, ["top_eigenpairs", "SciPy's eigsh on HessianOperator.to_scipy()"])
+    assert rows[0]["residual"] < 1e-3
+    assert record["setting"]["network"] == "resnet8"
+
+
+@pytest.mark.slow
 def test_scaling(tmp_path):
     record = run("scaling", tmp_path)
     for quantity, values in (("depth", [8, 14]), ("batches", [1, 2]), ("width", [2, 4])):
