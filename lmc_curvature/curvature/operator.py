@@ -30,7 +30,7 @@ from lmc_curvature.objective import Objective
 
 # Columns of a dense matrix that are computed in one pass over the loader, at least and at most, and how many numbers
 # they may have together.
-_COLUMNS = (64, 512)
+_COLUMNS = (64, 4096)
 _ELEMENTS = 2**24
 
 Share = tuple[Tensor, Tensor]
@@ -320,7 +320,7 @@ class CurvatureOperator(abc.ABC):
         return {name: part.view((*leading, *self.state[name].shape)) for name, part in zip(entries, parts, strict=True)}
 
     def to_dense(self, *, max_gib: float = 4.0) -> Float[Tensor, "rows columns"]:
-        """The dense matrix, float64, on the objective's device; one pass over the loader per 64 to 512 columns.
+        """The dense matrix, float64, on the objective's device; one pass over the loader per 64 to 4,096 columns.
 
         Many columns are computed at once where calls cost more than arithmetic; see `Vectorizer`.
 
@@ -368,7 +368,7 @@ class CurvatureOperator(abc.ABC):
         return self._mean(transposed, examples).T
 
     def diagonal(self) -> Float[Tensor, " n"]:
-        """The diagonal, exactly: one product for each coordinate, one pass over the loader per 512; float64.
+        """The diagonal, exactly: one product for each coordinate, one pass over the loader per 4,096; float64.
 
         Raises:
             OperatorError: Rows and columns are of different layers.
