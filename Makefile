@@ -25,7 +25,7 @@ lint: $(INSTALLED)
 # The profiler, which benchmarks ask about memory, otherwise announces every start and stop.
 bench: export KINETO_LOG_LEVEL ?= 6
 bench: $(INSTALLED)
-	set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(BENCH_OPTIONS); done
+	set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name $(BENCH_OPTIONS); done
 
 # The stamp is written last: an installation that was interrupted is done again.
 $(INSTALLED): pyproject.toml

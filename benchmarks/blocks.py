@@ -1,6 +1,6 @@
 """What does the dense Hessian of a network's last linear layer cost, over some batches of data?
 
-python benchmarks/blocks.py [--network resnet18] [--device cuda] [--profile] [--quick]
+python -m benchmarks.blocks [--network resnet18] [--device cuda] [--profile] [--quick]
 """
 
 import argparse
@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from charts import draw_roads
-from harness import (
+from torch import Tensor, nn
+from torch.func import functional_call, hessian
+
+from benchmarks.support.charts import draw_roads
+from benchmarks.support.harness import (
     ROAD_COLUMNS,
     Bar,
     Report,
@@ -25,14 +28,11 @@ from harness import (
     road_row,
     setting,
 )
-from memory import columns_that_fit, peak_bytes
-from peers import curvlinops_columns, curvlinops_hessian, installed, layouts, missing_peers
-from problems import Problem, image_problem
-from profiling import add_profile, profile_table
-from timing import Measurement, Road, Run, measure
-from torch import Tensor, nn
-from torch.func import functional_call, hessian
-
+from benchmarks.support.memory import columns_that_fit, peak_bytes
+from benchmarks.support.peers import curvlinops_columns, curvlinops_hessian, installed, layouts, missing_peers
+from benchmarks.support.problems import Problem, image_problem
+from benchmarks.support.profiling import add_profile, profile_table
+from benchmarks.support.timing import Measurement, Road, Run, measure
 from lmc_curvature import HessianOperator
 from lmc_curvature.curvature.blocks import layer_hessian
 

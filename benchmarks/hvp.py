@@ -3,7 +3,7 @@
 Ours and every peer's, on one residual network and batch. For many products, what a library can share between the
 vectors of a batch it shares, and times are of one vector.
 
-    python benchmarks/hvp.py [--network resnet18] [--batch 512] [--device cuda] [--quick]
+    python -m benchmarks.hvp [--network resnet18] [--batch 512] [--device cuda] [--quick]
 """
 
 import functools
@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from charts import draw_roads
-from harness import (
+from torch import Tensor
+from torch.func import grad, jvp, vjp
+
+from benchmarks.support.charts import draw_roads
+from benchmarks.support.harness import (
     ROAD_COLUMNS,
     Bar,
     Report,
@@ -25,13 +28,17 @@ from harness import (
     road_row,
     setting,
 )
-from memory import columns_that_fit, peak_bytes
-from peers import curvlinops_columns, curvlinops_hessian, installed, layouts, missing_peers, peer_products
-from problems import Problem, image_problem, parameters_only
-from timing import Measurement, Road, measure
-from torch import Tensor
-from torch.func import grad, jvp, vjp
-
+from benchmarks.support.memory import columns_that_fit, peak_bytes
+from benchmarks.support.peers import (
+    curvlinops_columns,
+    curvlinops_hessian,
+    installed,
+    layouts,
+    missing_peers,
+    peer_products,
+)
+from benchmarks.support.problems import Problem, image_problem, parameters_only
+from benchmarks.support.timing import Measurement, Road, measure
 from lmc_curvature import HessianOperator
 
 OURS = "HessianOperator @ v"

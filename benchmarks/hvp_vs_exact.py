@@ -2,7 +2,7 @@
 
 Perceptrons of growing width. The whole Hessian and the layers' own blocks, by products and dense.
 
-    python benchmarks/hvp_vs_exact.py [--device cuda] [--quick]
+    python -m benchmarks.hvp_vs_exact [--device cuda] [--quick]
 """
 
 from collections.abc import Callable, Sequence
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from charts import Line, Panel, draw_panels, fitted_exponent
-from harness import Column, Report, Table, parse_options, publish, relative_error, road_row, setting
-from memory import columns_that_fit, peak_bytes
-from peers import curvlinops_columns, curvlinops_hessian, installed, missing_peers
-from problems import Problem, mlp_problem
-from timing import Measurement, Road, measure
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vmap
 
+from benchmarks.support.charts import Line, Panel, draw_panels, fitted_exponent
+from benchmarks.support.harness import Column, Report, Table, parse_options, publish, relative_error, road_row, setting
+from benchmarks.support.memory import columns_that_fit, peak_bytes
+from benchmarks.support.peers import curvlinops_columns, curvlinops_hessian, installed, missing_peers
+from benchmarks.support.problems import Problem, mlp_problem
+from benchmarks.support.timing import Measurement, Road, measure
 from lmc_curvature import HessianOperator
 from lmc_curvature.curvature.blocks import layer_hessian
 

@@ -3,7 +3,7 @@
 The network is a residual one with batch normalisation; the directions are its layers' displacements towards a second
 network. Times are of one k × k matrix.
 
-    python benchmarks/projection.py [--network resnet18] [--batch 512] [--device cuda] [--profile] [--quick]
+    python -m benchmarks.projection [--network resnet18] [--batch 512] [--device cuda] [--profile] [--quick]
 """
 
 import argparse
@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from charts import draw_roads
-from harness import (
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+
+from benchmarks.support.charts import draw_roads
+from benchmarks.support.harness import (
     ROAD_COLUMNS,
     Bar,
     Column,
@@ -27,14 +30,18 @@ from harness import (
     road_row,
     setting,
 )
-from memory import columns_that_fit, peak_bytes
-from peers import curvlinops_columns, curvlinops_hessian, installed, layouts, missing_peers, peer_products
-from problems import Problem, image_problem
-from profiling import add_profile, profile_table
-from timing import Measurement, Road, Spread, measure, seconds_once
-from torch import Tensor
-from torch.func import grad, jvp, vmap
-
+from benchmarks.support.memory import columns_that_fit, peak_bytes
+from benchmarks.support.peers import (
+    curvlinops_columns,
+    curvlinops_hessian,
+    installed,
+    layouts,
+    missing_peers,
+    peer_products,
+)
+from benchmarks.support.problems import Problem, image_problem
+from benchmarks.support.profiling import add_profile, profile_table
+from benchmarks.support.timing import Measurement, Road, Spread, measure, seconds_once
 from lmc_curvature import HessianOperator, Objective, project_hessian
 from lmc_curvature.curvature.sweep import Sweep
 

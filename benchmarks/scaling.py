@@ -1,17 +1,16 @@
 """How does the cost of a projection grow with layers, batches and width, by the sweep and by a loop of products?
 
-python benchmarks/scaling.py [--device cuda] [--quick]
+python -m benchmarks.scaling [--device cuda] [--quick]
 """
 
 from collections.abc import Sequence
 from typing import Any
 
-from charts import Line, Panel, draw_panels, fitted_exponent
-from harness import Bar, Column, Report, Table, parse_options, publish, road_row, setting
-from memory import peak_bytes
-from problems import Problem, image_problem
-from timing import Measurement, Road, Spread, measure
-
+from benchmarks.support.charts import Line, Panel, draw_panels, fitted_exponent
+from benchmarks.support.harness import Bar, Column, Report, Table, parse_options, publish, road_row, setting
+from benchmarks.support.memory import peak_bytes
+from benchmarks.support.problems import Problem, image_problem
+from benchmarks.support.timing import Measurement, Road, Spread, measure
 from lmc_curvature import project_hessian
 
 METHODS = {"sweep": "sweep", "hvp": "loop of products"}

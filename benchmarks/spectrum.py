@@ -6,7 +6,7 @@ road's eigenpairs are held against the same Hessian in float64, and so is every 
 With `--network`, eigenvalues only, of a larger network on random images: there no density can be held against all
 eigenvalues, and PyHessian is tried with its defaults alone, in the layout of images that it is faster in.
 
-    python benchmarks/spectrum.py [--network resnet20] [--batch 128] [--device cuda] [--quick]
+    python -m benchmarks.spectrum [--network resnet20] [--batch 128] [--device cuda] [--quick]
 """
 
 import argparse
@@ -20,16 +20,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from charts import draw_roads
-from harness import Bar, Column, Report, Table, add_network, parse_options, publish, road_row, setting
-from memory import peak_bytes
-from peers import curvlinops_hessian, installed, layouts, missing_peers, pyhessian_hessian
-from problems import Problem, digits_problem, image_problem, mlp_problem, parameters_only
 from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from scipy.stats import wasserstein_distance
-from timing import Measurement, Road, Spread, measure
 from torch import Tensor
 
+from benchmarks.support.charts import draw_roads
+from benchmarks.support.harness import (
+    Bar,
+    Column,
+    Report,
+    Table,
+    add_network,
+    parse_options,
+    publish,
+    road_row,
+    setting,
+)
+from benchmarks.support.memory import peak_bytes
+from benchmarks.support.peers import curvlinops_hessian, installed, layouts, missing_peers, pyhessian_hessian
+from benchmarks.support.problems import Problem, digits_problem, image_problem, mlp_problem, parameters_only
+from benchmarks.support.timing import Measurement, Road, Spread, measure
 from lmc_curvature import HessianOperator
 from lmc_curvature.curvature.eigenpairs import top_eigenpairs
 from lmc_curvature.curvature.spectrum import spectral_density

@@ -1,6 +1,6 @@
 """How fast are siblings trained: against a plain loop over torchvision's DataLoader, and several at once?
 
-python benchmarks/training.py [--network resnet20] [--width 8] [--data FOLDER] [--device cuda] [--quick]
+python -m benchmarks.training [--network resnet20] [--width 8] [--data FOLDER] [--device cuda] [--quick]
 """
 
 import argparse
@@ -11,15 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from charts import draw_points
-from harness import Bar, Column, Report, Table, parse_options, publish, setting
 from PIL import Image
-from timing import Spread
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from benchmarks.support.charts import draw_points
+from benchmarks.support.harness import Bar, Column, Report, Table, parse_options, publish, setting
+from benchmarks.support.timing import Spread
 from lmc_curvature.forking import ImageDataset, TrainingConfig, TrainingState, load_data, make_model, train
 
 SIZES = {

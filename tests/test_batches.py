@@ -5,7 +5,6 @@ from itertools import count
 
 import pytest
 import torch
-from networks import rng_states
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lmc_curvature.batches import (
@@ -19,6 +18,7 @@ from lmc_curvature.batches import (
     to_device,
 )
 from lmc_curvature.errors import LoaderError
+from tests.support.networks import rng_states
 
 Pair = namedtuple("Pair", ["x", "y"])
 X, Y = torch.zeros(5, 2), torch.zeros(5, dtype=torch.int64)

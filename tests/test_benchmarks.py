@@ -5,7 +5,6 @@ import importlib
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,20 +18,8 @@ PEERS = ("PyHessian", "BackPACK", "curvlinops")
 pytestmark = pytest.mark.usefixtures("untyped")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def scripts():
-    """The scripts import each other by name, as they do when run from their directory."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-    for name in set(sys.modules) - before:
-        if (BENCHMARKS / f"{name}.py").exists():
-            del sys.modules[name]
-
-
 def run(script: str, directory: Path, *words: str) -> dict:
-    report = importlib.import_module(script).main(["--smoke", "--out", str(directory), *words])
+    report = importlib.import_module(f"benchmarks.{script}").main(["--smoke", "--out", str(directory), *words])
     for suffix in (".md", ".png", ".pdf"):
         assert (directory / f"{report.name}{suffix}").stat().st_size > 100
     record = json.loads((directory / f"{report.name}.json").read_text())
@@ -56,7 +43,7 @@ def check_roads(rows: list[dict], expected: list[str]) -> None:
 
 
 def installed_peers() -> list[str]:
-    return [peer for peer in PEERS if importlib.import_module("peers").installed(peer)]
+    return [peer for peer in PEERS if importlib.import_module("benchmarks.support.peers").installed(peer)]
 
 
 def bars(record: dict) -> dict[str, float]:
@@ -159,7 +146,7 @@ def test_on_a_gpu(script, tmp_path):
 
 
 def test_peak_is_what_lives_at_once():
-    memory = importlib.import_module("memory")
+    memory = importlib.import_module("benchmarks.support.memory")
     count, size = 1000, 4 * 1000
 
     def three_at_once():
@@ -176,7 +163,7 @@ def test_peak_is_what_lives_at_once():
 
 
 def test_columns_are_cut_to_the_memory_that_is_free(monkeypatch):
-    memory = importlib.import_module("memory")
+    memory = importlib.import_module("benchmarks.support.memory")
     monkeypatch.setattr(memory, "free_bytes", lambda device: 3 * 10 * 4000.0)
 
     def work(columns):
@@ -187,7 +174,7 @@ def test_columns_are_cut_to_the_memory_that_is_free(monkeypatch):
 
 
 def test_roads_take_turns_between_forward_passes():
-    timing = importlib.import_module("timing")
+    timing = importlib.import_module("benchmarks.support.timing")
     calls = []
 
     def named(name):
@@ -204,7 +191,7 @@ def test_roads_take_turns_between_forward_passes():
 
 
 def test_times_are_of_one_vector_and_in_forward_passes():
-    timing = importlib.import_module("timing")
+    timing = importlib.import_module("benchmarks.support.timing")
     measurement = timing.Measurement(timing.Road("four at once", lambda: None, lambda: None, vectors=4))
     measurement.add(8.0, 0.5)
     measurement.add(4.0, 0.5)
@@ -225,12 +212,12 @@ def test_times_are_of_one_vector_and_in_forward_passes():
     ],
 )
 def test_bars(kind, measured, verdict):
-    harness = importlib.import_module("harness")
+    harness = importlib.import_module("benchmarks.support.harness")
     assert harness.Bar("ratio", harness.Spread(*measured), kind, 1.0).verdict == verdict
 
 
 def test_report_is_written_as_json_and_markdown(tmp_path):
-    harness = importlib.import_module("harness")
+    harness = importlib.import_module("benchmarks.support.harness")
     columns = (harness.Column("road", "road"), harness.Column("ms", "ms"), harness.Column("note", "note"))
     rows = [{"road": "a | b", "ms": harness.Spread(1234.5, 1200.0, float("nan")), "hidden": 1}]
     report = harness.Report("name", "why?", {"device": "cpu", "command": "python x.py"})
@@ -247,7 +234,7 @@ def test_report_is_written_as_json_and_markdown(tmp_path):
 
 
 def test_examples_near_a_kink_are_left_out():
-    kinks = importlib.import_module("kinks")
+    kinks = importlib.import_module("benchmarks.kinks")
     layer = torch.nn.Linear(200, 1, bias=False)
     weight, vector = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -258,7 +245,7 @@ def test_examples_near_a_kink_are_left_out():
 
 
 def test_digits_are_learned():
-    problem = importlib.import_module("problems").digits_problem(32, width=2, epochs=1)
+    problem = importlib.import_module("benchmarks.support.problems").digits_problem(32, width=2, epochs=1)
     assert problem.examples == 32
     assert not problem.model.training
     # That of a guess is log 10 = 2.3.
@@ -266,7 +253,7 @@ def test_digits_are_learned():
 
 
 def test_fitted_exponent():
-    charts = importlib.import_module("charts")
+    charts = importlib.import_module("benchmarks.support.charts")
     assert charts.fitted_exponent([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
 
 
@@ -282,11 +269,11 @@ def test_fitted_exponent():
     ],
 )
 def test_numbers_part_no_farther_than_they_must(heights, places):
-    assert importlib.import_module("charts").spread_out(heights, 4.0) == pytest.approx(places)
+    assert importlib.import_module("benchmarks.support.charts").spread_out(heights, 4.0) == pytest.approx(places)
 
 
 def test_numbers_at_the_ends_of_curves_do_not_cover_one_another():
-    charts, timing = (importlib.import_module(name) for name in ("charts", "timing"))
+    charts, timing = (importlib.import_module(f"benchmarks.support.{name}") for name in ("charts", "timing"))
     spread = lambda value: timing.Spread(value, value, value)  # noqa: E731
     lines = [
         charts.Line(f"road {k}", [1, 10, 100], [spread(1.0), spread(30.0), spread(900.0 + 10 * k)], 1.5)
@@ -301,7 +288,7 @@ def test_numbers_at_the_ends_of_curves_do_not_cover_one_another():
 
 @pytest.mark.parametrize(("values", "scale"), [((5.6, 6.2), "linear"), ((1.0, 6.2), "log")])
 def test_points_close_to_each_other_have_an_axis_from_zero(values, scale):
-    charts, timing = (importlib.import_module(name) for name in ("charts", "timing"))
+    charts, timing = (importlib.import_module(f"benchmarks.support.{name}") for name in ("charts", "timing"))
     shown = {name: timing.Spread(value, value, value) for name, value in zip(("ours", "theirs"), values, strict=True)}
     figure = charts.draw_points(shown, ["ours"], "seconds")
     (axes,) = figure.axes

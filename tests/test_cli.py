@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
-from configurations import SECONDS
 from safetensors.torch import save_file
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction, cli, measure_barrier, predict_barrier
 from lmc_curvature.cli import main
 from lmc_curvature.forking.data import load_data, load_digits
 from lmc_curvature.forking.models import digits_resnet
+from tests.support.configurations import SECONDS
 
 COMMON = ["--model", "digits-resnet", "--model-option", "width=4", "--data", "digits", "--limit", "60", "--no-progress"]
 

@@ -5,10 +5,8 @@ import re
 import pytest
 import torch
 import torchvision
-from cases import ConvNet, TiedNet
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import NETWORKS, untouched
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -16,6 +14,8 @@ from lmc_curvature import LayerPartition
 from lmc_curvature.errors import PartitionError, UnknownLayerError
 from lmc_curvature.layers import layer_indices, tied_names
 from lmc_curvature.objective import movable_entries
+from tests.support.cases import ConvNet, TiedNet
+from tests.support.networks import NETWORKS, untouched
 
 
 def _norm_entries(name):

@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
-from networks import NORMS, joined, normalized_net, plain_loss, randomized, state_of
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from lmc_curvature import Objective
 from lmc_curvature.errors import LoaderError
 from lmc_curvature.normalization import NormalizationControl, normalize_by, statistic_names, tracked_modules
+from tests.support.cases import CASES
+from tests.support.networks import NORMS, joined, normalized_net, plain_loss, randomized, state_of
 
 norms = pytest.mark.parametrize("norm", NORMS)
 

@@ -7,8 +7,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, DictNet, TiedNet
-from networks import NETWORKS, augmenting_loader, joined, plain_loss, randomized, rng_states, state_of, untouched
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -24,6 +22,17 @@ from lmc_curvature.errors import (
 )
 from lmc_curvature.losses import finite_loss
 from lmc_curvature.objective import as_leaves, movable_entries
+from tests.support.cases import CASES, DictNet, TiedNet
+from tests.support.networks import (
+    NETWORKS,
+    augmenting_loader,
+    joined,
+    plain_loss,
+    randomized,
+    rng_states,
+    state_of,
+    untouched,
+)
 
 networks = pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS)
 IMAGES = NETWORKS["conv, interpolate"]

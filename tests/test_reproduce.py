@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import typer
-from configurations import SECONDS
 from typer.testing import CliRunner
 
 from lmc_curvature.errors import OptionError
+from tests.support.configurations import SECONDS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
 DIVERGES = SECONDS.replace("learning_rate: 0.1", "learning_rate: 1.0e+30")

@@ -4,10 +4,8 @@ import copy
 
 import pytest
 import torch
-from cases import CASES, TiedNet
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import joined, plain_loss, randomized, state_of, untouched
 from torch import nn
 
 from lmc_curvature import Objective, Segment
@@ -20,6 +18,8 @@ from lmc_curvature.errors import (
     UnknownLayerError,
     UnsupportedModelError,
 )
+from tests.support.cases import CASES, TiedNet
+from tests.support.networks import joined, plain_loss, randomized, state_of, untouched
 
 CONV = CASES["conv, interpolate"]
 LAYERS = ("conv1", "conv2", "fc")

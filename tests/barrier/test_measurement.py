@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lmc_curvature import BarrierMeasurement, BatchLoss, Objective, measure_barrier
 from lmc_curvature.errors import AlphaError, LoaderError, MetricError, NonFiniteError, OptionError, UnknownLayerError
+from tests.support.cases import CASES
 
 CONV = CASES["conv, interpolate"]
 

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cases import CASES
 from torch.utils.data import DataLoader, TensorDataset
 
 from lmc_curvature import (
@@ -28,6 +27,7 @@ from lmc_curvature.errors import (
     UnknownLayerError,
 )
 from lmc_curvature.geometry import distance
+from tests.support.cases import CASES
 
 CONV = CASES["conv, interpolate"]
 ALPHAS = np.linspace(0, 1, 9)

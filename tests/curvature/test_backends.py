@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
-from networks import augmenting_loader, rng_states, untouched
 from torch import nn
 
 from lmc_curvature import HessianOperator, Objective
@@ -22,6 +20,8 @@ from lmc_curvature.curvature.backends import (
     hessian_vector_product,
 )
 from lmc_curvature.errors import BackendError, DirectionError, NonFiniteError, OptionError, UnsupportedModelError
+from tests.support.cases import CASES
+from tests.support.networks import augmenting_loader, rng_states, untouched
 
 PEERS = [backend for backend in BACKENDS if backend != "native"]
 

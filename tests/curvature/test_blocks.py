@@ -6,8 +6,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
-from networks import untouched
 from torch import nn
 from torch.func import functional_call, hessian
 
@@ -17,6 +15,8 @@ from lmc_curvature.curvature.affine import LayerShape, road_costs
 from lmc_curvature.curvature.blocks import METHODS, cross_layer_hessian, layer_hessian
 from lmc_curvature.curvature.hessian import BatchGradient
 from lmc_curvature.errors import FallbackWarning, HessianSizeError, NonFiniteError, OptionError, UnknownLayerError
+from tests.support.cases import CASES
+from tests.support.networks import untouched
 
 
 class Tokens(nn.Module):

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import randomized
-from sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
 from torch import nn
 
 from lmc_curvature import Objective, project_hessian
@@ -14,6 +12,8 @@ from lmc_curvature.curvature import captured, tiling
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.curvature.sweep import Sweep
 from lmc_curvature.errors import CaptureError, FallbackWarning
+from tests.support.networks import randomized
+from tests.support.sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
 
 
 class _Scaled(TwoLayers):

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import randomized
-from sweeping import assert_projections_agree, assert_sweep_agrees, layer_directions
 from torch import nn
 from torchvision import models
 
@@ -16,6 +14,8 @@ from lmc_curvature.curvature import plan
 from lmc_curvature.curvature.op_autodiff import ByAutodiff
 from lmc_curvature.errors import FallbackWarning
 from lmc_curvature.forking.models import resnet20
+from tests.support.networks import randomized
+from tests.support.sweeping import assert_projections_agree, assert_sweep_agrees, layer_directions
 
 
 def _numbers(*shape, seed=0):

@@ -3,8 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
-from networks import untouched
 from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.func import functional_call, hessian, jacrev
@@ -19,6 +17,8 @@ from lmc_curvature.errors import (
     UnknownLayerError,
     UnsupportedModelError,
 )
+from tests.support.cases import CASES
+from tests.support.networks import untouched
 
 
 def _classifier():

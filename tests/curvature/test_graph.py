@@ -5,7 +5,6 @@ import collections
 import pytest
 import torch
 import torch.nn.functional as F
-from sweeping import around, layer_directions
 from torch import nn
 from torch.func import functional_call
 
@@ -14,6 +13,7 @@ from lmc_curvature.curvature.graph import capture
 from lmc_curvature.curvature.plan import Plan
 from lmc_curvature.errors import CaptureError, FallbackWarning
 from lmc_curvature.forking.models import resnet20
+from tests.support.sweeping import around, layer_directions
 
 aten = torch.ops.aten
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from cases import CASES
 from scipy.sparse.linalg import eigsh
 
 from lmc_curvature import HessianOperator, Objective, Segment, project_hessian
@@ -15,6 +14,7 @@ from lmc_curvature.errors import (
     UnknownLayerError,
     UnsupportedModelError,
 )
+from tests.support.cases import CASES
 
 
 def _objective(name="LayerNorm and GELU", **options):

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from scipy.sparse.linalg import eigsh
-from spectra import Counted, digits_dense, digits_hessian, spread, symmetric
 
 from lmc_curvature.curvature.lanczos import Chains, Lanczos, lanczos
 from lmc_curvature.curvature.symmetric import as_operator
 from lmc_curvature.errors import DirectionError, MemoryBudgetError, OperatorError, OptionError
+from tests.support.spectra import Counted, digits_dense, digits_hessian, spread, symmetric
 
 
 def check_decomposition(matrix, run, atol=1e-12):

@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import randomized
-from sweeping import assert_projections_agree, assert_sweep_agrees, layer_directions, swept
 from torch import nn
 
 from lmc_curvature import Objective, project_hessian
@@ -14,6 +12,8 @@ from lmc_curvature.batches import Batch
 from lmc_curvature.curvature import op_convolution
 from lmc_curvature.curvature.sweep import Sweep
 from lmc_curvature.forking.models import resnet
+from tests.support.networks import randomized
+from tests.support.sweeping import assert_projections_agree, assert_sweep_agrees, layer_directions, swept
 
 # Whether the rectifier takes the convolutions before it along, after the first one: what follows, and what is expected.
 _FORMS = {

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
 from torch import nn
 
 from lmc_curvature import Objective, Segment, project_hessian
 from lmc_curvature.averages import standard_error
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError
+from tests.support.cases import CASES
 
 
 def _moved(state, *steps):

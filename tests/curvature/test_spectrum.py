@@ -5,11 +5,11 @@ import pytest
 import torch
 from scipy.integrate import trapezoid
 from scipy.stats import norm, wasserstein_distance
-from spectra import Counted, digits_dense, digits_hessian, digits_objective, spread, symmetric
 
 from lmc_curvature.curvature.ggn import GGNOperator
 from lmc_curvature.curvature.spectrum import WIDTH_SHARE, SpectralDensity, spectral_density, trace
 from lmc_curvature.errors import MemoryBudgetError, OptionError
+from tests.support.spectra import Counted, digits_dense, digits_hessian, digits_objective, spread, symmetric
 
 NO_ROOM = 3e-4  # GiB: two vectors a probe, and their products, but no bases
 

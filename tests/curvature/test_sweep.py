@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
-from networks import randomized
-from sweeping import TwoLayers, assert_projections_agree, assert_sweep_agrees, layer_directions, swept, vectors
 from torch import nn
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
@@ -26,6 +23,16 @@ from lmc_curvature.errors import (
     OptionError,
 )
 from lmc_curvature.forking.models import resnet20
+from tests.support.cases import CASES
+from tests.support.networks import randomized
+from tests.support.sweeping import (
+    TwoLayers,
+    assert_projections_agree,
+    assert_sweep_agrees,
+    layer_directions,
+    swept,
+    vectors,
+)
 
 
 def _objective(name, sizes=(6, 6, 3), **options):

@@ -4,12 +4,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
-from networks import NETWORKS, randomized
-from sweeping import TwoLayers, assert_projections_agree, assert_sweep_agrees, layer_directions, swept, vectors
 from torch import nn
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
+from tests.support.cases import CASES
+from tests.support.networks import NETWORKS, randomized
+from tests.support.sweeping import (
+    TwoLayers,
+    assert_projections_agree,
+    assert_sweep_agrees,
+    layer_directions,
+    swept,
+    vectors,
+)
 
 
 class _Detaching(TwoLayers):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from spectra import Counted, digits_hessian, symmetric
 
 from lmc_curvature import HessianOperator, LMCCurvatureError
 from lmc_curvature.curvature.eigenpairs import top_eigenpairs
@@ -10,6 +9,7 @@ from lmc_curvature.curvature.lanczos import lanczos
 from lmc_curvature.curvature.spectrum import spectral_density, trace
 from lmc_curvature.curvature.symmetric import SymmetricOperator, dense_matrix, random_rows
 from lmc_curvature.errors import NonFiniteError, OperatorError
+from tests.support.spectra import Counted, digits_hessian, symmetric
 
 ALGORITHMS = {
     "lanczos": lambda operator: lanczos(operator, 5),

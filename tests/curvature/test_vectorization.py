@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
-from networks import randomized
 from torch import nn
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective
@@ -20,6 +18,8 @@ from lmc_curvature.curvature.vectorization import (
     unit_passes,
     units_within,
 )
+from tests.support.cases import CASES
+from tests.support.networks import randomized
 
 
 def _objective(name):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
-from networks import randomized
-from sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
 
 from lmc_curvature import Objective, project_hessian
 from lmc_curvature.curvature import captured, op_bilinear, op_rules, tiling
 from lmc_curvature.curvature.products import Products
 from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
+from tests.support.cases import CASES
+from tests.support.networks import randomized
+from tests.support.sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
 
 
 def _objective(name, sizes=(6, 6, 3), **options):

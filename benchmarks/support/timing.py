@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from memory import peak_bytes
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as clock
 from tqdm.auto import tqdm
+
+from benchmarks.support.memory import peak_bytes
 
 Run = Callable[[], Any]
 

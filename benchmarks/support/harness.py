@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
-from timing import PACES, Measurement, Pace, Spread
 
+from benchmarks.support.timing import PACES, Measurement, Pace, Spread
 from lmc_curvature.figures.style import save_figure
 
 Value = float | int | str | bool | Spread | None

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from networks import randomized
 from torch import nn
 
 from lmc_curvature import LayerPartition, Objective, Projection, project_hessian
+from tests.support.networks import randomized
 
 
 def layer_directions(

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-from timing import Measurement, Spread
 
+from benchmarks.support.timing import Measurement, Spread
 from lmc_curvature.figures.panels import short_number
 from lmc_curvature.figures.style import (
     BLUE,

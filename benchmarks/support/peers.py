@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from problems import Problem
 from torch import Tensor, nn
+
+from benchmarks.support.problems import Problem
 
 PACKAGES = {"curvlinops": "curvlinops", "PyHessian": "pyhessian", "BackPACK": "backpack"}
 

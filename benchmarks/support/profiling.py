@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import Column, Table
-from timing import seconds_once
 from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.support.harness import Column, Table
+from benchmarks.support.timing import seconds_once
 
 # The first kind whose words an operation's name contains.
 _KINDS = {

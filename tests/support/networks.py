@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader, Dataset
 
 from lmc_curvature import BatchLoss
+from tests.support.cases import CASES, Case
 
 
 class ActivatedBatchNorm(nn.BatchNorm2d):

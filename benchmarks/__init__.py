@@ -1,0 +1,1 @@
+"""A script a question: what is measured, beside whom, and how fast."""

@@ -1,0 +1,1 @@
+"""What the benchmarks share: options, problems, clocks, peers, reports and charts."""
