@@ -12,8 +12,8 @@ from lmc_curvature.curvature.projection import Projection, project_hessian
 from lmc_curvature.curvature.spectrum import Estimate, SpectralDensity, spectral_density, trace
 from lmc_curvature.errors import LMCCurvatureError
 from lmc_curvature.layers import LayerPartition
-from lmc_curvature.losses import BatchLoss
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.losses import BatchLoss
+from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment import Segment
 
 __version__ = "0.1.0"

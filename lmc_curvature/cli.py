@@ -25,8 +25,8 @@ from lmc_curvature.forking.models import make_model
 from lmc_curvature.forking.plan import load_config
 from lmc_curvature.forking.tracing import trace_forks
 from lmc_curvature.layers import LayerPartition, layer_indices
-from lmc_curvature.network import parse_device
-from lmc_curvature.normalization import BatchNormPolicy
+from lmc_curvature.objective.network import parse_device
+from lmc_curvature.objective.normalization import BatchNormPolicy
 from lmc_curvature.tables import (
     demo_tables,
     measurement_record,

@@ -22,7 +22,7 @@ from lmc_curvature.forking.plan import ForkConfig
 from lmc_curvature.forking.provenance import load_fork_data
 from lmc_curvature.forking.sharing import cpu_threads
 from lmc_curvature.forking.training import TrainingConfig
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment import Segment
 
 CONFIG = ForkConfig(

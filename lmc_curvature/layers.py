@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lmc_curvature.errors import PartitionError, UnknownLayerError, suggest
-from lmc_curvature.network import movable_entries, tied_names
-from lmc_curvature.normalization import BatchNormPolicy
+from lmc_curvature.objective.network import movable_entries, tied_names
+from lmc_curvature.objective.normalization import BatchNormPolicy
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rich.markup import escape
 from lmc_curvature.errors import CheckpointError, LMCCurvatureError, NonFiniteError, OptionError
 from lmc_curvature.figures.experiment import draw_all
 from lmc_curvature.forking import load_config, read_traces, run_forks, trace_forks
-from lmc_curvature.network import parse_device
+from lmc_curvature.objective.network import parse_device
 from lmc_curvature.tables import trace_tables
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from lmc_curvature import Objective, Segment
-from lmc_curvature.batches import Batch
 from lmc_curvature.forking.data import load_digits
 from lmc_curvature.forking.models import digits_resnet, resnet
+from lmc_curvature.objective.batches import Batch
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,12 +15,12 @@ from lmc_curvature.barrier.expansions import check_alphas
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
 from lmc_curvature.barrier.metrics import METRICS, check_metrics, metric_values
 from lmc_curvature.barrier.points import SegmentPoints
-from lmc_curvature.batches import Batch
 from lmc_curvature.errors import AlphaError, NonFiniteError, OptionError, check_choice
 from lmc_curvature.layers import PartitionSpec, layer_indices
-from lmc_curvature.losses import LossFunction
-from lmc_curvature.normalization import BatchNormPolicy
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.losses import LossFunction
+from lmc_curvature.objective.normalization import BatchNormPolicy
+from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment import Segment
 from lmc_curvature.storage import load_arrays, save_arrays
 
@@ -64,7 +64,7 @@ def measure_barrier(
             sets of layer names; None for no set.
         partition: The partition that the names in a list of sets come from.
         alphas: Positions in [0, 1], or how many to space evenly from 0 to 1.
-        batch_norm: What batch normalisation does between the networks; see `lmc_curvature.normalization`.
+        batch_norm: What batch normalisation does between the networks; see `lmc_curvature.objective.normalization`.
         metrics: `"loss"`, and `"error"` (the share of examples whose largest output is not the target's class).
         max_batches: Use only this many batches.
         device: Where to compute; `model_a`'s device by default.

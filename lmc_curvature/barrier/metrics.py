@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lmc_curvature.batches import Batch, describe
 from lmc_curvature.errors import MetricError, check_choice
-from lmc_curvature.losses import BatchLoss, LossFunction
+from lmc_curvature.objective.batches import Batch, describe
+from lmc_curvature.objective.losses import BatchLoss, LossFunction
 
 METRICS = ("loss", "error")
 

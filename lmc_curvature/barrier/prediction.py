@@ -24,9 +24,9 @@ from lmc_curvature.barrier.expansions import (
 from lmc_curvature.curvature.projection import Projection, project_hessian_at
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.layers import PartitionSpec, layer_indices
-from lmc_curvature.losses import LossFunction
-from lmc_curvature.normalization import BatchNormPolicy
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.losses import LossFunction
+from lmc_curvature.objective.normalization import BatchNormPolicy
+from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment import Segment
 from lmc_curvature.storage import load_arrays, save_arrays
 
@@ -64,7 +64,7 @@ def predict_barrier(
         loader: Yields `(x, y)` batches, or what `loss_fn` expects; visited once.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
         layers: The partition into L layers; see `LayerPartition.of`.
-        batch_norm: What batch normalisation does between the networks; see `lmc_curvature.normalization`. Under
+        batch_norm: What batch normalisation does between the networks; see `lmc_curvature.objective.normalization`. Under
             `"recalibrate"` the prediction differentiates through batch statistics, as under `"batch"`.
         method: How curvature is computed; see `project_hessian`.
         memory_gib: What computing it may take, in GiB; see `project_hessian`.

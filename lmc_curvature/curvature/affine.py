@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lmc_curvature.curvature.derivatives import gradients, operations
 from lmc_curvature.curvature.vectorization import Vectorizer, one_by_one
-from lmc_curvature.network import State, tied_names
+from lmc_curvature.objective.network import State, tied_names
 
 # Examples times positions whose derivatives are multiplied at once.
 _ROWS = 1024

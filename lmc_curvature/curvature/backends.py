@@ -22,7 +22,6 @@ from jaxtyping import Float64
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.backpack_diagonal import backpack_diagonal
 from lmc_curvature.curvature.eigenpairs import top_eigenpairs
 from lmc_curvature.curvature.hessian import BatchGradient, HessianOperator
@@ -41,8 +40,9 @@ from lmc_curvature.curvature.peers import (
 from lmc_curvature.curvature.spectrum import Estimate, trace
 from lmc_curvature.errors import BackendError, OptionError, check_choice
 from lmc_curvature.layers import PartitionSpec
-from lmc_curvature.network import State
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.network import State
+from lmc_curvature.objective.risk import Objective
 
 Backend = Literal["native", "curvlinops", "backpack", "pyhessian"]
 BACKENDS: tuple[str, ...] = get_args(Backend)

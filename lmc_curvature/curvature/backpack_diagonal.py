@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lmc_curvature.curvature.hessian import BatchGradient
 from lmc_curvature.curvature.peers import load_peer, tolerance_of
 from lmc_curvature.errors import BackendError
-from lmc_curvature.losses import finite_loss
-from lmc_curvature.network import State, tied_names
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.losses import finite_loss
+from lmc_curvature.objective.network import State, tied_names
+from lmc_curvature.objective.risk import Objective
 
 
 def backpack_diagonal(objective: Objective, point: State, entries: Sequence[str]) -> dict[str, Tensor]:

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.affine import (
     AffineMap,
     Call,
@@ -28,9 +27,10 @@ from lmc_curvature.curvature.layout import in_best_layout
 from lmc_curvature.curvature.vectorization import UnitVectors, Vectorizer
 from lmc_curvature.errors import FallbackWarning, HessianSizeError, NonFiniteError, OptionError, check_choice
 from lmc_curvature.layers import PartitionSpec
-from lmc_curvature.losses import finite_loss
-from lmc_curvature.network import State
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.losses import finite_loss
+from lmc_curvature.objective.network import State
+from lmc_curvature.objective.risk import Objective
 
 BlockMethod = Literal["auto", "structured", "products"]
 METHODS = ("auto", "structured", "products")

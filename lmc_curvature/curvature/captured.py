@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.program import Data, Program
 from lmc_curvature.curvature.tiling import Cut, budget_bytes, cut
 from lmc_curvature.errors import CaptureError
-from lmc_curvature.network import State
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.network import State
+from lmc_curvature.objective.risk import Objective
 
 # Examples of the capture that a tile's memory is estimated from.
 _PROBE = 16

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmc_curvature.errors import UnsupportedModelError
-from lmc_curvature.network import graph_nodes
+from lmc_curvature.objective.network import graph_nodes
 
 
 def gradients(

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc_curvature.batches import Batch, describe
 from lmc_curvature.curvature.convolution import DifferentiableConvolutions
 from lmc_curvature.curvature.derivatives import gradients, operations, refuse_once_differentiable
 from lmc_curvature.curvature.operator import CurvatureOperator
 from lmc_curvature.errors import LossError, UnsupportedModelError
 from lmc_curvature.layers import PartitionSpec
-from lmc_curvature.network import State, as_leaves
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.batches import Batch, describe
+from lmc_curvature.objective.network import State, as_leaves
+from lmc_curvature.objective.risk import Objective
 
 
 class BatchGaussNewton:

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.convolution import DifferentiableConvolutions
 from lmc_curvature.curvature.derivatives import gradients, operations, refuse_once_differentiable
 from lmc_curvature.curvature.operator import CurvatureOperator
-from lmc_curvature.losses import check_differentiable
-from lmc_curvature.network import State, as_leaves
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.losses import check_differentiable
+from lmc_curvature.objective.network import State, as_leaves
+from lmc_curvature.objective.risk import Objective
 
 
 class BatchGradient:

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lmc_curvature.batches import Batch, map_tensors
 from lmc_curvature.errors import UnsupportedModelError
-from lmc_curvature.network import State
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.batches import Batch, map_tensors
+from lmc_curvature.objective.network import State
+from lmc_curvature.objective.risk import Objective
 
 Result = TypeVar("Result")
 

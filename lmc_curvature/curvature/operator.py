@@ -12,7 +12,6 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.derivatives import all_finite
 from lmc_curvature.curvature.layout import in_best_layout
 from lmc_curvature.curvature.vectorization import (
@@ -24,9 +23,10 @@ from lmc_curvature.curvature.vectorization import (
 )
 from lmc_curvature.errors import DirectionError, HessianSizeError, NonFiniteError, OperatorError
 from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
-from lmc_curvature.losses import finite_loss
-from lmc_curvature.network import State, check_finite
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.losses import finite_loss
+from lmc_curvature.objective.network import State, check_finite
+from lmc_curvature.objective.risk import Objective
 
 # Columns of a dense matrix that are computed in one pass over the loader, at least and at most, and how many numbers
 # they may have together.

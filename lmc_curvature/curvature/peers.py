@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.spectrum import Estimate
 from lmc_curvature.errors import BackendError, NonFiniteError
-from lmc_curvature.network import State
-from lmc_curvature.objective import Objective
-from lmc_curvature.randomness import global_rng_preserved
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.network import State
+from lmc_curvature.objective.randomness import global_rng_preserved
+from lmc_curvature.objective.risk import Objective
 
 PACKAGES = {
     "curvlinops": "curvlinops-for-pytorch",

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.hessian import BatchGradient, inner
 from lmc_curvature.curvature.sweep import BatchValues
-from lmc_curvature.network import State
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.network import State
+from lmc_curvature.objective.risk import Objective
 
 
 class Products:

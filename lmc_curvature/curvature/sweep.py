@@ -25,14 +25,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, fx
 
-from lmc_curvature.batches import Batch
 from lmc_curvature.curvature.captured import Captured, Captures
 from lmc_curvature.curvature.op_calls import Contributions, Tangents
 from lmc_curvature.curvature.program import Data, Program
 from lmc_curvature.curvature.tiling import blocks
 from lmc_curvature.errors import CaptureError
-from lmc_curvature.network import State
-from lmc_curvature.objective import Objective
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.network import State
+from lmc_curvature.objective.risk import Objective
 
 BatchValues = tuple[float, Float[np.ndarray, " k"], Float[np.ndarray, "k k"]]
 """Loss, slopes and curvature of one batch."""

@@ -11,7 +11,7 @@ import torch
 from lmc_curvature.curvature.program import Program
 from lmc_curvature.curvature.tracing import value_of
 from lmc_curvature.errors import MemoryBudgetError
-from lmc_curvature.network import State
+from lmc_curvature.objective.network import State
 
 # On a CPU, tangents in its last cache are several times faster to work on than those in main memory. Half of it is left
 # to values and weights; tiles larger than the most hardly save calls. The least is for where none is reported.

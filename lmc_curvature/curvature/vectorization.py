@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lmc_curvature.network import State
+from lmc_curvature.objective.network import State
 
 # Numbers that the products made at once may write, in all: few of them are alive at the same time.
 _ELEMENTS = {"cpu": 2**24, "cuda": 2**27}

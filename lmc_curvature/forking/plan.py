@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue, field_validator
 from lmc_curvature.errors import ConfigurationError
 from lmc_curvature.forking.configuration import Configuration
 from lmc_curvature.forking.training import TrainingConfig
-from lmc_curvature.normalization import BatchNormPolicy
+from lmc_curvature.objective.normalization import BatchNormPolicy
 
 When = Literal["all", "last", "never"]
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.batches import Batch
 from lmc_curvature.curvature import captured, tiling
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.curvature.sweep import Sweep
 from lmc_curvature.errors import CaptureError, FallbackWarning
+from lmc_curvature.objective.batches import Batch
 from tests.support.networks import randomized
 from tests.support.sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
 

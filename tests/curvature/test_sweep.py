@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
-from lmc_curvature.batches import Batch
 from lmc_curvature.curvature import captured, graph, program, sweep, tiling
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.errors import (
@@ -23,6 +22,7 @@ from lmc_curvature.errors import (
     OptionError,
 )
 from lmc_curvature.forking.models import resnet20
+from lmc_curvature.objective.batches import Batch
 from tests.support.cases import CASES
 from tests.support.networks import randomized
 from tests.support.sweeping import (

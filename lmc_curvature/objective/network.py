@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc_curvature.batches import describe
 from lmc_curvature.errors import NonFiniteError, OptionError, UnsupportedModelError
-from lmc_curvature.normalization import BatchNormPolicy, statistic_names, tracked_modules
+from lmc_curvature.objective.batches import describe
+from lmc_curvature.objective.normalization import BatchNormPolicy, statistic_names, tracked_modules
 
 State = Mapping[str, Tensor]
 """Entry name to tensor: parameters, and the running statistics that a segment moves."""

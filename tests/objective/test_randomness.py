@@ -10,7 +10,7 @@ from torch import nn
 
 from lmc_curvature import BatchLoss, Objective
 from lmc_curvature.errors import RandomStateError
-from lmc_curvature.randomness import drawing_module, global_rng_preserved
+from lmc_curvature.objective.randomness import drawing_module, global_rng_preserved
 from tests.support.networks import rng_states, untouched
 
 X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3

@@ -18,17 +18,6 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
-from lmc_curvature.batches import (
-    Batch,
-    check_count,
-    count_leading,
-    count_pair,
-    describe,
-    loader_length,
-    map_tensors,
-    refuse_iterator,
-    to_device,
-)
 from lmc_curvature.errors import (
     DirectionError,
     LoaderError,
@@ -39,7 +28,18 @@ from lmc_curvature.errors import (
     check_choice,
     suggest,
 )
-from lmc_curvature.losses import (
+from lmc_curvature.objective.batches import (
+    Batch,
+    check_count,
+    count_leading,
+    count_pair,
+    describe,
+    loader_length,
+    map_tensors,
+    refuse_iterator,
+    to_device,
+)
+from lmc_curvature.objective.losses import (
     BatchLoss,
     LossFunction,
     check_differentiable,
@@ -48,7 +48,7 @@ from lmc_curvature.losses import (
     finite_loss,
     own_loss,
 )
-from lmc_curvature.network import (
+from lmc_curvature.objective.network import (
     State,
     as_leaves,
     check_finite,
@@ -62,14 +62,14 @@ from lmc_curvature.network import (
     skeleton_of,
     tied_names,
 )
-from lmc_curvature.normalization import (
+from lmc_curvature.objective.normalization import (
     POLICIES,
     BatchNormPolicy,
     NormalizationControl,
     Statistics,
     statistic_names,
 )
-from lmc_curvature.randomness import drawing_module, global_rng_preserved
+from lmc_curvature.objective.randomness import drawing_module, global_rng_preserved
 
 
 class Objective:
@@ -86,7 +86,7 @@ class Objective:
         loader: Yields `(x, y)` batches, or what `loss_fn` expects. Visited once per evaluation.
         loss_fn: `loss_fn(output, target)` returning the scalar mean over the batch (default: cross-entropy), or a
             `BatchLoss`.
-        batch_norm: `"interpolate"`, `"batch"` or `"recalibrate"`; see `lmc_curvature.normalization`. Derivatives
+        batch_norm: `"interpolate"`, `"batch"` or `"recalibrate"`; see `lmc_curvature.objective.normalization`. Derivatives
             under `"recalibrate"` are those of `"batch"`.
         max_batches: Use only this many batches of the loader.
         device: Where to compute; the model's device by default.

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lmc_curvature.batches import Batch, describe
 from lmc_curvature.errors import LossError, NonFiniteError
+from lmc_curvature.objective.batches import Batch, describe
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from lmc_curvature.batches import (
+from lmc_curvature.errors import LoaderError
+from lmc_curvature.objective.batches import (
     check_count,
     count_leading,
     count_pair,
@@ -17,7 +18,6 @@ from lmc_curvature.batches import (
     refuse_iterator,
     to_device,
 )
-from lmc_curvature.errors import LoaderError
 from tests.support.networks import rng_states
 
 Pair = namedtuple("Pair", ["x", "y"])

@@ -11,7 +11,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective, Segment, project_hessian
-from lmc_curvature.batches import Batch
 from lmc_curvature.errors import (
     DirectionError,
     LoaderError,
@@ -20,8 +19,9 @@ from lmc_curvature.errors import (
     OptionError,
     UnsupportedModelError,
 )
-from lmc_curvature.losses import finite_loss
-from lmc_curvature.objective import as_leaves, movable_entries
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.losses import finite_loss
+from lmc_curvature.objective.risk import as_leaves, movable_entries
 from tests.support.cases import CASES, DictNet, TiedNet
 from tests.support.networks import (
     NETWORKS,

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import update_bn
 
 from lmc_curvature import Objective
 from lmc_curvature.errors import LoaderError
-from lmc_curvature.normalization import NormalizationControl, normalize_by, statistic_names, tracked_modules
+from lmc_curvature.objective.normalization import NormalizationControl, normalize_by, statistic_names, tracked_modules
 from tests.support.cases import CASES
 from tests.support.networks import NORMS, joined, normalized_net, plain_loss, randomized, state_of
 

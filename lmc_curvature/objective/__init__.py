@@ -1,0 +1,1 @@
+"""What is the loss at a state?"""
