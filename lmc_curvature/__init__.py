@@ -11,10 +11,10 @@ from lmc_curvature.curvature.lanczos import Lanczos, lanczos
 from lmc_curvature.curvature.projection import Projection, project_hessian
 from lmc_curvature.curvature.spectrum import Estimate, SpectralDensity, spectral_density, trace
 from lmc_curvature.errors import LMCCurvatureError
-from lmc_curvature.layers import LayerPartition
 from lmc_curvature.objective.losses import BatchLoss
 from lmc_curvature.objective.risk import Objective
-from lmc_curvature.segment import Segment
+from lmc_curvature.segment.partition import LayerPartition
+from lmc_curvature.segment.segment import Segment
 
 __version__ = "0.1.0"
 

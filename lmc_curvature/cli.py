@@ -24,9 +24,9 @@ from lmc_curvature.forking.experiment import run_forks
 from lmc_curvature.forking.models import make_model
 from lmc_curvature.forking.plan import load_config
 from lmc_curvature.forking.tracing import trace_forks
-from lmc_curvature.layers import LayerPartition, layer_indices
 from lmc_curvature.objective.network import parse_device
 from lmc_curvature.objective.normalization import BatchNormPolicy
+from lmc_curvature.segment.partition import LayerPartition, layer_indices
 from lmc_curvature.tables import (
     demo_tables,
     measurement_record,

@@ -23,7 +23,7 @@ from lmc_curvature.forking.provenance import load_fork_data
 from lmc_curvature.forking.sharing import cpu_threads
 from lmc_curvature.forking.training import TrainingConfig
 from lmc_curvature.objective.risk import Objective
-from lmc_curvature.segment import Segment
+from lmc_curvature.segment.segment import Segment
 
 CONFIG = ForkConfig(
     data="digits",

@@ -23,11 +23,11 @@ from lmc_curvature.barrier.expansions import (
 )
 from lmc_curvature.curvature.projection import Projection, project_hessian_at
 from lmc_curvature.errors import OptionError, check_choice
-from lmc_curvature.layers import PartitionSpec, layer_indices
 from lmc_curvature.objective.losses import LossFunction
 from lmc_curvature.objective.normalization import BatchNormPolicy
 from lmc_curvature.objective.risk import Objective
-from lmc_curvature.segment import Segment
+from lmc_curvature.segment.partition import PartitionSpec, layer_indices
+from lmc_curvature.segment.segment import Segment
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:

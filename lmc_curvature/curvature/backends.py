@@ -39,10 +39,10 @@ from lmc_curvature.curvature.peers import (
 )
 from lmc_curvature.curvature.spectrum import Estimate, trace
 from lmc_curvature.errors import BackendError, OptionError, check_choice
-from lmc_curvature.layers import PartitionSpec
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
+from lmc_curvature.segment.partition import PartitionSpec
 
 Backend = Literal["native", "curvlinops", "backpack", "pyhessian"]
 BACKENDS: tuple[str, ...] = get_args(Backend)

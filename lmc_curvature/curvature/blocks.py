@@ -26,11 +26,11 @@ from lmc_curvature.curvature.hessian import BatchGradient, HessianOperator
 from lmc_curvature.curvature.layout import in_best_layout
 from lmc_curvature.curvature.vectorization import UnitVectors, Vectorizer
 from lmc_curvature.errors import FallbackWarning, HessianSizeError, NonFiniteError, OptionError, check_choice
-from lmc_curvature.layers import PartitionSpec
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
+from lmc_curvature.segment.partition import PartitionSpec
 
 BlockMethod = Literal["auto", "structured", "products"]
 METHODS = ("auto", "structured", "products")

@@ -11,10 +11,10 @@ from lmc_curvature.curvature.convolution import DifferentiableConvolutions
 from lmc_curvature.curvature.derivatives import gradients, operations, refuse_once_differentiable
 from lmc_curvature.curvature.operator import CurvatureOperator
 from lmc_curvature.errors import LossError, UnsupportedModelError
-from lmc_curvature.layers import PartitionSpec
 from lmc_curvature.objective.batches import Batch, describe
 from lmc_curvature.objective.network import State, as_leaves
 from lmc_curvature.objective.risk import Objective
+from lmc_curvature.segment.partition import PartitionSpec
 
 
 class BatchGaussNewton:

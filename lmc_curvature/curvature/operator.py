@@ -22,11 +22,11 @@ from lmc_curvature.curvature.vectorization import (
     units_within,
 )
 from lmc_curvature.errors import DirectionError, HessianSizeError, NonFiniteError, OperatorError
-from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State, check_finite
 from lmc_curvature.objective.risk import Objective
+from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
 
 # Columns of a dense matrix that are computed in one pass over the loader, at least and at most, and how many numbers
 # they may have together.

@@ -46,9 +46,9 @@ from lmc_curvature.forking.provenance import load_split
 from lmc_curvature.forking.sharing import cpu_threads, device_of_rank, helpers, is_first_rank, share, unless_claimed
 from lmc_curvature.forking.traces import Traces, cumulative_sets, write_tables
 from lmc_curvature.geometry import SiblingGeometry
-from lmc_curvature.layers import LayerPartition
 from lmc_curvature.objective.risk import Objective
-from lmc_curvature.segment import Segment
+from lmc_curvature.segment.partition import LayerPartition
+from lmc_curvature.segment.segment import Segment
 from lmc_curvature.storage import discard_if_damaged, read_json, remove_partial_files, write_json
 
 _VERSION = "1"

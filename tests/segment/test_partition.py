@@ -12,8 +12,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from lmc_curvature import LayerPartition
 from lmc_curvature.errors import PartitionError, UnknownLayerError
-from lmc_curvature.layers import layer_indices, tied_names
 from lmc_curvature.objective.risk import movable_entries
+from lmc_curvature.segment.partition import layer_indices, tied_names
 from tests.support.cases import ConvNet, TiedNet
 from tests.support.networks import NETWORKS, untouched
 

@@ -5,7 +5,7 @@ from typing import overload
 
 from torch import Tensor
 
-from lmc_curvature.segment import Segment
+from lmc_curvature.segment.segment import Segment
 
 
 class SegmentPoints(Sequence[dict[str, Tensor]]):

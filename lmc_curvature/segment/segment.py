@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lmc_curvature.errors import AlphaError, ArchitectureMismatchError, check_choice
-from lmc_curvature.layers import LayerPartition, PartitionSpec, layer_indices
 from lmc_curvature.objective.network import check_finite, check_module, movable_entries, tied_names
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, statistic_names, tracked_modules
+from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
 
 
 class Segment:
