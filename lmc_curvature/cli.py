@@ -15,10 +15,10 @@ from torch import nn
 from lmc_curvature import __version__
 from lmc_curvature.barrier.measurement import measure_barrier
 from lmc_curvature.barrier.prediction import predict_barrier
+from lmc_curvature.checkpoints.files import load_checkpoint
 from lmc_curvature.demo import run_demo
 from lmc_curvature.errors import DataError, LMCCurvatureError, OptionError, check_choice
 from lmc_curvature.figures.experiment import draw_all
-from lmc_curvature.forking.checkpoints import load_checkpoint
 from lmc_curvature.forking.data import load_data
 from lmc_curvature.forking.experiment import run_forks
 from lmc_curvature.forking.models import make_model

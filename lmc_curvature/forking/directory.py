@@ -20,8 +20,8 @@ import torch
 from filelock import FileLock
 from torch import nn
 
+from lmc_curvature.checkpoints.files import load_entries
 from lmc_curvature.errors import CheckpointError, ConfigurationError, FileFormatError, NewerVersionError
-from lmc_curvature.forking.checkpoints import load_entries
 from lmc_curvature.forking.configuration import Configuration
 from lmc_curvature.forking.models import make_model
 from lmc_curvature.forking.plan import ForkConfig

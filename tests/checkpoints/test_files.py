@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from lmc_curvature.checkpoints.files import read_snapshot
 from lmc_curvature.errors import CheckpointError
 from lmc_curvature.forking import TrainingState, digits_resnet, load_checkpoint
-from lmc_curvature.forking.checkpoints import read_snapshot
 from lmc_curvature.forking.training import capture_state
 
 
