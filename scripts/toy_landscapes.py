@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from lmc_curvature.figures.landscapes import draw_barrier_kinds, draw_toy_landscapes
-from lmc_curvature.figures.style import save_figure
+from lmc_curvature.plotting.style import save_figure
 
 
 def main() -> None:

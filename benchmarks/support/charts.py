@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.support.timing import Measurement, Spread
 from lmc_curvature.figures.panels import short_number
-from lmc_curvature.figures.style import (
+from lmc_curvature.plotting.style import (
     BLUE,
     GREEN,
     GREY,

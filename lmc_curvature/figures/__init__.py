@@ -20,7 +20,7 @@ from lmc_curvature.figures.ranks import draw_rank_correlations
 from lmc_curvature.figures.ridges import draw_ridges
 from lmc_curvature.figures.siblings import draw_sibling_angles, draw_sibling_distances, draw_solution_planes
 from lmc_curvature.figures.spectra import draw_spectral_density
-from lmc_curvature.figures.style import save_figure
+from lmc_curvature.plotting.style import save_figure
 
 __all__ = [
     "draw_barrier_curves",

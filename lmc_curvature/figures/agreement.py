@@ -25,7 +25,7 @@ from lmc_curvature.figures.panels import (
     paired_forks,
     short_number,
 )
-from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, GREY, PALE, SMALL, fork_colors, look, new_figure
+from lmc_curvature.plotting.style import COLUMN_WIDTH, EXPANSION_PENS, GREY, PALE, SMALL, fork_colors, look, new_figure
 
 Color = tuple[float, float, float, float]
 

@@ -33,7 +33,16 @@ from lmc_curvature.figures.panels import (
     short_number,
     zero_line,
 )
-from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, GREY, INK, TEXT_WIDTH, VERMILION, look, new_figure
+from lmc_curvature.plotting.style import (
+    COLUMN_WIDTH,
+    EXPANSION_PENS,
+    GREY,
+    INK,
+    TEXT_WIDTH,
+    VERMILION,
+    look,
+    new_figure,
+)
 
 __all__ = [
     "draw_barrier_curves",

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, numbers
-from lmc_curvature.figures.grids import count_axis, fork_cells, share_scale
 from lmc_curvature.figures.panels import BARRIER_LABEL, fork_title, heading, plain_ticks, zero_line
-from lmc_curvature.figures.style import BLUE, INK, VERMILION, look
+from lmc_curvature.plotting.grids import count_axis, fork_cells, share_scale
+from lmc_curvature.plotting.style import BLUE, INK, VERMILION, look
 
 _SIDES = {"first": BLUE, "last": VERMILION}
 _PREDICTED = {"predicted_shared": ("predicted, shared Hessian", "--"), "predicted": ("predicted, second order", ":")}

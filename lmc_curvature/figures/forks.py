@@ -14,11 +14,11 @@ from matplotlib.lines import Line2D
 
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.errors import OptionError
-from lmc_curvature.figures.decades import Decades, decades, decades_axis
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, known, numbers
-from lmc_curvature.figures.grids import EPOCH_LABEL, count_axis, fork_cells
 from lmc_curvature.figures.panels import BARRIER_LABEL, fork_title
-from lmc_curvature.figures.style import COLUMN_WIDTH, EXPANSION_PENS, INK, look, new_figure
+from lmc_curvature.plotting.decades import Decades, decades, decades_axis
+from lmc_curvature.plotting.grids import EPOCH_LABEL, count_axis, fork_cells
+from lmc_curvature.plotting.style import COLUMN_WIDTH, EXPANSION_PENS, INK, look, new_figure
 
 Values = Float64[np.ndarray, " n"]
 

@@ -17,9 +17,9 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from lmc_curvature.figures.frames import checked, numbers, of_fork
-from lmc_curvature.figures.grids import EPOCH_LABEL
 from lmc_curvature.figures.panels import fork_title, rows_height, short_number
-from lmc_curvature.figures.style import GREY, PALE, SMALL, TEXT_WIDTH, look, new_figure
+from lmc_curvature.plotting.grids import EPOCH_LABEL
+from lmc_curvature.plotting.style import GREY, PALE, SMALL, TEXT_WIDTH, look, new_figure
 
 Values = Float64[np.ndarray, " rows"]
 Cells = Float64[np.ndarray, "layers epochs"]

@@ -27,8 +27,8 @@ from lmc_curvature.figures.panels import (
     short_number,
     zero_line,
 )
-from lmc_curvature.figures.style import BLUE, GREEN, INK, PALE, TEXT_WIDTH, VERMILION, look, new_figure
 from lmc_curvature.landscapes import QuadraticProduct, landscape_loss, origin
+from lmc_curvature.plotting.style import BLUE, GREEN, INK, PALE, TEXT_WIDTH, VERMILION, look, new_figure
 
 _FAINT = LinearSegmentedColormap.from_list("faint", ["white", "#8a8a8a"])
 

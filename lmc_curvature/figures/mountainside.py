@@ -12,7 +12,7 @@ from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d import Axes3D
 
 from lmc_curvature.figures.panels import heading
-from lmc_curvature.figures.style import BLUE, GREY, INK, SMALL, TEXT_WIDTH, VERMILION, look, new_figure
+from lmc_curvature.plotting.style import BLUE, GREY, INK, SMALL, TEXT_WIDTH, VERMILION, look, new_figure
 
 Numbers = Float64[np.ndarray, "..."]
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.errors import OptionError
-from lmc_curvature.figures.style import GREY, INK, PALE, SMALL
+from lmc_curvature.plotting.style import GREY, INK, PALE, SMALL
 
 ALPHAS = np.linspace(0.0, 1.0, 201)
 ALPHA_LABEL = "position α on the segment"

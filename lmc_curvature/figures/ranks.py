@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from lmc_curvature.figures.agreement import Pairs
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, known, numbers
-from lmc_curvature.figures.style import BLUE, GREEN, GREY, PALE, PURPLE, TEXT_WIDTH, VERMILION, look, new_figure
+from lmc_curvature.plotting.style import BLUE, GREEN, GREY, PALE, PURPLE, TEXT_WIDTH, VERMILION, look, new_figure
 
 # Of each way to rank layers: what the legend calls it, its colour and its marker.
 _RANKINGS = {

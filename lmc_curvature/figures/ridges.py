@@ -14,9 +14,9 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from lmc_curvature.errors import check_choice
 from lmc_curvature.figures.frames import by_fork, checked, having, known, numbers
-from lmc_curvature.figures.grids import EPOCH_LABEL, fork_cells
 from lmc_curvature.figures.panels import fork_title, heading, short_number
-from lmc_curvature.figures.style import GREY, PALE, SMALL, TEXT_WIDTH, look
+from lmc_curvature.plotting.grids import EPOCH_LABEL, fork_cells
+from lmc_curvature.plotting.style import GREY, PALE, SMALL, TEXT_WIDTH, look
 
 Quantity = Literal["value", "barrier"]
 

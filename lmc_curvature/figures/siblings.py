@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lmc_curvature.figures.frames import by_fork, checked, known, numbers
-from lmc_curvature.figures.grids import EPOCH_LABEL, Color, count_axis, fork_legend
 from lmc_curvature.figures.panels import plain_ticks
-from lmc_curvature.figures.style import COLUMN_WIDTH, GREY, TEXT_WIDTH, fork_colors, look, new_figure
+from lmc_curvature.plotting.grids import EPOCH_LABEL, Color, count_axis, fork_legend
+from lmc_curvature.plotting.style import COLUMN_WIDTH, GREY, TEXT_WIDTH, fork_colors, look, new_figure
 
 Values = Float64[np.ndarray, " epochs"]
 

@@ -15,7 +15,7 @@ from lmc_curvature.curvature.eigenpairs import Eigenpairs
 from lmc_curvature.curvature.spectrum import WIDTH_SHARE, SpectralDensity
 from lmc_curvature.errors import OptionError, suggest
 from lmc_curvature.figures.panels import heading, plain_ticks, short_number
-from lmc_curvature.figures.style import (
+from lmc_curvature.plotting.style import (
     BLUE,
     GREEN,
     GREY,

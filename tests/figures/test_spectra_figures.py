@@ -11,7 +11,7 @@ from lmc_curvature.curvature.eigenpairs import top_eigenpairs
 from lmc_curvature.curvature.spectrum import WIDTH_SHARE, SpectralDensity, spectral_density
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures.spectra import draw_spectral_density
-from lmc_curvature.figures.style import new_figure
+from lmc_curvature.plotting.style import new_figure
 
 
 def matrix(*outliers):

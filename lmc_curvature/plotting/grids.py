@@ -11,7 +11,7 @@ from matplotlib.gridspec import SubplotSpec
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from lmc_curvature.figures.style import COLUMN_WIDTH, TEXT_WIDTH, new_figure
+from lmc_curvature.plotting.style import COLUMN_WIDTH, TEXT_WIDTH, new_figure
 
 Color = tuple[float, float, float, float]
 EPOCH_LABEL = "epoch"

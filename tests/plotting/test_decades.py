@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from lmc_curvature.figures.decades import MOST_DECADES, decades, decades_axis
-from lmc_curvature.figures.style import new_figure
+from lmc_curvature.plotting.decades import MOST_DECADES, decades, decades_axis
+from lmc_curvature.plotting.style import new_figure
 
 
 def ticks(axes):

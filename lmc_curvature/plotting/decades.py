@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from lmc_curvature.figures.panels import short_number
-from lmc_curvature.figures.style import PALE, SMALL
+from lmc_curvature.plotting.style import PALE, SMALL
 
 Values = Float64[np.ndarray, " n"]
 

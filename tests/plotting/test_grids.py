@@ -2,8 +2,8 @@
 
 import pytest
 
-from lmc_curvature.figures.grids import fork_cells, fork_legend, share_scale
-from lmc_curvature.figures.style import TEXT_WIDTH, fork_colors, look, new_figure
+from lmc_curvature.plotting.grids import fork_cells, fork_legend, share_scale
+from lmc_curvature.plotting.style import TEXT_WIDTH, fork_colors, look, new_figure
 
 
 @pytest.mark.parametrize(

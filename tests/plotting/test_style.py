@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmc_curvature.figures import draw_prediction, save_figure
-from lmc_curvature.figures.style import EXPANSION_PENS, fork_colors, look, new_figure
+from lmc_curvature.plotting.style import EXPANSION_PENS, fork_colors, look, new_figure
 
 
 @look()
