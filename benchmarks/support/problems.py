@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torchvision
-from kinks import far_from_kinks
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+from benchmarks.kinks import far_from_kinks
 from lmc_curvature import Objective, Segment
 from lmc_curvature.forking.data import load_digits
 from lmc_curvature.forking.models import digits_resnet, resnet

@@ -64,7 +64,7 @@ def measure_barrier(
             sets of layer names; None for no set.
         partition: The partition that the names in a list of sets come from.
         alphas: Positions in [0, 1], or how many to space evenly from 0 to 1.
-        batch_norm: What batch normalisation does between the networks; see `lmc_curvature.objective.normalization`.
+        batch_norm: What batch normalisation does between the networks; see `BatchNormPolicy`.
         metrics: `"loss"`, and `"error"` (the share of examples whose largest output is not the target's class).
         max_batches: Use only this many batches.
         device: Where to compute; `model_a`'s device by default.

@@ -64,7 +64,7 @@ def predict_barrier(
         loader: Yields `(x, y)` batches, or what `loss_fn` expects; visited once.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
         layers: The partition into L layers; see `LayerPartition.of`.
-        batch_norm: What batch normalisation does between the networks; see `lmc_curvature.objective.normalization`. Under
+        batch_norm: What batch normalisation does between the networks; see `BatchNormPolicy`. Under
             `"recalibrate"` the prediction differentiates through batch statistics, as under `"batch"`.
         method: How curvature is computed; see `project_hessian`.
         memory_gib: What computing it may take, in GiB; see `project_hessian`.

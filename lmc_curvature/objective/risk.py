@@ -86,7 +86,7 @@ class Objective:
         loader: Yields `(x, y)` batches, or what `loss_fn` expects. Visited once per evaluation.
         loss_fn: `loss_fn(output, target)` returning the scalar mean over the batch (default: cross-entropy), or a
             `BatchLoss`.
-        batch_norm: `"interpolate"`, `"batch"` or `"recalibrate"`; see `lmc_curvature.objective.normalization`. Derivatives
+        batch_norm: `"interpolate"`, `"batch"` or `"recalibrate"`; see `BatchNormPolicy`. Derivatives
             under `"recalibrate"` are those of `"batch"`.
         max_batches: Use only this many batches of the loader.
         device: Where to compute; the model's device by default.

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import nn
 
+from lmc_curvature.checkpoints import files as checkpoints
 from lmc_curvature.errors import (
     CheckpointError,
     ConfigurationError,
@@ -26,7 +27,6 @@ from lmc_curvature.errors import (
 from lmc_curvature.forking import (
     ForkConfig,
     TrainingState,
-    checkpoints,
     evaluate,
     experiment,
     load_child,
