@@ -41,8 +41,8 @@ from benchmarks.support.peers import curvlinops_hessian, installed, layouts, mis
 from benchmarks.support.problems import Problem, digits_problem, image_problem, mlp_problem, parameters_only
 from benchmarks.support.timing import Measurement, Road, Spread, measure
 from lmc_curvature import HessianOperator
-from lmc_curvature.curvature.eigenpairs import top_eigenpairs
-from lmc_curvature.curvature.spectrum import spectral_density
+from lmc_curvature.curvature.spectra.density import spectral_density
+from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
 from lmc_curvature.errors import ConvergenceWarning
 
 RESIDUAL = 1e-3

@@ -23,7 +23,6 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from lmc_curvature.curvature.backpack_diagonal import backpack_diagonal
-from lmc_curvature.curvature.eigenpairs import top_eigenpairs
 from lmc_curvature.curvature.hessian import BatchGradient, HessianOperator
 from lmc_curvature.curvature.operator import CurvatureOperator, Share
 from lmc_curvature.curvature.peers import (
@@ -37,7 +36,8 @@ from lmc_curvature.curvature.peers import (
     pyhessian_trace,
     tolerance_of,
 )
-from lmc_curvature.curvature.spectrum import Estimate, trace
+from lmc_curvature.curvature.spectra.density import Estimate, trace
+from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
 from lmc_curvature.errors import BackendError, OptionError, check_choice
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from lmc_curvature.curvature.eigenpairs import Eigenpairs
-from lmc_curvature.curvature.spectrum import WIDTH_SHARE, SpectralDensity
+from lmc_curvature.curvature.spectra.density import WIDTH_SHARE, SpectralDensity
+from lmc_curvature.curvature.spectra.eigenpairs import Eigenpairs
 from lmc_curvature.errors import OptionError, suggest
 from lmc_curvature.figures.panels import heading, plain_ticks, short_number
 from lmc_curvature.plotting.style import (

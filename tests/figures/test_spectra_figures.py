@@ -7,8 +7,8 @@ import torch
 from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 
-from lmc_curvature.curvature.eigenpairs import top_eigenpairs
-from lmc_curvature.curvature.spectrum import WIDTH_SHARE, SpectralDensity, spectral_density
+from lmc_curvature.curvature.spectra.density import WIDTH_SHARE, SpectralDensity, spectral_density
+from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures.spectra import draw_spectral_density
 from lmc_curvature.plotting.style import new_figure

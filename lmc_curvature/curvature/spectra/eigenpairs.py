@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmc_curvature.curvature.lanczos import check_budget, vectors_gib
-from lmc_curvature.curvature.ritz import RitzPairs, SearchSpace
-from lmc_curvature.curvature.symmetric import (
+from lmc_curvature.curvature.spectra.lanczos import check_budget, vectors_gib
+from lmc_curvature.curvature.spectra.ritz import RitzPairs, SearchSpace
+from lmc_curvature.curvature.spectra.symmetric import (
     Operator,
     SymmetricOperator,
     as_operator,

@@ -7,7 +7,7 @@ from scipy.integrate import trapezoid
 from scipy.stats import norm, wasserstein_distance
 
 from lmc_curvature.curvature.ggn import GGNOperator
-from lmc_curvature.curvature.spectrum import WIDTH_SHARE, SpectralDensity, spectral_density, trace
+from lmc_curvature.curvature.spectra.density import WIDTH_SHARE, SpectralDensity, spectral_density, trace
 from lmc_curvature.errors import MemoryBudgetError, OptionError
 from tests.support.spectra import Counted, digits_dense, digits_hessian, digits_objective, spread, symmetric
 
@@ -156,7 +156,7 @@ def test_the_curve_is_the_measure_smoothed():
 def test_a_long_curve_is_computed_in_parts(monkeypatch):
     density = spectral_density(Counted(spread(200)), probes=3, steps=10)
     whole = density.curve(density.grid())
-    monkeypatch.setattr("lmc_curvature.curvature.spectrum._CURVE_CHUNK", 100)
+    monkeypatch.setattr("lmc_curvature.curvature.spectra.density._CURVE_CHUNK", 100)
     np.testing.assert_allclose(density.curve(density.grid()), whole)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 
-from lmc_curvature.curvature.eigenpairs import WHICH, top_eigenpairs
+from lmc_curvature.curvature.spectra.eigenpairs import WHICH, top_eigenpairs
 from lmc_curvature.errors import ConvergenceWarning, MemoryBudgetError, OptionError
 from tests.support.spectra import Counted, digits_dense, digits_hessian, digits_objective, spread, symmetric
 

@@ -11,8 +11,8 @@ from jaxtyping import Float, Float64
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
-from lmc_curvature.curvature.lanczos import Chains, check_budget, vectors_gib
-from lmc_curvature.curvature.symmetric import (
+from lmc_curvature.curvature.spectra.lanczos import Chains, check_budget, vectors_gib
+from lmc_curvature.curvature.spectra.symmetric import (
     Distribution,
     Operator,
     SymmetricOperator,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.sparse.linalg import eigsh
 
-from lmc_curvature.curvature.lanczos import Chains, Lanczos, lanczos
-from lmc_curvature.curvature.symmetric import as_operator
+from lmc_curvature.curvature.spectra.lanczos import Chains, Lanczos, lanczos
+from lmc_curvature.curvature.spectra.symmetric import as_operator
 from lmc_curvature.errors import DirectionError, MemoryBudgetError, OperatorError, OptionError
 from tests.support.spectra import Counted, digits_dense, digits_hessian, spread, symmetric
 

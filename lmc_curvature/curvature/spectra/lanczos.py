@@ -8,7 +8,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmc_curvature.curvature.symmetric import (
+from lmc_curvature.curvature.spectra.symmetric import (
     Operator,
     SymmetricOperator,
     as_operator,

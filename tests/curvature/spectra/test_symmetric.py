@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lmc_curvature import HessianOperator, LMCCurvatureError
-from lmc_curvature.curvature.eigenpairs import top_eigenpairs
-from lmc_curvature.curvature.lanczos import lanczos
-from lmc_curvature.curvature.spectrum import spectral_density, trace
-from lmc_curvature.curvature.symmetric import SymmetricOperator, dense_matrix, random_rows
+from lmc_curvature.curvature.spectra.density import spectral_density, trace
+from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
+from lmc_curvature.curvature.spectra.lanczos import lanczos
+from lmc_curvature.curvature.spectra.symmetric import SymmetricOperator, dense_matrix, random_rows
 from lmc_curvature.errors import NonFiniteError, OperatorError
 from tests.support.spectra import Counted, digits_hessian, symmetric
 
