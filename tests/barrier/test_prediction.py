@@ -16,7 +16,7 @@ from lmc_curvature import (
     measure_barrier,
     predict_barrier,
 )
-from lmc_curvature.curvature.products import Products
+from lmc_curvature.curvature.projection.by_products import Products
 from lmc_curvature.curvature.sweep import Sweep
 from lmc_curvature.errors import (
     AlphaError,

@@ -13,7 +13,7 @@ from torch import nn
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
 from lmc_curvature.curvature import captured, graph, program, sweep, tiling
-from lmc_curvature.curvature.projection import project_hessian_at
+from lmc_curvature.curvature.projection.projection import project_hessian_at
 from lmc_curvature.errors import (
     CaptureError,
     DirectionError,

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from lmc_curvature import Objective, project_hessian
 from lmc_curvature.curvature import captured, op_bilinear, op_rules, tiling
-from lmc_curvature.curvature.products import Products
+from lmc_curvature.curvature.projection.by_products import Products
 from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
 from tests.support.cases import CASES
 from tests.support.networks import randomized

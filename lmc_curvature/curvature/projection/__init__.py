@@ -1,0 +1,1 @@
+"""UᵀHU, by the sweep and by products."""
