@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lmc_curvature.curvature.derivatives import gradients, operations
-from lmc_curvature.curvature.vectorization import Vectorizer, one_by_one
+from lmc_curvature.curvature.products.derivatives import gradients, operations
+from lmc_curvature.curvature.products.vectorization import Vectorizer, one_by_one
 from lmc_curvature.objective.network import State, tied_names
 
 # Examples times positions whose derivatives are multiplied at once.

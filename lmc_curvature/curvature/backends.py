@@ -23,7 +23,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from lmc_curvature.curvature.backpack_diagonal import backpack_diagonal
-from lmc_curvature.curvature.hessian import BatchGradient, HessianOperator
+from lmc_curvature.curvature.hessian import HessianOperator
 from lmc_curvature.curvature.operator import CurvatureOperator, Share
 from lmc_curvature.curvature.peers import (
     BackpackBatch,
@@ -36,6 +36,7 @@ from lmc_curvature.curvature.peers import (
     pyhessian_trace,
     tolerance_of,
 )
+from lmc_curvature.curvature.products.gradient import BatchGradient
 from lmc_curvature.curvature.spectra.density import Estimate, trace
 from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
 from lmc_curvature.errors import BackendError, OptionError, check_choice

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmc_curvature.curvature.hessian import BatchGradient
 from lmc_curvature.curvature.peers import load_peer, tolerance_of
+from lmc_curvature.curvature.products.gradient import BatchGradient
 from lmc_curvature.errors import BackendError
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State, tied_names

@@ -21,10 +21,11 @@ from lmc_curvature.curvature.affine import (
     recording,
     road_costs,
 )
-from lmc_curvature.curvature.derivatives import all_finite
-from lmc_curvature.curvature.hessian import BatchGradient, HessianOperator
-from lmc_curvature.curvature.layout import in_best_layout
-from lmc_curvature.curvature.vectorization import UnitVectors, Vectorizer
+from lmc_curvature.curvature.hessian import HessianOperator
+from lmc_curvature.curvature.products.derivatives import all_finite
+from lmc_curvature.curvature.products.gradient import BatchGradient
+from lmc_curvature.curvature.products.layout import in_best_layout
+from lmc_curvature.curvature.products.vectorization import UnitVectors, Vectorizer
 from lmc_curvature.errors import FallbackWarning, HessianSizeError, NonFiniteError, OptionError, check_choice
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import finite_loss

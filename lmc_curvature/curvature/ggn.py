@@ -1,95 +1,16 @@
 """The generalised Gauss-Newton matrix of an objective as a linear operator."""
 
-import functools
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
 
-from lmc_curvature.curvature.convolution import DifferentiableConvolutions
-from lmc_curvature.curvature.derivatives import gradients, operations, refuse_once_differentiable
 from lmc_curvature.curvature.operator import CurvatureOperator
-from lmc_curvature.errors import LossError, UnsupportedModelError
-from lmc_curvature.objective.batches import Batch, describe
-from lmc_curvature.objective.network import State, as_leaves
+from lmc_curvature.curvature.products.gauss_newton import BatchGaussNewton
+from lmc_curvature.errors import LossError
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment.partition import PartitionSpec
-
-
-class BatchGaussNewton:
-    """The Gauss-Newton matrix of one batch, kept as graphs, so that a product costs two backward passes.
-
-        G v = Jᵀ S J v,    J = ∂output/∂state,    S = ∂²loss/∂output²
-
-    Jᵀ u is a backward pass. It is linear in u, and its derivative in u is J: so J v is a backward pass through the
-    graph of Jᵀ u, shared by all vectors of the batch, and needs no operation to have a forward mode.
-
-    Args:
-        objective: The loss.
-        state: Where to differentiate, on the objective's device.
-        batch: The examples.
-        entries: Entries to differentiate in; by default all of the state.
-
-    Attributes:
-        loss: The batch's mean loss, a scalar tensor without graph.
-
-    Raises:
-        LossError: The loss is a `BatchLoss`.
-        UnsupportedModelError: The output is not one tensor, or an operation has no derivative.
-    """
-
-    def __init__(self, objective: Objective, state: State, batch: Batch, entries: Iterable[str] | None = None):
-        names = list(state) if entries is None else list(entries)
-        self._objective = objective
-        self._leaves = as_leaves({name: state[name] for name in names})
-        self._convolutions = DifferentiableConvolutions()
-        with objective.differentiating():
-            with self._convolutions:
-                self._output = _single_tensor(objective.output({**state, **self._leaves}, batch))
-            self._at = self._output.detach().requires_grad_()
-            loss = objective.output_loss(self._at, batch)
-            self._slope = gradients([loss], {"output": self._at}, create_graph=True)["output"]
-            self._cotangent = torch.zeros_like(self._output, requires_grad=True)
-            self._pulled = gradients([self._output], self._leaves, [self._cotangent], create_graph=True)
-        self._graph = loss
-        self.loss = loss.detach()
-
-    def check_twice_differentiable(self) -> None:
-        """Refuse derivatives whose own derivative torch would leave out without a word.
-
-        Raises:
-            UnsupportedModelError: An operation's backward pass is marked once-differentiable.
-        """
-        refuse_once_differentiable([self._graph, self._slope, self._output, *self._pulled.values()])
-
-    @functools.cached_property
-    def operations(self) -> Hashable:
-        """What the graphs are made of."""
-        return operations([self._slope, self._output, *self._pulled.values()])
-
-    def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """G v for a sparse direction v: entry name to tensor, for the entries in `rows` (default: all)."""
-        leaves = self._leaves if rows is None else {name: self._leaves[name] for name in rows}
-        others = [leaf for name, leaf in self._leaves.items() if name not in leaves]
-        with self._objective.differentiating_operations():
-            pulled = [self._pulled[name] for name in direction]
-            with self._convolutions.linear():
-                tangent = gradients(pulled, {"output": self._cotangent}, list(direction.values()))["output"]
-            curved = gradients([self._slope], {"output": self._at}, [tangent])["output"]
-            with self._convolutions.without(others):
-                return gradients([self._output], leaves, [curved])
-
-
-def _single_tensor(output: Any) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise UnsupportedModelError(
-            f"The network's output is {describe(output)}; the Gauss-Newton matrix is defined for one tensor. Wrap the "
-            "network in one that returns the tensor that the loss is computed from."
-        )
-    if not output.is_floating_point():
-        raise UnsupportedModelError(f"The network's output has type {output.dtype}; expected floating-point numbers.")
-    return output
 
 
 class GGNOperator(CurvatureOperator):

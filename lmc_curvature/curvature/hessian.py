@@ -1,93 +1,10 @@
-"""Exact Hessian-vector products of an objective, and the Hessian as a linear operator."""
+"""The Hessian of an objective as a linear operator."""
 
-import functools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from lmc_curvature.curvature.convolution import DifferentiableConvolutions
-from lmc_curvature.curvature.derivatives import gradients, operations, refuse_once_differentiable
 from lmc_curvature.curvature.operator import CurvatureOperator
+from lmc_curvature.curvature.products.gradient import BatchGradient
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.losses import check_differentiable
-from lmc_curvature.objective.network import State, as_leaves
-from lmc_curvature.objective.risk import Objective
-
-
-class BatchGradient:
-    """Loss and gradient of one batch, kept as a graph, so that each Hessian product costs one backward pass.
-
-    Reverse over reverse: H v = ∇⟨∇L, v⟩ (Pearlmutter 1994). The first two passes are shared by all vectors of the
-    batch, and sparse vectors cost only the part of the graph they touch. Forward over reverse takes as many
-    multiplications for a single vector, shares nothing, and is missing or wrong for some of torch's operations
-    (normalisation by batch statistics, `LayerNorm`).
-
-    Args:
-        objective: The loss.
-        state: Where to differentiate, on the objective's device.
-        batch: The examples.
-        entries: Entries to differentiate in; by default all of the state.
-
-    Attributes:
-        loss: The batch's mean loss, a scalar tensor without graph.
-
-    Raises:
-        LossError: The loss does not depend on the state.
-        UnsupportedModelError: An operation has no second derivative; `product` raises it, too.
-    """
-
-    def __init__(self, objective: Objective, state: State, batch: Batch, entries: Iterable[str] | None = None):
-        names = list(state) if entries is None else list(entries)
-        self._objective = objective
-        self._leaves = as_leaves({name: state[name] for name in names})
-        self._convolutions = DifferentiableConvolutions()
-        with objective.differentiating():
-            with self._convolutions:
-                loss = objective.batch_loss({**state, **self._leaves}, batch)
-            # A few entries may well have no part in the loss.
-            if len(names) >= len(objective.state()):
-                check_differentiable(loss)
-            self._gradient = gradients([loss], self._leaves, create_graph=True)
-        self._graph = loss
-        self.loss = loss.detach()
-
-    def check_twice_differentiable(self) -> None:
-        """Refuse a gradient whose own derivative torch would leave out without a word.
-
-        Raises:
-            UnsupportedModelError: An operation's backward pass is marked once-differentiable.
-        """
-        refuse_once_differentiable([self._graph, *self._gradient.values()])
-
-    @functools.cached_property
-    def operations(self) -> Hashable:
-        """What the graph is made of."""
-        return operations([self._graph, *self._gradient.values()])
-
-    def slope(self, direction: State) -> Float[Tensor, ""]:
-        """⟨∇L, v⟩ for a direction v."""
-        return inner({name: tensor.detach() for name, tensor in self._gradient.items()}, direction)
-
-    def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """H v for a sparse direction v: entry name to tensor, for the entries in `rows` (default: all)."""
-        leaves = self._leaves if rows is None else {name: self._leaves[name] for name in rows}
-        others = [leaf for name, leaf in self._leaves.items() if name not in leaves]
-        # A backward pass computes with the settings of the moment: what the objective asks for, not the user's.
-        with self._objective.differentiating_operations(), self._convolutions.without(others):
-            return gradients([self._gradient[name] for name in direction], leaves, list(direction.values()))
-
-
-def inner(a: State, b: State) -> Float[Tensor, ""]:
-    """⟨a, b⟩ over the entries of `b`, which `a` must have."""
-    products = [torch.dot(_precise(a[name]), _precise(tensor)) for name, tensor in b.items()]
-    return torch.stack(products).sum()
-
-
-def _precise(tensor: Tensor) -> Float[Tensor, " n"]:
-    """The values as a vector, half-precision ones as float32: a sum of many does not fit into half a number."""
-    return tensor.flatten().to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class HessianOperator(CurvatureOperator):

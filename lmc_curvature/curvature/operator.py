@@ -12,9 +12,9 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
-from lmc_curvature.curvature.derivatives import all_finite
-from lmc_curvature.curvature.layout import in_best_layout
-from lmc_curvature.curvature.vectorization import (
+from lmc_curvature.curvature.products.derivatives import all_finite
+from lmc_curvature.curvature.products.layout import in_best_layout
+from lmc_curvature.curvature.products.vectorization import (
     UnitVectors,
     Vectorizer,
     stacked_units,

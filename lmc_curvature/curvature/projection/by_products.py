@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from lmc_curvature.curvature.hessian import BatchGradient, inner
+from lmc_curvature.curvature.products.gradient import BatchGradient, inner
 from lmc_curvature.curvature.sweep import BatchValues
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State

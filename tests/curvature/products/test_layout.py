@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lmc_curvature import HessianOperator, Objective
-from lmc_curvature.curvature import layout
-from lmc_curvature.curvature.layout import channels_last, in_best_layout
+from lmc_curvature.curvature.products import layout
+from lmc_curvature.curvature.products.layout import channels_last, in_best_layout
 from lmc_curvature.errors import NonFiniteError
 from lmc_curvature.objective.batches import Batch
 

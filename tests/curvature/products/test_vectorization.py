@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective
-from lmc_curvature.curvature import vectorization
 from lmc_curvature.curvature.blocks import layer_hessian
 from lmc_curvature.curvature.ggn import GGNOperator
-from lmc_curvature.curvature.hessian import BatchGradient
-from lmc_curvature.curvature.vectorization import (
+from lmc_curvature.curvature.products import vectorization
+from lmc_curvature.curvature.products.gradient import BatchGradient
+from lmc_curvature.curvature.products.vectorization import (
     UnitVectors,
     Vectorizer,
     stacked_units,

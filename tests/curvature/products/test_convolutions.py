@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from lmc_curvature import HessianOperator, Objective
-from lmc_curvature.curvature.convolution import DifferentiableConvolutions
+from lmc_curvature.curvature.products.convolutions import DifferentiableConvolutions
 
 CONVOLUTIONS = {
     "1d": (F.conv1d, (2, 4, 7), (3, 4, 3), {}),
