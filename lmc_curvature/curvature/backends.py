@@ -23,8 +23,8 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
 from lmc_curvature.curvature.backpack_diagonal import backpack_diagonal
-from lmc_curvature.curvature.hessian import HessianOperator
-from lmc_curvature.curvature.operator import CurvatureOperator, Share
+from lmc_curvature.curvature.operators.hessian import HessianOperator
+from lmc_curvature.curvature.operators.operator import CurvatureOperator, Share
 from lmc_curvature.curvature.peers import (
     BackpackBatch,
     CurvlinopsBatch,

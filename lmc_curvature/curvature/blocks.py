@@ -21,7 +21,7 @@ from lmc_curvature.curvature.affine import (
     recording,
     road_costs,
 )
-from lmc_curvature.curvature.hessian import HessianOperator
+from lmc_curvature.curvature.operators.hessian import HessianOperator
 from lmc_curvature.curvature.products.derivatives import all_finite
 from lmc_curvature.curvature.products.gradient import BatchGradient
 from lmc_curvature.curvature.products.layout import in_best_layout

@@ -8,7 +8,7 @@ from torch import nn
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective
 from lmc_curvature.curvature.blocks import layer_hessian
-from lmc_curvature.curvature.ggn import GGNOperator
+from lmc_curvature.curvature.operators.ggn import GGNOperator
 from lmc_curvature.curvature.products import vectorization
 from lmc_curvature.curvature.products.gradient import BatchGradient
 from lmc_curvature.curvature.products.vectorization import (

@@ -6,7 +6,7 @@ import torch
 from scipy.integrate import trapezoid
 from scipy.stats import norm, wasserstein_distance
 
-from lmc_curvature.curvature.ggn import GGNOperator
+from lmc_curvature.curvature.operators.ggn import GGNOperator
 from lmc_curvature.curvature.spectra.density import WIDTH_SHARE, SpectralDensity, spectral_density, trace
 from lmc_curvature.errors import MemoryBudgetError, OptionError
 from tests.support.spectra import Counted, digits_dense, digits_hessian, digits_objective, spread, symmetric

@@ -114,7 +114,7 @@ def test_eigenvalues_of_a_network_are_those_of_its_dense_hessian(which, part):
 
 
 def test_eigenvalues_of_a_gauss_newton_matrix():
-    from lmc_curvature.curvature.ggn import GGNOperator
+    from lmc_curvature.curvature.operators.ggn import GGNOperator
 
     operator = GGNOperator(digits_objective())
     dense = operator.to_dense()

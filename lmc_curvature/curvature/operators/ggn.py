@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from lmc_curvature.curvature.operator import CurvatureOperator
+from lmc_curvature.curvature.operators.operator import CurvatureOperator
 from lmc_curvature.curvature.products.gauss_newton import BatchGaussNewton
 from lmc_curvature.errors import LossError
 from lmc_curvature.objective.batches import Batch

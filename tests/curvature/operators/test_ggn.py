@@ -8,7 +8,7 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev
 
 from lmc_curvature import HessianOperator, Objective
-from lmc_curvature.curvature.ggn import GGNOperator
+from lmc_curvature.curvature.operators.ggn import GGNOperator
 from lmc_curvature.errors import (
     HessianSizeError,
     LossError,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lmc_curvature.curvature.operator import CurvatureOperator
+from lmc_curvature.curvature.operators.operator import CurvatureOperator
 from lmc_curvature.curvature.products.gradient import BatchGradient
 from lmc_curvature.objective.batches import Batch
 
