@@ -43,7 +43,7 @@ from benchmarks.support.problems import Problem, image_problem
 from benchmarks.support.profiling import add_profile, profile_table
 from benchmarks.support.timing import Measurement, Road, Spread, measure, seconds_once
 from lmc_curvature import HessianOperator, Objective, project_hessian
-from lmc_curvature.curvature.sweep import Sweep
+from lmc_curvature.curvature.sweep.sweep import Sweep
 
 SWEEP = "sweep"
 LOOPS = ("loop of products on a kept graph, sparse directions (method='hvp')", "HessianOperator @ V, all at once")

@@ -17,7 +17,7 @@ from lmc_curvature import (
     predict_barrier,
 )
 from lmc_curvature.curvature.projection.by_products import Products
-from lmc_curvature.curvature.sweep import Sweep
+from lmc_curvature.curvature.sweep.sweep import Sweep
 from lmc_curvature.errors import (
     AlphaError,
     ArchitectureMismatchError,

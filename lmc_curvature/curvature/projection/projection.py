@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from lmc_curvature.averages import standard_error, weighted_mean
 from lmc_curvature.curvature.projection.by_products import Products
 from lmc_curvature.curvature.projection.verification import VerifiedSweep
-from lmc_curvature.curvature.sweep import BatchValues, Sweep
+from lmc_curvature.curvature.sweep.sweep import BatchValues, Sweep
 from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError, check_choice
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import check_finite_loss
@@ -90,7 +90,7 @@ def project_hessian(
         objective: The loss and its data.
         state: Where to differentiate.
         directions: k sparse states, by name or in order; each holds only the entries it moves.
-        method: `"sweep"`: forward tangents and one adjoint (see `lmc_curvature.curvature.sweep`), compared with a
+        method: `"sweep"`: forward tangents and one adjoint (see `lmc_curvature.curvature.sweep.sweep`), compared with a
             Hessian-vector product on the first batch. `"hvp"`: one exact Hessian-vector product a direction and
             batch. `"auto"`: the sweep, and products with a `FallbackWarning` where it cannot go.
         memory_gib: What the sweep may take for values and tangents, in GiB: examples and directions are cut to fit.

@@ -5,7 +5,7 @@ z_n = f_n(…) against its adjoint g_n = ∂L/∂z_n gives
 
     u_iᵀ H u_j = Σ_n ⟨g_n, D²f_n [ż^(i), ż^(j)]⟩,
 
-where ż^(i) are the tangents of the operation's arguments along u_i (`lmc_curvature.curvature.op_rules`). A direction
+where ż^(i) are the tangents of the operation's arguments along u_i (). A direction
 that moves one layer has no tangent before that layer, linear operations contribute nothing, and a bilinear one costs
 one contraction of g_n for each direction that reaches its rarer side.
 
@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.captured import Captured, Captures
-from lmc_curvature.curvature.op_calls import Contributions, Tangents
-from lmc_curvature.curvature.program import Data, Program
-from lmc_curvature.curvature.tiling import blocks
+from lmc_curvature.curvature.sweep.cache import Captured, Captures
+from lmc_curvature.curvature.sweep.program import Data, Program
+from lmc_curvature.curvature.sweep.rules.rule import Contributions, Tangents
+from lmc_curvature.curvature.sweep.tiling import blocks
 from lmc_curvature.errors import CaptureError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State

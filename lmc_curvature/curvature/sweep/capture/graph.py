@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.tracing import dependents, drop_unused, trace, value_of
+from lmc_curvature.curvature.sweep.capture.recorder import dependents, drop_unused, trace, value_of
 
 aten = torch.ops.aten
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.op_bilinear import Bilinear
-from lmc_curvature.curvature.op_calls import Call, Tangents
-from lmc_curvature.curvature.tracing import value_of
+from lmc_curvature.curvature.sweep.capture.recorder import value_of
+from lmc_curvature.curvature.sweep.rules.bilinear import Bilinear
+from lmc_curvature.curvature.sweep.rules.rule import Call, Tangents
 
 aten = torch.ops.aten
 # Absent where torch was built without oneDNN.

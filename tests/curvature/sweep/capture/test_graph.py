@@ -9,8 +9,8 @@ from torch import nn
 from torch.func import functional_call
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.curvature.graph import capture
-from lmc_curvature.curvature.plan import Plan
+from lmc_curvature.curvature.sweep.capture.graph import capture
+from lmc_curvature.curvature.sweep.plan import Plan
 from lmc_curvature.errors import CaptureError, FallbackWarning
 from lmc_curvature.forking.models import resnet20
 from tests.support.sweeping import around, layer_directions

@@ -10,8 +10,8 @@ from torch import nn
 from torchvision import models
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
-from lmc_curvature.curvature import plan
-from lmc_curvature.curvature.op_autodiff import ByAutodiff
+from lmc_curvature.curvature.sweep import plan
+from lmc_curvature.curvature.sweep.rules.autodiff import ByAutodiff
 from lmc_curvature.errors import FallbackWarning
 from lmc_curvature.forking.models import resnet20
 from tests.support.networks import randomized

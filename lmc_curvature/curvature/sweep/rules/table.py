@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.op_autodiff import ByAutodiff, FlatByAutodiff
-from lmc_curvature.curvature.op_bilinear import DOT, MATRIX_VECTOR, PRODUCT, matrix_product
-from lmc_curvature.curvature.op_calls import (
+from lmc_curvature.curvature.sweep.capture.recorder import value_of
+from lmc_curvature.curvature.sweep.rules.autodiff import ByAutodiff, FlatByAutodiff
+from lmc_curvature.curvature.sweep.rules.bilinear import DOT, MATRIX_VECTOR, PRODUCT, matrix_product
+from lmc_curvature.curvature.sweep.rules.convolution import CONVOLUTION
+from lmc_curvature.curvature.sweep.rules.rule import (
     Call,
     Contributions,
     Rule,
@@ -23,8 +25,6 @@ from lmc_curvature.curvature.op_calls import (
     evaluate,
     weighted_gram,
 )
-from lmc_curvature.curvature.op_convolution import CONVOLUTION
-from lmc_curvature.curvature.tracing import value_of
 
 aten = torch.ops.aten
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.op_calls import Call, Contributions, Rule, Tangents, gram, inner_with_each
+from lmc_curvature.curvature.sweep.rules.rule import Call, Contributions, Rule, Tangents, gram, inner_with_each
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lmc_curvature.curvature.op_calls import Call, Contributions, Rule, Tangents, evaluate, inner_with_each, wide
+from lmc_curvature.curvature.sweep.rules.rule import (
+    Call,
+    Contributions,
+    Rule,
+    Tangents,
+    evaluate,
+    inner_with_each,
+    wide,
+)
 
 
 class ByAutodiff(Rule):

@@ -9,7 +9,7 @@ from torch import nn
 
 from lmc_curvature import Objective, project_hessian
 from lmc_curvature.curvature import op_convolution
-from lmc_curvature.curvature.sweep import Sweep
+from lmc_curvature.curvature.sweep.sweep import Sweep
 from lmc_curvature.forking.models import resnet
 from lmc_curvature.objective.batches import Batch
 from tests.support.networks import randomized

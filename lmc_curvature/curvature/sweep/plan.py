@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.graph import Stage, value_of
-from lmc_curvature.curvature.op_calls import Call, Contributions, Rule, Tangents, evaluate
-from lmc_curvature.curvature.op_convolution import CONVOLUTION, Rectified
-from lmc_curvature.curvature.op_rules import rule_of
-from lmc_curvature.curvature.tracing import line_of
+from lmc_curvature.curvature.sweep.capture.graph import Stage, value_of
+from lmc_curvature.curvature.sweep.capture.recorder import line_of
+from lmc_curvature.curvature.sweep.rules.convolution import CONVOLUTION, Rectified
+from lmc_curvature.curvature.sweep.rules.rule import Call, Contributions, Rule, Tangents, evaluate
+from lmc_curvature.curvature.sweep.rules.table import rule_of
 from lmc_curvature.errors import CaptureError
 
 aten = torch.ops.aten

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lmc_curvature.curvature.program import Program
-from lmc_curvature.curvature.tracing import value_of
+from lmc_curvature.curvature.sweep.capture.recorder import value_of
+from lmc_curvature.curvature.sweep.program import Program
 from lmc_curvature.errors import MemoryBudgetError
 from lmc_curvature.objective.network import State
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc_curvature.curvature.program import Data, Program
-from lmc_curvature.curvature.tiling import Cut, budget_bytes, cut
+from lmc_curvature.curvature.sweep.program import Data, Program
+from lmc_curvature.curvature.sweep.tiling import Cut, budget_bytes, cut
 from lmc_curvature.errors import CaptureError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State
@@ -57,7 +57,7 @@ class Captures:
         objective: The loss.
         state: A complete state, to capture with.
         directions: Placed directions.
-        memory_gib: What values and tangents may take; see `lmc_curvature.curvature.tiling`.
+        memory_gib: What values and tangents may take; see `lmc_curvature.curvature.sweep.tiling`.
     """
 
     def __init__(self, objective: Objective, state: State, directions: Sequence[State], memory_gib: float | None):

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.graph import capture, dependents
-from lmc_curvature.curvature.plan import Plan
+from lmc_curvature.curvature.sweep.capture.graph import capture, dependents
+from lmc_curvature.curvature.sweep.plan import Plan
 from lmc_curvature.errors import CaptureError
 from lmc_curvature.objective.batches import map_tensors
 from lmc_curvature.objective.network import State

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from lmc_curvature.curvature.decompositions import DECOMPOSITIONS
+from lmc_curvature.curvature.sweep.capture.decompositions import DECOMPOSITIONS
 from lmc_curvature.errors import CaptureError
 
 aten = torch.ops.aten

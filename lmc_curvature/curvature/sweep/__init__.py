@@ -1,0 +1,1 @@
+"""k tangents and one adjoint."""
