@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective
-from lmc_curvature.curvature.blocks import layer_hessian
+from lmc_curvature.curvature.blocks.blocks import layer_hessian
 from lmc_curvature.curvature.operators.ggn import GGNOperator
 from lmc_curvature.curvature.products import vectorization
 from lmc_curvature.curvature.products.gradient import BatchGradient

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lmc_curvature.curvature.affine import (
+from lmc_curvature.curvature.blocks.affine import (
     AffineMap,
     Call,
     LayerShape,

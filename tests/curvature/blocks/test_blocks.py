@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call, hessian
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective
-from lmc_curvature.curvature.affine import LayerShape, road_costs
-from lmc_curvature.curvature.blocks import METHODS, cross_layer_hessian, layer_hessian
+from lmc_curvature.curvature.blocks.affine import LayerShape, road_costs
+from lmc_curvature.curvature.blocks.blocks import METHODS, cross_layer_hessian, layer_hessian
 from lmc_curvature.curvature.products import vectorization
 from lmc_curvature.curvature.products.gradient import BatchGradient
 from lmc_curvature.errors import FallbackWarning, HessianSizeError, NonFiniteError, OptionError, UnknownLayerError
