@@ -2,7 +2,7 @@
 
 from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
 from lmc_curvature.barrier.prediction import BarrierPrediction, predict_barrier
-from lmc_curvature.curvature.backends import hessian_operator
+from lmc_curvature.curvature.backends.backends import hessian_operator
 from lmc_curvature.curvature.blocks.blocks import cross_layer_hessian, layer_hessian
 from lmc_curvature.curvature.operators.ggn import GGNOperator
 from lmc_curvature.curvature.operators.hessian import HessianOperator

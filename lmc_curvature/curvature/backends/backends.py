@@ -22,10 +22,8 @@ from jaxtyping import Float64
 from scipy.sparse.linalg import eigsh
 from torch import Tensor
 
-from lmc_curvature.curvature.backpack_diagonal import backpack_diagonal
-from lmc_curvature.curvature.operators.hessian import HessianOperator
-from lmc_curvature.curvature.operators.operator import CurvatureOperator, Share
-from lmc_curvature.curvature.peers import (
+from lmc_curvature.curvature.backends.backpack_diagonal import backpack_diagonal
+from lmc_curvature.curvature.backends.peers import (
     BackpackBatch,
     CurvlinopsBatch,
     PeerBatch,
@@ -36,6 +34,8 @@ from lmc_curvature.curvature.peers import (
     pyhessian_trace,
     tolerance_of,
 )
+from lmc_curvature.curvature.operators.hessian import HessianOperator
+from lmc_curvature.curvature.operators.operator import CurvatureOperator, Share
 from lmc_curvature.curvature.products.gradient import BatchGradient
 from lmc_curvature.curvature.spectra.density import Estimate, trace
 from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs

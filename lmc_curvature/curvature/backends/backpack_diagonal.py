@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmc_curvature.curvature.peers import load_peer, tolerance_of
+from lmc_curvature.curvature.backends.peers import load_peer, tolerance_of
 from lmc_curvature.curvature.products.gradient import BatchGradient
 from lmc_curvature.errors import BackendError
 from lmc_curvature.objective.losses import finite_loss

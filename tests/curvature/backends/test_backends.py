@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import HessianOperator, Objective
-from lmc_curvature.curvature import backends
-from lmc_curvature.curvature.backends import (
+from lmc_curvature.curvature.backends import backends
+from lmc_curvature.curvature.backends.backends import (
     BACKENDS,
     PeerHessian,
     hessian_diagonal,

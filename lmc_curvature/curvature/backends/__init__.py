@@ -1,0 +1,1 @@
+"""The same products by other libraries."""
