@@ -14,11 +14,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from lmc_curvature.cli.tables import trace_tables
 from lmc_curvature.errors import CheckpointError, LMCCurvatureError, NonFiniteError, OptionError
 from lmc_curvature.figures.experiment import draw_all
 from lmc_curvature.forking import load_config, read_traces, run_forks, trace_forks
 from lmc_curvature.objective.network import parse_device
-from lmc_curvature.tables import trace_tables
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPER = sorted(path for path in CONFIGS.glob("cifar10-resnet*.yaml"))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction, cli, measure_barrier, predict_barrier
-from lmc_curvature.cli import main
+from lmc_curvature.cli.app import main
 from lmc_curvature.forking.data import load_data, load_digits
 from lmc_curvature.forking.models import digits_resnet
 from tests.support.configurations import SECONDS

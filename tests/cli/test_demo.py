@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lmc_curvature import BarrierMeasurement
-from lmc_curvature.demo import CONFIG, layer_rank_correlations, layer_sets, run_demo
-from lmc_curvature.tables import demo_tables
+from lmc_curvature.cli.demo import CONFIG, layer_rank_correlations, layer_sets, run_demo
+from lmc_curvature.cli.tables import demo_tables
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from lmc_curvature.barrier.expansions import EXPANSIONS
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
-from lmc_curvature.demo import DemoResult, layer_rank_correlations, layer_sets
+from lmc_curvature.cli.demo import DemoResult, layer_rank_correlations, layer_sets
 from lmc_curvature.figures.frames import at_epoch, numbers
 from lmc_curvature.figures.ranks import rank_correlations
 from lmc_curvature.forking.traces import Traces

@@ -16,7 +16,15 @@ from lmc_curvature import __version__
 from lmc_curvature.barrier.measurement import measure_barrier
 from lmc_curvature.barrier.prediction import predict_barrier
 from lmc_curvature.checkpoints.files import load_checkpoint
-from lmc_curvature.demo import run_demo
+from lmc_curvature.cli.demo import run_demo
+from lmc_curvature.cli.tables import (
+    demo_tables,
+    measurement_record,
+    measurement_table,
+    prediction_record,
+    prediction_table,
+    trace_tables,
+)
 from lmc_curvature.errors import DataError, LMCCurvatureError, OptionError, check_choice
 from lmc_curvature.figures.experiment import draw_all
 from lmc_curvature.forking.data import load_data
@@ -27,14 +35,6 @@ from lmc_curvature.forking.tracing import trace_forks
 from lmc_curvature.objective.network import parse_device
 from lmc_curvature.objective.normalization import BatchNormPolicy
 from lmc_curvature.segment.partition import LayerPartition, layer_indices
-from lmc_curvature.tables import (
-    demo_tables,
-    measurement_record,
-    measurement_table,
-    prediction_record,
-    prediction_table,
-    trace_tables,
-)
 
 app = typer.Typer(
     help="Can two neural networks be averaged? Predict the loss barrier between them, and measure it.",
