@@ -14,9 +14,9 @@ from torch.optim.swa_utils import update_bn
 
 from benchmarks.kinks import far_from_kinks
 from lmc_curvature import Objective, Segment
-from lmc_curvature.forking.data import load_digits
-from lmc_curvature.forking.models import digits_resnet, resnet
 from lmc_curvature.objective.batches import Batch
+from lmc_curvature.sources.data import load_digits
+from lmc_curvature.sources.networks import digits_resnet, resnet
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,14 +1,6 @@
 """Parents, and children forked from them: networks, data sets, training, and the files of an experiment."""
 
 from lmc_curvature.checkpoints.files import load_checkpoint
-from lmc_curvature.forking.data import (
-    Batches,
-    ImageDataset,
-    load_cifar10,
-    load_data,
-    load_digits,
-    load_image_folder,
-)
 from lmc_curvature.forking.directory import (
     ForkDirectory,
     load_child,
@@ -16,7 +8,20 @@ from lmc_curvature.forking.directory import (
     open_directory,
 )
 from lmc_curvature.forking.experiment import run_forks
-from lmc_curvature.forking.models import (
+from lmc_curvature.forking.plan import ForkConfig, TraceConfig, load_config
+from lmc_curvature.forking.provenance import load_fork_data
+from lmc_curvature.forking.traces import Traces, read_traces
+from lmc_curvature.forking.tracing import trace_forks
+from lmc_curvature.forking.training import EpochMetrics, TrainingConfig, TrainingState, evaluate, train
+from lmc_curvature.sources.data import (
+    Batches,
+    ImageDataset,
+    load_cifar10,
+    load_data,
+    load_digits,
+    load_image_folder,
+)
+from lmc_curvature.sources.networks import (
     CifarResNet,
     cifar_resnet18,
     digits_resnet,
@@ -25,11 +30,6 @@ from lmc_curvature.forking.models import (
     resnet,
     resnet20,
 )
-from lmc_curvature.forking.plan import ForkConfig, TraceConfig, load_config
-from lmc_curvature.forking.provenance import load_fork_data
-from lmc_curvature.forking.traces import Traces, read_traces
-from lmc_curvature.forking.tracing import trace_forks
-from lmc_curvature.forking.training import EpochMetrics, TrainingConfig, TrainingState, evaluate, train
 
 __all__ = [
     "Batches",

@@ -23,10 +23,10 @@ from torch import nn
 from lmc_curvature.checkpoints.files import load_entries
 from lmc_curvature.errors import CheckpointError, ConfigurationError, FileFormatError, NewerVersionError
 from lmc_curvature.forking.configuration import Configuration
-from lmc_curvature.forking.models import make_model
 from lmc_curvature.forking.plan import ForkConfig
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.training import TrainingState
+from lmc_curvature.sources.networks import make_model
 from lmc_curvature.storage import read_json, remove_partial_files, write_json
 
 _VERSION = "2"

@@ -19,7 +19,6 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.errors import DataError, NonFiniteError, OptionError
 from lmc_curvature.forking.checks import check_examples, check_fit, check_layers
-from lmc_curvature.forking.data import ImageDataset, Split
 from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state, open_directory
 from lmc_curvature.forking.events import check_tensorboard, event_log
 from lmc_curvature.forking.plan import ForkConfig
@@ -27,6 +26,7 @@ from lmc_curvature.forking.provenance import begin, load_split, recorded_splits,
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.sharing import cpu_threads, device_of_rank, helpers, is_first_rank, share, unless_claimed
 from lmc_curvature.forking.training import EpochMetrics, TrainingState, capture_state, train
+from lmc_curvature.sources.data import ImageDataset, Split
 from lmc_curvature.storage import remove_partial_files
 
 # What being killed costs at most, besides the epoch at hand.

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmc_curvature.errors import CheckpointError, DataError, FileFormatError, NewerVersionError
-from lmc_curvature.forking.data import ImageDataset, Split, load_data
 from lmc_curvature.forking.directory import ForkDirectory, check_config, open_directory, write_config
+from lmc_curvature.sources.data import ImageDataset, Split, load_data
 from lmc_curvature.storage import read_json, write_json
 
 _VERSION = "1"

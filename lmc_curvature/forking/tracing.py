@@ -32,7 +32,6 @@ from lmc_curvature.errors import (
     OptionError,
 )
 from lmc_curvature.forking.checks import check_examples, check_layers
-from lmc_curvature.forking.data import Batches, Split
 from lmc_curvature.forking.directory import (
     ForkDirectory,
     differences,
@@ -49,6 +48,7 @@ from lmc_curvature.geometry import SiblingGeometry
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment.partition import LayerPartition
 from lmc_curvature.segment.segment import Segment
+from lmc_curvature.sources.data import Batches, Split
 from lmc_curvature.storage import discard_if_damaged, read_json, remove_partial_files, write_json
 
 _VERSION = "1"

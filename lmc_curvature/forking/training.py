@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.checkpoints.files import load_entries, read_snapshot, write_snapshot
 from lmc_curvature.errors import NonFiniteError, OptionError
-from lmc_curvature.forking.augmentation import Crops
 from lmc_curvature.forking.configuration import Configuration
-from lmc_curvature.forking.data import ImageDataset
+from lmc_curvature.sources.augmentation import Crops
+from lmc_curvature.sources.data import ImageDataset
 
 
 class TrainingConfig(Configuration):

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction, cli, measure_barrier, predict_barrier
 from lmc_curvature.cli.app import main
-from lmc_curvature.forking.data import load_data, load_digits
-from lmc_curvature.forking.models import digits_resnet
+from lmc_curvature.sources.data import load_data, load_digits
+from lmc_curvature.sources.networks import digits_resnet
 from tests.support.configurations import SECONDS
 
 COMMON = ["--model", "digits-resnet", "--model-option", "width=4", "--data", "digits", "--limit", "60", "--no-progress"]

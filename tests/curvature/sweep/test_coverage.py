@@ -13,7 +13,7 @@ from lmc_curvature import BatchLoss, Objective, project_hessian
 from lmc_curvature.curvature.sweep import plan
 from lmc_curvature.curvature.sweep.rules.autodiff import ByAutodiff
 from lmc_curvature.errors import FallbackWarning
-from lmc_curvature.forking.models import resnet20
+from lmc_curvature.sources.networks import resnet20
 from tests.support.networks import randomized
 from tests.support.sweeping import assert_projections_agree, assert_sweep_agrees, layer_directions
 

@@ -21,8 +21,8 @@ from lmc_curvature.errors import (
     MemoryBudgetError,
     OptionError,
 )
-from lmc_curvature.forking.models import resnet20
 from lmc_curvature.objective.batches import Batch
+from lmc_curvature.sources.networks import resnet20
 from tests.support.cases import CASES
 from tests.support.networks import randomized
 from tests.support.sweeping import (

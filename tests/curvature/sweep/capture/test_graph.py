@@ -12,7 +12,7 @@ from lmc_curvature import Objective, project_hessian
 from lmc_curvature.curvature.sweep.capture.graph import capture
 from lmc_curvature.curvature.sweep.plan import Plan
 from lmc_curvature.errors import CaptureError, FallbackWarning
-from lmc_curvature.forking.models import resnet20
+from lmc_curvature.sources.networks import resnet20
 from tests.support.sweeping import around, layer_directions
 
 aten = torch.ops.aten

@@ -10,8 +10,8 @@ from torch import nn
 from lmc_curvature import Objective, project_hessian
 from lmc_curvature.curvature import op_convolution
 from lmc_curvature.curvature.sweep.sweep import Sweep
-from lmc_curvature.forking.models import resnet
 from lmc_curvature.objective.batches import Batch
+from lmc_curvature.sources.networks import resnet
 from tests.support.networks import randomized
 from tests.support.sweeping import assert_projections_agree, assert_sweep_agrees, layer_directions, swept
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lmc_curvature.forking import ImageDataset, TrainingConfig, make_model, train
-from lmc_curvature.forking.augmentation import PADDING, Crops
+from lmc_curvature.sources.augmentation import PADDING, Crops
 
 
 def images(count=40, size=8):

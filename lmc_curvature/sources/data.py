@@ -19,7 +19,7 @@ from torchvision.datasets.folder import default_loader
 from tqdm.auto import tqdm
 
 from lmc_curvature.errors import DataError, OptionError, check_choice
-from lmc_curvature.forking.augmentation import Crops
+from lmc_curvature.sources.augmentation import Crops
 
 Split = Literal["train", "test"]
 
