@@ -29,12 +29,12 @@ from lmc_curvature.errors import DataError, LMCCurvatureError, OptionError, chec
 from lmc_curvature.figures.experiment import draw_all
 from lmc_curvature.forking.experiment import run_forks
 from lmc_curvature.forking.plan import load_config
-from lmc_curvature.forking.tracing import trace_forks
 from lmc_curvature.objective.network import parse_device
 from lmc_curvature.objective.normalization import BatchNormPolicy
 from lmc_curvature.segment.partition import LayerPartition, layer_indices
 from lmc_curvature.sources.data import load_data
 from lmc_curvature.sources.networks import make_model
+from lmc_curvature.tracing.tracing import trace_forks
 
 app = typer.Typer(
     help="Can two neural networks be averaged? Predict the loss barrier between them, and measure it.",

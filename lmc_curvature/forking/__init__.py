@@ -10,8 +10,6 @@ from lmc_curvature.forking.directory import (
 from lmc_curvature.forking.experiment import run_forks
 from lmc_curvature.forking.plan import ForkConfig, TraceConfig, load_config
 from lmc_curvature.forking.provenance import load_fork_data
-from lmc_curvature.forking.traces import Traces, read_traces
-from lmc_curvature.forking.tracing import trace_forks
 from lmc_curvature.forking.training import EpochMetrics, TrainingConfig, TrainingState, evaluate, train
 from lmc_curvature.sources.data import (
     Batches,
@@ -30,6 +28,8 @@ from lmc_curvature.sources.networks import (
     resnet,
     resnet20,
 )
+from lmc_curvature.tracing.traces import Traces, read_traces
+from lmc_curvature.tracing.tracing import trace_forks
 
 __all__ = [
     "Batches",

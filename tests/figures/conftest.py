@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from lmc_curvature import measure_barrier, predict_barrier
-from lmc_curvature.forking.traces import Traces
 from lmc_curvature.landscapes import Quadratic, landscape_loss, origin
+from lmc_curvature.tracing.traces import Traces
 
 
 def _two_sided(sets="tensor", alphas=11):

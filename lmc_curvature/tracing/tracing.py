@@ -43,13 +43,13 @@ from lmc_curvature.forking.directory import (
 from lmc_curvature.forking.plan import TraceConfig, When
 from lmc_curvature.forking.provenance import load_split
 from lmc_curvature.forking.sharing import cpu_threads, device_of_rank, helpers, is_first_rank, share, unless_claimed
-from lmc_curvature.forking.traces import Traces, cumulative_sets, write_tables
 from lmc_curvature.geometry import SiblingGeometry
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment.partition import LayerPartition
 from lmc_curvature.segment.segment import Segment
 from lmc_curvature.sources.data import Batches, Split
 from lmc_curvature.storage import discard_if_damaged, read_json, remove_partial_files, write_json
+from lmc_curvature.tracing.traces import Traces, cumulative_sets, write_tables
 
 _VERSION = "1"
 # Not what a device happens to have free: how a batch is cut into tiles decides the last bits of a prediction.

@@ -21,8 +21,8 @@ from lmc_curvature.forking import (
     tracing,
 )
 from lmc_curvature.forking.directory import create_directory
-from lmc_curvature.forking.traces import cumulative_sets
 from lmc_curvature.geometry import sibling_cosine, solution_plane_cosine
+from lmc_curvature.tracing.traces import cumulative_sets
 
 SETTINGS = {
     "training": {"epochs": 3, "learning_rate": 0.1, "batch_size": 50},

@@ -1,0 +1,1 @@
+"""What is computed between siblings, as tables."""
