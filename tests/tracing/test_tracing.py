@@ -18,10 +18,10 @@ from lmc_curvature.forking import (
     read_traces,
     run_forks,
     trace_forks,
-    tracing,
 )
 from lmc_curvature.forking.directory import create_directory
 from lmc_curvature.geometry import sibling_cosine, solution_plane_cosine
+from lmc_curvature.tracing import tracing
 from lmc_curvature.tracing.traces import cumulative_sets
 
 SETTINGS = {

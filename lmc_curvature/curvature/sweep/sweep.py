@@ -5,7 +5,7 @@ z_n = f_n(…) against its adjoint g_n = ∂L/∂z_n gives
 
     u_iᵀ H u_j = Σ_n ⟨g_n, D²f_n [ż^(i), ż^(j)]⟩,
 
-where ż^(i) are the tangents of the operation's arguments along u_i (). A direction
+where ż^(i) are the tangents of the operation's arguments along u_i (`sweep/rules`). A direction
 that moves one layer has no tangent before that layer, linear operations contribute nothing, and a bilinear one costs
 one contraction of g_n for each direction that reaches its rarer side.
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.curvature import op_convolution
+from lmc_curvature.curvature.sweep.rules import convolution as op_convolution
 from lmc_curvature.curvature.sweep.sweep import Sweep
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.sources.networks import resnet

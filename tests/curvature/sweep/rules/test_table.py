@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
-from lmc_curvature.curvature import op_rules
+from lmc_curvature.curvature.sweep.rules import table as op_rules
 from tests.support.sweeping import around, assert_sweep_agrees, layer_directions
 
 VECTOR, SEQUENCE, LINE, IMAGE, VOLUME = (6,), (4, 6), (2, 9), (2, 5, 6), (2, 3, 4, 4)
