@@ -17,19 +17,11 @@ class ArchitectureMismatchError(LMCCurvatureError, ValueError):
 
 
 class PartitionError(LMCCurvatureError, ValueError):
-    """A layer partition does not cover every entry exactly once, or its specification is not understood."""
-
-
-class UnknownLayerError(LMCCurvatureError, ValueError):
-    """A set of layers names a layer that the partition does not have."""
+    """A layer partition does not cover every entry exactly once, or a set of layers names one that it does not have."""
 
 
 class OptionError(LMCCurvatureError, ValueError):
-    """An option has a value that is not among its choices, or does not go with the other options."""
-
-
-class AlphaError(LMCCurvatureError, ValueError):
-    """A position on the segment lies outside [0, 1], or there are too few of them."""
+    """An option, a position on the segment or a metric is not among the choices, or does not go with the others."""
 
 
 class LoaderError(LMCCurvatureError, ValueError):
@@ -40,20 +32,12 @@ class LossError(LMCCurvatureError, ValueError):
     """The loss is not a real scalar mean over the examples of a batch."""
 
 
-class MetricError(LMCCurvatureError, ValueError):
-    """A metric cannot be computed from what the loader and the network yield."""
-
-
 class NonFiniteError(LMCCurvatureError, ArithmeticError):
     """A parameter, a loss or a curvature is infinite or not a number."""
 
 
-class RandomStateError(LMCCurvatureError, ValueError):
-    """A module draws random numbers although the network is in evaluation mode."""
-
-
 class UnsupportedModelError(LMCCurvatureError, TypeError):
-    """The network cannot be evaluated at a given state: it is uninitialised, or it cannot be copied."""
+    """The loss is no function of the state: the network is random, uninitialised, or cannot be copied."""
 
 
 class FallbackWarning(UserWarning):
@@ -80,12 +64,8 @@ class ConvergenceWarning(UserWarning):
     """An iteration ended before it reached the accuracy asked for."""
 
 
-class HessianSizeError(LMCCurvatureError, MemoryError):
-    """A dense matrix would need more memory than is allowed."""
-
-
 class MemoryBudgetError(LMCCurvatureError, MemoryError):
-    """A computation would need more memory than it was given, however it is cut."""
+    """A dense matrix or a computation, however it is cut, would need more memory than it was given."""
 
 
 class BackendError(LMCCurvatureError, RuntimeError):

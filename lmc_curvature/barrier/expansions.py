@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy.polynomial import polynomial
 
-from lmc_curvature.errors import AlphaError
+from lmc_curvature.errors import OptionError
 
 Expansion = Literal["second-order", "shared-hessian", "with-slopes", "hermite"]
 EXPANSIONS: tuple[Expansion, ...] = get_args(Expansion)
@@ -81,15 +81,15 @@ def check_alphas(alphas: object) -> Float[np.ndarray, " n"]:
     """Positions on the segment as an array.
 
     Raises:
-        AlphaError: They are not numbers in [0, 1], or there is none; names the offending one.
+        OptionError: They are not numbers in [0, 1], or there is none; names the offending one.
     """
     try:
         positions = np.atleast_1d(np.asarray(alphas, dtype=np.float64))
     except (TypeError, ValueError) as error:
-        raise AlphaError(f"alphas={alphas!r}: expected a sequence of numbers in [0, 1].") from error
+        raise OptionError(f"alphas={alphas!r}: expected a sequence of numbers in [0, 1].") from error
     if positions.ndim != 1 or positions.size == 0:
-        raise AlphaError(f"alphas has shape {positions.shape}; expected a sequence of numbers in [0, 1].")
+        raise OptionError(f"alphas has shape {positions.shape}; expected a sequence of numbers in [0, 1].")
     outside = positions[~((positions >= 0) & (positions <= 1))]
     if outside.size:
-        raise AlphaError(f"alpha={outside[0]} lies outside the segment; expected numbers in [0, 1].")
+        raise OptionError(f"alpha={outside[0]} lies outside the segment; expected numbers in [0, 1].")
     return positions

@@ -14,7 +14,7 @@ from lmc_curvature.averages import standard_error, weighted_mean
 from lmc_curvature.barrier.expansions import check_alphas
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
 from lmc_curvature.barrier.metrics import METRICS, check_metrics, metric_values
-from lmc_curvature.errors import AlphaError, NonFiniteError, OptionError, check_choice
+from lmc_curvature.errors import NonFiniteError, OptionError, check_choice
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import LossFunction
 from lmc_curvature.objective.normalization import BatchNormPolicy
@@ -286,7 +286,7 @@ class BarrierMeasurement:
 def _positions(alphas: int | np.integer | Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:
     if isinstance(alphas, (int, np.integer)):
         if alphas < 3:
-            raise AlphaError(f"alphas={alphas}: at least 3 positions are needed, the ends and one between them.")
+            raise OptionError(f"alphas={alphas}: at least 3 positions are needed, the ends and one between them.")
         return np.linspace(0.0, 1.0, int(alphas))
     return np.sort(check_alphas(alphas))
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lmc_curvature.errors import MetricError, check_choice
+from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective.batches import Batch, describe
 from lmc_curvature.objective.losses import BatchLoss, LossFunction
 
@@ -19,16 +19,16 @@ def check_metrics(metrics: Sequence[str], loss_fn: LossFunction | None) -> None:
 
     Raises:
         OptionError: A metric is unknown.
-        MetricError: The error is asked for with a `BatchLoss`, or no metric is.
+        OptionError: The error is asked for with a `BatchLoss`, or no metric is.
     """
     if isinstance(metrics, str):
-        raise MetricError(f"metrics={metrics!r}: expected several, such as ({metrics!r},).")
+        raise OptionError(f"metrics={metrics!r}: expected several, such as ({metrics!r},).")
     if not metrics:
-        raise MetricError(f"No metric was asked for; choose from {METRICS}.")
+        raise OptionError(f"No metric was asked for; choose from {METRICS}.")
     for metric in metrics:
         check_choice("metrics", metric, METRICS)
     if "error" in metrics and isinstance(loss_fn, BatchLoss):
-        raise MetricError("A BatchLoss yields a loss only, so metric 'error' is unknown: pass metrics=('loss',).")
+        raise OptionError("A BatchLoss yields a loss only, so metric 'error' is unknown: pass metrics=('loss',).")
 
 
 def metric_values(
@@ -37,7 +37,7 @@ def metric_values(
     """The metrics of one batch, on its device.
 
     Raises:
-        MetricError: The error is asked for, and output and target are not those of a classifier.
+        OptionError: The error is asked for, and output and target are not those of a classifier.
     """
     return torch.stack([loss.double() if metric == "loss" else _error(output, target, batch) for metric in metrics])
 
@@ -49,7 +49,7 @@ def _error(output: Any, target: Any, batch: Batch) -> Float[Tensor, ""]:
             return (output.argmax(1) != target.argmax(1)).double().mean()
         if output.ndim == target.ndim + 1 and not target.is_floating_point() and output.shape[0] == target.shape[0]:
             return (output.argmax(1) != target).double().mean()
-    raise MetricError(
+    raise OptionError(
         f"Metric 'error' needs outputs (n, classes, …) with class indices (n, …) or class probabilities; batch "
         f"{batch.index} has {describe(output)} with {describe(target)}. Pass metrics=('loss',)."
     )

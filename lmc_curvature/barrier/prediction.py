@@ -165,8 +165,8 @@ class BarrierPrediction:
         """Predicted barrier curve B_S(α) at positions in [0, 1]; see `expansions.coefficients` for the formulas.
 
         Raises:
-            AlphaError: A position lies outside [0, 1].
-            UnknownLayerError: The set names an unknown layer.
+            OptionError: A position lies outside [0, 1].
+            PartitionError: The set names an unknown layer.
             OptionError: `expansion` is not a choice, or is `"hermite"` for a set that is not the whole network.
         """
         return evaluate(self._coefficients(layers, expansion), check_alphas(alphas))

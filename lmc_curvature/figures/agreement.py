@@ -92,7 +92,7 @@ def draw_predicted_against_measured(
     Raises:
         OptionError: The two do not have the same forks, a loss was not measured, or `expansion` is `"hermite"`
             although sets of layers were measured.
-        UnknownLayerError: A measured layer is not one of the prediction's: their partitions differ.
+        PartitionError: A measured layer is not one of the prediction's: their partitions differ.
     """
     forks = paired_forks(predictions, measurements)
     colors = fork_colors(forks)

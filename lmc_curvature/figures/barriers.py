@@ -176,7 +176,7 @@ def draw_layer_bars(
 
     Raises:
         OptionError: The two do not have the same forks, or a measurement has no sets of layers, or no loss.
-        UnknownLayerError: A measured layer is not one of the prediction's: their partitions differ.
+        PartitionError: A measured layer is not one of the prediction's: their partitions differ.
     """
     pairs = paired_forks(predictions, measurements)
     names = [_set_titles(measurement, titles or {}) for _, measurement in pairs.values()]

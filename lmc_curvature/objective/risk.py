@@ -23,7 +23,6 @@ from lmc_curvature.errors import (
     LoaderError,
     LossError,
     OptionError,
-    RandomStateError,
     UnsupportedModelError,
     check_choice,
     suggest,
@@ -48,6 +47,7 @@ from lmc_curvature.objective.losses import (
     finite_loss,
     own_loss,
 )
+from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import (
     State,
     as_leaves,
@@ -69,6 +69,7 @@ from lmc_curvature.objective.normalization import (
     Statistics,
     statistic_names,
 )
+from lmc_curvature.objective.numerics import channels_last, ignores_layout, prefers_channels_last
 from lmc_curvature.objective.randomness import drawing_module, global_rng_preserved
 
 
@@ -93,6 +94,9 @@ class Objective:
         dtype: Floating-point type to compute in; by default the one that holds all of the model's.
         allow_tf32: Let convolutions on a CUDA device round float32 to TF32's ten bits of mantissa: faster, with errors
             of about 1e-3. Matrix products follow `torch.backends.cuda.matmul`, where it is off unless switched on.
+
+    Attributes:
+        memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
 
     Raises:
         OptionError: `batch_norm`, `max_batches`, `device`, `dtype` or `allow_tf32` has a bad value.
@@ -145,6 +149,7 @@ class Objective:
         self._originals = [(weakref.ref(tensor), name) for name, tensor in model.named_parameters()]
         self._aliases = tied_names(model)
         self._checked = False
+        self.memo = Memo()
 
     @property
     def rounding(self) -> float:
@@ -231,7 +236,7 @@ class Objective:
         """Mean loss over one batch at `state`: a scalar tensor, differentiable in the state.
 
         Raises:
-            RandomStateError: The loss is not a function of the state, because a module draws random numbers (found
+            UnsupportedModelError: The loss is not a function of the state, because a module draws random numbers (found
                 on the first batch; names the module).
             UnsupportedModelError: The loss is not a function of the state, because the network changes an entry in
                 place, or reaches past the state for the parameters of the original network.
@@ -248,6 +253,16 @@ class Objective:
         loss, output, target = functional_call(self._evaluation, entries, (batch.data,))
         check_loss(loss)
         return loss, output, target
+
+    def laid_out(self, batch: Batch) -> Batch:
+        """The batch with its images laid out as the device convolves them fastest, if the network bears it."""
+
+        def bears_it() -> bool:
+            if not prefers_channels_last(self.network, self.device, self.dtype):
+                return False
+            return ignores_layout(lambda batch: self.batch_loss(self.state(), batch), batch)
+
+        return channels_last(batch) if self.memo("channels last", bears_it) else batch
 
     @property
     def has_output(self) -> bool:
@@ -311,7 +326,7 @@ class Objective:
         first, second = (loss.item() for loss in losses)
         # Beyond what reordered sums on a GPU explain.
         if not np.isclose(first, second, rtol=1e-3, atol=1e-6, equal_nan=True):
-            raise RandomStateError(
+            raise UnsupportedModelError(
                 f"The network has losses {first:.6g} and {second:.6g} for one state and batch: a module draws from a "
                 "generator of its own, or keeps something from call to call. Switch that off."
             )
@@ -322,7 +337,7 @@ class Objective:
     def _refuse_drawing(self, name: str) -> None:
         kind = type(self._evaluation.get_submodule(name)).__name__
         culprit = f"Module {name.removeprefix('network.')!r} ({kind})" if "." in name else f"The {name or 'loss'}"
-        raise RandomStateError(
+        raise UnsupportedModelError(
             f"{culprit} draws random numbers in evaluation mode, so its loss is not a function of the parameters. "
             "Switch the randomness off (dropout-like functions take training=self.training)."
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lmc_curvature.errors import PartitionError, UnknownLayerError, suggest
+from lmc_curvature.errors import PartitionError, suggest
 from lmc_curvature.objective.network import movable_entries, tied_names
 from lmc_curvature.objective.normalization import BatchNormPolicy
 
@@ -85,10 +85,10 @@ class LayerPartition:
         """Names of the entries of one layer.
 
         Raises:
-            UnknownLayerError: There is no such layer.
+            PartitionError: There is no such layer.
         """
         if name not in self.groups:
-            raise UnknownLayerError(f"There is no layer {name!r}: {suggest(name, self.groups)}")
+            raise PartitionError(f"There is no layer {name!r}: {suggest(name, self.groups)}")
         return self.groups[name]
 
     def layer_of(self, entry: str) -> str:
@@ -112,14 +112,14 @@ def layer_indices(names: Sequence[str], layers: Iterable[str] | str | None) -> l
     """Positions of a set of layers (None: all of them) among `names`, each once and in order.
 
     Raises:
-        UnknownLayerError: A layer of the set is not among the names; suggests the nearest.
+        PartitionError: A layer of the set is not among the names; suggests the nearest.
     """
     if layers is None:
         return list(range(len(names)))
     wanted = {layers} if isinstance(layers, str) else set(layers)
     for name in sorted(wanted, key=str):
         if name not in names:
-            raise UnknownLayerError(f"There is no layer {name!r}: {suggest(str(name), names)}")
+            raise PartitionError(f"There is no layer {name!r}: {suggest(str(name), names)}")
     return [index for index, name in enumerate(names) if name in wanted]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lmc_curvature.errors import AlphaError, ArchitectureMismatchError, check_choice
+from lmc_curvature.errors import ArchitectureMismatchError, OptionError, check_choice
 from lmc_curvature.objective.network import check_finite, check_module, movable_entries, tied_names
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, statistic_names, tracked_modules
 from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
@@ -76,11 +76,11 @@ class Segment:
             layers: Names of the layers that move; None for all.
 
         Raises:
-            AlphaError: `alpha` lies outside [0, 1].
-            UnknownLayerError: The set names an unknown layer.
+            OptionError: `alpha` lies outside [0, 1].
+            PartitionError: The set names an unknown layer.
         """
         if not 0.0 <= alpha <= 1.0:
-            raise AlphaError(f"alpha={alpha} lies outside the segment; expected a number in [0, 1].")
+            raise OptionError(f"alpha={alpha} lies outside the segment; expected a number in [0, 1].")
         state = dict(self.start)
         for index in layer_indices(self.layers, layers):
             for name in self.partition.entries(self.layers[index]):

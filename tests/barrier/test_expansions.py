@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from scipy.interpolate import BPoly
 
 from lmc_curvature.barrier.expansions import EXPANSIONS, Endpoint, check_alphas, coefficients, evaluate, peak
-from lmc_curvature.errors import AlphaError
+from lmc_curvature.errors import OptionError
 
 numbers = st.floats(-10, 10)
 endpoints = st.builds(Endpoint, numbers, numbers, numbers)
@@ -57,7 +57,7 @@ def test_coefficients_take_a_value_a_batch():
     ],
 )
 def test_bad_positions_are_named(alphas, message):
-    with pytest.raises(AlphaError, match=message):
+    with pytest.raises(OptionError, match=message):
         check_alphas(alphas)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lmc_curvature import BarrierMeasurement, BatchLoss, Objective, measure_barrier
-from lmc_curvature.errors import AlphaError, LoaderError, MetricError, NonFiniteError, OptionError, UnknownLayerError
+from lmc_curvature.errors import LoaderError, NonFiniteError, OptionError, PartitionError
 from tests.support.cases import CASES
 
 CONV = CASES["conv, interpolate"]
@@ -202,14 +202,14 @@ def test_tf32_may_be_asked_for(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"alphas": 2}, AlphaError, "alphas=2: at least 3"),
-        ({"alphas": [0.5, -0.1]}, AlphaError, r"alpha=-0.1 lies outside the segment; expected numbers in \[0, 1\]"),
-        ({"layers": [["conv1"], ["conv9"]]}, UnknownLayerError, "no layer 'conv9': did you mean 'conv"),
+        ({"alphas": 2}, OptionError, "alphas=2: at least 3"),
+        ({"alphas": [0.5, -0.1]}, OptionError, r"alpha=-0.1 lies outside the segment; expected numbers in \[0, 1\]"),
+        ({"layers": [["conv1"], ["conv9"]]}, PartitionError, "no layer 'conv9': did you mean 'conv"),
         ({"layers": [["conv1"], []]}, OptionError, r"layers\[1\] is an empty set"),
         ({"metrics": ("accuracy",)}, OptionError, "metrics='accuracy' is not a choice"),
-        ({"metrics": ()}, MetricError, "No metric was asked for"),
-        ({"loss_fn": BatchLoss(lambda m, b: m(b[0]).mean())}, MetricError, r"pass metrics=\('loss',\)"),
-        ({"loss_fn": F.mse_loss}, MetricError, r"'error' needs outputs.*batch 0.*Pass metrics=\('loss',\)"),
+        ({"metrics": ()}, OptionError, "No metric was asked for"),
+        ({"loss_fn": BatchLoss(lambda m, b: m(b[0]).mean())}, OptionError, r"pass metrics=\('loss',\)"),
+        ({"loss_fn": F.mse_loss}, OptionError, r"'error' needs outputs.*batch 0.*Pass metrics=\('loss',\)"),
     ],
 )
 def test_bad_input_is_named(options, error, message):

@@ -19,12 +19,11 @@ from lmc_curvature import (
 from lmc_curvature.curvature.projection.by_products import Products
 from lmc_curvature.curvature.sweep.sweep import Sweep
 from lmc_curvature.errors import (
-    AlphaError,
     ArchitectureMismatchError,
     FileFormatError,
     LoaderError,
     OptionError,
-    UnknownLayerError,
+    PartitionError,
 )
 from lmc_curvature.geometry import distance
 from tests.support.cases import CASES
@@ -201,9 +200,9 @@ def test_the_progress_bar_is_shown_when_asked(capsys):
 
 
 def test_questions_that_have_no_answer_are_refused(prediction, untyped):
-    with pytest.raises(UnknownLayerError, match="no layer 'conv3': did you mean 'conv"):
+    with pytest.raises(PartitionError, match="no layer 'conv3': did you mean 'conv"):
         prediction.curve([0.5], ["conv1", "conv3"])
-    with pytest.raises(AlphaError, match="alpha=1.5 lies outside"):
+    with pytest.raises(OptionError, match="alpha=1.5 lies outside"):
         prediction.curve([0.5, 1.5])
     with pytest.raises(OptionError, match="expansion='second' is not a choice: did you mean 'second-order'"):
         prediction.barrier(None, "second")

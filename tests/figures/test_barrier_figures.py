@@ -5,7 +5,7 @@ import pytest
 from matplotlib.container import BarContainer
 from numpy.testing import assert_allclose, assert_array_equal
 
-from lmc_curvature.errors import OptionError, UnknownLayerError
+from lmc_curvature.errors import OptionError, PartitionError
 from lmc_curvature.figures import draw_barrier_curves, draw_layer_bars, draw_measurement, draw_prediction
 from lmc_curvature.figures.panels import ALPHAS, number_with_error, short_number
 
@@ -190,7 +190,7 @@ def test_layer_bars_need_measured_layers_of_the_same_partition(predictions, conv
     _, measurement = two_sided(sets=None)
     with pytest.raises(OptionError, match="pass layers="):
         draw_layer_bars({0: convex[0]}, {0: measurement})
-    with pytest.raises(UnknownLayerError):
+    with pytest.raises(PartitionError):
         draw_layer_bars({0: predictions[0]}, {0: convex[1]})
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import BatchLoss, Objective
-from lmc_curvature.errors import RandomStateError
+from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.randomness import drawing_module, global_rng_preserved
 from tests.support.networks import rng_states, untouched
 
@@ -69,7 +69,7 @@ def test_the_drawing_module_is_named(make):
     layer = make()
     network = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"inner": layer, "unused": AlwaysDropout()})["inner"])
     network = nn.Sequential(network, nn.Linear(4, 3))
-    with untouched(network), pytest.raises(RandomStateError) as caught:
+    with untouched(network), pytest.raises(UnsupportedModelError) as caught:
         Objective(network, [(X, Y)]).loss()
     assert str(caught.value).startswith(f"Module '0.1' ({type(layer).__name__}) draws random numbers")
     assert "Switch the randomness off" in str(caught.value)
@@ -83,12 +83,12 @@ def test_a_loss_that_draws_is_refused(make):
         lambda output, target: F.cross_entropy(noise(output), target),
         BatchLoss(lambda model, batch: F.cross_entropy(noise(model(batch[0])), batch[1])),
     ):
-        with untouched(network), pytest.raises(RandomStateError, match="^The loss draws random numbers"):
+        with untouched(network), pytest.raises(UnsupportedModelError, match="^The loss draws random numbers"):
             Objective(network, [(X, Y)], loss_fn=loss_fn).gradient()
 
 
 def test_a_network_that_draws_by_itself_is_refused():
-    with pytest.raises(RandomStateError, match="^The network draws random numbers"):
+    with pytest.raises(UnsupportedModelError, match="^The network draws random numbers"):
         Objective(Noise(lambda: torch.rand(6, 4)), [(X, Y)]).loss()
 
 
@@ -98,7 +98,7 @@ class _DrawingLoss(nn.Module):
 
 
 def test_a_loss_module_that_draws_is_refused():
-    with pytest.raises(RandomStateError, match="^The loss_fn draws random numbers"):
+    with pytest.raises(UnsupportedModelError, match="^The loss_fn draws random numbers"):
         Objective(nn.Linear(4, 3), [(X, Y)], loss_fn=_DrawingLoss()).loss()
 
 
@@ -126,5 +126,5 @@ def test_noise_from_a_generator_of_its_own_is_refused():
     generator = torch.Generator().manual_seed(0)
     noise = nn.Linear(2, 2)
     noise.register_forward_hook(lambda _module, _args, output: output + torch.randn(2, generator=generator))
-    with pytest.raises(RandomStateError, match="for one state and batch: a module draws from a generator of its own"):
+    with pytest.raises(UnsupportedModelError, match="a module draws from a generator of its own"):
         Objective(noise, [(torch.ones(3, 2), torch.zeros(3, dtype=torch.long))]).loss()

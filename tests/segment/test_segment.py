@@ -10,12 +10,10 @@ from torch import nn
 
 from lmc_curvature import Objective, Segment
 from lmc_curvature.errors import (
-    AlphaError,
     ArchitectureMismatchError,
     NonFiniteError,
     OptionError,
     PartitionError,
-    UnknownLayerError,
     UnsupportedModelError,
 )
 from tests.support.cases import CASES, TiedNet
@@ -249,12 +247,12 @@ def test_parameters_that_cannot_move_are_named(bad, dtype):
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.0000001, float("nan"), float("inf")])
 def test_positions_outside_the_segment_are_refused(alpha):
-    with pytest.raises(AlphaError, match=rf"alpha={alpha} lies outside the segment; expected a number in \[0, 1\]"):
+    with pytest.raises(OptionError, match=rf"alpha={alpha} lies outside the segment; expected a number in \[0, 1\]"):
         Segment(*_networks()).point(alpha)
 
 
 def test_unknown_layers_get_a_suggestion():
-    with pytest.raises(UnknownLayerError, match="no layer 'conv12': did you mean 'conv"):
+    with pytest.raises(PartitionError, match="no layer 'conv12': did you mean 'conv"):
         Segment(*_networks()).point(0.5, ["fc", "conv12"])
 
 

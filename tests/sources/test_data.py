@@ -11,7 +11,7 @@ from sklearn import datasets
 
 from lmc_curvature.errors import DataError, OptionError
 from lmc_curvature.forking import ImageDataset, load_data, load_digits, load_image_folder
-from lmc_curvature.forking import data as data_module
+from lmc_curvature.sources import data as data_module
 
 CIFAR10 = Path(__file__).parents[3] / "shared" / "data" / "cifar10-imagefolder.tar.gz"
 

@@ -145,7 +145,7 @@ def hessian_operator(
     Raises:
         BackendError: The library is not installed; at the first product, it has another result than a native one.
         OptionError: `backend` is not a choice.
-        UnknownLayerError: `layers` names an unknown layer.
+        PartitionError: `layers` names an unknown layer.
         DirectionError: The state has an unknown entry or a wrong shape.
         NonFiniteError: The state is not finite.
     """

@@ -26,7 +26,7 @@ from lmc_curvature.curvature.products.derivatives import all_finite
 from lmc_curvature.curvature.products.gradient import BatchGradient
 from lmc_curvature.curvature.products.layout import in_best_layout
 from lmc_curvature.curvature.products.vectorization import UnitVectors, Vectorizer
-from lmc_curvature.errors import FallbackWarning, HessianSizeError, NonFiniteError, OptionError, check_choice
+from lmc_curvature.errors import FallbackWarning, MemoryBudgetError, NonFiniteError, OptionError, check_choice
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State
@@ -79,8 +79,8 @@ def layer_hessian(
         `HessianOperator(...).block(layer).rows`.
 
     Raises:
-        UnknownLayerError: The partition has no such layer.
-        HessianSizeError: The block would take more than `max_gib` GiB.
+        PartitionError: The partition has no such layer.
+        MemoryBudgetError: The block would take more than `max_gib` GiB.
         OptionError: `method` is not a choice, or is `"structured"` for a layer without that structure.
         NonFiniteError: The state, the loss of a batch or the block is not finite.
         UnsupportedModelError: An operation has no second derivative.
@@ -158,7 +158,7 @@ def _check_size(shape: tuple[int, int], layer_a: str, layer_b: str, max_gib: flo
     gib = shape[0] * shape[1] * 8 / 2**30
     if gib > max_gib:
         names = repr(layer_a) if layer_a == layer_b else f"{layer_a!r}, {layer_b!r}"
-        raise HessianSizeError(
+        raise MemoryBudgetError(
             f"The dense {shape[0]} × {shape[1]} block of {names} takes {gib:.3g} GiB, more than max_gib={max_gib:g}. "
             f"Use products with HessianOperator(objective, state).block({names}), or raise max_gib."
         )

@@ -36,7 +36,7 @@ class GGNOperator(CurvatureOperator):
 
     Raises:
         LossError: The loss is a `BatchLoss`, whose network output is not known.
-        UnknownLayerError: `layers` names an unknown layer.
+        PartitionError: `layers` names an unknown layer.
         DirectionError: The state has an unknown entry or a wrong shape.
         NonFiniteError: The state, a vector or the loss of a batch is not finite; names the entry or the batch.
     """

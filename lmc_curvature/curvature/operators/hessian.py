@@ -33,7 +33,7 @@ class HessianOperator(CurvatureOperator):
         partition: How the network is cut into layers; see `LayerPartition.of`.
 
     Raises:
-        UnknownLayerError: `layers` names an unknown layer.
+        PartitionError: `layers` names an unknown layer.
         DirectionError: The state has an unknown entry or a wrong shape.
         NonFiniteError: The state, a vector or the loss of a batch is not finite; names the entry or the batch.
     """

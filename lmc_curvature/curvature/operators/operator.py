@@ -21,7 +21,7 @@ from lmc_curvature.curvature.products.vectorization import (
     unit_passes,
     units_within,
 )
-from lmc_curvature.errors import DirectionError, HessianSizeError, NonFiniteError, OperatorError
+from lmc_curvature.errors import DirectionError, MemoryBudgetError, NonFiniteError, OperatorError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State, check_finite
@@ -78,7 +78,7 @@ class CurvatureOperator(abc.ABC):
         columns: Likewise of the columns.
 
     Raises:
-        UnknownLayerError: `layers` names an unknown layer.
+        PartitionError: `layers` names an unknown layer.
         DirectionError: The state has an unknown entry or a wrong shape.
         NonFiniteError: The state, a vector, the loss of a batch or a product is not finite; names the entry or batch.
     """
@@ -112,7 +112,7 @@ class CurvatureOperator(abc.ABC):
         """The block between two layers, or sets of layers; of one with itself when `columns` is None.
 
         Raises:
-            UnknownLayerError: Names a layer that the partition does not have.
+            PartitionError: Names a layer that the partition does not have.
         """
         row_entries = self._entries_of(rows)
         return self._restricted(row_entries, row_entries if columns is None else self._entries_of(columns))
@@ -325,13 +325,13 @@ class CurvatureOperator(abc.ABC):
         Many columns are computed at once where calls cost more than arithmetic; see `Vectorizer`.
 
         Raises:
-            HessianSizeError: It would need more than `max_gib` GiB.
+            MemoryBudgetError: It would need more than `max_gib` GiB.
             NonFiniteError: The loss of a batch or an entry is not finite.
         """
         rows, columns = self.shape
         gib = rows * columns * 8 / 2**30
         if gib > max_gib:
-            raise HessianSizeError(
+            raise MemoryBudgetError(
                 f"A dense {rows} × {columns} {self._name} takes {gib:.3g} GiB, more than max_gib={max_gib:g}. Use "
                 "products (H @ v, H.to_scipy()), a layer's block (H.block(layer)), or raise max_gib."
             )

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from lmc_curvature.curvature.problem import BatchValues
 from lmc_curvature.curvature.products.gradient import BatchGradient, inner
-from lmc_curvature.curvature.sweep.sweep import BatchValues
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 
 from lmc_curvature.averages import standard_error, weighted_mean
+from lmc_curvature.curvature.problem import BatchValues
 from lmc_curvature.curvature.projection.by_products import Products
 from lmc_curvature.curvature.projection.verification import VerifiedSweep
-from lmc_curvature.curvature.sweep.sweep import BatchValues, Sweep
+from lmc_curvature.curvature.sweep.sweep import Sweep
 from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError, check_choice
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import check_finite_loss

@@ -4,10 +4,11 @@ import warnings
 
 import numpy as np
 
+from lmc_curvature.curvature.problem import BatchValues
 from lmc_curvature.curvature.projection.by_products import Products
 from lmc_curvature.curvature.sweep.cache import Captured
 from lmc_curvature.curvature.sweep.program import Data
-from lmc_curvature.curvature.sweep.sweep import BatchValues, Sweep
+from lmc_curvature.curvature.sweep.sweep import Sweep
 from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
 from lmc_curvature.objective.batches import Batch
 

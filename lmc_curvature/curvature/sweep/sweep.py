@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, fx
 
+from lmc_curvature.curvature.problem import BatchValues
 from lmc_curvature.curvature.sweep.cache import Captured, Captures
 from lmc_curvature.curvature.sweep.program import Data, Program
 from lmc_curvature.curvature.sweep.rules.rule import Contributions, Tangents
@@ -33,9 +33,6 @@ from lmc_curvature.errors import CaptureError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
-
-BatchValues = tuple[float, Float[np.ndarray, " k"], Float[np.ndarray, "k k"]]
-"""Loss, slopes and curvature of one batch."""
 
 # How far along all directions another state lies, to see there what a state itself may hide.
 _NEAR = 0.01

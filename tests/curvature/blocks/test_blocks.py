@@ -14,7 +14,7 @@ from lmc_curvature.curvature.blocks.affine import LayerShape, road_costs
 from lmc_curvature.curvature.blocks.blocks import METHODS, cross_layer_hessian, layer_hessian
 from lmc_curvature.curvature.products import vectorization
 from lmc_curvature.curvature.products.gradient import BatchGradient
-from lmc_curvature.errors import FallbackWarning, HessianSizeError, NonFiniteError, OptionError, UnknownLayerError
+from lmc_curvature.errors import FallbackWarning, MemoryBudgetError, NonFiniteError, OptionError, PartitionError
 from tests.support.cases import CASES
 from tests.support.networks import untouched
 
@@ -488,11 +488,11 @@ class _Unvisited:
 def test_a_block_too_large_is_refused_before_any_work():
     objective = Objective(nn.Sequential(nn.Linear(300, 400), nn.Linear(400, 3)), _Unvisited())
     with pytest.raises(
-        HessianSizeError,
+        MemoryBudgetError,
         match=r"dense 120400 × 120400 block of '0' takes 108 GiB, more than max_gib=4\. .*Operator.*block\('0'\)",
     ):
         layer_hessian(objective, None, "0")
-    with pytest.raises(HessianSizeError, match=r"dense 120400 × 1203 block of '0', '1' takes 1\.08 GiB.*max_gib=0\.5"):
+    with pytest.raises(MemoryBudgetError, match=r"dense 120400 × 1203 block of '0', '1' takes 1\.08 GiB.*max_gib=0\.5"):
         cross_layer_hessian(objective, None, "0", "1", max_gib=0.5)
 
 
@@ -500,7 +500,7 @@ def test_a_block_too_large_is_refused_before_any_work():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"layer": "fx"}, UnknownLayerError, "no layer 'fx': did you mean 'fc'"),
+        ({"layer": "fx"}, PartitionError, "no layer 'fx': did you mean 'fc'"),
         ({"method": "structurd"}, OptionError, "method='structurd' is not a choice: did you mean 'structured'"),
         ({"layer": "embedding", "method": "structured"}, OptionError, "layer 'embedding' has no nn.Linear"),
         ({"state": {"fc.wait": torch.ones(1)}}, ValueError, "no entry 'fc.wait'"),

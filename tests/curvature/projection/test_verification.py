@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.curvature import op_bilinear, tiling
 from lmc_curvature.curvature.projection.by_products import Products
 from lmc_curvature.curvature.sweep import cache as captured
+from lmc_curvature.curvature.sweep import tiling
+from lmc_curvature.curvature.sweep.rules import bilinear as op_bilinear
 from lmc_curvature.curvature.sweep.rules import table as op_rules
 from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
 from tests.support.cases import CASES

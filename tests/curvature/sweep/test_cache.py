@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.curvature import tiling
 from lmc_curvature.curvature.projection.projection import project_hessian_at
 from lmc_curvature.curvature.sweep import cache as captured
+from lmc_curvature.curvature.sweep import tiling
 from lmc_curvature.curvature.sweep.sweep import Sweep
 from lmc_curvature.errors import CaptureError, FallbackWarning
 from lmc_curvature.objective.batches import Batch

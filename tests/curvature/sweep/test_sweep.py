@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
-from lmc_curvature.curvature import program, tiling
 from lmc_curvature.curvature.projection.projection import project_hessian_at
 from lmc_curvature.curvature.sweep import cache as captured
-from lmc_curvature.curvature.sweep import sweep
+from lmc_curvature.curvature.sweep import program, sweep, tiling
 from lmc_curvature.curvature.sweep.capture import graph
 from lmc_curvature.errors import (
     CaptureError,

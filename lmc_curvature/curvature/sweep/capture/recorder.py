@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from lmc_curvature import errors
 from lmc_curvature.curvature.sweep.capture.decompositions import DECOMPOSITIONS
 from lmc_curvature.errors import CaptureError
 
@@ -239,7 +240,7 @@ def _calling_line() -> str:
 @functools.cache
 def _is_foreign(filename: str) -> bool:
     """Whether a file is neither torch's nor this package's (with its checks of annotations): the network's own."""
-    homes = Path(torch.__file__).parent, Path(jaxtyping.__file__).parent, Path(__file__).parent.parent
+    homes = [Path(package.__file__).parent for package in (torch, jaxtyping, errors)]
     path = Path(filename)
     return path.is_file() and not any(path.is_relative_to(home) for home in homes)
 
