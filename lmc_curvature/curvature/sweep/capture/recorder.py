@@ -240,7 +240,7 @@ def _calling_line() -> str:
 @functools.cache
 def _is_foreign(filename: str) -> bool:
     """Whether a file is neither torch's nor this package's (with its checks of annotations): the network's own."""
-    homes = [Path(package.__file__).parent for package in (torch, jaxtyping, errors)]
+    homes = [Path(str(package.__file__)).parent for package in (torch, jaxtyping, errors)]
     path = Path(filename)
     return path.is_file() and not any(path.is_relative_to(home) for home in homes)
 
