@@ -214,8 +214,8 @@ def measure(
     measurement = measure_barrier(
         *_load_pair(a, b, model, model_option, device),
         _load_batches(data, split, limit, batch_size, progress),
-        layers=_parse_sets(sets) if sets else layers,
-        partition=layers or "fused",
+        layers=layers or "fused",
+        sets=_parse_sets(sets) or ("each" if layers else ()),
         alphas=alphas,
         batch_norm=cast(BatchNormPolicy, batch_norm),
         max_batches=max_batches,

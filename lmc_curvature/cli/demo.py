@@ -81,7 +81,7 @@ def run_demo(out_dir: str | PathLike[str], *, device: torch.device | str = "cpu"
             first, second = (load_child(out_dir / "forks", fork, child).to(device) for child in (0, 1))
             prediction = predict_on_segment(objective, Segment(first, second), progress=False)
             sets = [*([name] for name in prediction.layers), *layer_sets(prediction.layers).values()]
-            measurement = measure_barrier(first, second, loader, layers=sets, progress=False)
+            measurement = measure_barrier(first, second, loader, sets=sets, progress=False)
             prediction.save(out_dir / "barriers" / f"fork-{fork:04d}" / "predicted.safetensors")
             measurement.save(out_dir / "barriers" / f"fork-{fork:04d}" / "measured.safetensors")
             predictions[fork], measurements[fork] = prediction, measurement
