@@ -7,9 +7,10 @@ from lmc_curvature.curvature.blocks.blocks import cross_layer_hessian, layer_hes
 from lmc_curvature.curvature.operators.ggn import GGNOperator
 from lmc_curvature.curvature.operators.hessian import HessianOperator
 from lmc_curvature.curvature.projection.projection import Projection, project_hessian
-from lmc_curvature.curvature.spectra.density import Estimate, SpectralDensity, spectral_density, trace
+from lmc_curvature.curvature.spectra.density import SpectralDensity, spectral_density
 from lmc_curvature.curvature.spectra.eigenpairs import Eigenpairs, top_eigenpairs
 from lmc_curvature.curvature.spectra.lanczos import Lanczos, lanczos
+from lmc_curvature.curvature.spectra.trace import Estimate, trace
 from lmc_curvature.errors import LMCCurvatureError
 from lmc_curvature.objective.losses import BatchLoss
 from lmc_curvature.objective.risk import Objective

@@ -22,6 +22,12 @@ def spread(n, *outliers):
     return torch.cat([torch.linspace(-1, 1, n - len(outliers)), torch.tensor(outliers)]).double()
 
 
+def network_like(n):
+    """Most eigenvalues near zero, on both sides, and a few far outside."""
+    bulk = torch.linspace(-1, 1, n - 6, dtype=torch.float64) ** 5
+    return torch.cat([bulk, torch.tensor([3.0, 3.5, 5.0, 8.0, 15.0, 30.0], dtype=torch.float64)])
+
+
 class Counted:
     """A diagonal matrix that counts the calls and the products it is asked for."""
 

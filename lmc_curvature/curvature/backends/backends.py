@@ -37,8 +37,8 @@ from lmc_curvature.curvature.backends.peers import (
 from lmc_curvature.curvature.operators.hessian import HessianOperator
 from lmc_curvature.curvature.operators.operator import CurvatureOperator, Share
 from lmc_curvature.curvature.products.gradient import BatchGradient
-from lmc_curvature.curvature.spectra.density import Estimate, trace
 from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
+from lmc_curvature.curvature.spectra.trace import Estimate, trace
 from lmc_curvature.errors import BackendError, OptionError, check_choice
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from lmc_curvature.curvature.spectra.density import Estimate
+from lmc_curvature.curvature.spectra.trace import Estimate
 from lmc_curvature.errors import BackendError, NonFiniteError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State

@@ -1,63 +1,32 @@
-"""Spectral density and trace of a symmetric operator, from products with random vectors."""
+"""The density of the eigenvalues of a symmetric operator, from products with random vectors."""
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from scipy.linalg import eigh_tridiagonal
-from torch import Tensor
 
-from lmc_curvature.curvature.spectra.lanczos import Chains, check_budget, vectors_gib
-from lmc_curvature.curvature.spectra.symmetric import (
-    Distribution,
-    Operator,
-    SymmetricOperator,
-    as_operator,
-    check_count_option,
-    dense_matrix,
-    multiply,
-    random_rows,
-)
+from lmc_curvature.curvature.spectra.lanczos import Chains
+from lmc_curvature.curvature.spectra.symmetric import Distribution, Matrix, Operator, check_count_option
+from lmc_curvature.curvature.spectra.trace import Estimate
 from lmc_curvature.errors import OptionError, check_choice
-
-TraceMethod = Literal["hutch++", "hutchinson"]
-DISTRIBUTIONS: tuple[Distribution, ...] = ("rademacher", "gaussian")
-TRACE_METHODS: tuple[TraceMethod, ...] = ("hutch++", "hutchinson")
 
 # Wide enough for the peaks of single outliers to be seen, narrow enough for the bulk not to be the kernel's own shape.
 WIDTH_SHARE = 0.004
 
-# Numbers that the smoothed curve makes at once: points times nodes.
-_CURVE_CHUNK = 2**22
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A number that was estimated by random vectors.
-
-    Attributes:
-        value: The estimate.
-        standard_error: Of it, from the spread between vectors; zero if the number is exact, NaN for a single vector.
-    """
-
-    value: float
-    standard_error: float
-
 
 @dataclass(frozen=True, eq=False)
 class SpectralDensity:
-    """How the eigenvalues of a symmetric matrix are distributed: a discrete measure for each random vector.
+    """The distribution of the eigenvalues of a symmetric matrix, as a discrete measure for each random vector.
 
     The measures' mean approximates the spectral measure (1/n) Σ_i δ(λ − λ_i), which gives each eigenvalue the same
     share. Its moments and the smoothed curve are means over the vectors.
 
     Attributes:
-        nodes: Where a measure has mass, (probes, steps), increasing.
-        weights: The mass, (probes, steps), not negative; each row sums to 1.
+        nodes: Positions of the mass of each measure, (probes, steps), increasing.
+        weights: Mass at the nodes, (probes, steps), not negative; each row sums to 1.
         dimension: Number of eigenvalues, n.
         exact: Whether the nodes are all eigenvalues: there is a single row then, with weights 1/n.
     """
@@ -84,14 +53,12 @@ class SpectralDensity:
             OptionError: The order is not a positive whole number.
         """
         check_count_option("order", order)
-        return self._mean_over_probes((self.weights * self.nodes**order).sum(axis=1))
+        moments = (self.weights * self.nodes**order).sum(axis=1)
+        return Estimate(float(moments[0]), 0.0) if self.exact else Estimate.mean_of(moments)
 
-    def _mean_over_probes(self, values: Float64[np.ndarray, " probes"]) -> Estimate:
-        return Estimate(float(values.mean()), 0.0 if self.exact else _standard_error(values))
-
-    @cached_property
+    @property
     def default_width(self) -> float:
-        """The kernel's standard deviation by default, `WIDTH_SHARE` of the support."""
+        """Standard deviation of the kernel by default, `WIDTH_SHARE` of the support."""
         low, high = self.support
         return WIDTH_SHARE * ((high - low) or max(abs(high), 1.0))
 
@@ -121,12 +88,9 @@ class SpectralDensity:
         width = self._checked_width(width)
         points = np.asarray(points, dtype=np.float64)
         nodes, weights = self.nodes.ravel(), self.weights.ravel() / len(self.weights)
-        heights = np.empty_like(points)
-        chunk = max(_CURVE_CHUNK // nodes.size, 1)
-        for start in range(0, len(points), chunk):
-            distances = (points[start : start + chunk, None] - nodes) / width
-            heights[start : start + chunk] = np.exp(-0.5 * distances**2) @ weights
-        return heights / (width * math.sqrt(2 * math.pi))
+        # One by one: all points at once would take as many numbers as there are points times nodes.
+        heights = [np.exp(-0.5 * ((point - nodes) / width) ** 2) @ weights for point in points]
+        return np.array(heights) / (width * math.sqrt(2 * math.pi))
 
     def _checked_width(self, width: float | None) -> float:
         width = self.default_width if width is None else width
@@ -142,10 +106,10 @@ def spectral_density(
     steps: int = 64,
     distribution: Distribution = "rademacher",
     seed: int = 0,
-    max_gib: float = 4.0,
-    progress: bool = False,
+    memory_gib: float = 4.0,
+    progress: bool | None = None,
 ) -> SpectralDensity:
-    """Estimate how the eigenvalues of a symmetric operator are distributed, by stochastic Lanczos quadrature.
+    """Estimate the density of the eigenvalues of a symmetric operator, by stochastic Lanczos quadrature.
 
     From each of some random vectors v runs a Lanczos recurrence. The eigenvalues of its tridiagonal matrix, with the
     squared first entries of the eigenvectors as weights, are the Gauss quadrature of the measure
@@ -165,122 +129,46 @@ def spectral_density(
         operator: A symmetric operator, or a dense matrix.
         probes: Random vectors. The statistical error falls with the square root of n × `probes`.
         steps: Lanczos steps, which is the number of nodes a vector.
-        distribution: Of the vectors' entries. The Gaussian's error does not depend on the eigenvectors.
-        seed: Of the random vectors.
-        max_gib: Largest size of the bases, which hold n × `probes` × `steps` numbers of 4 or 8 bytes. If they do not
-            fit, the recurrences run without reorthogonalisation and keep two vectors each: eigenvalues found early
+        distribution: Distribution of the vectors' entries. The Gaussian's error does not depend on the eigenvectors.
+        seed: Seed of the random vectors.
+        memory_gib: Largest size of the bases, which hold n × `probes` × `steps` numbers of 4 or 8 bytes. If they do
+            not fit, the recurrences run without reorthogonalisation and keep two vectors each: eigenvalues found early
             then come as several nodes that share the weight, to the same density (Chen, Trogdon and Ubaru 2021).
-        progress: Show a progress bar over steps.
+        progress: Show a progress bar over steps; by default on a terminal and in notebooks.
 
     Raises:
         OperatorError: The operator is not square, or is found not to be symmetric at the second step.
         OptionError: A number is not positive, or `distribution` is not a choice.
-        MemoryBudgetError: Even two vectors a probe need more than `max_gib`.
+        MemoryBudgetError: Even two vectors a probe need more than `memory_gib`.
         NonFiniteError: A product is not finite.
     """
-    operator = as_operator(operator)
+    matrix = Matrix.of(operator)
     check_count_option("probes", probes)
     check_count_option("steps", steps)
-    check_choice("distribution", distribution, DISTRIBUTIONS)
-    size = operator.shape[0]
-    if size <= probes * steps and vectors_gib(operator, 3 * size) <= max_gib:
-        return _exact_density(operator)
+    check_choice("distribution", distribution, get_args(Distribution))
+    size = matrix.size
+    if size <= probes * steps and matrix.gib(3 * size) <= memory_gib:
+        values = torch.linalg.eigvalsh(matrix.dense()).cpu().numpy()
+        return SpectralDensity(values[None], np.full((1, size), 1 / size), size, exact=True)
     steps = min(steps, size)
-    check_budget(operator, 4 * probes, max_gib, "Take fewer probes or a layer's block, or raise max_gib.")
-    generator = torch.Generator().manual_seed(seed)
-    starts = random_rows(operator, probes, generator, distribution)
-    chains = Chains(starts, steps, reorthogonalise=vectors_gib(operator, probes * steps) <= max_gib)
-    chains.run(operator, steps, description="spectral density", progress=progress)
-    nodes, weights = _quadratures(torch.stack(chains.alphas).numpy(), torch.stack(chains.betas[1:]).numpy())
+    matrix.check_room(4 * probes, memory_gib, "take fewer probes")
+    starts = matrix.random_rows(probes, torch.Generator().manual_seed(seed), distribution)
+    chains = Chains(starts, steps, reorthogonalise=matrix.gib(probes * steps) <= memory_gib)
+    chains.run(matrix, steps, description="spectral density", progress=progress)
+    nodes, weights = _quadratures(torch.stack(chains.alphas).numpy(), torch.stack(chains.betas).numpy())
     return SpectralDensity(nodes, weights, size, exact=False)
-
-
-def _exact_density(operator: SymmetricOperator) -> SpectralDensity:
-    values = torch.linalg.eigvalsh(dense_matrix(operator)).cpu().numpy()
-    return SpectralDensity(values[None], np.full((1, len(values)), 1 / len(values)), len(values), exact=True)
 
 
 def _quadratures(
     alphas: Float64[np.ndarray, "steps probes"], betas: Float64[np.ndarray, "steps probes"]
 ) -> tuple[Float64[np.ndarray, "probes steps"], Float64[np.ndarray, "probes steps"]]:
-    """Nodes and weights of the quadrature that each column's tridiagonal matrix makes (Golub and Welsch 1969)."""
+    """Nodes and weights of the Gauss quadrature of each column's tridiagonal matrix (Golub and Welsch 1969)."""
     nodes, weights = np.empty_like(alphas.T), np.zeros_like(alphas.T)
     for probe, (diagonal, off_diagonal) in enumerate(zip(alphas.T, betas.T, strict=True)):
         # A chain that has ended has a zero there; what follows has no weight, and repeats the last node.
         length = int(np.append(off_diagonal[:-1], 0.0).argmin()) + 1
-        values, vectors = eigh_tridiagonal(diagonal[:length], off_diagonal[: length - 1])
+        # NumPy reads the lower triangle only.
+        values, vectors = np.linalg.eigh(np.diag(diagonal[:length]) + np.diag(off_diagonal[: length - 1], -1))
         nodes[probe, :length], nodes[probe, length:] = values, values[-1]
         weights[probe, :length] = vectors[0] ** 2
     return nodes, weights
-
-
-def trace(
-    operator: Operator,
-    *,
-    probes: int = 60,
-    method: TraceMethod = "hutch++",
-    distribution: Distribution = "rademacher",
-    seed: int = 0,
-) -> Estimate:
-    """Estimate the trace of an operator from products with random vectors.
-
-    `"hutchinson"` averages ⟨v, A v⟩ over the vectors (Hutchinson 1989), in one call of the operator. `"hutch++"`
-    (Meyer, Musco, Musco and Woodruff 2021) spends a third of the products on finding a basis Q of the largest
-    eigenvalues, a third on their part trace(Qᵀ A Q) of the trace, which is exact, and only estimates the rest; it
-    takes two calls. Networks have a few large eigenvalues, so its error is several times smaller for as many products.
-
-    The standard error is from the spread between the vectors that estimate, for Hutch++ given Q: with g of them the
-    error over it follows about Student's t with g − 1 degrees of freedom. An operator with no more rows than `probes`
-    gives its exact trace. It need not be symmetric.
-
-    Args:
-        operator: An operator, or a dense matrix.
-        probes: Products to make, at least 2, and 6 for Hutch++.
-        method: `"hutch++"` or `"hutchinson"`.
-        distribution: Of the vectors' entries.
-        seed: Of the random vectors.
-
-    Raises:
-        OperatorError: The operator is not square.
-        OptionError: There are too few probes, or another option is not a choice.
-        NonFiniteError: A product is not finite.
-    """
-    operator = as_operator(operator)
-    check_choice("method", method, TRACE_METHODS)
-    check_choice("distribution", distribution, DISTRIBUTIONS)
-    check_count_option("probes", probes)
-    if operator.shape[0] <= probes:
-        return Estimate(float(_exact_trace(operator)), 0.0)
-    least = 6 if method == "hutch++" else 2
-    if probes < least:
-        raise OptionError(f"probes={probes}: method={method!r} takes at least {least}.")
-    generator = torch.Generator().manual_seed(seed)
-    if method == "hutchinson":
-        vectors = random_rows(operator, probes, generator, distribution)
-        values = torch.linalg.vecdot(vectors, multiply(operator, vectors)).double().cpu().numpy()
-        return Estimate(float(values.mean()), _standard_error(values))
-    return _hutch_plus_plus(operator, probes, distribution, generator)
-
-
-def _exact_trace(operator: SymmetricOperator) -> Tensor:
-    units = torch.eye(operator.shape[0], dtype=torch.float64, device=operator.device)
-    return multiply(operator, units).diagonal().sum()
-
-
-def _hutch_plus_plus(
-    operator: SymmetricOperator, probes: int, distribution: Distribution, generator: torch.Generator
-) -> Estimate:
-    third = probes // 3
-    sketch = multiply(operator, random_rows(operator, third, generator, distribution))
-    basis = torch.linalg.qr(sketch.T)[0].T.contiguous()
-    vectors = random_rows(operator, probes - 2 * third, generator, distribution)
-    vectors -= (vectors @ basis.T) @ basis
-    rows = torch.cat([basis, vectors])
-    values = torch.linalg.vecdot(rows, multiply(operator, rows)).double().cpu().numpy()
-    within, outside = values[:third], values[third:]
-    return Estimate(float(within.sum() + outside.mean()), _standard_error(outside))
-
-
-def _standard_error(values: Float64[np.ndarray, " n"]) -> float:
-    """Standard error of the mean of independent values; NaN for a single one."""
-    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan

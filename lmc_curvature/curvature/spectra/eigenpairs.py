@@ -1,33 +1,21 @@
-"""Extreme eigenpairs of a symmetric operator, to a residual that is asked for."""
+"""Extreme eigenpairs of a symmetric operator, to a given residual."""
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmc_curvature.curvature.spectra.lanczos import check_budget, vectors_gib
 from lmc_curvature.curvature.spectra.ritz import RitzPairs, SearchSpace
-from lmc_curvature.curvature.spectra.symmetric import (
-    Operator,
-    SymmetricOperator,
-    as_operator,
-    check_count_option,
-    check_symmetric,
-    dense_matrix,
-    multiply,
-    random_rows,
-    rounding_of,
-    storage_dtype,
-)
+from lmc_curvature.curvature.spectra.symmetric import Matrix, Operator, check_count_option
 from lmc_curvature.errors import ConvergenceWarning, OptionError, check_choice
 
 Which = Literal["largest", "smallest", "magnitude"]
-WHICH: tuple[Which, ...] = ("largest", "smallest", "magnitude")
 
 # Vectors of one call share the graph of a batch's gradient: b of them cost 3 + 4.5 b forward passes, so one at a time
 # costs 7.5 a product, two 6, and four 5.25. But a block of b takes more products, for its polynomials are of 1/b the
@@ -38,7 +26,7 @@ _BLOCK_SIZE = 2
 
 @dataclass(frozen=True, eq=False)
 class Eigenpairs:
-    """Eigenvalues of a symmetric operator at one end of its spectrum, with their vectors and how exact they are.
+    """Eigenvalues of a symmetric operator at one end of its spectrum, with their vectors and residuals.
 
     All tensors are on the operator's device.
 
@@ -49,7 +37,7 @@ class Eigenpairs:
             this of λ, and in practice much nearer: the error goes with the residual's square.
         converged: Whether the residual is at most the tolerance, or cannot be told from the rounding of the products
             (as for eigenvalues that are zero), (k,).
-        products: Products with the operator that were made.
+        products: Number of products with the operator that were made.
     """
 
     values: Float64[Tensor, " k"]
@@ -68,8 +56,8 @@ def top_eigenpairs(
     max_products: int | None = None,
     block_size: int = _BLOCK_SIZE,
     seed: int = 0,
-    max_gib: float = 4.0,
-    progress: bool = False,
+    memory_gib: float = 4.0,
+    progress: bool | None = None,
 ) -> Eigenpairs:
     """Find the k outermost eigenvalues of a symmetric operator, and their eigenvectors.
 
@@ -78,8 +66,8 @@ def top_eigenpairs(
     best Ritz vectors when it is full. The images of its basis are kept, so residuals need no further products.
 
     Multiple eigenvalues are found with all their copies. A block of b random vectors can see b copies, so where b
-    Ritz values coincide, the space orthogonal to them is searched for another. An operator with so few rows that its
-    dense matrix is cheaper is diagonalised instead.
+    Ritz values coincide, the space orthogonal to them is searched for another. An operator of few rows is diagonalised
+    in one call: its search space starts as the whole space.
 
     Example:
         >>> found = top_eigenpairs(HessianOperator(objective), 10)  # doctest: +SKIP
@@ -94,10 +82,10 @@ def top_eigenpairs(
         tolerance: Relative residual to reach.
         max_products: Give up after this many products, by default 300 + 60 k.
         block_size: Products in one call of the operator.
-        seed: Of the random start.
-        max_gib: Largest size of the search space and its images, 4 or 8 bytes a number as in `lanczos`. A smaller
+        seed: Seed of the random start.
+        memory_gib: Largest size of the search space and its images, 4 or 8 bytes a number as in `lanczos`. A smaller
             space restarts more often.
-        progress: Show a progress bar over eigenpairs.
+        progress: Show a progress bar over eigenpairs; by default on a terminal and in notebooks.
 
     Warns:
         ConvergenceWarning: Some pairs have not converged; `Eigenpairs.converged` says which.
@@ -105,13 +93,12 @@ def top_eigenpairs(
     Raises:
         OperatorError: The operator is not square, or is found not to be symmetric at the second step.
         OptionError: `k` is not a whole number from 1 to the dimension, or another option has a bad value.
-        MemoryBudgetError: The smallest search space would need more than `max_gib`.
+        MemoryBudgetError: The smallest search space would need more than `memory_gib`.
         NonFiniteError: A product is not finite.
     """
-    operator = as_operator(operator)
-    size = operator.shape[0]
-    check_choice("which", which, WHICH)
-    check_count_option("k", k, size)
+    matrix = Matrix.of(operator)
+    check_choice("which", which, get_args(Which))
+    check_count_option("k", k, matrix.size)
     check_count_option("block_size", block_size)
     max_products = 300 + 60 * k if max_products is None else max_products
     check_count_option("max_products", max_products)
@@ -119,136 +106,110 @@ def top_eigenpairs(
         raise OptionError(f"max_products={max_products}: {k} eigenpairs take at least as many products.")
     if not 0 < tolerance < 1:
         raise OptionError(f"tolerance={tolerance!r}: expected a relative residual between 0 and 1.")
-    criterion = _Criterion(which, tolerance, 10 * rounding_of(operator))
-    if size <= max(4 * k, 32) and size <= max_products:
-        return _dense_eigenpairs(operator, k, criterion)
+    # Products with a basis of the whole space are no more than a search would take.
+    if matrix.size <= min(max(4 * k, 32), max_products):
+        block_size = matrix.size
     block_size = min(block_size, max_products)
-    capacity = _capacity(operator, k, block_size, max_gib)
     search = _Search(
-        operator, criterion, capacity=capacity, block_size=block_size, max_products=max_products, seed=seed
+        matrix,
+        rank={"largest": torch.positive, "smallest": torch.neg, "magnitude": torch.abs}[which],
+        tolerance=tolerance,
+        capacity=_capacity(matrix, k, block_size, memory_gib),
+        block_size=block_size,
+        max_products=max_products,
+        generator=torch.Generator().manual_seed(seed),
     )
-    with tqdm(total=k, desc="eigenpairs", disable=not progress) as bar:
-        found = _as_eigenpairs(search, *_all_copies(search, k, bar), k)
+    with tqdm(total=k, desc="eigenpairs", disable=None if progress is None else not progress) as bar:
+        found = _as_eigenpairs(search, _all_copies(search, k, bar))
     _warn_unless_converged(found, tolerance, max_products)
     return found
 
 
-@dataclass(frozen=True)
-class _Criterion:
-    """Which eigenpairs are wanted, to which relative residual, and which share of the norm is rounding."""
-
-    which: Which
-    tolerance: float
-    rounding: float
-
-    def rank(self, values: Float64[Tensor, "*m"]) -> Float64[Tensor, "*m"]:
-        """A number for each value that is larger the more it is wanted."""
-        return {"largest": values, "smallest": -values, "magnitude": values.abs()}[self.which]
-
-
-def _dense_eigenpairs(operator: SymmetricOperator, k: int, criterion: _Criterion) -> Eigenpairs:
-    matrix = dense_matrix(operator)
-    values, vectors = torch.linalg.eigh(matrix)
-    chosen = criterion.rank(values).argsort(descending=True)[:k]
-    stored = vectors[:, chosen].to(storage_dtype(operator))
-    rest = torch.linalg.vector_norm(matrix @ stored.double() - values[chosen] * stored.double(), dim=0)
-    return Eigenpairs(
-        values=values[chosen],
-        vectors=stored,
-        residuals=rest / values[chosen].abs().clamp(min=1e-300),
-        converged=torch.ones(k, dtype=torch.bool, device=values.device),
-        products=operator.shape[0],
-    )
-
-
-def _capacity(operator: SymmetricOperator, k: int, block_size: int, max_gib: float) -> int:
-    """Vectors that the search space may hold."""
-    # A space much larger than this is no longer small beside the products; few searches need as much.
-    wanted = min(operator.shape[0], 60 + 10 * k)
-    least = min(operator.shape[0], k + 3 * block_size)
+def _capacity(matrix: Matrix, k: int, block_size: int, memory_gib: float) -> int:
+    """Number of vectors that the search space may hold."""
+    # A larger space costs more than its products save; few searches need as much.
+    useful = min(matrix.size, 60 + 10 * k)
+    least = min(matrix.size, k + 3 * block_size)
     # Spaces are kept twice, with their images.
-    needed = 2 * (least + _outside_capacity(least, block_size))
-    check_budget(operator, needed, max_gib, "Ask for fewer eigenpairs, take a layer's block, or raise max_gib.")
-    affordable = int(max_gib / vectors_gib(operator, 2) / 1.25) - 3 * block_size
-    return max(least, min(wanted, affordable))
+    matrix.check_room(2 * (least + _outside_capacity(least, block_size)), memory_gib, "ask for fewer eigenpairs")
+    affordable = int(memory_gib / matrix.gib(2) / 1.25) - 3 * block_size
+    return max(least, min(useful, affordable))
 
 
 def _outside_capacity(capacity: int, block_size: int) -> int:
-    """Vectors that the space may hold in which copies are searched for."""
+    """Number of vectors that the space in which copies are searched for may hold."""
     return capacity // 4 + 3 * block_size
 
 
+@dataclass
 class _Search:
-    """A search for eigenpairs: what is wanted, and how many products it has taken."""
+    """A search for eigenpairs: its operator, its options, and the state that its spaces share.
 
-    def __init__(
-        self,
-        operator: SymmetricOperator,
-        criterion: _Criterion,
-        *,
-        capacity: int,
-        block_size: int,
-        max_products: int,
-        seed: int,
-    ):
-        self.operator, self.criterion = operator, criterion
-        self.capacity, self.block_size, self.max_products = capacity, block_size, max_products
-        self.generator = torch.Generator().manual_seed(seed)
-        self.products = 0
-        self.scale = 0.0
-        self._checked = False
+    Attributes:
+        rank: Turns eigenvalues into numbers that are larger the further out they lie.
+        products: Number of products made.
+        scale: Largest absolute Ritz value in any space so far, the best that is known of the operator's norm.
+        is_checked: Whether the operator was found to be symmetric.
+    """
+
+    matrix: Matrix
+    rank: Callable[[Tensor], Tensor]
+    tolerance: float
+    capacity: int
+    block_size: int
+    max_products: int
+    generator: torch.Generator
+    products: int = 0
+    scale: float = 0.0
+    is_checked: bool = False
 
     @property
     def left(self) -> int:
-        """Products that may still be made."""
+        """Number of products that may still be made."""
         return max(self.max_products - self.products, 0)
 
     @property
     def rounding(self) -> float:
-        """The size of residuals that cannot be told from rounding."""
-        return self.criterion.rounding * self.scale
-
-    def new_space(self) -> SearchSpace:
-        """An empty space."""
-        dtype, device = storage_dtype(self.operator), self.operator.device
-        return SearchSpace(self.capacity, torch.zeros(0, self.operator.shape[0], dtype=dtype, device=device))
+        """Norm of the residuals that cannot be told from rounding."""
+        return 10 * self.matrix.rounding * self.scale
 
     def random_block(self, space: SearchSpace, count: int) -> Float[Tensor, "b n"]:
-        """Random vectors that are orthonormal to a space, no more than there is room and budget for."""
+        """Random orthonormal vectors orthogonal to a space, no more than it and the budget have room for."""
         count = min(count, self.left, space.dimension - space.size)
-        return space.orthonormalised(random_rows(self.operator, count, self.generator))
+        return space.orthonormalised(self.matrix.random_rows(count, self.generator))
 
     def extend(self, space: SearchSpace, block: Float[Tensor, "b n"], k: int) -> RitzPairs:
-        """Take a block into the space, which keeps room for k wanted pairs; its Ritz pairs, the most wanted first."""
+        """Add a block to a space, after a restart from its best Ritz vectors if it is full, and return its Ritz pairs.
+
+        A restart keeps the k best vectors and some more.
+        """
         if space.size + len(block) > space.capacity:
-            # Beside the wanted Ritz vectors, their neighbours: what is known of these keeps the search fast.
-            space.compress(self._ordered(space), k + (space.capacity - k) // 3)
+            # The neighbours of the k best are kept too: what is known of them keeps the search fast.
+            space.compress(space.ritz_pairs(self.rank), k + (space.capacity - k) // 3)
         first = space.size
         self.products += len(block)
-        difference = space.append(block, multiply(self.operator, block))
-        if first and not self._checked:
-            check_symmetric(self.operator, difference, float(torch.linalg.matrix_norm(space.gram[:, :first])))
-            self._checked = True
-        pairs = self._ordered(space)
-        # The largest Ritz value in any space so far is the best that is known of the operator's norm.
+        difference = space.append(block, self.matrix.multiply(block))
+        if not self.is_checked and (first or space.is_complete):
+            scale = float(torch.linalg.matrix_norm(space.gram[:, : first or space.size]))
+            self.matrix.check_symmetric(difference, scale)
+            self.is_checked = True
+        pairs = space.ritz_pairs(self.rank)
         self.scale = max(self.scale, float(pairs.values.abs().max()))
         return pairs
-
-    def _ordered(self, space: SearchSpace) -> RitzPairs:
-        pairs = space.ritz_pairs()
-        return pairs.ordered(self.criterion.rank(pairs.values).argsort(descending=True))
 
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """The wanted Ritz pairs of a space, k of them or as many as there are.
+    """The outermost Ritz pairs of a space, k of them or as many as there are.
 
     Attributes:
-        pairs: All pairs, the wanted ones first.
-        norms: Norms of the wanted pairs' residuals, (k,), on the CPU.
+        space: The search space.
+        pairs: All its pairs, the outermost first.
+        norms: Norms of the outermost pairs' residuals, (k,), on the CPU.
         converged: Whether each of them is small enough, (k,), on the CPU.
     """
 
+    space: SearchSpace
     pairs: RitzPairs
     norms: Float64[Tensor, " k"]
     converged: Bool[Tensor, " k"]
@@ -257,22 +218,24 @@ class _Found:
 def _refine(
     search: _Search, space: SearchSpace, block: Float[Tensor, "b n"], k: int, bar: tqdm, limit: int | None = None
 ) -> _Found:
-    """Extend a space by a block, and then by residuals, until its k most wanted Ritz pairs have converged.
+    """Extend a space by a block, and then by residuals, until its k outermost Ritz pairs have converged.
 
     It ends before if the search has made `limit` products in all, by default as many as it may.
     """
     limit = search.max_products if limit is None else min(limit, search.max_products)
     while True:
         pairs = search.extend(space, block, k)
-        wanted = min(k, space.size)
-        residuals = space.residuals(pairs, wanted)
+        count = min(k, space.size)
+        residuals = space.residuals(pairs, count)
         norms = torch.linalg.vector_norm(residuals, dim=1).double().cpu()
-        converged = norms <= (search.criterion.tolerance * pairs.values[:wanted].abs()).clamp(min=search.rounding)
+        small = norms <= (search.tolerance * pairs.values[:count].abs()).clamp(min=search.rounding)
+        # All that is left in a complete space is rounding.
+        converged = small | space.is_complete
         bar.set_postfix(products=search.products, refresh=False)
         bar.update(int(converged.sum()) - bar.n)
-        ended = search.products >= limit or space.size == space.dimension
-        if ended or (wanted == k and converged.all()):
-            return _Found(pairs, norms, converged)
+        ended = search.products >= limit or space.is_complete
+        if ended or (count == k and converged.all()):
+            return _Found(space, pairs, norms, converged)
         # Residuals of pairs that are exact enough would only make others, which nobody asked for, more exact.
         lacking = (~converged).nonzero().flatten()[: min(search.block_size, search.left)]
         block = space.orthonormalised(residuals[lacking.to(residuals.device)])
@@ -280,26 +243,29 @@ def _refine(
             block = search.random_block(space, search.block_size)
 
 
-def _all_copies(search: _Search, k: int, bar: tqdm) -> tuple[SearchSpace, _Found]:
+def _all_copies(search: _Search, k: int, bar: tqdm) -> _Found:
     """Search for k pairs, and then for copies of multiple eigenvalues that the first blocks could not see."""
-    space = search.new_space()
+    space = SearchSpace(search.capacity, excluded=search.matrix.random_rows(0, search.generator))
     found = _refine(search, space, search.random_block(space, search.block_size), k, bar)
-    while search.left > 0 and space.size < space.dimension and _may_hide_copies(search, found, k):
+    while search.left > 0 and not space.is_complete and _may_hide_copies(search, found):
         rest = space.dimension - space.size
         # Nothing is hidden from a space that is complete, and completing it is then the shorter way.
         near = rest <= min(space.size, search.left) and space.dimension <= space.capacity
-        missed = search.random_block(space, rest) if near else _missed(search, space, found, k)
+        missed = search.random_block(space, rest) if near else _missed(search, found)
         if len(missed) == 0:
             break
         found = _refine(search, space, space.orthonormalised(missed), k, bar)
-    return space, found
+    return found
 
 
-def _may_hide_copies(search: _Search, found: _Found, k: int) -> bool:
-    """Whether as many Ritz values coincide as a block sees copies, and are more wanted than the last one found."""
+def _may_hide_copies(search: _Search, found: _Found) -> bool:
+    """Whether a multiple eigenvalue may have copies outside the space.
+
+    A block of b vectors sees b copies, so it may where b Ritz values coincide that lie further out than the last one.
+    """
     if not found.converged.all():
         return False
-    values, norms, seen = found.pairs.values, found.norms, search.block_size
+    values, norms, k, seen = found.pairs.values, found.norms, len(found.norms), search.block_size
     order = values[:k].argsort().tolist()
     for window in (order[start : start + seen] for start in range(k - seen + 1)):
         others = torch.ones(len(values), dtype=torch.bool)
@@ -312,25 +278,25 @@ def _may_hide_copies(search: _Search, found: _Found, k: int) -> bool:
     return False
 
 
-def _missed(search: _Search, space: SearchSpace, found: _Found, k: int) -> Float[Tensor, "missed n"]:
-    """Vectors orthogonal to the pairs found, of which the operator makes more than of the last of these."""
-    outside = SearchSpace(_outside_capacity(search.capacity, search.block_size), space.vectors(found.pairs, k))
-    with tqdm(disable=True) as silent:
-        # Where nothing is missing this is for nothing; it should not cost more than the search itself.
-        pairs = _refine(
-            search, outside, search.random_block(outside, search.block_size), 1, silent, limit=2 * search.products
-        ).pairs
+def _missed(search: _Search, found: _Found) -> Float[Tensor, "missed n"]:
+    """Ritz vectors orthogonal to those found, as rows, whose values lie further out than the last one found."""
+    k = len(found.norms)
+    capacity = _outside_capacity(search.capacity, search.block_size)
+    outside = SearchSpace(capacity, excluded=found.space.vectors(found.pairs, k))
+    block = search.random_block(outside, search.block_size)
+    # Where nothing is missing this is for nothing; it should not cost more than the search itself.
+    pairs = _refine(search, outside, block, 1, tqdm(disable=True), limit=2 * search.products).pairs
     last = found.pairs.values[k - 1]
-    margin = 10 * search.criterion.tolerance**2 * last.abs() + search.rounding
-    better = search.criterion.rank(pairs.values) > search.criterion.rank(last) + margin
-    return outside.vectors(pairs, int(better.sum()))
+    margin = 10 * search.tolerance**2 * last.abs() + search.rounding
+    return outside.vectors(pairs, int((search.rank(pairs.values) > search.rank(last) + margin).sum()))
 
 
-def _as_eigenpairs(search: _Search, space: SearchSpace, found: _Found, k: int) -> Eigenpairs:
-    values, device = found.pairs.values[:k], search.operator.device
+def _as_eigenpairs(search: _Search, found: _Found) -> Eigenpairs:
+    k, device = len(found.norms), search.matrix.device
+    values = found.pairs.values[:k]
     return Eigenpairs(
         values=values.to(device),
-        vectors=space.vectors(found.pairs, k).T,
+        vectors=found.space.vectors(found.pairs, k).T,
         residuals=(found.norms / values.abs().clamp(min=1e-300)).to(device),
         converged=found.converged.to(device),
         products=search.products,

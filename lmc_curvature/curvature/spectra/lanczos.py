@@ -1,25 +1,14 @@
 """The Lanczos recurrence: a symmetric operator as a small tridiagonal matrix."""
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmc_curvature.curvature.spectra.symmetric import (
-    Operator,
-    SymmetricOperator,
-    as_operator,
-    check_count_option,
-    check_symmetric,
-    multiply,
-    random_rows,
-    rounding_of,
-    storage_dtype,
-)
-from lmc_curvature.errors import DirectionError, MemoryBudgetError, OptionError
+from lmc_curvature.curvature.spectra.symmetric import Matrix, Operator, check_count_option
+from lmc_curvature.errors import DirectionError, OptionError
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +34,9 @@ class Lanczos:
         """Number of columns of Q, one for each product with the operator."""
         return len(self.alphas)
 
-    @cached_property
+    @property
     def residual_norm(self) -> float:
-        """‖r‖, which would be the next off-diagonal entry of T."""
+        """‖r‖, which is the next off-diagonal entry of T if the run goes on."""
         return float(torch.linalg.vector_norm(self.residual))
 
     @property
@@ -79,8 +68,8 @@ def lanczos(
     start: Float[Tensor, " n"] | None = None,
     seed: int = 0,
     resume: Lanczos | None = None,
-    max_gib: float = 4.0,
-    progress: bool = False,
+    memory_gib: float = 4.0,
+    progress: bool | None = None,
 ) -> Lanczos:
     """Run the Lanczos recurrence with full reorthogonalisation (Lanczos 1950; Parlett 1998, chapter 13).
 
@@ -94,81 +83,52 @@ def lanczos(
         operator: A symmetric operator, or a dense matrix.
         steps: Products to make, at most n. Every product visits the data once.
         start: First vector, (n,), of any length but zero; by default a random one.
-        seed: Of the random start.
+        seed: Seed of the random start.
         resume: An earlier run with the same operator, to which `steps` are added. The result is that of one long run.
-        max_gib: Largest size of the basis: n × steps numbers, of 4 bytes where the operator computes in float32 and
+        memory_gib: Largest size of the basis: n × steps numbers, of 4 bytes where the operator computes in float32 and
             of 8 otherwise.
-        progress: Show a progress bar over steps.
+        progress: Show a progress bar over steps; by default on a terminal and in notebooks.
 
     Raises:
         OperatorError: The operator is not square, or is found not to be symmetric at the second step.
         OptionError: `steps` is not a whole number from 1 to the dimension, or `start` and `resume` are both given.
         DirectionError: `start` is zero or not finite, or `start` or `resume` is of another dimension.
-        MemoryBudgetError: The basis would need more than `max_gib`.
+        MemoryBudgetError: The basis would need more than `memory_gib`.
         NonFiniteError: A product is not finite.
     """
-    operator = as_operator(operator)
-    size, done = operator.shape[0], 0 if resume is None else resume.steps
-    check_count_option("steps", steps, size)
-    check_count_option("steps, with those of resume,", steps + done, size)
+    matrix, done = Matrix.of(operator), 0 if resume is None else resume.steps
+    check_count_option("steps", steps, matrix.size)
+    check_count_option("steps, with those of resume,", steps + done, matrix.size)
     if resume is not None and start is not None:
         raise OptionError("Both start and resume are given; a resumed run goes on from where it ended.")
-    check_budget(operator, steps + done, max_gib, "Take fewer steps or a layer's block, or raise max_gib.")
+    matrix.check_room(steps + done, memory_gib, "take fewer steps")
     if resume is not None:
-        chains = _resumed(operator, resume, steps)
+        first = _placed_residual(matrix, resume)
+    elif start is not None:
+        first = _placed_start(matrix, start)
     else:
-        generator = torch.Generator().manual_seed(seed)
-        first = random_rows(operator, 1, generator) if start is None else _placed_start(operator, start)
-        chains = Chains(first, steps)
-    chains.run(operator, steps, description="Lanczos", progress=progress)
-    return _as_lanczos(chains)
+        first = matrix.random_rows(1, torch.Generator().manual_seed(seed))
+    chains = Chains(first, steps + done, earlier=resume)
+    chains.run(matrix, steps, description="Lanczos", progress=progress)
+    alphas, betas = (torch.cat(entries).to(matrix.device) for entries in (chains.alphas, chains.betas))
+    return Lanczos(alphas, betas[:-1], chains.basis[0, : len(alphas)].T, chains.residuals[0])
 
 
-def _placed_start(operator: SymmetricOperator, start: Float[Tensor, " n"]) -> Float[Tensor, "1 n"]:
-    if start.shape != operator.shape[:1]:
-        raise DirectionError(f"start has shape {tuple(start.shape)}; expected ({operator.shape[0]},).")
-    placed = start.detach().to(operator.device, storage_dtype(operator))
+def _placed_start(matrix: Matrix, start: Float[Tensor, " n"]) -> Float[Tensor, "1 n"]:
+    if start.shape != (matrix.size,):
+        raise DirectionError(f"start has shape {tuple(start.shape)}; expected ({matrix.size},).")
+    placed = start.detach().to(matrix.device, matrix.dtype)
     norm = float(torch.linalg.vector_norm(placed))
     if not 0 < norm < float("inf"):
         raise DirectionError(f"start has the norm {norm:g}; expected a finite vector that is not zero.")
     return placed.unsqueeze(0)
 
 
-def _resumed(operator: SymmetricOperator, resume: Lanczos, steps: int) -> "Chains":
-    if resume.residual.shape != operator.shape[:1]:
-        raise DirectionError(
-            f"resume is a run with an operator of dimension {len(resume.residual)}; this one has {operator.shape[0]}."
-        )
-    chains = Chains(resume.residual.to(operator.device).unsqueeze(0), resume.steps + steps)
-    chains.basis[0, : resume.steps] = resume.basis.T
-    chains.alphas = list(resume.alphas.cpu().unsqueeze(1))
-    chains.betas = [torch.ones(1), *resume.betas.cpu().unsqueeze(1), chains.betas[0]]
-    return chains
-
-
-def _as_lanczos(chains: "Chains") -> Lanczos:
-    steps, device = len(chains.alphas), chains.basis.device
-    alphas, betas = torch.cat(chains.alphas).to(device), torch.cat(chains.betas[1:]).to(device)
-    return Lanczos(alphas, betas[:-1], chains.basis[0, :steps].T, chains.residuals[0])
-
-
-def check_budget(operator: SymmetricOperator, vectors: int, max_gib: float, remedy: str) -> None:
-    """Refuse to keep more vectors than the budget holds.
-
-    Raises:
-        MemoryBudgetError: Says how much they would take, and the remedy.
-    """
-    gib = vectors_gib(operator, vectors)
-    if gib > max_gib:
-        raise MemoryBudgetError(
-            f"{vectors} vectors of {operator.shape[0]} entries take {gib:.2g} GiB, more than max_gib={max_gib:g}. "
-            + remedy
-        )
-
-
-def vectors_gib(operator: SymmetricOperator, vectors: int) -> float:
-    """GiB that some vectors of the operator's dimension and precision take."""
-    return vectors * operator.shape[0] * storage_dtype(operator).itemsize / 2**30
+def _placed_residual(matrix: Matrix, resume: Lanczos) -> Float[Tensor, "1 n"]:
+    size = len(resume.residual)
+    if size != matrix.size:
+        raise DirectionError(f"resume is a run with an operator of dimension {size}; this one has {matrix.size}.")
+    return resume.residual.to(matrix.device).unsqueeze(0)
 
 
 class Chains:
@@ -181,74 +141,83 @@ class Chains:
         capacity: Steps to make room for. Without reorthogonalisation any number of steps needs room for two.
         reorthogonalise: Make every vector orthogonal to all earlier ones of its chain, and keep them all. Otherwise
             converged eigenvalues of T come in several copies.
+        earlier: A run of one chain, which goes on from its residual, the start.
 
     Attributes:
         basis: Vectors, (chains, kept, n).
-        residuals: What remains of the last products, (chains, n); the next vectors before normalisation.
+        residuals: Remainders of the last products, (chains, n); the next vectors before normalisation.
+        norms: Norms of the residuals, (chains,), float64 on the CPU; zero for a chain that has ended.
         alphas: Diagonal entries, a tensor (chains,) a step, float64 on the CPU.
-        betas: Norms of the starts, and of the residuals of each step: one more than `alphas`.
+        betas: Norms of the residuals after each step, as `alphas`.
     """
 
-    def __init__(self, starts: Float[Tensor, "chains n"], capacity: int, *, reorthogonalise: bool = True):
-        chains, size = starts.shape
+    def __init__(
+        self,
+        starts: Float[Tensor, "chains n"],
+        capacity: int,
+        *,
+        reorthogonalise: bool = True,
+        earlier: Lanczos | None = None,
+    ):
         self.reorthogonalise = reorthogonalise
-        self.basis = starts.new_zeros(chains, capacity if reorthogonalise else 2, size)
+        self.basis = starts.new_zeros(len(starts), capacity if reorthogonalise else 2, starts.shape[1])
         self.residuals = starts
         self.alphas: list[Tensor] = []
-        self.betas: list[Tensor] = [_norms(starts)]
-        self._checked = False
+        self.betas: list[Tensor] = []
+        self.norms = _norms(starts)
+        if earlier is not None:
+            self.basis[0, : earlier.steps] = earlier.basis.T
+            self.alphas = list(earlier.alphas.cpu().unsqueeze(1))
+            self.betas = [*earlier.betas.cpu().unsqueeze(1), self.norms]
 
-    def run(self, operator: SymmetricOperator, steps: int, *, description: str, progress: bool) -> None:
+    def run(self, matrix: Matrix, steps: int, *, description: str, progress: bool | None) -> None:
         """Make some steps, or fewer if all chains end.
 
         Raises:
             OperatorError: The operator is not symmetric.
             NonFiniteError: A product is not finite.
         """
-        done = len(self.alphas)
-        with tqdm(total=done + steps, initial=done, desc=description, unit="step", disable=not progress) as bar:
-            for _ in range(steps):
-                if not self.betas[-1].any():
+        done, silent = len(self.alphas), None if progress is None else not progress
+        with tqdm(total=done + steps, initial=done, desc=description, unit="step", disable=silent) as bar:
+            for step in range(done, done + steps):
+                if not self.norms.any():
                     break
-                self._step(operator)
+                # The first step that has one before it in this run or an earlier one.
+                self._step(matrix, check=step == max(done, 1))
                 bar.update()
 
-    def _step(self, operator: SymmetricOperator) -> None:
-        position, norms = self._next_position(), self.betas[-1].to(self.residuals)
-        vectors = self.residuals / torch.where(norms > 0, norms, 1.0).unsqueeze(1)
-        self.basis[:, position] = vectors
+    def _step(self, matrix: Matrix, *, check: bool) -> None:
+        position = len(self.alphas) if self.reorthogonalise else len(self.alphas) % 2
+        norms = self.norms.to(self.residuals)
         active = norms > 0
+        vectors = self.residuals / torch.where(active, norms, 1.0).unsqueeze(1)
+        self.basis[:, position] = vectors
         products = torch.zeros_like(vectors)
-        products[active] = multiply(operator, vectors[active])
+        products[active] = matrix.multiply(vectors[active])
         alphas = torch.linalg.vecdot(vectors, products)
         if self.alphas:
             previous = self.basis[:, position - 1]
-            self._check_coupling(operator, torch.linalg.vecdot(previous, products), norms, alphas)
+            if check:
+                # For consecutive vectors q and q', ⟨q, A q'⟩ is to be what ‖r‖ = ⟨q', A q⟩ was.
+                couplings = torch.linalg.vecdot(previous, products)
+                entries = torch.cat([norms, alphas, self.alphas[-1].to(alphas)])
+                difference, scale = (float(torch.linalg.vector_norm(part)) for part in (couplings - norms, entries))
+                matrix.check_symmetric(difference, scale)
             products -= norms.unsqueeze(1) * previous
         products -= alphas.unsqueeze(1) * vectors
         if self.reorthogonalise:
             _orthogonalise(products, self.basis[:, : position + 1])
         self.alphas.append(alphas.double().cpu())
-        self._end_step(operator, products)
+        self._keep_residuals(matrix, products)
 
-    def _next_position(self) -> int:
-        return len(self.alphas) if self.reorthogonalise else len(self.alphas) % 2
-
-    def _check_coupling(self, operator: SymmetricOperator, couplings: Tensor, expected: Tensor, alphas: Tensor) -> None:
-        """Once: for consecutive vectors q and q', ⟨q, A q'⟩ is to be what ‖r‖ = ⟨q', A q⟩ was."""
-        if not self._checked:
-            scale = torch.linalg.vector_norm(torch.cat([expected, alphas, self.alphas[-1].to(alphas)]))
-            check_symmetric(operator, float(torch.linalg.vector_norm(couplings - expected)), float(scale))
-            self._checked = True
-
-    def _end_step(self, operator: SymmetricOperator, residuals: Tensor) -> None:
+    def _keep_residuals(self, matrix: Matrix, residuals: Float[Tensor, "chains n"]) -> None:
         norms = _norms(residuals)
-        entries = torch.stack([*self.alphas, *self.betas[1:], norms])
+        entries = torch.stack([*self.alphas, *self.betas, norms])
         # What remains in an invariant subspace is rounding, of which no direction should be made.
-        ended = norms <= 100 * rounding_of(operator) * entries.abs().amax(dim=0)
+        ended = norms <= 100 * matrix.rounding * entries.abs().amax(dim=0)
         norms[ended] = 0.0
         residuals[ended.to(residuals.device)] = 0.0
-        self.residuals = residuals
+        self.residuals, self.norms = residuals, norms
         self.betas.append(norms)
 
 

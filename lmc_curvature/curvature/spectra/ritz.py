@@ -1,5 +1,6 @@
-"""A subspace that an operator is projected onto, and the eigenpairs of the projection."""
+"""A growing subspace that an operator is projected onto, and the eigenpairs of the projection."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RitzPairs:
-    """Eigenpairs of VᵀAV, all of them, in an order that the caller chose.
+    """All eigenpairs of VᵀAV, in an order that the caller chose.
 
     Attributes:
         values: Ritz values, (m,), float64 on the CPU.
@@ -19,20 +20,16 @@ class RitzPairs:
     values: Float64[Tensor, " m"]
     coefficients: Float64[Tensor, "m m"]
 
-    def ordered(self, order: Tensor) -> "RitzPairs":
-        """The same pairs in another order."""
-        return RitzPairs(self.values[order], self.coefficients[:, order])
-
 
 class SearchSpace:
     """An orthonormal basis V that grows, and its images A V, so that residuals in the space need no more products.
 
     Args:
-        capacity: Vectors to make room for; the space takes twice that.
-        excluded: Vectors that the space stays orthogonal to, as rows; none: (0, n).
+        capacity: Vectors to make room for; the space takes twice that memory.
+        excluded: Vectors that the space stays orthogonal to, as rows; (0, n) if there are none.
 
     Attributes:
-        size: Vectors that it holds.
+        size: Number of vectors in the basis.
         gram: VᵀAV, (size, size), float64 on the CPU.
     """
 
@@ -45,33 +42,41 @@ class SearchSpace:
 
     @property
     def capacity(self) -> int:
-        """Vectors that there is room for."""
+        """Number of vectors that there is room for."""
         return len(self._basis)
 
     @property
     def dimension(self) -> int:
-        """The size at which the space is everything that is orthogonal to the excluded vectors."""
+        """Dimension of the orthogonal complement of the excluded vectors: the space cannot grow beyond it."""
         return self._basis.shape[1] - len(self._excluded)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the space cannot grow any further."""
+        return self.size == self.dimension
+
     def append(self, block: Float[Tensor, "b n"], images: Float[Tensor, "b n"]) -> float:
-        """Take in orthonormal vectors and their images, of which what lies among the excluded vectors is dropped.
+        """Add orthonormal vectors and their images, and drop the images' part in the span of the excluded vectors.
 
         Returns:
-            The norm of ⟨u, A v⟩ − ⟨v, A u⟩, for u the vectors held before and v the new ones.
+            The norm of ⟨u, A v⟩ − ⟨v, A u⟩ over the earlier vectors u (the new ones, if there are none) and the new v.
         """
         old, self.size = self.size, self.size + len(block)
         images = images - (images @ self._excluded.T) @ self._excluded
         self._basis[old : self.size], self._images[old : self.size] = block, images
         columns = (self._basis[: self.size] @ images.T).double().cpu()
-        mirrored = (self._images[:old] @ block.T).double().cpu()
+        others = old or self.size
+        mirrored = (self._images[:others] @ block.T).double().cpu()
         gram = torch.zeros(self.size, self.size, dtype=torch.float64)
         gram[:old, :old], gram[:, old:], gram[old:, :old] = self.gram, columns, columns[:old].T
         self.gram = (gram + gram.T) / 2
-        return float(torch.linalg.matrix_norm(columns[:old] - mirrored))
+        return float(torch.linalg.matrix_norm(columns[:others] - mirrored))
 
-    def ritz_pairs(self) -> RitzPairs:
-        """All Ritz pairs, by increasing value."""
-        return RitzPairs(*torch.linalg.eigh(self.gram))
+    def ritz_pairs(self, rank: Callable[[Tensor], Tensor]) -> RitzPairs:
+        """All Ritz pairs, by decreasing rank of their values."""
+        values, coefficients = torch.linalg.eigh(self.gram)
+        order = rank(values).argsort(descending=True)
+        return RitzPairs(values[order], coefficients[:, order])
 
     def vectors(self, pairs: RitzPairs, count: int) -> Float[Tensor, "count n"]:
         """The first Ritz vectors, as rows."""
@@ -93,7 +98,7 @@ class SearchSpace:
         self.gram = torch.diag(pairs.values[:count])
 
     def orthonormalised(self, rows: Float[Tensor, "b n"]) -> Float[Tensor, "kept n"]:
-        """The part of some vectors that is new to the space, as orthonormal rows; fewer where nothing is left."""
+        """An orthonormal basis, as rows, of what some vectors add to the space; fewer rows if they add less."""
         rows = rows[: self.dimension - self.size]
         rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
         tiny = 100 * torch.finfo(rows.dtype).eps

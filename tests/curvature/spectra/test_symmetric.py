@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from lmc_curvature import HessianOperator, LMCCurvatureError
-from lmc_curvature.curvature.spectra.density import spectral_density, trace
-from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
-from lmc_curvature.curvature.spectra.lanczos import lanczos
-from lmc_curvature.curvature.spectra.symmetric import SymmetricOperator, dense_matrix, random_rows
+from lmc_curvature.curvature.spectra import SymmetricOperator, lanczos, spectral_density, top_eigenpairs, trace
+from lmc_curvature.curvature.spectra.symmetric import Matrix
 from lmc_curvature.errors import NonFiniteError, OperatorError
 from tests.support.spectra import Counted, digits_hessian, symmetric
 
@@ -65,6 +63,12 @@ def test_rounding_in_single_precision_is_not_taken_for_asymmetry(run, seed):
 
 
 @anyhow
+def test_no_bar_is_shown_where_there_is_no_terminal(run, capsys):
+    run(symmetric(torch.linspace(-1, 2, 60)))
+    assert capsys.readouterr().err == ""
+
+
+@anyhow
 def test_networks_in_single_precision_are_symmetric(run):
     run(digits_hessian(torch.float32))
 
@@ -115,16 +119,14 @@ def test_operators_and_matrices_are_told_apart():
 def test_a_dense_matrix_is_found_by_its_products():
     matrix = symmetric(torch.linspace(-2, 3, 600))
     wrapped = Sheared(torch.zeros(600), lambda vectors: matrix @ vectors)
-    torch.testing.assert_close(dense_matrix(wrapped), matrix)
+    torch.testing.assert_close(Matrix.of(wrapped).dense(), matrix)
     assert wrapped.products == 600
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 def test_random_vectors_have_unit_variance_and_do_not_depend_on_their_number(distribution):
-    operator = Counted(torch.ones(5000))
-    few, many = (
-        random_rows(operator, count, torch.Generator().manual_seed(1), distribution).double() for count in (2, 6)
-    )
+    matrix = Matrix.of(Counted(torch.ones(5000)))
+    few, many = (matrix.random_rows(count, torch.Generator().manual_seed(1), distribution).double() for count in (2, 6))
     torch.testing.assert_close(few, many[:2])
     covariance = many @ many.T / 5000
     torch.testing.assert_close(covariance, torch.eye(6, dtype=torch.float64), rtol=0, atol=0.08)
