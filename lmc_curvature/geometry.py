@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from lmc_curvature.errors import ArchitectureMismatchError, NonFiniteError
@@ -19,7 +20,8 @@ _KIND = "sibling-geometry"
 
 def distance(a: State, b: State) -> float:
     """‖a − b‖₂ over all entries of two states."""
-    return float(_dot(_difference(a, b), _difference(a, b)) ** 0.5)
+    first, second = _vectors(a, b)
+    return float(torch.linalg.vector_norm(first - second))
 
 
 def cosine(a: State, b: State) -> float:
@@ -29,36 +31,32 @@ def cosine(a: State, b: State) -> float:
         NonFiniteError: One of them is zero or not finite, so there is no angle.
         ArchitectureMismatchError: They differ in entries or shapes.
     """
-    _check_alike(a, b)
-    norms = (_dot(a, a) * _dot(b, b)) ** 0.5
-    if norms == 0:
-        raise NonFiniteError("The angle with a vector of length zero is undefined: are two of the states equal?")
-    if not math.isfinite(norms):
-        raise NonFiniteError("The angle with a vector that is not finite is undefined: has a training diverged?")
-    return float(min(1.0, max(-1.0, _dot(a, b) / norms)))
+    return _cosine(*_vectors(a, b))
 
 
 def sibling_cosine(a: State, b: State, base: State | None = None) -> float:
     """Cosine of the angle between siblings, seen from their fork `base` or from the origin (Singh et al., Figure 2)."""
     if base is None:
         return cosine(a, b)
-    return cosine(_difference(a, base), _difference(b, base))
+    first, second, origin = _vectors(a, b, base)
+    return _cosine(first - origin, second - origin)
 
 
 def solution_plane_cosine(a: State, b: State, final_a: State, final_b: State) -> float:
     """Cosine of the sibling difference at one time with the final one: 1 once siblings have fixed their plane."""
-    return cosine(_difference(b, a), _difference(final_b, final_a))
+    first, second, final_first, final_second = _vectors(a, b, final_a, final_b)
+    return _cosine(second - first, final_second - final_first)
 
 
 @dataclasses.dataclass(frozen=True)
 class SiblingGeometry:
-    """How two siblings lie to each other, to where they come from, and to where they end.
+    """The distance between two siblings, and angles that they make with their fork and with their end.
 
     Attributes:
-        distance: Between the siblings.
-        cosine_origin: Of the angle between them, seen from the origin.
-        cosine_fork: Of the angle between them, seen from their fork.
-        cosine_final: Of their difference with the final one; see `solution_plane_cosine`.
+        distance: Norm of the difference of the siblings.
+        cosine_origin: Cosine of the angle between them, seen from the origin.
+        cosine_fork: Cosine of the angle between them, seen from their fork.
+        cosine_final: Cosine of the angle between their difference and the final one; see `solution_plane_cosine`.
     """
 
     distance: float
@@ -68,7 +66,7 @@ class SiblingGeometry:
 
     @classmethod
     def of(cls, a: State, b: State, base: State, final_a: State, final_b: State) -> "SiblingGeometry":
-        """Of two siblings, their fork, and the two at the end.
+        """Compare the states of two siblings, of their fork, and of the siblings at the end of training.
 
         Raises:
             NonFiniteError: Two of the states are equal, so there is no angle, or one is not finite.
@@ -97,23 +95,24 @@ class SiblingGeometry:
         return cls(**{name: float(value) for name, value in arrays.items()})
 
 
-def _difference(a: State, b: State) -> dict[str, Tensor]:
-    _check_alike(a, b)
-    return {name: tensor.double() - b[name].double() for name, tensor in a.items()}
+def _cosine(u: Float64[Tensor, " n"], v: Float64[Tensor, " n"]) -> float:
+    norms = float(torch.sqrt((u @ u) * (v @ v)))
+    if norms == 0:
+        raise NonFiniteError("The angle with a vector of length zero is undefined: are two of the states equal?")
+    if not math.isfinite(norms):
+        raise NonFiniteError("The angle with a vector that is not finite is undefined: has a training diverged?")
+    return min(1.0, max(-1.0, float(u @ v) / norms))
 
 
-def _check_alike(a: State, b: State) -> None:
-    if a.keys() != b.keys():
-        raise ArchitectureMismatchError(
-            f"The states differ in entries: {sorted(a.keys() ^ b.keys())[:5]}; expected states of one architecture."
-        )
-    for name, tensor in a.items():
-        if tensor.shape != b[name].shape:
-            raise ArchitectureMismatchError(
-                f"Entry {name!r} has shape {tuple(tensor.shape)} in one state, {tuple(b[name].shape)} in the other; "
-                "expected states of one architecture."
-            )
-
-
-def _dot(a: State, b: State) -> float:
-    return float(sum(torch.dot(a[name].detach().double().flatten(), b[name].detach().double().flatten()) for name in a))
+def _vectors(*states: State) -> list[Float64[Tensor, " n"]]:
+    """All entries of each state as one vector, in the order of the first state."""
+    shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
+    for others in shapes[1:]:
+        for name in sorted(shapes[0].keys() | others.keys()):
+            one, other = shapes[0].get(name, "absent"), others.get(name, "absent")
+            if one != other:
+                raise ArchitectureMismatchError(
+                    f"Entry {name!r} has different shapes: {one} in one state, {other} in the other; expected states "
+                    "of one architecture."
+                )
+    return [torch.cat([state[name].detach().double().flatten() for name in shapes[0]]) for state in states]

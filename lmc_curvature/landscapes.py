@@ -5,7 +5,7 @@ batch of shifts (n, d), and returns the loss of each, f(θ − shift); so an exa
 `landscape_loss` is the mean over them. `origin()` is the loader for the landscape itself.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float
@@ -116,16 +116,9 @@ class QuadraticProduct(_Landscape):
         away = position.double() - self.minima
         slopes = torch.einsum("mij,mj->mi", self.hessians, away)
         values = 0.5 * torch.einsum("mi,mi->m", away, slopes)
-        hessian = torch.zeros_like(self.hessians[0])
-        for m in range(len(self.minima)):
-            hessian += _product_without(values, [m]) * self.hessians[m]
-            for k in range(len(self.minima)):
-                if k != m:
-                    hessian += _product_without(values, [m, k]) * torch.outer(slopes[m], slopes[k])
-        return hessian
-
-
-def _product_without(values: Float[Tensor, " minima"], left_out: Sequence[int]) -> Float[Tensor, ""]:
-    kept = torch.ones_like(values, dtype=torch.bool)
-    kept[list(left_out)] = False
-    return values[kept].prod()
+        one = torch.eye(len(values), dtype=torch.bool)
+        two = one.unsqueeze(0) | one.unsqueeze(1)
+        # Products of the values but one, and but two.
+        without_one, without_two = (torch.where(some, 1.0, values).prod(dim=-1) for some in (one, two))
+        bends = torch.einsum("m,mij->ij", without_one, self.hessians)
+        return bends + torch.einsum("mk,mi,kj->ij", without_two.fill_diagonal_(0.0), slopes, slopes)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from jaxtyping import Float
-from numpy.polynomial import polynomial
+from numpy.polynomial.polynomial import polyder, polyroots, polytrim, polyval
 
 from lmc_curvature.errors import OptionError
 
@@ -17,7 +17,7 @@ EXPANSIONS: tuple[Expansion, ...] = get_args(Expansion)
 
 
 class Endpoint(NamedTuple):
-    """Loss L, slope ⟨∇L, P_S Δ⟩ and curvature (P_S Δ)ᵀ H (P_S Δ) at one end; numbers, or one array entry a batch."""
+    """Loss L, slope ⟨∇L, P_S Δ⟩ and curvature (P_S Δ)ᵀ H (P_S Δ) at one end: numbers, or arrays over batches."""
 
     loss: float | np.ndarray
     slope: float | np.ndarray
@@ -25,7 +25,7 @@ class Endpoint(NamedTuple):
 
 
 def coefficients(expansion: Expansion, first: Endpoint, second: Endpoint) -> Float[np.ndarray, " powers *batches"]:
-    """Coefficients of B(α), the constant first.
+    """Coefficients of the barrier curve B(α), the constant first.
 
     - `"second-order"`: α(1−α)/2 · (α c₁ + (1−α) c₂), Propositions 1 and 2 of Singh et al. 2024;
     - `"shared-hessian"`: α(1−α)/2 · c₁, their eq. 19–21;
@@ -34,8 +34,6 @@ def coefficients(expansion: Expansion, first: Endpoint, second: Endpoint) -> Flo
     """
     (loss_1, slope_1, curvature_1), (loss_2, slope_2, curvature_2) = first, second
     zero = np.zeros_like(np.asarray(curvature_1, dtype=np.float64))
-    if expansion == "shared-hessian":
-        return np.stack([zero, zero + curvature_1 / 2, zero - curvature_1 / 2])
     if expansion == "hermite":
         rise = loss_2 - loss_1
         return np.stack(
@@ -49,36 +47,25 @@ def coefficients(expansion: Expansion, first: Endpoint, second: Endpoint) -> Flo
             ]
         )
     turn = slope_1 - slope_2 if expansion == "with-slopes" else zero
-    return np.stack(
-        [
-            zero,
-            turn + curvature_2 / 2,
-            curvature_1 / 2 - curvature_2 - turn,
-            (curvature_2 - curvature_1) / 2,
-        ]
-    )
-
-
-def evaluate(
-    curve: Float[np.ndarray, " powers *batches"], alphas: Float[np.ndarray, " n"]
-) -> Float[np.ndarray, "*batches n"]:
-    """Values of a curve, given by its coefficients, at positions on the segment."""
-    return polynomial.polyval(alphas, curve)
+    if expansion == "shared-hessian":
+        curvature_2 = curvature_1
+    square = curvature_1 / 2 - curvature_2 - turn
+    return np.stack([zero, turn + curvature_2 / 2, square, (curvature_2 - curvature_1) / 2])
 
 
 def peak(curve: Float[np.ndarray, " powers"]) -> float:
     """Position of the maximum of a barrier curve over [0, 1]; 0 when the curve nowhere rises above the chord."""
-    slope = polynomial.polyder(curve)
+    slope = polyder(curve)
     # A leading coefficient of rounding size would send the other roots astray.
-    roots = polynomial.polyroots(polynomial.polytrim(slope, 1e-14 * np.abs(slope).max()))
+    roots = polyroots(polytrim(slope, 1e-14 * np.abs(slope).max()))
     inside = [root.real for root in roots if abs(root.imag) < 1e-9 and 1e-9 < root.real < 1 - 1e-9]
     # Barrier curves vanish at both ends; only what rises above them is a peak, and rounding at α = 1 is not.
     candidates = np.array([0.0, *inside])
-    return float(candidates[np.argmax(evaluate(curve, candidates))])
+    return float(candidates[np.argmax(polyval(candidates, curve))])
 
 
 def check_alphas(alphas: object) -> Float[np.ndarray, " n"]:
-    """Positions on the segment as an array.
+    """Positions on the segment, checked, as an array.
 
     Raises:
         OptionError: They are not numbers in [0, 1], or there is none; names the offending one.

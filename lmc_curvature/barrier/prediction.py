@@ -8,18 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.polynomial.polynomial import polyval
 from torch import nn
 
 from lmc_curvature.averages import standard_error
-from lmc_curvature.barrier.expansions import (
-    EXPANSIONS,
-    Endpoint,
-    Expansion,
-    check_alphas,
-    coefficients,
-    evaluate,
-    peak,
-)
+from lmc_curvature.barrier.expansions import EXPANSIONS, Endpoint, Expansion, check_alphas, coefficients, peak
 from lmc_curvature.curvature.projection.projection import Projection, project_hessian_at
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective.losses import LossFunction
@@ -168,12 +161,12 @@ class BarrierPrediction:
             PartitionError: The set names an unknown layer.
             OptionError: `expansion` is not a choice, or is `"hermite"` for a set that is not the whole network.
         """
-        return evaluate(self._coefficients(layers, expansion), check_alphas(alphas))
+        return polyval(check_alphas(alphas), self._coefficients(layers, expansion))
 
     def barrier(self, layers: Iterable[str] | str | None = None, expansion: Expansion = "second-order") -> float:
         """Predicted barrier of a set of layers: the maximum of its curve over [0, 1], so 0 where no α rises."""
         curve = self._coefficients(layers, expansion)
-        return float(evaluate(curve, np.array([peak(curve)]))[0])
+        return float(polyval(peak(curve), curve))
 
     def layer_barriers(self, expansion: Expansion = "second-order") -> Float[np.ndarray, " layers"]:
         """Predicted barrier of each layer alone (Proposition 2)."""
@@ -187,8 +180,7 @@ class BarrierPrediction:
     @property
     def hessian_energy(self) -> Float[np.ndarray, " layers"]:
         """Δ_ℓᵀ H Δ_ℓ of each layer, the mean of the two endpoints."""
-        first, second = self.endpoints
-        return (np.diag(first.curvature) + np.diag(second.curvature)) / 2
+        return np.mean([np.diag(end.curvature) for end in self.endpoints], axis=0)
 
     def standard_error(self, layers: Iterable[str] | str | None = None, expansion: Expansion = "second-order") -> float:
         """Standard error of `barrier`, from the spread between batches; NaN for a single batch.
@@ -196,10 +188,10 @@ class BarrierPrediction:
         At a maximum the position's own uncertainty does not matter to first order, so it is the standard error of
         the curve at the predicted position; 0 where the curve nowhere rises above the chord.
         """
-        position = np.array([peak(self._coefficients(layers, expansion))])
+        position = peak(self._coefficients(layers, expansion))
         members = layer_indices(self.layers, layers)
-        batches = coefficients(expansion, *(_batch_values(end, members) for end in self.endpoints))
-        return float(standard_error(evaluate(batches, position)[:, 0], self.endpoints[0].batch_sizes))
+        curves = coefficients(expansion, *(_batch_values(end, members) for end in self.endpoints))
+        return float(standard_error(np.asarray(polyval(position, curves)), self.endpoints[0].batch_sizes))
 
     def _coefficients(self, layers: Iterable[str] | str | None, expansion: Expansion) -> Float[np.ndarray, " powers"]:
         check_choice("expansion", expansion, EXPANSIONS)

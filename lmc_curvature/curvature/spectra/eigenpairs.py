@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmc_curvature.curvature.spectra.ritz import RitzPairs, SearchSpace
+from lmc_curvature.curvature.spectra.ritz import SearchSpace
 from lmc_curvature.curvature.spectra.symmetric import Matrix, Operator, check_count_option
 from lmc_curvature.errors import ConvergenceWarning, OptionError, check_choice
 
@@ -175,27 +175,22 @@ class _Search:
 
     def random_block(self, space: SearchSpace, count: int) -> Float[Tensor, "b n"]:
         """Random orthonormal vectors orthogonal to a space, no more than it and the budget have room for."""
-        count = min(count, self.left, space.dimension - space.size)
+        count = min(count, self.left, space.rest)
         return space.orthonormalised(self.matrix.random_rows(count, self.generator))
 
-    def extend(self, space: SearchSpace, block: Float[Tensor, "b n"], k: int) -> RitzPairs:
-        """Add a block to a space, after a restart from its best Ritz vectors if it is full, and return its Ritz pairs.
-
-        A restart keeps the k best vectors and some more.
-        """
+    def extend(self, space: SearchSpace, block: Float[Tensor, "b n"], k: int) -> None:
+        """Add a block to a space. If it is full, keep the k first Ritz vectors and some more, and drop the rest."""
         if space.size + len(block) > space.capacity:
-            # The neighbours of the k best are kept too: what is known of them keeps the search fast.
-            space.compress(space.ritz_pairs(self.rank), k + (space.capacity - k) // 3)
+            # Neighbours of the k first are kept too: what is known of them keeps the search fast.
+            space.compress(k + (space.capacity - k) // 3)
         first = space.size
         self.products += len(block)
         difference = space.append(block, self.matrix.multiply(block))
-        if not self.is_checked and (first or space.is_complete):
+        if not self.is_checked and (first or space.rest == 0):
             scale = float(torch.linalg.matrix_norm(space.gram[:, : first or space.size]))
             self.matrix.check_symmetric(difference, scale)
             self.is_checked = True
-        pairs = space.ritz_pairs(self.rank)
-        self.scale = max(self.scale, float(pairs.values.abs().max()))
-        return pairs
+        self.scale = max(self.scale, float(space.values.abs().max()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,14 +198,12 @@ class _Found:
     """The outermost Ritz pairs of a space, k of them or as many as there are.
 
     Attributes:
-        space: The search space.
-        pairs: All its pairs, the outermost first.
+        space: The search space, whose Ritz pairs come by decreasing rank, the outermost first.
         norms: Norms of the outermost pairs' residuals, (k,), on the CPU.
         converged: Whether each of them is small enough, (k,), on the CPU.
     """
 
     space: SearchSpace
-    pairs: RitzPairs
     norms: Float64[Tensor, " k"]
     converged: Bool[Tensor, " k"]
 
@@ -224,18 +217,16 @@ def _refine(
     """
     limit = search.max_products if limit is None else min(limit, search.max_products)
     while True:
-        pairs = search.extend(space, block, k)
-        count = min(k, space.size)
-        residuals = space.residuals(pairs, count)
+        search.extend(space, block, k)
+        count, complete = min(k, space.size), space.rest == 0
+        residuals = space.residuals(count)
         norms = torch.linalg.vector_norm(residuals, dim=1).double().cpu()
-        small = norms <= (search.tolerance * pairs.values[:count].abs()).clamp(min=search.rounding)
         # All that is left in a complete space is rounding.
-        converged = small | space.is_complete
+        converged = complete | (norms <= (search.tolerance * space.values[:count].abs()).clamp(min=search.rounding))
         bar.set_postfix(products=search.products, refresh=False)
         bar.update(int(converged.sum()) - bar.n)
-        ended = search.products >= limit or space.is_complete
-        if ended or (count == k and converged.all()):
-            return _Found(space, pairs, norms, converged)
+        if search.products >= limit or complete or (count == k and converged.all()):
+            return _Found(space, norms, converged)
         # Residuals of pairs that are exact enough would only make others, which nobody asked for, more exact.
         lacking = (~converged).nonzero().flatten()[: min(search.block_size, search.left)]
         block = space.orthonormalised(residuals[lacking.to(residuals.device)])
@@ -245,13 +236,13 @@ def _refine(
 
 def _all_copies(search: _Search, k: int, bar: tqdm) -> _Found:
     """Search for k pairs, and then for copies of multiple eigenvalues that the first blocks could not see."""
-    space = SearchSpace(search.capacity, excluded=search.matrix.random_rows(0, search.generator))
+    nothing = search.matrix.random_rows(0, search.generator)
+    space = SearchSpace(search.capacity, excluded=nothing, rank=search.rank)
     found = _refine(search, space, search.random_block(space, search.block_size), k, bar)
-    while search.left > 0 and not space.is_complete and _may_hide_copies(search, found):
-        rest = space.dimension - space.size
+    while search.left > 0 and space.rest > 0 and _may_hide_copies(search, found):
         # Nothing is hidden from a space that is complete, and completing it is then the shorter way.
-        near = rest <= min(space.size, search.left) and space.dimension <= space.capacity
-        missed = search.random_block(space, rest) if near else _missed(search, found)
+        near = space.rest <= min(space.size, search.left, space.capacity - space.size)
+        missed = search.random_block(space, space.rest) if near else _missed(search, found)
         if len(missed) == 0:
             break
         found = _refine(search, space, space.orthonormalised(missed), k, bar)
@@ -265,7 +256,7 @@ def _may_hide_copies(search: _Search, found: _Found) -> bool:
     """
     if not found.converged.all():
         return False
-    values, norms, k, seen = found.pairs.values, found.norms, len(found.norms), search.block_size
+    values, norms, k, seen = found.space.values, found.norms, len(found.norms), search.block_size
     order = values[:k].argsort().tolist()
     for window in (order[start : start + seen] for start in range(k - seen + 1)):
         others = torch.ones(len(values), dtype=torch.bool)
@@ -282,21 +273,21 @@ def _missed(search: _Search, found: _Found) -> Float[Tensor, "missed n"]:
     """Ritz vectors orthogonal to those found, as rows, whose values lie further out than the last one found."""
     k = len(found.norms)
     capacity = _outside_capacity(search.capacity, search.block_size)
-    outside = SearchSpace(capacity, excluded=found.space.vectors(found.pairs, k))
+    outside = SearchSpace(capacity, excluded=found.space.vectors(k), rank=search.rank)
     block = search.random_block(outside, search.block_size)
     # Where nothing is missing this is for nothing; it should not cost more than the search itself.
-    pairs = _refine(search, outside, block, 1, tqdm(disable=True), limit=2 * search.products).pairs
-    last = found.pairs.values[k - 1]
+    _refine(search, outside, block, 1, tqdm(disable=True), limit=2 * search.products)
+    last = found.space.values[k - 1]
     margin = 10 * search.tolerance**2 * last.abs() + search.rounding
-    return outside.vectors(pairs, int((search.rank(pairs.values) > search.rank(last) + margin).sum()))
+    return outside.vectors(int((search.rank(outside.values) > search.rank(last) + margin).sum()))
 
 
 def _as_eigenpairs(search: _Search, found: _Found) -> Eigenpairs:
     k, device = len(found.norms), search.matrix.device
-    values = found.pairs.values[:k]
+    values = found.space.values[:k]
     return Eigenpairs(
         values=values.to(device),
-        vectors=found.space.vectors(found.pairs, k).T,
+        vectors=found.space.vectors(k).T,
         residuals=(found.norms / values.abs().clamp(min=1e-300)).to(device),
         converged=found.converged.to(device),
         products=search.products,

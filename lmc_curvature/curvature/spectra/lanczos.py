@@ -102,19 +102,22 @@ def lanczos(
     if resume is not None and start is not None:
         raise OptionError("Both start and resume are given; a resumed run goes on from where it ended.")
     matrix.check_room(steps + done, memory_gib, "take fewer steps")
-    if resume is not None:
-        first = _placed_residual(matrix, resume)
-    elif start is not None:
-        first = _placed_start(matrix, start)
-    else:
-        first = matrix.random_rows(1, torch.Generator().manual_seed(seed))
-    chains = Chains(first, steps + done, earlier=resume)
+    chains = Chains(_first_vector(matrix, start, resume, seed), steps + done, earlier=resume)
     chains.run(matrix, steps, description="Lanczos", progress=progress)
     alphas, betas = (torch.cat(entries).to(matrix.device) for entries in (chains.alphas, chains.betas))
     return Lanczos(alphas, betas[:-1], chains.basis[0, : len(alphas)].T, chains.residuals[0])
 
 
-def _placed_start(matrix: Matrix, start: Float[Tensor, " n"]) -> Float[Tensor, "1 n"]:
+def _first_vector(
+    matrix: Matrix, start: Float[Tensor, " n"] | None, resume: Lanczos | None, seed: int
+) -> Float[Tensor, "1 n"]:
+    if resume is not None:
+        size = len(resume.residual)
+        if size != matrix.size:
+            raise DirectionError(f"resume is a run with an operator of dimension {size}; this one has {matrix.size}.")
+        return resume.residual.to(matrix.device).unsqueeze(0)
+    if start is None:
+        return matrix.random_rows(1, torch.Generator().manual_seed(seed))
     if start.shape != (matrix.size,):
         raise DirectionError(f"start has shape {tuple(start.shape)}; expected ({matrix.size},).")
     placed = start.detach().to(matrix.device, matrix.dtype)
@@ -122,13 +125,6 @@ def _placed_start(matrix: Matrix, start: Float[Tensor, " n"]) -> Float[Tensor, "
     if not 0 < norm < float("inf"):
         raise DirectionError(f"start has the norm {norm:g}; expected a finite vector that is not zero.")
     return placed.unsqueeze(0)
-
-
-def _placed_residual(matrix: Matrix, resume: Lanczos) -> Float[Tensor, "1 n"]:
-    size = len(resume.residual)
-    if size != matrix.size:
-        raise DirectionError(f"resume is a run with an operator of dimension {size}; this one has {matrix.size}.")
-    return resume.residual.to(matrix.device).unsqueeze(0)
 
 
 class Chains:

@@ -1,24 +1,10 @@
-"""A growing subspace that an operator is projected onto, and the eigenpairs of the projection."""
+"""A growing subspace that a symmetric matrix is projected onto, and the eigenpairs of the projection."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class RitzPairs:
-    """All eigenpairs of VᵀAV, in an order that the caller chose.
-
-    Attributes:
-        values: Ritz values, (m,), float64 on the CPU.
-        coefficients: Their eigenvectors as columns, (m, m), float64 on the CPU: V times a column is a Ritz vector.
-    """
-
-    values: Float64[Tensor, " m"]
-    coefficients: Float64[Tensor, "m m"]
 
 
 class SearchSpace:
@@ -27,15 +13,19 @@ class SearchSpace:
     Args:
         capacity: Vectors to make room for; the space takes twice that memory.
         excluded: Vectors that the space stays orthogonal to, as rows; (0, n) if there are none.
+        rank: Turns eigenvalues into numbers that are larger the sooner their pairs are to come.
 
     Attributes:
         size: Number of vectors in the basis.
         gram: VᵀAV, (size, size), float64 on the CPU.
+        values: Its eigenvalues, the Ritz values, by decreasing rank; (size,).
     """
 
-    def __init__(self, capacity: int, excluded: Float[Tensor, "excluded n"]):
+    def __init__(self, capacity: int, excluded: Float[Tensor, "excluded n"], rank: Callable[[Tensor], Tensor]):
         self.size = 0
-        self.gram = torch.zeros(0, 0, dtype=torch.float64)
+        self.gram = self._coefficients = torch.zeros(0, 0, dtype=torch.float64)
+        self.values = torch.zeros(0, dtype=torch.float64)
+        self._rank = rank
         self._excluded = excluded
         self._basis = excluded.new_empty(capacity, excluded.shape[1])
         self._images = torch.empty_like(self._basis)
@@ -46,14 +36,9 @@ class SearchSpace:
         return len(self._basis)
 
     @property
-    def dimension(self) -> int:
-        """Dimension of the orthogonal complement of the excluded vectors: the space cannot grow beyond it."""
-        return self._basis.shape[1] - len(self._excluded)
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the space cannot grow any further."""
-        return self.size == self.dimension
+    def rest(self) -> int:
+        """Dimension of what is orthogonal to the space and to the excluded vectors; 0 if the space is complete."""
+        return self._basis.shape[1] - len(self._excluded) - self.size
 
     def append(self, block: Float[Tensor, "b n"], images: Float[Tensor, "b n"]) -> float:
         """Add orthonormal vectors and their images, and drop the images' part in the span of the excluded vectors.
@@ -65,41 +50,38 @@ class SearchSpace:
         images = images - (images @ self._excluded.T) @ self._excluded
         self._basis[old : self.size], self._images[old : self.size] = block, images
         columns = (self._basis[: self.size] @ images.T).double().cpu()
-        others = old or self.size
-        mirrored = (self._images[:others] @ block.T).double().cpu()
         gram = torch.zeros(self.size, self.size, dtype=torch.float64)
         gram[:old, :old], gram[:, old:], gram[old:, :old] = self.gram, columns, columns[:old].T
         self.gram = (gram + gram.T) / 2
+        values, coefficients = torch.linalg.eigh(self.gram)
+        order = self._rank(values).argsort(descending=True)
+        self.values, self._coefficients = values[order], coefficients[:, order]
+        others = old or self.size
+        mirrored = (self._images[:others] @ block.T).double().cpu()
         return float(torch.linalg.matrix_norm(columns[:others] - mirrored))
 
-    def ritz_pairs(self, rank: Callable[[Tensor], Tensor]) -> RitzPairs:
-        """All Ritz pairs, by decreasing rank of their values."""
-        values, coefficients = torch.linalg.eigh(self.gram)
-        order = rank(values).argsort(descending=True)
-        return RitzPairs(values[order], coefficients[:, order])
-
-    def vectors(self, pairs: RitzPairs, count: int) -> Float[Tensor, "count n"]:
+    def vectors(self, count: int) -> Float[Tensor, "count n"]:
         """The first Ritz vectors, as rows."""
-        return self._combined(self._basis, pairs, count)
+        return self._combined(self._basis, count)
 
-    def residuals(self, pairs: RitzPairs, count: int) -> Float[Tensor, "count n"]:
-        """A y − θ y of the first Ritz pairs, as rows."""
-        values = pairs.values[:count].to(self._basis).unsqueeze(1)
-        return self._combined(self._images, pairs, count) - values * self._combined(self._basis, pairs, count)
+    def residuals(self, count: int) -> Float[Tensor, "count n"]:
+        """A y − θ y of the first Ritz pairs (θ, y), as rows."""
+        values = self.values[:count].to(self._basis).unsqueeze(1)
+        return self._combined(self._images, count) - values * self._combined(self._basis, count)
 
-    def _combined(self, rows: Float[Tensor, "capacity n"], pairs: RitzPairs, count: int) -> Float[Tensor, "count n"]:
-        return pairs.coefficients[:, :count].T.to(rows) @ rows[: self.size]
+    def _combined(self, rows: Float[Tensor, "capacity n"], count: int) -> Float[Tensor, "count n"]:
+        return self._coefficients[:, :count].T.to(rows) @ rows[: self.size]
 
-    def compress(self, pairs: RitzPairs, count: int) -> None:
+    def compress(self, count: int) -> None:
         """Keep the span of the first Ritz vectors only."""
         for rows in (self._basis, self._images):
-            rows[:count] = self._combined(rows, pairs, count)
-        self.size = count
-        self.gram = torch.diag(pairs.values[:count])
+            rows[:count] = self._combined(rows, count)
+        self.size, self.values = count, self.values[:count]
+        self.gram, self._coefficients = torch.diag(self.values), torch.eye(count, dtype=torch.float64)
 
     def orthonormalised(self, rows: Float[Tensor, "b n"]) -> Float[Tensor, "kept n"]:
         """An orthonormal basis, as rows, of what some vectors add to the space; fewer rows if they add less."""
-        rows = rows[: self.dimension - self.size]
+        rows = rows[: self.rest]
         rows = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
         tiny = 100 * torch.finfo(rows.dtype).eps
         # The second time removes what rounding left in the first.
