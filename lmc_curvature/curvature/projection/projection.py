@@ -15,7 +15,7 @@ from lmc_curvature.curvature.projection.verification import VerifiedSweep
 from lmc_curvature.curvature.sweep.sweep import Sweep
 from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError, check_choice
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.losses import check_finite_loss
+from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State, check_finite
 from lmc_curvature.objective.risk import Objective
 
@@ -188,7 +188,7 @@ def _road(
 
 def _check_finite(values: BatchValues, batch: Batch, where: str) -> None:
     loss, slopes, curvature = values
-    check_finite_loss(loss, batch, where)
+    finite_loss(loss, batch, where)
     if not (np.isfinite(slopes).all() and np.isfinite(curvature).all()):
         raise NonFiniteError(
             f"The slopes or the curvature are not finite at batch {batch.index} ({batch.size} examples){where}. "
