@@ -21,7 +21,7 @@ from lmc_curvature.barrier.expansions import (
     evaluate,
     peak,
 )
-from lmc_curvature.curvature.projection.projection import Projection, project_hessian_at
+from lmc_curvature.curvature.projection import Projection, project_hessian_at
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective.losses import LossFunction
 from lmc_curvature.objective.normalization import BatchNormPolicy

@@ -160,7 +160,7 @@ class Objective:
         return {name: to_device(tensor.detach(), self.device, self.dtype) for name, tensor in state.items()}
 
     @contextlib.contextmanager
-    def one_pass(self, *, progress: bool | None = False, description: str = "batches") -> Iterator[Iterator[Batch]]:
+    def one_pass(self, *, progress: bool | None = None, description: str = "batches") -> Iterator[Iterator[Batch]]:
         """Visit the loader once: `with objective.one_pass() as batches: for batch in batches: …`.
 
         A shuffling or augmenting loader draws from the global random number generators; they are restored when
@@ -265,7 +265,7 @@ class Objective:
         if self.batch_norm == "recalibrate":
             point |= self.recalibrated([point])[0]
         values, sizes = [], []
-        with torch.no_grad(), self.measuring(), self.one_pass() as batches:
+        with torch.no_grad(), self.measuring(), self.one_pass(progress=False) as batches:
             for batch in batches:
                 values.append(finite_loss(self.batch_loss(point, batch), batch))
                 sizes.append(batch.size)
@@ -282,7 +282,7 @@ class Objective:
         leaves = as_leaves({name: point[name] for name in self._movable})
         total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
         examples = 0
-        with self.one_pass() as batches, self.differentiating():
+        with self.one_pass(progress=False) as batches, self.differentiating():
             for batch in batches:
                 loss = self.batch_loss({**point, **leaves}, batch)
                 finite_loss(loss, batch)
