@@ -6,7 +6,7 @@ from lmc_curvature.curvature.backends.backends import hessian_operator
 from lmc_curvature.curvature.blocks.blocks import cross_layer_hessian, layer_hessian
 from lmc_curvature.curvature.operators.ggn import GGNOperator
 from lmc_curvature.curvature.operators.hessian import HessianOperator
-from lmc_curvature.curvature.projection.projection import Projection, project_hessian
+from lmc_curvature.curvature.projection import Projection, project_hessian
 from lmc_curvature.curvature.spectra.density import SpectralDensity, spectral_density
 from lmc_curvature.curvature.spectra.eigenpairs import Eigenpairs, top_eigenpairs
 from lmc_curvature.curvature.spectra.lanczos import Lanczos, lanczos

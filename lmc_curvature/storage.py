@@ -8,11 +8,10 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import safetensors
-from safetensors.numpy import load_file, save_file
+import safetensors.numpy
 
 from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError
 
@@ -78,10 +77,8 @@ def save_arrays(path: str | os.PathLike[str], kind: str, arrays: Mapping[str, np
         **metadata: Anything JSON can hold.
     """
     arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-    # One key: safetensors writes several in no fixed order, and the same result should give the same bytes.
-    contents = {"kind": kind, "version": _VERSION, "metadata": metadata, "checksum": _checksum(arrays, metadata)}
     with write_atomically(path) as temporary:
-        save_file(arrays, temporary, {_HEADER: json.dumps(contents)})
+        safetensors.numpy.save_file(arrays, temporary, make_header(kind, arrays, metadata))
 
 
 def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -91,22 +88,51 @@ def load_arrays(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, np.n
         FileNotFoundError: There is no such file.
         FileFormatError: The file is damaged, is of another kind, or was written by a newer version.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist.")
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            header = dict(json.loads((file.metadata() or {}).get(_HEADER, "{}")))
-        arrays = load_file(path)
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
-        raise FileFormatError(f"{path} is damaged or is not a safetensors file ({error}).") from error
+    header, arrays = read_safetensors(path, "np")
     if header.get("kind") != kind:
         raise FileFormatError(f"{path} holds {header.get('kind')!r}; expected a file of kind {kind!r}.")
+    return arrays, check_header(path, header, arrays)
+
+
+def make_header(kind: str, entries: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The header of a safetensors file of ours, which holds arrays or tensors.
+
+    It has one key: safetensors writes several in no fixed order, and the same result should give the same bytes.
+    """
+    contents = {"kind": kind, "version": _VERSION, "metadata": metadata, "checksum": _checksum(entries, metadata)}
+    return {_HEADER: json.dumps(contents)}
+
+
+def read_safetensors(
+    path: str | os.PathLike[str], framework: Literal["np", "pt"]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The header that `make_header` made, empty in a file of others, and the arrays of NumPy or tensors of torch.
+
+    Raises:
+        FileFormatError: The file is damaged, or is not a safetensors file.
+    """
+    try:
+        with safetensors.safe_open(path, framework) as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            return dict(header), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+        raise FileFormatError(f"{path} is damaged or is not a safetensors file ({error}).") from error
+
+
+def check_header(path: str | os.PathLike[str], header: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a file of ours, whose version and checksum must be right.
+
+    Raises:
+        NewerVersionError: The file was written by another release.
+        FileFormatError: The file is damaged.
+    """
     check_version(path, header.get("version"), _VERSION)
     metadata = header.get("metadata", {})
-    if header.get("checksum") != _checksum(arrays, metadata):
+    if header.get("checksum") != _checksum(entries, metadata):
         raise FileFormatError(f"{path} is damaged: its contents do not match its checksum.")
-    return arrays, metadata
+    return metadata
 
 
 def write_json(path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
@@ -144,9 +170,18 @@ def check_version(path: str | os.PathLike[str], found: Any, known: str) -> None:
     )
 
 
-def _checksum(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> str:
+def _checksum(entries: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(arrays):
-        digest.update(f"{name} {arrays[name].dtype} {arrays[name].shape}".encode())
-        digest.update(np.asarray(arrays[name], order="C").tobytes())
+    for name, entry in sorted(entries.items()):
+        digest.update(f"{name} {entry.dtype} {tuple(entry.shape)}".encode())
+        digest.update(_raw(entry))
     return digest.hexdigest()
+
+
+def _raw(entry: Any) -> bytes | memoryview:
+    if isinstance(entry, np.ndarray):
+        return entry.tobytes()
+    # NumPy has no type for some of torch's.
+    import torch
+
+    return entry.contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -15,13 +15,8 @@ from lmc_curvature.barrier.expansions import check_alphas
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
 from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics, metric_values
 from lmc_curvature.errors import NonFiniteError, OptionError, check_choice
-from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.losses import LossFunction
-from lmc_curvature.objective.normalization import BatchNormPolicy
-from lmc_curvature.objective.risk import Objective
-from lmc_curvature.segment.partition import PartitionSpec, layer_indices
-from lmc_curvature.segment.points import SegmentPoints
-from lmc_curvature.segment.segment import Segment
+from lmc_curvature.objective import Batch, BatchNormPolicy, LossFunction, Objective
+from lmc_curvature.segment import PartitionSpec, Segment, SegmentPoints, layer_indices
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lmc_curvature.errors import OptionError, check_choice
-from lmc_curvature.objective.batches import Batch, describe
-from lmc_curvature.objective.losses import BatchLoss, LossFunction
+from lmc_curvature.objective import Batch, BatchLoss, LossFunction
+from lmc_curvature.objective.batches import describe
 
 Metric = Literal["loss", "error"]
 METRICS: tuple[Metric, ...] = get_args(Metric)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,20 +13,16 @@ from torch import nn
 
 from lmc_curvature.averages import standard_error
 from lmc_curvature.barrier.expansions import EXPANSIONS, Endpoint, Expansion, check_alphas, coefficients, peak
-from lmc_curvature.curvature.projection.projection import Projection, project_hessian_at
+from lmc_curvature.curvature.problem import Method
+from lmc_curvature.curvature.projection import Projection, project_hessian_at
 from lmc_curvature.errors import OptionError, check_choice
-from lmc_curvature.objective.losses import LossFunction
-from lmc_curvature.objective.normalization import BatchNormPolicy
-from lmc_curvature.objective.risk import Objective
-from lmc_curvature.segment.partition import PartitionSpec, layer_indices
-from lmc_curvature.segment.segment import Segment
+from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective
+from lmc_curvature.segment import PartitionSpec, Segment, layer_indices
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-Method = Literal["auto", "sweep", "hvp"]
 
 _FIELDS = ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures")
 

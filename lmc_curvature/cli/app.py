@@ -15,7 +15,7 @@ from torch import nn
 from lmc_curvature import __version__
 from lmc_curvature.barrier.measurement import measure_barrier
 from lmc_curvature.barrier.prediction import predict_barrier
-from lmc_curvature.checkpoints.files import load_checkpoint
+from lmc_curvature.checkpoints import load_checkpoint
 from lmc_curvature.cli.demo import run_demo
 from lmc_curvature.cli.tables import (
     demo_tables,

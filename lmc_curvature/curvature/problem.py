@@ -1,7 +1,135 @@
-"""What is asked of the engine, and what it answers for a batch."""
+"""The question that the engine is asked, placed and checked once, and its answer for one batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float
+
+from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.losses import finite_loss
+from lmc_curvature.objective.memo import Memo
+from lmc_curvature.objective.network import State, check_finite
+from lmc_curvature.objective.risk import Objective
+
+Method = Literal["auto", "sweep", "hvp"]
+"""A way to project a Hessian; see `project_hessian`."""
 
 BatchValues = tuple[float, Float[np.ndarray, " k"], Float[np.ndarray, "k k"]]
 """Loss, slopes and curvature of one batch."""
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A complete state on the objective's device, and where it is, to end a sentence with."""
+
+    state: State
+    place: str = ""
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """The examples and directions that are swept together.
+
+    Attributes:
+        examples: Examples in a tile.
+        directions: Directions in a block.
+        keeps_values: Whether the values of all tiles are kept until their turn, or computed anew.
+    """
+
+    examples: int
+    directions: int
+    keeps_values: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Slopes and curvature of an objective along k directions, at one state or several.
+
+    Attributes:
+        objective: The loss and its data.
+        points: The states.
+        directions: k sparse states on the objective's device; each holds only the entries it moves.
+        memory_gib: GiB that the sweep may take for values and tangents; None for the default.
+        tiling: The tiles to sweep batches in that can be cut; None to choose them by memory and cache.
+        memo: `memo(key, make)` keeps what is made once for this problem.
+    """
+
+    objective: Objective
+    points: Sequence[Point]
+    directions: Sequence[State]
+    memory_gib: float | None = None
+    tiling: Tiling | None = None
+    memo: Memo = field(default_factory=Memo)
+
+    @classmethod
+    def of(
+        cls,
+        objective: Objective,
+        states: Sequence[State],
+        directions: Mapping[str, State] | Sequence[State],
+        *,
+        memory_gib: float | None = None,
+    ) -> "Problem":
+        """Place states and directions on the objective's device, and check them.
+
+        Raises:
+            DirectionError: A state or direction has an unknown entry, a wrong shape or a type that cannot move; a
+                direction moves what is fixed, or has values that are not finite; or there is no direction.
+            NonFiniteError: A state is not finite.
+            OptionError: `memory_gib` is not positive.
+        """
+        if memory_gib is not None and not memory_gib > 0:
+            raise OptionError(f"memory_gib={memory_gib!r}: expected a positive number of GiB (or None).")
+        named = dict(directions) if isinstance(directions, Mapping) else dict(enumerate(directions))
+        if not named:
+            raise DirectionError("There is no direction to project onto; expected at least one.")
+        placed = [_place_direction(objective, name, direction) for name, direction in named.items()]
+        points = []
+        for number, state in enumerate(states, 1):
+            complete = objective.complete(state)
+            check_finite(complete, "the state")
+            points.append(Point(complete, f" at state {number} of {len(states)}" if len(states) > 1 else ""))
+        return cls(objective, points, placed, memory_gib)
+
+    @property
+    def moved(self) -> frozenset[str]:
+        """Names of the entries that a direction moves."""
+        return frozenset(name for direction in self.directions for name in direction)
+
+
+def check_values(values: BatchValues, batch: Batch, point: Point) -> None:
+    """Refuse an answer that is not finite.
+
+    Raises:
+        NonFiniteError: Names the batch, and the state if there are several.
+    """
+    loss, slopes, curvature = values
+    finite_loss(loss, batch, point.place)
+    if not (np.isfinite(slopes).all() and np.isfinite(curvature).all()):
+        raise NonFiniteError(
+            f"The slopes or the curvature are not finite at batch {batch.index} ({batch.size} examples){point.place}. "
+            "Does the network compute something without a second derivative, such as a square root at zero?"
+        )
+
+
+def _place_direction(objective: Objective, label: str | int, direction: State) -> dict[str, torch.Tensor]:
+    if not direction:
+        raise DirectionError(f"Direction {label!r} moves no entry.")
+    try:
+        placed = objective.place(direction)
+    except DirectionError as error:
+        raise DirectionError(f"Direction {label!r}: {error}") from error
+    fixed = [name for name in placed if name not in objective.state()]
+    if fixed:
+        raise DirectionError(
+            f"Direction {label!r} moves {fixed[0]!r}, which is not part of the state under "
+            f"batch_norm={objective.batch_norm!r}."
+        )
+    for name, tensor in placed.items():
+        if not torch.isfinite(tensor).all():
+            raise DirectionError(f"Direction {label!r} has values in {name!r} that are infinite or not a number.")
+    return placed

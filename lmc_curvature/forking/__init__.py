@@ -1,6 +1,6 @@
 """Parents, and children forked from them: networks, data sets, training, and the files of an experiment."""
 
-from lmc_curvature.checkpoints.files import load_checkpoint
+from lmc_curvature.checkpoints import load_checkpoint
 from lmc_curvature.forking.directory import (
     ForkDirectory,
     load_child,

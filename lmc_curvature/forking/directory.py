@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from lmc_curvature.checkpoints.files import load_entries
+from lmc_curvature.checkpoints import load_entries
 from lmc_curvature.errors import CheckpointError, ConfigurationError, FileFormatError, NewerVersionError
 from lmc_curvature.forking.configuration import Configuration
 from lmc_curvature.forking.plan import ForkConfig

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from lmc_curvature.checkpoints.files import load_entries, read_snapshot, write_snapshot
+from lmc_curvature.checkpoints import load_entries, read_snapshot, write_snapshot
 from lmc_curvature.errors import NonFiniteError, OptionError
 from lmc_curvature.forking.configuration import Configuration
 from lmc_curvature.sources.augmentation import Crops

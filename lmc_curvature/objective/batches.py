@@ -1,4 +1,4 @@
-"""Batches of any form: count their examples, describe them in errors, bring them to a device."""
+"""Loaders and batches of any form: their examples are counted, their tensors found and brought to a device."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from lmc_curvature.errors import LoaderError
 
@@ -20,10 +21,8 @@ class Batch:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """Shapes of all tensors in it: batches of the same kind cost the same. Its place, if none can be seen."""
-        tensors: list[Tensor] = []
-        map_tensors(tensors.append, self.data)
-        return tuple(tensor.shape for tensor in tensors) or (self.index,)
+        """Shapes of all tensors in it: batches of the same kind cost the same. Its place, if it holds no tensor."""
+        return tuple(tensor.shape for tensor in tensors_in(self.data)) or (self.index,)
 
 
 def count_pair(data: Any, index: int) -> int:
@@ -46,13 +45,13 @@ def count_leading(data: Any, index: int) -> int:
     Raises:
         LoaderError: There is no such tensor, or it is empty.
     """
-    tensor = _first_tensor(data)
-    if tensor is None or tensor.ndim == 0:
+    tensors = tensors_in(data)
+    if not tensors or tensors[0].ndim == 0:
         raise LoaderError(
             f"Batch {index} of the loader is {describe(data)}, without a tensor whose leading dimension counts the "
             "examples; pass loss_fn=BatchLoss(fn, size=...) to count them."
         )
-    return check_count(tensor.shape[0], index)
+    return check_count(tensors[0].shape[0], index)
 
 
 def check_count(size: int, index: int) -> int:
@@ -75,6 +74,13 @@ def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
     return data
 
 
+def tensors_in(data: Any) -> list[Tensor]:
+    """All tensors in nested mappings, lists and tuples, in their order."""
+    tensors: list[Tensor] = []
+    map_tensors(tensors.append, data)
+    return tensors
+
+
 def describe(data: Any) -> str:
     """Say in a few words what an object is, for an error message."""
     if isinstance(data, Tensor):
@@ -84,6 +90,21 @@ def describe(data: Any) -> str:
     if isinstance(data, (list, tuple)):
         return f"a {type(data).__name__} of length {len(data)}"
     return f"an object of type {type(data).__name__}"
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse what does not yield batches.
+
+    Raises:
+        LoaderError: It cannot be iterated over, or is a data set of single examples.
+    """
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise LoaderError(f"The loader is {describe(loader)}; expected an iterable of batches, such as a DataLoader.")
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise LoaderError(
+            f"The loader is a data set ({type(loader).__name__}), which yields examples; expected batches: pass "
+            "DataLoader(dataset, batch_size=...)."
+        )
 
 
 def loader_length(loader: Iterable[Any], max_batches: int | None) -> int | None:
@@ -103,14 +124,7 @@ def refuse_iterator(loader: Iterable[Any], reason: str) -> None:
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Move a tensor to a device, and to a floating-point type if it has one."""
+    """Move a tensor to a device, and a floating-point one to the given type."""
     moved = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
     # What was made in inference mode cannot take part in differentiation; a copy can.
     return moved.clone() if moved.is_inference() else moved
-
-
-def _first_tensor(data: Any) -> Tensor | None:
-    if isinstance(data, Tensor):
-        return data
-    values = data.values() if isinstance(data, Mapping) else data if isinstance(data, (list, tuple)) else ()
-    return next((found for value in values if (found := _first_tensor(value)) is not None), None)

@@ -1,7 +1,7 @@
-"""Losses of a batch: what they must be, and what a `BatchLoss` is."""
+"""Losses of a batch: their forms, and the checks that they are real, finite, differentiable means."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lmc_curvature.errors import LossError, NonFiniteError
-from lmc_curvature.objective.batches import Batch, describe
+from lmc_curvature.objective.batches import Batch, check_count, count_leading, count_pair, describe
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,27 @@ Batches weigh by their number of examples. A loss that weighs examples within a 
 """
 
 
+class NetworkLoss(nn.Module):
+    """A network and its loss as one module, so that one functional call evaluates both at a state."""
+
+    def __init__(self, network: nn.Module, loss_fn: LossFunction):
+        super().__init__()
+        self.network = network
+        self.loss_fn = loss_fn
+
+    def forward(self, data: Any) -> tuple[Any, Any, Any]:
+        """Loss, network output and target of a batch's data; the last two are None for a `BatchLoss`."""
+        if isinstance(self.loss_fn, BatchLoss):
+            return self.loss_fn.fn(self.network, data), None, None
+        inputs, target = data
+        output = self.network(inputs)
+        return self.loss_fn(output, target), output, target
+
+    def at(self, state: Mapping[str, Tensor], data: Any) -> tuple[Any, Any, Any]:
+        """The same for the network with all its entries as in `state`."""
+        return functional_call(self, {f"network.{name}": tensor for name, tensor in state.items()}, (data,))
+
+
 def own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dtype) -> LossFunction:
     """The loss to use, for a device and type: cross-entropy by default, a copy of a loss that is a module."""
     if loss_fn is None:
@@ -48,6 +70,19 @@ def own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dt
         loss_fn = copy.deepcopy(loss_fn).to(device=device, dtype=dtype)
         loss_fn.eval()
     return loss_fn
+
+
+def count_examples(loss_fn: LossFunction, data: Any, index: int) -> int:
+    """Number of examples in the batch with number `index`, counted as its loss wants it.
+
+    Raises:
+        LoaderError: The batch is not of the form that the loss expects, or holds no example.
+    """
+    if not isinstance(loss_fn, BatchLoss):
+        return count_pair(data, index)
+    if loss_fn.size is None:
+        return count_leading(data, index)
+    return check_count(int(loss_fn.size(data)), index)
 
 
 def check_reduction(loss_fn: Any) -> None:
@@ -104,17 +139,13 @@ def check_differentiable(loss: Float[Tensor, ""]) -> None:
         )
 
 
-def finite_loss(loss: Float[Tensor, ""], batch: Batch, where: str = "") -> float:
+def finite_loss(loss: float | Float[Tensor, ""], batch: Batch, where: str = "") -> float:
     """The loss of a batch as a number.
 
     Raises:
         NonFiniteError: It is infinite or not a number; names the batch, and `where` on the segment.
     """
-    return check_finite_loss(loss.item(), batch, where)
-
-
-def check_finite_loss(value: float, batch: Batch, where: str = "") -> float:
-    """The same for a loss that is a number already."""
+    value = loss.item() if isinstance(loss, Tensor) else loss
     if not np.isfinite(value):
         raise NonFiniteError(
             f"The loss is {value} at batch {batch.index} ({batch.size} examples){where}. "

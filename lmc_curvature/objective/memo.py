@@ -22,7 +22,11 @@ class Memo:
 
     def __call__(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of a key, made by `make` unless it is there; what `make` raises is raised, and nothing is kept."""
-        value = self._values.pop(key) if key in self._values else make()
+        return self.replace(key, self._values[key] if key in self._values else make())
+
+    def replace(self, key: Hashable, value: Value) -> Value:
+        """Keep a value in place of the one that the key may have, and return it."""
+        self._values.pop(key, None)
         self._values[key] = value
         while len(self._values) > self._most:
             del self._values[next(iter(self._values))]

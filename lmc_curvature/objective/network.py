@@ -30,6 +30,11 @@ def check_module(name: str, model: object) -> None:
         raise UnsupportedModelError(f"{name} is a TorchScript module; pass the nn.Module that it was made from.")
 
 
+def entries_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a network by name, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
 def movable_entries(model: nn.Module, batch_norm: BatchNormPolicy) -> tuple[str, ...]:
     """Names of the entries a segment may move, in the order of the network's modules.
 
@@ -38,17 +43,16 @@ def movable_entries(model: nn.Module, batch_norm: BatchNormPolicy) -> tuple[str,
     Raises:
         UnsupportedModelError: An entry is uninitialised, or a parameter is not of a real floating-point type.
     """
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise UnsupportedModelError(f"Parameter {name!r} is uninitialised: run the network on one batch first.")
-        if not parameter.is_floating_point():
+    for name, tensor in entries_of(model).items():
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if nn.parameter.is_lazy(tensor):
+            kind = "Parameter" if is_parameter else "Buffer"
+            raise UnsupportedModelError(f"{kind} {name!r} is uninitialised: run the network on one batch first.")
+        if is_parameter and not tensor.is_floating_point():
             raise UnsupportedModelError(
-                f"Parameter {name!r} has type {parameter.dtype}: a direction moves real floating-point numbers only. "
+                f"Parameter {name!r} has type {tensor.dtype}: a direction moves real floating-point numbers only. "
                 "Register it as a buffer if it is a constant."
             )
-    for name, buffer in model.named_buffers():
-        if isinstance(buffer, nn.parameter.UninitializedBuffer):
-            raise UnsupportedModelError(f"Buffer {name!r} is uninitialised: run the network on one batch first.")
     own = set(dict(model.named_parameters()))
     statistics = {name: statistic_names(name) for name, _ in tracked_modules(model)}
     names: list[str] = []
@@ -104,11 +108,8 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     Parameters and buffers become placeholders: every value comes from the state at hand, and what reaches past it
     finds not-a-number, or is found by `Objective` among the leaves of the graph.
     """
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(_placeholder(parameter))
-    for buffer in model.buffers():
-        memo[id(buffer)] = _placeholder(buffer)
+    memo: dict[int, Any] = {id(buffer): _placeholder(buffer) for buffer in model.buffers()}
+    memo |= {id(parameter): nn.Parameter(_placeholder(parameter)) for parameter in model.parameters()}
     try:
         skeleton = copy.deepcopy(model, memo)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -127,15 +128,29 @@ def _placeholder(tensor: Tensor) -> Tensor:
     return torch.full((), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
 
 
-def device_of(tensors: Sequence[Tensor]) -> torch.device:
-    """Where the first of a network's tensors is; the CPU for a network without any."""
+def choose_device(device: torch.device | str | None, tensors: Sequence[Tensor]) -> torch.device:
+    """The device asked for, or else that of the first of a network's tensors; the CPU for a network without any.
+
+    Raises:
+        OptionError: There is no such device here.
+    """
+    if device is not None:
+        return parse_device(device)
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def dtype_of(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The type that holds all floating-point tensors of a network."""
-    dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
-    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
+def choose_dtype(dtype: torch.dtype | None, tensors: Sequence[Tensor]) -> torch.dtype:
+    """The type asked for, or else the one that holds all floating-point tensors of a network.
+
+    Raises:
+        OptionError: It is not a floating-point type.
+    """
+    if dtype is None:
+        dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
+        return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise OptionError(f"dtype={dtype!r} is not a floating-point type: expected torch.float32, torch.float64, …")
+    return dtype
 
 
 def parse_device(device: torch.device | str) -> torch.device:
@@ -151,14 +166,3 @@ def parse_device(device: torch.device | str) -> torch.device:
     if place.type == "cuda" and not torch.cuda.is_available():
         raise OptionError(f"device={device!r}: no CUDA device was found.")
     return place
-
-
-def parse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type, if it is a floating-point one.
-
-    Raises:
-        OptionError: It is not.
-    """
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise OptionError(f"dtype={dtype!r} is not a floating-point type: expected torch.float32, torch.float64, …")
-    return dtype

@@ -8,7 +8,8 @@ A normalisation module that tracks running statistics is a different function un
 - `"recalibrate"`: as `"interpolate"`, with statistics re-estimated over the loader at every point.
 """
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,13 +20,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from lmc_curvature.errors import LoaderError
+from lmc_curvature.objective.batches import Batch
 
 BatchNormPolicy = Literal["interpolate", "batch", "recalibrate"]
 POLICIES: tuple[str, ...] = get_args(BatchNormPolicy)
 
-# What a normalisation module does when it is called: normalise by its running statistics, by those of the
-# batch, or by those of the batch while reporting them.
-Statistics = Literal["running", "batch", "record"]
+Statistics = Literal["running", "batch"]
 
 
 def tracked_modules(model: nn.Module) -> Iterator[tuple[str, _NormBase]]:
@@ -41,88 +41,127 @@ def statistic_names(module_name: str) -> tuple[str, str]:
     return f"{prefix}running_mean", f"{prefix}running_var"
 
 
-class NormalizationControl:
+def is_batch_counter(entry: str) -> bool:
+    """Whether an entry counts the batches that a normalisation saw, which is bookkeeping of the training."""
+    return entry.rpartition(".")[2] == "num_batches_tracked"
+
+
+Records = dict[str, list[tuple[Tensor, Tensor]]]
+"""Module name to the mean and the unbiased variance of its input channels, at each of its calls."""
+
+
+class Normalization:
     """Decides, for all normalisation modules of one network at once, which statistics they use.
 
-    `statistics` may be changed between calls. While it is `"record"`, every call of a module adds the mean and
-    the unbiased variance of its input channels to `recorded`, by module name.
+    Args:
+        network: Its modules with running statistics ask here, from now on.
+        statistics: What they use: their running statistics, or those of the batch at hand.
+
+    Attributes:
+        statistics: What they use at the moment; see `by`.
+        records: Where they add the statistics of the batch, if anywhere.
     """
 
-    def __init__(self, network: nn.Module):
-        self.statistics: Statistics = "running"
-        self.recorded: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    def __init__(self, network: nn.Module, statistics: Statistics = "running"):
+        self.statistics: Statistics = statistics
+        self.records: Records | None = None
         for name, module in tracked_modules(network):
             # The instance's own forward stays in charge (subclasses add activations, say); only the
             # functional call inside it is redirected, and only there, so other modules pay nothing.
-            module.forward = self._controlled(module.forward, name)
+            module.forward = self._redirect(module.forward, name)
 
-    def _controlled(self, forward: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def controlled_forward(*args: Any, **kwargs: Any) -> Any:
-            with _RedirectedNormalization(self, name):
+    @contextlib.contextmanager
+    def by(self, statistics: Statistics, records: Records | None = None) -> Iterator[None]:
+        """Within the block, modules use these statistics.
+
+        Args:
+            statistics: Their running statistics, or those of the batch at hand.
+            records: Modules that use those of the batch add them here.
+        """
+        before = self.statistics, self.records
+        self.statistics, self.records = statistics, records
+        try:
+            yield
+        finally:
+            self.statistics, self.records = before
+
+    def mean_statistics(
+        self, states: Sequence[Mapping[str, Tensor]], batches: Iterable[Batch], evaluate: Callable[[Any, Batch], Any]
+    ) -> list[dict[str, Tensor]]:
+        """Running statistics at each state: means over all examples, in float64.
+
+        Args:
+            states: The states; they are asked for anew with every batch.
+            batches: Each is evaluated at every state.
+            evaluate: Evaluates the network at a state on a batch.
+
+        Returns:
+            For each state, entry name to statistic.
+        """
+        totals: list[dict[str, Tensor]] = [{} for _ in range(len(states))]
+        examples = 0
+        for batch in batches:
+            examples += batch.size
+            for number, total in enumerate(totals):
+                records: Records = {}
+                with self.by("batch", records):
+                    evaluate(states[number], batch)
+                for module, calls in records.items():
+                    for entry, values in zip(statistic_names(module), zip(*calls, strict=True), strict=True):
+                        # A module called often counts by the mean of its calls.
+                        total[entry] = total.get(entry, 0) + batch.size * torch.stack(values).double().mean(0)
+        return [{entry: value / examples for entry, value in total.items()} for total in totals]
+
+    def _redirect(self, forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def redirected_forward(*args: Any, **kwargs: Any) -> Any:
+            with _Redirection(self, name):
                 return forward(*args, **kwargs)
 
-        return controlled_forward
+        return redirected_forward
 
 
-class _RedirectedNormalization(TorchFunctionMode):
-    """Replaces torch's functional normalisation by the one that the control asks for."""
+class _Redirection(TorchFunctionMode):
+    """Replaces torch's functional normalisation by one with the statistics that are asked for."""
 
-    def __init__(self, control: NormalizationControl, module_name: str):
+    def __init__(self, normalization: Normalization, module_name: str):
         super().__init__()
-        self.control = control
-        self.module_name = module_name
+        self._normalization = normalization
+        self._module_name = module_name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.batch_norm:
-            return self._batch_norm(*args, **kwargs)
-        if func is F.instance_norm:
-            return self._instance_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+        if func in (F.batch_norm, F.instance_norm):
+            return self._normalize(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
-    def _batch_norm(
+    def _normalize(
         self,
-        input: Tensor,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        training: bool = False,
-        momentum: float = 0.1,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        if self.control.statistics == "running" and running_mean is not None and running_var is not None:
-            return normalize_by(input, running_mean, running_var, weight, bias, eps)
-        if input.numel() == input.shape[1]:
-            raise LoaderError(
-                f"Module {self.module_name!r} has one value a channel (input of shape {tuple(input.shape)}), and no "
-                "variance: batch statistics need batches of at least two examples. Use drop_last=True, another batch "
-                "size, or batch_norm='interpolate'."
-            )
-        if self.control.statistics == "record":
-            axes = [axis for axis in range(input.ndim) if axis != 1]
-            variance, mean = torch.var_mean(input, dim=axes)
-            self.control.recorded.setdefault(self.module_name, []).append((mean, variance))
-        return F.batch_norm(input, None, None, weight, bias, training=True, momentum=momentum, eps=eps)
-
-    def _instance_norm(
-        self,
+        function: Callable[..., Tensor],
         input: Tensor,
         running_mean: Tensor | None = None,
         running_var: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
-        use_input_stats: bool = True,
-        momentum: float = 0.1,
+        _by_batch: bool = True,
+        _momentum: float = 0.1,
         eps: float = 1e-5,
+        **_by_name: Any,
     ) -> Tensor:
-        if self.control.statistics == "running" and running_mean is not None and running_var is not None:
+        if self._normalization.statistics == "running" and running_mean is not None and running_var is not None:
             return normalize_by(input, running_mean, running_var, weight, bias, eps)
-        if self.control.statistics == "record":
-            axes = list(range(2, input.ndim))
-            variance, mean = torch.var_mean(input, dim=axes)
-            self.control.recorded.setdefault(self.module_name, []).append((mean.mean(0), variance.mean(0)))
-        return F.instance_norm(input, None, None, weight, bias, use_input_stats=True, momentum=momentum, eps=eps)
+        if function is F.batch_norm and input.numel() == input.shape[1]:
+            raise LoaderError(
+                f"Module {self._module_name!r} has one value a channel (input of shape {tuple(input.shape)}), and no "
+                "variance: batch statistics need batches of at least two examples. Use drop_last=True, another batch "
+                "size, or batch_norm='interpolate'."
+            )
+        records = self._normalization.records
+        if records is not None:
+            # Instance normalisation has statistics of every example; their means are what it keeps.
+            examples = [0] if function is F.batch_norm else []
+            found = torch.var_mean(input, dim=[*examples, *range(2, input.ndim)])
+            variance, mean = (statistic.reshape(-1, input.shape[1]).mean(0) for statistic in found)
+            records.setdefault(self._module_name, []).append((mean, variance))
+        return function(input, None, None, weight, bias, True, eps=eps)
 
 
 def normalize_by(

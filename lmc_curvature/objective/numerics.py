@@ -1,12 +1,89 @@
-"""How an objective computes: the layout of images in memory."""
+"""How an objective computes: its precision, its kernels, and the layout of images in memory."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch, map_tensors
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """The precision and the kernels that a network is computed with.
+
+    Attributes:
+        device: The device.
+        dtype: The floating-point type.
+        allow_tf32: Whether convolutions on a CUDA device may round float32 to TF32.
+        recurrent: Whether the network has recurrent layers: cuDNN's kernels for them have no second derivative.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    allow_tf32: bool = False
+    recurrent: bool = False
+
+    @property
+    def rounding(self) -> float:
+        """Relative rounding error of one operation as things are: that of TF32 or of autocast where they are on."""
+        kind = self.device.type
+        errors = [torch.finfo(self.dtype).eps]
+        if kind == "cuda" and self.dtype == torch.float32 and self.allow_tf32:
+            errors.append(2.0**-10)
+        if torch.is_autocast_enabled(kind):
+            errors.append(torch.finfo(torch.get_autocast_dtype(kind)).eps)
+        return max(errors)
+
+    def exact(self, *, cudnn: bool = True) -> AbstractContextManager[None]:
+        """Within the block, convolutions on a CUDA device are deterministic, and rounded to TF32 only if allowed.
+
+        Args:
+            cudnn: Let cuDNN compute.
+        """
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.backends.cudnn.flags(
+            enabled=cudnn, benchmark=False, deterministic=True, allow_tf32=self.allow_tf32
+        )
+
+    @contextlib.contextmanager
+    def differentiating_operations(self) -> Iterator[None]:
+        """Within the block, operations of a graph that exists already have exact first and second derivatives."""
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            # The fused attention kernels have no second derivative; the plain mathematics has.
+            sdpa_kernel(SDPBackend.MATH),
+            self.exact(cudnn=not self.recurrent),
+        ):
+            yield
+
+    @contextlib.contextmanager
+    def differentiating(self) -> Iterator[None]:
+        """The same for all that a network calls; every call is looked at on its way to torch."""
+        with self.differentiating_operations(), _TwiceDifferentiable():
+            yield
+
+
+class _TwiceDifferentiable(TorchFunctionMode):
+    """Writes out what torch cannot differentiate twice: the hard sigmoid, and (wrong without a word) weight norm."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.hardsigmoid:
+            return torch.clamp(args[0] / 6 + 0.5, 0, 1)
+        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
+            weight, length, *axis = args
+            return weight * (length / torch.norm_except_dim(weight, 2, *axis))
+        return func(*args, **(kwargs or {}))
 
 
 def channels_last(batch: Batch) -> Batch:

@@ -1,6 +1,7 @@
-"""The global random number generators: leave them as they were, and find who draws from them."""
+"""The global random number generators: left as they were, and searched for a module that draws from them."""
 
 import contextlib
+import functools
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,24 +35,18 @@ def drawing_module(root: nn.Module, run: Callable[[], Any]) -> str | None:
     drawing: list[str] = []
 
     def remember(_module: nn.Module, _args: Any) -> None:
-        before.append(_states())
+        before.append(_fingerprint())
 
-    def compare(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, _output: Any) -> None:
-            if not _equal(before.pop(), _states()):
-                drawing.append(name)
+    def compare(name: str, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if before.pop() != _fingerprint():
+            drawing.append(name)
 
-        return hook
-
-    handles = []
-    for name, module in root.named_modules():
-        handles += [module.register_forward_pre_hook(remember), module.register_forward_hook(compare(name))]
-    try:
-        with global_rng_preserved():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(global_rng_preserved())
+        for name, module in root.named_modules():
+            stack.enter_context(module.register_forward_pre_hook(remember))
+            stack.enter_context(module.register_forward_hook(functools.partial(compare, name)))
+        run()
     # Hooks of inner modules run before those of the modules around them.
     return drawing[0] if drawing else None
 
@@ -63,11 +58,6 @@ def _states() -> list[Any]:
     return states
 
 
-def _equal(a: list[Any], b: list[Any]) -> bool:
-    torch_a, python_a, numpy_a, *cuda_a = a
-    torch_b, python_b, numpy_b, *cuda_b = b
-    return (
-        python_a == python_b
-        and all(map(np.array_equal, numpy_a, numpy_b))
-        and all(map(torch.equal, [torch_a, *cuda_a], [torch_b, *cuda_b]))
-    )
+def _fingerprint() -> list[Any]:
+    torch_state, python_state, (_, keys, *rest), *cuda_states = _states()
+    return [python_state, keys.tobytes(), rest, *(state.tolist() for state in (torch_state, *cuda_states))]

@@ -3,47 +3,28 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
-from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
-from lmc_curvature.errors import (
-    DirectionError,
-    LoaderError,
-    LossError,
-    OptionError,
-    UnsupportedModelError,
-    check_choice,
-    suggest,
-)
-from lmc_curvature.objective.batches import (
-    Batch,
-    check_count,
-    count_leading,
-    count_pair,
-    describe,
-    loader_length,
-    map_tensors,
-    refuse_iterator,
-    to_device,
-)
+from lmc_curvature.errors import DirectionError, LoaderError, LossError, OptionError, check_choice, suggest
+from lmc_curvature.objective.batches import Batch, check_loader, loader_length, map_tensors, refuse_iterator, to_device
 from lmc_curvature.objective.losses import (
     BatchLoss,
     LossFunction,
+    NetworkLoss,
     check_differentiable,
     check_loss,
     check_reduction,
+    count_examples,
     finite_loss,
     own_loss,
 )
@@ -53,24 +34,17 @@ from lmc_curvature.objective.network import (
     as_leaves,
     check_finite,
     check_module,
-    device_of,
-    dtype_of,
-    graph_nodes,
+    choose_device,
+    choose_dtype,
+    entries_of,
     movable_entries,
-    parse_device,
-    parse_dtype,
     skeleton_of,
     tied_names,
 )
-from lmc_curvature.objective.normalization import (
-    POLICIES,
-    BatchNormPolicy,
-    NormalizationControl,
-    Statistics,
-    statistic_names,
-)
-from lmc_curvature.objective.numerics import channels_last, ignores_layout, prefers_channels_last
-from lmc_curvature.objective.randomness import drawing_module, global_rng_preserved
+from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Normalization, is_batch_counter
+from lmc_curvature.objective.numerics import Numerics, channels_last, ignores_layout, prefers_channels_last
+from lmc_curvature.objective.randomness import global_rng_preserved
+from lmc_curvature.objective.soundness import check_soundness
 
 
 class Objective:
@@ -123,44 +97,35 @@ class Objective:
             raise OptionError(f"allow_tf32={allow_tf32!r}: expected True or False.")
         if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
             raise OptionError(f"max_batches={max_batches!r}: expected a whole number, at least 1 (or None for all).")
-        _check_iterable(loader)
+        check_loader(loader)
         check_reduction(loss_fn)
         self._movable = movable_entries(model, batch_norm)
         self.loader = loader
         self.batch_norm: BatchNormPolicy = batch_norm
         self.max_batches = max_batches
-        self.allow_tf32 = allow_tf32
-        tensors = (*model.parameters(), *model.buffers())
-        self.device = parse_device(device) if device is not None else device_of(tensors)
-        self.dtype = parse_dtype(dtype) if dtype is not None else dtype_of(tensors)
+        tensors = list(entries_of(model).values())
+        self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
+        self.loss_fn = own_loss(loss_fn, self.device, self.dtype)
 
         self.network = skeleton_of(model)
-        self._control = NormalizationControl(self.network)
-        self._control.statistics = "running" if batch_norm == "interpolate" else "batch"
-        self._evaluation = _Evaluation(self.network, own_loss(loss_fn, self.device, self.dtype))
-        self._loss_fn = loss_fn
-
-        entries = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.network.modules())
+        self._numerics = Numerics(self.device, self.dtype, allow_tf32, recurrent)
+        self._normalization = Normalization(self.network, "running" if batch_norm == "interpolate" else "batch")
+        self._network_loss = NetworkLoss(self.network, self.loss_fn)
         self._entries = {
-            name: to_device(tensor.detach(), self.device, self.dtype).clone() for name, tensor in entries.items()
+            name: to_device(tensor.detach(), self.device, self.dtype).clone()
+            for name, tensor in entries_of(model).items()
         }
         # Kept, because functional_call may leave another tensor in a module that the network holds twice.
-        self._placeholders = dict(self.network.named_parameters())
-        self._originals = [(weakref.ref(tensor), name) for name, tensor in model.named_parameters()]
+        self._placeholders = list(self.network.named_parameters())
+        self._originals = [(name, weakref.ref(tensor)) for name, tensor in model.named_parameters()]
         self._aliases = tied_names(model)
-        self._checked = False
         self.memo = Memo()
 
     @property
     def rounding(self) -> float:
         """Relative rounding error of one operation as things are: that of TF32 or of autocast where they are on."""
-        kind = self.device.type
-        errors = [torch.finfo(self.dtype).eps]
-        if kind == "cuda" and self.dtype == torch.float32 and self.allow_tf32:
-            errors.append(2.0**-10)
-        if torch.is_autocast_enabled(kind):
-            errors.append(torch.finfo(torch.get_autocast_dtype(kind)).eps)
-        return max(errors)
+        return self._numerics.rounding
 
     def state(self) -> dict[str, Tensor]:
         """The network's state when the objective was made: entry name to tensor, what a segment may move."""
@@ -179,11 +144,7 @@ class Objective:
         Raises:
             DirectionError: An entry is unknown, has another shape, or is not of a real floating-point type.
         """
-        state = {
-            self._aliases.get(name, name): tensor
-            for name, tensor in state.items()
-            if name.rpartition(".")[2] != "num_batches_tracked"
-        }
+        state = {self._aliases.get(name, name): tensor for name, tensor in state.items() if not is_batch_counter(name)}
         for name, tensor in state.items():
             if name not in self._entries:
                 raise DirectionError(f"The network has no entry {name!r}: {suggest(name, self._movable)}")
@@ -199,7 +160,7 @@ class Objective:
         return {name: to_device(tensor.detach(), self.device, self.dtype) for name, tensor in state.items()}
 
     @contextlib.contextmanager
-    def one_pass(self, *, progress: bool = False, description: str = "batches") -> Iterator[Iterator[Batch]]:
+    def one_pass(self, *, progress: bool | None = None, description: str = "batches") -> Iterator[Iterator[Batch]]:
         """Visit the loader once: `with objective.one_pass() as batches: for batch in batches: …`.
 
         A shuffling or augmenting loader draws from the global random number generators; they are restored when
@@ -211,26 +172,19 @@ class Objective:
         total = loader_length(self.loader, self.max_batches)
         with (
             global_rng_preserved(),
-            tqdm(total=total, desc=description, disable=not progress, leave=False) as bar,
+            tqdm(total=total, desc=description, disable=None if progress is None else not progress, leave=False) as bar,
         ):
             yield self._visit(bar)
 
-    def _visit(self, bar: Any) -> Iterator[Batch]:
+    def _visit(self, bar: tqdm) -> Iterator[Batch]:
         index = -1
         for index, data in enumerate(islice(self.loader, self.max_batches)):
-            size = self._count_examples(data, index)
+            size = count_examples(self.loss_fn, data, index)
             yield Batch(index, size, map_tensors(lambda tensor: to_device(tensor, self.device, self.dtype), data))
             bar.update()
         if index < 0:
             refuse_iterator(self.loader, "The loader yielded no batch: it may have been used up by an earlier pass")
             raise LoaderError("The loader yielded no batch; expected at least one.")
-
-    def _count_examples(self, data: Any, index: int) -> int:
-        if not isinstance(self._loss_fn, BatchLoss):
-            return count_pair(data, index)
-        if self._loss_fn.size is None:
-            return count_leading(data, index)
-        return check_count(int(self._loss_fn.size(data)), index)
 
     def batch_loss(self, state: State, batch: Batch) -> Float[Tensor, ""]:
         """Mean loss over one batch at `state`: a scalar tensor, differentiable in the state.
@@ -246,13 +200,16 @@ class Objective:
 
     def batch_evaluation(self, state: State, batch: Batch) -> tuple[Float[Tensor, ""], Any, Any]:
         """Loss, network output and target of one batch at `state`; the last two are None for a `BatchLoss`."""
-        entries = {f"network.{name}": tensor for name, tensor in {**self._entries, **state}.items()}
-        if not self._checked:
-            self._check_network(entries, batch)
-            self._checked = True
-        loss, output, target = functional_call(self._evaluation, entries, (batch.data,))
+        entries = {**self._entries, **state}
+        self.memo("is sound", lambda: self._check_soundness(entries, batch))
+        loss, output, target = self._network_loss.at(entries, batch.data)
         check_loss(loss)
         return loss, output, target
+
+    def _check_soundness(self, entries: State, batch: Batch) -> None:
+        originals = [(name, tensor) for name, reference in self._originals if (tensor := reference()) is not None]
+        parameters = (*self._placeholders, *originals)
+        check_soundness(self._network_loss, entries, batch.data, movable=self._movable, parameters=parameters)
 
     def laid_out(self, batch: Batch) -> Batch:
         """The batch with its images laid out as the device convolves them fastest, if the network bears it."""
@@ -267,7 +224,7 @@ class Objective:
     @property
     def has_output(self) -> bool:
         """Whether the loss is a function of a network output and a target, rather than a `BatchLoss`."""
-        return not isinstance(self._loss_fn, BatchLoss)
+        return not isinstance(self.loss_fn, BatchLoss)
 
     def output(self, state: State, batch: Batch) -> Any:
         """Output of the network for a batch's inputs at `state`; the batch's target is not looked at.
@@ -289,71 +246,12 @@ class Objective:
         return loss
 
     def _loss_of_output(self) -> Callable[[Any, Any], Tensor]:
-        if isinstance(self._evaluation.loss_fn, BatchLoss):
+        if isinstance(self.loss_fn, BatchLoss):
             raise LossError(
                 "A BatchLoss calls the network itself, so the network's output is not known: pass "
                 "loss_fn(output, target) with batches (x, y)."
             )
-        return self._evaluation.loss_fn
-
-    def _check_network(self, entries: State, batch: Batch) -> None:
-        """On the first batch, refuse networks whose loss is not a function of the state."""
-        # Copies: what is looked for may write into them.
-        constants = {name: tensor.detach().clone() for name, tensor in entries.items()}
-        leaves = as_leaves({name: constants[name].clone() for name in self._movable_in(constants)})
-        check_finite({name.removeprefix("network."): tensor for name, tensor in constants.items()}, "the network")
-        versions = {name: tensor._version for name, tensor in constants.items()}
-        losses: list[Any] = []
-
-        def evaluate(state: dict[str, Tensor]) -> None:
-            losses.append(functional_call(self._evaluation, state, (batch.data,))[0])
-
-        with torch.no_grad():
-            name = drawing_module(self._evaluation, lambda: evaluate(constants))
-        check_loss(losses[0])
-        if name is not None:
-            self._refuse_drawing(name)
-        changed = [name for name, tensor in constants.items() if tensor._version != versions[name]]
-        if changed:
-            raise UnsupportedModelError(
-                f"The network changes {changed[0].removeprefix('network.')!r} in place while it is evaluated, so its "
-                "loss depends on what was evaluated before. Switch that off (max_norm of an embedding, running "
-                "averages in evaluation mode)."
-            )
-        with torch.enable_grad():
-            evaluate({**constants, **leaves})
-        self._refuse_reaching_past(losses[1])
-        first, second = (loss.item() for loss in losses)
-        # Beyond what reordered sums on a GPU explain.
-        if not np.isclose(first, second, rtol=1e-3, atol=1e-6, equal_nan=True):
-            raise UnsupportedModelError(
-                f"The network has losses {first:.6g} and {second:.6g} for one state and batch: a module draws from a "
-                "generator of its own, or keeps something from call to call. Switch that off."
-            )
-
-    def _movable_in(self, entries: State) -> list[str]:
-        return [name for name in entries if name.removeprefix("network.") in self._movable]
-
-    def _refuse_drawing(self, name: str) -> None:
-        kind = type(self._evaluation.get_submodule(name)).__name__
-        culprit = f"Module {name.removeprefix('network.')!r} ({kind})" if "." in name else f"The {name or 'loss'}"
-        raise UnsupportedModelError(
-            f"{culprit} draws random numbers in evaluation mode, so its loss is not a function of the parameters. "
-            "Switch the randomness off (dropout-like functions take training=self.training)."
-        )
-
-    def _refuse_reaching_past(self, loss: Tensor) -> None:
-        originals = {id(ref()): name for ref, name in self._originals if ref() is not None}
-        placeholders = {id(parameter): name for name, parameter in self._placeholders.items()}
-        for node in graph_nodes([loss]):
-            leaf = id(getattr(node, "variable", None))
-            name = originals.get(leaf) or placeholders.get(leaf)
-            if name is not None:
-                raise UnsupportedModelError(
-                    f"The loss uses parameter {name!r} of the network itself instead of the state at hand: a closure, "
-                    "a list of parameters outside nn.ParameterList, or loss_fn refers to it. Reach it through its "
-                    "module (self.layer.weight), or pass loss_fn=BatchLoss(fn) with fn(model, batch)."
-                )
+        return self.loss_fn
 
     def loss(self, state: State | None = None) -> float:
         """Mean loss over the data set at `state` (default: the snapshot), in one pass over the loader.
@@ -363,12 +261,11 @@ class Objective:
         Raises:
             NonFiniteError: The loss of a batch is infinite or not a number.
         """
-        point = {**self.state(), **self.place(state or {})}
-        check_finite(point, "the state")
+        point = self._point(state)
         if self.batch_norm == "recalibrate":
             point |= self.recalibrated([point])[0]
         values, sizes = [], []
-        with torch.no_grad(), self.measuring(), self.one_pass() as batches:
+        with torch.no_grad(), self.measuring(), self.one_pass(progress=False) as batches:
             for batch in batches:
                 values.append(finite_loss(self.batch_loss(point, batch), batch))
                 sizes.append(batch.size)
@@ -381,12 +278,11 @@ class Objective:
             NonFiniteError: The loss of a batch is infinite or not a number.
             LossError: The loss does not depend on the state.
         """
-        point = {**self.state(), **self.place(state or {})}
-        check_finite(point, "the state")
+        point = self._point(state)
         leaves = as_leaves({name: point[name] for name in self._movable})
         total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
         examples = 0
-        with self.one_pass() as batches, self.differentiating():
+        with self.one_pass(progress=False) as batches, self.differentiating():
             for batch in batches:
                 loss = self.batch_loss({**point, **leaves}, batch)
                 finite_loss(loss, batch)
@@ -397,43 +293,26 @@ class Objective:
                 examples += batch.size
         return {name: (tensor / examples).to(self.dtype) for name, tensor in total.items()}
 
-    @contextlib.contextmanager
-    def differentiating(self) -> Iterator[None]:
+    def _point(self, state: State | None) -> dict[str, Tensor]:
+        point = {**self.state(), **self.place(state or {})}
+        check_finite(point, "the state")
+        return point
+
+    def differentiating(self) -> AbstractContextManager[None]:
         """Within the block, all that the network calls has exact first and second derivatives, on a CUDA device too."""
-        with self.differentiating_operations(), _TwiceDifferentiable():
-            yield
+        return self._numerics.differentiating()
 
-    @contextlib.contextmanager
-    def differentiating_operations(self) -> Iterator[None]:
+    def differentiating_operations(self) -> AbstractContextManager[None]:
         """The same for operations of a graph that is there: without a look at every call on its way to torch."""
-        recurrent = any(isinstance(module, nn.RNNBase) for module in self.network.modules())
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            # The fused attention kernels have no second derivative; the plain mathematics has.
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            # cuDNN's recurrent kernels have no second derivative.
-            stack.enter_context(self._exact_kernels(enabled=not recurrent))
-            yield
-
-    @contextlib.contextmanager
-    def _exact_kernels(self, *, enabled: bool = True) -> Iterator[None]:
-        """Within the block, convolutions on a CUDA device are deterministic, and rounded to TF32 only if asked to."""
-        if self.device.type != "cuda":
-            yield
-            return
-        with torch.backends.cudnn.flags(
-            enabled=enabled, benchmark=False, deterministic=True, allow_tf32=self.allow_tf32
-        ):
-            yield
+        return self._numerics.differentiating_operations()
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """Within the block, values are exact, and `"recalibrate"` normalises by the state (see `recalibrated`)."""
-        with self._exact_kernels(), self._normalizing_by("batch" if self.batch_norm == "batch" else "running"):
+        with self._numerics.exact(), self._normalization.by("batch" if self.batch_norm == "batch" else "running"):
             yield
 
-    def recalibrated(self, states: Sequence[State], *, progress: bool = False) -> list[dict[str, Tensor]]:
+    def recalibrated(self, states: Sequence[State], *, progress: bool | None = None) -> list[dict[str, Tensor]]:
         """Running statistics of the network at each state, re-estimated over the loader: one pass for all states.
 
         A statistic is the mean over the batches, weighted by examples, of the batch's mean or unbiased variance
@@ -441,7 +320,7 @@ class Objective:
 
         Args:
             states: The states; they are asked for anew with every batch, so they may be made on demand.
-            progress: Show a progress bar over batches.
+            progress: Show a progress bar over batches; None shows it on a terminal and in notebooks.
 
         Returns:
             For each state, entry name to statistic.
@@ -450,76 +329,12 @@ class Objective:
             LoaderError: The loader is an iterator, which could not be visited again afterwards.
             NonFiniteError: The loss of a batch is infinite or not a number.
         """
+
+        def evaluate(state: State, batch: Batch) -> None:
+            # Statistics that are not finite would spoil the mean over all batches: here the batch is still known.
+            finite_loss(self.batch_loss(state, batch), batch, ", while statistics are re-estimated")
+
         refuse_iterator(self.loader, "batch_norm='recalibrate' visits the loader twice")
-        totals: list[dict[str, Tensor]] = [{} for _ in range(len(states))]
-        examples = 0
-        with (
-            torch.no_grad(),
-            self._normalizing_by("record"),
-            self.one_pass(progress=progress, description="recalibrating") as batches,
-        ):
-            for batch in batches:
-                for number, total in enumerate(totals):
-                    for entry, value in self._batch_statistics(states[number], batch).items():
-                        total[entry] = total.get(entry, 0) + batch.size * value
-                examples += batch.size
-        return [{entry: (value / examples).to(self.dtype) for entry, value in total.items()} for total in totals]
-
-    def _batch_statistics(self, state: State, batch: Batch) -> dict[str, Tensor]:
-        """Entry name to the statistic of one batch, in float64; the mean over calls of a module called often."""
-        self._control.recorded.clear()
-        # Statistics that are not finite would spoil the mean over all batches: here the batch is still known.
-        finite_loss(self.batch_loss(state, batch), batch, ", while statistics are re-estimated")
-        statistics = {}
-        for module, calls in self._control.recorded.items():
-            for entry, values in zip(statistic_names(module), zip(*calls, strict=True), strict=True):
-                statistics[entry] = torch.stack(values).double().mean(0)
-        self._control.recorded.clear()
-        return statistics
-
-    @contextlib.contextmanager
-    def _normalizing_by(self, statistics: Statistics) -> Iterator[None]:
-        before = self._control.statistics
-        self._control.statistics = statistics
-        try:
-            yield
-        finally:
-            self._control.statistics = before
-
-
-class _TwiceDifferentiable(TorchFunctionMode):
-    """Writes out what torch cannot differentiate twice: the hard sigmoid, and (wrong without a word) weight norm."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.hardsigmoid:
-            return torch.clamp(args[0] / 6 + 0.5, 0, 1)
-        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
-            weight, length, *axis = args
-            return weight * (length / torch.norm_except_dim(weight, 2, *axis))
-        return func(*args, **(kwargs or {}))
-
-
-class _Evaluation(nn.Module):
-    """Network and loss as one module, so that one functional call evaluates both at a state."""
-
-    def __init__(self, network: nn.Module, loss_fn: LossFunction):
-        super().__init__()
-        self.network = network
-        self.loss_fn = loss_fn
-
-    def forward(self, data: Any) -> tuple[Any, Any, Any]:
-        if isinstance(self.loss_fn, BatchLoss):
-            return self.loss_fn.fn(self.network, data), None, None
-        inputs, target = data
-        output = self.network(inputs)
-        return self.loss_fn(output, target), output, target
-
-
-def _check_iterable(loader: Any) -> None:
-    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
-        raise LoaderError(f"The loader is {describe(loader)}; expected an iterable of batches, such as a DataLoader.")
-    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
-        raise LoaderError(
-            f"The loader is a data set ({type(loader).__name__}), which yields examples; expected batches: pass "
-            "DataLoader(dataset, batch_size=...)."
-        )
+        with torch.no_grad(), self.one_pass(progress=progress, description="recalibrating") as batches:
+            means = self._normalization.mean_statistics(states, batches, evaluate)
+        return [{entry: value.to(self.dtype) for entry, value in statistics.items()} for statistics in means]

@@ -1,1 +1,7 @@
-"""What lies between two networks?"""
+"""The segment between two networks, the layers it is cut into, and the states on it."""
+
+from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
+from lmc_curvature.segment.points import SegmentPoints
+from lmc_curvature.segment.segment import Segment
+
+__all__ = ["LayerPartition", "PartitionSpec", "Segment", "SegmentPoints", "layer_indices"]

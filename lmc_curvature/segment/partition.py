@@ -1,6 +1,7 @@
 """Which entries of a state make up a layer."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -24,11 +25,7 @@ class LayerPartition:
 
     @classmethod
     def of(
-        cls,
-        model: nn.Module,
-        spec: "LayerPartition | str | Mapping[str, Sequence[str]] | Callable[[str], str]" = "fused",
-        *,
-        batch_norm: BatchNormPolicy = "interpolate",
+        cls, model: nn.Module, spec: "PartitionSpec" = "fused", *, batch_norm: BatchNormPolicy = "interpolate"
     ) -> "LayerPartition":
         """Group the movable entries of a network into layers.
 
@@ -97,11 +94,10 @@ class LayerPartition:
         Raises:
             PartitionError: No layer holds it.
         """
-        for name, members in self.groups.items():
-            if entry in members:
-                return name
-        every = [member for members in self.groups.values() for member in members]
-        raise PartitionError(f"No layer holds an entry {entry!r}: {suggest(entry, every)}")
+        owners = {member: name for name, members in self.groups.items() for member in members}
+        if entry not in owners:
+            raise PartitionError(f"No layer holds an entry {entry!r}: {suggest(entry, owners)}")
+        return owners[entry]
 
 
 PartitionSpec = LayerPartition | str | Mapping[str, Sequence[str]] | Callable[[str], str]
@@ -116,11 +112,11 @@ def layer_indices(names: Sequence[str], layers: Iterable[str] | str | None) -> l
     """
     if layers is None:
         return list(range(len(names)))
-    wanted = {layers} if isinstance(layers, str) else set(layers)
-    for name in sorted(wanted, key=str):
+    members = {layers} if isinstance(layers, str) else set(layers)
+    for name in sorted(members, key=str):
         if name not in names:
             raise PartitionError(f"There is no layer {name!r}: {suggest(str(name), names)}")
-    return [index for index, name in enumerate(names) if name in wanted]
+    return [index for index, name in enumerate(names) if name in members]
 
 
 _SPECS = "'fused', 'module', 'tensor', 'block' or 'block:DEPTH'"
@@ -180,10 +176,11 @@ def _pattern_rule(
             compiled[layer] = [re.compile(expression) for expression in expressions]
         except re.error as error:
             raise PartitionError(f"Layer {layer!r} has a bad regular expression {error.pattern!r}: {error}.") from error
-    owner = {
-        entry: next((layer for layer, some in compiled.items() if any(p.search(entry) for p in some)), None)
-        for entry in entries
-    }
+
+    def matches(layer: str, entry: str) -> bool:
+        return any(pattern.search(entry) for pattern in compiled[layer])
+
+    owner = {entry: next((layer for layer in patterns if matches(layer, entry)), None) for entry in entries}
     left_out = [entry for entry, layer in owner.items() if layer is None]
     if left_out:
         raise PartitionError(
@@ -192,34 +189,23 @@ def _pattern_rule(
         )
     for layer in patterns:
         if layer not in owner.values():
-            aliases = [
-                f"{name!r} is tied to {first!r}"
-                for name, first in tied.items()
-                if any(p.search(name) for p in compiled[layer])
-            ]
+            aliases = [f"{name!r} is tied to {first!r}" for name, first in tied.items() if matches(layer, name)]
             reason = f" ({aliases[0]})" if aliases else ""
             raise PartitionError(f"Layer {layer!r} matches no entry that an earlier layer has not taken{reason}.")
     return lambda entry: str(owner[entry])
 
 
 def _check_cover(groups: Mapping[str, Sequence[str]], entries: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    held = [entry for members in groups.values() for entry in members]
-    twice = sorted({entry for entry in held if held.count(entry) > 1})
-    unknown = sorted(set(held) - set(entries))
-    empty = [layer for layer, members in groups.items() if not members]
-    left_out = [entry for entry in entries if entry not in set(held)]
-    if twice or unknown or left_out or empty:
-        faults = [
-            f"{fault} {_listing(names)}"
-            for fault, names in (
-                ("holds twice", twice),
-                ("has unknown", unknown),
-                ("leaves out", left_out),
-                ("has no entry in layer", empty),
-            )
-            if names
-        ]
-        raise PartitionError(f"The partition {'; '.join(faults)}: it must cover each entry of the network once.")
+    held = Counter(entry for members in groups.values() for entry in members)
+    faults = {
+        "holds twice": sorted(entry for entry, times in held.items() if times > 1),
+        "has unknown": sorted(held.keys() - set(entries)),
+        "leaves out": [entry for entry in entries if entry not in held],
+        "has no entry in layer": [layer for layer, members in groups.items() if not members],
+    }
+    found = "; ".join(f"{fault} {_listing(names)}" for fault, names in faults.items() if names)
+    if found:
+        raise PartitionError(f"The partition {found}: it must cover each entry of the network once.")
     return {name: tuple(members) for name, members in groups.items()}
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lmc_curvature.checkpoints.files import read_snapshot
+from lmc_curvature.checkpoints import read_snapshot
 from lmc_curvature.errors import CheckpointError
 from lmc_curvature.forking import TrainingState, digits_resnet, load_checkpoint
 from lmc_curvature.forking.training import capture_state
@@ -131,7 +131,7 @@ class Blocked:
         return (os.system, ("echo the checkpoint ran code",))
 
 
-@pytest.mark.parametrize("code", [r"lmc_curvature\.forking\.models\.CifarResNet", "print", "posix.system"])
+@pytest.mark.parametrize("code", [r"lmc_curvature\.sources\.networks\.CifarResNet", "print", "posix.system"])
 def test_files_that_would_run_code_are_refused(source, tmp_path, capfd, code):
     contents = {"print": Malicious(), "posix.system": Blocked()}
     torch.save({"state_dict": contents[code]} if code in contents else source, tmp_path / "a.pt")

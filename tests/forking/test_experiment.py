@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from safetensors.torch import save_file
 from torch import nn
 
-from lmc_curvature.checkpoints import files as checkpoints
 from lmc_curvature.errors import (
     CheckpointError,
     ConfigurationError,
@@ -39,6 +39,7 @@ from lmc_curvature.forking import (
 )
 from lmc_curvature.forking.checks import check_fit
 from lmc_curvature.forking.directory import initial_model
+from lmc_curvature.storage import read_safetensors
 
 SETTINGS = {
     "training": {"epochs": 3, "learning_rate": 0.1, "batch_size": 50},
@@ -186,7 +187,7 @@ def test_several_processes_share_the_work(finished, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_good_state(finished, tmp_path, monkeypatch):
-    real, calls = checkpoints.save_file, []
+    real, calls = safetensors.torch.save_file, []
     monkeypatch.setattr(experiment, "_SECONDS_BETWEEN_SAVES", 0.0)
 
     def failing(entries, path, *rest):
@@ -196,7 +197,7 @@ def test_a_full_disk_leaves_the_last_good_state(finished, tmp_path, monkeypatch)
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(entries, path, *rest)
 
-    monkeypatch.setattr(checkpoints, "save_file", failing)
+    monkeypatch.setattr(safetensors.torch, "save_file", failing)
     with pytest.raises(OSError, match="No space left"):
         run_forks(CONFIG, tmp_path, progress=False)
     assert sorted(file.name for file in (tmp_path / "parent").glob("*.safetensors")) == [
@@ -481,8 +482,8 @@ def test_tensorboard_that_is_missing_is_named_before_anything_starts(tmp_path, m
 
 def test_a_snapshot_from_a_newer_release_is_left_alone(finished, copy):
     path = copy / "fork-0000" / "child-1" / "epoch-0003.safetensors"
-    header, entries = checkpoints._read_safetensors(path)
-    save_file(entries, path, {checkpoints._HEADER: json.dumps({**header, "version": "99"})})
+    header, entries = read_safetensors(path, "pt")
+    save_file(entries, path, {"lmc_curvature": json.dumps({**header, "version": "99"})})
     written = path.read_bytes()
     with pytest.raises(NewerVersionError, match=r"Upgrade lmc_curvature\.$"):
         load_child(copy, 0, 1)

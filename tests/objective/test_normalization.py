@@ -10,7 +10,7 @@ from torch.optim.swa_utils import update_bn
 
 from lmc_curvature import Objective
 from lmc_curvature.errors import LoaderError
-from lmc_curvature.objective.normalization import NormalizationControl, normalize_by, statistic_names, tracked_modules
+from lmc_curvature.objective.normalization import Normalization, normalize_by, statistic_names, tracked_modules
 from tests.support.cases import CASES
 from tests.support.networks import NORMS, joined, normalized_net, plain_loss, randomized, state_of
 
@@ -120,12 +120,29 @@ def test_recalibration_equals_update_bn_when_batches_have_one_size(make):
 @norms
 def test_statistics_are_recorded_only_when_asked_for(norm):
     model, (x, _) = _model(norm), _batches()[0]
-    control = NormalizationControl(model)
-    for statistics, calls in (("running", 0), ("batch", 0), ("record", 1), ("record", 2), ("batch", 2)):
-        control.statistics = statistics
+    normalization, records = Normalization(model), {}
+    for statistics, asked, calls in (
+        ("running", {}, 0),
+        ("batch", None, 0),
+        ("batch", records, 1),
+        ("batch", records, 2),
+    ):
+        with normalization.by(statistics, asked):
+            model(x)
         model(x)
         # What is kept without need holds on to the graph of every batch.
-        assert {name: len(found) for name, found in control.recorded.items()} == ({"1": calls} if calls else {})
+        assert {name: len(found) for name, found in records.items()} == ({"1": calls} if calls else {})
+
+
+@norms
+def test_statistics_are_as_before_when_a_block_ends(norm):
+    model, (x, _) = _model(norm), _batches()[0]
+    normalization = Normalization(model, "batch")
+    expected = model(x)
+    with pytest.raises(KeyError), normalization.by("running"):
+        assert not torch.equal(model(x), expected)
+        raise KeyError
+    assert torch.equal(model(x), expected)
 
 
 def test_many_states_are_recalibrated_in_one_pass():

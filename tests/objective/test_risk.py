@@ -21,7 +21,7 @@ from lmc_curvature.errors import (
 )
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import finite_loss
-from lmc_curvature.objective.risk import as_leaves, movable_entries
+from lmc_curvature.objective.network import as_leaves, movable_entries
 from tests.support.cases import CASES, DictNet, TiedNet
 from tests.support.networks import (
     NETWORKS,
@@ -361,31 +361,6 @@ def test_generators_are_restored_although_a_pass_is_left_halfway(untyped):
         assert rng_states() != before
     assert rng_states() == before
     assert batches is not None
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_convolutions_on_cuda_round_to_tf32_only_if_asked_to(asked):
-    objective = Objective(IMAGES.model(), IMAGES.batches(), allow_tf32=asked)
-    # The flags are there without a device, too.
-    objective.device = torch.device("cuda")
-    before = torch.backends.cudnn.allow_tf32
-    for block in (objective.differentiating, objective.differentiating_operations, objective.measuring):
-        with block():
-            assert torch.backends.cudnn.allow_tf32 is asked
-            assert torch.backends.cudnn.deterministic
-        assert torch.backends.cudnn.allow_tf32 == before
-
-
-def test_rounding_is_that_of_what_computes():
-    objective = Objective(IMAGES.model().float(), IMAGES.batches())
-    assert objective.rounding == 2.0**-23
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert objective.rounding == 2.0**-7
-    assert Objective(IMAGES.model().double(), IMAGES.batches()).rounding == 2.0**-52
-    tolerant = Objective(IMAGES.model().float(), IMAGES.batches(), allow_tf32=True)
-    assert tolerant.rounding == 2.0**-23, "TF32 is nothing that a CPU has"
-    tolerant.device = torch.device("cuda")
-    assert tolerant.rounding == 2.0**-10
 
 
 # Bad input

@@ -12,8 +12,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from lmc_curvature import LayerPartition
 from lmc_curvature.errors import PartitionError
-from lmc_curvature.objective.risk import movable_entries
-from lmc_curvature.segment.partition import layer_indices, tied_names
+from lmc_curvature.objective.network import movable_entries, tied_names
+from lmc_curvature.segment.partition import layer_indices
 from tests.support.cases import ConvNet, TiedNet
 from tests.support.networks import NETWORKS, untouched
 

@@ -86,7 +86,7 @@ def _compare(found: State, gradient: BatchGradient) -> None:
 
 def _loss_module(objective: Objective) -> nn.Module:
     """The loss as a module that BackPACK knows."""
-    given: Any = objective._loss_fn
+    given: Any = objective.loss_fn
     if given is None or given is F.cross_entropy:
         return nn.CrossEntropyLoss()
     if given is F.mse_loss or type(given) is nn.MSELoss:

@@ -1,1 +1,17 @@
-"""k tangents and one adjoint."""
+"""k forward tangents and one adjoint: UᵀHU of one batch from its captured graphs."""
+
+from lmc_curvature.curvature.sweep.compiled import CompiledBatch, batch_key, compile_batch, is_current
+from lmc_curvature.curvature.sweep.interaction import copies_stay_apart, tiles_join
+from lmc_curvature.curvature.sweep.sweep import sweep_batch
+from lmc_curvature.curvature.sweep.tree import BatchTree
+
+__all__ = [
+    "BatchTree",
+    "CompiledBatch",
+    "batch_key",
+    "compile_batch",
+    "copies_stay_apart",
+    "is_current",
+    "sweep_batch",
+    "tiles_join",
+]

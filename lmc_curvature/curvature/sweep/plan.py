@@ -1,4 +1,4 @@
-"""A stage of a captured graph made ready for the sweep: which rule each operation goes by, and what it needs."""
+"""A stage of a captured graph made ready for the sweep: the rule of each operation, and what it needs."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.sweep.capture.graph import Stage, value_of
-from lmc_curvature.curvature.sweep.capture.recorder import line_of
-from lmc_curvature.curvature.sweep.rules.convolution import CONVOLUTION, Rectified
-from lmc_curvature.curvature.sweep.rules.rule import Call, Contributions, Rule, Tangents, evaluate
-from lmc_curvature.curvature.sweep.rules.table import rule_of
+from lmc_curvature.curvature.sweep.capture import Stage, line_of, value_of
+from lmc_curvature.curvature.sweep.rules import (
+    CONVOLUTION,
+    Contributions,
+    OpCall,
+    Rectified,
+    Rule,
+    Tangents,
+    evaluate,
+    rule_of,
+)
 from lmc_curvature.errors import CaptureError
 
 aten = torch.ops.aten
@@ -23,40 +29,47 @@ class Plan:
 
     Args:
         stage: The operations.
-        moving: Inputs that depend on the directions.
-        wanted: Inputs whose adjoints are asked for.
+        active: Inputs that depend on the directions.
+        needs_adjoint: Inputs whose adjoints are asked for.
+
+    Attributes:
+        active: All nodes that depend on the directions.
+        rules: Active operation to its rule.
+        nonlinear: Operations that can contribute curvature.
+        needs_adjoint: The inputs among those asked for that are active.
+        steps: Operations to push tangents through, in order.
     """
 
-    def __init__(self, stage: Stage, moving: Iterable[fx.Node], wanted: Iterable[fx.Node] = ()):
+    def __init__(self, stage: Stage, active: Iterable[fx.Node], needs_adjoint: Iterable[fx.Node] = ()):
         self.stage = stage
-        self.moving = _moving(stage, moving)
-        moved = [node for node in stage.operations if node in self.moving]
-        self.rules: dict[fx.Node, Rule] = {node: rule_of(node, self.moving) for node in moved}
-        self.curved = [node for node in moved if self.rules[node].bends(node, self.moving)]
-        self.wanted = [node for node in wanted if node in self.moving]
-        self._rectified = self._fused(moved)
+        self.active = _active(stage, active)
+        operations = [node for node in stage.operations if node in self.active]
+        self.rules: dict[fx.Node, Rule] = {node: rule_of(node, self.active) for node in operations}
+        self.nonlinear = [node for node in operations if self.rules[node].has_curvature(node, self.active)]
+        self.needs_adjoint = [node for node in needs_adjoint if node in self.active]
+        self._rectified = self._fused(operations)
         inner = {node for rectified in self._rectified.values() for node in rectified.inner}
-        self.steps = [node for node in moved if node not in inner]
+        self.steps = [node for node in operations if node not in inner]
         self._last_reader = {operand: node for node in self.steps for operand in self._operands(node)}
 
-    def _fused(self, moved: Sequence[fx.Node]) -> dict[fx.Node, Rectified]:
+    def _fused(self, operations: Sequence[fx.Node]) -> dict[fx.Node, Rectified]:
         """Rectifiers that take the convolutions before them along."""
-        convolutions = {node for node in moved if self.rules[node] is CONVOLUTION} - {*self.stage.outputs}
-        found = {node: Rectified.at(node, convolutions) for node in moved}
+        convolutions = {node for node in operations if self.rules[node] is CONVOLUTION} - {*self.stage.outputs}
+        found = {node: Rectified.at(node, convolutions) for node in operations}
         return {node: rectified for node, rectified in found.items() if rectified is not None}
 
     def _operands(self, node: fx.Node) -> list[fx.Node]:
-        """What the step that ends with a node reads."""
+        """The nodes that the step which ends with a node reads."""
         if node not in self._rectified:
             return node.all_input_nodes
         rectified = self._rectified[node]
         return [*rectified.convolution.all_input_nodes, *(() if rectified.added is None else (rectified.added,))]
 
     def run(self, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
-        """Value of every node; where gradients are enabled, as an autograd graph over the moving inputs."""
+        """Value of every node; where gradients are enabled, as an autograd graph over the active inputs."""
         values: dict[fx.Node, Any] = {}
         for node, value in zip(self.stage.inputs, inputs, strict=True):
-            values[node] = value.detach().requires_grad_() if node in self.moving else value
+            values[node] = value.detach().requires_grad_() if node in self.active else value
         for node in self.stage.operations:
             with _naming(node):
                 values[node] = self.stage.constant(node) if node.op == "get_attr" else evaluate(node, values)
@@ -65,13 +78,15 @@ class Plan:
     def adjoints(
         self, values: Mapping[fx.Node, Any], outputs: Sequence[Tensor | None], *, keeps_graph: bool = False
     ) -> dict[fx.Node, Any]:
-        """Adjoint of every curved operation and wanted input, from those of the outputs."""
+        """Adjoint of every nonlinear operation, and of the inputs that were asked for, from those of the outputs."""
         sources = [
             (values[node], adjoint)
             for node, adjoint in zip(self.stage.outputs, outputs, strict=True)
             if adjoint is not None and values[node].requires_grad
         ]
-        places = [(node, k, value) for node in (*self.curved, *self.wanted) for k, value in _parts(values[node])]
+        places = [
+            (node, k, value) for node in (*self.nonlinear, *self.needs_adjoint) for k, value in _parts(values[node])
+        ]
         if not sources or not places:
             return {}
         tensors, seeds = zip(*sources, strict=True)
@@ -125,10 +140,10 @@ class Plan:
     ) -> None:
         """Add the curvature of every operation, given the tangents of `push_all`."""
         with torch.no_grad():
-            for node in self.curved:
+            for node in self.nonlinear:
                 if node in adjoints:
                     with _naming(node):
-                        self.rules[node].contract(Call(node, values, tangents, adjoints[node]), contributions)
+                        self.rules[node].contract(OpCall(node, values, tangents, adjoints[node]), contributions)
 
     def _push(
         self,
@@ -139,15 +154,15 @@ class Plan:
         contributions: Contributions,
     ) -> Tangents:
         rectified = self._rectified.get(node)
-        bent = node if rectified is None else rectified.convolution
-        call = Call(bent, values, tangents, adjoints.get(bent))
-        with _naming(bent):
+        operation = node if rectified is None else rectified.convolution
+        call = OpCall(operation, values, tangents, adjoints.get(operation))
+        with _naming(operation):
             if call.adjoint is not None:
-                self.rules[bent].contract(call, contributions)
-            return self.rules[bent].push(call) if rectified is None else rectified.push(call, values[node])
+                self.rules[operation].contract(call, contributions)
+            return self.rules[operation].push(call) if rectified is None else rectified.push(call, values[node])
 
     def reached(self, inputs: Mapping[fx.Node, frozenset[int]]) -> dict[fx.Node, frozenset[int]]:
-        """Which directions reach each node, given which reach the inputs."""
+        """The directions that reach each node, given those that reach the inputs."""
         found = dict(inputs)
         for node in self.steps:
             found[node] = frozenset().union(*(found.get(operand, frozenset()) for operand in self._operands(node)))
@@ -185,13 +200,13 @@ def _naming(node: fx.Node) -> Iterator[None]:
         raise CaptureError(f"Operation {node.target} of the loss cannot be swept{line_of(node)}: {reason}") from error
 
 
-def _moving(stage: Stage, inputs: Iterable[fx.Node]) -> set[fx.Node]:
-    moving = set(inputs)
+def _active(stage: Stage, inputs: Iterable[fx.Node]) -> set[fx.Node]:
+    active = set(inputs)
     for node in stage.operations:
-        cut = node.target is aten.detach.default
-        if not cut and any(operand in moving for operand in node.all_input_nodes) and _is_real(value_of(node)):
-            moving.add(node)
-    return moving
+        constant = node.target is aten.detach.default
+        if not constant and any(operand in active for operand in node.all_input_nodes) and _is_real(value_of(node)):
+            active.add(node)
+    return active
 
 
 def _is_real(value: Any) -> bool:

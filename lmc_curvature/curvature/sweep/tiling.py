@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
 import torch
 
-from lmc_curvature.curvature.sweep.capture.recorder import value_of
+from lmc_curvature.curvature.problem import Tiling
+from lmc_curvature.curvature.sweep.capture import value_of
 from lmc_curvature.curvature.sweep.program import Program
 from lmc_curvature.errors import MemoryBudgetError
 from lmc_curvature.objective.network import State
@@ -19,23 +19,8 @@ _LEAST_CACHE_BYTES, _MOST_CACHE_BYTES = 32 * 2**20, 128 * 2**20
 _DEFAULT_BUDGET_GIB = 4.0
 
 
-@dataclass(frozen=True)
-class Cut:
-    """What is swept together.
-
-    Attributes:
-        examples: Examples in a tile.
-        directions: Directions in a block.
-        keeps_values: Whether the values of all tiles are kept until their turn, or computed anew.
-    """
-
-    examples: int
-    directions: int
-    keeps_values: bool
-
-
 def budget_bytes(device: torch.device, memory_gib: float | None) -> float:
-    """What values and tangents may take: by default half of a CUDA device's free memory, or 4 GiB."""
+    """Bytes that values and tangents may take: by default half of a CUDA device's free memory, or 4 GiB."""
     if memory_gib is not None:
         return memory_gib * 2**30
     if device.type == "cuda":
@@ -45,7 +30,7 @@ def budget_bytes(device: torch.device, memory_gib: float | None) -> float:
     return _DEFAULT_BUDGET_GIB * 2**30
 
 
-def cut(
+def choose_tiling(
     program: Program,
     loss: Program | None,
     directions: Sequence[State],
@@ -55,8 +40,8 @@ def cut(
     whole: bool,
     budget: float,
     device: torch.device,
-) -> Cut:
-    """Examples and directions to sweep together.
+) -> Tiling:
+    """Choose the examples and directions to sweep together.
 
     Args:
         program: The network, or the whole loss, captured for `probe` examples.
@@ -71,19 +56,19 @@ def cut(
     Raises:
         MemoryBudgetError: Two directions of as few examples as possible need more than the budget.
     """
-    reach = program.state.reached(
+    reach = program.prelude.reached(
         {
             node: frozenset(i for i, direction in enumerate(directions) if name in direction)
             for name, node in program.entries.items()
         }
     )
     # The graph of a forward and backward pass holds about three times the values themselves.
-    values = 3 * program.rest.value_bytes / probe
+    values = 3 * program.body.value_bytes / probe
     keeps = values * size <= budget / 2
     least = size if whole else 1
     together = len(directions)
     while True:
-        tangents = program.rest.tangent_bytes(reach, together) / probe
+        tangents = program.body.tangent_bytes(reach, together) / probe
         of_loss = _loss_bytes(loss, together)
         each = tangents if keeps else tangents + values
         left = budget - of_loss - (values * size if keeps else 0)
@@ -97,24 +82,24 @@ def cut(
             )
         together = max(2, together // 2)
     if whole:
-        return Cut(size, together, keeps)
+        return Tiling(size, together, keeps)
     # Nothing may be reached at all.
     most = left / max(each, 1.0)
     if device.type == "cpu":
         most = min(most, max(1.0, _cache_bytes() / max(tangents, 1.0)))
     # Of one size where that is possible: every size of tile is captured for itself.
     tiles = -(-size // max(1, min(size, int(most))))
-    return Cut(-(-size // tiles), together, keeps)
+    return Tiling(-(-size // tiles), together, keeps)
 
 
 def _loss_bytes(loss: Program | None, together: int) -> int:
-    """What the loss takes, which sees the outputs of all examples at once."""
+    """Bytes that the loss takes, which sees the outputs of all examples at once."""
     if loss is None or loss.argument is None:
         return 0
-    tangents = loss.rest.tangent_bytes({loss.argument: frozenset(range(together))}, together)
+    tangents = loss.body.tangent_bytes({loss.argument: frozenset(range(together))}, together)
     # Tangents of the output come in tiles, which are joined, so for a moment there are two of each.
     output = value_of(loss.argument)
-    return 3 * loss.rest.value_bytes + tangents + 2 * together * output.numel() * output.element_size()
+    return 3 * loss.body.value_bytes + tangents + 2 * together * output.numel() * output.element_size()
 
 
 def blocks(count: int, together: int) -> list[list[int]]:
@@ -128,7 +113,7 @@ def blocks(count: int, together: int) -> list[list[int]]:
 
 @functools.cache
 def _cache_bytes() -> int:
-    """What tangents may take of a CPU's last cache, which Linux reports in KiB."""
+    """Bytes that tangents may take of a CPU's last cache, which Linux reports in KiB."""
     sizes = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         number, unit = path.read_text().strip()[:-1], path.read_text().strip()[-1:]

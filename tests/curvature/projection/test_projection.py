@@ -8,7 +8,7 @@ from torch import nn
 
 from lmc_curvature import Objective, Segment, project_hessian
 from lmc_curvature.averages import standard_error
-from lmc_curvature.curvature.projection.projection import project_hessian_at
+from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError
 from tests.support.cases import CASES
 

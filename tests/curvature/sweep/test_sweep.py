@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
-from lmc_curvature.curvature.projection.projection import project_hessian_at
+from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.curvature.sweep import cache as captured
 from lmc_curvature.curvature.sweep import program, sweep, tiling
 from lmc_curvature.curvature.sweep.capture import graph

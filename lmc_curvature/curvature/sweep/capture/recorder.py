@@ -1,32 +1,31 @@
-"""Tracing of a function of tensors into a graph of ATen operations without side effects."""
+"""Recording of a function of tensors as a graph of ATen operations without side effects."""
 
 import contextlib
-import functools
-import linecache
-import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jaxtyping
 import torch
 from torch import Tensor, fx
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta, set_stack_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from lmc_curvature import errors
 from lmc_curvature.curvature.sweep.capture.decompositions import DECOMPOSITIONS
-from lmc_curvature.errors import CaptureError
+from lmc_curvature.curvature.sweep.capture.nodes import drop_unused
+from lmc_curvature.curvature.sweep.capture.obstacles import (
+    calling_line,
+    capture_error,
+    is_mutable,
+    refuse_effects,
+    refuse_obstacles,
+)
 
 aten = torch.ops.aten
 
 
-def trace(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.GraphModule:
+def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.GraphModule:
     """Run a function once, and write down the operations that it calls.
 
     Args:
@@ -47,27 +46,29 @@ def trace(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.Graph
             return function(*tensors)
 
     try:
-        with torch.enable_grad(), preserve_node_meta(), _announced(), _recurrent_layers_in_parts():
-            module = _functional(watched, inputs)
-            if any(_is_mutable(node) for node in module.graph.nodes):
+        with torch.enable_grad(), preserve_node_meta(), _as_if_compiling(), _recurrent_layers_in_parts():
+            module = _functional_graph(watched, inputs)
+            if any(is_mutable(node) for node in module.graph.nodes):
                 # Composite operations (circular padding, recurrent layers) come apart too late the first time.
-                module = _traced_again(module, inputs)
+                module = _recorded_again(module, inputs)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise CaptureError(f"The loss cannot be captured as a graph: {_reason(error)}{_culprit(error)}") from error
-    # What has an effect, and what had its shape read, matter although nobody reads the result.
-    _refuse(module.graph, _effect)
+        raise capture_error(error) from error
+    refuse_effects(module.graph)
     drop_unused(module.graph)
-    _refuse(module.graph, _obstacle)
+    refuse_obstacles(module.graph)
     return module
 
 
-def _functional(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.GraphModule:
+def _functional_graph(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    # Imported here, because it takes as long as the rest of this package.
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     return make_fx(functionalize(function), decomposition_table=DECOMPOSITIONS)(*inputs)
 
 
-def _traced_again(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
+def _recorded_again(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     constants = {str(node.target): node for node in module.graph.nodes if node.op == "get_attr"}
     values = {name: getattr(module, name) for name in constants}
 
@@ -76,7 +77,7 @@ def _traced_again(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphM
         return _GivenConstants(module, given).run(*tensors[: len(inputs)])
 
     # Constants are arguments for the time being: what is not an argument would still be changed in place.
-    again = _functional(run, [*inputs, *values.values()])
+    again = _functional_graph(run, [*inputs, *values.values()])
     placeholders = [node for node in again.graph.nodes if node.op == "placeholder"]
     for (name, value), placeholder in zip(values.items(), placeholders[len(inputs) :], strict=True):
         again.register_buffer(f"given{name}", value.detach())
@@ -101,7 +102,7 @@ class _Watching(TorchDispatchMode):
     """Writes into the graph what operations alone do not tell: what has no gradient, and which line called."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        set_stack_trace([_calling_line()])
+        set_stack_trace([calling_line()])
         result = func(*args, **(kwargs or {}))
         if torch.is_grad_enabled():
             return result
@@ -121,7 +122,7 @@ class _RefusingToLeave(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _announced() -> Iterator[None]:
+def _as_if_compiling() -> Iterator[None]:
     # What branches on values to save work (a mask without padding, say) asks torch.compiler whether it may.
     compiler: Any = torch.compiler
     before = compiler._is_compiling_flag
@@ -141,109 +142,3 @@ def _recurrent_layers_in_parts() -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.enabled = before
-
-
-def drop_unused(graph: fx.Graph) -> None:
-    """Take out what nobody reads; it has no effect where every operation is functional."""
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "get_attr") and not node.users:
-            graph.erase_node(node)
-
-
-def dependents(nodes: Iterable[fx.Node], sources: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes among `nodes` (in order) whose value depends on any of `sources`, those included."""
-    found = set(sources)
-    for node in nodes:
-        if any(operand in found for operand in node.all_input_nodes):
-            found.add(node)
-    return found
-
-
-def value_of(node: fx.Node) -> Any:
-    """The value that a node had when it was traced, without data: its shape and type."""
-    return node.meta.get("val")
-
-
-# --- What is refused
-
-
-def _is_mutable(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
-
-
-def _refuse(graph: fx.Graph, reason_against: Callable[[fx.Node, set[fx.Node]], str]) -> None:
-    dependent = dependents(graph.nodes, [node for node in graph.nodes if node.op == "placeholder"])
-    for node in graph.nodes:
-        reason = reason_against(node, dependent)
-        if reason:
-            raise CaptureError(f"The loss cannot be captured as a graph: {node.target} {reason}{line_of(node)}.")
-
-
-def _effect(node: fx.Node, dependent: set[fx.Node]) -> str:
-    if _is_mutable(node):
-        return "changes a tensor in place"
-    return "has a result whose shape depends on values" if _shape_depends_on_values(node, dependent) else ""
-
-
-def _obstacle(node: fx.Node, dependent: set[fx.Node]) -> str:
-    if node.target is aten.as_strided.default:
-        return "depends on the layout of its argument in memory"
-    return "computes with complex numbers" if node in dependent and _is_complex(value_of(node)) else ""
-
-
-def _is_complex(value: Any) -> bool:
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(part, Tensor) and part.is_complex() for part in parts)
-
-
-def _shape_depends_on_values(node: fx.Node, dependent: set[fx.Node]) -> bool:
-    # The sizes of such a result were read while tracing, and may be anywhere in the graph as plain numbers.
-    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
-        return False
-    operands = node.all_input_nodes
-    if node.target is aten.index.Tensor:
-        operands = [operand for operand in operands[1:] if value_of(operand).dtype in (torch.bool, torch.uint8)]
-    return any(operand in dependent for operand in operands)
-
-
-# --- Whose fault it is
-
-
-def line_of(node: fx.Node) -> str:
-    """Where the network or the loss called an operation, to end an error message with; empty if that is not known."""
-    return node.stack_trace or ""
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip()
-    if "_local_scalar_dense" in text:
-        return "a number is read off a tensor, as .item() and branches on values do"
-    if "custom_function_call" in text or "setup_context" in text:
-        return "an autograd.Function has derivatives of its own, which its operations do not tell"
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _culprit(error: BaseException) -> str:
-    frames = reversed(traceback.extract_tb(error.__traceback__))
-    found = next((frame for frame in frames if _is_foreign(frame.filename)), None)
-    return _described(found.filename, found.lineno or 0, found.name) if found is not None else ""
-
-
-def _calling_line() -> str:
-    frame = sys._getframe(1)
-    while frame is not None and not _is_foreign(frame.f_code.co_filename):
-        frame = frame.f_back
-    return _described(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name) if frame is not None else ""
-
-
-@functools.cache
-def _is_foreign(filename: str) -> bool:
-    """Whether a file is neither torch's nor this package's (with its checks of annotations): the network's own."""
-    homes = [Path(str(package.__file__)).parent for package in (torch, jaxtyping, errors)]
-    path = Path(filename)
-    return path.is_file() and not any(path.is_relative_to(home) for home in homes)
-
-
-def _described(filename: str, number: int, name: str) -> str:
-    return f" (at {Path(filename).name}:{number}, in {name}: {linecache.getline(filename, number).strip()})"

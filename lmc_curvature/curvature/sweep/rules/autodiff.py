@@ -1,21 +1,14 @@
 """The rule that holds for every operation: differentiate it alone, twice."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lmc_curvature.curvature.sweep.rules.rule import (
-    Call,
-    Contributions,
-    Rule,
-    Tangents,
-    evaluate,
-    inner_with_each,
-    wide,
-)
+from lmc_curvature.curvature.sweep.rules.inner_products import inner_with_each, wide
+from lmc_curvature.curvature.sweep.rules.rule import Contributions, FirstOrder, OpCall, Rule, Tangents, evaluate
 
 
 class ByAutodiff(Rule):
@@ -25,13 +18,13 @@ class ByAutodiff(Rule):
     D²⟨g, f⟩ u_i, in a.
     """
 
-    def push(self, call: Call) -> Tangents:
-        """See `Rule`."""
+    def push(self, call: OpCall) -> Tangents:
+        """Df[u_i] for every direction."""
         local = _LocalGraph(call)
         return {i: local.tangent(call, i) for i in local.directions}
 
-    def contract(self, call: Call, contributions: Contributions) -> None:
-        """See `Rule`."""
+    def contract(self, call: OpCall, contributions: Contributions) -> None:
+        """Add ⟨D²⟨g, f⟩ u_i, u_j⟩ for every pair of directions."""
         local = _LocalGraph(call)
         directions = local.directions
         if not directions:
@@ -41,16 +34,14 @@ class ByAutodiff(Rule):
         contributions.add(directions, directions, rows / 2)
 
 
-class FlatByAutodiff(ByAutodiff):
+class FirstOrderByAutodiff(FirstOrder, ByAutodiff):
     """The same for an operation whose second derivative is zero wherever it has one."""
-
-    curved: ClassVar[bool] = False
 
 
 class _LocalGraph:
     """f and q of `ByAutodiff`, on leaves of their own."""
 
-    def __init__(self, call: Call):
+    def __init__(self, call: OpCall):
         self.arguments = [node for node in call.node.all_input_nodes if call.tangents_of(node)]
         self.leaves = {node: call.values[node].detach().requires_grad_() for node in self.arguments}
         values = {node: self.leaves.get(node, call.values[node]) for node in call.node.all_input_nodes}
@@ -69,7 +60,7 @@ class _LocalGraph:
                 leaves, kept = list(self.leaves.values()), [outputs[k] for k in self.kept]
                 self.pulled = torch.autograd.grad(kept, leaves, self.weights, create_graph=True, allow_unused=True)
 
-    def _backward(self, call: Call, direction: int, inputs: list[Tensor]) -> list[Tensor | None]:
+    def _backward(self, call: OpCall, direction: int, inputs: list[Tensor]) -> list[Tensor | None]:
         moved = [
             (pulled, call.tangents_of(node)[direction])
             for node, pulled in zip(self.arguments, self.pulled, strict=True)
@@ -80,7 +71,7 @@ class _LocalGraph:
         pulled, tangents = zip(*moved, strict=True)
         return list(torch.autograd.grad(pulled, inputs, tangents, retain_graph=True, allow_unused=True))
 
-    def tangent(self, call: Call, direction: int) -> Any:
+    def tangent(self, call: OpCall, direction: int) -> Any:
         found = self._backward(call, direction, self.weights)
         found = [torch.zeros_like(w) if t is None else t for w, t in zip(self.weights, found, strict=True)]
         if self.single:
@@ -90,10 +81,10 @@ class _LocalGraph:
             tangents[k] = tensor
         return tuple(tangents)
 
-    def second(self, call: Call, direction: int) -> list[Tensor | None]:
+    def second(self, call: OpCall, direction: int) -> list[Tensor | None]:
         return self._backward(call, direction, [self.leaves[node] for node in self.arguments])
 
-    def inner(self, call: Call, product: list[Tensor | None], direction: int) -> Float[Tensor, ""]:
+    def inner(self, call: OpCall, product: list[Tensor | None], direction: int) -> Float[Tensor, ""]:
         terms = [
             inner_with_each(tensor, [call.tangents_of(node)[direction]])[0]
             for node, tensor in zip(self.arguments, product, strict=True)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.sweep.rules.rule import Call, Contributions, Rule, Tangents, gram, inner_with_each
+from lmc_curvature.curvature.sweep.rules.inner_products import gram, inner_with_each
+from lmc_curvature.curvature.sweep.rules.rule import Contributions, OpCall, Rule, Tangents
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,21 @@ class Bilinear(Rule):
 
     left: int
     right: int
-    product: Callable[[Call, Tensor, Tensor], Tensor]
-    pull_left: Callable[[Call, Tensor, Tensor], Tensor]
-    pull_right: Callable[[Call, Tensor, Tensor], Tensor]
+    product: Callable[[OpCall, Tensor, Tensor], Tensor]
+    pull_left: Callable[[OpCall, Tensor, Tensor], Tensor]
+    pull_right: Callable[[OpCall, Tensor, Tensor], Tensor]
     added: int | None = None
-    pass_added: Callable[[Call, Tensor], Tensor] | None = None
+    pass_added: Callable[[OpCall, Tensor], Tensor] | None = None
 
-    def bends(self, node: fx.Node, moving: set[fx.Node]) -> bool:
-        """See `Rule`."""
-        return node.args[self.left] in moving and node.args[self.right] in moving
+    def has_curvature(self, node: fx.Node, active: set[fx.Node]) -> bool:
+        """Whether both arguments depend on the directions."""
+        return node.args[self.left] in active and node.args[self.right] in active
 
-    def _sides(self, call: Call) -> tuple[Tangents, Tangents]:
+    def _sides(self, call: OpCall) -> tuple[Tangents, Tangents]:
         return call.tangents_of(call.node.args[self.left]), call.tangents_of(call.node.args[self.right])
 
-    def push(self, call: Call) -> Tangents:
-        """See `Rule`."""
+    def push(self, call: OpCall) -> Tangents:
+        """f(a_i, b) + f(a, b_i) for every direction, and the tangent of what is added."""
         left, right = self._sides(call)
         tangents = {i: self.product(call, tangent, call.value(self.right)) for i, tangent in left.items()}
         for i, tangent in right.items():
@@ -54,8 +55,8 @@ class Bilinear(Rule):
                 tangents[i] = tangents[i] + term if i in tangents else term.expand(call.output.shape)
         return tangents
 
-    def contract(self, call: Call, contributions: Contributions) -> None:
-        """See `Rule`."""
+    def contract(self, call: OpCall, contributions: Contributions) -> None:
+        """Add ⟨g, f(a_i, b_j)⟩ for every direction i that has reached a, and j that has reached b."""
         left, right = self._sides(call)
         if not left or not right:
             return
@@ -94,7 +95,7 @@ DOT = Bilinear(0, 1, lambda call, a, b: a @ b, lambda call, g, b: g * b, lambda 
 def matrix_product(left: int, right: int, added: int | None = None) -> Bilinear:
     """The product of two matrices, alpha times, perhaps with beta times something added: `addmm` and its like."""
 
-    def scale(call: Call, name: str, tensor: Tensor) -> Tensor:
+    def scale(call: OpCall, name: str, tensor: Tensor) -> Tensor:
         factor: Any = call.node.kwargs.get(name, 1)
         return tensor if factor == 1 else tensor * factor
 

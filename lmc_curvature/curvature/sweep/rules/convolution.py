@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.sweep.capture.recorder import value_of
+from lmc_curvature.curvature.sweep.capture import value_of
 from lmc_curvature.curvature.sweep.rules.bilinear import Bilinear
-from lmc_curvature.curvature.sweep.rules.rule import Call, Tangents
+from lmc_curvature.curvature.sweep.rules.rule import OpCall, Tangents
 
 aten = torch.ops.aten
 # Absent where torch was built without oneDNN.
@@ -23,11 +23,11 @@ _POINTWISE: Any = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 class Convolution(Bilinear):
     """A convolution of any kind, linear in its input, its weight and its bias."""
 
-    def push(self, call: Call) -> Tangents:
-        """See `Rule`."""
+    def push(self, call: OpCall) -> Tangents:
+        """Tangents of the convolution alone."""
         return self.push_through(call, {}, None)
 
-    def push_through(self, call: Call, added: Tangents, slope: Tensor | None) -> Tangents:
+    def push_through(self, call: OpCall, added: Tangents, slope: Tensor | None) -> Tangents:
         """Tangents of slope · (convolution + something else).
 
         Args:
@@ -95,8 +95,8 @@ def _fuses(input: Tensor, settings: Any) -> bool:
     )
 
 
-def _gradient(call: Call, g: Tensor, input: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
-    return aten.convolution_backward.default(g, input, weight, None, *call.node.args[3:], wanted)
+def _gradient(call: OpCall, g: Tensor, input: Tensor, weight: Tensor, needed: list[bool]) -> Any:
+    return aten.convolution_backward.default(g, input, weight, None, *call.node.args[3:], needed)
 
 
 CONVOLUTION = Convolution(
@@ -146,7 +146,7 @@ class Rectified:
                     return cls(convolution, added, (convolution, before))
         return None
 
-    def push(self, call: Call, output: Tensor) -> Tangents:
+    def push(self, call: OpCall, output: Tensor) -> Tangents:
         """Tangents of the rectifier.
 
         Args:

@@ -13,10 +13,9 @@ Tangents are sparse: a direction that has not reached an argument is absent from
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor, fx
 
@@ -48,8 +47,8 @@ class Contributions:
         return half + half.T
 
 
-@dataclass
-class Call:
+@dataclass(frozen=True, eq=False)
+class OpCall:
     """One operation in one evaluation of the graph: its arguments' values and tangents, its own value and adjoint."""
 
     node: fx.Node
@@ -91,73 +90,37 @@ class Call:
 class Rule:
     """How one kind of operation passes on tangents and contributes curvature."""
 
-    curved: ClassVar[bool] = True
-    """Whether it can contribute curvature, so that its adjoint is needed."""
-
-    def bends(self, node: fx.Node, moving: set[fx.Node]) -> bool:
-        """Whether the operation can contribute curvature, given which nodes depend on the directions."""
-        return self.curved
-
     def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
-        """Whether the rule holds for an operation some arguments of which depend on the directions."""
+        """Whether the rule holds for an operation, given its arguments that depend on the directions."""
         return True
 
-    def push(self, call: Call) -> Tangents:
+    def has_curvature(self, node: fx.Node, active: set[fx.Node]) -> bool:
+        """Whether the operation can contribute curvature, so that its adjoint is needed.
+
+        Args:
+            node: The operation.
+            active: The nodes of the graph that depend on the directions.
+        """
+        return True
+
+    def push(self, call: OpCall) -> Tangents:
         """Tangents of the operation's value, from those of its arguments."""
         raise NotImplementedError
 
-    def contract(self, call: Call, contributions: Contributions) -> None:
+    def contract(self, call: OpCall, contributions: Contributions) -> None:
         """Add ⟨adjoint, D²f[u_i, u_j]⟩ for every pair of directions."""
+        raise NotImplementedError
+
+
+class FirstOrder(Rule):
+    """An operation whose second derivative is zero wherever it has one."""
+
+    def has_curvature(self, node: fx.Node, active: set[fx.Node]) -> bool:
+        """No."""
+        return False
 
 
 def evaluate(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     """Evaluate one operation."""
     target: Any = node.target
     return target(*fx.map_arg(node.args, values.__getitem__), **fx.map_arg(node.kwargs, values.__getitem__))
-
-
-# --- Inner products, whatever the memory layout
-
-
-def as_vector(tensor: Tensor) -> Float[Tensor, " n"]:
-    """All elements in the order of memory where that is possible without a copy; two alike tensors come out alike."""
-    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        tensor = tensor.permute(0, 2, 3, 1)
-    return tensor.reshape(-1)
-
-
-def aligned(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` in the memory layout of `like`."""
-    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
-        return tensor.contiguous(memory_format=torch.channels_last)
-    return tensor.contiguous()
-
-
-def inner_with_each(tensor: Tensor, others: Iterable[Tensor]) -> Float[Tensor, " k"]:
-    """Inner products of a tensor with every other one."""
-    vectors = [as_vector(aligned(other, tensor)) for other in others]
-    vector = as_vector(aligned(tensor, tensor))
-    dtype = wide(vector)
-    return torch.stack([torch.dot(vector.to(dtype), other.to(dtype)) for other in vectors])
-
-
-def weighted_gram(weight: Tensor, tangents: Tangents) -> Float[Tensor, "k k"]:
-    """Σ weight · u_i · u_j for every pair of tangents."""
-    if not tangents:
-        return weight.new_zeros(0, 0)
-    first = next(iter(tangents.values()))
-    rows = torch.stack([as_vector(aligned(tensor, first)) for tensor in tangents.values()]).to(wide(first))
-    return (rows * as_vector(aligned(weight.expand(first.shape), first))) @ rows.T
-
-
-def gram(left: list[Tensor], right: list[Tensor]) -> Float[Tensor, "rows columns"]:
-    """Inner products of every tensor on the left with every tensor on the right."""
-    dtype = wide(left[0])
-    rows = torch.stack([as_vector(aligned(tensor, left[0])) for tensor in left]).to(dtype)
-    columns = torch.stack([as_vector(aligned(tensor, left[0])) for tensor in right]).to(dtype)
-    return rows @ columns.T
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """The type that sums over a tensor are kept in: single precision at least."""
-    return torch.promote_types(tensor.dtype, torch.float32)

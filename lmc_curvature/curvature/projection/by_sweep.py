@@ -1,0 +1,117 @@
+"""The projection of one batch by the sweep, believed only after one of its answers was compared with a product."""
+
+import numpy as np
+
+from lmc_curvature.curvature.problem import BatchValues, Point, Problem, check_values
+from lmc_curvature.curvature.projection.by_products import product_of_combination
+from lmc_curvature.curvature.sweep import (
+    BatchTree,
+    CompiledBatch,
+    batch_key,
+    compile_batch,
+    copies_stay_apart,
+    is_current,
+    sweep_batch,
+    tiles_join,
+)
+from lmc_curvature.errors import CaptureError, SweepError
+from lmc_curvature.objective.batches import Batch
+
+_INTERACTION = "The network mixes the examples of a batch."
+
+
+def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValues:
+    """Loss, slopes and curvature of one batch at one state.
+
+    Graphs are compiled once for every shape of batch, and kept with the objective. They are compared with the network
+    once in every pass, in case it has changed, and with a Hessian-vector product once.
+
+    Raises:
+        CaptureError: The loss cannot be captured.
+        MemoryBudgetError: Too few examples or directions would fit the budget.
+        NonFiniteError: The answer is not finite.
+        SweepError: The answer is not that of a Hessian-vector product.
+        UnsupportedModelError: An operation has no second derivative.
+    """
+    objective = problem.objective
+    whole = objective.memo("whole batches", lambda: not objective.has_output or objective.batch_norm != "interpolate")
+    key = (*batch_key(problem, batch), whole)
+    compiled = objective.memo(key, lambda: compile_batch(problem, batch, whole=whole))
+    try:
+        values, result = sweep_batch(problem, compiled, point, batch)
+        if not problem.memo(compiled, lambda: is_current(objective, compiled, point, batch, result)):
+            compiled = objective.memo.replace(key, compile_batch(problem, batch, whole=whole))
+            values, _ = sweep_batch(problem, compiled, point, batch)
+        check_values(values, batch, point)
+        fault = objective.memo(("fault", compiled), lambda: _fault(problem, compiled, point, batch, values))
+        if not fault:
+            return values
+        if not compiled.is_tiled:
+            raise SweepError(fault)
+    except CaptureError:
+        # The network may insist on its batch size, or its inputs may not begin with the examples.
+        if not compiled.is_tiled:
+            raise
+    objective.memo.replace("whole batches", True)
+    return project_by_sweep(problem, point, batch)
+
+
+def _fault(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, values: BatchValues) -> str:
+    """The reason not to believe graphs, given their values for a batch; empty if there is none."""
+    if not compiled.is_tiled:
+        return _disagreement(problem, point, batch, values)
+    # A product holds the graph of all that it is of. Where memory is short, a tile has the derivatives, and the whole
+    # batch needs values only.
+    short = not compiled.tiling.keeps_values
+    if short and tiles_join(problem, compiled, point, batch) and _agrees_in_part(problem, compiled, point, batch):
+        fault = ""
+    else:
+        fault = _disagreement(problem, point, batch, values)
+    return fault if fault or copies_stay_apart(problem, compiled, point, batch) else _INTERACTION
+
+
+def _agrees_in_part(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch) -> bool:
+    """Whether the sweep of the first tile's examples agrees with a product; not if there is no loss of these alone."""
+    size = compiled.tiling.examples
+    part = Batch(batch.index, size, BatchTree.of(batch.data).rows(0, size, batch.size).structure)
+    try:
+        values, _ = sweep_batch(problem, compile_batch(problem, part, whole=False), point, part)
+        check_values(values, part, point)
+        return not _disagreement(problem, point, part, values)
+    except Exception:  # noqa: BLE001 - what a loss makes of a part is nobody's concern: the whole is compared
+        return False
+
+
+def _disagreement(problem: Problem, point: Point, batch: Batch, values: BatchValues) -> str:
+    """The difference between the sweep's values and a row of UᵀHUr for a random r; empty where they agree."""
+    loss, slopes, curvature = values
+    precision = problem.objective.rounding
+    # Far above rounding, and what it does at the kinks of rectifiers; far below a forgotten term.
+    margin = precision**0.4
+    # What cancels exactly comes out as rounding of what cancelled, which the loss gives the size of.
+    rounding = 30 * precision * max(1.0, abs(loss))
+    # Signs, scaled so that every direction has its say.
+    size = np.sqrt(np.maximum(np.abs(curvature).max(1), rounding))
+    coefficients = np.random.default_rng(0).choice([-1.0, 1.0], len(size)) / size
+    slope, row = product_of_combination(problem, point, batch, coefficients)
+    compared = {
+        # In single precision a unit near a kink moves the slopes of all layers alike, small ones too.
+        "slope": (slopes, slope, size * (np.abs(slopes) / size).sum() + rounding / margin),
+        "curvature": (
+            curvature @ coefficients,
+            row,
+            np.abs(curvature) @ np.abs(coefficients)
+            + size * np.sqrt(len(size))
+            + rounding / margin * np.abs(coefficients).sum(),
+        ),
+    }
+    for name, (swept, expected, scale) in compared.items():
+        wrong = np.flatnonzero(~(np.abs(swept - expected) <= margin * scale))
+        if len(wrong):
+            along = f"direction {wrong[0]}" + (" and a random combination of all" if name == "curvature" else "")
+            return (
+                f"The sweep's {name} along {along} is {swept[wrong[0]]:.6g} on batch {batch.index}, and "
+                f"{expected[wrong[0]]:.6g} by a Hessian-vector product. Does the network have derivatives of its "
+                "own (autograd.Function, no_grad, detach)?"
+            )
+    return ""

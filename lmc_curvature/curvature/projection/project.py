@@ -1,0 +1,104 @@
+"""The projection of loss, gradient and Hessian onto a few directions: all that a barrier prediction needs."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+from lmc_curvature.curvature.problem import BatchValues, Method, Problem
+from lmc_curvature.curvature.projection.by_products import project_by_products
+from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
+from lmc_curvature.curvature.projection.projection import Projection
+from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError, check_choice
+from lmc_curvature.objective.network import State
+from lmc_curvature.objective.risk import Objective
+
+
+def project_hessian(
+    objective: Objective,
+    state: State,
+    directions: Mapping[str, State] | Sequence[State],
+    *,
+    method: Method = "auto",
+    memory_gib: float | None = None,
+    progress: bool | None = None,
+) -> Projection:
+    """Project an objective onto directions at a state, in one pass over the loader.
+
+    Args:
+        objective: The loss and its data.
+        state: Where to differentiate.
+        directions: k sparse states, by name or in order; each holds only the entries it moves.
+        method: `"sweep"`: forward tangents and one adjoint (see `lmc_curvature.curvature.sweep`), compared with a
+            Hessian-vector product on the first batch. `"hvp"`: one exact Hessian-vector product a direction and
+            batch. `"auto"`: the sweep, and products with a `FallbackWarning` where it cannot go.
+        memory_gib: What the sweep may take for values and tangents, in GiB: examples and directions are cut to fit.
+            By default half of what a CUDA device has free, or 4 GiB of main memory. Beside it there are the directions,
+            folded weights and their tangents (about as large as state and directions), and for the first batch of
+            every shape a pass without gradients over all of it; the objective's own check of the first batch keeps a
+            graph of it for a moment.
+        progress: Show a progress bar over batches; by default where there is a terminal or a notebook.
+
+    Returns:
+        The projection, its rows in the order of `directions`.
+
+    Raises:
+        DirectionError: A direction has an unknown entry, a wrong shape, a type that cannot move or values that are
+            not finite, or there is no direction.
+        NonFiniteError: The loss or the curvature of a batch is not finite.
+        OptionError: `method` is not a choice, or `memory_gib` is not positive.
+        MemoryBudgetError: One example needs more than `memory_gib`.
+        CaptureError: With `method="sweep"`, the loss cannot be captured; names the operation.
+        SweepError: With `method="sweep"`, its answer disagrees with a Hessian-vector product.
+    """
+    return project_hessian_at(objective, [state], directions, method=method, memory_gib=memory_gib, progress=progress)[
+        0
+    ]
+
+
+def project_hessian_at(
+    objective: Objective,
+    states: Sequence[State],
+    directions: Mapping[str, State] | Sequence[State],
+    *,
+    method: Method = "auto",
+    memory_gib: float | None = None,
+    progress: bool | None = None,
+) -> list[Projection]:
+    """Project an objective at several states, on the same batches: still one pass over the loader.
+
+    Options and errors are those of `project_hessian`; values that are not finite are named with their state's number.
+
+    Args:
+        objective: The loss and its data.
+        states: Where to differentiate; every batch is visited at all of them.
+        directions: k sparse states, the same at every state.
+        method: The sweep, products, or the first that goes.
+        memory_gib: What the sweep may take, in GiB.
+        progress: Show a progress bar over batches.
+
+    Returns:
+        A projection for each state.
+    """
+    check_choice("method", method, get_args(Method))
+    problem = Problem.of(objective, states, directions, memory_gib=memory_gib)
+    project = project_by_products if method == "hvp" else project_by_sweep
+    sizes: list[int] = []
+    values: list[list[BatchValues]] = [[] for _ in problem.points]
+    with objective.one_pass(progress=progress, description="curvature") as batches:
+        for batch in batches:
+            try:
+                found = [project(problem, point, batch) for point in problem.points]
+            except (CaptureError, SweepError) as error:
+                if method != "auto" or project is project_by_products:
+                    raise
+                warnings.warn(
+                    f"{error} Falling back on one Hessian-vector product a direction, which is slower.",
+                    FallbackWarning,
+                    stacklevel=2,
+                )
+                project = project_by_products
+                found = [project(problem, point, batch) for point in problem.points]
+            sizes.append(batch.size)
+            for of_point, of_batch in zip(values, found, strict=True):
+                of_point.append(of_batch)
+    return [Projection.of(sizes, of_point) for of_point in values]

@@ -1,0 +1,52 @@
+"""Operations whose result is elements of their argument, and the places of these."""
+
+from torch import Tensor, fx
+
+from lmc_curvature.curvature.sweep.capture import value_of
+from lmc_curvature.curvature.sweep.rules.rule import FirstOrder, OpCall, Tangents
+
+
+class Pick(FirstOrder):
+    """One result of several."""
+
+    def push(self, call: OpCall) -> Tangents:
+        """The same one of the tangents."""
+        source, index = call.node.args
+        picked = {i: tangent[index] for i, tangent in call.tangents_of(source).items()}
+        return {i: tangent for i, tangent in picked.items() if tangent is not None}
+
+
+class MaxPooling(FirstOrder):
+    """The largest element of each window: its tangent is the tangent at that element's place."""
+
+    def __init__(self, spatial: int):
+        self.spatial = spatial
+
+    def push(self, call: OpCall) -> Tangents:
+        """The tangents' elements at the places of the largest."""
+        places = call.output[1]
+        flat = places.flatten(-self.spatial)
+
+        def pick(tangent: Tensor) -> Tensor:
+            return tangent.flatten(-self.spatial).gather(-1, flat).view(places.shape)
+
+        return {i: (pick(tangent), None) for i, tangent in call.tangents_of(call.node.args[0]).items()}
+
+
+class Selection(FirstOrder):
+    """Elements along an axis, with their places: the largest, the sorted, the middle one."""
+
+    def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
+        """Whether the argument has an axis."""
+        return value_of(moved[0]).ndim > 0
+
+    def push(self, call: OpCall) -> Tangents:
+        """The tangents' elements at the same places."""
+        axis, places = call.argument("dim"), call.output[1]
+
+        def pick(tangent: Tensor) -> Tensor:
+            if places.ndim < tangent.ndim:
+                return tangent.gather(axis, places.unsqueeze(axis)).squeeze(axis)
+            return tangent.gather(axis, places)
+
+        return {i: (pick(tangent), None) for i, tangent in call.tangents_of(call.node.args[0]).items()}

@@ -1,0 +1,94 @@
+"""Whether two networks are of one architecture, so that their entries can be averaged."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmc_curvature.errors import ArchitectureMismatchError
+from lmc_curvature.objective.network import entries_of, tied_names
+from lmc_curvature.objective.normalization import is_batch_counter, statistic_names, tracked_modules
+
+
+def check_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
+    """Refuse two networks between which there is no third.
+
+    Raises:
+        ArchitectureMismatchError: They differ in modules, entries, shapes, types, ties, or in buffers that a segment
+            does not move; lists the differences.
+    """
+    differences = [*_entry_differences(model_a, model_b), *_module_differences(model_a, model_b)]
+    if not differences:
+        differences = _tie_differences(model_a, model_b) or _fixed_buffer_differences(model_a, model_b)
+    if differences:
+        shown = "\n".join(f"  {line}" for line in differences[:10])
+        more = f"\n  … and {len(differences) - 10} more" if len(differences) > 10 else ""
+        counts = [_count_weight_modules(model) for model in (model_a, model_b)]
+        raise ArchitectureMismatchError(
+            f"The two networks are not of one architecture (model_a has {counts[0]} modules with parameters, model_b "
+            f"has {counts[1]}):\n{shown}{more}\nBoth must be built alike, so that their entries can be averaged."
+        )
+
+
+def _count_weight_modules(model: nn.Module) -> int:
+    return sum(any(True for _ in module.parameters(recurse=False)) for module in model.modules())
+
+
+def _unequal(of_a: Mapping[str, Any], of_b: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Names whose values differ, with both values; None where a name is missing."""
+    for name in {**of_a, **of_b}:
+        if of_a.get(name) != of_b.get(name):
+            yield name, of_a.get(name), of_b.get(name)
+
+
+def _entry_differences(*models: nn.Module) -> list[str]:
+    forms = ({name: (tuple(entry.shape), entry.dtype) for name, entry in entries_of(m).items()} for m in models)
+    differences = []
+    for name, a, b in _unequal(*forms):
+        if a is None:
+            differences.append(f"{name}: only in model_b, with shape {b[0]}")
+        elif b is None:
+            differences.append(f"{name}: only in model_a, with shape {a[0]}")
+        elif a[0] != b[0]:
+            differences.append(f"{name}: shape {a[0]} in model_a, {b[0]} in model_b")
+        else:
+            differences.append(f"{name}: type {a[1]} in model_a, {b[1]} in model_b")
+    return differences
+
+
+def _module_differences(*models: nn.Module) -> list[str]:
+    kinds = ({name: _describe_module(module) for name, module in model.named_modules()} for model in models)
+    return [
+        f"module {name or '(the network itself)'}: {a} in model_a, {b} in model_b" for name, a, b in _unequal(*kinds)
+    ]
+
+
+def _describe_module(module: nn.Module) -> str:
+    """Class and settings of a module: what decides, besides its entries, which function it is."""
+    kind = type(module).__qualname__
+    # Other packages may print anything there. Dropout is off, and momentum matters in training only.
+    if not type(module).__module__.startswith(("torch.", "torchvision.")) or "Dropout" in kind:
+        return kind
+    settings = re.sub(r"(, )?(momentum|dropout)=[^,)]*", "", module.extra_repr())
+    return f"{kind}({settings})" if settings else kind
+
+
+def _tie_differences(*models: nn.Module) -> list[str]:
+    ties = (tied_names(model) for model in models)
+    return [f"{name}: tied to {a} in model_a, to {b} in model_b" for name, a, b in _unequal(*ties)]
+
+
+def _fixed_buffer_differences(model_a: nn.Module, model_b: nn.Module) -> list[str]:
+    """Buffers that no segment moves: where they differ, no one network lies between the two."""
+    statistics = {entry for name, _ in tracked_modules(model_a) for entry in statistic_names(name)}
+    buffers_b = dict(model_b.named_buffers())
+    return [
+        f"buffer {name}: its values differ, and a segment moves parameters and running statistics only; make it "
+        "equal in both, or a parameter"
+        for name, buffer in model_a.named_buffers()
+        if name not in statistics
+        and not is_batch_counter(name)
+        and not torch.equal(buffer, buffers_b[name].to(buffer.device))
+    ]
