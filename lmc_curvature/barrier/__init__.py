@@ -1,1 +1,18 @@
 """Barriers between networks: predicted from curvature at the ends, and measured in between."""
+
+from lmc_curvature.barrier.expansions import EXPANSIONS, Expansion
+from lmc_curvature.barrier.kinds import CurveKind, classify_curve
+from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
+from lmc_curvature.barrier.prediction import BarrierPrediction, predict_barrier, predict_on_segment
+
+__all__ = [
+    "EXPANSIONS",
+    "BarrierMeasurement",
+    "BarrierPrediction",
+    "CurveKind",
+    "Expansion",
+    "classify_curve",
+    "measure_barrier",
+    "predict_barrier",
+    "predict_on_segment",
+]

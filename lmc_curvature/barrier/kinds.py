@@ -1,4 +1,4 @@
-"""What a barrier curve looks like in one dimension (Singh et al. 2024, Figure 7)."""
+"""Names for the shapes of barrier curves (Singh et al. 2024, Figure 7)."""
 
 from typing import Literal
 
@@ -23,8 +23,8 @@ def classify_curve(alphas: Float[np.ndarray, " n"], curve: Float[np.ndarray, " n
     Args:
         alphas: Positions in [0, 1].
         curve: B at the positions.
-        tolerance: What counts as zero. `BarrierMeasurement.kind` uses 2 % of (1 + the higher end's loss), after the
-            2 % that Frankle et al. (2020) allow a stable network.
+        tolerance: Largest height that counts as zero. `BarrierMeasurement.kind` uses 2 % of (1 + the higher end's
+            loss), after the 2 % that Frankle et al. (2020) allow a stable network.
     """
     order = np.argsort(alphas)
     # B vanishes at both ends whether or not they were measured.
@@ -41,7 +41,7 @@ def classify_curve(alphas: Float[np.ndarray, " n"], curve: Float[np.ndarray, " n
 
 
 def _deepest_dip(curve: Float[np.ndarray, " n"]) -> float:
-    """How far the curve sinks between two of its points that are both higher."""
+    """Return the depth to which the curve sinks between two of its points that are both higher."""
     walls = np.minimum(np.maximum.accumulate(curve), np.maximum.accumulate(curve[::-1])[::-1])
     return float((walls - curve).max())
 

@@ -64,7 +64,7 @@ def measure_barrier(
         sets: Sets of layers to measure besides the whole network: `"each"` layer of the partition alone, or a list of
             sets of layer names.
         alphas: Positions in [0, 1], or how many to space evenly from 0 to 1.
-        batch_norm: What batch normalisation does between the networks; see `BatchNormPolicy`.
+        batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`.
         metrics: `"loss"`, and `"error"` (the share of examples whose largest output is not the target's class).
         max_batches: Use only this many batches.
         device: Where to compute; `model_a`'s device by default.
@@ -107,19 +107,16 @@ def measure_barrier(
     )
 
 
+@torch.no_grad()
 def _measure(
     objective: Objective, points: SegmentPoints, metrics: Sequence[Metric], *, progress: bool | None
 ) -> tuple[Int[np.ndarray, " batches"], Float[np.ndarray, "batches metrics points"]]:
-    """Batch sizes, and every metric of every batch at every point."""
+    """Return the batch sizes, and every metric of every batch at every point."""
     statistics: Sequence[dict[str, torch.Tensor]] = [{}] * len(points)
     if objective.batch_norm == "recalibrate":
         statistics = objective.recalibrated(points, progress=progress)
     sizes, values = [], []
-    with (
-        torch.no_grad(),
-        objective.measuring(),
-        objective.one_pass(progress=progress, description="measuring") as batches,
-    ):
+    with objective.measuring(), objective.one_pass(progress=progress, description="measuring") as batches:
         for batch in batches:
             sizes.append(batch.size)
             values.append(_batch_values(objective, points, statistics, batch, metrics))
@@ -129,7 +126,7 @@ def _measure(
 def _batch_values(
     objective: Objective, points: SegmentPoints, statistics: Sequence[Any], batch: Batch, metrics: Sequence[Metric]
 ) -> Float[np.ndarray, "metrics points"]:
-    """Every metric at every point, for one batch."""
+    """Return every metric of one batch at every point."""
     columns = []
     for number, extra in enumerate(statistics):
         loss, output, target = objective.batch_evaluation({**points[number], **extra}, batch)
@@ -153,7 +150,7 @@ class BarrierMeasurement:
     Attributes:
         alphas: Positions on the segment, (n,).
         sets: The measured sets of layers, each a tuple of names.
-        metrics: What was measured: `"loss"` (in units of the loss), `"error"` (a share of the examples).
+        metrics: Measured metrics: `"loss"` (in units of the loss), `"error"` (a share of the examples).
         batch_norm: The batch-normalisation policy.
         batch_sizes: Examples in each batch, (batches,).
         batch_ends: Metrics of each batch at the two networks, (batches, metrics, 2).
@@ -312,7 +309,7 @@ def _refuse_former_options(layers: object, partition: object) -> None:
 
 
 def _resolve_sets(names: Sequence[str], sets: Sets) -> tuple[tuple[str, ...], ...]:
-    """The members of each set, in the order of the network."""
+    """Return the members of each set, in the order of the network."""
     if isinstance(sets, str):
         check_choice("sets", sets, ("each",))
         return tuple((name,) for name in names)

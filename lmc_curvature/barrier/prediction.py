@@ -55,10 +55,10 @@ def predict_barrier(
         loader: Yields `(x, y)` batches, or what `loss_fn` expects; visited once.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
         layers: The partition into L layers; see `LayerPartition.of`.
-        batch_norm: What batch normalisation does between the networks; see `BatchNormPolicy`. Under
+        batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`. Under
             `"recalibrate"` the prediction differentiates through batch statistics, as under `"batch"`.
-        method: How curvature is computed; see `project_hessian`.
-        memory_gib: What computing it may take, in GiB; see `project_hessian`.
+        method: Method to compute curvature; see `project_hessian`.
+        memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
         max_batches: Use only this many batches; the standard errors say how far to trust the result.
         device: Where to compute; `model_a`'s device by default.
         dtype: Floating-point type to compute in; `model_a`'s by default.
@@ -98,8 +98,8 @@ def predict_on_segment(
     Args:
         objective: The loss, of a network of the segment's architecture and under its policy.
         segment: The segment between the two networks.
-        method: How curvature is computed; see `project_hessian`.
-        memory_gib: What computing it may take, in GiB; see `project_hessian`.
+        method: Method to compute curvature; see `project_hessian`.
+        memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
     """
     segment = segment.to(objective.device, objective.dtype)

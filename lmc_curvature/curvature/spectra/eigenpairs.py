@@ -120,9 +120,17 @@ def top_eigenpairs(
         generator=torch.Generator().manual_seed(seed),
     )
     with tqdm(total=k, desc="eigenpairs", disable=None if progress is None else not progress) as bar:
-        found = _as_eigenpairs(search, _all_copies(search, k, bar))
-    _warn_unless_converged(found, tolerance, max_products)
-    return found
+        found = _all_copies(search, k, bar)
+    values = found.space.values[:k]
+    pairs = Eigenpairs(
+        values=values.to(matrix.device),
+        vectors=found.space.vectors(k).T,
+        residuals=(found.norms / values.abs().clamp(min=1e-300)).to(matrix.device),
+        converged=found.converged.to(matrix.device),
+        products=search.products,
+    )
+    _warn_unless_converged(pairs, tolerance, max_products)
+    return pairs
 
 
 def _capacity(matrix: Matrix, k: int, block_size: int, memory_gib: float) -> int:
@@ -282,24 +290,12 @@ def _missed(search: _Search, found: _Found) -> Float[Tensor, "missed n"]:
     return outside.vectors(int((search.rank(outside.values) > search.rank(last) + margin).sum()))
 
 
-def _as_eigenpairs(search: _Search, found: _Found) -> Eigenpairs:
-    k, device = len(found.norms), search.matrix.device
-    values = found.space.values[:k]
-    return Eigenpairs(
-        values=values.to(device),
-        vectors=found.space.vectors(k).T,
-        residuals=(found.norms / values.abs().clamp(min=1e-300)).to(device),
-        converged=found.converged.to(device),
-        products=search.products,
-    )
-
-
-def _warn_unless_converged(found: Eigenpairs, tolerance: float, max_products: int) -> None:
-    lacking = int((~found.converged).sum())
+def _warn_unless_converged(pairs: Eigenpairs, tolerance: float, max_products: int) -> None:
+    lacking = int((~pairs.converged).sum())
     if lacking:
         warnings.warn(
-            f"{lacking} of {len(found.values)} eigenpairs have not reached the relative residual {tolerance:g} after "
-            f"{found.products} products; the worst stands at {float(found.residuals.max()):.2g}. Raise "
+            f"{lacking} of {len(pairs.values)} eigenpairs have not reached the relative residual {tolerance:g} after "
+            f"{pairs.products} products; the worst stands at {float(pairs.residuals.max()):.2g}. Raise "
             f"max_products={max_products}, or the tolerance if products are too inexact for it.",
             ConvergenceWarning,
             stacklevel=3,
