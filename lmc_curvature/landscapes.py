@@ -47,7 +47,7 @@ class Quadratic(_Landscape):
     Args:
         hessian: A, symmetric, (d, d).
         minimum: m, (d,); zero by default.
-        position: Where θ is, (d,); the minimum by default.
+        position: Position of θ, (d,); the minimum by default.
         layers: Layer name to number of coordinates; one layer by default.
         offset: c.
     """
@@ -85,7 +85,7 @@ class QuadraticProduct(_Landscape):
     Args:
         minima: (minima, d).
         hessians: The A_m, (minima, d, d); the identity by default.
-        position: Where θ is, (d,); the first minimum by default.
+        position: Position of θ, (d,); the first minimum by default.
         layers: Layer name to number of coordinates; one layer by default.
     """
 
@@ -116,9 +116,9 @@ class QuadraticProduct(_Landscape):
         away = position.double() - self.minima
         slopes = torch.einsum("mij,mj->mi", self.hessians, away)
         values = 0.5 * torch.einsum("mi,mi->m", away, slopes)
-        one = torch.eye(len(values), dtype=torch.bool)
+        one = torch.eye(len(values), dtype=torch.bool, device=values.device)
         two = one.unsqueeze(0) | one.unsqueeze(1)
         # Products of the values but one, and but two.
         without_one, without_two = (torch.where(some, 1.0, values).prod(dim=-1) for some in (one, two))
-        bends = torch.einsum("m,mij->ij", without_one, self.hessians)
-        return bends + torch.einsum("mk,mi,kj->ij", without_two.fill_diagonal_(0.0), slopes, slopes)
+        pairs = torch.einsum("mk,mi,kj->ij", without_two.fill_diagonal_(0.0), slopes, slopes)
+        return pairs + torch.einsum("m,mij->ij", without_one, self.hessians)

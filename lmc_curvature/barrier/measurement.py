@@ -67,7 +67,7 @@ def measure_barrier(
         batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`.
         metrics: `"loss"`, and `"error"` (the share of examples whose largest output is not the target's class).
         max_batches: Use only this many batches.
-        device: Where to compute; `model_a`'s device by default.
+        device: Device to compute on; `model_a`'s device by default.
         dtype: Floating-point type to compute in; `model_a`'s by default.
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
@@ -302,10 +302,10 @@ def _positions(alphas: int | np.integer | Sequence[float] | np.ndarray) -> Float
 def _refuse_former_options(layers: object, partition: object) -> None:
     if partition is not None:
         raise OptionError(f"partition={partition!r} is now layers={partition!r}, and the sets to measure are sets=[…].")
-    if layers is None:
-        raise OptionError("layers=None: layers is the partition, 'fused' by default. To measure no sets, leave it out.")
-    if isinstance(layers, (list, tuple)):
-        raise OptionError(f"layers={layers!r} is a list of sets, and layers is the partition: pass sets={layers!r}.")
+    if layers is None or isinstance(layers, (list, tuple)):
+        raise OptionError(
+            f"layers={layers!r}: layers is the partition, and the sets to measure are now sets={layers or ()!r}."
+        )
 
 
 def _resolve_sets(names: Sequence[str], sets: Sets) -> tuple[tuple[str, ...], ...]:

@@ -60,7 +60,7 @@ def predict_barrier(
         method: Method to compute curvature; see `project_hessian`.
         memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
         max_batches: Use only this many batches; the standard errors say how far to trust the result.
-        device: Where to compute; `model_a`'s device by default.
+        device: Device to compute on; `model_a`'s device by default.
         dtype: Floating-point type to compute in; `model_a`'s by default.
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
@@ -93,7 +93,7 @@ def predict_on_segment(
 ) -> "BarrierPrediction":
     """Predict the barrier along a segment, as `predict_barrier` does for two networks.
 
-    Several segments with one objective share what it keeps about its network, the captured graph above all.
+    Several segments with one objective share what it keeps about its network, such as the graph of its operations.
 
     Args:
         objective: The loss, of a network of the segment's architecture and under its policy.

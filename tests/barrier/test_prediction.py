@@ -195,9 +195,16 @@ def test_text_shows_the_barrier_and_its_error(prediction):
     assert "differentiated through batch statistics" in str(recalibrated)
 
 
-def test_the_progress_bar_is_shown_when_asked(capsys):
-    predict_barrier(CONV.model(0), CONV.model(1), CONV.batches(), progress=True)
-    assert "curvature:" in capsys.readouterr().err
+def test_progress_bars_are_shown_when_asked_and_silent_without_a_terminal(capsys):
+    models = CONV.model(0), CONV.model(1)
+    predict_barrier(*models, CONV.batches(), progress=True)
+    measure_barrier(*models, CONV.batches(), alphas=3, progress=True)
+    shown = capsys.readouterr().err
+    assert "curvature:" in shown
+    assert "measuring:" in shown
+    predict_barrier(*models, CONV.batches())
+    measure_barrier(*models, CONV.batches(), alphas=3)
+    assert capsys.readouterr().err == ""
 
 
 def test_questions_that_have_no_answer_are_refused(prediction, untyped):

@@ -79,7 +79,7 @@ class SpectralDensity:
         """The density smoothed by a Gaussian kernel, per unit of λ; it integrates to 1.
 
         Args:
-            points: Where to evaluate it; `grid()` is a good choice.
+            points: Positions to evaluate it at; `grid()` is a good choice.
             width: Standard deviation of the kernel, by default `default_width`.
 
         Raises:

@@ -138,15 +138,10 @@ def _capacity(matrix: Matrix, k: int, block_size: int, memory_gib: float) -> int
     # A larger space costs more than its products save; few searches need as much.
     useful = min(matrix.size, 60 + 10 * k)
     least = min(matrix.size, k + 3 * block_size)
-    # Spaces are kept twice, with their images.
-    matrix.check_room(2 * (least + _outside_capacity(least, block_size)), memory_gib, "ask for fewer eigenpairs")
+    # Spaces are kept twice, with their images; the second one is that in which copies are searched for.
+    matrix.check_room(2 * (least + least // 4 + 3 * block_size), memory_gib, "ask for fewer eigenpairs")
     affordable = int(memory_gib / matrix.gib(2) / 1.25) - 3 * block_size
     return max(least, min(useful, affordable))
-
-
-def _outside_capacity(capacity: int, block_size: int) -> int:
-    """Number of vectors that the space in which copies are searched for may hold."""
-    return capacity // 4 + 3 * block_size
 
 
 @dataclass
@@ -196,7 +191,8 @@ class _Search:
         difference = space.append(block, self.matrix.multiply(block))
         if not self.is_checked and (first or space.rest == 0):
             scale = float(torch.linalg.matrix_norm(space.gram[:, : first or space.size]))
-            self.matrix.check_symmetric(difference, scale)
+            # The Gram matrix is made symmetric, which leaves nothing of a skew one.
+            self.matrix.check_symmetric(difference, max(scale, difference))
             self.is_checked = True
         self.scale = max(self.scale, float(space.values.abs().max()))
 
@@ -221,7 +217,7 @@ def _refine(
 ) -> _Found:
     """Extend a space by a block, and then by residuals, until its k outermost Ritz pairs have converged.
 
-    It ends before if the search has made `limit` products in all, by default as many as it may.
+    It ends earlier if the search has made `limit` products in all, by default as many as it may.
     """
     limit = search.max_products if limit is None else min(limit, search.max_products)
     while True:
@@ -258,7 +254,7 @@ def _all_copies(search: _Search, k: int, bar: tqdm) -> _Found:
 
 
 def _may_hide_copies(search: _Search, found: _Found) -> bool:
-    """Whether a multiple eigenvalue may have copies outside the space.
+    """Tell whether a multiple eigenvalue may have copies outside the space.
 
     A block of b vectors sees b copies, so it may where b Ritz values coincide that lie further out than the last one.
     """
@@ -280,7 +276,7 @@ def _may_hide_copies(search: _Search, found: _Found) -> bool:
 def _missed(search: _Search, found: _Found) -> Float[Tensor, "missed n"]:
     """Ritz vectors orthogonal to those found, as rows, whose values lie further out than the last one found."""
     k = len(found.norms)
-    capacity = _outside_capacity(search.capacity, search.block_size)
+    capacity = search.capacity // 4 + 3 * search.block_size
     outside = SearchSpace(capacity, excluded=found.space.vectors(k), rank=search.rank)
     block = search.random_block(outside, search.block_size)
     # Where nothing is missing this is for nothing; it should not cost more than the search itself.

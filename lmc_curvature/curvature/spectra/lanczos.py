@@ -41,7 +41,7 @@ class Lanczos:
 
     @property
     def invariant(self) -> bool:
-        """Whether A maps the columns of Q into their span: the eigenvalues of T are then eigenvalues of A."""
+        """True if A maps the columns of Q into their span: the eigenvalues of T are then eigenvalues of A."""
         return self.residual_norm == 0
 
     def tridiagonal(self) -> Float64[Tensor, "steps steps"]:

@@ -32,7 +32,7 @@ class SymmetricOperator(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where products are computed."""
+        """Device of the products."""
         ...
 
     def matmat(self, matrix: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
