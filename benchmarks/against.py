@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         other=commits[OTHER],
         dtype="float32",
     )
-    runs = {name: functools.partial(_sweep, folder, size, chosen.device) for name, folder in checkouts.items()}
+    runs = {name: functools.partial(sweep_in, folder, size, chosen.device) for name, folder in checkouts.items()}
     found = timing.in_turns(runs, size["pairs"])
     seconds = {name: [each["seconds"] for each in results] for name, results in found.items()}
     rows = [
@@ -68,7 +68,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--other", type=Path, required=True, help="the folder that holds its lmc_curvature/")
 
 
-def _sweep(checkout: Path, size: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def sweep_in(checkout: Path, size: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The results of `sweep_once` in a process that finds the library in a checkout."""
     words = [f"--{name}={size[name]}" for name in ("batch", "width", "pixels", "calls")]
     # Without -P the folder of the file would come before the checkout.

@@ -1,14 +1,13 @@
 """Time to import the library, and until the command line answers.
 
-Each is the time of a process; the processes take turns. The import of torch, numpy and scipy.sparse is the unit, which
-no import of the library can undercut.
+Each is the time of a process, and the processes take turns. The unit is the import of torch, numpy and scipy.sparse,
+which the library needs. The command line runs as `python -m lmc_curvature`.
 
     python -m benchmarks.imports [--quick]
 """
 
 import functools
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,11 +35,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         [f"{MISTYPED} is mistyped, and refused. In units: times over that of {UNIT}, round by round."],
         rounds=ROUNDS[chosen.size],
     )
-    program = shutil.which("lmc-curvature", path=Path(sys.executable).parent)
-    if program is None:
-        raise FileNotFoundError(f"There is no lmc-curvature beside {sys.executable}: pip install --editable .")
     words = {line: [sys.executable, "-c", line] for line in (UNIT, OURS)}
-    words |= {line: [program, *line.split()[1:]] for line in COMMANDS}
+    words |= {line: [sys.executable, "-m", "lmc_curvature", *line.split()[1:]] for line in COMMANDS}
     runs = {line: functools.partial(_run, each, fails=line == MISTYPED) for line, each in words.items()}
     for run in runs.values():
         run()

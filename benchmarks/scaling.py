@@ -21,12 +21,12 @@ METHODS = {"sweep": "sweep", "hvp": "loop of products"}
 SERIES = {
     "full": {"depth": (8, 14, 20, 32, 44, 56), "batches": (1, 2, 4, 8), "width": (4, 8, 16, 32)},
     "quick": {"depth": (8, 14, 20), "batches": (1, 2, 4), "width": (4, 8, 16)},
-    "smoke": {"depth": (8, 14), "batches": (1, 2), "width": (1, 2)},
+    "smoke": {"depth": (8, 14), "batches": (1, 2), "width": (2,)},
 }
 BASE = {
     "full": {"depth": 20, "batches": 1, "width": 16, "batch": 64, "pixels": 32},
     "quick": {"depth": 8, "batches": 1, "width": 8, "batch": 16, "pixels": 32},
-    "smoke": {"depth": 8, "batches": 1, "width": 1, "batch": 2, "pixels": 8},
+    "smoke": {"depth": 8, "batches": 1, "width": 2, "batch": 2, "pixels": 8},
 }
 # For growth with depth and batches there are bars; with width it depends on the processor.
 BOUNDS = {"layers": 2.0, "batches": 1.1}

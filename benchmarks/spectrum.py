@@ -51,6 +51,7 @@ class Size:
         count: Number of eigenvalues.
         power: Iterations and tolerances of a power method to try, from cheap to exact.
         efforts: Probes and Lanczos steps to try for a density.
+        images: Channels of a network by name, and pixels of its images.
     """
 
     network: str
@@ -60,6 +61,7 @@ class Size:
     count: int
     power: tuple[tuple[int, float], ...]
     efforts: tuple[tuple[int, int], ...]
+    images: tuple[int, int] = (16, 32)
 
 
 _EFFORTS = tuple((probes, steps) for steps in (16, 32, 64, 128) for probes in (1, 2, 4, 8))
@@ -69,7 +71,7 @@ _DIGITS = "residual, 8 layers, for 8 × 8 digits"
 SIZES = {
     "full": Size(_DIGITS, 512, (8, 4), 3, 10, _POWER, _EFFORTS),
     "quick": Size(_DIGITS, 128, (4, 2), 2, 10, ((100, 1e-3), (300, 1e-6)), _EFFORTS),
-    "smoke": Size("perceptron", 16, (4, 4), 0, 2, ((30, 1e-3),), ((1, 16),)),
+    "smoke": Size("perceptron", 16, (4, 4), 0, 2, ((30, 1e-3),), ((1, 16),), (2, 8)),
 }
 SEEDS = range(3)
 
@@ -96,7 +98,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
     size = SIZES[chosen.size]
     if chosen.network:
         size = dataclasses.replace(size, network=chosen.network, examples=chosen.batch or 128, power=_POWER[:1])
-        problem = image_problem(size.network, size.examples, device=chosen.device, away_from_kinks=True)
+        width, pixels = size.images
+        problem = image_problem(
+            size.network, size.examples, width=width, pixels=pixels, device=chosen.device, away_from_kinks=True
+        )
         report = _report(chosen, size, "What do eigenvalues of equal accuracy cost?", f"{problem.parameter_count:,}")
         found = _add_eigenvalues(report, problem, size, chosen)
         return publish(report, chosen, draw_roads(found, [OURS], "forward passes"))

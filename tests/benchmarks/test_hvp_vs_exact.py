@@ -1,8 +1,11 @@
 import math
 
+import pytest
+
 from tests.support.benchmarking import check_roads, rows, run
 
 
+@pytest.mark.slow
 def test_products_and_dense_matrices(tmp_path):
     record = run("hvp_vs_exact", tmp_path)
     product, whole, layers = (rows(record, table) for table in ("product", "whole", "layers"))

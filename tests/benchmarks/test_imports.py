@@ -3,7 +3,7 @@ import pytest
 from tests.support.benchmarking import rows, run
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_imports_and_commands_are_timed(tmp_path):
     record = run("imports", tmp_path)
     unit, *others = rows(record, "imports")

@@ -20,7 +20,7 @@ def test_eigenvalues_and_densities(tmp_path):
         assert densities[-1]["note"].startswith("fails: This function was deprecated")
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_a_network_by_name(tmp_path):
     record = run("spectrum", tmp_path, "--network", "resnet8", "--batch", "2")
     assert list(record["tables"]) == ["eigenvalues"]

@@ -3,7 +3,7 @@ import pytest
 from tests.support.benchmarking import rows, run
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_loops_and_siblings_are_compared(tmp_path):
     record = run("training", tmp_path)
     loops = rows(record, "loop")
