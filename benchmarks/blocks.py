@@ -105,7 +105,7 @@ def block_roads(
         layer: Name of the layer in it.
         unit: The problem whose forward pass is F.
         suffix: End of the roads' names.
-        both_layouts: Whether others compute with channels-last images, too.
+        both_layouts: True to let others compute with channels-last images, too.
     """
     block = HessianOperator(problem.objective).block(layer)
     roads: dict[str, Callable[[], Any]] = {

@@ -26,7 +26,7 @@ def parse_options(
 
     Returns:
         The options; besides them `script` (its name), `size` (`"full"`, `"quick"` or `"smoke"`), `pace`, and `command`
-        as it was typed.
+        as it was typed, without folders.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", type=torch.device, help="cpu, cuda, cuda:1, …")
@@ -40,7 +40,7 @@ def parse_options(
     options.script = Path(script).stem
     options.size = "smoke" if options.smoke else "quick" if options.quick else "full"
     options.pace = PACES[options.size]
-    options.command = " ".join(["python", "-m", f"benchmarks.{options.script}", *_without_out(argv)])
+    options.command = " ".join(["python", "-m", f"benchmarks.{options.script}", *_without_places(argv)])
     if options.threads:
         torch.set_num_threads(options.threads)
     # Every road in plain single precision: TF32 keeps ten bits, and libraries differ in who switches it off.
@@ -49,10 +49,11 @@ def parse_options(
     return options
 
 
-def _without_out(argv: Sequence[str] | None) -> list[str]:
-    """The words of the command line that have a part in what is measured."""
+def _without_places(argv: Sequence[str] | None) -> list[str]:
+    """The words of the command line without folders, which belong to a machine."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--out")
+    parser.add_argument("--other")
     return parser.parse_known_args(argv)[1]
 
 

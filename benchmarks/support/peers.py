@@ -21,7 +21,7 @@ PACKAGES = {"curvlinops": "curvlinops", "PyHessian": "pyhessian", "BackPACK": "b
 
 
 def installed(peer: str) -> bool:
-    """Whether a peer can be imported."""
+    """True if a peer can be imported."""
     return importlib.util.find_spec(PACKAGES[peer]) is not None
 
 

@@ -41,7 +41,7 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where the data are."""
+        """The device of the data."""
         return self.data[0].device
 
     @property

@@ -44,7 +44,7 @@ class Bar:
     Attributes:
         what: The quantity.
         measured: Its value; a number stands for a spread without width.
-        kind: Whether the bound is an upper or a lower one.
+        kind: The side on which the bound lies.
         bound: The promise.
     """
 

@@ -30,8 +30,8 @@ class Road:
         name: Name in tables.
         run: Does the work once.
         forward: One forward pass without gradients, of the same network on the same data: the unit F.
-        vectors: Times are given for one of so many vectors, which `run` treats together.
-        warms_up: Whether the first call does more than later ones, so that it is never a sample.
+        vectors: Number of vectors that `run` treats together; times are given for one of them.
+        warms_up: True if the first call does more than later ones, so that it is never a sample.
         memory_run: Does as much of the work as reaches its peak of memory, for work too long to profile.
         note: A remark for readers of the table.
     """
@@ -100,7 +100,7 @@ class Measurement:
         multiples: The same in F.
         peak: Bytes it had allocated at most, over what was allocated before; None if that was not measured.
         spent: Seconds that all samples took together.
-        first_call_only: Whether the road takes so long that the first call, which warms up, is the only sample.
+        first_call_only: True if the road takes so long that the first call, which warms up, is the only sample.
         failure: The reason for missing values; empty if there is none.
     """
 

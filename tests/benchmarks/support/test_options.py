@@ -3,7 +3,7 @@ from benchmarks.support import options
 SIZES = {"full": {"network": "resnet20", "batch": 8, "width": 4}, "quick": {"network": "resnet8", "batch": 2}}
 
 
-def test_command_without_what_has_no_part_in_measuring(tmp_path):
+def test_the_command_is_kept_without_folders(tmp_path):
     words = ["--quick", "--out", str(tmp_path), "--batch", "3"]
     found = options.parse_options("folder/hvp.py", "doc", words, options.add_network)
     assert found.command == "python -m benchmarks.hvp --quick --batch 3"
