@@ -1,8 +1,9 @@
 """Loaders and batches of any form: their examples are counted, their tensors found and brought to a device."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -109,11 +110,8 @@ def check_loader(loader: Any) -> None:
 
 def loader_length(loader: Iterable[Any], max_batches: int | None) -> int | None:
     """Number of batches a visit will yield, or None when the loader does not say."""
-    try:
-        length = len(cast(Any, loader))
-    except TypeError:
-        return max_batches
-    return length if max_batches is None else min(length, max_batches)
+    limits = [limit for limit in (operator.length_hint(loader), max_batches) if limit]
+    return min(limits, default=None)
 
 
 def refuse_iterator(loader: Iterable[Any], reason: str) -> None:

@@ -9,13 +9,16 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lmc_curvature.errors import LoaderError
 from lmc_curvature.objective.batches import (
+    Batch,
     check_count,
+    check_loader,
     count_leading,
     count_pair,
     describe,
     loader_length,
     map_tensors,
     refuse_iterator,
+    tensors_in,
     to_device,
 )
 from tests.support.networks import rng_states
@@ -107,6 +110,29 @@ def test_mapping_keeps_the_form_and_touches_only_tensors():
 )
 def test_only_floating_point_tensors_change_type(dtype, expected):
     assert to_device(torch.ones(2, dtype=dtype), torch.device("cpu"), torch.float64).dtype == expected
+
+
+def test_tensors_are_found_in_their_order():
+    assert [tensor.shape for tensor in tensors_in({"a": [Y, "text"], "b": Pair(3, X)})] == [Y.shape, X.shape]
+    assert Batch(4, 5, (X, Y)).kind == (X.shape, Y.shape)
+    assert Batch(4, 5, ["text"]).kind == (4,)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (5, "loader is an object of type int; expected an iterable.*DataLoader"),
+        (TensorDataset(X, Y), r"data set \(TensorDataset\), which yields examples.*DataLoader\(dataset"),
+    ],
+)
+def test_what_yields_no_batches_is_no_loader(loader, message):
+    with pytest.raises(LoaderError, match=message):
+        check_loader(loader)
+
+
+@pytest.mark.parametrize("loader", [[X], (x for x in X), Stream(), DataLoader(TensorDataset(X))])
+def test_what_can_be_iterated_over_is_a_loader(loader):
+    check_loader(loader)
 
 
 @pytest.mark.parametrize(
