@@ -106,6 +106,7 @@ class Objective:
         self.loader = loader
         self.batch_norm: BatchNormPolicy = batch_norm
         self.max_batches = max_batches
+        self.allow_tf32 = allow_tf32
         tensors = list(entries_of(model).values())
         self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
         self.loss_fn = own_loss(loss_fn, self.device, self.dtype)
