@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-BENCHMARKS := projection hvp hvp_vs_exact blocks spectrum scaling training
+BENCHMARKS := projection hvp hvp_vs_exact blocks spectrum scaling training imports
 # BENCH_OPTIONS= measures in full, BENCH_OPTIONS='--device cuda' on a GPU.
 BENCH_OPTIONS ?= --quick
 

@@ -1,1 +1,1 @@
-"""A script a question: what is measured, beside whom, and how fast."""
+"""Benchmarks of the library beside others, a script a question."""

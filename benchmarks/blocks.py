@@ -1,12 +1,14 @@
-"""What does the dense Hessian of a network's last linear layer cost, over some batches of data?
+"""Cost of the dense Hessian of a network's last linear layer, over some batches of data.
 
-python -m benchmarks.blocks [--network resnet18] [--device cuda] [--profile] [--quick]
+`layer_hessian` by structure and by products, `torch.func.hessian` of the loss in that layer's parameters, and
+curvlinops' operator for those parameters times the identity.
+
+    python -m benchmarks.blocks [--network resnet18] [--device cuda] [--profile] [--quick]
 """
 
-import argparse
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,27 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, hessian
 
+from benchmarks.support import options, peers, profiling, timing
 from benchmarks.support.charts import draw_roads
-from benchmarks.support.harness import (
-    ROAD_COLUMNS,
-    Bar,
-    Report,
-    Table,
-    add_network,
-    chosen_size,
-    parse_options,
-    publish,
-    relative_error,
-    road_row,
-    setting,
-)
-from benchmarks.support.memory import columns_that_fit, peak_bytes
-from benchmarks.support.peers import curvlinops_columns, curvlinops_hessian, installed, layouts, missing_peers
 from benchmarks.support.problems import Problem, image_problem
-from benchmarks.support.profiling import add_profile, profile_table
-from benchmarks.support.timing import Measurement, Road, Run, measure
-from lmc_curvature import HessianOperator
-from lmc_curvature.curvature.blocks.blocks import layer_hessian
+from benchmarks.support.report import Bar, Report, new_report, publish
+from benchmarks.support.roads import relative_error, road_rows
+from lmc_curvature import HessianOperator, layer_hessian
 
 OURS = "layer_hessian"
 TORCH = "torch.func.hessian"
@@ -45,52 +32,49 @@ SIZES = {
     "quick": {"network": "resnet20", "batch": 50, "batches": 2, "width": 16, "pixels": 32},
     "smoke": {"network": "resnet8", "batch": 5, "batches": 2, "width": 4, "pixels": 8},
 }
+NOTES = (
+    "F is one forward pass over all batches; peaks have one gradient on one batch as their unit.",
+    "Errors are max |H − H₆₄| / max |H₆₄|, against products with unit vectors in float64.",
+    "torch.func.hessian differentiates the loss in that layer's parameters, batch by batch; so does curvlinops.",
+    "Every road to the first table's Hessian needs the layer's inputs, which are a forward pass, 1 F.",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
-    options = parse_options(__file__, __doc__, argv, _add_options)
-    size = chosen_size(options, SIZES)
-    problem = image_problem(**size, device=options.device)
+    chosen = options.parse_options(__file__, __doc__, argv, options.add_network, profiling.add_profile)
+    size = options.chosen_size(chosen, SIZES)
+    problem = image_problem(**size, device=chosen.device)
     layer, linear = _last_linear(problem.model)
-    name = "blocks" if size["network"] == "resnet20" else f"blocks-{size['network']}"
-    report = Report(name, "What does a layer's dense Hessian cost?", setting(options, **size, dtype="float32"))
-    report.setting["parameters"] = sum(parameter.numel() for parameter in linear.parameters())
-    report.notes += [*missing_peers(), *_notes()]
-
+    parameters = sum(parameter.numel() for parameter in linear.parameters())
+    report = new_report(
+        chosen,
+        "What does a layer's dense Hessian cost?",
+        [*peers.missing_peers(), *NOTES],
+        **size,
+        parameters=parameters,
+        dtype="float32",
+    )
     alone = _layer_alone(problem, layer, linear)
-    roads = [
-        *block_roads(problem, layer, problem.forward, both_layouts=options.size == "full"),
-        *block_roads(alone, "linear", problem.forward, ALONE),
-    ]
-    found = measure(roads, options.pace, options.device)
-    gradient_peak = peak_bytes(problem.forward_backward, options.device)
+    whole_roads = block_roads(problem, layer, problem, both_layouts=chosen.size == "full")
+    alone_roads = block_roads(alone, "linear", problem, ALONE)
+    found = timing.measure([*whole_roads, *alone_roads], chosen.pace, chosen.device)
     reference = HessianOperator(problem.to(torch.float64).objective).block(layer).to_dense()
-    for name, title, chosen in (
-        ("roads", "The dense Hessian of the last linear layer", [name for name in found if ALONE not in name]),
-        ("alone", "The same from the layer's inputs, computed before", [name for name in found if ALONE in name]),
-    ):
-        rows = [_row(found[road], gradient_peak, reference) for road in chosen]
-        report.tables.append(Table(name, title, ROAD_COLUMNS, rows))
+    errors = {
+        name: relative_error(measurement.result, reference)
+        for name, measurement in found.items()
+        if not measurement.failure
+    }
+    report.add("roads", "The dense Hessian of the last linear layer", road_rows(whole_roads, found, problem, errors))
+    title = "The same from the layer's inputs, computed before"
+    report.add("alone", title, road_rows(alone_roads, found, problem, errors))
     report.bars += [*_bars(found, ""), *_bars(found, ALONE)]
-    if options.profile:
-        report.tables.append(profile_table(OURS, lambda: layer_hessian(problem.objective, None, layer), options.device))
+    if chosen.profile:
+        report.tables.append(
+            profiling.profile_table(OURS, lambda: layer_hessian(problem.objective, None, layer), chosen.device)
+        )
     ours = [name for name in found if not name.startswith((TORCH, "curvlinops"))]
-    return publish(report, options, draw_roads(found, ours, "forward passes of the network over all examples"))
-
-
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    add_network(parser)
-    add_profile(parser)
-
-
-def _notes() -> list[str]:
-    return [
-        "F is one forward pass over all batches; peaks have one gradient on one batch as their unit.",
-        "Errors are max |H − H₆₄| / max |H₆₄|, against products with unit vectors in float64.",
-        "torch.func.hessian differentiates the loss in that layer's parameters, batch by batch; so does curvlinops.",
-        "Every road to the first table's Hessian needs the layer's inputs, which are a forward pass, 1 F.",
-    ]
+    return publish(report, chosen, draw_roads(found, ours, "forward passes of the network over all examples"))
 
 
 def _last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
@@ -112,59 +96,49 @@ def _layer_alone(problem: Problem, layer: str, linear: nn.Linear) -> Problem:
 
 
 def block_roads(
-    problem: Problem, layer: str, forward: Run, suffix: str = "", *, both_layouts: bool = False
-) -> list[Road]:
-    """Roads to the dense block of a linear layer, rows and columns in the order weight, bias."""
+    problem: Problem, layer: str, unit: Problem, suffix: str = "", *, both_layouts: bool = False
+) -> list[timing.Road]:
+    """Roads to the dense block of a linear layer, rows and columns in the order weight, bias.
+
+    Args:
+        problem: The network.
+        layer: Name of the layer in it.
+        unit: The problem whose forward pass is F.
+        suffix: End of the roads' names.
+        both_layouts: True to let others compute with channels-last images, too.
+    """
     block = HessianOperator(problem.objective).block(layer)
     roads: dict[str, Callable[[], Any]] = {
         OURS: lambda: layer_hessian(problem.objective, None, layer),
         "the same, method='products'": lambda: layer_hessian(problem.objective, None, layer, method="products"),
         "HessianOperator.block(layer).to_dense()": block.to_dense,
     }
-    for layout, chosen in layouts(problem, both=both_layouts).items():
-        roads[f"{TORCH}{layout}"] = functools.partial(_by_torch, chosen, layer)
-        if installed("curvlinops"):
-            name, run = _curvlinops_road(chosen, layer)
-            roads[f"{name}{layout}"] = run
-    return [Road(name + suffix, run, forward) for name, run in roads.items()]
-
-
-def _curvlinops_road(problem: Problem, layer: str) -> tuple[str, Callable[[], Tensor]]:
-    parameters = list(problem.model.get_submodule(layer).parameters())
-    operator = curvlinops_hessian(problem, parameters)
-    unit = torch.eye(sum(parameter.numel() for parameter in parameters), device=problem.device)
-    at_once = columns_that_fit(
-        lambda count: curvlinops_columns(operator, unit[:count], count), len(unit), problem.device, probe=16
-    )
-    return f"curvlinops, H @ identity, {at_once} columns at once", lambda: curvlinops_columns(operator, unit, at_once)
+    for layout, laid_out in peers.layouts(problem, both=both_layouts).items():
+        roads[f"{TORCH}{layout}"] = functools.partial(_by_torch, laid_out, layer)
+        if peers.installed("curvlinops"):
+            at_once, run = peers.curvlinops_dense(laid_out, laid_out.model.get_submodule(layer).parameters(), probe=16)
+            roads[f"curvlinops, H @ identity, {at_once} columns at once{layout}"] = run
+    return [timing.Road(name + suffix, run, unit.forward) for name, run in roads.items()]
 
 
 def _by_torch(problem: Problem, layer: str) -> Tensor:
     names = [f"{layer}.{name}" for name, _ in problem.model.get_submodule(layer).named_parameters()]
     parameters = {name: problem.model.get_parameter(name).detach() for name in names}
-    total = None
+    sizes = [parameters[name].numel() for name in names]
+    total = torch.zeros(sum(sizes), sum(sizes), device=problem.device)
     for x, y in problem.batches:
         blocks: Any = hessian(lambda point, x=x, y=y: F.cross_entropy(functional_call(problem.model, point, (x,)), y))(
             parameters
         )
-        sizes = [parameters[name].numel() for name in names]
         rows = [
             torch.cat([blocks[a][b].reshape(size, -1) for b in names], dim=1)
             for a, size in zip(names, sizes, strict=True)
         ]
-        found = torch.cat(rows) * (len(x) / problem.examples)
-        total = found if total is None else total + found
-    if total is None:
-        raise ValueError("There is no batch.")
+        total += torch.cat(rows) * (len(x) / problem.examples)
     return total
 
 
-def _row(measurement: Measurement, gradient_peak: float, reference: Tensor) -> dict[str, Any]:
-    error = None if measurement.failure else relative_error(measurement.result, reference)
-    return road_row(measurement, gradient_peak=gradient_peak, error=error)
-
-
-def _bars(found: dict[str, Measurement], suffix: str) -> list[Bar]:
+def _bars(found: Mapping[str, timing.Measurement], suffix: str) -> list[Bar]:
     ours = found[OURS + suffix].in_forwards
     return [
         Bar(f"{name} / ours", measurement.in_forwards.over(ours), "at least", 5)

@@ -1,44 +1,23 @@
-"""How fast is one exact Hessian-vector product, and how fast are many with the same data?
+"""Cost of one exact Hessian-vector product, and of several with the same data.
 
-Ours and every peer's, on one residual network and batch. For many products, what a library can share between the
-vectors of a batch it shares, and times are of one vector.
+Ours and every peer's, on one residual network and batch. A library shares between several vectors whatever it can, and
+their times are of one vector.
 
     python -m benchmarks.hvp [--network resnet18] [--batch 512] [--device cuda] [--quick]
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
+from benchmarks.support import options, peers, timing
 from benchmarks.support.charts import draw_roads
-from benchmarks.support.harness import (
-    ROAD_COLUMNS,
-    Bar,
-    Report,
-    Table,
-    add_network,
-    chosen_size,
-    parse_options,
-    publish,
-    relative_error,
-    road_row,
-    setting,
-)
-from benchmarks.support.memory import columns_that_fit, peak_bytes
-from benchmarks.support.peers import (
-    curvlinops_columns,
-    curvlinops_hessian,
-    installed,
-    layouts,
-    missing_peers,
-    peer_products,
-)
 from benchmarks.support.problems import Problem, image_problem, parameters_only
-from benchmarks.support.timing import Measurement, Road, measure
+from benchmarks.support.report import Bar, Report, new_report, publish
+from benchmarks.support.roads import bar_against_fastest, relative_error, road_rows
 from lmc_curvature import HessianOperator
 
 OURS = "HessianOperator @ v"
@@ -50,51 +29,41 @@ SIZES = {
     "quick": {"network": "resnet20", "batch": 32, "width": 16, "pixels": 32},
     "smoke": {"network": "resnet8", "batch": 4, "width": 4, "pixels": 8},
 }
-COUNTS = {"full": (8,), "quick": (8,), "smoke": (2,)}
+COUNTS = {"full": 8, "quick": 8, "smoke": 2}
+NOTES = (
+    "Peers differentiate parameters only, with the running statistics fixed; ours also differentiate those, unless "
+    "a row says otherwise.",
+    "Errors are max |p − p₆₄| / max |p₆₄|, against the same product in float64, on examples that are away from the "
+    "kinks of ReLUs, where derivatives jump.",
+    "Peaks are over what was allocated before the call; the unit is the peak of one gradient by plain autograd.",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
-    options = parse_options(__file__, __doc__, argv, add_network)
-    size = chosen_size(options, SIZES)
-    problem = image_problem(**size, device=options.device, away_from_kinks=True)
-    name = "hvp" if size["network"] == "resnet20" else f"hvp-{size['network']}"
-    report = Report(name, "What does a Hessian-vector product cost?", setting(options, **size, dtype="float32"))
-    report.notes += [*missing_peers(), *_notes()]
-    counts = COUNTS[options.size]
-    vectors = torch.randn(max(counts), problem.dense(problem.directions).shape[1], device=options.device)
+    chosen = options.parse_options(__file__, __doc__, argv, options.add_network)
+    size = options.chosen_size(chosen, SIZES)
+    problem = image_problem(**size, device=chosen.device, away_from_kinks=True)
+    notes = [*peers.missing_peers(), *NOTES]
+    report = new_report(chosen, "What does a Hessian-vector product cost?", notes, **size, dtype="float32")
+    entries = sum(tensor.numel() for tensor in problem.state.values())
+    vectors = torch.randn(COUNTS[chosen.size], entries, device=chosen.device)
 
-    both = options.size == "full"
+    both = chosen.size == "full"
     one = one_product_roads(problem, vectors[0], both_layouts=both)
-    many = [road for count in counts for road in many_products_roads(problem, vectors[:count], both_layouts=both)]
-    found = measure([*one, *many], options.pace, options.device)
-    gradient_peak = peak_bytes(problem.forward_backward, options.device)
+    many = many_products_roads(problem, vectors, both_layouts=both)
+    found = timing.measure([*one, *many], chosen.pace, chosen.device)
     errors = _errors(problem, vectors, found)
-    for name, title, roads in (
-        ("one", "One product", one),
-        ("many", "Several products with the same data, a vector", many),
-    ):
-        rows = [road_row(found[road.name], gradient_peak=gradient_peak, error=errors.get(road.name)) for road in roads]
-        report.tables.append(Table(name, title, ROAD_COLUMNS, rows))
-    report.bars += _bars(found, counts)
+    report.add("one", "One product", road_rows(one, found, problem, errors))
+    report.add("many", "Several products with the same data, a vector", road_rows(many, found, problem, errors))
+    report.bars += _bars(found, [road.name for road in one], [road.name for road in many], len(vectors))
     ours = [name for name in found if name.startswith(("HessianOperator", OURS_OF_PARAMETERS))]
-    return publish(report, options, draw_roads(found, ours, "forward passes a vector"))
+    return publish(report, chosen, draw_roads(found, ours, "forward passes a vector"))
 
 
-def _notes() -> list[str]:
-    return [
-        "Peers differentiate parameters only, with the running statistics fixed; ours also differentiate those, unless "
-        "a row says otherwise.",
-        "Errors are max |p − p₆₄| / max |p₆₄|, against the same product in float64, on examples that are away from the "
-        "kinks of ReLUs, where derivatives jump.",
-        "Peaks are over what was allocated before the call; the unit is the peak of one gradient by plain autograd.",
-    ]
-
-
-def one_product_roads(problem: Problem, vector: Tensor, *, both_layouts: bool) -> list[Road]:
+def one_product_roads(problem: Problem, vector: Tensor, *, both_layouts: bool) -> list[timing.Road]:
     """Roads to one product, from the network and the data."""
-    operator = HessianOperator(problem.objective)
-    restricted = HessianOperator(problem.objective, layers="parameters", partition=parameters_only)
+    operator, restricted = HessianOperator(problem.objective), problem.parameter_hessian
     direction, parts = operator.unflatten(vector), _parameter_part(problem, vector)
     roads: dict[str, Callable[[], Any]] = {
         "gradient by plain autograd": problem.forward_backward,
@@ -103,32 +72,26 @@ def one_product_roads(problem: Problem, vector: Tensor, *, both_layouts: bool) -
         "torch.func, forward over reverse": lambda: _flat(_by_torch(problem, direction, forward=True)),
         "torch.func, reverse over reverse": lambda: _flat(_by_torch(problem, direction, forward=False)),
     }
-    for layout, chosen in layouts(problem, both=both_layouts).items():
-        roads |= {f"{peer}{layout}": _peer_road(peer, chosen, parts.unsqueeze(0)) for peer in PEERS if installed(peer)}
-    return [Road(name, run, problem.forward) for name, run in roads.items()]
+    for layout, laid_out in peers.layouts(problem, both=both_layouts).items():
+        for peer in filter(peers.installed, PEERS):
+            roads[f"{peer}{layout}"] = _peer_road(peer, laid_out, parts.unsqueeze(0))
+    return [timing.Road(name, run, problem.forward) for name, run in roads.items()]
 
 
-def many_products_roads(problem: Problem, vectors: Tensor, *, both_layouts: bool) -> list[Road]:
+def many_products_roads(problem: Problem, vectors: Tensor, *, both_layouts: bool) -> list[timing.Road]:
     """Roads to the products with several vectors."""
     count = len(vectors)
     operator = HessianOperator(problem.objective)
     columns = vectors.T.contiguous()
     parts = torch.stack([_parameter_part(problem, vector) for vector in vectors])
     roads: dict[str, Callable[[], Any]] = {_many(count, "HessianOperator @ V"): lambda: (operator @ columns).T}
-    for layout, chosen in layouts(problem, both=both_layouts).items():
-        for peer in ("PyHessian", "BackPACK"):
-            if installed(peer):
-                roads[_many(count, f"{peer}, kept graph{layout}")] = _peer_road(peer, chosen, parts)
-        if installed("curvlinops"):
-            peer = curvlinops_hessian(chosen)
-            at_once = columns_that_fit(functools.partial(_first_columns, peer, parts), count, problem.device)
-            name = f"curvlinops, H @ V, {at_once} at once{layout}"
-            roads[_many(count, name)] = functools.partial(curvlinops_columns, peer, parts, at_once)
-    return [Road(name, run, problem.forward, vectors=count) for name, run in roads.items()]
-
-
-def _first_columns(peer: Any, vectors: Tensor, count: int) -> Tensor:
-    return curvlinops_columns(peer, vectors[:count], count)
+    for layout, laid_out in peers.layouts(problem, both=both_layouts).items():
+        for peer in filter(peers.installed, ("PyHessian", "BackPACK")):
+            roads[_many(count, f"{peer}, kept graph{layout}")] = _peer_road(peer, laid_out, parts)
+        if peers.installed("curvlinops"):
+            at_once, run = peers.curvlinops_at_once(peers.curvlinops_hessian(laid_out), parts)
+            roads[_many(count, f"curvlinops, H @ V, {at_once} at once{layout}")] = run
+    return [timing.Road(name, run, problem.forward, vectors=count) for name, run in roads.items()]
 
 
 def _many(count: int, road: str) -> str:
@@ -136,7 +99,7 @@ def _many(count: int, road: str) -> str:
 
 
 def _peer_road(peer: str, problem: Problem, vectors: Tensor) -> Callable[[], Tensor]:
-    multiply = peer_products(peer)
+    multiply = peers.peer_products(peer)
     return lambda: multiply(problem, vectors)
 
 
@@ -153,17 +116,16 @@ def _flat(state: dict[str, Tensor]) -> Tensor:
 
 
 def _parameter_part(problem: Problem, vector: Tensor) -> Tensor:
-    """What of a vector over the state belongs to parameters."""
+    """The part of a vector over the state that belongs to parameters."""
     sizes = [tensor.numel() for tensor in problem.state.values()]
     parts = zip(problem.state, vector.split(sizes), strict=True)
     return torch.cat([part for name, part in parts if parameters_only(name) == "parameters"])
 
 
-def _errors(problem: Problem, vectors: Tensor, found: dict[str, Measurement]) -> dict[str, float]:
+def _errors(problem: Problem, vectors: Tensor, found: Mapping[str, timing.Measurement]) -> dict[str, float]:
     """Relative error of every road that gives products, against ours in float64."""
     exact = problem.to(torch.float64)
-    operator = HessianOperator(exact.objective)
-    restricted = HessianOperator(exact.objective, layers="parameters", partition=parameters_only)
+    operator, restricted = HessianOperator(exact.objective), exact.parameter_hessian
     parts = torch.stack([_parameter_part(problem, vector) for vector in vectors])
     references = {
         operator.shape[0]: (operator @ vectors.double().T).T,
@@ -177,28 +139,13 @@ def _errors(problem: Problem, vectors: Tensor, found: dict[str, Measurement]) ->
     return errors
 
 
-def _bars(found: dict[str, Measurement], counts: Sequence[int]) -> list[Bar]:
-    bars = []
-    one = [name for name in found if name.startswith(PEERS) and "vectors)" not in name]
-    if one:
-        bars.append(_against_fastest("one product", found[OURS], [found[name] for name in one]))
-    for count in counts:
-        ours = found[_many(count, "HessianOperator @ V")]
-        bars.append(Bar(f"{count} products, in F a vector", ours.in_forwards, "at most", 6.5))
-        many = [name for name in found if name.startswith(PEERS) and name.endswith(f"({count} vectors)")]
-        if many:
-            bars.append(_against_fastest(f"{count} products", ours, [found[name] for name in many]))
-    return bars
-
-
-def _against_fastest(what: str, ours: Measurement, peers: Sequence[Measurement]) -> Bar:
-    fastest = min((peer for peer in peers if peer.multiples), key=lambda peer: peer.in_forwards.median)
-    return Bar(
-        f"{what}: ours / the fastest peer ({fastest.road.name})",
-        ours.in_forwards.over(fastest.in_forwards),
-        "at most",
-        1.0,
-    )
+def _bars(found: Mapping[str, timing.Measurement], one: Sequence[str], many: Sequence[str], count: int) -> list[Bar]:
+    several, what = found[many[0]], f"{count} products"
+    return [
+        *bar_against_fastest("one product", found[OURS], [found[name] for name in one if name.startswith(PEERS)]),
+        Bar(f"{what}, in F a vector", several.in_forwards, "at most", 6.5),
+        *bar_against_fastest(what, several, [found[name] for name in many if name.startswith(PEERS)]),
+    ]
 
 
 if __name__ == "__main__":

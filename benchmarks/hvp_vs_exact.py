@@ -1,89 +1,76 @@
-"""From how many parameters on are Hessian-vector products the better bargain, and what does the dense Hessian cost?
+"""Cost of a dense Hessian in Hessian-vector products, for growing numbers of parameters.
 
-Perceptrons of growing width. The whole Hessian and the layers' own blocks, by products and dense.
+Perceptrons of growing width: one product, the whole Hessian dense, and all layers' own blocks dense, each by ours,
+`torch.func.hessian` and curvlinops. A matrix that would not fit into two thirds of the free memory is made in chunks.
 
     python -m benchmarks.hvp_vs_exact [--device cuda] [--quick]
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vmap
 
-from benchmarks.support.charts import Line, Panel, draw_panels, fitted_exponent
-from benchmarks.support.harness import Column, Report, Table, parse_options, publish, relative_error, road_row, setting
-from benchmarks.support.memory import columns_that_fit, peak_bytes
-from benchmarks.support.peers import curvlinops_columns, curvlinops_hessian, installed, missing_peers
+from benchmarks.support import growth, options, peers, timing
+from benchmarks.support.charts import draw_panels
+from benchmarks.support.memory import columns_that_fit
 from benchmarks.support.problems import Problem, mlp_problem
-from benchmarks.support.timing import Measurement, Road, measure
-from lmc_curvature import HessianOperator
-from lmc_curvature.curvature.blocks.blocks import layer_hessian
+from benchmarks.support.report import Report, new_report, publish
+from benchmarks.support.roads import relative_error, road_row
+from lmc_curvature import HessianOperator, layer_hessian
 
 # Hidden widths, for 114, 330, 1,045, 3,138 and 10,090 parameters.
 WIDTHS = {"full": (4, 10, 23, 46, 90), "quick": (4, 10, 23), "smoke": (2, 4)}
 EXAMPLES = {"full": 100, "quick": 50, "smoke": 10}
 
-COLUMNS = (
-    Column("parameters", "parameters"),
-    Column("road", "road"),
-    Column("ms", "ms [quartiles]"),
-    Column("F", "F [quartiles]"),
-    Column("products", "in products"),
-    Column("peak_mib", "peak, MiB"),
-    Column("peak_gradients", "peak / gradient's", 2),
-    Column("error", "error", 2),
-    Column("samples", "samples"),
-    Column("note", "note"),
-)
-
 PRODUCT = "HessianOperator @ v"
-KINDS = ("product", "whole", "layers")
+# Kind of road, the title of its table and of its panel.
+KINDS = {
+    "product": ("One product", "one product"),
+    "whole": ("The whole Hessian, dense", "whole Hessian"),
+    "layers": ("All layers' own blocks, dense", "all layers' blocks"),
+}
+NOTES = (
+    "F of networks this small is mostly overhead, so times in milliseconds say more here.",
+    "In products: the time over that of one HessianOperator @ v on the same network.",
+    "Errors are max |H − H₆₄| / max |H₆₄|, against torch.func.hessian in float64.",
+    "Peaks are over what was allocated before the call; the unit is the peak of one gradient by plain autograd.",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
-    options = parse_options(__file__, __doc__, argv)
-    examples = EXAMPLES[options.size]
-    problems = [mlp_problem(width, examples, device=options.device) for width in WIDTHS[options.size]]
-    report = Report(
-        "hvp_vs_exact",
-        "What does a dense Hessian cost, in Hessian-vector products?",
-        setting(options, network="perceptron of three linear layers", examples=examples, dtype="float32"),
-    )
-    report.notes += [*missing_peers(), *_notes()]
+    chosen = options.parse_options(__file__, __doc__, argv)
+    setting = {"network": "perceptron of three linear layers", "examples": EXAMPLES[chosen.size], "dtype": "float32"}
+    problems = [mlp_problem(width, setting["examples"], device=chosen.device) for width in WIDTHS[chosen.size]]
+    notes = [*peers.missing_peers(), *NOTES]
+    report = new_report(chosen, "What does a dense Hessian cost, in Hessian-vector products?", notes, **setting)
     roads = {problem: roads_of(problem) for problem in problems}
-    found = measure([road for kinds in roads.values() for road in kinds.values()], options.pace, options.device)
+    found = timing.measure([road for kinds in roads.values() for road in kinds.values()], chosen.pace, chosen.device)
     rows = [row for problem in problems for row in _rows(problem, roads[problem], found)]
-    for kind, title in zip(
-        KINDS, ("One product", "The whole Hessian, dense", "All layers' own blocks, dense"), strict=True
-    ):
-        report.tables.append(Table(kind, title, COLUMNS, [row for row in rows if row["kind"] == kind]))
-    curves = _curves(rows)
-    report.tables.append(_exponents(curves))
-    return publish(report, options, draw_panels(curves))
+    panels = []
+    for kind, (title, panel) in KINDS.items():
+        of_kind = [row for row in rows if row["kind"] == kind]
+        report.add(kind, title, of_kind)
+        panels.append(growth.growth_panel(panel, "parameters", of_kind))
+    report.add(
+        "exponents", "Exponents of time in parameters, by least squares on logarithms", growth.exponent_rows(panels)
+    )
+    return publish(report, chosen, draw_panels(panels))
 
 
-def _notes() -> list[str]:
-    return [
-        "F of networks this small is mostly overhead, so times in milliseconds say more here.",
-        "In products: the time over that of one HessianOperator @ v on the same network.",
-        "Errors are max |H − H₆₄| / max |H₆₄|, against torch.func.hessian in float64.",
-        "Peaks are over what was allocated before the call; the unit is the peak of one gradient by plain autograd.",
-    ]
-
-
-def roads_of(problem: Problem) -> dict[tuple[str, str], Road]:
+def roads_of(problem: Problem) -> dict[tuple[str, str], timing.Road]:
     """Kind and name, to the roads for one network; road names also hold the number of parameters."""
-    count = sum(parameter.numel() for parameter in problem.parameters)
+    count = problem.parameter_count
     runs = {
         **{("product", name): run for name, run in _product_roads(problem, count).items()},
         **{("whole", name): run for name, run in _whole_roads(problem, count).items()},
         **{("layers", name): run for name, run in _layer_roads(problem).items()},
     }
-    return {key: Road(f"{key[0]}: {key[1]} ({count})", run, problem.forward) for key, run in runs.items()}
+    return {key: timing.Road(f"{key[0]}: {key[1]} ({count})", run, problem.forward) for key, run in runs.items()}
 
 
 def _product_roads(problem: Problem, count: int) -> dict[str, Callable[[], Any]]:
@@ -94,8 +81,8 @@ def _product_roads(problem: Problem, count: int) -> dict[str, Callable[[], Any]]
         PRODUCT: lambda: operator @ vector,
         "HessianOperator.block_diagonal() @ v": lambda: diagonal @ vector,
     }
-    if installed("curvlinops"):
-        peer = curvlinops_hessian(problem)
+    if peers.installed("curvlinops"):
+        peer = peers.curvlinops_hessian(problem)
         roads["curvlinops, H @ v"] = lambda: peer @ vector
     return roads
 
@@ -111,8 +98,8 @@ def _whole_roads(problem: Problem, count: int) -> dict[str, Callable[[], Any]]:
         roads["torch.func, vmap of jvp(jacrev) in chunks that fit"] = lambda: _by_torch(
             problem, list(problem.state), chunk_size=at_once
         )
-    if installed("curvlinops"):
-        roads["curvlinops, H @ identity"] = _curvlinops_dense(problem, problem.parameters)
+    if peers.installed("curvlinops"):
+        roads["curvlinops, H @ identity"] = peers.curvlinops_dense(problem, problem.parameters, probe=8)[1]
     return roads
 
 
@@ -126,22 +113,13 @@ def _layer_roads(problem: Problem) -> dict[str, Callable[[], Any]]:
         "HessianOperator.block(layer).to_dense()": lambda: [block.to_dense() for block in blocks],
         "torch.func.hessian": lambda: [_by_torch(problem, names) for names in entries.values()],
     }
-    if installed("curvlinops"):
+    if peers.installed("curvlinops"):
         dense = [
-            _curvlinops_dense(problem, [problem.model.get_parameter(name) for name in names])
+            peers.curvlinops_dense(problem, map(problem.model.get_parameter, names), probe=8)[1]
             for names in entries.values()
         ]
         roads["curvlinops, H @ identity"] = lambda: [run() for run in dense]
     return roads
-
-
-def _curvlinops_dense(problem: Problem, parameters: Sequence[nn.Parameter]) -> Callable[[], Tensor]:
-    peer = curvlinops_hessian(problem, parameters)
-    unit = torch.eye(sum(parameter.numel() for parameter in parameters), device=problem.device)
-    at_once = columns_that_fit(
-        lambda columns: curvlinops_columns(peer, unit[:columns], columns), len(unit), problem.device, probe=8
-    )
-    return lambda: curvlinops_columns(peer, unit, at_once)
 
 
 def _loss_in(problem: Problem, names: Sequence[str]) -> tuple[Callable[[Tensor], Tensor], Tensor]:
@@ -167,7 +145,7 @@ def _by_torch(problem: Problem, names: Sequence[str], chunk_size: int | None = N
 
 
 def _jacobian_columns(problem: Problem, names: Sequence[str], columns: int) -> Tensor:
-    """As many columns of the Hessian, as `torch.func.hessian` makes them."""
+    """The first columns of the Hessian, as `torch.func.hessian` makes them."""
     loss, values = _loss_in(problem, names)
 
     def moved(part: Tensor) -> Tensor:
@@ -176,11 +154,12 @@ def _jacobian_columns(problem: Problem, names: Sequence[str], columns: int) -> T
     return jacfwd(moved)(values[:columns])
 
 
-def _rows(problem: Problem, roads: dict[tuple[str, str], Road], found: dict[str, Measurement]) -> list[dict[str, Any]]:
-    """A row a road of one network."""
+def _rows(
+    problem: Problem, roads: dict[tuple[str, str], timing.Road], found: Mapping[str, timing.Measurement]
+) -> list[dict[str, Any]]:
+    """The row of each road of one network."""
     exact = problem.to(torch.float64)
     reference = _by_torch(exact, list(exact.state))
-    gradient_peak = peak_bytes(problem.forward_backward, problem.device)
     product = found[roads["product", PRODUCT].name].time
     rows = []
     for (kind, name), road in roads.items():
@@ -188,11 +167,11 @@ def _rows(problem: Problem, roads: dict[tuple[str, str], Road], found: dict[str,
         error = None if kind == "product" or measurement.failure else _error(problem, measurement.result, reference)
         rows.append(
             {
-                **road_row(measurement, gradient_peak=gradient_peak, error=error),
+                **road_row(measurement, problem, error=error),
                 "parameters": len(reference),
                 "kind": kind,
                 "road": name,
-                "products": measurement.time.over(product).median,
+                "in_products": measurement.time.over(product).median,
             }
         )
     return rows
@@ -208,33 +187,6 @@ def _error(problem: Problem, result: Tensor | list[Tensor], reference: Tensor) -
         relative_error(block, reference[start:stop, start:stop])
         for block, start, stop in zip(result, ends[:-1], ends[1:], strict=True)
     )
-
-
-def _curves(rows: Sequence[dict[str, Any]]) -> list[Panel]:
-    """A panel a kind, a curve a road, over the number of parameters."""
-    panels = []
-    for kind, title in zip(KINDS, ("one product", "whole Hessian", "all layers' blocks"), strict=True):
-        names = dict.fromkeys(row["road"] for row in rows if row["kind"] == kind)
-        lines = []
-        for name in names:
-            chosen = [row for row in rows if (row["kind"], row["road"]) == (kind, name) and row["samples"]]
-            xs, ys = [row["parameters"] for row in chosen], [row["ms"] for row in chosen]
-            exponent = fitted_exponent(xs, [y.median for y in ys]) if len(xs) > 1 else None
-            lines.append(Line(name, xs, ys, exponent))
-        panels.append(Panel(title, "parameters", "milliseconds", lines))
-    return panels
-
-
-def _exponents(panels: Sequence[Panel]) -> Table:
-    """The fitted growth of every road's time with the number of parameters."""
-    rows = [
-        {"kind": panel.title, "road": line.label, "exponent": line.exponent}
-        for panel in panels
-        for line in panel.lines
-        if line.exponent is not None
-    ]
-    columns = (Column("kind", "what"), Column("road", "road"), Column("exponent", "exponent of time in parameters"))
-    return Table("exponents", "Growth, by least squares on logarithms", columns, rows)
 
 
 if __name__ == "__main__":

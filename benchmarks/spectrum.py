@@ -1,7 +1,8 @@
-"""How long do the ten largest eigenvalues take to a stated residual, and a spectral density to a stated accuracy?
+"""Time for eigenvalues to a stated residual, and for a spectral density to a stated accuracy.
 
-The Hessian is that of a small residual network in its parameters, after a few epochs on handwritten digits. Every
-road's eigenpairs are held against the same Hessian in float64, and so is every density against its eigenvalues.
+The ten largest eigenvalues of a small residual network, in its parameters, after a few epochs on handwritten digits:
+ours, SciPy's `eigsh` on ours and on curvlinops, PyHessian. Its spectral density: ours and curvlinops. Every road's
+eigenpairs are held against the same Hessian in float64, and so is every density against its eigenvalues.
 
 With `--network`, eigenvalues only, of a larger network on random images: there no density can be held against all
 eigenvalues, and PyHessian is tried with its defaults alone, in the layout of images that it is faster in.
@@ -14,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,25 +25,12 @@ from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
+from benchmarks.support import options, peers, timing
 from benchmarks.support.charts import draw_roads
-from benchmarks.support.harness import (
-    Bar,
-    Column,
-    Report,
-    Table,
-    add_network,
-    parse_options,
-    publish,
-    road_row,
-    setting,
-)
-from benchmarks.support.memory import peak_bytes
-from benchmarks.support.peers import curvlinops_hessian, installed, layouts, missing_peers, pyhessian_hessian
-from benchmarks.support.problems import Problem, digits_problem, image_problem, mlp_problem, parameters_only
-from benchmarks.support.timing import Measurement, Road, Spread, measure
-from lmc_curvature import HessianOperator
-from lmc_curvature.curvature.spectra.density import spectral_density
-from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
+from benchmarks.support.problems import Problem, digits_problem, image_problem, mlp_problem
+from benchmarks.support.report import Bar, Report, new_report, publish
+from benchmarks.support.roads import road_row
+from lmc_curvature import HessianOperator, spectral_density, top_eigenpairs
 from lmc_curvature.errors import ConvergenceWarning
 
 RESIDUAL = 1e-3
@@ -53,16 +41,17 @@ OUR_DENSITY = "spectral_density"
 
 @dataclass(frozen=True)
 class Size:
-    """Of the problems, and how much a road may spend.
+    """Sizes of the problems, and efforts that a road may make.
 
     Attributes:
-        network: What it is.
-        examples: In the one batch.
-        width: Of the network for eigenvalues, and of the one for densities.
-        epochs: Of training; 0 for a perceptron with random weights and data.
-        count: Eigenvalues.
+        network: Description of the network.
+        examples: Examples in the one batch.
+        width: Widths of the network for eigenvalues, and of the one for densities.
+        epochs: Epochs of training; 0 for a perceptron with random weights and data.
+        count: Number of eigenvalues.
         power: Iterations and tolerances of a power method to try, from cheap to exact.
-        efforts: Probes and Lanczos steps to try for a density, in this order.
+        efforts: Probes and Lanczos steps to try for a density.
+        images: Channels of a network by name, and pixels of its images.
     """
 
     network: str
@@ -72,6 +61,7 @@ class Size:
     count: int
     power: tuple[tuple[int, float], ...]
     efforts: tuple[tuple[int, int], ...]
+    images: tuple[int, int] = (16, 32)
 
 
 _EFFORTS = tuple((probes, steps) for steps in (16, 32, 64, 128) for probes in (1, 2, 4, 8))
@@ -81,33 +71,9 @@ _DIGITS = "residual, 8 layers, for 8 × 8 digits"
 SIZES = {
     "full": Size(_DIGITS, 512, (8, 4), 3, 10, _POWER, _EFFORTS),
     "quick": Size(_DIGITS, 128, (4, 2), 2, 10, ((100, 1e-3), (300, 1e-6)), _EFFORTS),
-    "smoke": Size("perceptron", 16, (4, 4), 0, 2, ((30, 1e-3),), ((1, 16),)),
+    "smoke": Size("perceptron", 16, (4, 4), 0, 2, ((30, 1e-3),), ((1, 16),), (2, 8)),
 }
 SEEDS = range(3)
-
-EIGENVALUE_COLUMNS = (
-    Column("road", "road"),
-    Column("seconds", "seconds [quartiles]"),
-    Column("F", "F [quartiles]"),
-    Column("residual", "worst residual", 2),
-    Column("error", "worst error", 2),
-    Column("products", "products"),
-    Column("peak_mib", "peak, MiB"),
-    Column("peak_gradients", "peak / gradient's", 2),
-    Column("samples", "samples"),
-    Column("note", "note"),
-)
-DENSITY_COLUMNS = (
-    Column("road", "road"),
-    Column("seconds", "seconds [quartiles]"),
-    Column("F", "F [quartiles]"),
-    Column("accuracy", "Wasserstein-1 / width", 2),
-    Column("effort", "probes × steps"),
-    Column("peak_mib", "peak, MiB"),
-    Column("peak_gradients", "peak / gradient's", 2),
-    Column("samples", "samples"),
-    Column("note", "note"),
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +86,7 @@ class Pairs:
 
 @dataclass(frozen=True, eq=False)
 class Nodes:
-    """A discrete measure."""
+    """A discrete measure: its points and their weights."""
 
     nodes: np.ndarray
     weights: np.ndarray
@@ -128,62 +94,39 @@ class Nodes:
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
-    options = parse_options(__file__, __doc__, argv, add_network)
-    size: Size = SIZES[options.size]
-    if options.network:
-        return _of_eigenvalues(options, size)
-    problems = [_problem(size, width, options.device) for width in size.width]
-    counts = [sum(parameter.numel() for parameter in problem.parameters) for problem in problems]
-    report = Report(
-        "spectrum",
-        "What do eigenvalues and densities of equal accuracy cost?",
-        setting(
-            options,
-            network=size.network,
-            examples=size.examples,
-            parameters=f"{counts[0]:,} for eigenvalues and {counts[1]:,} for densities",
-            dtype="float32",
-        ),
+    chosen = options.parse_options(__file__, __doc__, argv, options.add_network)
+    size = SIZES[chosen.size]
+    if chosen.network:
+        size = dataclasses.replace(size, network=chosen.network, examples=chosen.batch or 128, power=_POWER[:1])
+        width, pixels = size.images
+        problem = image_problem(
+            size.network, size.examples, width=width, pixels=pixels, device=chosen.device, away_from_kinks=True
+        )
+        report = _report(chosen, size, "What do eigenvalues of equal accuracy cost?", f"{problem.parameter_count:,}")
+        found = _add_eigenvalues(report, problem, size, chosen)
+        return publish(report, chosen, draw_roads(found, [OURS], "forward passes"))
+    problem, small = (_problem(size, width, chosen.device) for width in size.width)
+    parameters = f"{problem.parameter_count:,} for eigenvalues and {small.parameter_count:,} for densities"
+    report = _report(chosen, size, "What do eigenvalues and densities of equal accuracy cost?", parameters)
+    report.notes.append(
+        f"Densities: the cheapest effort tried whose Wasserstein-1 distance from the exact spectral measure is, on "
+        f"average over {len(SEEDS)} seeds, at most {ACCURACY:.0%} of the spectrum's width."
     )
-    report.notes += [*missing_peers(), *_notes(size.count), *_density_notes()]
-    eigen = _add_eigenvalues(report, problems[0], size, options)
-    densities = _density_roads_to_accuracy(problems[1], size)
-    found = measure([road for road, _, _ in densities], options.pace, options.device)
-    report.tables.append(_density_table(problems[1], densities, found))
-    distance = float(report.tables[1].rows[0]["accuracy"])
-    report.bars.append(Bar("density of ours: Wasserstein-1 / width", Spread(*[distance] * 3), "at most", ACCURACY))
-    return publish(report, options, draw_roads({**eigen, **found}, [OURS, OUR_DENSITY], "forward passes"))
+    found = _add_eigenvalues(report, problem, size, chosen) | _add_densities(report, small, size, chosen)
+    return publish(report, chosen, draw_roads(found, [OURS, OUR_DENSITY], "forward passes"))
 
 
-def _of_eigenvalues(options: argparse.Namespace, size: Size) -> Report:
-    """The report for a network that the command line names."""
-    size = dataclasses.replace(size, network=options.network, examples=options.batch or 128, power=_POWER[:1])
-    problem = image_problem(size.network, size.examples, device=options.device, away_from_kinks=True)
-    report = Report(
-        f"spectrum-{size.network}",
-        "What do eigenvalues of equal accuracy cost?",
-        setting(
-            options,
-            network=size.network,
-            examples=size.examples,
-            parameters=f"{sum(parameter.numel() for parameter in problem.parameters):,}",
-            dtype="float32",
-        ),
-    )
-    report.notes += [*missing_peers(), *_notes(size.count)]
-    eigen = _add_eigenvalues(report, problem, size, options)
-    return publish(report, options, draw_roads(eigen, [OURS], "forward passes"))
-
-
-def _add_eigenvalues(
-    report: Report, problem: Problem, size: Size, options: argparse.Namespace
-) -> dict[str, Measurement]:
-    """Measure, and add the table and its bars."""
-    roads = eigenvalue_roads(problem, size, both_layouts=options.size == "full")
-    eigen = measure(roads, options.pace, options.device)
-    report.tables.append(_eigenvalue_table(problem, size.count, eigen))
-    report.bars += _bars(report, eigen)
-    return eigen
+def _report(chosen: argparse.Namespace, size: Size, question: str, parameters: str) -> Report:
+    notes = [
+        *peers.missing_peers(),
+        f"Residuals are ‖Hv − θv‖ / |θ| with H in float64 and θ = vᵀHv, the worst of the {size.count}; the asked one "
+        f"is {RESIDUAL:g}. Errors are of θ, relative, against eigenvalues computed in float64.",
+        "PyHessian stops where an eigenvalue estimate changes little, which is no residual: its rows are its defaults, "
+        "and the first setting tried that reached the residual, or else the last one.",
+        "Memory is what torch's allocator gave; the workspace of ARPACK is not among it.",
+    ]
+    setting = {"network": size.network, "examples": size.examples, "parameters": parameters, "dtype": "float32"}
+    return new_report(chosen, question, notes, **setting)
 
 
 def _problem(size: Size, width: int, device: torch.device) -> Problem:
@@ -192,33 +135,33 @@ def _problem(size: Size, width: int, device: torch.device) -> Problem:
     return mlp_problem(width, size.examples, device=device)
 
 
-def _notes(count: int) -> list[str]:
-    return [
-        f"Residuals are ‖Hv − θv‖ / |θ| with H in float64 and θ = vᵀHv, the worst of the {count}; the asked one is "
-        f"{RESIDUAL:g}. Errors are of θ, relative, against eigenvalues computed in float64.",
-        "PyHessian stops where an eigenvalue estimate changes little, which is no residual: its rows are its defaults, "
-        "and the first setting tried that reached the residual, or else the last one.",
-        "Memory is what torch's allocator gave; the workspace of ARPACK is not among it.",
-    ]
+def _add_eigenvalues(
+    report: Report, problem: Problem, size: Size, chosen: argparse.Namespace
+) -> dict[str, timing.Measurement]:
+    """Measure eigenvalues, and add their table and bars."""
+    found = timing.measure(
+        eigenvalue_roads(problem, size, both_layouts=chosen.size == "full"), chosen.pace, chosen.device
+    )
+    operator = problem.to(torch.float64).parameter_hessian
+    exact = top_eigenpairs(operator, size.count, tolerance=1e-6).values
+    rows = {}
+    for name, measurement in found.items():
+        values, residuals = _residuals(operator, measurement.result.vectors)
+        rows[name] = {
+            **road_row(measurement, problem, error=float(((values - exact) / exact).abs().max())),
+            "residual": float(residuals.max()),
+            "products": measurement.result.products,
+        }
+    report.add("eigenvalues", f"The {size.count} largest eigenvalues", list(rows.values()))
+    report.bars += _bars(found, {name: row["residual"] for name, row in rows.items()})
+    return found
 
 
-def _density_notes() -> list[str]:
-    return [
-        f"Densities: the cheapest effort tried whose Wasserstein-1 distance from the exact spectral measure is, on "
-        f"average over {len(SEEDS)} seeds, at most {ACCURACY:.0%} of the spectrum's width.",
-    ]
-
-
-def operator_of(problem: Problem) -> HessianOperator:
-    """The Hessian in the parameters alone, which is the one that peers multiply with."""
-    return HessianOperator(problem.objective, layers="parameters", partition=parameters_only)
-
-
-def eigenvalue_roads(problem: Problem, size: Size, *, both_layouts: bool = False) -> list[Road]:
+def eigenvalue_roads(problem: Problem, size: Size, *, both_layouts: bool = False) -> list[timing.Road]:
     """Roads to the largest eigenvalues, those of peers in one layout of images or in both."""
-    operator, count = operator_of(problem), size.count
+    operator, count = problem.parameter_hessian, size.count
     roads = [
-        Road(
+        timing.Road(
             OURS,
             lambda: _ours(operator, count, None),
             problem.forward,
@@ -226,12 +169,12 @@ def eigenvalue_roads(problem: Problem, size: Size, *, both_layouts: bool = False
         ),
         _eigsh_road("SciPy's eigsh on HessianOperator.to_scipy()", operator.to_scipy(), problem, count),
     ]
-    for layout, chosen in layouts(problem, both=both_layouts).items():
-        if installed("curvlinops"):
-            peer = curvlinops_hessian(chosen).to_scipy()
+    for layout, laid_out in peers.layouts(problem, both=both_layouts).items():
+        if peers.installed("curvlinops"):
+            peer = peers.curvlinops_hessian(laid_out).to_scipy()
             roads.append(_eigsh_road(f"SciPy's eigsh on curvlinops{layout}", peer, problem, count))
-        if installed("PyHessian") and (len(size.power) > 1 or not layout):
-            roads += _pyhessian_roads(problem, chosen, size, layout)
+        if peers.installed("PyHessian") and (len(size.power) > 1 or not layout):
+            roads += _pyhessian_roads(problem, laid_out, size, layout)
     return roads
 
 
@@ -242,52 +185,46 @@ def _ours(operator: HessianOperator, count: int, max_products: int | None) -> Pa
     return Pairs(found.vectors, found.products)
 
 
-def _eigsh_road(name: str, operator: Any, problem: Problem, count: int) -> Road:
-    chosen: Any = {"k": count, "which": "LA", "tol": RESIDUAL}
+def _eigsh_road(name: str, operator: Any, problem: Problem, count: int) -> timing.Road:
+    settings: Any = {"k": count, "which": "LA", "tol": RESIDUAL}
 
     def run() -> Pairs:
-        return Pairs(torch.from_numpy(eigsh(operator, **chosen)[1]))
+        return Pairs(torch.from_numpy(eigsh(operator, **settings)[1]))
 
     def briefly() -> None:
         with contextlib.suppress(ArpackNoConvergence):
-            eigsh(operator, **chosen, maxiter=1)
+            eigsh(operator, **settings, maxiter=1)
 
-    return Road(name, run, problem.forward, memory_run=briefly)
+    return timing.Road(name, run, problem.forward, memory_run=briefly)
 
 
-def _pyhessian_roads(problem: Problem, chosen: Problem, size: Size, layout: str) -> list[Road]:
-    """Its defaults, and the first setting that reaches the residual, on a problem as it was chosen to lie in memory."""
-    operator = operator_of(problem.to(torch.float64))
+def _pyhessian_roads(problem: Problem, laid_out: Problem, size: Size, layout: str) -> list[timing.Road]:
+    """Its defaults, and the first setting that reaches the residual, on the problem in some layout of images."""
+    operator = problem.to(torch.float64).parameter_hessian
     reached = size.power[0]
     for reached in size.power if len(size.power) > 1 else ():
-        found = _pyhessian(chosen, size.count, *reached)
-        if _residuals(operator, found.vectors)[1].max() <= RESIDUAL:
+        vectors = peers.pyhessian_eigenvectors(laid_out, size.count, *reached)
+        if _residuals(operator, vectors)[1].max() <= RESIDUAL:
             break
-    settings = dict.fromkeys([size.power[0], reached])
-    return [_pyhessian_road(problem, chosen, size.count, *setting, layout) for setting in settings]
+    return [
+        _pyhessian_road(problem, laid_out, size.count, iterations, tolerance, layout)
+        for iterations, tolerance in dict.fromkeys([size.power[0], reached])
+    ]
 
 
 def _pyhessian_road(
-    problem: Problem, chosen: Problem, count: int, iterations: int, tolerance: float, layout: str
-) -> Road:
-    return Road(
+    problem: Problem, laid_out: Problem, count: int, iterations: int, tolerance: float, layout: str
+) -> timing.Road:
+    return timing.Road(
         f"PyHessian, maxIter={iterations}, tol={tolerance:g}{layout}",
-        lambda: _pyhessian(chosen, count, iterations, tolerance),
+        lambda: Pairs(peers.pyhessian_eigenvectors(laid_out, count, iterations, tolerance)),
         problem.forward,
-        memory_run=lambda: _pyhessian(chosen, count, 2, tolerance),
+        memory_run=lambda: peers.pyhessian_eigenvectors(laid_out, count, 2, tolerance),
     )
 
 
-def _pyhessian(problem: Problem, count: int, iterations: int, tolerance: float) -> Pairs:
-    torch.manual_seed(0)
-    peer = pyhessian_hessian(problem)
-    _, vectors = peer.eigenvalues(maxIter=iterations, tol=tolerance, top_n=count)
-    problem.model.zero_grad(set_to_none=True)
-    return Pairs(torch.stack([torch.cat([part.detach().flatten() for part in vector]) for vector in vectors], dim=1))
-
-
 def _residuals(operator: HessianOperator, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Rayleigh quotients of some vectors, decreasing, and the relative residuals."""
+    """Rayleigh quotients of some vectors, decreasing, and their relative residuals."""
     vectors = vectors.detach().to(operator.device, torch.float64)
     vectors = vectors / torch.linalg.vector_norm(vectors, dim=0)
     products = operator @ vectors
@@ -297,41 +234,44 @@ def _residuals(operator: HessianOperator, vectors: Tensor) -> tuple[Tensor, Tens
     return values, residuals[order]
 
 
-def _eigenvalue_table(problem: Problem, count: int, found: dict[str, Measurement]) -> Table:
-    operator = operator_of(problem.to(torch.float64))
-    exact = top_eigenpairs(operator, count, tolerance=1e-6).values
-    gradient_peak = peak_bytes(problem.forward_backward, problem.device)
-    rows = []
-    for measurement in found.values():
-        values, residuals = _residuals(operator, measurement.result.vectors)
-        rows.append(
-            {
-                **_road_row(measurement, gradient_peak),
-                "residual": float(residuals.max()),
-                "error": float(((values - exact) / exact).abs().max()),
-                "products": measurement.result.products,
-            }
-        )
-    return Table("eigenvalues", f"The {count} largest eigenvalues", EIGENVALUE_COLUMNS, rows)
-
-
-def _road_row(measurement: Measurement, gradient_peak: float) -> dict[str, Any]:
-    return {**road_row(measurement, gradient_peak=gradient_peak), "seconds": measurement.time}
+def _bars(found: Mapping[str, timing.Measurement], residuals: Mapping[str, float]) -> list[Bar]:
+    ours = found[OURS]
+    bars = [Bar("worst residual of ours", residuals[OURS], "at most", RESIDUAL)]
+    for peer in ("SciPy's eigsh on curvlinops", "PyHessian"):
+        names = [name for name in found if name.startswith(peer)]
+        exact = [name for name in names if residuals[name] <= RESIDUAL]
+        # The fastest that is exact enough; if none is, the last one, which tried hardest.
+        for name in [min(exact, key=lambda name: found[name].time.median)] if exact else names[-1:]:
+            reached = "" if exact else ", which is less exact"
+            ratio = ours.time.over(found[name].time)
+            bars.append(Bar(f"eigenvalues: seconds of ours / of {name}{reached}", ratio, "at most", 1.0))
+    return bars
 
 
 DensityRun = Callable[[int, int, int], Nodes]
 
 
-def _density_roads_to_accuracy(problem: Problem, size: Size) -> list[tuple[Road, float, str]]:
-    """Each road at the cheapest effort that is accurate enough, its accuracy, and the effort."""
-    exact = torch.linalg.eigvalsh(operator_of(problem.to(torch.float64)).to_dense()).cpu().numpy()
-    roads = []
+def _add_densities(
+    report: Report, problem: Problem, size: Size, chosen: argparse.Namespace
+) -> dict[str, timing.Measurement]:
+    """Measure each road at its cheapest effort that is accurate enough, and add their table and bar."""
+    exact = torch.linalg.eigvalsh(problem.to(torch.float64).parameter_hessian.to_dense()).cpu().numpy()
+    efforts, roads = {}, []
     for name, run in _density_runs(problem).items():
         probes, steps, distance = _cheapest_effort(run, size.efforts, exact)
-        work = functools.partial(run, probes, steps, 0)
-        road = Road(name, work, problem.forward, memory_run=functools.partial(run, probes, min(steps, 8), 0))
-        roads.append((road, distance, f"{probes} × {steps}"))
-    return roads
+        efforts[name] = {"accuracy": distance, "effort": f"{probes} × {steps}"}
+        work, briefly = (functools.partial(run, probes, number, 0) for number in (steps, min(steps, 8)))
+        roads.append(timing.Road(name, work, problem.forward, memory_run=briefly))
+    found = timing.measure(roads, chosen.pace, chosen.device)
+    rows: list[dict[str, Any]] = [{**road_row(found[name], problem), **effort} for name, effort in efforts.items()]
+    if peers.installed("PyHessian"):
+        error = peers.pyhessian_density_error(problem).partition(". ")[0]
+        note = f"fails: {error}" if error else "works, but is not timed here"
+        rows.append({"road": "PyHessian, density", "note": note})
+    report.add("densities", f"A spectral density to {ACCURACY:.0%} of the width", rows)
+    accuracy = efforts[OUR_DENSITY]["accuracy"]
+    report.bars.append(Bar("density of ours: Wasserstein-1 / width", accuracy, "at most", ACCURACY))
+    return found
 
 
 def _cheapest_effort(run: DensityRun, efforts: Sequence[tuple[int, int]], exact: np.ndarray) -> tuple[int, int, float]:
@@ -351,67 +291,22 @@ def _distance(found: Nodes, exact: np.ndarray) -> float:
 
 
 def _density_runs(problem: Problem) -> dict[str, DensityRun]:
-    operator = operator_of(problem)
+    operator = problem.parameter_hessian
 
     def ours(probes: int, steps: int, seed: int) -> Nodes:
         found = spectral_density(operator, probes=probes, steps=steps, seed=seed)
         return Nodes(found.nodes.ravel(), found.weights.ravel() / len(found.weights))
 
     runs: dict[str, DensityRun] = {OUR_DENSITY: ours}
-    if installed("curvlinops"):
-        from curvlinops import lanczos_approximate_spectrum
-
-        peer = curvlinops_hessian(problem)
+    if peers.installed("curvlinops"):
+        peer = peers.curvlinops_hessian(problem)
 
         def theirs(probes: int, steps: int, seed: int) -> Nodes:
-            torch.manual_seed(seed)
-            grid, density = lanczos_approximate_spectrum(peer, steps, num_repeats=probes)
-            return Nodes(_array(grid), _array(density).clip(min=0))
+            grid, density = peers.curvlinops_density(peer, probes=probes, steps=steps, seed=seed)
+            return Nodes(grid, density.clip(min=0))
 
         runs["curvlinops, lanczos_approximate_spectrum"] = theirs
     return runs
-
-
-def _array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-
-
-def _density_table(problem: Problem, roads: Sequence[tuple[Road, float, str]], found: dict[str, Measurement]) -> Table:
-    gradient_peak = peak_bytes(problem.forward_backward, problem.device)
-    rows: list[dict[str, Any]] = [
-        {**_road_row(found[road.name], gradient_peak), "accuracy": distance, "effort": effort}
-        for road, distance, effort in roads
-    ]
-    if installed("PyHessian"):
-        rows.append({"road": "PyHessian, density", "note": _why_pyhessian_has_no_density(problem)})
-    return Table("densities", f"A spectral density to {ACCURACY:.0%} of the width", DENSITY_COLUMNS, rows)
-
-
-def _why_pyhessian_has_no_density(problem: Problem) -> str:
-    """The error that its density ends with."""
-    try:
-        pyhessian_hessian(problem).density(iter=2, n_v=1)
-    except (AttributeError, RuntimeError) as error:
-        return f"fails: {str(error).partition('. ')[0]}"
-    finally:
-        problem.model.zero_grad(set_to_none=True)
-    return "works, but is not timed here"
-
-
-def _bars(report: Report, eigen: dict[str, Measurement]) -> list[Bar]:
-    ours = eigen[OURS]
-    rows = {str(row["road"]): row for row in report.tables[0].rows}
-    worst = float(rows[OURS]["residual"])
-    bars = [Bar("worst residual of ours", Spread(worst, worst, worst), "at most", RESIDUAL)]
-    for peer in ("SciPy's eigsh on curvlinops", "PyHessian"):
-        names = [name for name in eigen if name.startswith(peer)]
-        exact = [name for name in names if float(rows[name]["residual"]) <= RESIDUAL]
-        # The fastest that is exact enough; if none is, the last one, which tried hardest.
-        for name in [min(exact, key=lambda name: eigen[name].time.median)] if exact else names[-1:]:
-            reached = "" if exact else ", which is less exact"
-            ratio = ours.time.over(eigen[name].time)
-            bars.append(Bar(f"eigenvalues: seconds of ours / of {name}{reached}", ratio, "at most", 1.0))
-    return bars
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""How fast are siblings trained: against a plain loop over torchvision's DataLoader, and several at once?
+"""Speed of training siblings, beside a plain loop over a DataLoader, and of several at once.
 
-python -m benchmarks.training [--network resnet20] [--width 8] [--data FOLDER] [--device cuda] [--quick]
+An epoch by `train`, which keeps all images in one tensor and augments a batch at once, beside the loop that everybody
+writes first, over torchvision's transforms and a `DataLoader`; and several siblings one after another and at once.
+
+    python -m benchmarks.training [--network resnet20] [--width 8] [--data FOLDER] [--device cuda] [--quick]
 """
 
 import argparse
 import multiprocessing
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +19,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from benchmarks.support import options, timing
 from benchmarks.support.charts import draw_points
-from benchmarks.support.harness import Bar, Column, Report, Table, parse_options, publish, setting
+from benchmarks.support.report import Bar, Report, new_report, publish
 from benchmarks.support.timing import Spread
 from lmc_curvature.forking import ImageDataset, TrainingConfig, TrainingState, load_data, make_model, train
 
@@ -31,36 +34,26 @@ _SECONDS_TO_WAIT = 900.0
 OURS = "lmc_curvature: one tensor, batches augmented at once"
 
 
+NOTES = (
+    "Every loop takes the same steps of SGD on crops and mirror images padded by 4; an epoch is all the data.",
+    "The plain loop is what torchvision's examples do: an image at a time through Pillow, transforms, DataLoader.",
+    "Siblings at once are processes with a thread each; start-up is not counted.",
+)
+
+
 def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
-    options = parse_options(__file__, __doc__, argv, _add_options)
-    size = dict(SIZES[options.size])
-    size |= {key: value for key in ("network", "width", "batch") if (value := getattr(options, key)) is not None}
-    data = images(options.data, size["examples"])
-    report = Report(
-        "training", "How fast are siblings trained?", setting(options, **size, data=options.data or "noise")
-    )
-    report.notes += [
-        "Every loop takes the same steps of SGD on crops and mirror images padded by 4; an epoch is all the data.",
-        "The plain loop is what torchvision's examples do: an image at a time through Pillow, transforms, DataLoader.",
-        "Siblings at once are processes with a thread each; start-up is not counted.",
-    ]
-    loops = _loops(size, data, options.device)
-    report.tables.append(Table("loop", "An epoch of one network", _COLUMNS, loops))
-    report.tables.append(_siblings(size, options))
-    ours, *plain = (row["seconds"] for row in loops)
+    chosen = options.parse_options(__file__, __doc__, argv, _add_options)
+    size = options.chosen_size(chosen, SIZES)
+    data = images(chosen.data, size["examples"])
+    report = new_report(chosen, "How fast are siblings trained?", NOTES, **size, data=chosen.data or "noise")
+    rows = _loop_rows(size, data, chosen.device)
+    report.add("loop", "An epoch of one network", rows)
+    report.add("siblings", "An epoch of several siblings, one after another and at once", _sibling_rows(size, chosen))
+    ours, *plain = (row["seconds"] for row in rows)
     fastest = min(plain, key=lambda spread: spread.median)
     report.bars.append(Bar("fastest plain loop / ours", fastest.over(ours), "at least", 1.5))
-    figure = draw_points({row["loop"]: row["seconds"] for row in loops}, [OURS], "seconds an epoch")
-    return publish(report, options, figure)
-
-
-_COLUMNS = (
-    Column("loop", "loop"),
-    Column("seconds", "seconds an epoch [quartiles]"),
-    Column("rate", "images a second"),
-    Column("samples", "samples"),
-)
+    return publish(report, chosen, draw_points({row["road"]: row["seconds"] for row in rows}, [OURS], "seconds"))
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -89,32 +82,22 @@ def _config(size: dict[str, Any], epochs: int) -> TrainingConfig:
 def _model(size: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
     resnet = size["network"].startswith("resnet")
-    options = {"width": size["width"], "shortcut": "identity"} if resnet else {}
+    settings = {"width": size["width"], "shortcut": "identity"} if resnet else {}
     if size["network"] == "resnet":
-        options["depth"] = 8
-    return make_model(size["network"], **options)
+        settings["depth"] = 8
+    return make_model(size["network"], **settings)
 
 
-def _loops(size: dict[str, Any], data: ImageDataset, device: torch.device) -> list[dict[str, Any]]:
+def _loop_rows(size: dict[str, Any], data: ImageDataset, device: torch.device) -> list[dict[str, Any]]:
     """Rows of our loop, and of the plain one with several numbers of worker processes, which take turns."""
-    ours = _Ours(size, data, device)
-    loops: dict[str, Callable[[], None]] = {OURS: ours.epoch}
+    loops = {OURS: _Ours(size, data, device).epoch}
     for workers in (0, 2):
-        plain = _Plain(size, data, device, workers)
-        loops[f"plain loop over a DataLoader, num_workers={workers}"] = plain.epoch
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
+        loops[f"plain loop over a DataLoader, num_workers={workers}"] = _Plain(size, data, device, workers).epoch
     for epoch in loops.values():
         epoch()
-    for _ in range(size["epochs"]):
-        for name, epoch in loops.items():
-            start = time.perf_counter()
-            epoch()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
     return [
-        {"loop": name, "seconds": Spread.of(each), "rate": len(data) / Spread.of(each).median, "samples": len(each)}
-        for name, each in seconds.items()
+        {"road": name, "seconds": Spread.of(each), "rate": len(data) / Spread.of(each).median, "samples": len(each)}
+        for name, each in timing.seconds_in_turns(loops, size["epochs"]).items()
     ]
 
 
@@ -187,31 +170,30 @@ class _Plain:
             self.optimizer.step()
 
 
-def _siblings(size: dict[str, Any], options: argparse.Namespace) -> Table:
-    """Seconds that several siblings take for an epoch each: one after another, and at once."""
+def _sibling_rows(size: dict[str, Any], chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows with the seconds of an epoch of several siblings: one after another, and at once."""
     rows = []
-    threads = torch.get_num_threads()
     for count in size["siblings"]:
-        for processes, each in ((1, threads), (1, 1), (min(count, os.cpu_count() or 1), 1)):
-            if (processes, each, count) in {(row["processes"], row["threads"], row["siblings"]) for row in rows}:
-                continue
-            seconds = _seconds_in_processes(size, options, count, processes, each)
-            rows.append({"siblings": count, "processes": processes, "threads": each, "seconds": seconds})
-    for row in rows:
-        first = next(other for other in rows if other["siblings"] == row["siblings"])
-        row["ratio"] = first["seconds"] / row["seconds"]
-    columns = (
-        Column("siblings", "siblings"),
-        Column("processes", "processes"),
-        Column("threads", "threads each"),
-        Column("seconds", "seconds for an epoch of all"),
-        Column("ratio", "times faster than the first"),
-    )
-    return Table("siblings", "Several siblings, one after another and at once", columns, rows)
+        plans = ((1, torch.get_num_threads()), (1, 1), (min(count, os.cpu_count() or 1), 1))
+        seconds = {
+            (processes, threads): _seconds_in_processes(size, chosen, count, processes, threads)
+            for processes, threads in dict.fromkeys(plans)
+        }
+        rows += [
+            {
+                "siblings": count,
+                "processes": processes,
+                "threads": threads,
+                "seconds": each,
+                "ratio": seconds[plans[0]] / each,
+            }
+            for (processes, threads), each in seconds.items()
+        ]
+    return rows
 
 
 def _seconds_in_processes(
-    size: dict[str, Any], options: argparse.Namespace, siblings: int, processes: int, threads: int
+    size: dict[str, Any], chosen: argparse.Namespace, siblings: int, processes: int, threads: int
 ) -> float:
     """Median seconds of an epoch of all siblings, shared evenly among processes that are warm."""
     context = multiprocessing.get_context("spawn")
@@ -219,18 +201,14 @@ def _seconds_in_processes(
     barrier = context.Barrier(processes + 1, timeout=_SECONDS_TO_WAIT)
     shares = [siblings // processes + (number < siblings % processes) for number in range(processes)]
     workers = [
-        context.Process(target=_train_share, args=(barrier, size, options.data, str(options.device), share, threads))
+        context.Process(target=_train_share, args=(barrier, size, chosen.data, str(chosen.device), share, threads))
         for share in shares
     ]
     for worker in workers:
         worker.start()
-    seconds = []
     barrier.wait()
-    for _ in range(size["epochs"]):
-        start = time.perf_counter()
-        barrier.wait()
-        barrier.wait()
-        seconds.append(time.perf_counter() - start)
+    # One wait starts them, the other ends with the last of them.
+    seconds = [timing.seconds_once(lambda: (barrier.wait(), barrier.wait()))[0] for _ in range(size["epochs"])]
     for worker in workers:
         worker.join()
     return Spread.of(seconds).median

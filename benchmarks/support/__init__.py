@@ -1,1 +1,1 @@
-"""What the benchmarks share: options, problems, clocks, peers, reports and charts."""
+"""Parts that benchmarks share: options, problems, clocks, other libraries, reports and charts."""

@@ -13,8 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from benchmarks.support.tables import number_text
 from benchmarks.support.timing import Measurement, Spread
-from lmc_curvature.figures.panels import short_number
 from lmc_curvature.plotting.style import (
     BLUE,
     GREEN,
@@ -38,13 +38,13 @@ _NARROW = 2.0
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a panel, and where its power law is fitted.
+    """One curve of a panel.
 
     Attributes:
-        label: What the legend calls it.
-        xs: Where it was measured.
-        ys: What was measured.
-        exponent: Of a power law fitted through it, for the legend; None for no fit.
+        label: Name in the legend.
+        xs: Sizes.
+        ys: Measured values, one for each size.
+        exponent: Exponent of a power law fitted through it, written at its end; None for no fit.
     """
 
     label: str
@@ -63,18 +63,13 @@ class Panel:
     lines: Sequence[Line]
 
 
-def fitted_exponent(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """The p of y ∝ xᵖ, by least squares on the logarithms."""
-    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
-
-
 def draw_roads(measurements: Mapping[str, Measurement], ours: Sequence[str], xlabel: str) -> Figure:
     """A point a road with its quartiles, on a logarithmic axis, in multiples of a forward pass.
 
     Args:
         measurements: By name; those without samples are left out.
         ours: Names of this library's roads, which have a colour of their own.
-        xlabel: What the axis shows.
+        xlabel: Label of the axis.
     """
     return draw_points(
         {name: found.in_forwards for name, found in measurements.items() if found.multiples}, ours, xlabel
@@ -94,7 +89,7 @@ def draw_points(shown: Mapping[str, Spread], ours: Sequence[str], xlabel: str) -
         color = BLUE if name in ours else GREY
         axes.plot([spread.low, spread.high], [row, row], color=color, linewidth=1.0)
         axes.plot(spread.median, row, "o", color=color, markersize=4)
-        text, place = short_number(spread.median, 3), (spread.high, row)
+        text, place = number_text(spread.median), (spread.high, row)
         axes.annotate(text, place, (6, 0), textcoords="offset points", va="center", fontsize=SMALL)
     axes.set_yticks(range(len(shown)), list(shown))
     axes.tick_params(axis="y", length=0)
@@ -135,7 +130,7 @@ def draw_panels(panels: Sequence[Panel]) -> Figure:
 
 
 def _part_numbers(axes: Axes) -> None:
-    """Move the numbers at the ends of curves up and down, no farther than it takes for none to cover another."""
+    """Move the numbers at the ends of curves up and down, just as far as keeps them from covering one another."""
     numbers = sorted((text for text in axes.texts if isinstance(text, Annotation)), key=lambda text: text.xy[1])
     heights = np.array([axes.transData.transform(number.xy)[1] for number in numbers]) * 72 / axes.figure.dpi
     for number, height, place in zip(numbers, heights, spread_out(heights.tolist(), 1.15 * SMALL), strict=True):

@@ -1,4 +1,4 @@
-"""How much memory a computation has allocated at its peak."""
+"""Memory that a computation has allocated at its peak, and memory that is free."""
 
 import gc
 import os
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# What is assumed where the system does not tell.
+# Assumed where the system does not tell.
 _UNKNOWN_FREE_BYTES = 4 * 2**30
 
 
@@ -44,7 +44,7 @@ def _profiled_peak(run: Callable[[], Any]) -> float:
 
 
 def free_bytes(device: torch.device) -> float:
-    """Memory that nobody uses."""
+    """Bytes of memory that nobody uses."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
@@ -53,16 +53,25 @@ def free_bytes(device: torch.device) -> float:
         return float(_UNKNOWN_FREE_BYTES)
 
 
-def columns_that_fit(run_columns: Callable[[int], Any], columns: int, device: torch.device, *, probe: int = 2) -> int:
-    """How many columns a vectorised road can take at once, in two thirds of the memory that is free.
+def columns_that_fit(
+    run_columns: Callable[[int], Any],
+    columns: int,
+    device: torch.device,
+    *,
+    probe: int = 2,
+    free: float | None = None,
+) -> int:
+    """The number of columns that a vectorised road can take at once, in two thirds of the memory that is free.
 
     Args:
-        run_columns: Does the work for the first columns, so many of them.
-        columns: How many there are.
-        device: Whose memory to look at.
-        probe: Columns to estimate the need from, which is taken to be proportional.
+        run_columns: Does the work for the first columns, for a given number of them.
+        columns: Number of all columns.
+        device: The device that must hold them.
+        probe: Number of columns to estimate the need from, which is taken to be proportional.
+        free: Bytes that are free; by default those of the device.
     """
     probe = min(probe, columns)
     run_columns(probe)
     each = max(peak_bytes(lambda: run_columns(probe), device) / probe, 1.0)
-    return max(1, min(columns, int(free_bytes(device) * 2 / 3 / each)))
+    free = free_bytes(device) if free is None else free
+    return max(1, min(columns, int(free * 2 / 3 / each)))

@@ -1,4 +1,4 @@
-"""Hessian-vector products through other libraries, each by its own public interface and in its natural mode.
+"""Hessians through other libraries, each by its own public interface and in its natural mode.
 
 All of them differentiate `nn.Parameter`s only, so the running statistics of batch normalisation stay fixed; vectors
 are dense. The network is in evaluation mode. What a library can share between the vectors of a batch, it shares.
@@ -6,25 +6,27 @@ are dense. The network is in evaluation mode. What a library can share between t
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.support.memory import columns_that_fit
 from benchmarks.support.problems import Problem
 
 PACKAGES = {"curvlinops": "curvlinops", "PyHessian": "pyhessian", "BackPACK": "backpack"}
 
 
 def installed(peer: str) -> bool:
-    """Whether a peer is at hand."""
+    """True if a peer can be imported."""
     return importlib.util.find_spec(PACKAGES[peer]) is not None
 
 
 def missing_peers() -> list[str]:
-    """Notes on the peers that are not at hand."""
+    """Notes on the peers that are not installed."""
     return [
         f"{peer} is not installed, so its rows are missing: pip install lmc-curvature[backends]."
         for peer in PACKAGES
@@ -38,7 +40,7 @@ def peer_products(peer: str) -> Callable[[Problem, Tensor], Tensor]:
 
 
 def layouts(problem: Problem, *, both: bool) -> dict[str, Problem]:
-    """A problem by what to add to a road's name: as it is and, if both are wanted, with channels-last images."""
+    """Suffixes of roads' names, and the problem for each: as it is and, if `both`, with channels-last images."""
     return {"": problem, ", channels-last": problem.channels_last()} if both else {"": problem}
 
 
@@ -58,8 +60,25 @@ def curvlinops_hessian(problem: Problem, parameters: Sequence[nn.Parameter] | No
 
 
 def curvlinops_columns(operator: Any, vectors: Tensor, at_once: int) -> Tensor:
-    """Its matrix product with the rows of `vectors`, so many at a time."""
+    """Products of an operator of curvlinops with the rows of `vectors`, `at_once` at a time."""
     return torch.cat([(operator @ part.T.contiguous()).T for part in vectors.split(at_once)])
+
+
+def curvlinops_at_once(operator: Any, vectors: Tensor, *, probe: int = 2) -> tuple[int, Callable[[], Tensor]]:
+    """The number of rows of `vectors` that fit into memory at once, and the function that multiplies all of them."""
+    at_once = columns_that_fit(
+        lambda count: curvlinops_columns(operator, vectors[:count], count), len(vectors), vectors.device, probe=probe
+    )
+    return at_once, lambda: curvlinops_columns(operator, vectors, at_once)
+
+
+def curvlinops_dense(
+    problem: Problem, parameters: Iterable[nn.Parameter], *, probe: int
+) -> tuple[int, Callable[[], Tensor]]:
+    """The number of columns that fit at once, and the function that makes the dense Hessian in some parameters."""
+    parameters = list(parameters)
+    unit = torch.eye(sum(parameter.numel() for parameter in parameters), device=problem.device)
+    return curvlinops_at_once(curvlinops_hessian(problem, parameters), unit, probe=probe)
 
 
 def pyhessian_hessian(problem: Problem) -> Any:
@@ -70,6 +89,37 @@ def pyhessian_hessian(problem: Problem) -> Any:
         # It differentiates by backward(create_graph=True), of which torch warns.
         warnings.simplefilter("ignore")
         return hessian(problem.model, nn.CrossEntropyLoss(), data=problem.data, cuda=problem.device.type == "cuda")
+
+
+def pyhessian_eigenvectors(problem: Problem, count: int, iterations: int, tolerance: float) -> Tensor:
+    """The eigenvectors of PyHessian's power iteration as columns, (parameters, count)."""
+    torch.manual_seed(0)
+    _, vectors = pyhessian_hessian(problem).eigenvalues(maxIter=iterations, tol=tolerance, top_n=count)
+    problem.model.zero_grad(set_to_none=True)
+    return torch.stack([_flat(vector) for vector in vectors], dim=1)
+
+
+def pyhessian_density_error(problem: Problem) -> str:
+    """The error that PyHessian's density ends with; empty if it works."""
+    try:
+        pyhessian_hessian(problem).density(iter=2, n_v=1)
+    except (AttributeError, RuntimeError) as error:
+        return str(error)
+    finally:
+        problem.model.zero_grad(set_to_none=True)
+    return ""
+
+
+def curvlinops_density(operator: Any, *, probes: int, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A grid, and the density there that curvlinops's Lanczos quadrature gives."""
+    from curvlinops import lanczos_approximate_spectrum
+
+    torch.manual_seed(seed)
+    grid, density = (
+        torch.as_tensor(values).detach().cpu().numpy()
+        for values in lanczos_approximate_spectrum(operator, steps, num_repeats=probes)
+    )
+    return grid, density
 
 
 def _curvlinops(problem: Problem, vectors: Tensor) -> Tensor:

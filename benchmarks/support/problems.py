@@ -1,4 +1,4 @@
-"""What the benchmarks compute on: networks, batches and directions, all drawn from a seed."""
+"""Problems for benchmarks: networks, batches and directions, all drawn from a seed."""
 
 import copy
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ import torchvision
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from benchmarks.kinks import far_from_kinks
-from lmc_curvature import Objective, Segment
+from benchmarks.support.kinks import far_from_kinks
+from benchmarks.support.memory import peak_bytes
+from lmc_curvature import HessianOperator, Objective, Segment
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.sources.data import load_digits
 from lmc_curvature.sources.networks import digits_resnet, resnet
@@ -40,7 +41,7 @@ class Problem:
 
     @property
     def device(self) -> torch.device:
-        """Where the data are."""
+        """The device of the data."""
         return self.data[0].device
 
     @property
@@ -79,6 +80,21 @@ class Problem:
         """The network's parameters, in order."""
         return list(self.model.parameters())
 
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    @cached_property
+    def parameter_hessian(self) -> HessianOperator:
+        """The Hessian in the parameters alone, in which other libraries differentiate."""
+        return HessianOperator(self.objective, layers="parameters", partition=parameters_only)
+
+    @cached_property
+    def gradient_peak(self) -> float:
+        """Bytes that a gradient by plain autograd has allocated at its peak: the unit of peaks."""
+        return peak_bytes(self.forward_backward, self.device)
+
     @cached_property
     def batch(self) -> Batch:
         """The first batch, as an objective yields it."""
@@ -91,7 +107,7 @@ class Problem:
                 self.model(x)
 
     def forward_backward(self) -> tuple[Tensor, ...]:
-        """The gradient on the first batch by plain autograd, whose peak of memory is the unit of peaks."""
+        """The gradient on the first batch by plain autograd."""
         x, y = self.data
         return torch.autograd.grad(F.cross_entropy(self.model(x), y), self.parameters)
 
@@ -151,12 +167,12 @@ def image_problem(
     The running statistics are those of the images, so that activations have the sizes they have in a trained network.
 
     Args:
-        network: See `network_named`.
+        network: A name that `network_named` knows.
         batch: Examples in a batch.
-        batches: How many there are.
+        batches: Number of batches.
         width: Channels of the first stage.
         pixels: Height and width of the images.
-        device: Where everything is put.
+        device: The device of networks and data.
         away_from_kinks: Draw twice as many images, and take those whose derivatives rounding disturbs least.
     """
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Where the time of a computation goes: its ATen operations, and what is left for Python."""
+"""Time of a computation by ATen operation, and the rest, which is Python's."""
 
 import argparse
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.support.harness import Column, Table
+from benchmarks.support.report import Table
 from benchmarks.support.timing import seconds_once
 
 # The first kind whose words an operation's name contains.
@@ -65,8 +65,7 @@ def profile_table(what: str, run: Callable[[], Any], device: torch.device, *, to
     rows = [_row(f"all: {kind}", *kinds[kind], wall) for kind in sorted(kinds, key=lambda kind: -kinds[kind][1])]
     rows.append(_row("outside operations (Python, dispatch)", None, 1e6 * max(wall - inside, 0.0), wall))
     rows += [_row(name, count, microseconds, wall) for name, count, microseconds in times[:top]]
-    columns = (Column("operation", "operation"), Column("calls", "calls"), Column("ms", "ms"), Column("share", "share"))
-    return Table("profile", f"Where the time of {what} goes (share of a call without the profiler)", columns, rows)
+    return Table("profile", f"Time of {what} by operation (share of a call without the profiler)", rows)
 
 
 def _row(operation: str, calls: int | None, microseconds: float, wall: float) -> dict[str, Any]:

@@ -6,9 +6,9 @@ each sample stands between two samples of F, the network's own forward pass, whi
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from benchmarks.support.memory import peak_bytes
 
 Run = Callable[[], Any]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,13 +27,13 @@ class Road:
     """One way to a result.
 
     Attributes:
-        name: What the table calls it.
+        name: Name in tables.
         run: Does the work once.
         forward: One forward pass without gradients, of the same network on the same data: the unit F.
-        vectors: Times are given for one of so many vectors, which `run` treats together.
-        warms_up: Whether the first call does more than later ones, so that it is never a sample.
+        vectors: Number of vectors that `run` treats together; times are given for one of them.
+        warms_up: True if the first call does more than later ones, so that it is never a sample.
         memory_run: Does as much of the work as reaches its peak of memory, for work too long to profile.
-        note: What a reader of the table should know.
+        note: A remark for readers of the table.
     """
 
     name: str
@@ -46,12 +47,12 @@ class Road:
 
 @dataclass(frozen=True)
 class Pace:
-    """How long to measure.
+    """Number and length of samples.
 
     Attributes:
-        rounds: Samples of each road.
-        seconds: That a sample takes at least; a single call may take longer.
-        budget: Seconds after which a road gets no more samples than one.
+        rounds: Number of samples of each road.
+        seconds: Least duration of a sample; a single call may take longer.
+        budget: Seconds after which a road gets no further sample.
     """
 
     rounds: int
@@ -72,11 +73,16 @@ class Spread:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Spread":
-        """Of some samples; not-a-number if there are none."""
+        """The spread of some samples; not-a-number if there are none."""
         if not len(samples):
             return cls(float("nan"), float("nan"), float("nan"))
         low, median, high = np.quantile(np.asarray(samples, dtype=float), [0.25, 0.5, 0.75]).tolist()
         return cls(median, low, high)
+
+    @classmethod
+    def exactly(cls, value: float) -> "Spread":
+        """A single value, without width."""
+        return cls(value, value, value)
 
     def over(self, other: "Spread") -> "Spread":
         """The ratio of two medians, and how far the quartiles let it go."""
@@ -85,17 +91,17 @@ class Spread:
 
 @dataclass(eq=False)
 class Measurement:
-    """What was measured of a road.
+    """Times and memory of a road.
 
     Attributes:
         road: The road.
-        result: What it gave the first time.
-        seconds: Of each sample, for one vector.
+        result: Its result at the first call.
+        seconds: Time of each sample, for one vector.
         multiples: The same in F.
         peak: Bytes it had allocated at most, over what was allocated before; None if that was not measured.
         spent: Seconds that all samples took together.
-        first_call_only: Whether the road takes so long that the first call, which warms up, is the only sample.
-        failure: Why there is nothing else, or nothing.
+        first_call_only: True if the road takes so long that the first call, which warms up, is the only sample.
+        failure: The reason for missing values; empty if there is none.
     """
 
     road: Road
@@ -127,9 +133,9 @@ def measure(roads: Sequence[Road], pace: Pace, device: torch.device) -> dict[str
     """Run every road once, measure its peak of memory, and time the roads in rounds.
 
     Args:
-        roads: The roads, with names of their own.
-        pace: How long to measure.
-        device: Whose memory to look at.
+        roads: The roads, each with another name.
+        pace: Number and length of samples.
+        device: The device whose memory is observed.
 
     Returns:
         Measurements by name, in the order given.
@@ -154,7 +160,7 @@ def measure(roads: Sequence[Road], pace: Pace, device: torch.device) -> dict[str
 
 @contextlib.contextmanager
 def _garbage_frozen() -> Iterator[None]:
-    """What lives already is not looked at when garbage is collected, which then takes no time to speak of."""
+    """Exempt all living objects from garbage collection, which then takes almost no time."""
     gc.collect()
     gc.freeze()
     try:
@@ -224,3 +230,18 @@ def seconds_once(run: Run) -> tuple[float, Any]:
     start = clock()
     result = run()
     return clock() - start, result
+
+
+def in_turns(runs: Mapping[str, Callable[[], Result]], rounds: int) -> dict[str, list[Result]]:
+    """Results of every run in each round, by name; the order alternates between rounds."""
+    results: dict[str, list[Result]] = {name: [] for name in runs}
+    names = list(runs)
+    for number in range(rounds):
+        for name in names[:: 1 if number % 2 == 0 else -1]:
+            results[name].append(runs[name]())
+    return results
+
+
+def seconds_in_turns(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run in each round; see `in_turns`."""
+    return in_turns({name: lambda run=run: seconds_once(run)[0] for name, run in runs.items()}, rounds)

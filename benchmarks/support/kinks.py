@@ -25,7 +25,7 @@ def far_from_kinks(model: nn.Module, x: Tensor, count: int) -> Tensor:
     Args:
         model: A network in evaluation mode, in single precision.
         x: Its inputs.
-        count: How many to choose.
+        count: Number of examples to choose.
     """
     exact = copy.deepcopy(model).double()
     distances = torch.cat([_distances(model, exact, part) for part in x.split(_CHUNK)])
@@ -45,7 +45,7 @@ def _distances(model: nn.Module, exact: nn.Module, x: Tensor) -> Tensor:
 
 
 def _before_relus(model: nn.Module, x: Tensor) -> list[Tensor]:
-    """What goes into every ReLU."""
+    """The inputs of every ReLU."""
     with torch.no_grad(), _Recorder() as recorder:
         model(x)
     return recorder.inputs

@@ -1,0 +1,30 @@
+import torch
+
+from benchmarks.support import memory
+
+CPU = torch.device("cpu")
+
+
+def test_peak_is_what_lives_at_once():
+    count, size = 1000, 4 * 1000
+
+    def three_at_once():
+        first = torch.zeros(count)
+        second = torch.zeros(count)
+        del first
+        third, fourth = torch.zeros(count), torch.zeros(count)
+        return second, third, fourth
+
+    kept = torch.zeros(10 * count)
+    assert memory.peak_bytes(lambda: torch.zeros(count), CPU) == size
+    assert memory.peak_bytes(three_at_once, CPU) == 3 * size
+    assert len(kept) == 10 * count
+
+
+def test_columns_are_cut_to_the_memory_that_is_free():
+    def work(columns):
+        return torch.zeros(columns, 1000)
+
+    assert memory.columns_that_fit(work, 100, CPU, free=30 * 4000.0) == 20
+    assert memory.columns_that_fit(work, 7, CPU, free=30 * 4000.0) == 7
+    assert memory.columns_that_fit(work, 7, CPU) == 7
