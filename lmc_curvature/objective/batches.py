@@ -26,42 +26,6 @@ class Batch:
         return tuple(tensor.shape for tensor in tensors_in(self.data)) or (self.index,)
 
 
-def count_pair(data: Any, index: int) -> int:
-    """Number of examples in an `(x, y)` batch: the leading dimension of the first tensor in it.
-
-    Raises:
-        LoaderError: The batch is not a pair, or nothing in it can be counted.
-    """
-    if not (isinstance(data, (tuple, list)) and len(data) == 2):
-        raise LoaderError(
-            f"Batch {index} of the loader is {describe(data)}; expected an (x, y) pair. "
-            "For batches of another form pass loss_fn=BatchLoss(fn) with fn(model, batch) -> scalar mean."
-        )
-    return count_leading(data, index)
-
-
-def count_leading(data: Any, index: int) -> int:
-    """Number of examples in a batch of any form: the leading dimension of the first tensor in it.
-
-    Raises:
-        LoaderError: There is no such tensor, or it is empty.
-    """
-    tensors = tensors_in(data)
-    if not tensors or tensors[0].ndim == 0:
-        raise LoaderError(
-            f"Batch {index} of the loader is {describe(data)}, without a tensor whose leading dimension counts the "
-            "examples; pass loss_fn=BatchLoss(fn, size=...) to count them."
-        )
-    return check_count(tensors[0].shape[0], index)
-
-
-def check_count(size: int, index: int) -> int:
-    """Return `size`, or raise `LoaderError` if the batch holds no example."""
-    if size < 1:
-        raise LoaderError(f"Batch {index} of the loader holds {size} examples; expected at least one.")
-    return size
-
-
 def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
     """Apply a function to every tensor in nested mappings, lists and tuples; mappings become plain dicts."""
     if isinstance(data, Tensor):
