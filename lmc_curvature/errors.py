@@ -9,91 +9,151 @@ from collections.abc import Iterable
 
 
 class LMCCurvatureError(Exception):
-    """Base class of all errors that `lmc_curvature` raises on purpose."""
+    """Base class of all errors that `lmc_curvature` raises on purpose: catch it around any call of the library."""
 
 
 class ArchitectureMismatchError(LMCCurvatureError, ValueError):
-    """The two networks do not have the same modules, entries, shapes or fixed buffers."""
+    """The two networks do not have the same modules, entries, shapes or fixed buffers.
+
+    Catch it to skip pairs of networks that cannot be averaged entry by entry.
+    """
 
 
 class PartitionError(LMCCurvatureError, ValueError):
-    """A layer partition does not cover every entry exactly once, or a set of layers names one that it does not have."""
+    """A layer partition does not cover every entry exactly once, or a set of layers names one that it does not have.
+
+    Catch it where a user chooses the partition or the layers.
+    """
 
 
 class OptionError(LMCCurvatureError, ValueError):
-    """An option, a position on the segment or a metric is not among the choices, or does not go with the others."""
+    """An option, a position on the segment or a metric is not among the choices, or does not go with the others.
+
+    Catch it where a user chooses the options; another call with the same options fails, too.
+    """
 
 
 class LoaderError(LMCCurvatureError, ValueError):
-    """The loader is empty, is used up, or yields batches of another form than the loss expects."""
+    """The loader is empty, is used up, or yields batches of another form than the loss expects.
+
+    Catch it where data come from outside; some batches may have been visited already.
+    """
 
 
 class LossError(LMCCurvatureError, ValueError):
-    """The loss is not a real scalar mean over the examples of a batch."""
+    """The loss is not a real scalar mean over the examples of a batch, or has no gradient in the network's entries.
+
+    Catch it where a user passes `loss_fn`.
+    """
 
 
 class NonFiniteError(LMCCurvatureError, ArithmeticError):
-    """A parameter, a loss or a curvature is infinite or not a number."""
+    """A parameter, a loss or a curvature is infinite or not a number.
+
+    Catch it to skip networks whose training diverged.
+    """
 
 
 class UnsupportedModelError(LMCCurvatureError, TypeError):
-    """The loss is no function of the state: the network is random, uninitialised, or cannot be copied."""
+    """The loss is no function of the state: the network is random, uninitialised, or cannot be copied.
+
+    Catch it to skip kinds of networks that the library cannot analyse, or to try another method.
+    """
 
 
 class FallbackWarning(UserWarning):
-    """A faster road could not be taken, and the answer came by a slower one."""
+    """A faster road could not be taken, and the answer came by a slower one.
+
+    Filter it once the slower road is accepted; turn it into an error where speed matters.
+    """
 
 
 class SweepError(LMCCurvatureError, ArithmeticError):
-    """The sweep disagrees with a Hessian-vector product, so its answer cannot be trusted."""
+    """The sweep disagrees with a Hessian-vector product, so its answer cannot be trusted.
+
+    Catch it to compute the same with `method="hvp"`, as `method="auto"` does by itself.
+    """
 
 
 class CaptureError(UnsupportedModelError):
-    """The loss cannot be captured as a graph of operations, which the sweep needs."""
+    """The loss cannot be captured as a graph of operations, which the sweep needs.
+
+    Catch it to compute the same with `method="hvp"`, as `method="auto"` does by itself.
+    """
 
 
 class DirectionError(LMCCurvatureError, ValueError):
-    """A direction or vector has an unknown entry, a wrong shape, or a type that cannot move."""
+    """A direction or vector has an unknown entry, a wrong shape, or a type that cannot move.
+
+    Catch it where states or vectors come from outside.
+    """
 
 
 class OperatorError(LMCCurvatureError, ValueError):
-    """An operator is not square or not symmetric, so it has no spectrum of real eigenvalues."""
+    """An operator is not square or not symmetric, so it has no spectrum of real eigenvalues.
+
+    Catch it where operators come from outside.
+    """
 
 
 class ConvergenceWarning(UserWarning):
-    """An iteration ended before it reached the accuracy asked for."""
+    """An iteration ended before it reached the accuracy asked for; the result says how far it came.
+
+    Turn it into an error where an inaccurate result is useless.
+    """
 
 
 class MemoryBudgetError(LMCCurvatureError, MemoryError):
-    """A dense matrix or a computation, however it is cut, would need more memory than it was given."""
+    """A dense matrix or a computation, however it is cut, would need more memory than it was given.
+
+    Catch it to ask for less, or again with a larger `memory_gib`.
+    """
 
 
 class BackendError(LMCCurvatureError, RuntimeError):
-    """A library that was chosen as a backend is missing, cannot do what is asked, or computes something else."""
+    """A library that was chosen as a backend is missing, cannot do what is asked, or computes something else.
+
+    Catch it to compute the same with `backend="native"`.
+    """
 
 
 class FileFormatError(LMCCurvatureError, ValueError):
-    """A file was not written by this library, or is damaged."""
+    """A file was not written by this library, or is damaged.
+
+    Catch it around `load` to compute a stored result again.
+    """
 
 
 class CheckpointError(LMCCurvatureError, ValueError):
-    """A checkpoint is missing, damaged, refused, or does not fit the network."""
+    """A checkpoint is missing, damaged, refused, or does not fit the network.
+
+    Catch it where the weights of networks are read.
+    """
 
 
 class NewerVersionError(FileFormatError, CheckpointError):
-    """A file was written by another release of this library, which has to read it."""
+    """A file was written by another release of this library, which has to read it.
+
+    Catch it before its base classes wherever those lead to files being replaced: this one is whole.
+    """
 
 
 class DataError(LMCCurvatureError, ValueError):
-    """A data set is missing or is not what it should be."""
+    """A data set is missing or is not what it should be.
+
+    Catch it where a user names the data.
+    """
 
 
 class ConfigurationError(LMCCurvatureError, ValueError):
-    """A configuration has an unknown key or a bad value, or differs from the one on disk."""
+    """A configuration has an unknown key or a bad value, or differs from the one on disk.
+
+    Catch it where a user writes the configuration.
+    """
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:
-    """Return a hint for an unknown name: the nearest choice if one is near, else the choices."""
+    """A hint for an unknown name: the nearest choice if one is near, else the choices."""
     choices = list(choices)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     if near:

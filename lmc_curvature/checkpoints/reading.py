@@ -109,7 +109,8 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         # torch reports damage as whatever the unpickler stumbled over.
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({_first_line(error)}).") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}).") from error
     return _unwrap_state_dict(contents, path)
 
 
@@ -141,7 +142,3 @@ def _unwrap_names(entries: dict[str, Tensor], model: nn.Module) -> dict[str, Ten
 def _summary(fault: str, names: list[str]) -> str:
     more = ", …" if len(names) > _SHOWN else ""
     return f"{len(names)} {fault} ({', '.join(names[:_SHOWN])}{more})"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

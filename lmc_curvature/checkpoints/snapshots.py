@@ -35,7 +35,7 @@ def write_snapshot(
     entries = {f"model.{name}": tensor for name, tensor in model.items()}
     entries |= {f"optimizer.{name}": tensor for name, tensor in optimizer.items()}
     with write_atomically(path) as temporary:
-        safetensors.torch.save_file(entries, temporary, make_header(_KIND, entries, metadata))
+        safetensors.torch.save_file(entries, temporary, make_header(_KIND, entries, dict(metadata)))
 
 
 def read_snapshot(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Loaders and batches of any form: their examples are counted, their tensors found and brought to a device."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,42 +24,6 @@ class Batch:
     def kind(self) -> tuple[Any, ...]:
         """Shapes of all tensors in it: batches of the same kind cost the same. Its place, if it holds no tensor."""
         return tuple(tensor.shape for tensor in tensors_in(self.data)) or (self.index,)
-
-
-def count_pair(data: Any, index: int) -> int:
-    """Number of examples in an `(x, y)` batch: the leading dimension of the first tensor in it.
-
-    Raises:
-        LoaderError: The batch is not a pair, or nothing in it can be counted.
-    """
-    if not (isinstance(data, (tuple, list)) and len(data) == 2):
-        raise LoaderError(
-            f"Batch {index} of the loader is {describe(data)}; expected an (x, y) pair. "
-            "For batches of another form pass loss_fn=BatchLoss(fn) with fn(model, batch) -> scalar mean."
-        )
-    return count_leading(data, index)
-
-
-def count_leading(data: Any, index: int) -> int:
-    """Number of examples in a batch of any form: the leading dimension of the first tensor in it.
-
-    Raises:
-        LoaderError: There is no such tensor, or it is empty.
-    """
-    tensors = tensors_in(data)
-    if not tensors or tensors[0].ndim == 0:
-        raise LoaderError(
-            f"Batch {index} of the loader is {describe(data)}, without a tensor whose leading dimension counts the "
-            "examples; pass loss_fn=BatchLoss(fn, size=...) to count them."
-        )
-    return check_count(tensors[0].shape[0], index)
-
-
-def check_count(size: int, index: int) -> int:
-    """Return `size`, or raise `LoaderError` if the batch holds no example."""
-    if size < 1:
-        raise LoaderError(f"Batch {index} of the loader holds {size} examples; expected at least one.")
-    return size
 
 
 def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
@@ -109,11 +74,8 @@ def check_loader(loader: Any) -> None:
 
 def loader_length(loader: Iterable[Any], max_batches: int | None) -> int | None:
     """Number of batches a visit will yield, or None when the loader does not say."""
-    try:
-        length = len(cast(Any, loader))
-    except TypeError:
-        return max_batches
-    return length if max_batches is None else min(length, max_batches)
+    limits = [limit for limit in (operator.length_hint(loader), max_batches) if limit]
+    return min(limits, default=None)
 
 
 def refuse_iterator(loader: Iterable[Any], reason: str) -> None:

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lmc_curvature.errors import LossError, NonFiniteError
-from lmc_curvature.objective.batches import Batch, check_count, count_leading, count_pair, describe
+from lmc_curvature.errors import LoaderError, LossError, NonFiniteError
+from lmc_curvature.objective.batches import Batch, describe, tensors_in
 
 
 @dataclass(frozen=True)
@@ -51,38 +51,59 @@ class NetworkLoss(nn.Module):
     def forward(self, data: Any) -> tuple[Any, Any, Any]:
         """Loss, network output and target of a batch's data; the last two are None for a `BatchLoss`."""
         if isinstance(self.loss_fn, BatchLoss):
-            return self.loss_fn.fn(self.network, data), None, None
-        inputs, target = data
-        output = self.network(inputs)
-        return self.loss_fn(output, target), output, target
+            loss, output, target = self.loss_fn.fn(self.network, data), None, None
+        else:
+            inputs, target = data
+            output = self.network(inputs)
+            loss = self.loss_fn(output, target)
+        check_loss(loss)
+        return loss, output, target
 
     def at(self, state: Mapping[str, Tensor], data: Any) -> tuple[Any, Any, Any]:
-        """The same for the network with all its entries as in `state`."""
+        """Loss, network output and target of a batch's data, where the network's entries are those of a state.
+
+        Raises:
+            LossError: The loss is not a real scalar.
+        """
         return functional_call(self, {f"network.{name}": tensor for name, tensor in state.items()}, (data,))
 
 
 def own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dtype) -> LossFunction:
     """The loss to use, for a device and type: cross-entropy by default, a copy of a loss that is a module."""
-    if loss_fn is None:
-        return F.cross_entropy
     if isinstance(loss_fn, nn.Module):
         # A loss may carry tensors of its own (class weights); the caller's copy stays as it is.
         loss_fn = copy.deepcopy(loss_fn).to(device=device, dtype=dtype)
         loss_fn.eval()
-    return loss_fn
+    return F.cross_entropy if loss_fn is None else loss_fn
 
 
 def count_examples(loss_fn: LossFunction, data: Any, index: int) -> int:
-    """Number of examples in the batch with number `index`, counted as its loss wants it.
+    """Number of examples in a batch: the leading dimension of its first tensor, or what a `BatchLoss` counts.
+
+    Args:
+        loss_fn: The loss that takes the batch.
+        data: The batch.
+        index: Its place in the loader, for errors.
 
     Raises:
         LoaderError: The batch is not of the form that the loss expects, or holds no example.
     """
-    if not isinstance(loss_fn, BatchLoss):
-        return count_pair(data, index)
-    if loss_fn.size is None:
-        return count_leading(data, index)
-    return check_count(int(loss_fn.size(data)), index)
+    size = loss_fn.size if isinstance(loss_fn, BatchLoss) else None
+    if not isinstance(loss_fn, BatchLoss) and not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise LoaderError(
+            f"Batch {index} of the loader is {describe(data)}; expected an (x, y) pair. "
+            "For batches of another form pass loss_fn=BatchLoss(fn) with fn(model, batch) -> scalar mean."
+        )
+    tensors = tensors_in(data)
+    if size is None and (not tensors or tensors[0].ndim == 0):
+        raise LoaderError(
+            f"Batch {index} of the loader is {describe(data)}, without a tensor whose leading dimension counts the "
+            "examples; pass loss_fn=BatchLoss(fn, size=...) to count them."
+        )
+    count = len(tensors[0]) if size is None else int(size(data))
+    if count < 1:
+        raise LoaderError(f"Batch {index} of the loader holds {count} examples; expected at least one.")
+    return count
 
 
 def check_reduction(loss_fn: Any) -> None:
@@ -91,11 +112,9 @@ def check_reduction(loss_fn: Any) -> None:
     Raises:
         LossError: It sums over the batch, or does not reduce.
     """
-    if (
-        loss_fn is not None
-        and not isinstance(loss_fn, BatchLoss)
-        and (isinstance(loss_fn, type) or not callable(loss_fn))
-    ):
+    if loss_fn is None or isinstance(loss_fn, BatchLoss):
+        return
+    if isinstance(loss_fn, type) or not callable(loss_fn):
         raise LossError(
             f"loss_fn={loss_fn!r} is not a function of output and target: pass an instance such as "
             "torch.nn.CrossEntropyLoss(), a function, or a BatchLoss."

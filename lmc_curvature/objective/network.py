@@ -1,4 +1,4 @@
-"""A network seen from outside: its entries and their names, its structure without values, what makes it unfit."""
+"""A network seen from outside: its entries and their names, its structure without values, its device and type."""
 
 import copy
 import functools
@@ -86,7 +86,7 @@ def check_finite(state: State, owner: str) -> None:
 
 
 def as_leaves(state: State) -> dict[str, Tensor]:
-    """The same values as new leaves of the autograd graph."""
+    """A state of the same values, as new leaves of the autograd graph."""
     return {name: tensor.detach().requires_grad_() for name, tensor in state.items()}
 
 

@@ -1,4 +1,4 @@
-"""What batch normalisation does between two networks.
+"""Batch normalisation between two networks: its policies, and its statistics re-estimated from data.
 
 A normalisation module that tracks running statistics is a different function under each policy:
 
@@ -42,12 +42,12 @@ def statistic_names(module_name: str) -> tuple[str, str]:
 
 
 def is_batch_counter(entry: str) -> bool:
-    """Whether an entry counts the batches that a normalisation saw, which is bookkeeping of the training."""
+    """Tell a counter of the batches that a normalisation saw, the training's bookkeeping, from other entries."""
     return entry.rpartition(".")[2] == "num_batches_tracked"
 
 
-Records = dict[str, list[tuple[Tensor, Tensor]]]
-"""Module name to the mean and the unbiased variance of its input channels, at each of its calls."""
+Records = dict[str, list[Tensor]]
+"""Entry name to the means, or the unbiased variances, of a module's input channels, one for each of its calls."""
 
 
 class Normalization:
@@ -106,10 +106,9 @@ class Normalization:
                 records: Records = {}
                 with self.by("batch", records):
                     evaluate(states[number], batch)
-                for module, calls in records.items():
-                    for entry, values in zip(statistic_names(module), zip(*calls, strict=True), strict=True):
-                        # A module called often counts by the mean of its calls.
-                        total[entry] = total.get(entry, 0) + batch.size * torch.stack(values).double().mean(0)
+                for entry, values in records.items():
+                    # A module called often counts by the mean of its calls.
+                    total[entry] = total.get(entry, 0) + batch.size * torch.stack(values).double().mean(0)
         return [{entry: value / examples for entry, value in total.items()} for total in totals]
 
     def _redirect(self, forward: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -121,7 +120,7 @@ class Normalization:
 
 
 class _Redirection(TorchFunctionMode):
-    """Replaces torch's functional normalisation by one with the statistics that are asked for."""
+    """Replaces torch's functional normalisation by one with the statistics that its `Normalization` names."""
 
     def __init__(self, normalization: Normalization, module_name: str):
         super().__init__()
@@ -159,8 +158,8 @@ class _Redirection(TorchFunctionMode):
             # Instance normalisation has statistics of every example; their means are what it keeps.
             examples = [0] if function is F.batch_norm else []
             found = torch.var_mean(input, dim=[*examples, *range(2, input.ndim)])
-            variance, mean = (statistic.reshape(-1, input.shape[1]).mean(0) for statistic in found)
-            records.setdefault(self._module_name, []).append((mean, variance))
+            for entry, statistic in zip(reversed(statistic_names(self._module_name)), found, strict=True):
+                records.setdefault(entry, []).append(statistic.reshape(-1, input.shape[1]).mean(0))
         return function(input, None, None, weight, bias, True, eps=eps)
 
 

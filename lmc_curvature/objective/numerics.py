@@ -1,4 +1,4 @@
-"""How an objective computes: its precision, its kernels, and the layout of images in memory."""
+"""The precision, the kernels and the layout of images in memory that an objective computes with."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -57,7 +57,7 @@ class Numerics:
 
     @contextlib.contextmanager
     def differentiating_operations(self) -> Iterator[None]:
-        """Within the block, operations of a graph that exists already have exact first and second derivatives."""
+        """Within the block, operations of an existing graph have exact first and second derivatives."""
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -69,7 +69,7 @@ class Numerics:
 
     @contextlib.contextmanager
     def differentiating(self) -> Iterator[None]:
-        """The same for all that a network calls; every call is looked at on its way to torch."""
+        """Within the block, all that a network calls has exact first and second derivatives."""
         with self.differentiating_operations(), _TwiceDifferentiable():
             yield
 
@@ -87,7 +87,7 @@ class _TwiceDifferentiable(TorchFunctionMode):
 
 
 def channels_last(batch: Batch) -> Batch:
-    """The same batch, its images (floating-point tensors of four axes) laid out channels-last."""
+    """A batch whose images (floating-point tensors of four axes) are laid out channels-last."""
     return Batch(batch.index, batch.size, map_tensors(_channels_last, batch.data))
 
 
@@ -97,7 +97,7 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 
 def prefers_channels_last(network: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the device convolves images faster where their channels come last.
+    """Tell if a device convolves images faster where their channels come last.
 
     oneDNN's convolutions, on a CPU, save a copy each of their operands then, and all that follows the first
     convolution inherits its layout.
@@ -111,7 +111,7 @@ def prefers_channels_last(network: nn.Module, device: torch.device, dtype: torch
 
 
 def ignores_layout(loss: Callable[[Batch], Tensor], batch: Batch) -> bool:
-    """Whether a loss is the same where images are channels-last; some networks cannot bear it (`x.view(...)`)."""
+    """Tell if a loss is the same where images are channels-last; some networks cannot bear it (`x.view(...)`)."""
     with torch.no_grad():
         expected = loss(batch)
         try:

@@ -70,6 +70,9 @@ class Objective:
             of about 1e-3. Matrix products follow `torch.backends.cuda.matmul`, where it is off unless switched on.
 
     Attributes:
+        network: The network's structure; its values come from a state.
+        loss_fn: The loss, a copy if it is a module.
+        device, dtype: Where, and in which floating-point type, it computes.
         memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
 
     Raises:
@@ -103,6 +106,7 @@ class Objective:
         self.loader = loader
         self.batch_norm: BatchNormPolicy = batch_norm
         self.max_batches = max_batches
+        self.allow_tf32 = allow_tf32
         tensors = list(entries_of(model).values())
         self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
         self.loss_fn = own_loss(loss_fn, self.device, self.dtype)
@@ -190,10 +194,8 @@ class Objective:
         """Mean loss over one batch at `state`: a scalar tensor, differentiable in the state.
 
         Raises:
-            UnsupportedModelError: The loss is not a function of the state, because a module draws random numbers (found
-                on the first batch; names the module).
-            UnsupportedModelError: The loss is not a function of the state, because the network changes an entry in
-                place, or reaches past the state for the parameters of the original network.
+            UnsupportedModelError: The loss is not a function of the state (see `check_soundness`); found on the first
+                batch.
             LossError: The loss is not a real scalar.
         """
         return self.batch_evaluation(state, batch)[0]
@@ -202,9 +204,7 @@ class Objective:
         """Loss, network output and target of one batch at `state`; the last two are None for a `BatchLoss`."""
         entries = {**self._entries, **state}
         self.memo("is sound", lambda: self._check_soundness(entries, batch))
-        loss, output, target = self._network_loss.at(entries, batch.data)
-        check_loss(loss)
-        return loss, output, target
+        return self._network_loss.at(entries, batch.data)
 
     def _check_soundness(self, entries: State, batch: Batch) -> None:
         originals = [(name, tensor) for name, reference in self._originals if (tensor := reference()) is not None]
@@ -223,7 +223,7 @@ class Objective:
 
     @property
     def has_output(self) -> bool:
-        """Whether the loss is a function of a network output and a target, rather than a `BatchLoss`."""
+        """True for a loss of a network output and a target, False for a `BatchLoss`."""
         return not isinstance(self.loss_fn, BatchLoss)
 
     def output(self, state: State, batch: Batch) -> Any:
@@ -303,7 +303,10 @@ class Objective:
         return self._numerics.differentiating()
 
     def differentiating_operations(self) -> AbstractContextManager[None]:
-        """The same for operations of a graph that is there: without a look at every call on its way to torch."""
+        """Within the block, operations of an existing graph have exact first and second derivatives.
+
+        It costs less than `differentiating`, which looks at every call on its way to torch.
+        """
         return self._numerics.differentiating_operations()
 
     @contextlib.contextmanager

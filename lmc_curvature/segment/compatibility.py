@@ -1,4 +1,4 @@
-"""Whether two networks are of one architecture, so that their entries can be averaged."""
+"""Comparison of the architectures of two networks, whose entries can be averaged if they are the same."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -66,7 +66,7 @@ def _module_differences(*models: nn.Module) -> list[str]:
 
 
 def _describe_module(module: nn.Module) -> str:
-    """Class and settings of a module: what decides, besides its entries, which function it is."""
+    """Class and settings of a module: with its entries, they decide which function it is."""
     kind = type(module).__qualname__
     # Other packages may print anything there. Dropout is off, and momentum matters in training only.
     if not type(module).__module__.startswith(("torch.", "torchvision.")) or "Dropout" in kind:

@@ -1,4 +1,4 @@
-"""Which entries of a state make up a layer."""
+"""Partitions of a state into layers, by the names of its entries."""
 
 import re
 from collections import Counter
@@ -84,8 +84,7 @@ class LayerPartition:
         Raises:
             PartitionError: There is no such layer.
         """
-        if name not in self.groups:
-            raise PartitionError(f"There is no layer {name!r}: {suggest(name, self.groups)}")
+        layer_indices(self.names, [name])
         return self.groups[name]
 
     def layer_of(self, entry: str) -> str:
@@ -101,7 +100,7 @@ class LayerPartition:
 
 
 PartitionSpec = LayerPartition | str | Mapping[str, Sequence[str]] | Callable[[str], str]
-"""What `LayerPartition.of` understands."""
+"""A specification that `LayerPartition.of` understands."""
 
 
 def layer_indices(names: Sequence[str], layers: Iterable[str] | str | None) -> list[int]:

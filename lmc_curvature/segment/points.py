@@ -38,7 +38,7 @@ class SegmentPoints(Sequence[dict[str, Tensor]]):
         return near, near if len(members) == len(self._forward.layers) else self._add(True, float(1 - alpha), members)
 
     def describe(self, number: int) -> str:
-        """Where a point lies, for an error message."""
+        """Say for an error message which layers moved how far."""
         from_end, distance, members = self._walks[number]
         end = "model_b" if from_end else "model_a"
         if not members:

@@ -88,11 +88,11 @@ class Segment:
         return state
 
     def reversed(self) -> "Segment":
-        """The same segment walked from θ₂ to θ₁."""
+        """This segment walked from θ₂ to θ₁."""
         return _SegmentOfStates(self.end, self.start, self.partition)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Segment":
-        """The same segment with its states on another device or of another floating-point type."""
+        """This segment with its states on another device or of another floating-point type."""
         start, end = (
             {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
             for state in (self.start, self.end)

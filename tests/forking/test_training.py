@@ -242,3 +242,10 @@ def test_every_problem_has_a_line():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_training_on_a_gpu_is_reproducible(data):
     assert_same_bits(run(data, model=small_model().cuda()), run(data, model=small_model().cuda()))
+
+
+def test_entries_of_every_layout_survive_a_snapshot(tmp_path):
+    model = nn.Module()
+    model.register_buffer("transposed", torch.arange(6.0).view(2, 3).T)
+    capture_state(model).save(tmp_path / "a.safetensors")
+    assert torch.equal(TrainingState.load(tmp_path / "a.safetensors").model["transposed"], model.transposed)

@@ -9,13 +9,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lmc_curvature.errors import LoaderError
 from lmc_curvature.objective.batches import (
-    check_count,
-    count_leading,
-    count_pair,
+    Batch,
+    check_loader,
     describe,
     loader_length,
     map_tensors,
     refuse_iterator,
+    tensors_in,
     to_device,
 )
 from tests.support.networks import rng_states
@@ -27,55 +27,6 @@ X, Y = torch.zeros(5, 2), torch.zeros(5, dtype=torch.int64)
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(X)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [(X, Y), [X, Y], Pair(X, Y), ({"mask": None, "ids": X}, Y), ((["text"], X), Y), ("five words", Y)],
-)
-def test_pairs_count_their_first_tensor(data):
-    assert count_pair(data, 0) == 5
-
-
-@pytest.mark.parametrize("data", [X, {"name": "a", "ids": X}, [X, Y, Y], UserDict(ids=X)])
-def test_other_forms_count_their_first_tensor(data):
-    assert count_leading(data, 0) == 5
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (
-            X,
-            r"Batch 3 of the loader is a tensor of shape \(5, 2\) and type torch.float32; expected an \(x, y\) pair",
-        ),
-        ((X, Y, Y), r"is a tuple of length 3; expected an \(x, y\) pair.*loss_fn=BatchLoss\(fn\)"),
-        ([X], "is a list of length 1; expected"),
-        ({"x": X, "y": Y}, "is a mapping with keys 'x', 'y'; expected"),
-        ("xy", "is an object of type str; expected"),
-        (None, "is an object of type NoneType; expected"),
-        (("a", "b"), "is a tuple of length 2, without a tensor whose leading dimension.*size="),
-        ((torch.tensor(1.0), Y), "without a tensor whose leading dimension"),
-        ((X[:0], Y[:0]), "Batch 3 of the loader holds 0 examples; expected at least one"),
-    ],
-)
-def test_what_is_no_pair_of_examples_is_described(data, message):
-    with pytest.raises(LoaderError, match=message):
-        count_pair(data, 3)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"), [({"a": [1, 2]}, "mapping with keys 'a', without"), (3, "type int, with")]
-)
-def test_what_cannot_be_counted_is_described(data, message):
-    with pytest.raises(LoaderError, match=f"Batch 2 .*{message}.*BatchLoss"):
-        count_leading(data, 2)
-
-
-def test_a_count_must_be_positive():
-    assert check_count(1, 0) == 1
-    with pytest.raises(LoaderError, match="Batch 7 of the loader holds -1 examples; expected at least one"):
-        check_count(-1, 7)
 
 
 def test_long_mappings_are_described_by_their_first_keys():
@@ -107,6 +58,29 @@ def test_mapping_keeps_the_form_and_touches_only_tensors():
 )
 def test_only_floating_point_tensors_change_type(dtype, expected):
     assert to_device(torch.ones(2, dtype=dtype), torch.device("cpu"), torch.float64).dtype == expected
+
+
+def test_tensors_are_found_in_their_order():
+    assert [tensor.shape for tensor in tensors_in({"a": [Y, "text"], "b": Pair(3, X)})] == [Y.shape, X.shape]
+    assert Batch(4, 5, (X, Y)).kind == (X.shape, Y.shape)
+    assert Batch(4, 5, ["text"]).kind == (4,)
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (5, "loader is an object of type int; expected an iterable.*DataLoader"),
+        (TensorDataset(X, Y), r"data set \(TensorDataset\), which yields examples.*DataLoader\(dataset"),
+    ],
+)
+def test_what_yields_no_batches_is_no_loader(loader, message):
+    with pytest.raises(LoaderError, match=message):
+        check_loader(loader)
+
+
+@pytest.mark.parametrize("loader", [[X], (x for x in X), Stream(), DataLoader(TensorDataset(X))])
+def test_what_can_be_iterated_over_is_a_loader(loader):
+    check_loader(loader)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Claim: an objective is the plain mean loss over all examples, and computing it changes nothing."""
 
 import copy
-import functools
-import math
 
 import pytest
 import torch
@@ -10,22 +8,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lmc_curvature import BatchLoss, HessianOperator, Objective, Segment, project_hessian
+from lmc_curvature import BatchLoss, Objective
 from lmc_curvature.errors import (
     DirectionError,
     LoaderError,
     LossError,
     NonFiniteError,
     OptionError,
-    UnsupportedModelError,
 )
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.losses import finite_loss
-from lmc_curvature.objective.network import as_leaves, movable_entries
-from tests.support.cases import CASES, DictNet, TiedNet
 from tests.support.networks import (
     NETWORKS,
     augmenting_loader,
+    in_float32,
     joined,
     plain_loss,
     randomized,
@@ -54,10 +49,6 @@ LOADERS = {
 }
 
 
-def _in_float32(batches):
-    return [tuple(t.float() if t.is_floating_point() else t for t in batch) for batch in batches]
-
-
 @networks
 @pytest.mark.parametrize("make_loader", LOADERS.values(), ids=LOADERS)
 def test_the_loss_is_the_mean_over_all_examples(case, make_loader):
@@ -69,10 +60,10 @@ def test_the_loss_is_the_mean_over_all_examples(case, make_loader):
 
 
 @pytest.mark.parametrize("make_loader", LOADERS.values(), ids=LOADERS)
-def test_the_loss_in_float32_is_that_of_any_loader(make_loader):
+def test_the_lossin_float32_is_that_of_any_loader(make_loader):
     model, batches = IMAGES.model(), IMAGES.batches()
     expected = plain_loss(copy.deepcopy(model).eval(), joined(batches)).item()
-    assert Objective(model.float(), make_loader(_in_float32(batches))).loss() == pytest.approx(expected, rel=1e-6)
+    assert Objective(model.float(), make_loader(in_float32(batches))).loss() == pytest.approx(expected, rel=1e-6)
 
 
 @networks
@@ -127,81 +118,14 @@ def test_the_state_is_a_snapshot_of_what_can_move(case):
     assert objective.loss() == pytest.approx(before, rel=1e-12)
 
 
-@networks
-def test_the_copy_of_the_network_holds_no_values_to_fall_back_on(case):
-    network = Objective(case.model(), [], **case.options).network
-    for tensor in [*network.parameters(), *network.buffers()]:
-        assert tensor.untyped_storage().nbytes() == tensor.element_size()
-        assert not tensor.is_floating_point() or tensor.isnan().all()
-
-
-def test_randomness_is_looked_for_once():
-    calls = []
-
-    def loss_fn(output, target):
-        calls.append(1)
-        return F.cross_entropy(output, target)
-
-    objective = Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn)
-    counts = [(objective.loss(), len(calls))[1] for _ in range(2)]
-    assert counts == [5, 8], "three batches, and the first one twice more"
-
-
 def test_the_mode_of_the_network_does_not_matter():
     model = NETWORKS["dropout"].model()
     losses = {Objective(model.train(mode), NETWORKS["dropout"].batches()).loss() for mode in (True, False)}
     assert len(losses) == 1
 
 
-def test_a_network_whose_train_returns_nothing():
-    class Forgetful(nn.Linear):
-        def train(self, mode=True):
-            super().train(mode)
-
-    model = Forgetful(5, 3).double()
-    expected = plain_loss(model, joined(VECTORS.batches())).item()
-    assert Objective(model, VECTORS.batches()).loss() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("dtype", [None, torch.float64])
-def test_a_loss_module_with_weights_weighs_batches_by_examples(dtype):
-    batches, model = _in_float32(VECTORS.batches()), VECTORS.model().float()
-    loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0]))
-    expected = sum(len(x) * loss_fn(model(x), y) for x, y in batches).item() / 15
-    with untouched(model, loss_fn):
-        assert Objective(model, batches, loss_fn=loss_fn, dtype=dtype).loss() == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_loss_module_is_evaluated_without_its_dropout():
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.dropout = nn.Dropout(0.5)
-
-        def forward(self, output, target):
-            return F.cross_entropy(self.dropout(output), target)
-
-    model, loss_fn = VECTORS.model(), Wrapped()
-    expected = plain_loss(model, joined(VECTORS.batches())).item()
-    with untouched(model, loss_fn):
-        assert Objective(model, VECTORS.batches(), loss_fn=loss_fn).loss() == pytest.approx(expected, rel=1e-12)
-
-
-def test_batch_losses_weigh_by_their_size():
-    def token_loss(model, batch):
-        return F.cross_entropy(model.head(model.embedding(batch["ids"])).flatten(0, 1), batch["labels"].flatten())
-
-    batches = CASES["dict batches"].batches((4, 3))
-    batches[0]["labels"][:, 1:] = -100
-    model = randomized(DictNet())
-    loss_fn = BatchLoss(token_loss, size=lambda batch: (batch["labels"] != -100).sum())
-    expected = token_loss(model, joined(batches)).item()
-    assert Objective(model, batches, loss_fn=loss_fn).loss() == pytest.approx(expected, rel=1e-6)
-    assert Objective(model, batches, loss_fn=BatchLoss(token_loss)).loss() != pytest.approx(expected, rel=1e-3)
-
-
 def test_the_loss_is_computed_in_the_type_asked_for():
-    model, batches = IMAGES.model().float(), _in_float32(IMAGES.batches())
+    model, batches = IMAGES.model().float(), in_float32(IMAGES.batches())
     in_float64 = joined([(x.double(), y) for x, y in batches])
     exact = plain_loss(copy.deepcopy(model).double().eval(), in_float64).item()
     assert Objective(model, batches, dtype=torch.float64).loss() == pytest.approx(exact, rel=1e-13)
@@ -372,15 +296,13 @@ def test_generators_are_restored_although_a_pass_is_left_halfway(untyped):
         ({"batch_norm": "interpolat"}, OptionError, "batch_norm='interpolat'.*did you mean 'interpolate'"),
         ({"batch_norm": 3}, OptionError, "batch_norm=3.*choose from 'interpolate', 'batch', 'recalibrate'"),
         ({"max_batches": 0}, OptionError, r"max_batches=0: expected a whole number, at least 1"),
+        ({"max_batches": 1.5}, OptionError, "max_batches=1.5: expected a whole number"),
         ({"allow_tf32": "yes"}, OptionError, "allow_tf32='yes': expected True or False"),
-        ({"loader": 5}, LoaderError, "loader is an object of type int; expected an iterable.*DataLoader"),
+        ({"dtype": "float64"}, OptionError, "dtype='float64' is not a floating-point type: expected torch.float32"),
+        ({"dtype": torch.int32}, OptionError, "dtype=torch.int32 is not a floating-point type"),
+        ({"device": "gpu"}, OptionError, "device='gpu' is not a device: expected 'cpu', 'cuda'"),
         ({"loader": None}, LoaderError, "loader is an object of type NoneType; expected an iterable"),
-        (
-            {"loss_fn": nn.CrossEntropyLoss(reduction="sum")},
-            LossError,
-            r"CrossEntropyLoss\(reduction='sum'\).*use reduction='mean'",
-        ),
-        ({"loss_fn": nn.MSELoss(reduction="none")}, LossError, r"MSELoss\(reduction='none'\).*use reduction='mean'"),
+        ({"loss_fn": "ce"}, LossError, "loss_fn='ce' is not a function.*an instance such as"),
     ],
 )
 def test_bad_options_are_refused_at_once(untyped, options, error, message):
@@ -403,34 +325,6 @@ def test_bad_loaders_are_described(loader, message, compute):
         compute(Objective(VECTORS.model(), loader))
 
 
-def test_a_batch_without_examples_by_its_own_size_is_refused():
-    loss_fn = BatchLoss(lambda model, batch: model(batch[0]).mean(), size=lambda batch: 0)
-    with pytest.raises(LoaderError, match="Batch 0 of the loader holds 0 examples"):
-        Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn).loss()
-
-
-@pytest.mark.parametrize(
-    ("loss_fn", "message"),
-    [
-        (lambda output, target: output.sum(1), r"loss has shape \(6,\); expected a scalar.*reduction='mean'"),
-        (lambda output, target: output.mean().item(), "loss is an object of type float; expected a scalar tensor"),
-        (lambda output, target: (output.mean(), 1), "loss is a tuple of length 2; expected a scalar tensor"),
-        (lambda output, target: output.argmax(), "loss has type torch.int64; expected a real floating-point scalar"),
-        (lambda output, target: output.mean() + 0j, "loss has type torch.complex128; expected a real floating-point"),
-        (BatchLoss(lambda model, batch: {"loss": 1}), "loss is a mapping with keys 'loss'; expected a scalar"),
-    ],
-)
-def test_bad_losses_are_described(untyped, loss_fn, message):
-    with pytest.raises(LossError, match=message):
-        Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn).loss()
-
-
-def test_a_loss_that_is_not_finite_is_placed():
-    assert finite_loss(torch.tensor(0.5), Batch(3, 7, None)) == 0.5
-    with pytest.raises(NonFiniteError, match=r"The loss is inf at batch 3 \(7 examples\), at alpha=0.5\. Check"):
-        finite_loss(torch.tensor(torch.inf), Batch(3, 7, None), ", at alpha=0.5")
-
-
 @pytest.mark.parametrize(
     ("state", "message"),
     [
@@ -444,143 +338,6 @@ def test_a_loss_that_is_not_finite_is_placed():
 def test_bad_states_are_named(state, message, compute):
     with pytest.raises(DirectionError, match=message):
         compute(Objective(VECTORS.model(), []), state)
-
-
-def _with_parameter(tensor):
-    model = nn.Linear(2, 2)
-    model.extra = nn.Parameter(tensor, requires_grad=False)
-    return model
-
-
-def _old_weight_norm():
-    # What torch.nn.utils.weight_norm leaves behind: an attribute that is a node of the graph.
-    model = nn.Linear(2, 2)
-    model.computed = model.weight * 2
-    return model
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (
-            lambda: _with_parameter(torch.arange(3)),
-            "'extra' has type torch.int64.*real floating.*Register it as a bu",
-        ),
-        (lambda: _with_parameter(torch.ones(3, dtype=torch.complex64)), "'extra' has type torch.complex64"),
-        (
-            lambda: nn.Sequential(nn.LazyLinear(3)),
-            "Parameter '0.weight' is uninitialised: run the network on one",
-        ),
-        (lambda: nn.LazyBatchNorm1d(affine=False), "Buffer 'running_mean' is uninitialised: run the network on one"),
-        (_old_weight_norm, "Linear cannot be copied.*copy.deepcopy.*torch.nn.utils.parametrizations"),
-    ],
-)
-def test_networks_that_cannot_move_are_refused_at_once(make, message):
-    with pytest.raises(UnsupportedModelError, match=message):
-        Objective(make(), [])
-
-
-def test_movable_entries_are_parameters_once_and_statistics_by_policy():
-    parameters = ("encoder.weight", "encoder.bias", "middle.weight", "middle.bias", "decoder.bias")
-    assert movable_entries(TiedNet(), "interpolate") == parameters
-    conv = IMAGES.model()
-    statistics = ("bn1.running_mean", "bn1.running_var", "bn2.running_mean", "bn2.running_var")
-    parameters = tuple(name for name, _ in conv.named_parameters())
-    assert set(movable_entries(conv, "interpolate")) == {*parameters, *statistics}
-    in_order = tuple(name for name in conv.state_dict() if "num_batches" not in name)
-    assert movable_entries(conv, "interpolate") == in_order
-    assert movable_entries(conv, "batch") == movable_entries(conv, "recalibrate") == parameters
-
-
-def test_leaves_are_new_and_leave_the_state_alone():
-    state = {"a": torch.ones(2), "b": torch.ones(2, requires_grad=True) * 2}
-    leaves = as_leaves(state)
-    assert all(leaf.is_leaf and leaf.requires_grad for leaf in leaves.values())
-    assert not state["a"].requires_grad
-    torch.testing.assert_close(leaves, state, rtol=0, atol=0)
-
-
-def test_a_data_set_is_not_a_loader(untyped):
-    data = torch.utils.data.TensorDataset(torch.ones(4, 5), torch.zeros(4))
-    with pytest.raises(LoaderError, match=r"data set \(TensorDataset\), which yields examples.*DataLoader\(dataset"):
-        Objective(VECTORS.model(), data)
-
-
-@pytest.mark.parametrize("use", ["gradient", "project", "product"])
-def test_a_loss_cut_off_from_the_network_is_refused(use):
-    objective = Objective(VECTORS.model(), VECTORS.batches(), loss_fn=lambda out, y: F.cross_entropy(out.detach(), y))
-    direction = {name: torch.ones_like(tensor) for name, tensor in objective.state().items()}
-    with pytest.raises(LossError, match=r"does not depend on any entry.*\.detach\(\)"):
-        {
-            "gradient": objective.gradient,
-            "project": lambda: project_hessian(objective, {}, [direction]),
-            "product": lambda: HessianOperator(objective) @ direction,
-        }[use]()
-
-
-@pytest.mark.parametrize("policy", ["batch", "recalibrate"])
-def test_a_batch_too_small_for_its_statistics_names_the_module(policy):
-    network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    batches = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.long)), (torch.ones(1, 2), torch.zeros(1).long())]
-    with pytest.raises(LoaderError, match=r"Module '1' has one value a channel \(input of shape \(1, 3\)\).*drop_last"):
-        Objective(network, batches, batch_norm=policy).loss()
-
-
-# Networks whose loss is not a function of the state
-
-
-class _ListOfWeights(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(5, 3)
-        self.weights = [self.layer.weight]
-
-    def forward(self, x):
-        return F.linear(x, self.weights[0], self.layer.bias)
-
-
-def _with_closure():
-    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
-    original = model[0].forward
-    model[0].forward = lambda x: original(x)
-    return model
-
-
-@pytest.mark.parametrize(("make", "name"), [(_ListOfWeights, "layer.weight"), (_with_closure, "0.(weight|bias)")])
-def test_a_network_that_reaches_past_the_state_is_refused(make, name):
-    model = make().double()
-    with untouched(model), pytest.raises(UnsupportedModelError, match=f"'{name}' of the network itself.*BatchLoss"):
-        Objective(model, VECTORS.batches()).loss()
-
-
-def test_a_loss_that_refers_to_the_network_is_refused_and_a_batch_loss_is_not():
-    model = VECTORS.model()
-
-    def penalty(network):
-        return sum((parameter**2).sum() for parameter in network.parameters())
-
-    with pytest.raises(UnsupportedModelError, match="instead of the state at hand.*loss_fn refers to it"):
-        Objective(model, VECTORS.batches(), loss_fn=lambda o, y: F.cross_entropy(o, y) + penalty(model)).loss()
-    loss_fn = BatchLoss(lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]) + penalty(net))
-    objective = Objective(model, VECTORS.batches(), loss_fn=loss_fn)
-    expected = Objective(model, VECTORS.batches()).loss() + penalty(model).item()
-    assert objective.loss() == pytest.approx(expected, rel=1e-12)
-    nothing = {entry: torch.zeros_like(tensor) for entry, tensor in objective.state().items()}
-    assert objective.loss(nothing) == pytest.approx(math.log(3), rel=1e-6)
-
-
-def test_another_network_in_the_loss_is_a_constant():
-    teacher = VECTORS.model(9)
-    wanted = teacher(VECTORS.batches()[0][0]).mean(0)
-    student = Objective(VECTORS.model(), VECTORS.batches(), loss_fn=lambda out, _: ((out - wanted) ** 2).mean())
-    assert student.gradient().keys() == student.state().keys()
-
-
-def test_entries_changed_in_place_are_named():
-    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.1), nn.Flatten(), nn.Linear(8, 3)).double()
-    batches = [(torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1]))]
-    with untouched(model), pytest.raises(UnsupportedModelError, match="changes '0.weight' in place.*max_norm"):
-        Objective(model, batches).loss(dict(model.named_parameters()))
 
 
 def test_a_state_dict_is_a_state():
@@ -601,32 +358,3 @@ def test_values_that_are_not_finite_name_their_entry():
     for compute in (Objective.loss, Objective.gradient):
         with pytest.raises(NonFiniteError, match=r"Entry '0.bias' of the (network|state) has 1 of 6 values"):
             compute(Objective(model, VECTORS.batches()))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"max_batches": 1.5}, OptionError, "max_batches=1.5: expected a whole number"),
-        ({"dtype": "float64"}, OptionError, "dtype='float64' is not a floating-point type: expected torch.float32"),
-        ({"dtype": torch.int32}, OptionError, "dtype=torch.int32 is not a floating-point type"),
-        ({"device": "gpu"}, OptionError, "device='gpu' is not a device: expected 'cpu', 'cuda'"),
-        ({"loss_fn": "ce"}, LossError, "loss_fn='ce' is not a function.*an instance such as"),
-        ({"loss_fn": nn.CrossEntropyLoss}, LossError, r"pass an instance such as torch.nn.CrossEntropyLoss\(\)"),
-        ({"loss_fn": functools.partial(F.cross_entropy, reduction="sum")}, LossError, "reduction='sum'.*use reduction"),
-    ],
-)
-def test_misuse_is_refused_by_name(options, error, message, untyped):
-    with pytest.raises(error, match=message):
-        Objective(VECTORS.model(), VECTORS.batches(), **options)
-
-
-def test_what_is_no_network_is_refused(untyped):
-    with pytest.raises(UnsupportedModelError, match="model is a mapping.*expected a torch.nn.Module. Load a"):
-        Objective(VECTORS.model().state_dict(), [])
-    with pytest.raises(UnsupportedModelError, match="model_b is an object of type int; expected a torch.nn.Module"):
-        Segment(VECTORS.model(), 3)
-
-
-def test_the_type_of_a_mixed_network_holds_all_its_entries():
-    mixed = nn.Sequential(nn.Linear(5, 4).bfloat16(), nn.Linear(4, 3))
-    assert Objective(mixed, []).dtype == torch.float32

@@ -77,6 +77,20 @@ class SelfAttention(nn.Module):
         return self.fc(self.attention(x, x, x)[0].mean(1))
 
 
+class AlwaysDropout(nn.Module):
+    """Drops values in evaluation mode, too."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+class StubbornDropout(nn.Dropout):
+    """Stays in training mode."""
+
+    def train(self, mode=True):
+        return super().train(True)
+
+
 def _dropout_mlp():
     return nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5), nn.ReLU(), nn.Linear(6, 3))
 
@@ -107,6 +121,11 @@ def joined(batches):
     if isinstance(batches[0], dict):
         return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     return tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+
+
+def in_float32(batches):
+    """Pairs of tensors, the floating-point ones in single precision."""
+    return [tuple(t.float() if t.is_floating_point() else t for t in batch) for batch in batches]
 
 
 def plain_loss(model, data, loss_fn=None):

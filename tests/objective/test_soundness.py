@@ -1,0 +1,148 @@
+"""Claim: a network whose loss is not a function of its state is refused at the first batch, with what is at fault."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmc_curvature import BatchLoss, Objective
+from lmc_curvature.errors import UnsupportedModelError
+from tests.support.networks import NETWORKS, AlwaysDropout, StubbornDropout, untouched
+
+VECTORS = NETWORKS["LayerNorm and GELU"]
+X, Y = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+
+
+class Noise(nn.Module):
+    def __init__(self, draw):
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x):
+        return x + self.draw()
+
+
+DRAWING = {
+    "functional dropout": AlwaysDropout,
+    "dropout that stays on": StubbornDropout,
+    "torch": lambda: Noise(lambda: torch.randn(())),
+    "numpy": lambda: Noise(lambda: np.random.rand()),  # noqa: NPY002
+    "random": lambda: Noise(random.random),
+}
+drawing = pytest.mark.parametrize("make", DRAWING.values(), ids=DRAWING)
+
+
+@drawing
+def test_the_drawing_module_is_named(make):
+    layer = make()
+    network = nn.Sequential(nn.Linear(4, 4), nn.ModuleDict({"inner": layer, "unused": AlwaysDropout()})["inner"])
+    network = nn.Sequential(network, nn.Linear(4, 3))
+    with untouched(network), pytest.raises(UnsupportedModelError) as caught:
+        Objective(network, [(X, Y)]).loss()
+    assert str(caught.value).startswith(f"Module '0.1' ({type(layer).__name__}) draws random numbers")
+    assert "Switch the randomness off" in str(caught.value)
+    assert "training=self.training" in str(caught.value)
+
+
+@drawing
+def test_a_loss_that_draws_is_refused(make):
+    noise, network = make(), nn.Linear(4, 3)
+    for loss_fn in (
+        lambda output, target: F.cross_entropy(noise(output), target),
+        BatchLoss(lambda model, batch: F.cross_entropy(noise(model(batch[0])), batch[1])),
+    ):
+        with untouched(network), pytest.raises(UnsupportedModelError, match="^The loss draws random numbers"):
+            Objective(network, [(X, Y)], loss_fn=loss_fn).gradient()
+
+
+def test_a_network_that_draws_by_itself_is_refused():
+    with pytest.raises(UnsupportedModelError, match="^The network draws random numbers"):
+        Objective(Noise(lambda: torch.rand(6, 4)), [(X, Y)]).loss()
+
+
+class _DrawingLoss(nn.Module):
+    def forward(self, output, target):
+        return F.cross_entropy(F.dropout(output), target)
+
+
+def test_a_loss_module_that_draws_is_refused():
+    with pytest.raises(UnsupportedModelError, match="^The loss_fn draws random numbers"):
+        Objective(nn.Linear(4, 3), [(X, Y)], loss_fn=_DrawingLoss()).loss()
+
+
+def test_noise_from_a_generator_of_its_own_is_refused():
+    generator = torch.Generator().manual_seed(0)
+    noise = nn.Linear(2, 2)
+    noise.register_forward_hook(lambda _module, _args, output: output + torch.randn(2, generator=generator))
+    with pytest.raises(UnsupportedModelError, match="a module draws from a generator of its own"):
+        Objective(noise, [(torch.ones(3, 2), torch.zeros(3, dtype=torch.long))]).loss()
+
+
+def test_randomness_is_looked_for_once():
+    calls = []
+
+    def loss_fn(output, target):
+        calls.append(1)
+        return F.cross_entropy(output, target)
+
+    objective = Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn)
+    counts = [(objective.loss(), len(calls))[1] for _ in range(2)]
+    assert counts == [5, 8], "three batches, and the first one twice more"
+
+
+class _ListOfWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.weights = [self.layer.weight]
+
+    def forward(self, x):
+        return F.linear(x, self.weights[0], self.layer.bias)
+
+
+def _with_closure():
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 3))
+    original = model[0].forward
+    model[0].forward = lambda x: original(x)
+    return model
+
+
+@pytest.mark.parametrize(("make", "name"), [(_ListOfWeights, "layer.weight"), (_with_closure, "0.(weight|bias)")])
+def test_a_network_that_reaches_past_the_state_is_refused(make, name):
+    model = make().double()
+    with untouched(model), pytest.raises(UnsupportedModelError, match=f"'{name}' of the network itself.*BatchLoss"):
+        Objective(model, VECTORS.batches()).loss()
+
+
+def test_a_loss_that_refers_to_the_network_is_refused_and_a_batch_loss_is_not():
+    model = VECTORS.model()
+
+    def penalty(network):
+        return sum((parameter**2).sum() for parameter in network.parameters())
+
+    with pytest.raises(UnsupportedModelError, match="instead of the state at hand.*loss_fn refers to it"):
+        Objective(model, VECTORS.batches(), loss_fn=lambda o, y: F.cross_entropy(o, y) + penalty(model)).loss()
+    loss_fn = BatchLoss(lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]) + penalty(net))
+    objective = Objective(model, VECTORS.batches(), loss_fn=loss_fn)
+    expected = Objective(model, VECTORS.batches()).loss() + penalty(model).item()
+    assert objective.loss() == pytest.approx(expected, rel=1e-12)
+    nothing = {entry: torch.zeros_like(tensor) for entry, tensor in objective.state().items()}
+    assert objective.loss(nothing) == pytest.approx(math.log(3), rel=1e-6)
+
+
+def test_another_network_in_the_loss_is_a_constant():
+    teacher = VECTORS.model(9)
+    wanted = teacher(VECTORS.batches()[0][0]).mean(0)
+    student = Objective(VECTORS.model(), VECTORS.batches(), loss_fn=lambda out, _: ((out - wanted) ** 2).mean())
+    assert student.gradient().keys() == student.state().keys()
+
+
+def test_entries_changed_in_place_are_named():
+    model = nn.Sequential(nn.Embedding(7, 4, max_norm=0.1), nn.Flatten(), nn.Linear(8, 3)).double()
+    batches = [(torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1]))]
+    with untouched(model), pytest.raises(UnsupportedModelError, match="changes '0.weight' in place.*max_norm"):
+        Objective(model, batches).loss(dict(model.named_parameters()))
