@@ -34,7 +34,7 @@ from benchmarks.support.problems import Problem, image_problem
 from benchmarks.support.profiling import add_profile, profile_table
 from benchmarks.support.timing import Measurement, Road, Run, measure
 from lmc_curvature import HessianOperator
-from lmc_curvature.curvature.blocks.blocks import layer_hessian
+from lmc_curvature.curvature.blocks import layer_hessian
 
 OURS = "layer_hessian"
 TORCH = "torch.func.hessian"

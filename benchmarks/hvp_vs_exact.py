@@ -20,7 +20,7 @@ from benchmarks.support.peers import curvlinops_columns, curvlinops_hessian, ins
 from benchmarks.support.problems import Problem, mlp_problem
 from benchmarks.support.timing import Measurement, Road, measure
 from lmc_curvature import HessianOperator
-from lmc_curvature.curvature.blocks.blocks import layer_hessian
+from lmc_curvature.curvature.blocks import layer_hessian
 
 # Hidden widths, for 114, 330, 1,045, 3,138 and 10,090 parameters.
 WIDTHS = {"full": (4, 10, 23, 46, 90), "quick": (4, 10, 23), "smoke": (2, 4)}

@@ -199,7 +199,7 @@ class Objective:
         return {name: to_device(tensor.detach(), self.device, self.dtype) for name, tensor in state.items()}
 
     @contextlib.contextmanager
-    def one_pass(self, *, progress: bool = False, description: str = "batches") -> Iterator[Iterator[Batch]]:
+    def one_pass(self, *, progress: bool | None = False, description: str = "batches") -> Iterator[Iterator[Batch]]:
         """Visit the loader once: `with objective.one_pass() as batches: for batch in batches: …`.
 
         A shuffling or augmenting loader draws from the global random number generators; they are restored when
@@ -211,7 +211,7 @@ class Objective:
         total = loader_length(self.loader, self.max_batches)
         with (
             global_rng_preserved(),
-            tqdm(total=total, desc=description, disable=not progress, leave=False) as bar,
+            tqdm(total=total, desc=description, disable=None if progress is None else not progress, leave=False) as bar,
         ):
             yield self._visit(bar)
 

@@ -32,7 +32,7 @@ class DifferentiableConvolutions(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._left_out: set[int] = set()
-        self._linear = False
+        self._is_linear = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLUTIONS:
@@ -59,11 +59,11 @@ class DifferentiableConvolutions(TorchFunctionMode):
 
         Enough for the derivative of Jᵀu in the cotangent u, which is as much work as a forward pass of tangents.
         """
-        self._linear = True
+        self._is_linear = True
         try:
             yield
         finally:
-            self._linear = False
+            self._is_linear = False
 
     def needs(self, weight: Tensor) -> bool:
         """Whether the backward pass under way needs a derivative in a weight."""
@@ -72,7 +72,7 @@ class DifferentiableConvolutions(TorchFunctionMode):
     @property
     def needs_operands(self) -> bool:
         """Whether the backward pass under way differentiates gradients in more than their slopes."""
-        return not self._linear
+        return not self._is_linear
 
 
 def _convolve(
