@@ -1,24 +1,15 @@
 """Claim: every backend computes the curvature of the same function, or says what it cannot do."""
 
+import importlib
 import sys
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lmc_curvature import HessianOperator, Objective
-from lmc_curvature.curvature.backends import backends
-from lmc_curvature.curvature.backends.backends import (
-    BACKENDS,
-    PeerHessian,
-    hessian_diagonal,
-    hessian_eigenvalues,
-    hessian_operator,
-    hessian_trace,
-    hessian_vector_product,
-)
+from lmc_curvature import HessianOperator, Objective, hessian_operator, spectral_density, top_eigenpairs, trace
+from lmc_curvature.curvature.backends import BACKENDS
 from lmc_curvature.errors import BackendError, DirectionError, NonFiniteError, OptionError, UnsupportedModelError
 from tests.support.cases import CASES
 from tests.support.networks import augmenting_loader, rng_states, untouched
@@ -44,26 +35,6 @@ def _objective(name="tied weights", **options):
     return Objective(case.model(), case.batches(), **{**case.options, **options})
 
 
-def _sequential(*, convolutional=False, loss="classes"):
-    """A network that BackPACK knows whole, with data in uneven batches."""
-    torch.manual_seed(0)
-    layers = (
-        [nn.Conv2d(2, 3, 3), nn.Sigmoid(), nn.Sequential(nn.Conv2d(3, 2, 2), nn.Tanh()), nn.Flatten(), nn.Linear(8, 3)]
-        if convolutional
-        else [nn.Linear(5, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)]
-    )
-    shape = (2, 5, 5) if convolutional else (5,)
-    sizes = (6, 3)
-    batches = [
-        (
-            torch.randn(n, *shape, dtype=torch.float64),
-            torch.randint(3, (n,)) if loss == "classes" else torch.randn(n, 3, dtype=torch.float64),
-        )
-        for n in sizes
-    ]
-    return nn.Sequential(*layers).double(), batches
-
-
 # torch's forward mode is wrong, or has a gap, in these: see `test_wrong_products_are_refused`.
 _WITHOUT_FORWARD_MODE = {"conv, batch", "conv, recalibrate", "LayerNorm and GELU", "attention"}
 
@@ -85,10 +56,10 @@ def test_operands_of_every_kind(backend):
     there = CASES["tied weights"].model(5).state_dict()
     H = HessianOperator(objective, there)
     v = torch.randn(H.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    product = hessian_vector_product(objective, there, v, backend=backend)
+    P = hessian_operator(objective, there, backend=backend)
+    product = P @ v
     torch.testing.assert_close(product, H @ v, rtol=1e-9, atol=1e-12)
-    as_state = hessian_vector_product(objective, there, H.unflatten(v), backend=backend)
-    torch.testing.assert_close(H.flatten(as_state), H @ v, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(H.flatten(P @ P.unflatten(v)), H @ v, rtol=1e-9, atol=1e-12)
     assert not torch.allclose(product, HessianOperator(objective) @ v, rtol=1e-3)
 
 
@@ -117,14 +88,40 @@ def test_wrong_products_are_refused(name):
         torch.testing.assert_close(product, HessianOperator(_objective(name)) @ torch.ones(H.shape[1]).double())
 
 
-def test_a_backend_that_computes_something_else_is_refused(monkeypatch, peer):
-    def wrong(self, vectors):
-        return [2.0 * vector for vector in vectors]
+# The function or method of each library that makes its products.
+PRODUCTS = {
+    "curvlinops": ("curvlinops", "HessianLinearOperator", "__matmul__"),
+    "pyhessian": ("pyhessian.utils", "hessian_vector_product"),
+    "backpack": ("backpack.hessianfree.hvp", "hessian_vector_product"),
+}
 
-    monkeypatch.setattr(backends._BATCHES[peer], "_multiply", wrong)
+
+def test_a_backend_that_computes_something_else_is_refused(monkeypatch, peer):
+    module, *path, name = PRODUCTS[peer]
+    owner = importlib.import_module(module)
+    for part in path:
+        owner = getattr(owner, part)
+    vectors = {"curvlinops": 1, "pyhessian": 2, "backpack": 2}[peer]
+    monkeypatch.setattr(owner, name, lambda *args, **options: [2.0 * vector for vector in args[vectors]])
     H = hessian_operator(_objective(), backend=peer)
     with pytest.raises(BackendError, match=f"backend='{peer}'.*off by.*on the first batch.*another backend"):
         H @ torch.ones(H.shape[1], dtype=torch.float64)
+
+
+def test_spectra_and_diagonals_are_those_of_our_own_products(peer):
+    objective = _objective()
+    H, P = (hessian_operator(objective, backend=name, layers="middle") for name in ("native", peer))
+    for which in ("largest", "magnitude"):
+        found, expected = (top_eigenpairs(operator, 2, which=which).values for operator in (P, H))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    found, expected = (trace(operator, probes=12) for operator in (P, H))
+    assert found.value == pytest.approx(expected.value, rel=1e-9)
+    assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-6)
+    found, expected = (spectral_density(operator, probes=2, steps=8) for operator in (P, H))
+    assert not found.exact
+    np.testing.assert_allclose(found.nodes, expected.nodes, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(P.diagonal(), H.diagonal(), rtol=1e-9, atol=1e-12)
 
 
 class Partly(nn.Module):
@@ -158,146 +155,9 @@ def test_single_precision_agrees(peer):
     torch.testing.assert_close(product, H @ v, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("layers", [None, "middle"])
-def test_eigenvalues_are_those_of_the_dense_matrix(backend, k, layers):
-    objective = _objective()
-    dense = HessianOperator(objective, layers=layers).to_dense()
-    expected = torch.linalg.eigvalsh(dense)
-    expected = expected[expected.abs().argsort(descending=True)][:k]
-    if backend == "backpack":
-        with pytest.raises(BackendError, match=r"'backpack' does not compute eigenvalues; these do: 'native', 'curvl"):
-            hessian_eigenvalues(objective, k=k, backend=backend)
-        return
-    found = hessian_eigenvalues(objective, k=k, backend=backend, layers=layers, tolerance=1e-7)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
-
-
-def test_all_eigenvalues_may_be_asked_for():
-    pytest.importorskip("curvlinops", reason="curvlinops is not installed")
-    objective = Objective(
-        nn.Linear(2, 1).double(), [(torch.eye(2).double(), torch.ones(2, 1).double())], loss_fn=F.mse_loss
-    )
-    expected = torch.linalg.eigvalsh(HessianOperator(objective).to_dense()).flip(0)
-    for backend in ("native", "curvlinops"):
-        torch.testing.assert_close(
-            hessian_eigenvalues(objective, k=3, backend=backend), expected, rtol=1e-9, atol=1e-12
-        )
-
-
-@pytest.mark.parametrize("k", [0, 91])
-def test_a_bad_number_of_eigenvalues_is_named(k, backend):
-    if backend != "backpack":
-        with pytest.raises(OptionError, match=f"k={k}: expected .* from 1 to 90"):
-            hessian_eigenvalues(_objective(), k=k, backend=backend)
-
-
-def test_traces_are_those_of_the_dense_matrix(backend):
-    model, batches = _sequential()
-    objective = Objective(model, batches)
-    exact = HessianOperator(objective).to_dense().trace().item()
-    estimate = hessian_trace(objective, backend=backend, probes=40)
-    if backend == "backpack":
-        assert estimate.standard_error == 0
-        assert estimate.value == pytest.approx(exact, rel=1e-9)
-    else:
-        assert 0 < estimate.standard_error < 0.5 * abs(exact)
-        assert abs(estimate.value - exact) < 4 * estimate.standard_error
-    assert hessian_trace(objective, backend=backend, probes=40) == estimate
-
-
-@pytest.mark.parametrize("backend", ["curvlinops", "pyhessian"])
-def test_traces_of_diagonal_hessians_need_no_averaging(backend):
-    # ⟨v, D v⟩ is the trace for every vector of signs.
-    pytest.importorskip(backend, reason=f"{backend} is not installed")
-    x = torch.eye(6, dtype=torch.float64) * torch.arange(1.0, 7.0, dtype=torch.float64)
-    batches = [(x[:4], torch.zeros(4, 1).double()), (x[4:], torch.zeros(2, 1).double())]
-    objective = Objective(nn.Linear(6, 1, bias=False).double(), batches, loss_fn=F.mse_loss)
-    estimate = hessian_trace(objective, backend=backend, probes=3)
-    assert estimate.value == pytest.approx(2 * 91 / 6, rel=1e-12)
-    assert estimate.standard_error == pytest.approx(0, abs=1e-12)
-
-
-def test_a_bad_number_of_probes_is_named():
-    pytest.importorskip("pyhessian", reason="pyhessian is not installed")
-    for probes in (1, 90):
-        with pytest.raises(OptionError, match=f"probes={probes}: with backend='pyhessian' .*fewer than .*90"):
-            hessian_trace(_objective(), backend="pyhessian", probes=probes)
-
-
-@pytest.mark.parametrize("convolutional", [False, True], ids=["mlp", "conv"])
-@pytest.mark.parametrize("loss", ["classes", "values"])
-@pytest.mark.parametrize("backend", ["native", "backpack"])
-def test_diagonals_are_those_of_the_dense_matrix(backend, loss, convolutional):
-    if backend != "native":
-        pytest.importorskip(backend, reason=f"{backend} is not installed")
-    model, batches = _sequential(convolutional=convolutional, loss=loss)
-    objective = Objective(model, batches, loss_fn=F.cross_entropy if loss == "classes" else nn.MSELoss())
-    H = HessianOperator(objective)
-    expected = H.unflatten(H.to_dense().diagonal())
-    with untouched(model):
-        found = hessian_diagonal(objective, backend=backend)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
-    some = hessian_diagonal(objective, backend=backend, layers=["0"])
-    torch.testing.assert_close(some, {name: expected[name] for name in ("0.weight", "0.bias")}, rtol=1e-9, atol=1e-13)
-
-
-@pytest.mark.parametrize("backend", ["curvlinops", "pyhessian"])
-def test_backends_without_diagonals_say_who_has_them(backend):
-    with pytest.raises(
-        BackendError, match=f"'{backend}' does not compute exact diagonals; these do: 'native', 'backpack'"
-    ):
-        hessian_diagonal(_objective(), backend=backend)
-
-
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(5, 5)
-
-    def forward(self, x):
-        return x + self.fc(x)
-
-
-def _shared():
-    module = nn.Linear(5, 5)
-    return [nn.Linear(5, 5), module, nn.Tanh(), module, nn.Linear(5, 3)]
-
-
-def _tied():
-    first, second = nn.Linear(5, 5), nn.Linear(5, 5)
-    second.weight = first.weight
-    return [first, nn.Tanh(), second, nn.Linear(5, 3)]
-
-
-@pytest.mark.parametrize(
-    ("layers", "options", "message"),
-    [
-        (lambda: [Residual(), nn.Linear(5, 3)], {}, r"module '0' \(Residual\) computes something that it cannot see"),
-        (lambda: [nn.LayerNorm(5), nn.Linear(5, 3)], {}, "cannot compute this diagonal.*LayerNorm"),
-        (lambda: [nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)], {}, "cannot compute this.*BatchNorm1d"),
-        (_shared, {}, "'backpack'.*more than once|tied parameters"),
-        (_tied, {}, "tied parameters"),
-        (lambda: [nn.Linear(5, 3)], {"loss_fn": nn.CrossEntropyLoss(label_smoothing=0.1)}, "not for loss_fn=CrossEntr"),
-        (lambda: [nn.Linear(5, 3)], {"loss_fn": F.l1_loss}, "not for loss_fn=l1_loss"),
-    ],
-    ids=["residual", "LayerNorm", "BatchNorm", "shared", "tied", "smoothed", "another loss"],
-)
-def test_what_backpack_cannot_do_is_named(layers, options, message):
-    pytest.importorskip("backpack", reason="backpack is not installed")
-    x, y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
-    objective = Objective(nn.Sequential(*layers()).double(), [(x, y)], **options)
-    with pytest.raises(BackendError, match=message):
-        hessian_diagonal(objective, backend="backpack")
-
-
-def test_an_unknown_backend_is_named():
-    objective = _objective()
-    for ask in (hessian_operator, hessian_eigenvalues, hessian_trace, hessian_diagonal):
-        with pytest.raises(OptionError, match="backend='pyhesian'.*did you mean 'pyhessian'"):
-            ask(objective, backend="pyhesian")
-    with pytest.raises(OptionError, match="backend='native' is not a choice"):
-        PeerHessian(objective, backend="native")
+def test_an_unknown_backend_is_named(untyped):
+    with pytest.raises(OptionError, match="backend='pyhesian'.*did you mean 'pyhessian'"):
+        hessian_operator(_objective(), backend="pyhesian")
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -310,22 +170,15 @@ def test_a_missing_package_is_named(monkeypatch, name):
 def test_the_network_and_the_generators_are_left_alone(peer):
     case = CASES["conv, interpolate"]
     model = case.model()
-    objective = Objective(model, case.batches())
     with untouched(model):
-        hessian_vector_product(objective, None, torch.ones(263, dtype=torch.float64), backend=peer)
-        if peer != "backpack":
-            hessian_eigenvalues(objective, backend=peer, layers="fc")
-            hessian_trace(objective, backend=peer, layers="fc", probes=4)
-    assert torch.get_default_dtype() == torch.float32
+        hessian_operator(Objective(model, case.batches()), backend=peer) @ torch.ones(263, dtype=torch.float64)
 
 
-def test_loaders_that_draw_random_numbers_are_restored(untyped):
-    pytest.importorskip("pyhessian", reason="pyhessian is not installed")
-    model, _ = _sequential()
-    x = torch.randn(9, 5, dtype=torch.float64)
-    objective = Objective(model, augmenting_loader(x, torch.arange(9) % 3))
+def test_loaders_that_draw_random_numbers_are_restored(peer, untyped):
+    x = torch.randn(9, 6, dtype=torch.float64)
+    objective = Objective(CASES["tied weights"].model(), augmenting_loader(x, x), loss_fn=nn.MSELoss())
     before = rng_states()
-    hessian_eigenvalues(objective, backend="pyhessian", tolerance=0.1)
+    hessian_operator(objective, backend=peer) @ torch.ones(90, dtype=torch.float64)
     assert rng_states() == before
 
 
@@ -342,18 +195,16 @@ def test_what_has_no_hessian_is_refused_as_by_ourselves(peer):
 
     objective = _objective(loss_fn=lambda out, _: Once.apply(out).pow(2).mean())
     with pytest.raises(UnsupportedModelError, match="marked once_differentiable"):
-        hessian_vector_product(objective, None, torch.ones(90), backend=peer)
+        hessian_operator(objective, backend=peer) @ torch.ones(90)
 
 
 def test_bad_input_is_refused_as_by_ourselves(peer):
     with pytest.raises(DirectionError, match=r"shape \(7,\); expected \(90,\)"):
-        hessian_vector_product(_objective(), None, torch.ones(7), backend=peer)
+        hessian_operator(_objective(), backend=peer) @ torch.ones(7)
     case = CASES["tied weights"]
     batches = case.batches()
     batches[1][0][0, 0] = torch.nan
-    objective = Objective(case.model(), batches, **case.options)
-    with pytest.raises(NonFiniteError, match="loss is nan at batch 1"):
-        hessian_vector_product(objective, None, torch.ones(90), backend=peer)
-    if peer == "pyhessian":
-        with pytest.raises(NonFiniteError, match="PyHessian's samples of the trace are not finite"):
-            hessian_trace(objective, backend=peer, probes=3)
+    for number in (1, 0):
+        objective = Objective(case.model(), batches[1 - number :], **case.options)
+        with pytest.raises(NonFiniteError, match=f"loss is nan at batch {number}"):
+            hessian_operator(objective, backend=peer) @ torch.ones(90)

@@ -205,7 +205,9 @@ def test_a_hessian_too_large_is_refused_with_its_size():
     H = HessianOperator(_objective())
     n = H.shape[0]
     size = n * n * 8 / 2**30
-    with pytest.raises(MemoryBudgetError, match=rf"{n} × {n} Hessian takes {size:.3g} GiB.*memory_gib=1e-06.*H.to_scipy"):
+    with pytest.raises(
+        MemoryBudgetError, match=rf"{n} × {n} Hessian takes {size:.3g} GiB.*memory_gib=1e-06.*H.to_scipy"
+    ):
         H.to_dense(memory_gib=1e-6)
 
 
