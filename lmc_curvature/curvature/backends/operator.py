@@ -61,8 +61,7 @@ def hessian_operator(
     if backend == "native":
         return HessianOperator(objective, state, layers=layers, partition=partition)
     load_peer(backend)
-    # A library's products are made as it makes them, one by one.
-    curvature = Curvature("Hessian", _compared_batches(backend), is_mappable=False)
+    curvature = Curvature("Hessian", _compared_batches(backend), native=False)
     return CurvatureOperator(curvature, objective, state, layers=layers, partition=partition)
 
 

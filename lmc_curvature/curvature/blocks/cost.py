@@ -30,15 +30,7 @@ class LayerShape:
         return self.affine + self.others
 
 
-@dataclass(frozen=True)
-class RoadCost:
-    """The cost of a dense block: second-order products a batch, and multiplications an example, estimated."""
-
-    products: int
-    multiplications: int
-
-
-def road_costs(first: LayerShape, second: LayerShape | None = None) -> dict[str, RoadCost]:
+def road_costs(first: LayerShape, second: LayerShape | None = None) -> dict[str, int]:
     """Cost of the block between two layers (of one with itself when `second` is None) by either road.
 
     A product through an affine map costs own = positions × parameters multiplications forth and as many back, for
@@ -58,15 +50,13 @@ def road_costs(first: LayerShape, second: LayerShape | None = None) -> dict[str,
         second: The layer that is called second.
 
     Returns:
-        Cost of `"structured"` and `"products"`.
+        Multiplications an example by `"structured"` and by `"products"`, estimated.
     """
     other = second or first
     own = first.positions * first.affine + other.positions * other.affine
     outer = other.affine * (other.positions * (1 if second is None else 2) + first.features)
-    units = first.width * first.positions
     others = first.others if second is None else first.others + second.others
-    plain = min(first.parameters, other.parameters)
     return {
-        "structured": RoadCost(units + others, units * (own + outer) + others * 2 * own),
-        "products": RoadCost(plain, plain * 2 * own),
+        "structured": first.width * first.positions * (own + outer) + others * 2 * own,
+        "products": min(first.parameters, other.parameters) * 2 * own,
     }

@@ -17,6 +17,7 @@ from lmc_curvature.curvature.operators import CurvatureOperator, HessianOperator
 from lmc_curvature.curvature.products import BatchProducts, Vectorizer, unit_vectors
 from lmc_curvature.curvature.products.derivatives import all_finite
 from lmc_curvature.errors import FallbackWarning, NonFiniteError, OptionError, check_choice, check_memory
+from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
@@ -127,7 +128,6 @@ def cross_layer_hessian(
     )
     rows = BlockLayer.of(objective.network, block.state, block.rows)
     columns = rows if layer_a == layer_b else BlockLayer.of(objective.network, block.state, block.columns)
-    affines = [layer.affine for layer in dict.fromkeys((rows, columns)) if layer.affine is not None]
     if rows.affine is None or columns.affine is None:
         if method == "structured":
             missing = layer_a if rows.affine is None else layer_b
@@ -139,31 +139,11 @@ def cross_layer_hessian(
     # What was made in inference mode could not be added to outside, where derivatives are taken.
     with torch.inference_mode(False):
         total = BlockSum(torch.zeros(block.shape, dtype=torch.float64, device=block.device), rows, columns)
-    entries = [name for name in block.state if name in {*block.rows, *block.columns}]
     vectorizer = Vectorizer(objective.rounding)
     examples = 0
     with objective.one_pass(progress=progress, description="Hessian block") as batches:
         for batch in batches:
-            needed = () if method == "products" else affines
-            gradient, calls = gradient_and_calls(objective, block.point, objective.laid_out(batch), entries, needed)
-            finite_loss(gradient.loss, batch)
-            products = BatchProducts(gradient, batch, vectorizer)
-            if method != "products":
-                try:
-                    _add_structured(total, block, products, calls, auto=method == "auto")
-                except _StructureError as reason:
-                    if method == "structured":
-                        raise OptionError(
-                            f"method='structured': at batch {batch.index}, {reason} Use method='auto' or 'products'."
-                        ) from None
-                    if isinstance(reason, _MismatchError):
-                        message = f"At the first batch, {reason} Falling back on one product for every parameter."
-                        warnings.warn(message, FallbackWarning, stacklevel=2)
-                        total.values.zero_()
-                    method = "products"
-            if method == "products":
-                side = min(total, total.T, key=lambda side: side.rows.size)
-                _add_products(side, products, side.rows.tensors, side.columns.tensors)
+            method = _add_batch(total, block, batch, method, vectorizer)
             examples += batch.size
     _mirror(total)
     if not all_finite(total.values):
@@ -180,6 +160,34 @@ class _StructureError(Exception):
 
 class _MismatchError(_StructureError):
     """A batch went the structured road, and its block is not the Hessian's."""
+
+
+def _add_batch(
+    total: BlockSum, block: CurvatureOperator, batch: Batch, method: BlockMethod, vectorizer: Vectorizer
+) -> BlockMethod:
+    """Add one batch by a road, or by products where that is not open; returns the road for the batches to come."""
+    objective = block.objective
+    affines = [] if method == "products" else total.affines
+    entries = list(total.rows.tensors | total.columns.tensors)
+    gradient, calls = gradient_and_calls(objective, block.point, objective.laid_out(batch), entries, affines)
+    finite_loss(gradient.loss, batch)
+    products = BatchProducts(gradient, batch, vectorizer)
+    if method != "products":
+        try:
+            _add_structured(total, block, products, calls, auto=method == "auto")
+            return method
+        except _StructureError as reason:
+            if method == "structured":
+                raise OptionError(
+                    f"method='structured': at batch {batch.index}, {reason} Use method='auto' or 'products'."
+                ) from None
+            if isinstance(reason, _MismatchError):
+                message = f"At the first batch, {reason} Falling back on one product for every parameter."
+                warnings.warn(message, FallbackWarning, stacklevel=3)
+                total.values.zero_()
+    side = min(total, total.T, key=lambda side: side.rows.size)
+    _add_products(side, products, side.rows.tensors, side.columns.tensors)
+    return "products"
 
 
 def _add_products(side: BlockSum, products: BatchProducts, rows: Iterable[str], columns: Iterable[str]) -> None:
@@ -226,13 +234,13 @@ def _pair(
     Raises:
         _StructureError: The layers are not what the structured road needs, or it is not the cheaper one.
     """
-    affines = [layer.affine for layer in (total.rows, total.columns) if layer.affine is not None]
-    first, second = sorted((_only_call(affine, calls) for affine in affines), key=calls.index)
+    found = sorted((_only_call(affine, calls) for affine in total.affines), key=calls.index)
+    first, second = found[0], found[-1]
     if first.examples != second.examples:
         raise _StructureError(f"one module sees {first.examples} examples and the other {second.examples}.")
     side = _side_of(total, first)
     costs = road_costs(side.rows.shape_at(first), None if first is second else side.columns.shape_at(second))
-    if auto and costs["structured"].multiplications > costs["products"].multiplications:
+    if auto and costs["structured"] > costs["products"]:
         raise _StructureError("that road is not the cheaper one.")
     if examples_interact(first, second, vectorizer):
         raise _StructureError("examples have a part in each other's loss above the layer (batch statistics?).")

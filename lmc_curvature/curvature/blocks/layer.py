@@ -22,7 +22,7 @@ class BlockLayer:
         affine: The affine module that holds most of its parameters; None if there is none.
     """
 
-    tensors: State
+    tensors: dict[str, Tensor]
     affine: AffineMap | None
 
     @classmethod
@@ -79,6 +79,12 @@ class BlockSum:
     values: Tensor
     rows: BlockLayer
     columns: BlockLayer
+
+    @property
+    def affines(self) -> list[AffineMap]:
+        """The affine modules of both layers; one of a layer with itself."""
+        both = dict.fromkeys((self.rows.affine, self.columns.affine))
+        return [affine for affine in both if affine is not None]
 
     @property
     def T(self) -> "BlockSum":  # noqa: N802 - as of a matrix

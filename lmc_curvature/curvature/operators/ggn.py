@@ -1,11 +1,10 @@
 """The generalised Gauss-Newton matrix of an objective as a linear operator."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from lmc_curvature.curvature.operators.operator import Curvature, CurvatureOperator
 from lmc_curvature.curvature.products import BatchGaussNewton
 from lmc_curvature.errors import LossError
-from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment.partition import PartitionSpec
@@ -44,9 +43,5 @@ class GGNOperator(CurvatureOperator):
                 "BatchLoss calls the network itself, so its output is not known. Pass loss_fn(output, target) with "
                 "batches (x, y), or use HessianOperator."
             )
-        curvature = Curvature("Gauss-Newton matrix", _of_batch)
+        curvature = Curvature("Gauss-Newton matrix", BatchGaussNewton)
         super().__init__(curvature, objective, state, layers=layers, partition=partition)
-
-
-def _of_batch(objective: Objective, state: State, batch: Batch, entries: Sequence[str]) -> BatchGaussNewton:
-    return BatchGaussNewton(objective, state, objective.laid_out(batch), entries)

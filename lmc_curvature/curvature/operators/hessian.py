@@ -1,10 +1,9 @@
 """The Hessian of an objective as a linear operator."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from lmc_curvature.curvature.operators.operator import Curvature, CurvatureOperator
 from lmc_curvature.curvature.products import BatchGradient
-from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment.partition import PartitionSpec
@@ -36,8 +35,4 @@ class HessianOperator(CurvatureOperator):
         layers: Iterable[str] | str | None = None,
         partition: PartitionSpec = "fused",
     ):
-        super().__init__(Curvature("Hessian", _of_batch), objective, state, layers=layers, partition=partition)
-
-
-def _of_batch(objective: Objective, state: State, batch: Batch, entries: Sequence[str]) -> BatchGradient:
-    return BatchGradient(objective, state, objective.laid_out(batch), entries)
+        super().__init__(Curvature("Hessian", BatchGradient), objective, state, layers=layers, partition=partition)

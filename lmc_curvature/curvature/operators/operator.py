@@ -36,13 +36,14 @@ class Curvature:
         name: Its name in messages.
         of_batch: `of_batch(objective, state, batch, entries)` makes the matrix of one batch at a state, for directions
             and rows among some entries.
-        is_mappable: Whether the matrix of a batch is made of torch's own differentiable operations only, so that
-            several products can be made at once.
+        native: Whether the matrix is computed here, by torch's own differentiable operations: images are then laid out
+            as the device convolves them fastest, and several products are made at once. Another library gets the
+            batch as it is, and makes its products one by one.
     """
 
     name: str
     of_batch: Callable[[Objective, State, Batch, Sequence[str]], BatchMatrix]
-    is_mappable: bool = True
+    native: bool = True
 
     def block_diagonal(self, groups: Collection[Collection[str]]) -> "Curvature":
         """The same without what is between groups of entries."""
@@ -75,6 +76,8 @@ class CurvatureOperator:
         partition: The layers.
         rows: Names of the entries that make up the rows, in the order of the state.
         columns: Likewise of the columns.
+        shape: Numbers of rows and columns.
+        device: The device that products are computed on.
 
     Raises:
         PartitionError: `layers` or `columns` names an unknown layer.
@@ -94,6 +97,7 @@ class CurvatureOperator:
     ):
         self.curvature = curvature
         self.objective = objective
+        self.device = objective.device
         self.point = {**objective.state(), **objective.place(state or {})}
         check_finite(self.point, "the state")
         self.state = {name: self.point[name] for name in objective.state()}
@@ -101,7 +105,8 @@ class CurvatureOperator:
         self._row_layers = self._names_of(layers)
         self._column_layers = self._row_layers if columns is None else self._names_of(columns)
         self.rows, self.columns = self._entries_of(self._row_layers), self._entries_of(self._column_layers)
-        self._vectorizer = Vectorizer(objective.rounding, elements=None if curvature.is_mappable else 0)
+        self.shape = (self._count(self.rows), self._count(self.columns))
+        self._vectorizer = Vectorizer(objective.rounding, elements=None if curvature.native else 0)
 
     def _names_of(self, layers: Iterable[str] | str | None) -> tuple[str, ...]:
         names = self.partition.names
@@ -110,6 +115,12 @@ class CurvatureOperator:
     def _entries_of(self, layers: Iterable[str]) -> tuple[str, ...]:
         held = {entry for layer in layers for entry in self.partition.entries(layer)}
         return tuple(name for name in self.state if name in held)
+
+    def _tensors(self, entries: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self.state[name] for name in entries}
+
+    def _count(self, entries: Iterable[str]) -> int:
+        return sum(self.state[name].numel() for name in entries)
 
     def block(self, rows: Iterable[str] | str, columns: Iterable[str] | str | None = None) -> "CurvatureOperator":
         """The block between two layers, or sets of layers; of one with itself when `columns` is None.
@@ -137,20 +148,6 @@ class CurvatureOperator:
         return CurvatureOperator(
             curvature, self.objective, self.point, layers=rows, columns=columns, partition=self.partition
         )
-
-    def _tensors(self, entries: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.state[name] for name in entries}
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Numbers of rows and columns."""
-        rows, columns = (sum(self.state[name].numel() for name in side) for side in (self.rows, self.columns))
-        return rows, columns
-
-    @property
-    def device(self) -> torch.device:
-        """The device that products are computed on."""
-        return self.objective.device
 
     @overload
     def __matmul__(self, other: Tensor) -> Tensor: ...
@@ -207,7 +204,8 @@ class CurvatureOperator:
         examples = 0
         with self.objective.one_pass(progress=False) as batches:
             for batch in batches:
-                matrix = self.curvature.of_batch(self.objective, self.point, batch, entries)
+                data = self.objective.laid_out(batch) if self.curvature.native else batch
+                matrix = self.curvature.of_batch(self.objective, self.point, data, entries)
                 finite_loss(matrix.loss, batch)
                 add(BatchProducts(matrix, batch, self._vectorizer))
                 examples += batch.size

@@ -69,10 +69,10 @@ class BatchGaussNewton:
         others = [leaf for name, leaf in self._leaves.items() if name not in leaves]
         with self._objective.differentiating_operations():
             pulled = [self._pulled[name] for name in direction]
-            with self._convolutions.linear():
+            with self._convolutions.backward(linear=True):
                 tangent = gradients(pulled, {"output": self._cotangent}, list(direction.values()))["output"]
             cotangent = gradients([self._slope], {"output": self._at}, [tangent])["output"]
-            with self._convolutions.without(others):
+            with self._convolutions.backward(without=others):
                 return gradients([self._output], leaves, [cotangent])
 
 

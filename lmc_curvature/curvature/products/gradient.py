@@ -83,7 +83,7 @@ class BatchGradient:
         leaves = self._leaves if rows is None else {name: self._leaves[name] for name in rows}
         others = [leaf for name, leaf in self._leaves.items() if name not in leaves]
         # A backward pass computes with the settings of the moment: what the objective asks for, not the user's.
-        with self._objective.differentiating_operations(), self._convolutions.without(others):
+        with self._objective.differentiating_operations(), self._convolutions.backward(without=others):
             return gradients([self._gradient[name] for name in direction], leaves, list(direction.values()))
 
 

@@ -44,7 +44,7 @@ def mapped(monkeypatch):
 
 
 def _one_by_one(operator, vectors):
-    curvature = dataclasses.replace(operator.curvature, is_mappable=False)
+    curvature = dataclasses.replace(operator.curvature, native=False)
     return CurvatureOperator(curvature, operator.objective) @ vectors
 
 
