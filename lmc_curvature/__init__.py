@@ -2,10 +2,9 @@
 
 from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
 from lmc_curvature.barrier.prediction import BarrierPrediction, predict_barrier
-from lmc_curvature.curvature.backends.backends import hessian_operator
-from lmc_curvature.curvature.blocks.blocks import cross_layer_hessian, layer_hessian
-from lmc_curvature.curvature.operators.ggn import GGNOperator
-from lmc_curvature.curvature.operators.hessian import HessianOperator
+from lmc_curvature.curvature.backends import hessian_operator
+from lmc_curvature.curvature.blocks import cross_layer_hessian, layer_hessian
+from lmc_curvature.curvature.operators import GGNOperator, HessianOperator
 from lmc_curvature.curvature.projection import Projection, project_hessian
 from lmc_curvature.curvature.spectra.density import SpectralDensity, spectral_density
 from lmc_curvature.curvature.spectra.eigenpairs import Eigenpairs, top_eigenpairs

@@ -79,7 +79,9 @@ def test_every_step_of_the_path_is_called_where_the_page_says():
 
 @pytest.mark.parametrize("page", ["words.md"])
 def test_every_word_lives_where_the_page_says(page):
-    rows = re.findall(r"^\| (.+?) \| .+ \| `([\w.]+)` in `([\w/.]+)` \|$", (DOCS / page).read_text("utf-8"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (.+?) \| .+ \| `([\w.]+)` in `([\w/.]+)` \|$", (DOCS / page).read_text("utf-8"), re.MULTILINE
+    )
     assert len(rows) > 30
     for word, name, place in rows:
         files = [PACKAGE / place] if place.endswith(".py") else sorted((PACKAGE / place).glob("*.py"))

@@ -3,7 +3,7 @@
 import pytest
 
 from lmc_curvature import LMCCurvatureError, errors
-from lmc_curvature.errors import OptionError, check_choice, suggest
+from lmc_curvature.errors import MemoryBudgetError, OptionError, check_choice, check_memory, suggest
 
 _CLASSES = [kind for name, kind in vars(errors).items() if name.endswith("Error") and kind is not LMCCurvatureError]
 
@@ -30,3 +30,10 @@ def test_a_choice_outside_is_named_with_the_nearest():
     check_choice("batch_norm", "batch", iter(["batch", "interpolate"]))
     with pytest.raises(OptionError, match=r"^color='gren' is not a choice: did you mean 'green'\?$"):
         check_choice("color", "gren", iter(["red", "green"]))
+
+
+def test_what_does_not_fit_is_named_with_its_size_and_a_remedy():
+    check_memory(4.0, 4.0, "A matrix", "take half of it.")
+    message = r"^A matrix takes 4\.01 GiB, more than memory_gib=4: take half of it\.$"
+    with pytest.raises(MemoryBudgetError, match=message):
+        check_memory(4.0101, 4.0, "A matrix", "take half of it.")

@@ -118,3 +118,8 @@ def ignores_layout(loss: Callable[[Batch], Tensor], batch: Batch) -> bool:
             return bool(torch.isclose(loss(channels_last(batch)), expected, rtol=1e-3, equal_nan=True))
         except (RuntimeError, UnsupportedModelError):
             return False
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type for sums of many numbers: float32 for half precision, which a sum does not fit into, else the same."""
+    return torch.promote_types(dtype, torch.float32)

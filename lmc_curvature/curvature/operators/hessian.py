@@ -1,10 +1,12 @@
 """The Hessian of an objective as a linear operator."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
-from lmc_curvature.curvature.operators.operator import CurvatureOperator
-from lmc_curvature.curvature.products.gradient import BatchGradient
-from lmc_curvature.objective.batches import Batch
+from lmc_curvature.curvature.operators.operator import Curvature, CurvatureOperator
+from lmc_curvature.curvature.products import BatchGradient
+from lmc_curvature.objective.network import State
+from lmc_curvature.objective.risk import Objective
+from lmc_curvature.segment.partition import PartitionSpec
 
 
 class HessianOperator(CurvatureOperator):
@@ -12,12 +14,10 @@ class HessianOperator(CurvatureOperator):
 
         H[i, j] = ∂²L(θ) / ∂θ_i ∂θ_j
 
-    A product visits the loader once, whatever the number of vectors: on each batch they share the graph of its
-    gradient. Under `"interpolate"` the running statistics are among the coordinates.
+    Its arguments and errors are those of `CurvatureOperator`.
 
     Example:
         >>> H = HessianOperator(objective)                      # doctest: +SKIP
-        >>> H.shape                                             # (n, n)
         >>> H @ torch.randn(H.shape[1])                         # a vector: shape (n,)
         >>> H @ torch.randn(H.shape[1], 5)                      # five at once: shape (n, 5), one pass over the data
         >>> H @ segment.directions()["fc"]                      # a direction: a state
@@ -25,23 +25,14 @@ class HessianOperator(CurvatureOperator):
         >>> H.block("conv1", "fc").shape                        # rows of one layer, columns of another
         >>> H.block_diagonal() @ torch.randn(H.shape[1])        # without what is between layers
         >>> scipy.sparse.linalg.eigsh(H.to_scipy(), k=3)        # extreme eigenpairs
-
-    Args:
-        objective: The loss and its data.
-        state: Where to differentiate; the objective's own state by default.
-        layers: Restrict rows and columns to a set of layers; None for the whole network.
-        partition: How the network is cut into layers; see `LayerPartition.of`.
-
-    Raises:
-        PartitionError: `layers` names an unknown layer.
-        DirectionError: The state has an unknown entry or a wrong shape.
-        NonFiniteError: The state, a vector or the loss of a batch is not finite; names the entry or the batch.
     """
 
-    _name = "Hessian"
-
-    def _on_batch(self, batch: Batch, entries: Sequence[str]) -> BatchGradient:
-        gradient = BatchGradient(self.objective, self.point, batch, entries)
-        if batch.index == 0:
-            gradient.check_twice_differentiable()
-        return gradient
+    def __init__(
+        self,
+        objective: Objective,
+        state: State | None = None,
+        *,
+        layers: Iterable[str] | str | None = None,
+        partition: PartitionSpec = "fused",
+    ):
+        super().__init__(Curvature("Hessian", BatchGradient), objective, state, layers=layers, partition=partition)

@@ -32,7 +32,7 @@ class DifferentiableConvolutions(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._left_out: set[int] = set()
-        self._linear = False
+        self._is_linear = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLUTIONS:
@@ -42,28 +42,21 @@ class DifferentiableConvolutions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
-    def without(self, weights: Iterable[Tensor]) -> Iterator[None]:
-        """Within the block, backward passes leave derivatives in some leaves out.
+    def backward(self, *, without: Iterable[Tensor] = (), linear: bool = False) -> Iterator[None]:
+        """Within the block, backward passes leave derivatives out that they do not need.
 
         torch's own operations know which derivatives a pass needs; others know only which it could need.
+
+        Args:
+            without: Leaves that no derivative is taken in.
+            linear: Differentiate gradients in the slope that they were given, and in nothing else. That is enough for
+                the derivative of Jᵀu in the cotangent u, and as much work as a forward pass of tangents.
         """
-        self._left_out = {id(weight) for weight in weights}
+        self._left_out, self._is_linear = {id(weight) for weight in without}, linear
         try:
             yield
         finally:
-            self._left_out = set()
-
-    @contextlib.contextmanager
-    def linear(self) -> Iterator[None]:
-        """Within the block, gradients differentiate in the slope that they were given, and in nothing else.
-
-        Enough for the derivative of Jᵀu in the cotangent u, which is as much work as a forward pass of tangents.
-        """
-        self._linear = True
-        try:
-            yield
-        finally:
-            self._linear = False
+            self._left_out, self._is_linear = set(), False
 
     def needs(self, weight: Tensor) -> bool:
         """Whether the backward pass under way needs a derivative in a weight."""
@@ -72,7 +65,7 @@ class DifferentiableConvolutions(TorchFunctionMode):
     @property
     def needs_operands(self) -> bool:
         """Whether the backward pass under way differentiates gradients in more than their slopes."""
-        return not self._linear
+        return not self._is_linear
 
 
 def _convolve(

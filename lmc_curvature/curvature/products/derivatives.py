@@ -34,7 +34,7 @@ def gradients(
     """
     weights = [torch.ones_like(output) for output in outputs] if weights is None else weights
     used = [(output, weight) for output, weight in zip(outputs, weights, strict=True) if output.requires_grad]
-    if not used:
+    if not used or not inputs:
         return {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
     with _naming_what_has_no_derivative():
         found = torch.autograd.grad(
@@ -50,7 +50,7 @@ def gradients(
 
 
 def operations(tensors: Iterable[Tensor]) -> Hashable:
-    """What tells the graphs of some tensors apart that are made of other operations."""
+    """A value that differs between the graphs of tensors that were computed by other operations."""
     return hash(tuple(type(node).__name__ for node in graph_nodes(tensors)))
 
 
@@ -61,7 +61,7 @@ def all_finite(derivatives: Tensor) -> bool:
 
 
 def refuse_once_differentiable(tensors: Iterable[Tensor]) -> None:
-    """Refuse what torch would differentiate twice with parts left out, without a word.
+    """Refuse a loss whose second derivative torch would take with parts left out, without a word.
 
     Args:
         tensors: A loss or an output, whose graph is looked through, and gradients of it.

@@ -34,7 +34,8 @@ class BatchGaussNewton:
 
     Raises:
         LossError: The loss is a `BatchLoss`.
-        UnsupportedModelError: The output is not one tensor, or an operation has no derivative.
+        UnsupportedModelError: The loss is not a function of the state, the output is not one tensor, or an operation
+            has no derivative; what torch would differentiate with parts left out is looked for on the first batch.
     """
 
     def __init__(self, objective: Objective, state: State, batch: Batch, entries: Iterable[str] | None = None):
@@ -42,6 +43,9 @@ class BatchGaussNewton:
         self._objective = objective
         self._leaves = as_leaves({name: state[name] for name in names})
         self._convolutions = DifferentiableConvolutions()
+        with torch.no_grad():
+            # Where it computes a loss, the objective refuses what is no function of the state: once is enough.
+            objective.memo("loss before a Gauss-Newton matrix", lambda: objective.batch_loss(state, batch).item())
         with objective.differentiating():
             with self._convolutions:
                 self._output = _single_tensor(objective.output({**state, **self._leaves}, batch))
@@ -50,20 +54,13 @@ class BatchGaussNewton:
             self._slope = gradients([loss], {"output": self._at}, create_graph=True)["output"]
             self._cotangent = torch.zeros_like(self._output, requires_grad=True)
             self._pulled = gradients([self._output], self._leaves, [self._cotangent], create_graph=True)
-        self._graph = loss
         self.loss = loss.detach()
-
-    def check_twice_differentiable(self) -> None:
-        """Refuse derivatives whose own derivative torch would leave out without a word.
-
-        Raises:
-            UnsupportedModelError: An operation's backward pass is marked once-differentiable.
-        """
-        refuse_once_differentiable([self._graph, self._slope, self._output, *self._pulled.values()])
+        if batch.index == 0:
+            refuse_once_differentiable([loss, self._slope, self._output, *self._pulled.values()])
 
     @functools.cached_property
     def operations(self) -> Hashable:
-        """What the graphs are made of."""
+        """A value that differs between batches whose output or loss is computed by other operations."""
         return operations([self._slope, self._output, *self._pulled.values()])
 
     def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -72,11 +69,11 @@ class BatchGaussNewton:
         others = [leaf for name, leaf in self._leaves.items() if name not in leaves]
         with self._objective.differentiating_operations():
             pulled = [self._pulled[name] for name in direction]
-            with self._convolutions.linear():
+            with self._convolutions.backward(linear=True):
                 tangent = gradients(pulled, {"output": self._cotangent}, list(direction.values()))["output"]
-            curved = gradients([self._slope], {"output": self._at}, [tangent])["output"]
-            with self._convolutions.without(others):
-                return gradients([self._output], leaves, [curved])
+            cotangent = gradients([self._slope], {"output": self._at}, [tangent])["output"]
+            with self._convolutions.backward(without=others):
+                return gradients([self._output], leaves, [cotangent])
 
 
 def _single_tensor(output: Any) -> Tensor:

@@ -12,6 +12,7 @@ from lmc_curvature.curvature.products.derivatives import gradients, operations, 
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import check_differentiable
 from lmc_curvature.objective.network import State, as_leaves
+from lmc_curvature.objective.numerics import wide_dtype
 from lmc_curvature.objective.risk import Objective
 
 
@@ -34,7 +35,8 @@ class BatchGradient:
 
     Raises:
         LossError: The loss does not depend on the state.
-        UnsupportedModelError: An operation has no second derivative; `product` raises it, too.
+        UnsupportedModelError: An operation has no second derivative. `product` raises it, too; an operation that torch
+            would differentiate twice with parts left out, without a word, is looked for on the first batch.
     """
 
     def __init__(self, objective: Objective, state: State, batch: Batch, entries: Iterable[str] | None = None):
@@ -51,39 +53,45 @@ class BatchGradient:
             self._gradient = gradients([loss], self._leaves, create_graph=True)
         self._graph = loss
         self.loss = loss.detach()
-
-    def check_twice_differentiable(self) -> None:
-        """Refuse a gradient whose own derivative torch would leave out without a word.
-
-        Raises:
-            UnsupportedModelError: An operation's backward pass is marked once-differentiable.
-        """
-        refuse_once_differentiable([self._graph, *self._gradient.values()])
+        if batch.index == 0:
+            refuse_once_differentiable([self._graph, *self._gradient.values()])
 
     @functools.cached_property
     def operations(self) -> Hashable:
-        """What the graph is made of."""
+        """A value that differs between batches whose loss is computed by other operations."""
         return operations([self._graph, *self._gradient.values()])
 
     def slope(self, direction: State) -> Float[Tensor, ""]:
         """⟨∇L, v⟩ for a direction v."""
         return inner({name: tensor.detach() for name, tensor in self._gradient.items()}, direction)
 
+    def at(self, values: Sequence[Tensor]) -> list[Tensor | None]:
+        """∇L in values that the network computed on its way, part of a graph; None for one without a part in the loss.
+
+        Args:
+            values: Tensors of the graph that the loss was computed by.
+        """
+        active = [value for value in values if value.requires_grad and self._graph.requires_grad]
+        if not active:
+            return [None] * len(values)
+        with self._objective.differentiating():
+            found = iter(torch.autograd.grad(self._graph, active, create_graph=True, allow_unused=True))
+        return [next(found) if value.requires_grad else None for value in values]
+
     def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
         """H v for a sparse direction v: entry name to tensor, for the entries in `rows` (default: all)."""
         leaves = self._leaves if rows is None else {name: self._leaves[name] for name in rows}
         others = [leaf for name, leaf in self._leaves.items() if name not in leaves]
         # A backward pass computes with the settings of the moment: what the objective asks for, not the user's.
-        with self._objective.differentiating_operations(), self._convolutions.without(others):
+        with self._objective.differentiating_operations(), self._convolutions.backward(without=others):
             return gradients([self._gradient[name] for name in direction], leaves, list(direction.values()))
 
 
 def inner(a: State, b: State) -> Float[Tensor, ""]:
     """⟨a, b⟩ over the entries of `b`, which `a` must have."""
-    products = [torch.dot(_precise(a[name]), _precise(tensor)) for name, tensor in b.items()]
+    products = [torch.dot(_wide(a[name]), _wide(tensor)) for name, tensor in b.items()]
     return torch.stack(products).sum()
 
 
-def _precise(tensor: Tensor) -> Float[Tensor, " n"]:
-    """The values as a vector, half-precision ones as float32: a sum of many does not fit into half a number."""
-    return tensor.flatten().to(torch.promote_types(tensor.dtype, torch.float32))
+def _wide(tensor: Tensor) -> Float[Tensor, " n"]:
+    return tensor.flatten().to(wide_dtype(tensor.dtype))

@@ -7,8 +7,7 @@ from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.func import functional_call, hessian, jacrev
 
-from lmc_curvature import HessianOperator, Objective
-from lmc_curvature.curvature.operators.ggn import GGNOperator
+from lmc_curvature import GGNOperator, HessianOperator, Objective
 from lmc_curvature.errors import (
     LossError,
     MemoryBudgetError,
@@ -127,7 +126,7 @@ def test_it_is_the_hessian_where_every_example_is_fitted():
 
 def test_blocks_vectors_and_states_agree():
     case = CASES["conv, interpolate"]
-    objective = Objective(case.model(), case.batches())
+    objective = Objective(case.model(), case.batches((6, 3)))
     G = GGNOperator(objective)
     dense = G.to_dense()
     assert torch.linalg.eigvalsh(dense)[0] > -1e-12
@@ -238,7 +237,7 @@ def test_bad_input_is_named():
     x, y, batches = _data((5,), "classes")
     G = GGNOperator(Objective(_classifier().double(), batches))
     with pytest.raises(MemoryBudgetError, match=r"A dense 64 × 64 Gauss-Newton matrix takes 3.05e-05 GiB"):
-        G.to_dense(max_gib=1e-9)
+        G.to_dense(memory_gib=1e-9)
     with pytest.raises(PartitionError, match="no layer '3'"):
         G.block("3")
     x[0, 0] = torch.nan

@@ -62,7 +62,7 @@ def test_derivatives_that_are_left_out_change_no_other():
         loss = F.conv2d(torch.tanh(F.conv2d(x, w, padding=2)), v).pow(3).sum()
     slopes = torch.autograd.grad(loss, [w, v], create_graph=True)
     both = torch.autograd.grad(slopes, [w, v], [torch.ones_like(w), torch.ones_like(v)], retain_graph=True)
-    with mode.without([v]):
+    with mode.backward(without=[v]):
         (alone,) = torch.autograd.grad(slopes, [w], [torch.ones_like(w), torch.ones_like(v)], retain_graph=True)
     torch.testing.assert_close(alone, both[0], rtol=1e-12, atol=1e-12)
     again = torch.autograd.grad(slopes, [w, v], [torch.ones_like(w), torch.ones_like(v)])
@@ -82,7 +82,7 @@ def test_a_derivative_in_the_cotangent_alone_is_a_forward_pass_of_tangents():
     cotangent = torch.zeros_like(output, requires_grad=True)
     pulled = torch.autograd.grad(output, [w, v], cotangent, create_graph=True)
     tangents = [torch.randn_like(w), torch.randn_like(v)]
-    with mode.linear():
+    with mode.backward(linear=True):
         (found,) = torch.autograd.grad(pulled, [cotangent], tangents)
     _, expected = torch.func.jvp(network, (w.detach(), v.detach()), tuple(tangents))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -1,23 +1,17 @@
 """Claim: products made at once are those made one by one, and are made at once where that is meant to pay."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmc_curvature import BatchLoss, HessianOperator, Objective
-from lmc_curvature.curvature.blocks.blocks import layer_hessian
-from lmc_curvature.curvature.operators.ggn import GGNOperator
-from lmc_curvature.curvature.products import vectorization
-from lmc_curvature.curvature.products.gradient import BatchGradient
-from lmc_curvature.curvature.products.vectorization import (
-    UnitVectors,
-    Vectorizer,
-    stacked_units,
-    unit_passes,
-    units_within,
-)
+from lmc_curvature import BatchLoss, GGNOperator, HessianOperator, Objective, layer_hessian
+from lmc_curvature.curvature.operators import Curvature, CurvatureOperator
+from lmc_curvature.curvature.products import BatchGradient, StackedDirections, Vectorizer
+from lmc_curvature.objective.batches import Batch
 from tests.support.cases import CASES
 from tests.support.networks import randomized
 
@@ -35,90 +29,77 @@ def _vectors(operator, count=7):
 @pytest.fixture
 def mapped(monkeypatch):
     """How many products each successful call of `torch.func.vmap` made."""
-    sizes, original = [], vectorization._mapped
+    sizes, original = [], torch.func.vmap
 
-    def watched(compute, directions):
-        found = original(compute, directions)
-        if found is not None:
+    def vmap(compute):
+        def watched(directions):
+            found = original(compute)(directions)
             sizes.append(len(next(iter(directions.values()))))
-        return found
+            return found
 
-    monkeypatch.setattr(vectorization, "_mapped", watched)
+        return watched
+
+    monkeypatch.setattr(torch.func, "vmap", vmap)
     return sizes
 
 
-@pytest.fixture
-def one_by_one(monkeypatch):
-    """Switches to products one by one."""
-    return lambda: monkeypatch.setattr(vectorization, "_ELEMENTS", {})
+def _one_by_one(operator, vectors):
+    curvature = dataclasses.replace(operator.curvature, native=False)
+    return CurvatureOperator(curvature, operator.objective) @ vectors
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_matrices_are_multiplied_as_one_by_one(name, mapped, one_by_one):
+def test_matrices_are_multiplied_as_one_by_one(name, mapped):
     objective = _objective(name)
     operators = [HessianOperator(objective), HessianOperator(objective).block_diagonal()]
     if objective.has_output:
         operators.append(GGNOperator(objective))
-    found = [operator @ _vectors(operator) for operator in operators]
-    columns = [torch.stack([operator @ vector for vector in _vectors(operator).T], dim=1) for operator in operators]
-    for one, other in zip(found, columns, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
-    at_once = bool(mapped)
+    for operator in operators:
+        vectors = _vectors(operator)
+        torch.testing.assert_close(operator @ vectors, _one_by_one(operator, vectors), rtol=1e-10, atol=1e-13)
     convolves = any(isinstance(module, nn.Conv2d) for module in objective.network.modules())
-    assert at_once != convolves
-    one_by_one()
-    mapped.clear()
-    for operator, one in zip(operators, found, strict=True):
-        again = operator.block(operator.partition.names)
-        torch.testing.assert_close(again @ _vectors(again), one, rtol=1e-10, atol=1e-13)
-    assert not mapped
+    assert bool(mapped) != convolves
 
 
 @pytest.mark.parametrize("name", ["LayerNorm and GELU", "attention", "tied weights"])
-def test_dense_matrices_are_those_made_one_by_one(name, mapped, one_by_one):
+def test_dense_matrices_are_those_made_one_by_one(name, mapped):
     objective = _objective(name)
-    layers = HessianOperator(objective).partition.names
-
-    def compute():
-        H = HessianOperator(objective)
-        return [
-            H.to_dense(),
-            H.block_diagonal().to_dense(),
-            H.block(layers[0], layers[-1]).to_dense(),
-            H.diagonal(),
-            GGNOperator(objective).to_dense(),
-            *(layer_hessian(objective, None, layer, method="products") for layer in layers),
-            *(layer_hessian(objective, None, layer) for layer in layers),
-        ]
-
-    found = compute()
-    assert mapped
-    one_by_one()
-    mapped.clear()
-    for one, other in zip(found, compute(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
+    H, G = HessianOperator(objective), GGNOperator(objective)
+    units = torch.eye(H.shape[1], dtype=torch.float64)
+    dense = _one_by_one(H, units)
     assert not mapped
+    layers = [H.partition.layer_of(entry) for entry, tensor in H.state.items() for _ in range(tensor.numel())]
+    places = {layer: torch.tensor([layer == other for other in layers]) for layer in H.partition.names}
+    first, last = H.partition.names[0], H.partition.names[-1]
+    pairs = [
+        (H.to_dense(), dense),
+        (H.block_diagonal().to_dense(), torch.block_diag(*(dense[place][:, place] for place in places.values()))),
+        (H.block(first, last).to_dense(), dense[places[first]][:, places[last]]),
+        (H.diagonal(), dense.diagonal()),
+        (G.to_dense(), _one_by_one(G, units)),
+        *((layer_hessian(objective, None, n, method="products"), dense[p][:, p]) for n, p in places.items()),
+        *((layer_hessian(objective, None, n), dense[p][:, p]) for n, p in places.items()),
+    ]
+    assert mapped
+    for found, expected in pairs:
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
 
 
-def test_the_dense_matrix_is_that_of_products():
-    H = HessianOperator(_objective("conv, interpolate"))
-    products = H @ torch.eye(H.shape[1], dtype=torch.float64)
-    torch.testing.assert_close(H.to_dense(), products, rtol=1e-9, atol=1e-12)
-
-
-def test_as_many_are_made_at_once_as_fit(mapped, monkeypatch):
+def test_as_many_are_made_at_once_as_fit(mapped):
     H = HessianOperator(_objective("LayerNorm and GELU"))
     H @ _vectors(H, 20)
     assert max(mapped) >= 19
-    for elements, largest in ((2**13, 19), (2**11, 4), (2**9, 0)):
+    case = CASES["LayerNorm and GELU"]
+    gradient = BatchGradient(H.objective, H.state, Batch(0, 6, case.batches()[0]))
+    directions = StackedDirections(H.unflatten(_vectors(H, 20).T))
+    for elements, largest in ((2**13, 19), (2**11, 4), (2**9, 0), (0, 0)):
         mapped.clear()
-        monkeypatch.setattr(vectorization, "_ELEMENTS", {"cpu": elements})
-        fresh = HessianOperator(_objective("LayerNorm and GELU"))
-        fresh @ _vectors(fresh, 20)
+        vectorizer = Vectorizer(2.0**-52, elements=elements)
+        list(vectorizer.map(gradient.product, directions, "key"))
         assert max(mapped, default=0) <= largest
         made = len(mapped)
         # What was found out holds for the batches and products to come, a last single one included.
-        fresh @ _vectors(fresh, 20)
+        list(vectorizer.map(gradient.product, directions, "key"))
         assert len(mapped) >= 2 * made
 
 
@@ -184,62 +165,82 @@ class _Radial(nn.Module):
         return self.outer(torch.exp(-torch.cdist(self.inner(x), self.centres)))
 
 
-@needs_distances
-@pytest.mark.parametrize("by_name", [True, False])
-def test_an_operation_that_torch_maps_wrongly(by_name, mapped, monkeypatch):
-    if not by_name:
-        monkeypatch.setattr(vectorization, "_ALONE", ())
-    torch.manual_seed(0)
-    x, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
-    H = HessianOperator(Objective(_Radial().double(), [(x, y)]))
-    vectors = _vectors(H)
-    expected = torch.stack([H @ vector for vector in vectors.T], dim=1)
-    torch.testing.assert_close(H @ vectors, expected, rtol=1e-10, atol=1e-13)
-    # It is mapped once, and found out.
-    assert len(mapped) == (0 if by_name else 1)
-    torch.testing.assert_close(H @ vectors, expected, rtol=1e-10, atol=1e-13)
-    assert len(mapped) == (0 if by_name else 1)
+class _WronglyMapped(torch.autograd.Function):
+    """Sine, with a slope that is off where several are computed at once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, slope):
+        (x,) = ctx.saved_tensors
+        return slope * x.cos() * (1.5 if torch._C._functorch.is_batchedtensor(slope) else 1)
 
 
-class _Switching(_Radial):
-    """Measures distances in some batches only."""
+class _Misled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 6), nn.Linear(6, 3)
 
     def forward(self, x):
-        return super().forward(x) if x[0, 0] > 0 else self.outer(torch.tanh(self.inner(x)))
+        return self.outer(_WronglyMapped.apply(self.inner(x)))
 
 
-@needs_distances
-@pytest.mark.parametrize("by_name", [True, False])
-def test_an_operation_that_a_later_batch_brings(by_name, mapped, monkeypatch):
-    if not by_name:
-        monkeypatch.setattr(vectorization, "_ALONE", ())
+WRONGLY_MAPPED = pytest.mark.parametrize(
+    ("make", "found_out"),
+    [pytest.param(_Radial, 0, marks=needs_distances), (_Misled, 1)],
+    ids=["known by name", "found out"],
+)
+
+
+@WRONGLY_MAPPED
+def test_an_operation_that_is_mapped_wrongly(make, found_out, mapped):
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    H = HessianOperator(Objective(make().double(), [(x, y)]))
+    vectors = _vectors(H)
+    expected = _one_by_one(H, vectors)
+    for _ in range(2):
+        torch.testing.assert_close(H @ vectors, expected, rtol=1e-10, atol=1e-13)
+        # It is mapped once at most.
+        assert len(mapped) == found_out
+
+
+@WRONGLY_MAPPED
+def test_an_operation_that_a_later_batch_brings(make, found_out, mapped):
+    class Switching(make):
+        def forward(self, x):
+            return super().forward(x) if x[0, 0] > 0 else self.outer(torch.tanh(self.inner(x)))
+
     torch.manual_seed(0)
     x, y = torch.randn(2, 6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
     x[:, 0, 0] = torch.tensor([-1.0, 1.0])
-    H = HessianOperator(Objective(_Switching().double(), list(zip(x, [y, y], strict=True))))
+    H = HessianOperator(Objective(Switching().double(), list(zip(x, [y, y], strict=True))))
     vectors = torch.eye(H.shape[1], dtype=torch.float64)
-    expected = torch.stack([H @ vector for vector in vectors.T], dim=1)
+    expected = _one_by_one(H, vectors)
     for found in (H @ vectors, H.to_dense()):
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
     torch.testing.assert_close(H.diagonal(), expected.diagonal(), rtol=1e-10, atol=1e-13)
     assert mapped
 
 
-@needs_distances
 @pytest.mark.parametrize("scale", [1, 1e-2, 1e-4])
-def test_what_is_mapped_wrongly_and_small_beside_the_rest(scale, mapped, monkeypatch):
-    monkeypatch.setattr(vectorization, "_ALONE", ())
+def test_what_is_mapped_wrongly_and_small_beside_the_rest(scale, mapped):
+    class Beside(_Misled):
+        def __init__(self):
+            super().__init__()
+            self.beside = nn.Linear(4, 6)
 
-    class Beside(_Radial):
         def forward(self, x):
-            return self.outer(torch.tanh(self.inner(x))) + scale * super().forward(x)
+            return self.outer(torch.tanh(self.beside(x))) + scale * super().forward(x)
 
     torch.manual_seed(0)
     x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
     H = HessianOperator(Objective(Beside(), [(x, y)]))
     vectors = _vectors(H).float()
-    expected = torch.stack([H @ vector for vector in vectors.T], dim=1)
-    torch.testing.assert_close(H @ vectors, expected, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(H @ vectors, _one_by_one(H, vectors), rtol=1e-4, atol=1e-8)
     assert len(mapped) == 1
 
 
@@ -288,14 +289,16 @@ class _Plain(nn.Module):
         return x.sin()
 
 
-def test_errors_of_a_product_are_those_of_one():
-    vectorizer = Vectorizer(2.0**-52)
+def _map(vectorizer, compute, x):
+    return [found for _, found in vectorizer.map(compute, StackedDirections({"x": x}), "key")]
 
+
+def test_errors_of_a_product_are_those_of_one():
     def fail(direction):
         raise ValueError("no such product")
 
     with pytest.raises(ValueError, match="no such product"):
-        list(vectorizer.map(fail, lambda start, stop: {"x": torch.ones(stop - start, 2)}, 3, "key"))
+        _map(Vectorizer(2.0**-52), fail, torch.ones(3, 2))
 
 
 def test_what_fails_many_at_once_only_is_made_alone():
@@ -308,8 +311,8 @@ def test_what_fails_many_at_once_only_is_made_alone():
         made.append(1)
         return {"y": 2 * direction["x"]}
 
-    vectorizer, x = Vectorizer(2.0**-52), torch.arange(40.0).view(20, 2)
-    parts = list(vectorizer.map(double, lambda start, stop: {"x": x[start:stop]}, 20, "key"))
+    x = torch.arange(40.0).view(20, 2)
+    parts = _map(Vectorizer(2.0**-52), double, x)
     torch.testing.assert_close(torch.cat([part["y"] for part in parts]), 2 * x)
     # The first, all others, one, half of as many, and one by one.
     assert made == [1, None, 1, None, *[1] * 18]
@@ -324,70 +327,38 @@ def test_a_remainder_of_one_does_not_end_it():
 
     vectorizer, x = Vectorizer(2.0**-52), torch.arange(12.0).view(6, 2)
     for _ in range(3):
-        parts = list(vectorizer.map(double, lambda start, stop: {"x": x[start:stop]}, 2, "key"))
+        parts = _map(vectorizer, double, x[:2])
         torch.testing.assert_close(torch.cat([part["y"] for part in parts]), 2 * x[:2])
     calls.clear()
-    parts = list(vectorizer.map(double, lambda start, stop: {"x": x[start:stop]}, 6, "key"))
+    parts = _map(vectorizer, double, x)
     assert len(calls) == len(parts) == 1
     torch.testing.assert_close(parts[0]["y"], 2 * x)
-    list(vectorizer.map(double, lambda start, stop: {"x": x[start:stop]}, 1, "key"))
-    assert len(list(vectorizer.map(double, lambda start, stop: {"x": x[start:stop]}, 6, "key"))) == 1
-
-
-@pytest.mark.parametrize("size", [1, 4, 7, 100])
-def test_unit_passes_hold_every_coordinate_once(size):
-    tensors = {"a": torch.zeros(2, 3), "none": torch.zeros(0), "b": torch.zeros(()), "c": torch.zeros(5).double()}
-    rows = []
-    for passed in unit_passes(tensors, size):
-        assert 0 < sum(map(len, passed)) <= size
-        for units in passed:
-            for number in range(len(units)):
-                (entry, stacked), *_ = units.stacked(number, number + 1).items()
-                assert stacked.shape == (1, *tensors[entry].shape)
-                assert stacked.dtype == tensors[entry].dtype
-                rows.append(torch.cat([stacked.flatten() if n == entry else t.flatten() for n, t in tensors.items()]))
-    torch.testing.assert_close(torch.stack(rows), torch.eye(12), check_dtype=False)
-
-
-def test_a_range_of_unit_vectors():
-    units = UnitVectors("w", torch.zeros(2, 3), 2, 6)
-    expected = torch.eye(6)[3:5].view(2, 2, 3)
-    torch.testing.assert_close(units.stacked(1, 3), {"w": expected})
-
-
-@pytest.mark.parametrize(("start", "stop"), [(0, 8), (0, 3), (2, 5), (4, 5), (4, 8), (6, 7)])
-def test_a_range_of_unit_vectors_of_several_entries(start, stop):
-    group = [
-        UnitVectors("w", torch.zeros(2, 3), 2, 6),
-        UnitVectors("s", torch.zeros(()), 0, 1),
-        UnitVectors("b", torch.zeros(4), 0, 3),
-    ]
-    chosen = torch.tensor([2, 3, 4, 5, 6, 7, 8, 9])[start:stop]
-    w, s, b = torch.eye(11)[chosen].split([6, 1, 4], dim=1)
-    expected = {"w": w.reshape(-1, 2, 3), "s": s.reshape(-1), "b": b}
-    torch.testing.assert_close(stacked_units(group, start, stop), expected)
-    for units, vectors, coordinates in units_within(group, start, stop):
-        first = {"w": 0, "s": 6, "b": 7}[units.entry]
-        assert chosen[vectors].tolist() == list(range(first + coordinates.start, first + coordinates.stop))
+    _map(vectorizer, double, x[:1])
+    assert len(_map(vectorizer, double, x)) == 1
 
 
 @pytest.mark.parametrize("batch_norm", ["interpolate", "batch"])
-def test_one_product_makes_what_many_share_a_call_of(batch_norm, monkeypatch):
+def test_one_product_makes_what_many_share_a_call_of(batch_norm):
+    made = []
+
+    class Counted(BatchGradient):
+        def product(self, direction, rows=None):
+            made.append(1)
+            return super().product(direction, rows)
+
+    def calls(examples):
+        """How many calls a dense matrix takes, once the first of it has been timed."""
+        x, y = torch.randn(examples, 3, dtype=torch.float64), torch.arange(examples) % 3
+        objective = Objective(network, [(x, y)], batch_norm=batch_norm, loss_fn=F.cross_entropy)
+        H = CurvatureOperator(Curvature("Hessian", Counted), objective)
+        H.to_dense()
+        made.clear()
+        H.to_dense()
+        return len(made), len(H.rows), H.shape[0]
+
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
-    x, y = torch.randn(8, 3, dtype=torch.float64), torch.arange(8) % 3
-    H = HessianOperator(Objective(network, [(x, y)], batch_norm=batch_norm, loss_fn=F.cross_entropy))
-    H.to_dense()
-    made, product = [], BatchGradient.product
-    monkeypatch.setattr(
-        BatchGradient, "product", lambda self, *args, **options: made.append(1) or product(self, *args, **options)
-    )
-    H.to_dense()
-    assert len(made) == 1
+    assert calls(8)[0] == 1
     # Where they do not fit together, a call for each entry.
-    monkeypatch.setattr(vectorization, "_ELEMENTS", {"cpu": 25_000})
-    fresh = HessianOperator(H.objective)
-    fresh.to_dense()
-    made.clear()
-    fresh.to_dense()
-    assert len(made) == len(H.rows) < H.shape[0]
+    together, entries, size = calls(3500)
+    assert together == entries < size

@@ -1,14 +1,13 @@
-"""Claim: a batch's layout changes how fast its Hessian is computed, never what it is."""
+"""Claim: a batch's layout changes how fast derivatives are computed, never what they are, and is decided once."""
 
 import pytest
 import torch
 from torch import nn
 
-from lmc_curvature import HessianOperator, Objective
-from lmc_curvature.curvature.products import layout
-from lmc_curvature.curvature.products.layout import channels_last, in_best_layout
+from lmc_curvature import GGNOperator, HessianOperator, Objective, layer_hessian
 from lmc_curvature.errors import NonFiniteError
 from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.numerics import channels_last, ignores_layout, wide_dtype
 
 
 class Watching(nn.Module):
@@ -58,13 +57,14 @@ needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reas
 
 @needs_onednn
 @pytest.mark.parametrize("end", [nn.Flatten, Viewing, ReadingMemory])
-def test_products_are_those_in_double_precision_whatever_the_network_bears(end):
+def test_derivatives_are_those_in_double_precision_whatever_the_network_bears(end):
     network = _network(end())
-    H = HessianOperator(Objective(network, _batches()))
-    exact = HessianOperator(Objective(network, _batches(), dtype=torch.float64))
-    V = torch.randn(H.shape[1], 2, generator=torch.Generator().manual_seed(2))
-    for _ in range(2):
-        torch.testing.assert_close(H.matmat(V), exact.matmat(V), rtol=1e-4, atol=1e-5)
+    objective, exact = Objective(network, _batches()), Objective(network, _batches(), dtype=torch.float64)
+    for kind in (HessianOperator, GGNOperator):
+        V = torch.randn(kind(objective).shape[1], 2, generator=torch.Generator().manual_seed(2))
+        torch.testing.assert_close(kind(objective).matmat(V), kind(exact).matmat(V), rtol=1e-4, atol=1e-5)
+    blocks = [layer_hessian(either, None, "4") for either in (objective, exact)]
+    torch.testing.assert_close(*blocks, rtol=1e-4, atol=1e-5)
 
 
 @needs_onednn
@@ -74,6 +74,8 @@ def test_images_are_channels_last_where_a_network_bears_it():
     H @ torch.ones(H.shape[1])
     _layouts(objective)
     H @ torch.ones(H.shape[1])
+    GGNOperator(objective).block("4").diagonal()
+    layer_hessian(objective, None, "4")
     assert _layouts(objective) == {"last"}
 
 
@@ -99,18 +101,15 @@ def test_only_single_precision_is_laid_out(dtype):
 def test_an_error_of_the_batch_is_not_taken_for_one_of_the_layout():
     batches = _batches()
     batches[0][0][0, 0, 0, 0] = torch.nan
-    objective = Objective(_network(nn.Flatten()), batches)
-    H = HessianOperator(objective)
+    H = HessianOperator(Objective(_network(nn.Flatten()), batches))
     with pytest.raises(NonFiniteError, match="loss is nan at batch 0"):
         H @ torch.ones(H.shape[1])
-    assert objective not in layout._INDIFFERENT
 
     def fail(batch):
         raise RuntimeError("something else")
 
     with pytest.raises(RuntimeError, match="something else"):
-        in_best_layout(objective, objective.state(), Batch(0, 4, batches[0]), fail)
-    assert objective not in layout._INDIFFERENT
+        ignores_layout(fail, Batch(0, 4, batches[0]))
 
 
 def test_only_images_change_their_layout():
@@ -118,3 +117,8 @@ def test_only_images_change_their_layout():
     data = channels_last(Batch(0, 2, {"x": x, "more": (ids, torch.randn(2, 3))})).data
     assert data["x"].is_contiguous(memory_format=torch.channels_last) and torch.equal(data["x"], x)
     assert data["more"][0] is ids
+
+
+def test_half_precision_is_summed_in_single_precision():
+    dtypes = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+    assert {dtype: wide_dtype(dtype) for dtype in dtypes} == dtypes

@@ -10,10 +10,8 @@ from torch import nn
 from torch.func import functional_call, hessian
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective
-from lmc_curvature.curvature.blocks.affine import LayerShape, road_costs
-from lmc_curvature.curvature.blocks.blocks import METHODS, cross_layer_hessian, layer_hessian
-from lmc_curvature.curvature.products import vectorization
-from lmc_curvature.curvature.products.gradient import BatchGradient
+from lmc_curvature.curvature.blocks import METHODS, cross_layer_hessian, layer_hessian
+from lmc_curvature.curvature.products import BatchGradient
 from lmc_curvature.errors import FallbackWarning, MemoryBudgetError, NonFiniteError, OptionError, PartitionError
 from tests.support.cases import CASES
 from tests.support.networks import untouched
@@ -153,14 +151,12 @@ def _assembled(blocks, rows, columns):
 
 
 def _count(monkeypatch):
-    """Count the Hessian-vector products that are made from now on, one by one."""
+    """Count the Hessian-vector products that are made from now on; through a convolution they are made one by one."""
     made, product = [], BatchGradient.product
 
     def counted(self, *args, **options):
         made.append(1)
         return product(self, *args, **options)
-
-    monkeypatch.setattr(vectorization, "_ELEMENTS", {})
 
     monkeypatch.setattr(BatchGradient, "product", counted)
     return made
@@ -358,37 +354,25 @@ def test_a_network_that_a_loss_calls_twice():
 
 
 def test_a_linear_layer_takes_a_product_a_unit(monkeypatch):
-    model, batches = _setting("mlp", sizes=(5,))
-    objective = Objective(model, batches)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, (2, 3)), nn.Flatten())
+    _, batches = _setting("mlp", sizes=(5,))
+    objective = Objective(model.double(), batches)
     made = _count(monkeypatch)
-    layer_hessian(objective, None, "2")
+    layer_hessian(objective, None, "0")
+    # To compare with.
     assert len(made) == 2
-    layer_hessian(objective, None, "2", method="products")
-    assert len(made) == 2 + 24
+    layer_hessian(objective, None, "0", method="products")
+    assert len(made) == 2 + 30
 
 
 def test_more_positions_than_features_take_products(monkeypatch):
-    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)).double()
-    objective = Objective(model, [(torch.randn(4, 5, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))])
+    layers = [nn.Linear(2, 3), nn.Tanh(), nn.Unflatten(1, (1, 5)), nn.Conv2d(1, 3, (5, 3)), nn.Flatten()]
+    x, y = torch.randn(4, 5, 2, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    objective = Objective(nn.Sequential(*layers).double(), [(x, y)])
     expected = layer_hessian(objective, None, "0", method="structured")
     made = _count(monkeypatch)
     torch.testing.assert_close(layer_hessian(objective, None, "0"), expected, rtol=1e-9, atol=1e-12)
-    assert len(made) == 2 + 9
-
-
-def test_costs_of_both_roads():
-    last = road_costs(LayerShape(width=10, features=65))
-    assert (last["structured"].products, last["products"].products) == (10, 650)
-    # A 3×3 convolution of 64 channels: 8×8 images are fewer positions than a patch of 576 values, 32×32 are more.
-    for side, chosen in ((8, "structured"), (32, "products")):
-        costs = road_costs(LayerShape(64, 576, positions=side**2))
-        assert min(costs, key=lambda road: costs[road].multiplications) == chosen
-        assert costs["structured"].products == 64 * side**2
-    pair = road_costs(LayerShape(8, 5, others=6), LayerShape(3, 9))
-    assert (pair["structured"].products, pair["products"].products) == (8 + 6, 27)
-    own, outer = 8 * 5 + 3 * 9, 27 * (1 + 5 + 1)
-    assert pair["structured"].multiplications == 8 * (own + outer) + 6 * 2 * own
-    assert pair["products"].multiplications == 27 * 2 * own
+    assert len(made) == 9
 
 
 @pytest.mark.parametrize("method", ["structured", "products"])
@@ -489,11 +473,13 @@ def test_a_block_too_large_is_refused_before_any_work():
     objective = Objective(nn.Sequential(nn.Linear(300, 400), nn.Linear(400, 3)), _Unvisited())
     with pytest.raises(
         MemoryBudgetError,
-        match=r"dense 120400 × 120400 block of '0' takes 108 GiB, more than max_gib=4\. .*Operator.*block\('0'\)",
+        match=r"dense 120400 × 120400 block of '0' takes 108 GiB, more than memory_gib=4: use.*Operator.*block\('0'\)",
     ):
         layer_hessian(objective, None, "0")
-    with pytest.raises(MemoryBudgetError, match=r"dense 120400 × 1203 block of '0', '1' takes 1\.08 GiB.*max_gib=0\.5"):
-        cross_layer_hessian(objective, None, "0", "1", max_gib=0.5)
+    with pytest.raises(
+        MemoryBudgetError, match=r"dense 120400 × 1203 block of '0', '1' takes 1\.08 GiB.*memory_gib=0\.5"
+    ):
+        cross_layer_hessian(objective, None, "0", "1", memory_gib=0.5)
 
 
 @pytest.mark.usefixtures("untyped")
