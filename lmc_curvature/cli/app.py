@@ -55,16 +55,9 @@ def fork(
     from lmc_curvature.forking.plan import load_config
     from lmc_curvature.objective.network import parse_device
 
-    changes = {} if data is None else {"data": data}
     parse_device(device)
-    run_forks(
-        load_config(config, **changes),
-        out,
-        device=device,
-        workers=workers,
-        tensorboard=tensorboard,
-        progress=progress,
-    )
+    plan = load_config(config, **({} if data is None else {"data": data}))
+    run_forks(plan, out, device=device, workers=workers, tensorboard=tensorboard, progress=progress)
     _print(f"trained: {out}; next: lmc-curvature trace {out}")
 
 
