@@ -107,3 +107,16 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
         raise OptionError(f"{option}={value!r} is not a choice: {suggest(str(value), choices)}")
+
+
+def check_memory(gib: float, memory_gib: float, what: str, remedy: str) -> None:
+    """Raise `MemoryBudgetError` if something is too large, naming it and a remedy.
+
+    Args:
+        gib: Its size in GiB.
+        memory_gib: The largest size allowed.
+        what: Its name, the subject of the message.
+        remedy: A sentence that says what to do instead.
+    """
+    if gib > memory_gib:
+        raise MemoryBudgetError(f"{what} takes {gib:.3g} GiB, more than memory_gib={memory_gib:g}: {remedy}")

@@ -1,9 +1,9 @@
-"""Measure the barrier between two networks by evaluating the networks in between."""
+"""Measurements of the barrier between two networks, by evaluating the networks in between."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from lmc_curvature.averages import standard_error, weighted_mean
 from lmc_curvature.barrier.expansions import check_alphas
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
-from lmc_curvature.barrier.metrics import METRICS, check_metrics, metric_values
+from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics, metric_values
 from lmc_curvature.errors import NonFiniteError, OptionError, check_choice
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import LossFunction
@@ -25,7 +25,11 @@ from lmc_curvature.segment.segment import Segment
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
+
+Sets = Literal["each"] | Sequence[Iterable[str]]
+"""Sets of layers: each layer alone, or a list of sets of names."""
 
 
 @torch.inference_mode(False)
@@ -35,16 +39,17 @@ def measure_barrier(
     loader: Iterable[Any],
     *,
     loss_fn: LossFunction | None = None,
-    layers: PartitionSpec | Sequence[Iterable[str]] | None = None,
-    partition: PartitionSpec = "fused",
+    layers: PartitionSpec = "fused",
+    sets: Sets = (),
     alphas: int | np.integer | Sequence[float] | np.ndarray = 11,
     batch_norm: BatchNormPolicy = "interpolate",
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[Metric] = METRICS,
     max_batches: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
+    partition: None = None,
 ) -> "BarrierMeasurement":
     """Measure the barrier between two networks, for the whole network and for sets of layers.
 
@@ -60,9 +65,9 @@ def measure_barrier(
         model_b: The network at α = 1; it is not modified.
         loader: Yields `(x, y)` batches, or what `loss_fn` expects.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
-        layers: Which sets to measure besides the whole network: a partition, for each of its layers alone; or a list of
-            sets of layer names; None for no set.
-        partition: The partition that the names in a list of sets come from.
+        layers: The partition into layers; see `LayerPartition.of`.
+        sets: Sets of layers to measure besides the whole network: `"each"` layer of the partition alone, or a list of
+            sets of layer names.
         alphas: Positions in [0, 1], or how many to space evenly from 0 to 1.
         batch_norm: What batch normalisation does between the networks; see `BatchNormPolicy`.
         metrics: `"loss"`, and `"error"` (the share of examples whose largest output is not the target's class).
@@ -70,17 +75,18 @@ def measure_barrier(
         device: Where to compute; `model_a`'s device by default.
         dtype: Floating-point type to compute in; `model_a`'s by default.
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
-        progress: Show a progress bar over batches.
+        progress: Show a progress bar over batches; by default on a terminal and in notebooks.
+        partition: The former name of `layers`, which is refused.
 
     Raises:
         LMCCurvatureError: The networks, the loader or an option are not what they should be; the subclasses of
             `lmc_curvature.errors` tell which.
     """
+    _refuse_former_options(layers, partition)
     positions = _positions(alphas)
     check_metrics(metrics, loss_fn)
-    spec, listed = _partition_and_sets(layers, partition)
-    segment = Segment(model_a, model_b, layers=spec, batch_norm=batch_norm)
-    sets = _resolve_sets(segment.layers, segment.layers if listed is None else listed)
+    segment = Segment(model_a, model_b, layers=layers, batch_norm=batch_norm)
+    members_of_sets = _resolve_sets(segment.layers, sets)
     objective = Objective(
         model_a,
         loader,
@@ -92,23 +98,22 @@ def measure_barrier(
         allow_tf32=allow_tf32,
     )
     points = SegmentPoints(segment.to(objective.device, objective.dtype))
-    needed = [[points.pair(members, alpha) for alpha in positions] for members in (segment.layers, *sets)]
-    sizes, found = _measure(objective, points, metrics, progress=progress)
-    index = np.array(needed)
-    between = (1 - positions) * found[:, :, index[..., 0]] + positions * found[:, :, index[..., 1]]
+    curves = (segment.layers, *members_of_sets)
+    pairs = np.array([[points.pair(members, alpha) for alpha in positions] for members in curves])
+    sizes, values = _measure(objective, points, metrics, progress=progress)
     return BarrierMeasurement(
         alphas=positions,
-        sets=sets,
+        sets=members_of_sets,
         metrics=tuple(metrics),
         batch_norm=batch_norm,
         batch_sizes=sizes,
-        batch_ends=found[:, :, [points.START, points.END]],
-        batch_values=between,
+        batch_ends=values[:, :, [points.START, points.END]],
+        batch_values=(1 - positions) * values[:, :, pairs[..., 0]] + positions * values[:, :, pairs[..., 1]],
     )
 
 
 def _measure(
-    objective: Objective, points: SegmentPoints, metrics: Sequence[str], *, progress: bool
+    objective: Objective, points: SegmentPoints, metrics: Sequence[Metric], *, progress: bool | None
 ) -> tuple[Int[np.ndarray, " batches"], Float[np.ndarray, "batches metrics points"]]:
     """Batch sizes, and every metric of every batch at every point."""
     statistics: Sequence[dict[str, torch.Tensor]] = [{}] * len(points)
@@ -127,11 +132,7 @@ def _measure(
 
 
 def _batch_values(
-    objective: Objective,
-    points: SegmentPoints,
-    statistics: Sequence[Any],
-    batch: Batch,
-    metrics: Sequence[str],
+    objective: Objective, points: SegmentPoints, statistics: Sequence[Any], batch: Batch, metrics: Sequence[Metric]
 ) -> Float[np.ndarray, "metrics points"]:
     """Every metric at every point, for one batch."""
     columns = []
@@ -167,8 +168,8 @@ class BarrierMeasurement:
 
     alphas: Float[np.ndarray, " n"]
     sets: tuple[tuple[str, ...], ...]
-    metrics: tuple[str, ...]
-    batch_norm: str
+    metrics: tuple[Metric, ...]
+    batch_norm: BatchNormPolicy
     batch_sizes: Int[np.ndarray, " batches"]
     batch_ends: Float[np.ndarray, "batches metrics 2"]
     batch_values: Float[np.ndarray, "batches metrics curves n"]
@@ -214,16 +215,16 @@ class BarrierMeasurement:
             OptionError: No sets were measured.
         """
         if not self.sets:
-            raise OptionError("No sets of layers were measured: pass layers= to measure_barrier.")
+            raise OptionError("No sets of layers were measured: pass sets='each' or sets=[…] to measure_barrier.")
         return self.layer_curves(metric).max(axis=1)
 
     def standard_error(self, metric: str = "loss") -> float:
         """Standard error of `barrier`, from the spread between batches; NaN for a single batch."""
-        return float(standard_error(self._batch_curves(metric)[:, 0, self.curve(metric).argmax()], self.batch_sizes))
+        return float(self._standard_errors(metric)[0])
 
     @property
     def kind(self) -> CurveKind:
-        """What the loss does along the segment; see `classify_curve` for the kinds and their thresholds."""
+        """Name of the shape of the loss's barrier curve; see `classify_curve` for the kinds and their thresholds."""
         return classify_curve(self.alphas, self.curve("loss"), tolerance=0.02 * (1 + max(self.ends("loss"))))
 
     def _metric(self, metric: str) -> int:
@@ -235,6 +236,21 @@ class BarrierMeasurement:
         ends = self.batch_ends[:, index]
         chord = (1 - self.alphas) * ends[:, :1] + self.alphas * ends[:, 1:]
         return self.batch_values[:, index] - chord[:, None]
+
+    def _standard_errors(self, metric: str) -> Float[np.ndarray, " curves"]:
+        curves = self._batch_curves(metric)
+        peaks = weighted_mean(curves, self.batch_sizes).argmax(axis=1)
+        return standard_error(curves[:, np.arange(len(peaks)), peaks], self.batch_sizes)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """A row a measured set: its name and layers, and its barriers in each metric with standard errors."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {"layers": list(self.layers), "set": list(self.sets)}
+        for metric in self.metrics:
+            columns[f"{metric}_barrier"] = self.layer_curves(metric).max(axis=1)
+            columns[f"{metric}_barrier_se"] = self._standard_errors(metric)[1:]
+        return pd.DataFrame(columns)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the measurement to one safetensors file, without loss."""
@@ -291,20 +307,21 @@ def _positions(alphas: int | np.integer | Sequence[float] | np.ndarray) -> Float
     return np.sort(check_alphas(alphas))
 
 
-def _partition_and_sets(
-    layers: PartitionSpec | Sequence[Iterable[str]] | None, partition: PartitionSpec
-) -> tuple[PartitionSpec, Sequence[Iterable[str]] | None]:
-    """The partition in use, and the sets to measure; None for each layer of the partition alone."""
+def _refuse_former_options(layers: object, partition: object) -> None:
+    if partition is not None:
+        raise OptionError(f"partition={partition!r} is now layers={partition!r}, and the sets to measure are sets=[…].")
     if layers is None:
-        return partition, ()
+        raise OptionError("layers=None: layers is the partition, 'fused' by default. To measure no sets, leave it out.")
     if isinstance(layers, (list, tuple)):
-        return partition, layers
-    return cast(PartitionSpec, layers), None
+        raise OptionError(f"layers={layers!r} is a list of sets, and layers is the partition: pass sets={layers!r}.")
 
 
-def _resolve_sets(names: Sequence[str], sets: Sequence[Iterable[str] | str]) -> tuple[tuple[str, ...], ...]:
+def _resolve_sets(names: Sequence[str], sets: Sets) -> tuple[tuple[str, ...], ...]:
+    """The members of each set, in the order of the network."""
+    if isinstance(sets, str):
+        check_choice("sets", sets, ("each",))
+        return tuple((name,) for name in names)
     found = tuple(tuple(names[index] for index in layer_indices(names, members)) for members in sets)
-    empty = [number for number, members in enumerate(found) if not members]
-    if empty:
-        raise OptionError(f"layers[{empty[0]}] is an empty set: name at least one layer.")
+    if () in found:
+        raise OptionError(f"sets[{found.index(())}] is an empty set: name at least one layer.")
     return found

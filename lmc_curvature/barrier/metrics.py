@@ -1,7 +1,7 @@
-"""What a measurement measures on a batch: the loss, and the classification error."""
+"""The metrics of a batch that a measurement takes: the loss, and the classification error."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -11,15 +11,15 @@ from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective.batches import Batch, describe
 from lmc_curvature.objective.losses import BatchLoss, LossFunction
 
-METRICS = ("loss", "error")
+Metric = Literal["loss", "error"]
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 
-def check_metrics(metrics: Sequence[str], loss_fn: LossFunction | None) -> None:
+def check_metrics(metrics: Sequence[Metric], loss_fn: LossFunction | None) -> None:
     """Refuse unknown metrics, and the error where there is no output to compare with a target.
 
     Raises:
-        OptionError: A metric is unknown.
-        OptionError: The error is asked for with a `BatchLoss`, or no metric is.
+        OptionError: A metric is unknown, there is none, or the error is asked for with a `BatchLoss`.
     """
     if isinstance(metrics, str):
         raise OptionError(f"metrics={metrics!r}: expected several, such as ({metrics!r},).")
@@ -32,7 +32,7 @@ def check_metrics(metrics: Sequence[str], loss_fn: LossFunction | None) -> None:
 
 
 def metric_values(
-    metrics: Sequence[str], loss: Float[Tensor, ""], output: Any, target: Any, batch: Batch
+    metrics: Sequence[Metric], loss: Float[Tensor, ""], output: Any, target: Any, batch: Batch
 ) -> Float[Tensor, " metrics"]:
     """The metrics of one batch, on its device.
 

@@ -1,12 +1,11 @@
-"""Predict the barrier between two networks from the curvature at each of them."""
+"""Predictions of the barrier between two networks, from the curvature at each of them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import nn
@@ -31,7 +30,10 @@ from lmc_curvature.segment.segment import Segment
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
+
+Method = Literal["auto", "sweep", "hvp"]
 
 _FIELDS = ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures")
 
@@ -45,13 +47,13 @@ def predict_barrier(
     loss_fn: LossFunction | None = None,
     layers: PartitionSpec = "fused",
     batch_norm: BatchNormPolicy = "interpolate",
-    method: str = "auto",
+    method: Method = "auto",
     memory_gib: float | None = None,
     max_batches: int | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> "BarrierPrediction":
     """Predict the barrier between two networks, for all their layers and for any set of them, in one pass.
 
@@ -72,7 +74,7 @@ def predict_barrier(
         device: Where to compute; `model_a`'s device by default.
         dtype: Floating-point type to compute in; `model_a`'s by default.
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
-        progress: Show a progress bar over batches.
+        progress: Show a progress bar over batches; by default on a terminal and in notebooks.
 
     Raises:
         LMCCurvatureError: The networks, the loader or an option are not what they should be; the subclasses of
@@ -96,40 +98,37 @@ def predict_on_segment(
     objective: Objective,
     segment: Segment,
     *,
-    method: str = "auto",
+    method: Method = "auto",
     memory_gib: float | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> "BarrierPrediction":
-    """As `predict_barrier`, for an objective and a segment that exist already.
+    """Predict the barrier along a segment, as `predict_barrier` does for two networks.
 
-    Several segments with one objective share what is found out about its network, the captured graph above all.
+    Several segments with one objective share what it keeps about its network, the captured graph above all.
 
     Args:
         objective: The loss, of a network of the segment's architecture and under its policy.
         segment: The segment between the two networks.
         method: How curvature is computed; see `project_hessian`.
         memory_gib: What computing it may take, in GiB; see `project_hessian`.
-        progress: Show a progress bar over batches.
+        progress: Show a progress bar over batches; by default on a terminal and in notebooks.
     """
     segment = segment.to(objective.device, objective.dtype)
-    directions = segment.directions()
+    ends, directions = [segment.start, segment.end], segment.directions()
     first, second = project_hessian_at(
-        objective,
-        [segment.start, segment.end],
-        directions,
-        method=method,
-        memory_gib=memory_gib,
-        progress=progress,
+        objective, ends, directions, method=method, memory_gib=memory_gib, progress=progress
     )
     parameters = {name for name, _ in objective.network.named_parameters()}
-    moved = [[d for name, d in direction.items() if name in parameters] for direction in directions.values()]
-    squares = [sum(float((d.double() ** 2).sum()) for d in tensors) for tensors in moved]
+    squares = [
+        sum(float((tensor.double() ** 2).sum()) for name, tensor in direction.items() if name in parameters)
+        for direction in directions.values()
+    ]
     return BarrierPrediction(segment.layers, (first, second), np.sqrt(np.array(squares)), objective.batch_norm)
 
 
 @dataclass(frozen=True, eq=False)
 class BarrierPrediction:
-    """What the two endpoints say about the barrier between them, for any set of layers.
+    """A prediction of the barrier between two networks, for any set of layers.
 
     A set of layers is given by names; None means all of them, the whole network. Positions α run from `model_a` at 0
     to `model_b` at 1. Barriers are in units of the loss.
@@ -144,7 +143,7 @@ class BarrierPrediction:
     layers: tuple[str, ...]
     endpoints: tuple[Projection, Projection]
     distances: Float[np.ndarray, " layers"]
-    batch_norm: str
+    batch_norm: BatchNormPolicy
 
     @property
     def distance(self) -> float:
@@ -197,35 +196,25 @@ class BarrierPrediction:
         At a maximum the position's own uncertainty does not matter to first order, so it is the standard error of
         the curve at the predicted position; 0 where the curve nowhere rises above the chord.
         """
-        position = peak(self._coefficients(layers, expansion))
-        first, second = (self._batch_endpoint(projection, layers) for projection in self.endpoints)
-        of_batches = evaluate(coefficients(expansion, first, second), np.array([position]))[:, 0]
-        return float(standard_error(of_batches, self.endpoints[0].batch_sizes))
+        position = np.array([peak(self._coefficients(layers, expansion))])
+        members = layer_indices(self.layers, layers)
+        batches = coefficients(expansion, *(_batch_values(end, members) for end in self.endpoints))
+        return float(standard_error(evaluate(batches, position)[:, 0], self.endpoints[0].batch_sizes))
 
     def _coefficients(self, layers: Iterable[str] | str | None, expansion: Expansion) -> Float[np.ndarray, " powers"]:
         check_choice("expansion", expansion, EXPANSIONS)
-        first, second = (self._endpoint(projection, layers) for projection in self.endpoints)
-        if expansion == "hermite" and len(layer_indices(self.layers, layers)) < len(self.layers):
+        members = layer_indices(self.layers, layers)
+        if expansion == "hermite" and len(members) < len(self.layers):
             raise OptionError(
                 "expansion='hermite' holds for the whole network only: the slope along a set of layers changes with "
                 "the other layers. Use layers=None, or 'with-slopes' for a set."
             )
-        return coefficients(expansion, first, second)
+        return coefficients(expansion, *(_mean_values(end, members) for end in self.endpoints))
 
-    def _endpoint(self, projection: Projection, layers: Iterable[str] | str | None) -> Endpoint:
-        members = layer_indices(self.layers, layers)
-        curvature = projection.curvature[np.ix_(members, members)]
-        return Endpoint(projection.loss, float(projection.slopes[members].sum()), float(curvature.sum()))
-
-    def _batch_endpoint(self, projection: Projection, layers: Iterable[str] | str | None) -> Endpoint:
-        members = layer_indices(self.layers, layers)
-        curvatures = projection.batch_curvatures[:, members][:, :, members]
-        return Endpoint(
-            projection.batch_losses, projection.batch_slopes[:, members].sum(1), curvatures.sum(axis=(1, 2))
-        )
-
-    def to_dataframe(self) -> pd.DataFrame:
+    def to_dataframe(self) -> "pd.DataFrame":
         """A row a layer: distance, slopes and curvatures at both ends, and the layer's predicted barriers."""
+        import pandas as pd
+
         first, second = self.endpoints
         return pd.DataFrame(
             {
@@ -272,6 +261,8 @@ class BarrierPrediction:
 
     def __str__(self) -> str:
         first, second = self.endpoints
+        barriers = self.layer_barriers()
+        highest = np.argsort(barriers, kind="stable")[::-1][:3]
         lines = [
             f"Barrier predicted from {self.examples} examples, {len(self.layers)} layers, "
             f"batch_norm={self.batch_norm!r}"
@@ -281,10 +272,16 @@ class BarrierPrediction:
                 f"  {expansion:<18} {self.barrier(None, expansion):.4g} ± {self.standard_error(None, expansion):.2g}"
                 for expansion in ("second-order", "with-slopes", "shared-hessian", "hermite")
             ),
-            "  highest layers     "
-            + ", ".join(
-                f"{self.layers[index]} {barrier:.4g}"
-                for barrier, index in sorted(((b, i) for i, b in enumerate(self.layer_barriers())), reverse=True)[:3]
-            ),
+            "  highest layers     " + ", ".join(f"{self.layers[index]} {barriers[index]:.4g}" for index in highest),
         ]
         return "\n".join(lines)
+
+
+def _mean_values(end: Projection, members: list[int]) -> Endpoint:
+    curvature = end.curvature[np.ix_(members, members)]
+    return Endpoint(end.loss, float(end.slopes[members].sum()), float(curvature.sum()))
+
+
+def _batch_values(end: Projection, members: list[int]) -> Endpoint:
+    curvatures = end.batch_curvatures[:, members][:, :, members]
+    return Endpoint(end.batch_losses, end.batch_slopes[:, members].sum(axis=1), curvatures.sum(axis=(1, 2)))

@@ -308,8 +308,8 @@ class _Tracing:
         return measure_barrier(
             *siblings,
             self.tracer.loader("train"),
-            layers=sets,
-            partition=config.partition,
+            layers=config.partition,
+            sets=sets,
             alphas=config.layer_alphas,
             batch_norm=config.batch_norm,
             metrics=("loss",),

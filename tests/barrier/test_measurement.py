@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lmc_curvature import BarrierMeasurement, BatchLoss, Objective, measure_barrier
+from lmc_curvature import BarrierMeasurement, BatchLoss, measure_barrier
 from lmc_curvature.errors import LoaderError, NonFiniteError, OptionError, PartitionError
 from tests.support.cases import CASES
 
@@ -19,7 +19,7 @@ CONV = CASES["conv, interpolate"]
 @pytest.fixture(scope="module")
 def measurement():
     return measure_barrier(
-        CONV.model(0), CONV.model(1), CONV.batches(), layers=[["conv1"], {"fc", "conv2"}], alphas=5, progress=False
+        CONV.model(0), CONV.model(1), CONV.batches(), sets=[["conv1"], {"fc", "conv2"}], alphas=5, progress=False
     )
 
 
@@ -73,7 +73,7 @@ def test_a_set_moves_from_either_end(measurement, index, moved):
 def test_sets_are_named_and_a_partition_measures_each_layer(measurement):
     assert measurement.sets == (("conv1",), ("conv2", "fc"))
     assert measurement.layers == ("conv1", "conv2 + fc")
-    each = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), layers="fused", alphas=5, progress=False)
+    each = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), sets="each", alphas=5, progress=False)
     assert each.layers == ("conv1", "conv2", "fc")
     np.testing.assert_allclose(each.layer_curves()[0], measurement.layer_curves()[0], atol=1e-12)
     np.testing.assert_array_equal(each.layer_barriers(), each.layer_curves().max(axis=1))
@@ -81,14 +81,14 @@ def test_sets_are_named_and_a_partition_measures_each_layer(measurement):
 
 def test_sets_may_name_the_layers_of_another_partition():
     found = measure_barrier(
-        CONV.model(0), CONV.model(1), CONV.batches(), layers=[["bn1"]], partition="module", alphas=3, progress=False
+        CONV.model(0), CONV.model(1), CONV.batches(), layers="module", sets=[["bn1"]], alphas=3, progress=False
     )
     assert found.sets == (("bn1",),)
 
 
 def test_all_layers_as_a_set_is_the_whole_curve():
     found = measure_barrier(
-        CONV.model(0), CONV.model(1), CONV.batches(), layers=[["conv1", "conv2", "fc"]], alphas=5, progress=False
+        CONV.model(0), CONV.model(1), CONV.batches(), sets=[["conv1", "conv2", "fc"]], alphas=5, progress=False
     )
     np.testing.assert_allclose(found.layer_curves()[0], found.curve(), atol=1e-14)
 
@@ -97,7 +97,7 @@ def test_how_the_data_come_does_not_matter(measurement):
     batches = CONV.batches()
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
     for loader in ((b for b in batches), DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True), [(x, y)]):
-        again = measure_barrier(CONV.model(0), CONV.model(1), loader, layers=[["conv1"]], alphas=5, progress=False)
+        again = measure_barrier(CONV.model(0), CONV.model(1), loader, sets=[["conv1"]], alphas=5, progress=False)
         np.testing.assert_allclose(again.curve(), measurement.curve(), atol=1e-12)
         np.testing.assert_allclose(again.layer_curves()[0], measurement.layer_curves()[0], atol=1e-12)
 
@@ -114,7 +114,7 @@ def test_batch_policy_normalises_by_the_batch():
 def test_recalibrate_reestimates_at_every_point():
     batches = CONV.batches((6, 6))
     found = measure_barrier(
-        CONV.model(0), CONV.model(1), batches, layers=[["conv1"]], alphas=3, batch_norm="recalibrate", progress=False
+        CONV.model(0), CONV.model(1), batches, sets=[["conv1"]], alphas=3, batch_norm="recalibrate", progress=False
     )
     values = []
     for alpha in (0, 0.5, 1):
@@ -135,7 +135,14 @@ def test_every_network_is_measured_and_left_alone(case):
     models = case.model(0), case.model(1)
     before = [copy.deepcopy(model.state_dict()) for model in models]
     found = measure_barrier(
-        *models, case.batches(), **case.options, alphas=3, layers="module", metrics=("loss",), progress=False
+        *models,
+        case.batches(),
+        **case.options,
+        alphas=3,
+        layers="module",
+        sets="each",
+        metrics=("loss",),
+        progress=False,
     )
     assert np.isfinite(found.layer_barriers()).all()
     for model, state in zip(models, before, strict=True):
@@ -178,6 +185,22 @@ def test_error_is_measured_for_soft_and_dense_targets():
     assert dense.ends("error")[0] == pytest.approx(expected)
 
 
+def test_dataframe_has_a_row_a_measured_set(measurement):
+    frame = measurement.to_dataframe()
+    assert list(frame["layers"]) == list(measurement.layers)
+    assert list(frame["set"]) == list(measurement.sets)
+    for metric in measurement.metrics:
+        np.testing.assert_array_equal(frame[f"{metric}_barrier"], measurement.layer_barriers(metric))
+    # The set of all layers has the whole network's standard error.
+    models = CONV.model(0), CONV.model(1)
+    whole = measure_barrier(*models, CONV.batches(), sets=[["conv1", "conv2", "fc"]], alphas=5, progress=False)
+    for metric in whole.metrics:
+        assert whole.to_dataframe()[f"{metric}_barrier_se"][0] == pytest.approx(whole.standard_error(metric))
+    without = measure_barrier(*models, CONV.batches(), alphas=3, progress=False).to_dataframe()
+    assert len(without) == 0
+    assert list(without.columns) == list(frame.columns)
+
+
 def test_alphas_may_be_any_positions():
     found = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), alphas=[0.75, 0.25], progress=False)
     assert found.alphas.tolist() == [0.25, 0.75]
@@ -185,34 +208,25 @@ def test_alphas_may_be_any_positions():
     np.testing.assert_allclose(found.curve(), whole.curve()[[1, 3]], atol=1e-13)
 
 
-def test_tf32_may_be_asked_for(monkeypatch):
-    asked = []
-
-    class Recording(Objective):
-        def measuring(self):
-            asked.append(self.allow_tf32)
-            return super().measuring()
-
-    monkeypatch.setattr("lmc_curvature.barrier.measurement.Objective", Recording)
-    for options in ({}, {"allow_tf32": True}):
-        measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), alphas=3, progress=False, **options)
-    assert asked == [False, True]
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"alphas": 2}, OptionError, "alphas=2: at least 3"),
         ({"alphas": [0.5, -0.1]}, OptionError, r"alpha=-0.1 lies outside the segment; expected numbers in \[0, 1\]"),
-        ({"layers": [["conv1"], ["conv9"]]}, PartitionError, "no layer 'conv9': did you mean 'conv"),
-        ({"layers": [["conv1"], []]}, OptionError, r"layers\[1\] is an empty set"),
+        ({"sets": [["conv1"], ["conv9"]]}, PartitionError, "no layer 'conv9': did you mean 'conv"),
+        ({"sets": [["conv1"], []]}, OptionError, r"sets\[1\] is an empty set"),
+        ({"sets": "fused"}, OptionError, "sets='fused' is not a choice: choose from 'each'"),
+        ({"layers": [["conv1"]]}, OptionError, r"list of sets.*layers is the partition: pass sets=\[\['conv1'\]\]"),
+        ({"layers": None}, OptionError, "layers=None: layers is the partition.*leave it out"),
+        ({"partition": "module"}, OptionError, "partition='module' is now layers='module'.*sets="),
+        ({"allow_tf32": 1}, OptionError, "allow_tf32=1: expected True or False"),
         ({"metrics": ("accuracy",)}, OptionError, "metrics='accuracy' is not a choice"),
         ({"metrics": ()}, OptionError, "No metric was asked for"),
         ({"loss_fn": BatchLoss(lambda m, b: m(b[0]).mean())}, OptionError, r"pass metrics=\('loss',\)"),
         ({"loss_fn": F.mse_loss}, OptionError, r"'error' needs outputs.*batch 0.*Pass metrics=\('loss',\)"),
     ],
 )
-def test_bad_input_is_named(options, error, message):
+def test_bad_input_is_named(options, error, message, untyped):
     case = CASES["tied weights"] if options.get("loss_fn") is F.mse_loss else CONV
     x = torch.zeros(2, 6, dtype=torch.float64)
     loader = [(x, x[:, :1].expand(2, 6))] if case is not CONV else CONV.batches()
@@ -225,7 +239,7 @@ def test_bad_input_is_named(options, error, message):
 
 def test_layer_barriers_need_sets():
     found = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), alphas=3, progress=False)
-    with pytest.raises(OptionError, match="pass layers= to measure_barrier"):
+    with pytest.raises(OptionError, match="pass sets='each' or .* to measure_barrier"):
         found.layer_barriers()
     with pytest.raises(OptionError, match="metric='acc' is not a choice"):
         found.curve("acc")

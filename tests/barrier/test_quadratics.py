@@ -34,7 +34,8 @@ def quadratic_pairs(draw):
     return ends, hessian.numpy(), minimum.numpy(), shifts.numpy(), loader, layers, chosen
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(quadratic_pairs())
 def test_curves_equal_their_closed_forms(drawn):
     ends, A, minimum, shifts, loader, layers, chosen = drawn
@@ -45,7 +46,7 @@ def test_curves_equal_their_closed_forms(drawn):
     owner = np.repeat(list(layers), list(layers.values()))
 
     sets = [list(layers), chosen, *([name] for name in layers)]
-    measurement = measure_barrier(*ends, loader, layers=sets, alphas=ALPHAS, metrics=("loss",), **options)
+    measurement = measure_barrier(*ends, loader, sets=sets, alphas=ALPHAS, metrics=("loss",), **options)
     curves = measurement.layer_curves()
     np.testing.assert_allclose(measurement.curve(), curves[0], rtol=0, atol=1e-10)
 

@@ -90,7 +90,7 @@ def test_predict_prints_tables(run, networks, checkpoints):
 
 
 def test_measure_prints_the_measurement(run, networks, checkpoints, tmp_path):
-    expected = measure_barrier(*networks, _batches(), layers="fused", alphas=5, progress=False)
+    expected = measure_barrier(*networks, _batches(), sets="each", alphas=5, progress=False)
     arguments = ["measure", *checkpoints, *COMMON, "--layers", "fused", "--alphas", 5]
     status, out, _ = run(*arguments, "--json", "--save", tmp_path / "m.safetensors")
     record = json.loads(out)

@@ -13,13 +13,13 @@ from lmc_curvature.landscapes import Quadratic, landscape_loss, origin
 from lmc_curvature.tracing.traces import Traces
 
 
-def _two_sided(sets="tensor", alphas=11):
+def _two_sided(sets="each", alphas=11):
     """Two points of a convex landscape, the minimum between them: a predicted barrier, and none in truth."""
     hessian = torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64))
     ends = [Quadratic(hessian, position=sign * torch.ones(3), layers={"u": 1, "v": 2}) for sign in (-1, 1)]
     options = {"loss_fn": landscape_loss, "progress": False}
     prediction = predict_barrier(*ends, origin(3), layers="tensor", **options)
-    options |= {"layers": sets, "partition": "tensor", "metrics": ("loss",), "alphas": alphas}
+    options |= {"layers": "tensor", "sets": sets, "metrics": ("loss",), "alphas": alphas}
     return prediction, measure_barrier(*ends, origin(3), **options)
 
 
@@ -36,7 +36,7 @@ def _siblings(scale):
     loader = [(draw(n, 4), torch.arange(n) % 3) for n in (8, 8, 5)]
     return (
         predict_barrier(*pair, loader, progress=False),
-        measure_barrier(*pair, loader, layers="fused", alphas=5, progress=False),
+        measure_barrier(*pair, loader, sets="each", alphas=5, progress=False),
     )
 
 

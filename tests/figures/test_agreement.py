@@ -104,7 +104,7 @@ def test_points_on_one_spot_are_counted(convex):
 
 
 def test_without_measured_layers_there_is_one_panel(two_sided):
-    prediction, measurement = two_sided(sets=None)
+    prediction, measurement = two_sided(sets=())
     figure = draw_predicted_against_measured({"only": prediction}, {"only": measurement}, expansion="hermite")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["whole network"]
     assert figure.legends[1].get_title().get_text() == "fork"

@@ -83,7 +83,7 @@ def test_a_measurement_shows_its_metrics_and_its_layers(measurements, saved, lin
 
 
 def test_a_measurement_of_the_loss_alone_has_one_panel(two_sided):
-    _, measurement = two_sided(sets=None)
+    _, measurement = two_sided(sets=())
     figure = draw_measurement(measurement)
     figure.draw_without_rendering()
     (axes,) = figure.axes
@@ -187,8 +187,8 @@ def test_forks_must_be_the_same_in_both(draw, predictions, measurements):
 
 
 def test_layer_bars_need_measured_layers_of_the_same_partition(predictions, convex, two_sided):
-    _, measurement = two_sided(sets=None)
-    with pytest.raises(OptionError, match="pass layers="):
+    _, measurement = two_sided(sets=())
+    with pytest.raises(OptionError, match="pass sets="):
         draw_layer_bars({0: convex[0]}, {0: measurement})
     with pytest.raises(PartitionError):
         draw_layer_bars({0: predictions[0]}, {0: convex[1]})

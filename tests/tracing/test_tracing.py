@@ -100,7 +100,7 @@ def test_predictions_and_layers_are_those_of_the_library(traced):
     assert layers["predicted"].to_numpy() == pytest.approx(prediction.layer_barriers(), rel=1e-4, abs=1e-7)
     assert layers["hessian_energy"].to_numpy() == pytest.approx(prediction.hessian_energy, rel=1e-3, abs=1e-7)
     assert layers["distance"].to_numpy() == pytest.approx(prediction.distances, rel=1e-6)
-    measured = measure_barrier(*siblings(path, 0, 3), loader, layers="fused", alphas=3, progress=False)
+    measured = measure_barrier(*siblings(path, 0, 3), loader, sets="each", alphas=3, progress=False)
     assert layers["measured"].to_numpy() == pytest.approx(measured.layer_barriers(), abs=1e-6)
     assert layers["measured_lowest"].to_numpy() == pytest.approx(measured.layer_curves().min(axis=1), abs=1e-6)
 
@@ -111,7 +111,7 @@ def test_cumulative_barriers_are_of_the_first_and_last_layers(traced):
     prediction = predict_barrier(*siblings(path, 0, 3), loader, progress=False)
     names = prediction.layers
     sets = [names[:4], names[-4:]]
-    measured = measure_barrier(*siblings(path, 0, 3), loader, layers=sets, alphas=3, progress=False).layer_barriers()
+    measured = measure_barrier(*siblings(path, 0, 3), loader, sets=sets, alphas=3, progress=False).layer_barriers()
     for side, members, expected in zip(("first", "last"), sets, measured, strict=True):
         row = pick(traces.cumulative, fork=0, side=side, count=4).iloc[0]
         assert row["measured"] == pytest.approx(expected, abs=1e-6)
