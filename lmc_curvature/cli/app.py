@@ -6,6 +6,7 @@ command answer without it.
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,8 +52,7 @@ def fork(
     progress: Progress = None,
 ) -> None:
     """Train a parent, and children forked from it at several epochs."""
-    from lmc_curvature.forking.experiment import run_forks
-    from lmc_curvature.forking.plan import load_config
+    from lmc_curvature.forking import load_config, run_forks
     from lmc_curvature.objective.network import parse_device
 
     parse_device(device)
@@ -72,7 +72,7 @@ def trace(
     """Predict and measure the barriers between siblings, epoch by epoch."""
     from lmc_curvature.cli.tables import trace_tables
     from lmc_curvature.objective.network import parse_device
-    from lmc_curvature.tracing.tracing import trace_forks
+    from lmc_curvature.tracing import trace_forks
 
     parse_device(device)
     traces = trace_forks(directory, data=data, device=device, workers=workers, progress=progress)
@@ -133,10 +133,11 @@ def measure(
     _answer(comparison, measurement, measurement_record(measurement), *tables)
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool) -> bool:
     if asked:
         print(f"lmc-curvature {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()
@@ -148,12 +149,15 @@ def _common(
     pass
 
 
-def main() -> None:
-    """Run the command line; errors the library raises on purpose end it with one message and status 2."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line on `sys.argv` or other arguments, and exit.
+
+    Errors that the library raises on purpose end it with one message and status 2.
+    """
     # As `python -m` does, so that package.module:factory finds what lies in the current directory.
     sys.path.insert(0, str(Path.cwd()))
     try:
-        app()
+        app(arguments)
     except LMCCurvatureError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

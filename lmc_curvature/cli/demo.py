@@ -11,9 +11,15 @@ from tqdm.auto import tqdm
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction, Objective, Segment, figures, measure_barrier
 from lmc_curvature.barrier.prediction import predict_on_segment
-from lmc_curvature.forking import ForkConfig, TrainingConfig, load_child, load_fork_data, run_forks
-from lmc_curvature.forking.directory import initial_model
-from lmc_curvature.forking.sharing import cpu_threads
+from lmc_curvature.forking import (
+    ForkConfig,
+    TrainingConfig,
+    cpu_threads,
+    initial_model,
+    load_child,
+    load_fork_data,
+    run_forks,
+)
 
 CONFIG = ForkConfig(
     data="digits",

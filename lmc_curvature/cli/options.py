@@ -73,7 +73,7 @@ class Comparison:
     def networks(self) -> "tuple[nn.Module, nn.Module]":
         """The two networks, with the weights of their checkpoints."""
         from lmc_curvature.checkpoints.files import load_checkpoint
-        from lmc_curvature.sources.networks import make_model
+        from lmc_curvature.sources import make_model
 
         options = dict(_key_and_value(option) for option in self.model_option or ())
         first, second = (load_checkpoint(make_model(self.model, **options), path) for path in (self.a, self.b))
@@ -81,7 +81,7 @@ class Comparison:
 
     def batches(self) -> Iterable[Any]:
         """The loader: of a data set known by name, or what a factory returns."""
-        from lmc_curvature.sources.data import load_data
+        from lmc_curvature.sources import load_data
 
         module, colon, factory = self.data.partition(":")
         # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.

@@ -23,7 +23,7 @@ class GGNOperator(CurvatureOperator):
     of every example. For cross-entropy it is the Fisher information matrix, for the squared error a multiple of it.
 
     Example:
-        >>> G = GGNOperator(objective)                          # doctest: +SKIP
+        >>> G = GGNOperator(objective)
         >>> G @ torch.randn(G.shape[1], 5)                      # five vectors, one pass over the data
         >>> G.block("fc").to_dense()                            # a layer's own matrix
         >>> G.block_diagonal() @ torch.randn(G.shape[1])        # without what is between layers

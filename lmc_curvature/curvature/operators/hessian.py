@@ -16,7 +16,7 @@ class HessianOperator(CurvatureOperator):
     gradient. Under `"interpolate"` the running statistics are among the coordinates.
 
     Example:
-        >>> H = HessianOperator(objective)                      # doctest: +SKIP
+        >>> H = HessianOperator(objective)
         >>> H.shape                                             # (n, n)
         >>> H @ torch.randn(H.shape[1])                         # a vector: shape (n,)
         >>> H @ torch.randn(H.shape[1], 5)                      # five at once: shape (n, 5), one pass over the data

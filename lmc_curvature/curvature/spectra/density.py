@@ -156,7 +156,7 @@ def spectral_density(
     products, n ≤ `probes` × `steps`, and fits into memory, is diagonalised instead: the density is exact.
 
     Example:
-        >>> density = spectral_density(HessianOperator(objective))  # doctest: +SKIP
+        >>> density = spectral_density(HessianOperator(objective))
         >>> density.nodes, density.weights                          # (8, 64) each
         >>> density.curve(density.grid())                           # smoothed, for a picture
         >>> density.moment(1)                                       # mean eigenvalue, with its standard error

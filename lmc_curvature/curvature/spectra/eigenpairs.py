@@ -82,7 +82,7 @@ def top_eigenpairs(
     dense matrix is cheaper is diagonalised instead.
 
     Example:
-        >>> found = top_eigenpairs(HessianOperator(objective), 10)  # doctest: +SKIP
+        >>> found = top_eigenpairs(HessianOperator(objective), 10)
         >>> found.values, found.residuals                           # λ and ‖H v − λ v‖ / |λ|, (10,) each
         >>> top_eigenpairs(H.block("fc"), 1, which="smallest")      # of a layer's own Hessian, from the lower end
 
