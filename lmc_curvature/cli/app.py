@@ -27,14 +27,12 @@ from lmc_curvature.cli.tables import (
 )
 from lmc_curvature.errors import DataError, LMCCurvatureError, OptionError, check_choice
 from lmc_curvature.figures.experiment import draw_all
-from lmc_curvature.forking.experiment import run_forks
-from lmc_curvature.forking.plan import load_config
+from lmc_curvature.forking import load_config, run_forks
 from lmc_curvature.objective.network import parse_device
 from lmc_curvature.objective.normalization import BatchNormPolicy
 from lmc_curvature.segment.partition import LayerPartition, layer_indices
-from lmc_curvature.sources.data import load_data
-from lmc_curvature.sources.networks import make_model
-from lmc_curvature.tracing.tracing import trace_forks
+from lmc_curvature.sources import load_data, make_model
+from lmc_curvature.tracing import trace_forks
 
 app = typer.Typer(
     help="Can two neural networks be averaged? Predict the loss barrier between them, and measure it.",

@@ -15,12 +15,15 @@ from lmc_curvature.barrier.prediction import BarrierPrediction, predict_on_segme
 from lmc_curvature.figures.agreement import draw_predicted_against_measured
 from lmc_curvature.figures.barriers import draw_barrier_curves, draw_layer_bars
 from lmc_curvature.figures.landscapes import draw_barrier_kinds, draw_toy_landscapes
-from lmc_curvature.forking.directory import initial_model, load_child
-from lmc_curvature.forking.experiment import run_forks
-from lmc_curvature.forking.plan import ForkConfig
-from lmc_curvature.forking.provenance import load_fork_data
-from lmc_curvature.forking.sharing import cpu_threads
-from lmc_curvature.forking.training import TrainingConfig
+from lmc_curvature.forking import (
+    ForkConfig,
+    TrainingConfig,
+    cpu_threads,
+    initial_model,
+    load_child,
+    load_fork_data,
+    run_forks,
+)
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.plotting.style import save_figure
 from lmc_curvature.segment.segment import Segment

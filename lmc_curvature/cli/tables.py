@@ -14,7 +14,7 @@ from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.cli.demo import DemoResult, layer_rank_correlations, layer_sets
 from lmc_curvature.figures.frames import at_epoch, numbers
 from lmc_curvature.figures.ranks import rank_correlations
-from lmc_curvature.tracing.traces import Traces
+from lmc_curvature.tracing import Traces
 
 LayerSets = Sequence[Sequence[str]]
 
