@@ -21,8 +21,8 @@ from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.figures.agreement import Pairs
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, known, numbers
 from lmc_curvature.figures.ranks import rank_correlations
-from lmc_curvature.forking import Traces, read_traces
-from lmc_curvature.forking.directory import open_directory
+from lmc_curvature.forking import open_directory
+from lmc_curvature.tracing import Traces, read_traces
 
 Row = dict[str, Any]
 Claim = Callable[[Traces], list[Row]]

@@ -18,7 +18,7 @@ from lmc_curvature.figures.ranks import draw_rank_correlations
 from lmc_curvature.figures.ridges import Quantity, draw_ridges
 from lmc_curvature.figures.siblings import draw_sibling_angles, draw_sibling_distances, draw_solution_planes
 from lmc_curvature.plotting.style import save_figure
-from lmc_curvature.tracing.traces import Traces, read_traces
+from lmc_curvature.tracing import Traces, read_traces
 
 
 def draw_all(

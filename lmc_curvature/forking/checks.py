@@ -3,10 +3,10 @@
 import torch
 
 from lmc_curvature.errors import ConfigurationError, DataError
+from lmc_curvature.forking.configuration import ForkConfig, TraceConfig
 from lmc_curvature.forking.directory import initial_model
-from lmc_curvature.forking.plan import ForkConfig, TraceConfig
 from lmc_curvature.segment.partition import LayerPartition
-from lmc_curvature.sources.data import ImageDataset, Split
+from lmc_curvature.sources import ImageDataset, Split
 
 
 def check_fit(config: ForkConfig, data: ImageDataset) -> None:

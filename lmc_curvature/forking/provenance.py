@@ -3,20 +3,39 @@
 provenance.json    SHA-256 of each split of the data, wherever it lies; versions, device and threads
 """
 
+import importlib.metadata
 import os
+import platform
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from lmc_curvature.errors import CheckpointError, DataError, FileFormatError, NewerVersionError
-from lmc_curvature.forking.directory import ForkDirectory, check_config, open_directory, write_config
-from lmc_curvature.sources.data import ImageDataset, Split, load_data
-from lmc_curvature.storage import read_json, write_json
+import torch
+
+from lmc_curvature.errors import DataError
+from lmc_curvature.forking.configuration import ForkConfig
+from lmc_curvature.forking.directory import ForkDirectory, check_config, open_directory, read_record, write_config
+from lmc_curvature.sources import ImageDataset, Split, load_data
+from lmc_curvature.storage import write_json
 
 _VERSION = "1"
 
 
-def load_fork_data(out_dir: str | os.PathLike[str], split: Split = "train", *, progress: bool = True) -> ImageDataset:
+def conditions(config: ForkConfig, device: torch.device) -> dict[str, str | int]:
+    """Return what decides the last bits of a trained network, besides the configuration and the data."""
+    # On a CPU, it is the vector instructions that torch uses there.
+    processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "lmc_curvature": importlib.metadata.version("lmc-curvature"),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "threads": config.threads or torch.get_num_threads(),
+    }
+
+
+def load_fork_data(
+    out_dir: str | os.PathLike[str], split: Split = "train", *, progress: bool | None = None
+) -> ImageDataset:
     """Load the data of an experiment: the examples it trained on, or the whole test split.
 
     Raises:
@@ -27,7 +46,7 @@ def load_fork_data(out_dir: str | os.PathLike[str], split: Split = "train", *, p
 
 
 def load_split(
-    directory: ForkDirectory, split: Split, source: str | None = None, *, progress: bool = True
+    directory: ForkDirectory, split: Split, source: str | None = None, *, progress: bool | None = None
 ) -> ImageDataset:
     """Load the examples that an experiment trains on, or the whole test split.
 
@@ -35,7 +54,7 @@ def load_split(
         directory: The experiment.
         split: `"train"` or `"test"`.
         source: Where the data set lies now; by default where the configuration says.
-        progress: Show a bar while images are decoded.
+        progress: Show a bar while images are decoded; by default on a terminal and in notebooks.
 
     Raises:
         CheckpointError: The record of what the experiment was begun with is damaged.
@@ -110,11 +129,5 @@ def _begun_with(directory: ForkDirectory) -> dict[str, Any]:
 
 def _read(directory: ForkDirectory) -> dict[str, Any]:
     path = directory.provenance_path
-    if not path.is_file():
-        return {}
-    try:
-        return read_json(path, _VERSION)
-    except NewerVersionError:
-        raise
-    except FileFormatError as error:
-        raise CheckpointError(f"{error} Delete it if the data are still those that were trained on.") from error
+    remedy = "Delete it if the data are still those that were trained on."
+    return read_record(path, _VERSION, remedy) if path.is_file() else {}

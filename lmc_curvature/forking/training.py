@@ -9,62 +9,18 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from lmc_curvature.checkpoints.files import load_entries, read_snapshot, write_snapshot
 from lmc_curvature.errors import NonFiniteError, OptionError
-from lmc_curvature.forking.configuration import Configuration
+from lmc_curvature.forking.configuration import TrainingConfig
+from lmc_curvature.sources import ImageDataset
 from lmc_curvature.sources.augmentation import Crops
-from lmc_curvature.sources.data import ImageDataset
-
-
-class TrainingConfig(Configuration):
-    """A schedule of stochastic gradient descent.
-
-    Attributes:
-        epochs: Passes over the data.
-        learning_rate: Of SGD, before any milestone.
-        milestones: Epochs after which the learning rate is multiplied by `gamma`, increasing.
-        gamma: See `milestones`.
-        momentum: Of SGD, in [0, 1).
-        weight_decay: Coefficient of the L2 penalty, added to the gradient.
-        batch_size: Examples a step; the last batch of an epoch may be short.
-        warmup_epochs: The learning rate rises linearly, step by step, over this many epochs.
-        augmentation: `"crop-flip"`: random crops after padding by 4 pixels, and random mirror images; or `"none"`.
-
-    Raises:
-        ConfigurationError: A key is unknown, missing, or has a bad value.
-    """
-
-    epochs: int = Field(ge=1)
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    milestones: tuple[int, ...] = ()
-    gamma: float = Field(default=0.1, gt=0, le=1)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    batch_size: int = Field(default=128, ge=1)
-    warmup_epochs: int = Field(default=0, ge=0)
-    augmentation: Literal["none", "crop-flip"] = "none"
-
-    @field_validator("milestones")
-    @classmethod
-    def _increasing_within_schedule(cls, milestones: tuple[int, ...], info: Any) -> tuple[int, ...]:
-        if list(milestones) != sorted(set(milestones)):
-            raise ValueError(f"{milestones} must increase.")
-        # A bad number of epochs is reported by itself.
-        if "epochs" in info.data:
-            last = info.data["epochs"] - 1
-            outside = [epoch for epoch in milestones if not 1 <= epoch <= last]
-            if outside:
-                raise ValueError(f"{outside[0]} is outside the schedule of {last + 1} epochs; choose from 1 to {last}.")
-        return milestones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +83,7 @@ def train(
     start: TrainingState | None = None,
     until: int | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> TrainingState:
     """Train a classifier with SGD and the cross-entropy loss.
 
@@ -139,7 +95,7 @@ def train(
         start: Where to continue; by default from the network as it is, at epoch 0 of the schedule.
         until: The epoch of the schedule to stop at; by default its end.
         on_epoch: Called with the metrics of each epoch as it ends.
-        progress: Show a bar of epochs.
+        progress: Show a bar of epochs; by default on a terminal and in notebooks.
 
     Returns:
         The state at epoch `until`.
@@ -166,7 +122,8 @@ def train(
     history = list(() if start is None else start.history)
     data = data.to(next(model.parameters()).device)
     was_training = model.training
-    with tqdm(total=last - first, desc="training", unit="epoch", disable=not progress) as bar:
+    off = None if progress is None else not progress
+    with tqdm(total=last - first, desc="training", unit="epoch", disable=off) as bar:
         for epoch in range(first, last):
             metrics = _train_epoch(model.train(), optimizer, data, config, order_seed, epoch, layout)
             history.append(metrics)

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lmc_curvature.checkpoints.files import read_snapshot
+from lmc_curvature.checkpoints.files import load_checkpoint, read_snapshot
 from lmc_curvature.errors import CheckpointError
-from lmc_curvature.forking import TrainingState, digits_resnet, load_checkpoint
+from lmc_curvature.forking import TrainingState
 from lmc_curvature.forking.training import capture_state
+from lmc_curvature.sources import digits_resnet
 
 
 @pytest.fixture

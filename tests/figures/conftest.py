@@ -10,7 +10,7 @@ from torch import nn
 
 from lmc_curvature import measure_barrier, predict_barrier
 from lmc_curvature.landscapes import Quadratic, landscape_loss, origin
-from lmc_curvature.tracing.traces import Traces
+from lmc_curvature.tracing import Traces
 
 
 def _two_sided(sets="each", alphas=11):

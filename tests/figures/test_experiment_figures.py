@@ -8,7 +8,8 @@ import pytest
 from lmc_curvature.errors import CheckpointError
 from lmc_curvature.figures import experiment
 from lmc_curvature.figures.experiment import draw_all
-from lmc_curvature.forking import ForkConfig, run_forks, trace_forks
+from lmc_curvature.forking import ForkConfig, run_forks
+from lmc_curvature.tracing import trace_forks
 
 SETTINGS = {
     "training": {"epochs": 3, "learning_rate": 0.1, "batch_size": 50},

@@ -6,7 +6,7 @@ in nats, errors are shares of examples.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import pandas as pd
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.errors import CheckpointError
-from lmc_curvature.forking.directory import ForkDirectory, open_directory
+from lmc_curvature.forking import ForkDirectory, open_directory
 from lmc_curvature.geometry import SiblingGeometry
 from lmc_curvature.storage import write_atomically
+from lmc_curvature.tracing.pair import Pair, cumulative_sets
 
 Row = dict[str, Any]
 
@@ -89,20 +90,17 @@ def read_traces(out_dir: str | os.PathLike[str]) -> Traces:
     return Traces(**tables)
 
 
-def write_tables(directory: ForkDirectory, pairs: Iterable[tuple[int, int]]) -> Traces:
-    """Gather what was traced of forks at epochs into tables, and write each as CSV, whole or not at all.
+def write_tables(directory: ForkDirectory, pairs: Sequence[Pair]) -> Traces:
+    """Gather the results of the pairs that are done into tables, and write each as CSV, whole or not at all.
 
     Where nothing was traced, nothing is written.
-
-    Args:
-        directory: The experiment.
-        pairs: Forks and epochs; asked for when no other process writes tables, so that none can lose rows by it.
     """
+    # Whether a pair is done is asked when no other process writes tables, so that none can lose rows by it.
     with directory.writing(directory.path / "traces"):
         rows: dict[str, list[Row]] = {name: [] for name in _COLUMNS}
-        for fork, epoch in pairs:
-            for name, found in _rows_of(directory.trace_path(fork, epoch)).items():
-                rows[name] += [{"fork": fork, "epoch": epoch, **row} for row in found]
+        for pair in pairs:
+            for name, found in (_rows_of(pair.path) if pair.is_done() else {}).items():
+                rows[name] += [{"fork": pair.fork_epoch, "epoch": pair.epoch, **row} for row in found]
         tables = {name: pd.DataFrame(rows[name], columns=list(columns)) for name, columns in _COLUMNS.items()}
         if rows["geometry"]:
             for name, table in tables.items():
@@ -191,10 +189,3 @@ def _cumulative_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...]
                 "predicted_with_slopes": prediction.barrier(members, "with-slopes"),
                 "predicted_shared": prediction.barrier(members, "shared-hessian"),
             }
-
-
-def cumulative_sets(layers: Sequence[str]) -> Iterator[tuple[str, int, tuple[str, ...]]]:
-    """Side, number and names of the first and of the last k layers, for every k (Adilova et al. 2023)."""
-    for count in range(1, len(layers) + 1):
-        yield "first", count, tuple(layers[:count])
-        yield "last", count, tuple(layers[len(layers) - count :])
