@@ -9,25 +9,16 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lmc_curvature import BarrierMeasurement, BarrierPrediction, Objective, Segment, figures, measure_barrier
+from lmc_curvature import BarrierMeasurement, BarrierPrediction, Objective, Segment, figures, forking, measure_barrier
 from lmc_curvature.barrier.prediction import predict_on_segment
-from lmc_curvature.forking import (
-    ForkConfig,
-    TrainingConfig,
-    cpu_threads,
-    initial_model,
-    load_child,
-    load_fork_data,
-    run_forks,
-)
 
-CONFIG = ForkConfig(
+CONFIG = forking.ForkConfig(
     data="digits",
     model="digits-resnet",
     # Narrow, and trained with a high learning rate and strong decay: digits are easy, and wide networks trained gently
     # have hardly a barrier between them.
     model_options={"width": 4},
-    training=TrainingConfig(
+    training=forking.TrainingConfig(
         epochs=16, learning_rate=0.3, milestones=(11, 14), weight_decay=0.001, batch_size=32, warmup_epochs=3
     ),
     fork_epochs=(0, 1, 2, 4, 8),
@@ -69,16 +60,16 @@ def run_demo(
         OSError: The directory cannot be written.
     """
     out_dir = Path(out_dir)
-    run_forks(CONFIG, out_dir / "forks", device=device, progress=progress)
-    loader = load_fork_data(out_dir / "forks", progress=False).to(device).batches(_BATCH_SIZE)
+    forking.run_forks(CONFIG, out_dir / "forks", device=device, progress=progress)
+    loader = forking.load_fork_data(out_dir / "forks", progress=False).to(device).batches(_BATCH_SIZE)
     predictions, measurements = {}, {}
-    with cpu_threads(CONFIG.threads):
+    with forking.cpu_threads(CONFIG.threads):
         # One for all forks: the network is captured once.
-        objective = Objective(initial_model(CONFIG).to(device), loader)
+        objective = Objective(forking.initial_model(CONFIG).to(device), loader)
         for fork in tqdm(
             CONFIG.fork_epochs, desc="barriers", unit="fork", disable=None if progress is None else not progress
         ):
-            first, second = (load_child(out_dir / "forks", fork, child).to(device) for child in (0, 1))
+            first, second = (forking.load_child(out_dir / "forks", fork, child).to(device) for child in (0, 1))
             prediction = predict_on_segment(objective, Segment(first, second), progress=False)
             sets = [*([name] for name in prediction.layers), *layer_sets(prediction.layers).values()]
             measurement = measure_barrier(first, second, loader, sets=sets, progress=False)
