@@ -23,9 +23,9 @@ quick: lint
 test: lint
 	$(BIN)/python $(PYTEST) -m 'not check'
 
-# End to end, and many networks.
+# End to end, and many networks. What the tests of a file share takes long here, so they stay in one process.
 check: $(INSTALLED)
-	$(BIN)/python $(PYTEST) -m check
+	$(BIN)/python -m pytest -n auto --dist loadfile -m check
 
 # With the lowest versions of its dependencies that the project allows.
 test-oldest: $(OLDEST)/.installed
