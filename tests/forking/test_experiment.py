@@ -514,7 +514,7 @@ def test_ranks_of_torchrun_share_the_children(tmp_path):
     config = ForkConfig(**SETTINGS, threads=1)
     run_forks(config, tmp_path / "one", progress=False)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lmc_curvature.cli.app", "fork"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lmc_curvature.cli", "fork"]
     arguments = [tmp_path / "config.yaml", "--out", tmp_path / "two", "--no-progress"]
     subprocess.run([sys.executable, *command, *arguments], check=True, timeout=300)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
