@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
+from lmc_curvature.averages import rank_correlation
 from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
 from lmc_curvature.barrier.prediction import BarrierPrediction, predict_on_segment
 from lmc_curvature.figures.agreement import draw_predicted_against_measured
 from lmc_curvature.figures.barriers import draw_barrier_curves, draw_layer_bars
-from lmc_curvature.figures.landscapes import draw_barrier_kinds, draw_toy_landscapes
+from lmc_curvature.figures.files import save_figure
+from lmc_curvature.figures.kinds import draw_barrier_kinds
+from lmc_curvature.figures.landscapes import draw_toy_landscapes
 from lmc_curvature.forking.directory import initial_model, load_child
 from lmc_curvature.forking.experiment import run_forks
 from lmc_curvature.forking.plan import ForkConfig
@@ -22,7 +24,6 @@ from lmc_curvature.forking.provenance import load_fork_data
 from lmc_curvature.forking.sharing import cpu_threads
 from lmc_curvature.forking.training import TrainingConfig
 from lmc_curvature.objective.risk import Objective
-from lmc_curvature.plotting.style import save_figure
 from lmc_curvature.segment.segment import Segment
 
 CONFIG = ForkConfig(
@@ -107,7 +108,7 @@ def layer_rank_correlations(prediction: BarrierPrediction, measurement: BarrierM
         "with-slopes": prediction.layer_barriers("with-slopes"),
         "distance": prediction.distances,
     }
-    return {name: float(np.asarray(spearmanr(guess, measured))[0]) for name, guess in guesses.items()}
+    return {name: rank_correlation(guess, measured) for name, guess in guesses.items()}
 
 
 def _draw(
