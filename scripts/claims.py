@@ -17,8 +17,8 @@ import pandas as pd
 import typer
 from jaxtyping import Float64
 
+from lmc_curvature.averages import rank_correlation
 from lmc_curvature.barrier.measurement import BarrierMeasurement
-from lmc_curvature.figures.agreement import Pairs
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, known, numbers
 from lmc_curvature.figures.ranks import rank_correlations
 from lmc_curvature.forking import open_directory
@@ -136,7 +136,7 @@ def whole_networks(traces: Traces) -> list[Row]:
         }
         for k, fork in enumerate(of_loss["train"]["fork"])
     ]
-    ranks = {expansion: Pairs(measured, each).rank_correlation() for expansion, each in values.items()}
+    ranks = {expansion: rank_correlation(measured, each) for expansion, each in values.items()}
     return [*found, {"fork": "Spearman over forks", **ranks}]
 
 
@@ -232,8 +232,7 @@ def growing_sets(traces: Traces) -> list[Row]:
         for side in ("first", "last"):
             part = each[each["side"] == side]
             for column, name in (("predicted_shared", "eq. 21"), ("predicted", "second order")):
-                pairs = Pairs(numbers(part, "measured"), numbers(part, column))
-                row[f"ρ, {side} k, {name}"] = pairs.rank_correlation()
+                row[f"ρ, {side} k, {name}"] = rank_correlation(numbers(part, "measured"), numbers(part, column))
         whole = having(each, "count", numbers(each, "count").max())
         row["all layers, second order / measured"] = _ratio(whole)
         rows.append(row)

@@ -14,7 +14,6 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.support.timing import Measurement, Spread
-from lmc_curvature.figures.panels import short_number
 from lmc_curvature.plotting.style import (
     BLUE,
     GREEN,
@@ -28,6 +27,7 @@ from lmc_curvature.plotting.style import (
     look,
     new_figure,
 )
+from lmc_curvature.plotting.text import short_number
 
 _COLORS = (BLUE, VERMILION, GREEN, PURPLE, GREY, INK)
 # Not as many as colours, so that pairs come back after thirty.

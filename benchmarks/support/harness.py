@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.support.timing import PACES, Measurement, Pace, Spread
-from lmc_curvature.plotting.style import save_figure
+from lmc_curvature.figures.files import save_figure
 
 Value = float | int | str | bool | Spread | None
 

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction, Objective, Segment, figures, forking, measure_barrier
+from lmc_curvature.averages import rank_correlation
 from lmc_curvature.barrier.prediction import predict_on_segment
 
 CONFIG = forking.ForkConfig(
@@ -93,15 +93,13 @@ def layer_sets(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
 
 def layer_rank_correlations(prediction: BarrierPrediction, measurement: BarrierMeasurement) -> dict[str, float]:
     """Spearman correlation, over layers, of what is known before measuring with the measured layer barriers."""
-    from scipy.stats import spearmanr
-
     measured = measurement.layer_barriers()[: len(prediction.layers)]
     rankings = {
         "predicted": prediction.layer_barriers("second-order"),
         "predicted_with_slopes": prediction.layer_barriers("with-slopes"),
         "distance": prediction.distances,
     }
-    return {name: float(np.asarray(spearmanr(ranking, measured))[0]) for name, ranking in rankings.items()}
+    return {name: rank_correlation(ranking, measured) for name, ranking in rankings.items()}
 
 
 def _draw(

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from lmc_curvature.curvature.spectra.symmetric import (
     random_rows,
 )
 from lmc_curvature.errors import OptionError, check_choice
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
 
 TraceMethod = Literal["hutch++", "hutchinson"]
 DISTRIBUTIONS: tuple[Distribution, ...] = ("rademacher", "gaussian")
@@ -127,6 +130,12 @@ class SpectralDensity:
             distances = (points[start : start + chunk, None] - nodes) / width
             heights[start : start + chunk] = np.exp(-0.5 * distances**2) @ weights
         return heights / (width * math.sqrt(2 * math.pi))
+
+    def plot(self) -> "Figure | SubFigure":
+        """Draw the smoothed density on a logarithmic scale; `draw_spectral_density` draws several over one another."""
+        from lmc_curvature.curvature.spectra.drawing import draw_spectral_density
+
+        return draw_spectral_density(self)
 
     def _checked_width(self, width: float | None) -> float:
         width = self.default_width if width is None else width
