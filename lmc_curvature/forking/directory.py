@@ -72,7 +72,7 @@ class ForkDirectory:
 
     def failures(self) -> dict[str, str]:
         """Return why networks will never be trained to the end, by the titles of their runs."""
-        reasons = {run.title: run.message for run in self.runs() if run.status == "diverged"}
+        reasons = {run.title: run.manifest()["message"] for run in self.runs() if run.status == "diverged"}
         return reasons | {
             run.title: f"Cannot start, because the parent diverged before epoch {run.first_epoch}."
             for run in self.runs()

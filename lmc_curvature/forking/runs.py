@@ -64,11 +64,6 @@ class Run:
         return [self.snapshot_path(epoch) for epoch in self.epochs]
 
     @property
-    def length(self) -> int:
-        """How many epochs of its own the run has."""
-        return self.epochs[-1] - self.first_epoch
-
-    @property
     def status(self) -> Status:
         """How far training has come: finished, or diverged, only if every file is there that was."""
         manifest = self.manifest()
@@ -76,11 +71,6 @@ class Run:
         recorded = [self.path / name for name in manifest.get("sha256", {})]
         files = [self.metrics_path, *self.snapshot_paths] if status == "finished" else recorded
         return status if all(path.is_file() for path in files) else "training"
-
-    @property
-    def message(self) -> str:
-        """Why training ended early, if it did."""
-        return str(self.manifest().get("message", ""))
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest; empty if there is none, or if it is damaged, so that it is made anew."""
@@ -116,9 +106,7 @@ class Run:
             writer.writerows(dataclasses.astuple(metrics) for metrics in history[self.first_epoch :])
 
     def epochs_trained(self) -> int:
-        """Return how many epochs of its own the run has behind it, as far as files tell."""
-        if self.status == "finished":
-            return self.length
+        """Return how many epochs of its own the run has behind it, as far as its metrics tell."""
         try:
             return max(len(self.metrics_path.read_text(encoding="utf-8").splitlines()) - 1, 0)
         except OSError:

@@ -14,11 +14,10 @@ import torch
 from tqdm.auto import tqdm
 
 from lmc_curvature.errors import CheckpointError, ConfigurationError, LMCCurvatureError, NonFiniteError, OptionError
-from lmc_curvature.forking import ForkDirectory, TraceConfig, initial_model, open_directory
+from lmc_curvature.forking import ForkDirectory, TraceConfig, initial_model, load_fork_data, open_directory
 from lmc_curvature.forking.checks import check_examples, check_layers
 from lmc_curvature.forking.configuration import check_same
 from lmc_curvature.forking.directory import read_record
-from lmc_curvature.forking.provenance import load_split
 from lmc_curvature.forking.sharing import Task, device_of_rank, helpers, progress_of_rank, share, unless_claimed
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.sources import Batches, Split
@@ -97,7 +96,7 @@ def _prepare(directory: ForkDirectory, data: str | None, device: torch.device, *
     splits: tuple[Split, ...] = ("train", "test") if config.test else ("train",)
     loaders = {}
     for split in splits:
-        images = load_split(directory, split, data, progress=progress)
+        images = load_fork_data(directory, split, source=data, progress=progress)
         check_examples(config, images, split)
         images = images if config.examples is None else images.subset(config.examples)
         loaders[split] = images.to(device).batches(config.batch_size)
