@@ -96,17 +96,17 @@ def test_several_processes_share_the_work(settings, tmp_path):
 
 
 @pytest.fixture
-def fill_disk():
-    """Let the operating system refuse every file of more than 5,000 bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def limit_files():
+    """Let the operating system refuse every file of more than so many bytes."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=before: resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
 
-def test_a_full_disk_leaves_the_last_good_state(finished, config, watch, tmp_path, fill_disk):
+def test_a_full_disk_leaves_the_last_good_state(finished, config, watch, tmp_path, limit_files):
     def fill(step, logits):
         if step == 4:
-            fill_disk()
+            limit_files(5_000)
         return logits
 
     watch.on_step = fill
@@ -117,6 +117,9 @@ def test_a_full_disk_leaves_the_last_good_state(finished, config, watch, tmp_pat
         "latest.safetensors",
     ]
     assert not list((tmp_path / "parent").glob(".*.partial"))
+    limit_files()
+    run_forks(config, tmp_path, progress=False)
+    assert contents(tmp_path) == contents(finished.path)
 
 
 def test_a_diverged_child_is_named_and_the_others_are_kept(finished, config, watch, tmp_path):
@@ -176,7 +179,8 @@ def test_threads_are_those_of_the_configuration(settings, watch, tmp_path):
         return logits
 
     watch.on_step = look
-    run_forks(ForkConfig(**{**settings, "threads": before + 1}), tmp_path, progress=False)
+    changes = {"training": {"epochs": 1, "learning_rate": 0.1}, "fork_epochs": [0], "threads": before + 1}
+    run_forks(ForkConfig(**{**settings, **changes}), tmp_path, progress=False)
     assert seen == {before + 1}
     assert torch.get_num_threads() == before
 

@@ -153,12 +153,6 @@ def test_a_record_that_cannot_be_read_is_named(config, out):
         run_forks(config, out, progress=False)
 
 
-def test_a_fingerprint_is_of_images_labels_and_normalisation():
-    data = load_data("digits", limit=20)
-    assert data.fingerprint() == load_data("digits", limit=20).fingerprint()
-    assert data.fingerprint() != load_data("digits", limit=21).fingerprint()
-
-
 def test_what_a_finished_experiment_is_told_is_checked_as_well(config, images, tmp_path):
     out = tmp_path / "out"
     run_forks(config, out, progress=False)
