@@ -1,4 +1,4 @@
-"""What a forking experiment is: a schedule, the epochs at which children are forked, and what is traced of them.
+"""The configuration of a forking experiment: a schedule, the epochs to fork at, and what to trace of the siblings.
 
 Configurations are frozen and strict about keys; their errors name the key.
 """
@@ -69,7 +69,7 @@ class TrainingConfig(Configuration):
 
 
 class TraceConfig(Configuration):
-    """What is computed between siblings, at every epoch that was stored.
+    """The choice of what is computed between siblings, at every epoch that was stored.
 
     Attributes:
         examples: How many examples are taken, a fixed random sample; null for all.

@@ -1,4 +1,4 @@
-"""What the bits of an experiment depend on besides its configuration, recorded when it is begun.
+"""The record of what the bits of an experiment depend on besides its configuration, made when it is begun.
 
 provenance.json    SHA-256 of each split of the data, wherever it lies; versions, device and threads
 """
@@ -14,9 +14,9 @@ import torch
 
 from lmc_curvature.errors import DataError
 from lmc_curvature.forking.configuration import ForkConfig
-from lmc_curvature.forking.directory import ForkDirectory, check_config, open_directory, read_record, write_config
+from lmc_curvature.forking.directory import ForkDirectory, check_config, explain_damage, open_directory, write_config
 from lmc_curvature.sources import ImageDataset, Split, load_data
-from lmc_curvature.storage import write_json
+from lmc_curvature.storage import read_json, write_json
 
 _VERSION = "1"
 
@@ -117,5 +117,5 @@ def begin(directory: ForkDirectory, splits: Mapping[Split, ImageDataset], made_w
 
 def _read(directory: ForkDirectory) -> dict[str, Any]:
     path = directory.provenance_path
-    remedy = "Delete it if the data are still those that were trained on."
-    return read_record(path, _VERSION, remedy) if path.is_file() else {}
+    with explain_damage("Delete it if the data are still those that were trained on."):
+        return read_json(path, _VERSION) if path.is_file() else {}

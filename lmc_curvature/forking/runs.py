@@ -1,6 +1,6 @@
 """The files of one network in training.
 
-manifest.json               how far it has come, what it was made with, and the SHA-256 of every snapshot
+manifest.json               the status of training, what it was made with, and the SHA-256 of every snapshot
 metrics.csv                 a row an epoch
 epoch-0006.safetensors      the network and its optimiser at each epoch that is kept
 latest.safetensors          the same at the last epoch trained, until training is finished
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def status(self) -> Status:
-        """How far training has come: finished, or diverged, only if every file is there that was."""
+        """The state of training: finished or diverged only if every file is there that was, else training."""
         manifest = self.manifest()
         status = manifest.get("status", "training")
         recorded = [self.path / name for name in manifest.get("sha256", {})]

@@ -25,11 +25,11 @@ from lmc_curvature.sources.augmentation import Crops
 
 @dataclasses.dataclass(frozen=True)
 class EpochMetrics:
-    """What one epoch of training reported.
+    """The metrics of one epoch of training.
 
     Attributes:
         epoch: Epochs completed, counting this one.
-        learning_rate: At the last step.
+        learning_rate: The learning rate at the last step.
         loss: Mean cross-entropy in nats over the examples, each at the step that used it.
         accuracy: Fraction classified correctly, likewise.
     """
@@ -110,10 +110,7 @@ def train(
     if not first <= last <= config.epochs:
         raise OptionError(f"until={last} must lie between the epoch of the start, {first}, and {config.epochs}.")
     optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
     model.to(memory_format=_fastest_layout(model))
     if start is not None:

@@ -53,12 +53,7 @@ def model_names() -> list[str]:
 
 
 def resnet(
-    depth: int = 20,
-    *,
-    width: int = 16,
-    num_classes: int = 10,
-    in_channels: int = 3,
-    shortcut: Shortcut = "projection",
+    depth: int = 20, *, width: int = 16, num_classes: int = 10, in_channels: int = 3, shortcut: Shortcut = "projection"
 ) -> "CifarResNet":
     """Build a residual network for small images, of `depth` = 6n + 2 layers in three stages of n blocks.
 

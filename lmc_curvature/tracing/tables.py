@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traces:
-    """What lies between siblings, as they train.
+    """The tables of a traced experiment.
 
     Attributes:
         curves: `split`, `metric`, `alpha`, `value`, and `barrier`, the value over the chord: of whole networks.

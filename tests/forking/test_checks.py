@@ -15,11 +15,11 @@ from lmc_curvature.sources import load_data
             ConfigurationError,
             r"'resnet20' cannot take images of shape \(1, 8, 8\) from 'digits'",
         ),
-        ({"model_options": {"num_classes": 4}}, ConfigurationError, r"gives \(2, 4\) .*expected \(2, 10\)"),
+        ({"model_options": {"num_classes": 4}}, ConfigurationError, r"gives \(2, 4\) .*a tensor \(2, 10\)"),
         (
             {"model": "tests.support.experiments:Unsteady", "model_options": {"training": "a pair"}},
             ConfigurationError,
-            r"in training, .*Unsteady' gives tuple; expected logits alone, a tensor \(2, 10\).*aux_logits: false",
+            r"in training, .*Unsteady' gives tuple .*expected logits alone, a tensor \(2, 10\).*aux_logits: false",
         ),
         (
             {"model": "tests.support.experiments:Unsteady", "model_options": {"training": "an assertion"}},
