@@ -52,7 +52,7 @@ def standard_errors(directory: Path, traces: Traces) -> str:
 
 
 def ridges(traces: Traces) -> list[Row]:
-    """When the ridge between siblings appears, how high and wide it is, and what is left of it at the end."""
+    """The ridge between siblings: its beginning, its height and width, and its rest at the end."""
     barriers = by_fork(checked(traces.barriers, "barriers", ["barrier"], split="train", metric="loss"))
     curves = by_fork(at_epoch(checked(traces.curves, "curves", ["barrier"], split="train", metric="loss"), "", None))
     errors = {
@@ -90,7 +90,7 @@ def half_width(alphas: Float64[np.ndarray, " n"], curve: Float64[np.ndarray, " n
 
 
 def siblings(traces: Traces) -> list[Row]:
-    """How far apart siblings end, at which angles, and when they fixed the plane of their solutions."""
+    """Distances and angles of siblings at the end, and the epoch at which they fixed the plane of their solutions."""
     rows = []
     for fork, each in by_fork(checked(traces.geometry, "geometry", [])).items():
         last = each.iloc[-1]
@@ -147,7 +147,7 @@ def _with_error(rows: pd.DataFrame, k: int) -> str:
 
 
 def under_way(traces: Traces) -> list[Row]:
-    """What is predicted before the end: where no point of the segment lies above the chord, and where it is worst."""
+    """Predictions before the end: where no point of the segment lies above the chord, and where they are worst."""
     measured = checked(traces.barriers, "barriers", ["barrier"], split="train", metric="loss")
     curves = by_fork(checked(traces.curves, "curves", ["barrier"], split="train", metric="loss"))
     tables = {

@@ -1,4 +1,4 @@
-"""What a forking experiment is: a schedule, the epochs at which children are forked, and what is traced of them.
+"""The configuration of a forking experiment: a schedule, the epochs to fork at, and what to trace of the siblings.
 
 Configurations are frozen and strict about keys; their errors name the key.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from lmc_curvature.errors import ConfigurationError, suggest
 from lmc_curvature.objective.normalization import BatchNormPolicy
@@ -64,12 +64,12 @@ class TrainingConfig(Configuration):
 
     @field_validator("milestones")
     @classmethod
-    def _milestones_within_schedule(cls, milestones: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+    def _milestones_within_schedule(cls, milestones: tuple[int, ...], info: Any) -> tuple[int, ...]:
         return _check_epochs(milestones, info.data.get("epochs"), first=1)
 
 
 class TraceConfig(Configuration):
-    """What is computed between siblings, at every epoch that was stored.
+    """The choice of what is computed between siblings, at every epoch that was stored.
 
     Attributes:
         examples: How many examples are taken, a fixed random sample; null for all.
@@ -136,7 +136,7 @@ class ForkConfig(Configuration):
 
     @field_validator("snapshot_epochs", mode="before")
     @classmethod
-    def _every_so_many(cls, value: Any, info: ValidationInfo) -> Any:
+    def _every_so_many(cls, value: Any, info: Any) -> Any:
         if not isinstance(value, int) or isinstance(value, bool):
             return value
         if value < 1:
@@ -146,7 +146,7 @@ class ForkConfig(Configuration):
 
     @field_validator("fork_epochs", "snapshot_epochs")
     @classmethod
-    def _within_schedule(cls, epochs: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+    def _within_schedule(cls, epochs: tuple[int, ...], info: Any) -> tuple[int, ...]:
         training = info.data.get("training")
         first = 0 if info.field_name == "fork_epochs" else 1
         return _check_epochs(epochs, None if training is None else training.epochs, first=first)

@@ -1,11 +1,11 @@
-"""Where the files of a forking experiment lie, and what can be read from them.
+"""The directory of a forking experiment: the places of its files, its configuration, and its networks.
 
 config.json
 provenance.json       see `provenance`
 parent/               the parent at each fork epoch and at the end; see `runs` for the files of one network
 fork-0000/child-0/    each child of each fork epoch, at its snapshot epochs and at the end
 traces/               see `lmc_curvature.tracing`
-locks/                who works on what, while somebody does
+locks/                a file for each piece of work, locked while somebody is at it
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
@@ -72,7 +71,7 @@ class ForkDirectory:
 
     def failures(self) -> dict[str, str]:
         """Return why networks will never be trained to the end, by the titles of their runs."""
-        reasons = {run.title: run.message for run in self.runs() if run.status == "diverged"}
+        reasons = {run.title: run.manifest()["message"] for run in self.runs() if run.status == "diverged"}
         return reasons | {
             run.title: f"Cannot start, because the parent diverged before epoch {run.first_epoch}."
             for run in self.runs()
@@ -122,7 +121,8 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; {_remedy(out_dir)} makes a directory of forks.")
     remedy = f"Delete it: {_remedy(out_dir)} writes it anew."
-    values = read_record(path, _VERSION, remedy).get("config")
+    with explain_damage(remedy):
+        values = read_json(path, _VERSION).get("config")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is damaged: it holds no configuration. {remedy}")
     try:
@@ -172,23 +172,19 @@ def write_config(directory: ForkDirectory) -> None:
     write_json(directory.config_path, contents)
 
 
-def read_record(path: Path, version: str, remedy: str) -> dict[str, Any]:
-    """Read a JSON file of an experiment, without its version.
-
-    Args:
-        path: The file, which is there.
-        version: The version of its format that is known.
-        remedy: What a message says is to be done about a damaged file.
+@contextlib.contextmanager
+def explain_damage(remedy: str) -> Iterator[None]:
+    """Within the block, let errors about files that are missing or damaged say what is to be done about them.
 
     Raises:
-        CheckpointError: It is damaged.
-        NewerVersionError: It was written by another release.
+        CheckpointError: A file is missing or damaged.
+        NewerVersionError: A file was written by another release, which is no damage.
     """
     try:
-        return read_json(path, version)
+        yield
     except NewerVersionError:
         raise
-    except FileFormatError as error:
+    except (FileFormatError, CheckpointError) as error:
         raise CheckpointError(f"{error} {remedy}") from error
 
 
@@ -198,7 +194,7 @@ def load_child(out_dir: str | os.PathLike[str], fork_epoch: int, child: int, epo
     Args:
         out_dir: The directory of an experiment.
         fork_epoch: One of its fork epochs.
-        child: Which child, from 0.
+        child: The number of the child, from 0.
         epoch: An epoch of the schedule at which it was stored; by default the last.
 
     Raises:
@@ -243,12 +239,8 @@ def load_state(directory: ForkDirectory, run: Run, epoch: int) -> TrainingState:
         CheckpointError: It is missing or damaged; the message says what makes it.
         NewerVersionError: It was written by another release.
     """
-    try:
+    with explain_damage(f"{_remedy(directory.path)} makes it."):
         return TrainingState.load(run.snapshot_path(epoch))
-    except NewerVersionError:
-        raise
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} {_remedy(directory.path)} makes it.") from error
 
 
 def _load_network(directory: ForkDirectory, run: Run, epoch: int | None) -> nn.Module:

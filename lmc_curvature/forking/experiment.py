@@ -7,11 +7,10 @@ so.
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from lmc_curvature.errors import DataError, NonFiniteError, OptionError
@@ -19,7 +18,7 @@ from lmc_curvature.forking.checks import check_examples, check_fit, check_layers
 from lmc_curvature.forking.configuration import ForkConfig
 from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state, open_directory
 from lmc_curvature.forking.events import check_tensorboard, event_log
-from lmc_curvature.forking.provenance import begin, conditions, load_split, recorded_splits, warn_of_differences
+from lmc_curvature.forking.provenance import Conditions, begin, conditions, load_fork_data, recorded_splits
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.sharing import Task, device_of_rank, helpers, progress_of_rank, share, unless_claimed
 from lmc_curvature.forking.training import EpochMetrics, TrainingState, capture_state, train
@@ -82,23 +81,19 @@ def run_forks(
     unfinished = not all(directory.is_over(run) for run in runs)
     # What is new in the configuration is stored only after what cannot be trained or traced has been refused.
     if unfinished or open_directory(out_dir).config != config:
-        data = load_split(directory, "train", progress=progress).to(device)
+        data = load_fork_data(directory, "train", progress=progress).to(device)
         _begin(directory, data, conditions(config, device), progress=progress)
         if unfinished:
-            work = partial(
-                _train_all, directory, device, tensorboard=tensorboard, save_seconds=save_seconds, progress=False
-            )
-            with helpers(workers - 1, work):
-                work(data, progress=progress)
+            laboratory = _Laboratory(directory, device, tensorboard, save_seconds)
+            with helpers(workers - 1, partial(_train_all, laboratory)):
+                _train_all(laboratory, data, progress=progress)
     failures = directory.failures()
     if failures:
         raise NonFiniteError("\n".join(f"{title}: {reason}" for title, reason in failures.items()))
     return directory
 
 
-def _begin(
-    directory: ForkDirectory, data: ImageDataset, made_with: Mapping[str, str | int], *, progress: bool | None
-) -> None:
+def _begin(directory: ForkDirectory, data: ImageDataset, made_with: Conditions, *, progress: bool | None) -> None:
     """Check what can be checked before anything is trained, and record what the experiment is begun with."""
     config = directory.config
     check_fit(config, data)
@@ -107,63 +102,54 @@ def _begin(
     splits: dict[Split, ImageDataset] = {"train": data}
     if config.trace.test and "test" not in recorded_splits(directory):
         try:
-            splits["test"] = load_split(directory, "test", progress=progress)
+            splits["test"] = load_fork_data(directory, "test", progress=progress)
         except DataError as error:
             raise DataError(f"{error} To trace without a test split, set trace.test to false.") from error
     for split, images in splits.items():
         check_examples(config.trace, images, split)
-    warn_of_differences(directory, made_with)
     begin(directory, splits, made_with)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Laboratory:
-    """What a process trains every run with."""
+    """An experiment, and the options of `run_forks` that every process trains with."""
 
     directory: ForkDirectory
-    data: ImageDataset
-    model: nn.Module
-    made_with: Mapping[str, str | int]
+    device: torch.device
     tensorboard: str | os.PathLike[str] | None
     save_seconds: float
 
 
-def _train_all(
-    directory: ForkDirectory,
-    device: torch.device,
-    data: ImageDataset | None = None,
-    *,
-    tensorboard: str | os.PathLike[str] | None,
-    save_seconds: float,
-    progress: bool | None,
-) -> None:
+def _train_all(laboratory: _Laboratory, data: ImageDataset | None = None, *, progress: bool | None = False) -> None:
     """Train all runs, together with whatever other processes are at it."""
+    directory, device = laboratory.directory, laboratory.device
     config, runs = directory.config, directory.runs()
-    data = load_split(directory, "train", progress=progress).to(device) if data is None else data
-    model = initial_model(config).to(device)
-    laboratory = _Laboratory(directory, data, model, conditions(config, device), tensorboard, save_seconds)
+    data = load_fork_data(directory, "train", progress=progress).to(device) if data is None else data
+    step = partial(train, initial_model(config).to(device), data, config.training, progress=False)
+    made_with = conditions(config, device)
     tasks = [
         Task(
             run.title,
             directory.lock_path(run.title),
             is_done=partial(directory.is_over, run),
             is_ready=partial(directory.can_start, run),
-            work=partial(_train, laboratory, run),
+            work=partial(_train, laboratory, run, step, made_with),
         )
         for run in runs
     ]
     share(
         tasks,
-        total=sum(run.length for run in runs),
+        total=sum(run.epochs[-1] - run.first_epoch for run in runs),
         count=lambda: sum(run.epochs_trained() for run in runs),
         threads=config.threads,
         progress=progress,
     )
 
 
-def _train(laboratory: _Laboratory, run: Run, bar: tqdm) -> None:
+def _train(
+    laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState], made_with: Conditions, bar: tqdm
+) -> None:
     """Train a run to its end, and tell its manifest how that went."""
-    directory, made_with = laboratory.directory, laboratory.made_with
     remove_partial_files(run.path)
     run.write_manifest("training", made_with)
 
@@ -173,8 +159,8 @@ def _train(laboratory: _Laboratory, run: Run, bar: tqdm) -> None:
         log(metrics)
 
     try:
-        with event_log(laboratory.tensorboard, run.path.relative_to(directory.path)) as log:
-            state = _train_to_end(laboratory, run, report)
+        with event_log(laboratory.tensorboard, run.path.relative_to(laboratory.directory.path)) as log:
+            state = _train_to_end(laboratory, run, partial(step, on_epoch=report), made_with)
     except NonFiniteError as error:
         run.write_manifest("diverged", made_with, str(error))
         return
@@ -183,7 +169,9 @@ def _train(laboratory: _Laboratory, run: Run, bar: tqdm) -> None:
     run.write_manifest("finished", made_with)
 
 
-def _train_to_end(laboratory: _Laboratory, run: Run, report: Callable[[EpochMetrics], None]) -> TrainingState:
+def _train_to_end(
+    laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState], made_with: Conditions
+) -> TrainingState:
     """Train to the end, leaving a snapshot at each epoch that is kept, and between them a state every few seconds.
 
     Every epoch starts from a state, and a state from a file is the same state: so it makes no difference to the
@@ -200,20 +188,11 @@ def _train_to_end(laboratory: _Laboratory, run: Run, report: Callable[[EpochMetr
             continue
         state, saved = run.furthest(state, epoch), time.monotonic()
         while state.epoch < epoch:
-            state = train(
-                laboratory.model,
-                laboratory.data,
-                directory.config.training,
-                order_seed=run.order_seed,
-                start=state,
-                until=state.epoch + 1,
-                on_epoch=report,
-                progress=False,
-            )
+            state = step(order_seed=run.order_seed, start=state, until=state.epoch + 1)
             if time.monotonic() - saved >= laboratory.save_seconds and state.epoch < epoch:
                 state.save(run.latest_path)
                 run.write_metrics(state.history)
                 saved = time.monotonic()
         state.save(run.snapshot_path(epoch))
-        run.write_manifest("training", laboratory.made_with)
+        run.write_manifest("training", made_with)
     return state

@@ -1,6 +1,6 @@
 """The files of one network in training.
 
-manifest.json               how far it has come, what it was made with, and the SHA-256 of every snapshot
+manifest.json               the status of training, what it was made with, and the SHA-256 of every snapshot
 metrics.csv                 a row an epoch
 epoch-0006.safetensors      the network and its optimiser at each epoch that is kept
 latest.safetensors          the same at the last epoch trained, until training is finished
@@ -64,23 +64,13 @@ class Run:
         return [self.snapshot_path(epoch) for epoch in self.epochs]
 
     @property
-    def length(self) -> int:
-        """How many epochs of its own the run has."""
-        return self.epochs[-1] - self.first_epoch
-
-    @property
     def status(self) -> Status:
-        """How far training has come: finished, or diverged, only if every file is there that was."""
+        """The state of training: finished or diverged only if every file is there that was, else training."""
         manifest = self.manifest()
         status = manifest.get("status", "training")
         recorded = [self.path / name for name in manifest.get("sha256", {})]
         files = [self.metrics_path, *self.snapshot_paths] if status == "finished" else recorded
         return status if all(path.is_file() for path in files) else "training"
-
-    @property
-    def message(self) -> str:
-        """Why training ended early, if it did."""
-        return str(self.manifest().get("message", ""))
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest; empty if there is none, or if it is damaged, so that it is made anew."""
@@ -116,9 +106,7 @@ class Run:
             writer.writerows(dataclasses.astuple(metrics) for metrics in history[self.first_epoch :])
 
     def epochs_trained(self) -> int:
-        """Return how many epochs of its own the run has behind it, as far as files tell."""
-        if self.status == "finished":
-            return self.length
+        """Return how many epochs of its own the run has behind it, as far as its metrics tell."""
         try:
             return max(len(self.metrics_path.read_text(encoding="utf-8").splitlines()) - 1, 0)
         except OSError:

@@ -25,11 +25,11 @@ from lmc_curvature.sources.augmentation import Crops
 
 @dataclasses.dataclass(frozen=True)
 class EpochMetrics:
-    """What one epoch of training reported.
+    """The metrics of one epoch of training.
 
     Attributes:
         epoch: Epochs completed, counting this one.
-        learning_rate: At the last step.
+        learning_rate: The learning rate at the last step.
         loss: Mean cross-entropy in nats over the examples, each at the step that used it.
         accuracy: Fraction classified correctly, likewise.
     """
@@ -110,13 +110,9 @@ def train(
     if not first <= last <= config.epochs:
         raise OptionError(f"until={last} must lie between the epoch of the start, {first}, and {config.epochs}.")
     optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    layout = _fastest_layout(model)
-    model.to(memory_format=layout)
+    model.to(memory_format=_fastest_layout(model))
     if start is not None:
         _restore(model, optimizer, start)
     history = list(() if start is None else start.history)
@@ -125,7 +121,7 @@ def train(
     off = None if progress is None else not progress
     with tqdm(total=last - first, desc="training", unit="epoch", disable=off) as bar:
         for epoch in range(first, last):
-            metrics = _train_epoch(model.train(), optimizer, data, config, order_seed, epoch, layout)
+            metrics = _train_epoch(model.train(), optimizer, data, config, epoch_generator(order_seed, epoch), epoch)
             history.append(metrics)
             bar.update()
             bar.set_postfix(loss=f"{metrics.loss:.3g}", accuracy=f"{metrics.accuracy:.1%}")
@@ -214,17 +210,16 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     data: ImageDataset,
     config: TrainingConfig,
-    order_seed: int,
+    generator: torch.Generator,
     epoch: int,
-    layout: torch.memory_format,
 ) -> EpochMetrics:
-    generator = epoch_generator(order_seed, epoch)
+    layout, device = _fastest_layout(model), data.images.device
     order = torch.randperm(len(data), generator=generator)
     crops = Crops.draw(len(data), generator) if config.augmentation == "crop-flip" else None
     loader = data.batches(config.batch_size, order=order, crops=crops)
-    losses, correct = [], torch.zeros((), dtype=torch.int64, device=data.images.device)
+    losses, correct = [], torch.zeros((), dtype=torch.int64, device=device)
     rate = 0.0
-    with _reproducible(generator, data.images.device):
+    with _reproducible(generator, device):
         for step, (x, y) in enumerate(loader):
             rate = learning_rate_at(config, epoch, fraction=(step + 1) / len(loader))
             for group in optimizer.param_groups:
@@ -243,18 +238,15 @@ def _train_epoch(
 
 def _check_finite(losses: Tensor, model: nn.Module, epoch: int) -> None:
     # Once an epoch, because reading the loss at every step would make a GPU wait for the CPU.
-    bad_steps = (~losses.isfinite()).nonzero().flatten()
-    if len(bad_steps):
-        raise NonFiniteError(
-            f"Training diverged: the loss is {losses[bad_steps[0]].item()} in epoch {epoch + 1}, step "
-            f"{bad_steps[0].item() + 1} of {len(losses)}. Lower the learning rate or add warm-up epochs."
-        )
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise NonFiniteError(
-                f"Training diverged: {name!r} is not finite after epoch {epoch + 1}, step {len(losses)}. Lower the "
-                "learning rate or add warm-up epochs."
-            )
+    steps = (~losses.isfinite()).nonzero().flatten().tolist()
+    entries = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if steps:
+        problem = f"the loss is {losses[steps[0]].item()} in epoch {epoch + 1}, step {steps[0] + 1} of {len(losses)}"
+    elif entries:
+        problem = f"{entries[0]!r} is not finite after epoch {epoch + 1}, step {len(losses)}"
+    else:
+        return
+    raise NonFiniteError(f"Training diverged: {problem}. Lower the learning rate or add warm-up epochs.")
 
 
 @contextlib.contextmanager

@@ -53,12 +53,7 @@ def model_names() -> list[str]:
 
 
 def resnet(
-    depth: int = 20,
-    *,
-    width: int = 16,
-    num_classes: int = 10,
-    in_channels: int = 3,
-    shortcut: Shortcut = "projection",
+    depth: int = 20, *, width: int = 16, num_classes: int = 10, in_channels: int = 3, shortcut: Shortcut = "projection"
 ) -> "CifarResNet":
     """Build a residual network for small images, of `depth` = 6n + 2 layers in three stages of n blocks.
 
@@ -83,18 +78,11 @@ def resnet(
     return CifarResNet(blocks=blocks, width=width, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
 
 
-def resnet20(
-    *, width: int = 16, num_classes: int = 10, in_channels: int = 3, shortcut: Shortcut = "projection"
-) -> "CifarResNet":
-    """Build the 20-layer network of `resnet`: 0.27 million parameters, 22 weight-carrying modules with projections."""
-    return resnet(20, width=width, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+resnet20 = functools.partial(resnet, 20)
+"""The 20-layer network of `resnet`: 0.27 million parameters, 22 weight-carrying modules with projections."""
 
-
-def digits_resnet(
-    *, width: int = 8, num_classes: int = 10, in_channels: int = 1, shortcut: Shortcut = "projection"
-) -> "CifarResNet":
-    """Build the 8-layer network of `resnet` for 1×8×8 digits: 10 weight-carrying modules with projections."""
-    return resnet(8, width=width, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+digits_resnet = functools.partial(resnet, 8, width=8, in_channels=1)
+"""The 8-layer network of `resnet` for 1×8×8 digits: 10 weight-carrying modules with projections."""
 
 
 def cifar_resnet18(*, normalization: bool = True, num_classes: int = 10, in_channels: int = 3) -> nn.Module:

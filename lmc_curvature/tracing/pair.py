@@ -28,6 +28,7 @@ from lmc_curvature.storage import discard_if_damaged, remove_partial_files
 _MEMORY_GIB = 4.0
 
 Result = BarrierPrediction | BarrierMeasurement | SiblingGeometry
+_KINDS: Mapping[str, type[Result]] = {"predicted": BarrierPrediction, "geometry": SiblingGeometry}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,19 +58,15 @@ class Pair:
         """Return whether the epoch is one of those at which sets of layers are measured."""
         return when == "all" or (when == "last" and self.epoch == self.directory.config.training.epochs)
 
-    def files(self) -> dict[Path, type[Result]]:
-        """Return the path and the kind of each file, in the order in which they are written."""
+    def files(self) -> list[Path]:
+        """Return the path of each file, in the order in which they are written."""
         trace = self.directory.config.trace
-        kinds: dict[str, type[Result]] = {
-            "predicted": BarrierPrediction,
-            "geometry": SiblingGeometry,
-            "train": BarrierMeasurement,
-        }
+        names = ["predicted", "geometry", "train"]
         if trace.test:
-            kinds["test"] = BarrierMeasurement
+            names.append("test")
         if self.is_chosen(trace.layers) or self.is_chosen(trace.cumulative):
-            kinds["sets"] = BarrierMeasurement
-        return {self.path / f"{name}.safetensors": kind for name, kind in kinds.items()}
+            names.append("sets")
+        return [self.path / f"{name}.safetensors" for name in names]
 
     def is_done(self) -> bool:
         """Return whether every file is there."""
@@ -90,8 +87,8 @@ class Pair:
             NewerVersionError: A file was written by another release; it is left alone.
         """
         remove_partial_files(self.path)
-        for path, kind in self.files().items():
-            discard_if_damaged(path, kind.load)
+        for path in self.files():
+            discard_if_damaged(path, _KINDS.get(path.stem, BarrierMeasurement).load)
 
 
 def trace_pair(pair: Pair, objective: Objective, loaders: Mapping[Split, Batches]) -> None:

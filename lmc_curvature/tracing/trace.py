@@ -1,4 +1,4 @@
-"""Trace an experiment: what lies between siblings, at every epoch at which they were stored.
+"""Trace an experiment: compute what lies between siblings, at every epoch at which they were stored.
 
 traces/config.json                          what is traced
 traces/fork-0004/epoch-0010/*.safetensors   what is computed of one pair of siblings; see `pair`
@@ -14,15 +14,14 @@ import torch
 from tqdm.auto import tqdm
 
 from lmc_curvature.errors import CheckpointError, ConfigurationError, LMCCurvatureError, NonFiniteError, OptionError
-from lmc_curvature.forking import ForkDirectory, TraceConfig, initial_model, open_directory
+from lmc_curvature.forking import ForkDirectory, TraceConfig, initial_model, load_fork_data, open_directory
 from lmc_curvature.forking.checks import check_examples, check_layers
 from lmc_curvature.forking.configuration import check_same
-from lmc_curvature.forking.directory import read_record
-from lmc_curvature.forking.provenance import load_split
+from lmc_curvature.forking.directory import explain_damage
 from lmc_curvature.forking.sharing import Task, device_of_rank, helpers, progress_of_rank, share, unless_claimed
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.sources import Batches, Split
-from lmc_curvature.storage import write_json
+from lmc_curvature.storage import read_json, write_json
 from lmc_curvature.tracing.pair import Pair, trace_pair
 from lmc_curvature.tracing.tables import Traces, write_tables
 
@@ -97,7 +96,7 @@ def _prepare(directory: ForkDirectory, data: str | None, device: torch.device, *
     splits: tuple[Split, ...] = ("train", "test") if config.test else ("train",)
     loaders = {}
     for split in splits:
-        images = load_split(directory, split, data, progress=progress)
+        images = load_fork_data(directory, split, source=data, progress=progress)
         check_examples(config, images, split)
         images = images if config.examples is None else images.subset(config.examples)
         loaders[split] = images.to(device).batches(config.batch_size)
@@ -185,9 +184,10 @@ def _check_config(directory: ForkDirectory) -> None:
     with directory.writing(path.parent):
         if not path.is_file():
             write_json(path, {"version": _VERSION, **config.model_dump(mode="json")})
-    remedy = f"Remove it if the traces are those that the configuration asks for now, else {path.parent}."
+    with explain_damage(f"Remove it if the traces are those that the configuration asks for now, else {path.parent}."):
+        values = read_json(path, _VERSION)
     try:
-        stored = TraceConfig(**read_record(path, _VERSION, remedy))
+        stored = TraceConfig(**values)
     except ConfigurationError as error:
         raise ConfigurationError(
             f"{path} has keys or values that this release does not know:\n{error}\nUse the release that wrote it, or "
