@@ -123,7 +123,7 @@ def test_forks_must_be_the_same_in_both(draw, predictions, measurements):
 
 def test_layer_bars_need_measured_layers_of_the_same_partition(predictions, convex, two_sided):
     _, measurement = two_sided(sets=())
-    with pytest.raises(OptionError, match="pass layers="):
+    with pytest.raises(OptionError, match="pass sets="):
         draw_layer_bars({0: convex[0]}, {0: measurement})
     with pytest.raises(PartitionError):
         draw_layer_bars({0: predictions[0]}, {0: convex[1]})
