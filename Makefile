@@ -3,18 +3,33 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+OLDEST := .venv-oldest
 BENCHMARKS := projection hvp hvp_vs_exact blocks spectrum scaling training imports
 # BENCH_OPTIONS= measures in full, BENCH_OPTIONS='--device cuda' on a GPU.
 BENCH_OPTIONS ?= --quick
 
-.PHONY: demo test lint bench clean
+# Each process takes a run of neighbouring tests, which share what their file makes once, and later some of the other's.
+PYTEST := -m pytest -n auto --dist worksteal
+
+.PHONY: demo quick test check test-oldest lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/lmc-curvature demo
 
-# The tests of a file run in one process, which makes what they share once.
+# Under two minutes: what to run between edits.
+quick: lint
+	$(BIN)/python $(PYTEST) -m 'not slow and not check'
+
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python $(PYTEST) -m 'not check'
+
+# End to end, and many networks. What the tests of a file share takes long here, so they stay in one process.
+check: $(INSTALLED)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m check
+
+# With the lowest versions of its dependencies that the project allows.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python $(PYTEST) -m 'not check'
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -34,5 +49,12 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) scripts/oldest_versions.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint $(OLDEST)/constraints.txt --editable '.[dev]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache .hypothesis

@@ -23,7 +23,8 @@ from benchmarks.support import options, timing
 from benchmarks.support.charts import draw_points
 from benchmarks.support.report import Bar, Report, new_report, publish
 from benchmarks.support.timing import Spread
-from lmc_curvature.forking import ImageDataset, TrainingConfig, TrainingState, load_data, make_model, train
+from lmc_curvature.forking import TrainingConfig, TrainingState, train
+from lmc_curvature.sources import ImageDataset, load_data, make_model
 
 SIZES = {
     "full": {"network": "resnet20", "width": 8, "examples": 5000, "batch": 128, "epochs": 3, "siblings": (2, 4)},

@@ -1,4 +1,6 @@
-"""Means over batches of different sizes, and how far to trust them."""
+"""Means over batches of different sizes and how far to trust them, and correlations of ranks."""
+
+import math
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -22,3 +24,14 @@ def standard_error(values: Float[np.ndarray, " batches *shape"], sizes: Int[np.n
     weights = sizes / sizes.sum()
     deviations = values - weighted_mean(values, sizes)
     return np.asarray(np.sqrt(batches / (batches - 1) * np.tensordot(weights**2, deviations**2, axes=1)))
+
+
+def rank_correlation(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) -> float:
+    """Spearman's ρ over the pairs that are finite; NaN for fewer than three, or where one side is constant."""
+    from scipy.stats import spearmanr
+
+    pairs = np.stack([first, second])
+    pairs = pairs[:, np.isfinite(pairs).all(axis=0)]
+    if pairs.shape[1] < 3 or (np.ptp(pairs, axis=1) == 0).any():
+        return math.nan
+    return float(np.asarray(spearmanr(*pairs))[0])

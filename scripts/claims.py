@@ -17,12 +17,12 @@ import pandas as pd
 import typer
 from jaxtyping import Float64
 
+from lmc_curvature.averages import rank_correlation
 from lmc_curvature.barrier.measurement import BarrierMeasurement
-from lmc_curvature.figures.agreement import Pairs
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, known, numbers
 from lmc_curvature.figures.ranks import rank_correlations
-from lmc_curvature.forking import Traces, read_traces
-from lmc_curvature.forking.directory import open_directory
+from lmc_curvature.forking import open_directory
+from lmc_curvature.tracing import Traces, read_traces
 
 Row = dict[str, Any]
 Claim = Callable[[Traces], list[Row]]
@@ -52,7 +52,7 @@ def standard_errors(directory: Path, traces: Traces) -> str:
 
 
 def ridges(traces: Traces) -> list[Row]:
-    """When the ridge between siblings appears, how high and wide it is, and what is left of it at the end."""
+    """The ridge between siblings: its beginning, its height and width, and its rest at the end."""
     barriers = by_fork(checked(traces.barriers, "barriers", ["barrier"], split="train", metric="loss"))
     curves = by_fork(at_epoch(checked(traces.curves, "curves", ["barrier"], split="train", metric="loss"), "", None))
     errors = {
@@ -90,7 +90,7 @@ def half_width(alphas: Float64[np.ndarray, " n"], curve: Float64[np.ndarray, " n
 
 
 def siblings(traces: Traces) -> list[Row]:
-    """How far apart siblings end, at which angles, and when they fixed the plane of their solutions."""
+    """Distances and angles of siblings at the end, and the epoch at which they fixed the plane of their solutions."""
     rows = []
     for fork, each in by_fork(checked(traces.geometry, "geometry", [])).items():
         last = each.iloc[-1]
@@ -136,7 +136,7 @@ def whole_networks(traces: Traces) -> list[Row]:
         }
         for k, fork in enumerate(of_loss["train"]["fork"])
     ]
-    ranks = {expansion: Pairs(measured, each).rank_correlation() for expansion, each in values.items()}
+    ranks = {expansion: rank_correlation(measured, each) for expansion, each in values.items()}
     return [*found, {"fork": "Spearman over forks", **ranks}]
 
 
@@ -147,7 +147,7 @@ def _with_error(rows: pd.DataFrame, k: int) -> str:
 
 
 def under_way(traces: Traces) -> list[Row]:
-    """What is predicted before the end: where no point of the segment lies above the chord, and where it is worst."""
+    """Predictions before the end: where no point of the segment lies above the chord, and where they are worst."""
     measured = checked(traces.barriers, "barriers", ["barrier"], split="train", metric="loss")
     curves = by_fork(checked(traces.curves, "curves", ["barrier"], split="train", metric="loss"))
     tables = {
@@ -232,8 +232,7 @@ def growing_sets(traces: Traces) -> list[Row]:
         for side in ("first", "last"):
             part = each[each["side"] == side]
             for column, name in (("predicted_shared", "eq. 21"), ("predicted", "second order")):
-                pairs = Pairs(numbers(part, "measured"), numbers(part, column))
-                row[f"ρ, {side} k, {name}"] = pairs.rank_correlation()
+                row[f"ρ, {side} k, {name}"] = rank_correlation(numbers(part, "measured"), numbers(part, column))
         whole = having(each, "count", numbers(each, "count").max())
         row["all layers, second order / measured"] = _ratio(whole)
         rows.append(row)

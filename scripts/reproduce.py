@@ -17,8 +17,9 @@ from rich.markup import escape
 from lmc_curvature.cli.tables import trace_tables
 from lmc_curvature.errors import CheckpointError, LMCCurvatureError, NonFiniteError, OptionError
 from lmc_curvature.figures.experiment import draw_all
-from lmc_curvature.forking import load_config, read_traces, run_forks, trace_forks
+from lmc_curvature.forking import load_config, run_forks
 from lmc_curvature.objective.network import parse_device
+from lmc_curvature.tracing import read_traces, trace_forks
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAPER = sorted(path for path in CONFIGS.glob("cifar10-resnet*.yaml"))
@@ -30,7 +31,7 @@ def main(
     data: Annotated[str | None, typer.Option(help="Instead of the configurations' data: a folder of images, …")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "cpu",
     workers: Annotated[int, typer.Option(help="Processes to work in.")] = 1,
-    progress: Annotated[bool, typer.Option(help="Show progress bars.")] = True,
+    progress: Annotated[bool | None, typer.Option(help="Show progress bars; by default on a terminal.")] = None,
 ) -> None:
     """Fork, trace and draw."""
     parse_device(device)

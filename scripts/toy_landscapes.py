@@ -6,8 +6,7 @@ python scripts/toy_landscapes.py [--out runs/figures]
 import argparse
 from pathlib import Path
 
-from lmc_curvature.figures.landscapes import draw_barrier_kinds, draw_toy_landscapes
-from lmc_curvature.plotting.style import save_figure
+from lmc_curvature.figures import draw_barrier_kinds, draw_toy_landscapes, save_figure
 
 
 def main() -> None:

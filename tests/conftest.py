@@ -4,6 +4,8 @@ import jaxtyping
 import pytest
 import torch
 
+pytest_plugins = ["tests.support.drawing"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():

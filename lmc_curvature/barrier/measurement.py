@@ -274,7 +274,7 @@ class BarrierMeasurement:
 
     def plot(self) -> "Figure":
         """Draw the measured curves."""
-        from lmc_curvature.figures.barriers import draw_measurement
+        from lmc_curvature.barrier.drawing import draw_measurement
 
         return draw_measurement(self)
 

@@ -243,7 +243,7 @@ class BarrierPrediction:
 
     def plot(self) -> "Figure":
         """Draw the predicted curves of the whole network and the barriers of its layers."""
-        from lmc_curvature.figures.barriers import draw_prediction
+        from lmc_curvature.barrier.drawing import draw_prediction
 
         return draw_prediction(self)
 

@@ -1,1 +1,5 @@
-"""The command line."""
+"""The command line: it parses arguments, calls the library and prints."""
+
+from lmc_curvature.cli.app import main
+
+__all__ = ["main"]

@@ -1,5 +1,6 @@
 """Results as terminal tables, and as plain records for JSON."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,15 +9,21 @@ import numpy as np
 import pandas as pd
 from rich.table import Column, Table
 
+from lmc_curvature import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.barrier.expansions import EXPANSIONS
-from lmc_curvature.barrier.measurement import BarrierMeasurement
-from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.cli.demo import DemoResult, layer_rank_correlations, layer_sets
 from lmc_curvature.figures.frames import at_epoch, numbers
 from lmc_curvature.figures.ranks import rank_correlations
-from lmc_curvature.tracing.traces import Traces
+from lmc_curvature.tracing import Traces
 
 LayerSets = Sequence[Sequence[str]]
+
+_RANKINGS = {
+    "predicted": "predicted (second order)",
+    "predicted_with_slopes": "predicted (with slopes)",
+    "distance": "distance alone",
+    "curvature": "curvature alone",
+}
 
 
 def prediction_record(prediction: BarrierPrediction, sets: LayerSets) -> dict[str, Any]:
@@ -36,18 +43,17 @@ def prediction_record(prediction: BarrierPrediction, sets: LayerSets) -> dict[st
                 for expansion in EXPANSIONS
             },
             "layers": prediction.to_dataframe().to_dict("records"),
-            "sets": [_predicted_set(prediction, members) for members in sets],
+            "sets": [
+                {
+                    "layers": list(members),
+                    "barrier": prediction.barrier(members),
+                    "standard_error": prediction.standard_error(members),
+                    "barrier_with_slopes": prediction.barrier(members, "with-slopes"),
+                }
+                for members in sets
+            ],
         }
     )
-
-
-def _predicted_set(prediction: BarrierPrediction, members: Sequence[str]) -> dict[str, Any]:
-    return {
-        "layers": list(members),
-        "barrier": prediction.barrier(members),
-        "standard_error": prediction.standard_error(members),
-        "barrier_with_slopes": prediction.barrier(members, "with-slopes"),
-    }
 
 
 def measurement_record(measurement: BarrierMeasurement) -> dict[str, Any]:
@@ -79,18 +85,17 @@ def measurement_record(measurement: BarrierMeasurement) -> dict[str, Any]:
 def prediction_table(prediction: BarrierPrediction, sets: LayerSets) -> Table:
     """A row a layer, then a row a set: distance, Hessian energy, predicted barriers."""
     table = Table("layers", *_right("distance", "ΔᵀHΔ", "barrier", "±", "with slopes"))
-    rows = [(name, [name]) for name in prediction.layers] + [(" + ".join(members), list(members)) for members in sets]
-    for label, members in rows:
+    for members in [*([name] for name in prediction.layers), *sets]:
         inside = np.isin(prediction.layers, members)
-        energies = [float(p.curvature[np.ix_(inside, inside)].sum()) for p in prediction.endpoints]
+        energies = [float(end.curvature[np.ix_(inside, inside)].sum()) for end in prediction.endpoints]
         table.add_row(
-            label,
-            _number(float(np.linalg.norm(prediction.distances[inside]))),
-            _number(sum(energies) / 2),
-            _number(prediction.barrier(members)),
-            _number(prediction.standard_error(members), 2),
-            _number(prediction.barrier(members, "with-slopes")),
-            end_section=label == prediction.layers[-1],
+            " + ".join(members),
+            _cell(float(np.linalg.norm(prediction.distances[inside]))),
+            _cell(sum(energies) / 2),
+            _cell(prediction.barrier(members)),
+            _cell(prediction.standard_error(members), ".2g"),
+            _cell(prediction.barrier(members, "with-slopes")),
+            end_section=members == [prediction.layers[-1]],
         )
     return table
 
@@ -100,130 +105,86 @@ def measurement_table(measurement: BarrierMeasurement) -> Table:
     table = Table("layers", *_right(*(f"{metric} barrier" for metric in measurement.metrics)))
     barriers = [measurement.layer_barriers(metric) for metric in measurement.metrics]
     for label, *values in zip(measurement.layers, *barriers, strict=True):
-        table.add_row(label, *(_number(value) for value in values))
+        table.add_row(label, *map(_cell, values))
     return table
 
 
 def demo_tables(result: DemoResult) -> list[Table]:
     """Predicted beside measured barriers of the demo: of whole networks, of layers and of sets, and their ranks."""
-    return [_demo_whole(result), _demo_layers(result), _demo_ranks(result)]
-
-
-def _demo_whole(result: DemoResult) -> Table:
-    table = Table(
-        "fork at epoch",
-        *_right("distance", "measured", "predicted", "with slopes", "error barrier"),
-        "kind",
-        title="Barrier between the two children of each fork (nats; mean ± standard error over batches)",
-    )
-    for fork, prediction in result.predictions.items():
-        measurement = result.measurements[fork]
-        table.add_row(
+    pairs = {fork: (prediction, result.measurements[fork]) for fork, prediction in result.predictions.items()}
+    whole = _whole_table("Barrier between the two children of each fork", "error barrier")
+    whole.add_column("kind")
+    for fork, (predicted, measured) in pairs.items():
+        whole.add_row(
             str(fork),
-            _number(prediction.distance),
-            f"{_number(measurement.barrier())} ± {_number(measurement.standard_error(), 2)}",
-            f"{_number(prediction.barrier())} ± {_number(prediction.standard_error(), 2)}",
-            _number(prediction.barrier(None, "with-slopes")),
-            f"{measurement.barrier('error'):.1%}",
-            measurement.kind,
+            _cell(predicted.distance),
+            _with_error(measured.barrier(), measured.standard_error()),
+            _with_error(predicted.barrier(), predicted.standard_error()),
+            _cell(predicted.barrier(None, "with-slopes")),
+            _cell(measured.barrier("error"), ".1%"),
+            measured.kind,
         )
-    return table
-
-
-def _demo_layers(result: DemoResult) -> Table:
-    table = Table(
+    sets = Table(
         "layers moved",
-        *_right(*(f"fork {fork}" for fork in result.predictions)),
+        *_right(*(f"fork {fork}" for fork in pairs)),
         title="Barriers of single layers and of sets, measured | predicted",
     )
     names = next(iter(result.predictions.values())).layers
-    labels = [*names, *layer_sets(names)]
-    for row, label in enumerate(labels):
-        cells = []
-        for fork, prediction in result.predictions.items():
-            measurement = result.measurements[fork]
-            measured = measurement.layer_barriers()[row]
-            cells.append(f"{_number(measured, 2)} | {_number(prediction.barrier(measurement.sets[row]), 2)}")
-        table.add_row(label, *cells, end_section=label == names[-1])
-    return table
-
-
-def _demo_ranks(result: DemoResult) -> Table:
-    ranks = {
-        fork: layer_rank_correlations(prediction, result.measurements[fork])
-        for fork, prediction in result.predictions.items()
-    }
-    return _rank_table(
-        ranks,
-        {
-            "second-order": "predicted (second order)",
-            "with-slopes": "predicted (with slopes)",
-            "distance": "distance alone",
-        },
-    )
+    for row, label in enumerate([*names, *layer_sets(names)]):
+        barriers = ((m.layer_barriers()[row], p.barrier(m.sets[row])) for p, m in pairs.values())
+        cells = (f"{_cell(measured, '.2g')} | {_cell(predicted, '.2g')}" for measured, predicted in barriers)
+        sets.add_row(label, *cells, end_section=label == names[-1])
+    return [whole, sets, _rank_table({fork: layer_rank_correlations(*pair) for fork, pair in pairs.items()})]
 
 
 def trace_tables(traces: Traces) -> list[Table]:
     """What lies between siblings at the end, by fork: barriers, and how well layers are ranked."""
-    ranked = bool(np.isfinite(numbers(traces.layers, "measured")).any())
-    return [_trace_whole(traces), *([_trace_ranks(traces)] if ranked else [])]
-
-
-def _trace_whole(traces: Traces) -> Table:
-    table = Table(
-        "fork at epoch",
-        *_right("distance", "measured", "predicted", "with slopes", "error barrier", "test error barrier"),
-        title="Barrier between the siblings of each fork at the end (nats; mean ± standard error over batches)",
-    )
-    barriers = _last_by(traces.barriers, "fork", "split", "metric")
-    predictions = _last_by(traces.predictions, "fork", "expansion")
+    whole = _whole_table("Barrier between the siblings of each fork at the end", "error barrier", "test error barrier")
+    measured = _last_by(traces.barriers, "fork", "split", "metric")
+    predicted = _last_by(traces.predictions, "fork", "expansion")
     for (fork,), geometry in _last_by(traces.geometry, "fork").items():
-        errors = (barriers.get((fork, split, "error")) for split in ("train", "test"))
-        table.add_row(
+        loss, second_order = measured[fork, "train", "loss"], predicted[fork, "second-order"]
+        errors = (measured.get((fork, split, "error"), {}) for split in ("train", "test"))
+        whole.add_row(
             str(fork),
-            _number(geometry["distance"]),
-            _with_error(barriers[fork, "train", "loss"]),
-            _with_error(predictions[fork, "second-order"]),
-            _number(predictions[fork, "with-slopes"]["barrier"]),
-            *("–" if row is None else f"{row['barrier']:.1%}" for row in errors),
+            _cell(geometry["distance"]),
+            _with_error(loss["barrier"], loss["standard_error"]),
+            _with_error(second_order["barrier"], second_order["standard_error"]),
+            _cell(predicted[fork, "with-slopes"]["barrier"]),
+            *(_cell(row.get("barrier", math.nan), ".1%") for row in errors),
         )
-    return table
+    ranked = bool(np.isfinite(numbers(traces.layers, "measured")).any())
+    return [whole, *([_rank_table(rank_correlations(traces.layers))] if ranked else [])]
 
 
-def _last_by(rows: pd.DataFrame, *columns: str) -> dict[tuple[Any, ...], dict[str, Any]]:
+def _last_by(rows: pd.DataFrame, *columns: str) -> dict[tuple[Any, ...], dict[Any, Any]]:
     """The rows of each fork's last epoch, by the values in some columns."""
     records = at_epoch(rows, "traces", None).to_dict("records")
-    return {tuple(row[column] for column in columns): {str(key): row[key] for key in row} for row in records}
+    return {tuple(row[column] for column in columns): row for row in records}
 
 
-def _with_error(row: Mapping[str, Any]) -> str:
-    return f"{_number(row['barrier'])} ± {_number(row['standard_error'], 2)}"
-
-
-def _trace_ranks(traces: Traces) -> Table:
-    return _rank_table(
-        rank_correlations(traces.layers),
-        {
-            "predicted": "predicted (second order)",
-            "predicted_with_slopes": "predicted (with slopes)",
-            "distance": "distance alone",
-            "curvature": "curvature alone",
-        },
+def _whole_table(title: str, *more: str) -> Table:
+    return Table(
+        "fork at epoch",
+        *_right("distance", "measured", "predicted", "with slopes", *more),
+        title=f"{title} (nats; mean ± standard error over batches)",
     )
 
 
-def _rank_table(ranks: Mapping[int, Mapping[str, float]], titles: Mapping[str, str]) -> Table:
+def _rank_table(ranks: Mapping[int, Mapping[str, float]]) -> Table:
     """A row a way of ranking layers, a column a fork, and the mean."""
     table = Table(
         "Spearman with the measured",
         *_right(*(f"fork {fork}" for fork in ranks), "mean"),
         title="How well layers are ranked before measuring",
     )
-    for key, title in titles.items():
-        values = np.array([rank[key] for rank in ranks.values()])
+    for key, title in _RANKINGS.items():
+        values = [rank[key] for rank in ranks.values() if key in rank]
         # A fork without ranks has no part in the mean.
-        mean = float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else math.nan
-        table.add_row(title, *("–" if math.isnan(value) else f"{value:.2f}" for value in [*values.tolist(), mean]))
+        known = [value for value in values if math.isfinite(value)]
+        if values:
+            mean = sum(known) / len(known) if known else math.nan
+            table.add_row(title, *(_cell(value, ".2f") for value in [*values, mean]))
     return table
 
 
@@ -231,14 +192,14 @@ def _right(*titles: str) -> list[Any]:
     return [Column(title, justify="right") for title in titles]
 
 
-def _number(value: float, digits: int = 3) -> str:
-    return "–" if math.isnan(value) else f"{value:.{digits}g}"
+def _cell(value: float, form: str = ".3g") -> str:
+    return "–" if math.isnan(value) else format(value, form)
 
 
-def _plain(value: Any) -> Any:
-    """The same nested value with JSON's null for what is not a number."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _with_error(value: float, error: float) -> str:
+    return f"{_cell(value)} ± {_cell(error, '.2g')}"
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    """The same record with JSON's null for what is not a number."""
+    return json.loads(json.dumps(record), parse_constant=lambda name: None)

@@ -5,14 +5,16 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
+from lmc_curvature.barrier.drawing import BARRIER_LABEL
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, numbers
-from lmc_curvature.figures.panels import BARRIER_LABEL, fork_title, heading, plain_ticks, zero_line
-from lmc_curvature.plotting.grids import count_axis, fork_cells, share_scale
+from lmc_curvature.figures.panels import fork_title
+from lmc_curvature.plotting.axes import count_axis, heading, legend_line, plain_ticks, zero_line
+from lmc_curvature.plotting.grids import label_panels, panel_cells, share_scale
 from lmc_curvature.plotting.style import BLUE, INK, VERMILION, look
 
 _SIDES = {"first": BLUE, "last": VERMILION}
+_MEASURED: dict[str, Any] = {"marker": "o", "markersize": 2.5, "linewidth": 1}
 _PREDICTED = {"predicted_shared": ("predicted, shared Hessian", "--"), "predicted": ("predicted, second order", ":")}
 
 
@@ -35,7 +37,7 @@ def draw_cumulative_barriers(cumulative: pd.DataFrame, *, epoch: int | None = No
     columns = ["side", "count", "measured", *_PREDICTED]
     rows = at_epoch(checked(cumulative, "cumulative barriers", columns), "cumulative barriers", epoch)
     forks = by_fork(rows)
-    figure, cells = fork_cells(len(forks), 1.9, margin=0.85)
+    figure, cells = panel_cells(len(forks), 1.9, margin=0.85)
     panels = [figure.add_subplot(cell) for cell in cells]
     for axes, (fork, each) in zip(panels, forks.items(), strict=True):
         zero_line(axes)
@@ -45,9 +47,12 @@ def draw_cumulative_barriers(cumulative: pd.DataFrame, *, epoch: int | None = No
         plain_ticks(axes.yaxis)
         heading(axes, fork_title(fork), f"siblings at epoch {int(numbers(each, 'epoch')[0])}")
     share_scale(panels)
-    figure.supxlabel("number of layers k", fontsize="medium")
-    figure.supylabel(BARRIER_LABEL, fontsize="medium")
-    _draw_legend(figure)
+    label_panels(figure, "number of layers k", BARRIER_LABEL)
+    # Colours for the sides, and line styles for where the barriers come from.
+    handles = [legend_line(f"{side} k layers", color=color, linewidth=3) for side, color in _SIDES.items()]
+    handles.append(legend_line("measured", color=INK, **_MEASURED))
+    handles += [legend_line(label, color=INK, linestyle=style) for label, style in _PREDICTED.values()]
+    figure.legend(handles=handles, loc="outside upper left", ncols=5 if figure.get_figwidth() > 6 else 2)
     return figure
 
 
@@ -55,15 +60,4 @@ def _draw_side(axes: Axes, rows: pd.DataFrame, side: str, color: str) -> None:
     counts = numbers(rows, "count")
     for column, (_, linestyle) in _PREDICTED.items():
         axes.plot(counts, numbers(rows, column), color=color, linestyle=linestyle, label=f"_{side}, {column}")
-    measured = numbers(rows, "measured")
-    axes.plot(counts, measured, color=color, marker="o", markersize=2.5, linewidth=1, label=f"_{side}, measured")
-
-
-def _draw_legend(figure: Figure) -> None:
-    """Colours for the sides and line styles for where the barriers come from."""
-    handles = [Line2D([], [], color=color, linewidth=3, label=f"{side} k layers") for side, color in _SIDES.items()]
-    handles.append(Line2D([], [], color=INK, marker="o", markersize=2.5, linewidth=1, label="measured"))
-    for label, style in _PREDICTED.values():
-        pen: dict[str, Any] = {"color": INK, "linestyle": style}
-        handles.append(Line2D([], [], label=label, **pen))
-    figure.legend(handles=handles, loc="outside upper left", ncols=5 if figure.get_figwidth() > 6 else 2)
+    axes.plot(counts, numbers(rows, "measured"), color=color, label=f"_{side}, measured", **_MEASURED)

@@ -1,72 +1,48 @@
 """Barriers between siblings by the epoch of their fork, measured beside predicted."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from lmc_curvature.barrier.drawing import BARRIER_LABEL, EXPANSION_PENS
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, known, numbers
-from lmc_curvature.figures.panels import BARRIER_LABEL, fork_title
+from lmc_curvature.figures.panels import EPOCH_LABEL, fork_title
+from lmc_curvature.plotting.axes import count_axis, legend_line
 from lmc_curvature.plotting.decades import Decades, decades, decades_axis
-from lmc_curvature.plotting.grids import EPOCH_LABEL, count_axis, fork_cells
-from lmc_curvature.plotting.style import COLUMN_WIDTH, EXPANSION_PENS, INK, look, new_figure
+from lmc_curvature.plotting.grids import label_panels, panel_cells
+from lmc_curvature.plotting.style import COLUMN_WIDTH, INK, PALE, Color, look, new_figure
 
-Values = Float64[np.ndarray, " n"]
-
-# The expansions beside the measurement, and their markers.
-_COMPARED: dict[Expansion, str] = {"second-order": "s", "with-slopes": "D", "hermite": "^"}
-# Those drawn over training, their markers and places in the strip: with slopes, a line would hide the second order.
-_GROWN: dict[Expansion, tuple[str, float]] = {"second-order": ("s", 0.5), "hermite": ("^", 0.25)}
+_MARKERS: dict[Expansion, str] = {"second-order": "s", "with-slopes": "D", "hermite": "^"}
 
 
-@dataclass(frozen=True)
-class Points:
-    """A point a fork.
+class Kind(NamedTuple):
+    """Barriers of one kind, measured or predicted by some expansion.
 
     Attributes:
+        rows: Rows with the columns `barrier` and `standard_error`.
         label: What the legend calls them.
-        color: Of the points.
-        marker: Their shape.
-        values: Barriers, (forks,), NaN where there is none.
-        errors: Standard errors, (forks,), NaN where they are not known.
-    """
-
-    label: str
-    color: str
-    marker: str
-    values: Float64[np.ndarray, " forks"]
-    errors: Float64[np.ndarray, " forks"]
-
-
-class Growth(NamedTuple):
-    """Barriers of one kind over training.
-
-    Attributes:
-        label: What the legend calls them.
-        color: Of points, lines and bars.
-        marker: Shape of the points.
-        thickness: Of the bars.
-        opacity: Of the bars.
+        color: The colour of points, lines and bars.
+        marker: The shape of the points.
         share: How far up the strip those stand that have no place on the axis; at one height they would hide others.
-        forks: Fork to its rows.
     """
 
+    rows: pd.DataFrame
     label: str
-    color: str
+    color: str | Color
     marker: str
-    thickness: float
-    opacity: float
-    share: float
-    forks: Mapping[int, pd.DataFrame]
+    share: float = 0.5
+
+    def legend_entry(self, **style: Any) -> Line2D:
+        """What the legend shows of them."""
+        return legend_line(self.label, color=self.color, marker=self.marker, **style)
 
 
 @look()
@@ -86,29 +62,33 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     Raises:
         OptionError: A column is missing, no row has this split, or nothing is predicted for the last epochs.
     """
-    measured = _loss_barriers(barriers, split)
-    measured = at_epoch(measured, "barriers", None)
-    times = list(zip(measured["fork"], measured["epoch"], strict=True))
-    of_train = "" if split == "train" else " (train)"
-    groups = [_points(measured, times, f"measured, {split}", INK, "o")]
+    measured = at_epoch(_loss_barriers(barriers, split), "barriers", None)
+    times = measured[["fork", "epoch"]]
     predicted = checked(predictions, "predictions", ["expansion", "barrier", "standard_error"])
-    for expansion, marker in _COMPARED.items():
-        rows = having(predicted, "expansion", expansion)
-        pen = EXPANSION_PENS[expansion]
-        groups.append(_points(rows, times, f"predicted{of_train}, {pen.label}", pen.color, marker))
-    if not np.isfinite([group.values for group in groups[1:]]).any():
-        last = ", ".join(f"fork {int(fork)} at epoch {int(epoch)}" for fork, epoch in times)
+    kinds = [Kind(measured, f"measured, {split}", INK, "o")]
+    for expansion in _MARKERS:
+        kind = _predicted(predicted, expansion, "predicted" if split == "train" else "predicted (train)")
+        # Where a fork has no prediction, its row has no numbers.
+        kind = kind._replace(rows=times.merge(kind.rows, how="left"))
+        if np.isfinite(numbers(kind.rows, "barrier")).any():
+            kinds.append(kind)
+    if len(kinds) == 1:
+        last = ", ".join(f"fork {fork:.0f} at epoch {epoch:.0f}" for fork, epoch in times.itertuples(index=False))
         raise OptionError(f"The table of predictions has no barrier for the last epochs measured: {last}.")
     figure = new_figure(max(COLUMN_WIDTH, 0.5 * len(times) + 1.2), 3.1)
     axes = figure.add_subplot()
-    scale = decades(np.concatenate([_reach(group.values, group.errors) for group in groups]))
-    groups = [group for group in groups if np.isfinite(group.values).any()]
-    for offset, group in zip(0.16 * (np.arange(len(groups)) - (len(groups) - 1) / 2), groups, strict=True):
-        _draw_points(axes, group, offset, scale)
+    scale = _scale(kind.rows for kind in kinds)
+    for number, kind in enumerate(kinds):
+        positions = np.arange(len(times)) + 0.16 * (number - (len(kinds) - 1) / 2)
+        _draw_barriers(axes, positions, kind, scale, markersize=4.0, linestyle="none", elinewidth=0.8)
+        # Faint, since there is nothing between two forks: it leads the eye.
+        shown = scale.above(numbers(kind.rows, "barrier"))
+        axes.plot(positions, shown, color=kind.color, linewidth=0.6, alpha=0.5, label="_guide")
     decades_axis(axes, scale)
-    axes.set_xticks(range(len(times)), [str(int(fork)) for fork, _ in times])
+    axes.grid(axis="y", color=PALE, linewidth=0.5)
+    axes.set_xticks(range(len(times)), [f"{fork:.0f}" for fork in times["fork"]])
     axes.set(xlim=(-0.6, len(times) - 0.4), xlabel="fork at epoch", ylabel=BARRIER_LABEL)
-    handles = [_handle(group) for group in groups]
+    handles = [kind.legend_entry(markersize=4, linestyle="none") for kind in kinds]
     figure.legend(handles=handles, loc="outside upper left", ncols=1, borderaxespad=0.2)
     return figure
 
@@ -128,51 +108,37 @@ def draw_barrier_growth(barriers: pd.DataFrame, predictions: pd.DataFrame) -> Fi
     Raises:
         OptionError: A column is missing, or no row is of the training loss, or of the second order.
     """
-    measured = by_fork(_loss_barriers(barriers, "train"))
-    rows = checked(predictions, "predictions", ["expansion", "barrier", "standard_error"])
+    measured = Kind(_loss_barriers(barriers, "train"), "measured", INK, "o", share=0.75)
+    predicted = checked(predictions, "predictions", ["expansion", "barrier", "standard_error"])
     # Of the expansions, the second order is the paper's.
-    checked(rows, "predictions", [], expansion="second-order")
-    rows = known(rows, "predictions", "barrier")
-    predicted = {expansion: by_fork(having(rows, "expansion", expansion)) for expansion in _GROWN}
-    forks = sorted(measured.keys() | {fork for each in predicted.values() for fork in each})
-    drawn = [each for group in (measured, *predicted.values()) for each in group.values()]
-    scale = decades(np.concatenate([_reach(numbers(e, "barrier"), numbers(e, "standard_error")) for e in drawn]))
-    figure, cells = fork_cells(len(forks), 1.9, margin=0.6)
-    groups = [
-        Growth(f"predicted, {pen.label}", pen.color, marker, 3.0, 0.3, share, predicted[expansion])
-        for expansion, (marker, share) in _GROWN.items()
-        if predicted[expansion] and (pen := EXPANSION_PENS[expansion])
-    ]
-    groups.append(Growth("measured", INK, "o", 0.8, 1.0, 0.75, measured))
-    panels: list[Axes] = []
+    checked(predicted, "predictions", [], expansion="second-order")
+    predicted = known(predicted, "predictions", "barrier")
+    # With slopes, a line would hide the second order.
+    kinds = [_predicted(predicted, "second-order"), _predicted(predicted, "hermite", share=0.25), measured]
+    kinds = [kind for kind in kinds if len(kind.rows)]
+    scale = _scale(rows for kind in kinds for rows in by_fork(kind.rows).values())
+    forks = sorted({int(fork) for kind in kinds for fork in kind.rows["fork"]})
+    figure, cells = panel_cells(len(forks), 1.9, margin=0.6)
+    first: Axes | None = None
     for fork, cell in zip(forks, cells, strict=True):
-        axes = figure.add_subplot(cell, sharex=panels[0] if panels else None, sharey=panels[0] if panels else None)
-        panels.append(axes)
-        for group in groups:
-            if fork in group.forks:
-                _draw_growth(axes, group, group.forks[fork], scale)
+        axes = figure.add_subplot(cell, sharex=first, sharey=first)
+        first = first or axes
+        for kind in kinds:
+            of_fork = kind._replace(rows=having(kind.rows, "fork", fork))
+            # The bars of predictions are broad and pale, behind the thin ones of the measurement.
+            thickness, opacity = (0.8, 1.0) if kind is measured else (3.0, 0.3)
+            bars = {"elinewidth": thickness, "ecolor": to_rgba(kind.color, opacity)}
+            if len(of_fork.rows):
+                epochs = numbers(of_fork.rows, "epoch")
+                _draw_barriers(axes, epochs, of_fork, scale, markersize=2.5, linewidth=1, **bars)
         decades_axis(axes, scale)
+        axes.grid(axis="y", color=PALE, linewidth=0.5)
         count_axis(axes, "")
         axes.set_title(fork_title(fork), loc="left")
-    figure.supxlabel(EPOCH_LABEL, fontsize="medium")
-    figure.supylabel(BARRIER_LABEL, fontsize="medium")
-    handles = [
-        Line2D([], [], color=group.color, marker=group.marker, markersize=3, label=group.label)
-        for group in groups[::-1]
-    ]
+    label_panels(figure, EPOCH_LABEL, BARRIER_LABEL)
+    handles = [kind.legend_entry(markersize=3) for kind in kinds[::-1]]
     figure.legend(handles=handles, loc="outside upper left", ncols=3 if figure.get_figwidth() > 4 else 1)
     return figure
-
-
-def _draw_growth(axes: Axes, group: Growth, rows: pd.DataFrame, scale: Decades) -> None:
-    """Barriers of a fork over epochs, with their standard errors."""
-    epochs, barriers, errors = (numbers(rows, column) for column in ("epoch", "barrier", "standard_error"))
-    values = scale.above(barriers)
-    pen: dict[str, Any] = {"color": group.color, "marker": group.marker, "markersize": 2.5}
-    bar: dict[str, Any] = {"ecolor": to_rgba(group.color, group.opacity), "elinewidth": group.thickness}
-    axes.errorbar(epochs, values, yerr=_bars(values, errors, scale), linewidth=1, label=f"_{group.label}", **pen, **bar)
-    hollow: dict[str, Any] = {"linestyle": "none", "markerfacecolor": "none", "label": f"_{group.label}, small"}
-    axes.plot(epochs, scale.below(barriers, group.share), **pen, **hollow)
 
 
 def _loss_barriers(barriers: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -180,45 +146,35 @@ def _loss_barriers(barriers: pd.DataFrame, split: str) -> pd.DataFrame:
     return known(rows, "barriers", "barrier")
 
 
-def _points(rows: pd.DataFrame, times: list[tuple[int, int]], label: str, color: str, marker: str) -> Points:
-    """Barriers at given forks and epochs."""
-    found = {
-        (fork, epoch): (barrier, error)
-        for fork, epoch, barrier, error in zip(
-            rows["fork"], rows["epoch"], numbers(rows, "barrier"), numbers(rows, "standard_error"), strict=True
-        )
-    }
-    values, errors = np.array([found.get(time, (np.nan, np.nan)) for time in times]).T
-    return Points(label, color, marker, values, errors)
+def _predicted(predictions: pd.DataFrame, expansion: Expansion, name: str = "predicted", share: float = 0.5) -> Kind:
+    pen = EXPANSION_PENS[expansion]
+    rows = having(predictions, "expansion", expansion)
+    return Kind(rows, f"{name}, {pen.label}", pen.color, _MARKERS[expansion], share)
 
 
-def _reach(values: Values, errors: Values) -> Float64[np.ndarray, " ends"]:
-    """The values, and the ends of the bars of those that are positive; zero for lower ends that are nearly zero.
+def _scale(tables: Iterable[pd.DataFrame]) -> Decades:
+    """The axis for barriers and for the ends of the bars of those that are positive.
 
-    A bar that ends just above zero would draw the axis out over decades in which nothing else is.
+    A bar that ends just above zero would draw the axis out over decades in which nothing else is: it ends at zero.
     """
-    positive = values > 0
-    lower, upper = (values - errors)[positive], (values + errors)[positive]
-    least = 0.1 * values[positive].min(initial=np.inf)
-    return np.concatenate([values, np.where(lower < least, 0.0, lower), upper])
+    reached = []
+    for rows in tables:
+        barriers, errors = numbers(rows, "barrier"), numbers(rows, "standard_error")
+        positive = barriers > 0
+        lower, upper = (barriers - errors)[positive], (barriers + errors)[positive]
+        least = 0.1 * barriers[positive].min(initial=np.inf)
+        reached += [barriers, np.where(lower < least, 0.0, lower), upper]
+    return decades(np.concatenate(reached))
 
 
-def _bars(values: Values, errors: Values, scale: Decades) -> Float64[np.ndarray, "2 n"]:
-    """How far bars reach down and up; what has no place on the axis ends in the strip."""
-    lower = values - errors
-    return np.stack([values - np.where(lower < scale.floor, scale.strip, lower), errors])
-
-
-def _draw_points(axes: Axes, points: Points, offset: float, scale: Decades) -> None:
-    positions = np.arange(len(points.values)) + offset
-    values = scale.above(points.values)
-    errors = _bars(values, points.errors, scale)
-    pen: dict[str, Any] = {"color": points.color, "marker": points.marker, "markersize": 4, "linestyle": "none"}
-    axes.errorbar(positions, values, yerr=errors, elinewidth=0.8, label=f"_{points.label}", **pen)
-    axes.plot(positions, scale.below(points.values), markerfacecolor="none", label=f"_{points.label}, small", **pen)
-    # Faint, since there is nothing between two forks: it leads the eye.
-    axes.plot(positions, values, color=points.color, linewidth=0.6, alpha=0.5, label="_guide")
-
-
-def _handle(points: Points) -> Line2D:
-    return Line2D([], [], color=points.color, marker=points.marker, markersize=4, linestyle="none", label=points.label)
+def _draw_barriers(
+    axes: Axes, positions: np.ndarray, kind: Kind, scale: Decades, *, markersize: float, **lines: Any
+) -> None:
+    """Points with their standard errors; hollow points, and ends of bars, in the strip for what is below the axis."""
+    barriers, errors = numbers(kind.rows, "barrier"), numbers(kind.rows, "standard_error")
+    shown, lower = scale.above(barriers), barriers - errors
+    below = shown - np.where(lower < scale.floor, scale.strip, lower)
+    style: dict[str, Any] = {"color": kind.color, "marker": kind.marker, "markersize": markersize}
+    axes.errorbar(positions, shown, yerr=np.stack([below, errors]), label=f"_{kind.label}", **style, **lines)
+    style |= {"linestyle": "none", "markerfacecolor": "none"}
+    axes.plot(positions, scale.below(barriers, kind.share), label=f"_{kind.label}, small", **style)

@@ -1,7 +1,7 @@
 """Layer by epoch: where in a network, and when, the barrier between siblings arises."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -10,31 +10,25 @@ import pandas as pd
 from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullLocator
 
 from lmc_curvature.figures.frames import checked, numbers, of_fork
-from lmc_curvature.figures.panels import fork_title, rows_height, short_number
-from lmc_curvature.plotting.grids import EPOCH_LABEL
+from lmc_curvature.figures.panels import EPOCH_LABEL, fork_title
+from lmc_curvature.plotting.axes import short_ticks
+from lmc_curvature.plotting.rows import name_rows, rows_height
 from lmc_curvature.plotting.style import GREY, PALE, SMALL, TEXT_WIDTH, look, new_figure
 
 Values = Float64[np.ndarray, " rows"]
 Cells = Float64[np.ndarray, "layers epochs"]
 
 _TITLES = {
-    "measured": "measured barrier",
-    "predicted": "predicted barrier",
-    "hessian_energy": "Hessian energy",
-    "distance": "distance",
-}
-_DETAILS = {
-    "measured": "of the layer alone",
-    "predicted": "second order",
-    "hessian_energy": "ΔᵀHΔ of the layer",
-    "distance": "‖Δ‖ of the layer",
+    "measured": "measured barrier\nof the layer alone",
+    "predicted": "predicted barrier\nsecond order",
+    "hessian_energy": "Hessian energy\nΔᵀHΔ of the layer",
+    "distance": "distance\n‖Δ‖ of the layer",
 }
 # A signed scale is logarithmic over this many decades on either side of zero, and linear between them. The linear part
 # takes as much room as this share of a decade: little, so that colours tell orders of magnitude apart.
@@ -44,8 +38,7 @@ _LINEAR_SHARE = 0.3
 _WIDE = 30.0
 _MOST_DECADES = 4
 _MOST_EPOCHS = 6
-_MOST_NAMES = 60
-_LONGEST_NAME = 24
+_UNKNOWN: dict[str, Any] = {"facecolor": PALE, "edgecolor": GREY, "hatch": "/////", "linewidth": 0}
 
 
 @look()
@@ -71,53 +64,44 @@ def draw_layer_heatmaps(layers: pd.DataFrame, *, fork: int) -> Figure:
     """
     columns = ["position", "layer", "measured_lowest", *_TITLES]
     rows = of_fork(checked(layers, "layers", columns), "layers", fork)
-    positions, epochs = np.unique(numbers(rows, "position")), np.unique(numbers(rows, "epoch"))
-    shown = {
-        "measured": _signed(numbers(rows, "measured"), numbers(rows, "measured_lowest")),
-        # At α = ½ the second-order curve is an eighth of the mean energy of both ends.
-        "predicted": _signed(numbers(rows, "predicted"), numbers(rows, "hessian_energy") / 8),
-        "hessian_energy": numbers(rows, "hessian_energy"),
-        "distance": numbers(rows, "distance"),
-    }
-    cells = {column: _cells(rows, values, positions, epochs) for column, values in shown.items()}
+    # At α = ½ the second-order curve is an eighth of the mean energy of both ends.
+    lowest = {"measured": numbers(rows, "measured_lowest"), "predicted": numbers(rows, "hessian_energy") / 8}
+    signed = {column: _signed(numbers(rows, column), sunken) for column, sunken in lowest.items()}
+    table = rows.assign(**signed).pivot(index="position", columns="epoch", values=[*_TITLES])
+    cells = {column: table[column].to_numpy(np.float64) for column in _TITLES}
     barriers = _signed_scale(np.concatenate([cells["measured"], cells["predicted"]]))
-    scales: dict[str, Normalize] = {
-        "measured": barriers,
-        "predicted": barriers,
-        "hessian_energy": _signed_scale(cells["hessian_energy"]),
-        "distance": _positive_scale(cells["distance"]),
-    }
-    names = dict(zip(numbers(rows, "position"), rows["layer"], strict=True))
-    figure = new_figure(TEXT_WIDTH, rows_height(len(positions), 0.15) + 1.75)
-    panels = dict(zip(cells, figure.subplots(1, len(cells), sharey=True), strict=True))
-    meshes = {column: _draw_cells(axes, cells[column], scales[column]) for column, axes in panels.items()}
-    for column, axes in panels.items():
-        _label_epochs(axes, epochs)
-        axes.set_title(f"{_TITLES[column]}\n{_DETAILS[column]}", loc="left", fontsize=SMALL + 0.5)
-    _draw_signed_bar(figure, [panels["measured"], panels["predicted"]], meshes["predicted"], powers=2)
-    _draw_signed_bar(figure, [panels["hessian_energy"]], meshes["hessian_energy"], powers=1)
-    _draw_positive_bar(
-        figure, panels["distance"], meshes["distance"], _has_below(cells["distance"], scales["distance"])
-    )
-    step = math.ceil(len(positions) / _MOST_NAMES)
-    named = range(0, len(positions), step)
-    panels["measured"].set_yticks(list(named), [_shorten(str(names[positions[row]])) for row in named])
+    energies, distances = _signed_scale(cells["hessian_energy"]), _positive_scale(cells["distance"])
+    logarithmic, floor = isinstance(distances, LogNorm), distances.vmin or 0.0
+    below = bool((cells["distance"] < floor).any())
+    # Zero has no logarithm, and would be left out as if it were not known.
+    cells["distance"] = np.maximum(cells["distance"], floor / 10)
+
+    figure = new_figure(TEXT_WIDTH, rows_height(len(table), 0.15) + 1.75)
+    panels = list(figure.subplots(1, len(cells), sharey=True))
+    meshes = []
+    for axes, column, scale in zip(panels, cells, (barriers, barriers, energies, distances), strict=True):
+        meshes.append(_draw_cells(axes, cells[column], scale))
+        axes.set_title(_TITLES[column], loc="left", fontsize=SMALL + 0.5)
+        epochs = [f"{epoch:.0f}" for epoch in table[column].columns]
+        step = math.ceil(len(epochs) / _MOST_EPOCHS)
+        axes.set_xticks(range(0, len(epochs), step), epochs[::step])
+        axes.set_xlabel(EPOCH_LABEL)
+    _draw_bar(panels[:2], meshes[1], _signed_ticks(barriers, powers=2))
+    _draw_bar(panels[2:3], meshes[2], _signed_ticks(energies, powers=1))
+    ticks = LogLocator(numticks=4) if logarithmic else MaxNLocator(nbins=3)
+    _draw_bar(panels[3:], meshes[3], ticks, digits=1 if logarithmic else 2, extend="min" if below else "neither")
+    names = dict(zip(rows["position"], rows["layer"], strict=True))
+    name_rows(panels[0], [str(names[position]) for position in table.index], longest=24)
     figure.suptitle(fork_title(fork), x=0.01, ha="left", fontsize="medium")
-    _draw_legend(figure, cells, below=_has_below(cells["distance"], scales["distance"]))
+    unknown = any(np.isnan(values).any() for values in cells.values())
+    handles = _legend_patches(unknown=unknown, below=below)
+    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
     return figure
 
 
 def _signed(barriers: Values, sunken: Values) -> Values:
     """Barriers, and where there are none, how far the curve sinks below the chord."""
     return np.where(barriers <= 0, np.minimum(sunken, 0.0), barriers)
-
-
-def _cells(rows: pd.DataFrame, values: Values, positions: np.ndarray, epochs: np.ndarray) -> Cells:
-    """Values of the rows as a matrix, NaN where the table has nothing."""
-    cells = np.full((len(positions), len(epochs)), np.nan)
-    at = np.searchsorted(positions, numbers(rows, "position")), np.searchsorted(epochs, numbers(rows, "epoch"))
-    cells[at] = values
-    return cells
 
 
 def _signed_scale(values: Cells) -> SymLogNorm:
@@ -134,77 +118,47 @@ def _positive_scale(values: Cells) -> Normalize:
     return Normalize(0.0, float(finite.max(initial=0)) or 1.0)
 
 
-def _floor(scale: Normalize) -> float:
-    """Where a logarithmic scale begins; a linear one holds all values."""
-    return float(scale.vmin or 0.0) if isinstance(scale, LogNorm) else -math.inf
-
-
-def _has_below(values: Cells, scale: Normalize) -> bool:
-    return bool((values < _floor(scale)).any())
-
-
 def _draw_cells(axes: Axes, values: Cells, scale: Normalize) -> QuadMesh:
     rows, columns = values.shape
     # Cells that are not known are left out, and show what is behind them.
-    hatch = Rectangle((-0.5, -0.5), columns, rows, facecolor=PALE, edgecolor=GREY, hatch="/////", linewidth=0, zorder=0)
-    axes.add_patch(hatch)
-    # Zero has no logarithm, and would be left out too.
-    shown = np.where(values <= 0, _floor(scale) / 10, values) if isinstance(scale, LogNorm) else values
+    axes.add_patch(Rectangle((-0.5, -0.5), columns, rows, zorder=0, **_UNKNOWN))
     colors = mpl.colormaps["RdBu_r" if isinstance(scale, SymLogNorm) else "viridis"]
-    edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
     colors = colors.with_extremes(under="white", bad=(0, 0, 0, 0))
-    mesh = axes.pcolormesh(*edges, np.ma.masked_invalid(shown), norm=scale, cmap=colors)
+    edges = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
+    mesh = axes.pcolormesh(*edges, np.ma.masked_invalid(values), norm=scale, cmap=colors)
     axes.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     axes.tick_params(axis="y", length=0)
     return mesh
 
 
-def _label_epochs(axes: Axes, epochs: np.ndarray) -> None:
-    shown = range(0, len(epochs), math.ceil(len(epochs) / _MOST_EPOCHS))
-    axes.set_xticks(list(shown), [str(int(epochs[column])) for column in shown])
-    axes.set_xlabel(EPOCH_LABEL)
-
-
-def _draw_signed_bar(figure: Figure, panels: Sequence[Axes], mesh: QuadMesh, *, powers: int) -> None:
-    """A bar under the panels, with numbers at zero and at the largest powers of ten on either side of it."""
-    bar = _draw_bar(figure, panels, mesh)
-    top = math.floor(math.log10(mesh.get_clim()[1] or 1.0) + 1e-9)
+def _signed_ticks(scale: SymLogNorm, *, powers: int) -> FixedLocator:
+    """Ticks at zero, and at the largest powers of ten on either side of it."""
+    top = math.floor(math.log10(scale.vmax or 1.0) + 1e-9)
     ticks = 10.0 ** np.arange(top - powers + 1, top + 1)
-    bar.ax.xaxis.set_major_locator(FixedLocator([*-ticks[::-1], 0, *ticks]))
-    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, 1)))
+    return FixedLocator([*-ticks[::-1], 0, *ticks])
 
 
-def _draw_positive_bar(figure: Figure, axes: Axes, mesh: QuadMesh, below: bool) -> None:
-    logarithmic = isinstance(mesh.norm, LogNorm)
-    bar = _draw_bar(figure, [axes], mesh, extend="min" if below else "neither")
-    bar.ax.xaxis.set_major_locator(LogLocator(numticks=4) if logarithmic else MaxNLocator(nbins=3))
-    bar.ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, 1 if logarithmic else 2)))
-
-
-def _draw_bar(figure: Figure, panels: Sequence[Axes], mesh: QuadMesh, **options: Any) -> Colorbar:
+def _draw_bar(panels: Sequence[Axes], mesh: QuadMesh, ticks: Locator, *, digits: int = 1, **options: Any) -> None:
+    """The colours of a mesh under the panels that have them, with short numbers."""
     # One height for all, however many panels a bar is for.
     options |= {"location": "bottom", "aspect": 14 * len(panels), "pad": 0.02}
-    bar = figure.colorbar(mesh, ax=list(panels), **options)
+    bar = panels[0].figure.colorbar(mesh, ax=panels, **options)
+    bar.ax.xaxis.set_major_locator(ticks)
     bar.ax.xaxis.set_minor_locator(NullLocator())
+    short_ticks(bar.ax.xaxis, digits)
     bar.outline.set_linewidth(0.4)
-    return bar
 
 
-def _draw_legend(figure: Figure, cells: Mapping[str, Cells], *, below: bool) -> None:
+def _legend_patches(*, unknown: bool, below: bool) -> list[Patch]:
     """What the signs mean, and hatched and white cells, where there are such."""
     red, blue = (mpl.colormaps["RdBu_r"](share) for share in (0.85, 0.15))
-    handles = [
+    patches = [
         Patch(facecolor=red, label="above the chord"),
         Patch(facecolor=blue, label="below the chord (no barrier)"),
     ]
-    if any(np.isnan(values).any() for values in cells.values()):
-        handles.append(Patch(facecolor=PALE, edgecolor=GREY, hatch="/////", linewidth=0, label="not measured"))
+    if unknown:
+        patches.append(Patch(label="not measured", **_UNKNOWN))
     if below:
         label = f"distance of zero, or over 1e{_MOST_DECADES} times below the largest"
-        handles.append(Patch(facecolor="white", edgecolor=GREY, linewidth=0.5, label=label))
-    figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
-
-
-def _shorten(name: str) -> str:
-    """The end of a long name, which tells layers apart."""
-    return name if len(name) <= _LONGEST_NAME else f"…{name[1 - _LONGEST_NAME :]}"
+        patches.append(Patch(facecolor="white", edgecolor=GREY, linewidth=0.5, label=label))
+    return patches

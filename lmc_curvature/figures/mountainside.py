@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d import Axes3D
 
-from lmc_curvature.figures.panels import heading
+from lmc_curvature.plotting.axes import heading
 from lmc_curvature.plotting.style import BLUE, GREY, INK, SMALL, TEXT_WIDTH, VERMILION, look, new_figure
 
 Numbers = Float64[np.ndarray, "..."]
@@ -23,6 +23,7 @@ _CREST = "#f4f1e8"
 _END = 0.97
 # Paths are drawn this far above the ground, or it would swallow them.
 _LIFT = 0.004
+_POINT: dict[str, Any] = {"marker": "o", "markersize": 4.5, "markeredgecolor": "white", "zorder": 6}
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ LATE_SIBLINGS = (
     Path(LATE_FORK, across=0.53, bend=0.57, over=0.25, end=_END),
     Path(LATE_FORK, across=0.75, bend=0.57, over=0.25, end=_END),
 )
+_PAIRS = ((EARLY_SIBLINGS, VERMILION, "early"), (LATE_SIBLINGS, BLUE, "late"))
 
 
 def height(across: Numbers, down: Numbers) -> Numbers:
@@ -104,7 +106,7 @@ def height(across: Numbers, down: Numbers) -> Numbers:
 
 def between(siblings: tuple[Path, Path], points: int = 301) -> tuple[Numbers, Numbers]:
     """The way from the middle of the segment between two siblings, and the height above its chord, (points,) each."""
-    first, second = (np.array([path.points()[0][-1], path.points()[1][-1]]) for path in siblings)
+    first, second = (np.array(path.points())[:, -1] for path in siblings)
     alphas = np.linspace(0, 1, points)
     across, down = np.outer(1 - alphas, first).T + np.outer(alphas, second).T
     heights = height(across, down)
@@ -154,60 +156,45 @@ def _draw_mountain(axes: Axes3D) -> None:
 
 
 def _draw_paths(axes: Axes3D) -> None:
-    _draw_path(axes, PARENT, INK, "parent")
-    for siblings, color, name in ((EARLY_SIBLINGS, VERMILION, "early"), (LATE_SIBLINGS, BLUE, "late")):
-        for number, path in enumerate(siblings):
-            _draw_path(axes, path, color, f"{name} sibling {number + 1}")
-            _draw_point(axes, path.points()[0][-1], path.points()[1][-1], color)
+    _draw_on_ground(axes, *PARENT.points(), "parent", color=INK, linewidth=1.8)
+    for siblings, color, name in _PAIRS:
+        for number, path in enumerate(siblings, start=1):
+            across, down = path.points()
+            _draw_on_ground(axes, across, down, f"{name} sibling {number}", color=color, linewidth=1.8)
+            _draw_on_ground(axes, across[-1:], down[-1:], "_end", color=color, **_POINT)
         # The segment is drawn where it runs: over the ground, whose height it meets.
         across = np.linspace(siblings[0].across, siblings[1].across, 101)
-        pen: dict[str, Any] = {"color": color, "linestyle": (0, (2, 1.2))}
-        _draw_on_ground(axes, across, np.full_like(across, _END), f"{name} segment", **pen)
+        down = np.full_like(across, _END)
+        _draw_on_ground(axes, across, down, f"{name} segment", color=color, linestyle=(0, (2, 1.2)))
     for fork in (EARLY_FORK, LATE_FORK):
-        _draw_point(axes, *fork, INK)
+        across, down = np.array(fork)[:, None]
+        _draw_on_ground(axes, across, down, "_fork", color=INK, **_POINT)
 
 
-def _draw_path(axes: Axes3D, path: Path, color: str, label: str) -> None:
-    _draw_on_ground(axes, *path.points(), label, color=color, linewidth=1.8)
-
-
-def _draw_on_ground(axes: Axes3D, across: Numbers, down: Numbers, label: str, **pen: Any) -> None:
-    axes.plot(across, 1 - down, height(across, down) + _LIFT, label=label, zorder=5, **pen)
-
-
-def _draw_point(axes: Axes3D, across: float, down: float, color: str) -> None:
-    ground = height(np.array([across]), np.array([down])) + _LIFT
-    axes.plot([across], [1 - down], ground, "o", color=color, markersize=4.5, markeredgecolor="white", zorder=6)
+def _draw_on_ground(axes: Axes3D, across: Numbers, down: Numbers, label: str, **style: Any) -> None:
+    axes.plot(across, 1 - down, height(across, down) + _LIFT, label=label, **{"zorder": 5, **style})
 
 
 def _draw_labels(axes: Axes3D) -> None:
     """Names, each in the colour of what it names."""
-
-    def name(text: str, across: float, down: float, above: float, color: str = INK, **place: Any) -> None:
+    # The level curves run behind it.
+    halo = {"ha": "center", "va": "bottom", "path_effects": [withStroke(linewidth=2.5, foreground=_CREST)]}
+    labels: tuple[tuple[str, float, float, float, str, dict[str, Any]], ...] = (
+        ("parent", -0.36, 0.04, 0.0, INK, {"ha": "right"}),
+        ("early fork", -0.40, 0.13, 0.0, INK, {"ha": "right", "va": "center"}),
+        ("late fork", 0.69, 0.56, 0.02, INK, {}),
+        ("early siblings", -0.80, _END, 0.0, VERMILION, {"ha": "right", "va": "center"}),
+        ("late siblings", 0.80, _END, 0.0, BLUE, {"va": "center"}),
+        ("ridge", -0.33, 0.62, 0.0, GREY, halo),
+    )
+    for text, across, down, above, color, place in labels:
         ground = float(height(np.array([across]), np.array([down]))[0])
         axes.text(across, 1 - down, ground + above, text, color=color, zorder=9, fontsize=SMALL + 1, **place)
-
-    name("parent", -0.36, 0.04, 0.0, ha="right")
-    name("early fork", -0.40, 0.13, 0.0, ha="right", va="center")
-    name("late fork", 0.69, 0.56, 0.02)
-    name("early siblings", -0.80, _END, 0.0, VERMILION, ha="right", va="center")
-    name("late siblings", 0.80, _END, 0.0, BLUE, va="center")
-    # The level curves run behind it.
-    name(
-        "ridge",
-        -0.33,
-        0.62,
-        0.0,
-        GREY,
-        ha="center",
-        va="bottom",
-        path_effects=[withStroke(linewidth=2.5, foreground=_CREST)],
-    )
 
 
 def _draw_ridges(axes: Axes) -> None:
     """The height along both segments above their chords, on one scale."""
-    for siblings, color, name in ((EARLY_SIBLINGS, VERMILION, "early"), (LATE_SIBLINGS, BLUE, "late")):
+    for siblings, color, name in _PAIRS:
         way, barrier = between(siblings)
         axes.fill_between(way, 0, barrier, color=color, alpha=0.15, linewidth=0)
         axes.plot(way, barrier, color=color, label=name)

@@ -1,17 +1,16 @@
 """How well the layers are ranked by what is predicted of them, and by their curvature or their distance alone."""
 
-import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float64
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from lmc_curvature.figures.agreement import Pairs
+from lmc_curvature.averages import rank_correlation
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, known, numbers
+from lmc_curvature.plotting.axes import legend_line, zero_line
 from lmc_curvature.plotting.style import BLUE, GREEN, GREY, PALE, PURPLE, TEXT_WIDTH, VERMILION, look, new_figure
+from lmc_curvature.plotting.text import correlation_text
 
 # Of each way to rank layers: what the legend calls it, its colour and its marker.
 _RANKINGS = {
@@ -38,26 +37,25 @@ def draw_rank_correlations(layers: pd.DataFrame) -> Figure:
     Raises:
         OptionError: A column is missing, or no layer was measured.
     """
-    correlations = rank_correlations(layers)
-    forks = list(correlations)
+    correlations = pd.DataFrame(rank_correlations(layers)).T
+    # Over the forks that have a value.
+    means = correlations.mean().to_dict()
+    forks = list(correlations.index)
     figure = new_figure(min(0.45 * len(forks) + 3.6, TEXT_WIDTH), 2.6)
     axes = figure.add_subplot()
     handles = []
     offsets = np.linspace(-0.34, 0.34, len(_RANKINGS))
     for offset, (name, (label, color, marker)) in zip(offsets, _RANKINGS.items(), strict=True):
-        values = np.array([correlations[fork][name] for fork in forks])
-        mean = _mean(values)
         pen: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4.5, "linestyle": "none"}
-        axes.plot(np.arange(len(forks)) + offset, values, label=f"_{name}", **pen)
-        axes.plot([len(forks) + offset], [mean], label=f"_{name}, mean", **pen)
-        shown = f"{mean:.2f}".replace("-", "−") if math.isfinite(mean) else "undefined"
-        handles.append(Line2D([], [], label=f"{label}: {shown}", **pen))
-    lowest = min((value for each in correlations.values() for value in each.values() if value < 0), default=0.0)
-    axes.axhline(0, color=GREY, linewidth=0.6, zorder=1, label="_zero")
+        axes.plot(np.arange(len(forks)) + offset, correlations[name], label=f"_{name}", **pen)
+        axes.plot([len(forks) + offset], [means[name]], label=f"_{name}, mean", **pen)
+        handles.append(legend_line(f"{label}: {correlation_text(means[name])}", **pen))
+    lowest = np.fmin(0.0, correlations.min().min())
+    zero_line(axes)
     axes.axvline(len(forks) - 0.5, color=GREY, linewidth=0.6, linestyle=":", label="_forks and their mean")
     axes.grid(axis="y", color=PALE, linewidth=0.5)
     axes.set_xticks(range(len(forks) + 1), [*(str(fork) for fork in forks), "mean"])
-    axes.set(xlim=(-0.5, len(forks) + 0.5), ylim=(min(lowest - 0.05, 0.0), 1.04))
+    axes.set(xlim=(-0.5, len(forks) + 0.5), ylim=(lowest - 0.05, 1.04))
     axes.set(xlabel="fork at epoch", ylabel="Spearman's ρ over layers\nwith the measured barrier")
     figure.legend(handles=handles, title="ranked by: mean ρ", loc="outside right upper", alignment="left")
     return figure
@@ -76,16 +74,4 @@ def _of_fork(rows: pd.DataFrame, columns: list[str]) -> dict[str, float]:
     squares = rankings["distance"] ** 2
     energy = rankings["hessian_energy"]
     rankings["curvature"] = np.divide(energy, squares, out=np.zeros_like(energy), where=squares > 0)
-    measured = numbers(rows, "measured")
-    return {name: _correlation(measured, values) for name, values in rankings.items()}
-
-
-def _correlation(measured: Float64[np.ndarray, " layers"], ranking: Float64[np.ndarray, " layers"]) -> float:
-    both = np.isfinite(measured) & np.isfinite(ranking)
-    return Pairs(measured[both], ranking[both]).rank_correlation() if both.any() else math.nan
-
-
-def _mean(values: Float64[np.ndarray, " forks"]) -> float:
-    """Over the forks that have a value."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else math.nan
+    return {name: rank_correlation(numbers(rows, "measured"), values) for name, values in rankings.items()}

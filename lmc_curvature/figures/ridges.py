@@ -14,9 +14,11 @@ from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from lmc_curvature.errors import check_choice
 from lmc_curvature.figures.frames import by_fork, checked, having, known, numbers
-from lmc_curvature.figures.panels import fork_title, heading, short_number
-from lmc_curvature.plotting.grids import EPOCH_LABEL, fork_cells
+from lmc_curvature.figures.panels import EPOCH_LABEL, fork_title
+from lmc_curvature.plotting.axes import heading
+from lmc_curvature.plotting.grids import panel_cells
 from lmc_curvature.plotting.style import GREY, PALE, SMALL, TEXT_WIDTH, look
+from lmc_curvature.plotting.text import short_number
 
 Quantity = Literal["value", "barrier"]
 
@@ -58,22 +60,23 @@ def draw_ridges(
     rows = checked(curves, "curves", ["alpha", quantity], split=split, metric=metric)
     rows = known(rows, "curves", quantity)
     forks = by_fork(rows)
-    epochs = numbers(rows, "epoch")
-    shade = Normalize(epochs.min(), epochs.max() + (epochs.min() == epochs.max()))
+    first, last = numbers(rows, "epoch").min(), numbers(rows, "epoch").max()
+    epochs = (first, last + (first == last))
+    in_depth = epochs if quantity == "barrier" else epochs[::-1]
     limits = _panel_limits({fork: numbers(each, quantity) for fork, each in forks.items()}, quantity)
-    figure, cells = fork_cells(len(forks), 2.25, margin=0.4)
+    figure, cells = panel_cells(len(forks), 2.25, margin=0.4)
     for (fork, each), cell in zip(forks.items(), cells, strict=True):
         axes = figure.add_subplot(cell, projection="3d")
-        _dress(axes, shade, limits[fork], last_in_front=quantity == "value")
-        _label_heights(axes, metric if quantity == "value" else "barrier")
+        axes.set(xlim=(0, 1), ylim=in_depth, zlim=limits[fork])
+        _dress(axes, metric if quantity == "value" else "barrier")
         # The upper left corner of the panel is empty.
         heading(axes, fork_title(fork), _detail(each, quantity), lift=-10.0)
         # It is wider than the box of the axes, for which the layout would make the panel small.
         axes.texts[0].set_in_layout(False)
         if quantity == "barrier":
             _draw_chord(axes)
-        _draw_curves(axes, each, quantity, shade)
-    named = {"loss": "loss", "error": "error, a share of examples"}.get(metric, metric)
+        _draw_curves(axes, each, quantity, Normalize(*epochs))
+    named = "error, a share of examples" if metric == "error" else metric
     what = named if quantity == "value" else f"barrier of the {named}"
     space = " " if figure.get_figwidth() >= TEXT_WIDTH else "\n"
     title = f"{split} {what},{space}between siblings at α of their segment"
@@ -131,10 +134,8 @@ def _draw_chord(axes: Axes3D) -> None:
     """A sheet at zero, behind all curves."""
     (near, far), ends = axes.get_xlim(), axes.get_ylim()
     corners = [(near, ends[0], 0.0), (far, ends[0], 0.0), (far, ends[1], 0.0), (near, ends[1], 0.0)]
-    sheet = Poly3DCollection([corners], facecolors=[(*to_rgb(GREY), 0.12)], edgecolors=[GREY], linewidths=0.4)
-    sheet.set_label("_chord")
-    sheet.set_zorder(5)
-    axes.add_collection3d(sheet)
+    style: dict[str, Any] = {"facecolors": [(*to_rgb(GREY), 0.12)], "edgecolors": [GREY], "linewidths": 0.4}
+    axes.add_collection3d(Poly3DCollection([corners], zorder=5, label="_chord", **style))
 
 
 def _draw_curves(axes: Axes3D, rows: pd.DataFrame, quantity: Quantity, shade: Normalize) -> None:
@@ -151,17 +152,18 @@ def _draw_curves(axes: Axes3D, rows: pd.DataFrame, quantity: Quantity, shade: No
             alphas, values = fine, np.interp(fine, alphas, values)
         color = mpl.colormaps["viridis"](0.9 * float(shade(epoch)))
         pale = tuple(_WHITENED + (1 - _WHITENED) * part for part in to_rgb(color))
-        cut = np.maximum(values, floor)
-        corners = [(alphas[0], epoch, 0.0), *zip(alphas, np.full_like(alphas, epoch), cut, strict=True)]
-        face = Poly3DCollection([[*corners, (alphas[-1], epoch, 0.0)]], facecolors=[(*pale, 0.8)], edgecolors="none")
-        face.set_zorder(10 + 2 * depth)
-        axes.add_collection3d(face)
+        heights = [0.0, *np.maximum(values, floor), 0.0]
+        corners = [
+            (alpha, epoch, top) for alpha, top in zip(alphas[[0, *range(len(alphas)), -1]], heights, strict=True)
+        ]
+        style: dict[str, Any] = {"facecolors": [(*pale, 0.8)], "edgecolors": "none", "zorder": 10 + 2 * depth}
+        axes.add_collection3d(Poly3DCollection([corners], **style))
         shown = np.where(values >= floor, values, np.nan)
         axes.plot(alphas, np.full_like(alphas, epoch), shown, color=color, linewidth=1, zorder=11 + 2 * depth)
 
 
-def _dress(axes: Axes3D, shade: Normalize, limits: tuple[float, float], *, last_in_front: bool) -> None:
-    """Axes, view and ticks: epochs alike for all panels."""
+def _dress(axes: Axes3D, height_label: str) -> None:
+    """View, ticks and labels."""
     # What lies in front is known here; matplotlib would guess it from the middle of each curve.
     axes.computed_zorder = False
     # The labels of the panel on the left reach into this one.
@@ -170,8 +172,6 @@ def _dress(axes: Axes3D, shade: Normalize, limits: tuple[float, float], *, last_
     # matplotlib takes any number, and says that it takes whole ones.
     zoom: Any = 0.92
     axes.set_box_aspect((1, 1.1, 0.75), zoom=zoom)
-    ends = (shade.vmin or 0.0, shade.vmax or 1.0)
-    axes.set(xlim=(0, 1), ylim=ends[::-1] if last_in_front else ends, zlim=limits)
     axes.set_xlabel("α", labelpad=-9)
     axes.set_ylabel(EPOCH_LABEL, labelpad=-6)
     axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
@@ -185,10 +185,7 @@ def _dress(axes: Axes3D, shade: Normalize, limits: tuple[float, float], *, last_
         axis.line.set_color(GREY)
         axis.set_tick_params(labelsize=SMALL - 0.5)
         axis._axinfo["grid"].update(color=PALE, linewidth=0.5)
-
-
-def _label_heights(axes: Axes3D, label: str) -> None:
-    """Ticks and label of z, as far out as the longest number of a tick asks for: matplotlib centres them on a line."""
+    # Numbers are centred on a line, which lies as far out as the longest of them asks for.
     locator = MaxNLocator(nbins=4)
     axes.zaxis.set_major_locator(locator)
     axes.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}".replace("-", "−")))
@@ -196,4 +193,4 @@ def _label_heights(axes: Axes3D, label: str) -> None:
     axes.zaxis.set_tick_params(pad=max(longest - 5, -1))
     # Or a long word stands upright, and a short one lies.
     axes.zaxis.set_rotate_label(False)
-    axes.set_zlabel(label, labelpad=max(2.5 * longest - 14, -6), rotation=90)
+    axes.set_zlabel(height_label, labelpad=max(2.5 * longest - 14, -6), rotation=90)

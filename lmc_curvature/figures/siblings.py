@@ -1,19 +1,16 @@
 """How siblings drift apart while they train: the angle between them, their distance, and the plane they settle in."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lmc_curvature.figures.frames import by_fork, checked, known, numbers
-from lmc_curvature.figures.panels import plain_ticks
-from lmc_curvature.plotting.grids import EPOCH_LABEL, Color, count_axis, fork_legend
-from lmc_curvature.plotting.style import COLUMN_WIDTH, GREY, TEXT_WIDTH, fork_colors, look, new_figure
-
-Values = Float64[np.ndarray, " epochs"]
+from lmc_curvature.figures.panels import EPOCH_LABEL, fork_legend
+from lmc_curvature.plotting.axes import count_axis, plain_ticks
+from lmc_curvature.plotting.style import COLUMN_WIDTH, GREY, TEXT_WIDTH, Color, look, new_figure, sequential_colors
 
 _LEGEND_HEIGHT = 0.4
 
@@ -30,15 +27,17 @@ def draw_sibling_angles(geometry: pd.DataFrame) -> Figure:
     Raises:
         OptionError: A column is missing, or has no number.
     """
-    rows = checked(geometry, "geometry", ["cosine_origin", "cosine_fork"])
-    colors = _colors(rows)
+    titles = {"cosine_origin": "seen from the origin", "cosine_fork": "seen from the fork"}
+    rows = checked(geometry, "geometry", list(titles))
+    # Rounding takes cosines of parallel vectors beyond ±1.
+    angles = rows.assign(**{column: np.degrees(np.arccos(numbers(rows, column).clip(-1, 1))) for column in titles})
+    colors = sequential_colors(by_fork(rows))
     figure = new_figure(TEXT_WIDTH, 2.5 + _LEGEND_HEIGHT)
     panels = figure.subplots(1, 2, sharey=True)
-    titles = {"cosine_origin": "seen from the origin", "cosine_fork": "seen from the fork"}
     for axes, (column, title) in zip(panels, titles.items(), strict=True):
         # Independent directions in many dimensions are at right angles.
         axes.axhline(90, color=GREY, linewidth=0.6, zorder=1, label="_right angle")
-        _draw_lines(axes, rows, column, colors, _degrees)
+        _draw_lines(axes, angles, column, colors)
         axes.set_title(title, loc="left")
     highest = max(float(np.max(line.get_ydata())) for axes in panels for line in axes.get_lines())
     panels[0].set(ylim=(0, 1.05 * highest), ylabel="angle between siblings (degrees)")
@@ -84,7 +83,7 @@ def draw_sibling_distances(geometry: pd.DataFrame) -> Figure:
 
 def _single_panel(geometry: pd.DataFrame, column: str) -> tuple[Figure, Axes]:
     rows = checked(geometry, "geometry", [column])
-    colors = _colors(rows)
+    colors = sequential_colors(by_fork(rows))
     figure = new_figure(1.3 * COLUMN_WIDTH, 2.6 + _LEGEND_HEIGHT)
     axes = figure.add_subplot()
     _draw_lines(axes, rows, column, colors)
@@ -93,24 +92,9 @@ def _single_panel(geometry: pd.DataFrame, column: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _colors(rows: pd.DataFrame) -> dict[int, Color]:
-    forks = list(by_fork(rows))
-    return dict(zip(forks, fork_colors(forks).values(), strict=True))
-
-
-def _draw_lines(
-    axes: Axes,
-    rows: pd.DataFrame,
-    column: str,
-    colors: dict[int, Color],
-    convert: Callable[[Values], Values] = np.asarray,
-) -> None:
+def _draw_lines(axes: Axes, rows: pd.DataFrame, column: str, colors: Mapping[int, Color]) -> None:
     """A line a fork, over the epochs at which the column has a number."""
     for fork, each in by_fork(known(rows, "geometry", column)).items():
-        epochs, values = numbers(each, "epoch"), convert(numbers(each, column))
-        axes.plot(epochs, values, color=colors[fork], marker="o", markersize=2.5, label=f"_{fork}")
+        style = {"color": colors[fork], "marker": "o", "markersize": 2.5}
+        axes.plot(numbers(each, "epoch"), numbers(each, column), label=f"_{fork}", **style)
     count_axis(axes, EPOCH_LABEL)
-
-
-def _degrees(cosines: Values) -> Values:
-    return np.degrees(np.arccos(np.clip(cosines, -1.0, 1.0)))

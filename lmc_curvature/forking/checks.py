@@ -1,12 +1,12 @@
-"""What is checked of an experiment before anything is trained or traced."""
+"""Checks of an experiment before anything is trained or traced."""
 
 import torch
 
 from lmc_curvature.errors import ConfigurationError, DataError
+from lmc_curvature.forking.configuration import ForkConfig, TraceConfig
 from lmc_curvature.forking.directory import initial_model
-from lmc_curvature.forking.plan import ForkConfig, TraceConfig
 from lmc_curvature.segment.partition import LayerPartition
-from lmc_curvature.sources.data import ImageDataset, Split
+from lmc_curvature.sources import ImageDataset, Split
 
 
 def check_fit(config: ForkConfig, data: ImageDataset) -> None:
@@ -22,6 +22,7 @@ def check_fit(config: ForkConfig, data: ImageDataset) -> None:
     # One image if an epoch ends with one: batch normalisation may then have nothing to average over.
     count = min(2, len(data) % batch_size or batch_size)
     x, _ = next(iter(data.subset(count).to("cpu").batches(count)))
+    expected = (count, len(data.class_names))
     for mode in ("evaluation", "training"):
         model.train(mode == "training")
         try:
@@ -33,20 +34,13 @@ def check_fit(config: ForkConfig, data: ImageDataset) -> None:
                 f"{config.data!r}, {count} a batch ({error}). Choose another network or batch size, or set its input "
                 "channels in model_options."
             ) from error
-        _check_logits(logits, (count, len(data.class_names)), mode, config)
-
-
-def _check_logits(logits: object, expected: tuple[int, int], mode: str, config: ForkConfig) -> None:
-    if not isinstance(logits, torch.Tensor):
-        raise ConfigurationError(
-            f"model_options: in {mode}, {config.model!r} gives {type(logits).__name__}; expected logits alone, a "
-            f"tensor {expected}. Choose another network, or switch off what else it gives (aux_logits: false)."
-        )
-    if logits.shape != expected:
-        raise ConfigurationError(
-            f"model_options: {config.model!r} gives {tuple(logits.shape)} for {expected[0]} of the images of "
-            f"{config.data!r}; expected {expected}. Set num_classes to {expected[1]}."
-        )
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        if found != expected:
+            raise ConfigurationError(
+                f"model_options: in {mode}, {config.model!r} gives {found} for {count} of the images of "
+                f"{config.data!r}; expected logits alone, a tensor {expected}. Set num_classes to {expected[1]}, "
+                "choose another network, or switch off what else it gives (aux_logits: false)."
+            )
 
 
 def check_layers(config: ForkConfig) -> None:

@@ -1,14 +1,229 @@
-"""The common base of configurations: frozen, strict about keys, with errors that name the key."""
+"""The configuration of a forking experiment: a schedule, the epochs to fork at, and what to trace of the siblings.
 
+Configurations are frozen and strict about keys; their errors name the key.
+"""
+
+import json
+import os
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from lmc_curvature.errors import ConfigurationError, suggest
+from lmc_curvature.objective.normalization import BatchNormPolicy
+
+When = Literal["all", "last", "never"]
 
 
-def describe_problems(error: ValidationError, keys: Iterable[str]) -> str:
+class Configuration(BaseModel):
+    """A frozen set of named options.
+
+    Raises:
+        ConfigurationError: A key is unknown, missing, or has a bad value. The message has a line for each.
+    """
+
+    # pydantic before 2.10 reserves every name that begins with "model_".
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigurationError(_describe_problems(error, type(self).model_fields)) from error
+
+
+class TrainingConfig(Configuration):
+    """A schedule of stochastic gradient descent.
+
+    Attributes:
+        epochs: Passes over the data.
+        learning_rate: The learning rate before any milestone.
+        milestones: Epochs after which the learning rate is multiplied by `gamma`, increasing.
+        gamma: The factor of the learning rate at each milestone.
+        momentum: The momentum of SGD, in [0, 1).
+        weight_decay: Coefficient of the L2 penalty, added to the gradient.
+        batch_size: Examples a step; the last batch of an epoch may be short.
+        warmup_epochs: The learning rate rises linearly, step by step, over this many epochs.
+        augmentation: `"crop-flip"`: random crops after padding by 4 pixels, and random mirror images; or `"none"`.
+
+    Raises:
+        ConfigurationError: A key is unknown, missing, or has a bad value.
+    """
+
+    epochs: int = Field(ge=1)
+    learning_rate: float = Field(gt=0, allow_inf_nan=False)
+    milestones: tuple[int, ...] = ()
+    gamma: float = Field(default=0.1, gt=0, le=1)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    batch_size: int = Field(default=128, ge=1)
+    warmup_epochs: int = Field(default=0, ge=0)
+    augmentation: Literal["none", "crop-flip"] = "none"
+
+    @field_validator("milestones")
+    @classmethod
+    def _milestones_within_schedule(cls, milestones: tuple[int, ...], info: Any) -> tuple[int, ...]:
+        return _check_epochs(milestones, info.data.get("epochs"), first=1)
+
+
+class TraceConfig(Configuration):
+    """The choice of what is computed between siblings, at every epoch that was stored.
+
+    Attributes:
+        examples: How many examples are taken, a fixed random sample; null for all.
+        batch_size: Examples a batch.
+        batch_norm: What batch normalisation does between siblings; see `measure_barrier`.
+        partition: The partition into layers; see `measure_barrier`.
+        alphas: Positions on the segment, for the whole network.
+        layer_alphas: Positions on the segment, for sets of layers, which cost two evaluations a position.
+        test: Measure on the test split, too.
+        layers: At which epochs each layer's barrier is measured. It is predicted at all of them.
+        cumulative: At which epochs the barriers of the first and of the last k layers are measured.
+
+    Raises:
+        ConfigurationError: A key is unknown, missing, or has a bad value.
+    """
+
+    examples: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    batch_norm: BatchNormPolicy = "interpolate"
+    partition: str = "fused"
+    alphas: int = Field(default=11, ge=3)
+    layer_alphas: int = Field(default=5, ge=3)
+    test: bool = True
+    layers: When = "all"
+    cumulative: When = "all"
+
+
+class ForkConfig(Configuration):
+    """A parent, and children forked from it at some epochs.
+
+    Attributes:
+        training: The schedule, common to the parent and all children.
+        fork_epochs: Epochs of the parent to fork at, increasing; 0 is the initialisation.
+        snapshot_epochs: Epochs of the schedule, besides the last, at which children are stored for tracing; or a
+            number, for every so many.
+        data: What `load_data` takes.
+        limit: Train on at most this many examples, a fixed random sample.
+        model: What `make_model` takes.
+        model_options: Options of the network.
+        init_seed: Decides the parent's initialisation.
+        order_seed: Decides the order and augmentation of the parent's examples. Child c has the order seed
+            `order_seed + 1 + c` at every fork, so forks differ by their epoch alone.
+        children: Children of each fork, at least 2; the first two are traced.
+        threads: CPU threads that a process trains with; by default as many as torch uses. The last bits of a network
+            depend on the number. Small networks train fastest with one thread in each of several processes.
+        trace: What `trace_forks` computes. Training does not depend on it.
+
+    Raises:
+        ConfigurationError: A key is unknown, missing, or has a bad value.
+    """
+
+    training: TrainingConfig
+    fork_epochs: tuple[int, ...] = Field(min_length=1)
+    snapshot_epochs: tuple[int, ...] = ()
+    data: str = "digits"
+    limit: int | None = Field(default=None, ge=1)
+    model: str = "digits-resnet"
+    model_options: dict[str, JsonValue] = Field(default_factory=dict)
+    init_seed: int = Field(default=0, ge=0, lt=2**63)
+    order_seed: int = Field(default=0, ge=0, lt=2**63)
+    children: int = Field(default=2, ge=2)
+    threads: int | None = Field(default=None, ge=1)
+    trace: TraceConfig = Field(default_factory=TraceConfig)
+
+    @field_validator("snapshot_epochs", mode="before")
+    @classmethod
+    def _every_so_many(cls, value: Any, info: Any) -> Any:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if value < 1:
+            raise ValueError(f"{value}: expected a list of epochs, or at least 1 for every so many.")
+        training = info.data.get("training")
+        return () if training is None else tuple(range(value, training.epochs, value))
+
+    @field_validator("fork_epochs", "snapshot_epochs")
+    @classmethod
+    def _within_schedule(cls, epochs: tuple[int, ...], info: Any) -> tuple[int, ...]:
+        training = info.data.get("training")
+        first = 0 if info.field_name == "fork_epochs" else 1
+        return _check_epochs(epochs, None if training is None else training.epochs, first=first)
+
+    @property
+    def parent_epochs(self) -> tuple[int, ...]:
+        """The epochs at which the parent is stored: the fork epochs and the last."""
+        return (*self.fork_epochs, self.training.epochs)
+
+    def child_epochs(self, fork_epoch: int) -> tuple[int, ...]:
+        """The epochs at which the children of a fork are stored."""
+        return (*(epoch for epoch in self.snapshot_epochs if epoch > fork_epoch), self.training.epochs)
+
+
+def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
+    """Read the configuration of an experiment from a YAML file.
+
+    Args:
+        path: The file; its keys are the attributes of `ForkConfig`.
+        **changes: Values that replace those of the file.
+
+    Raises:
+        ConfigurationError: The file is missing, is not YAML, or holds an unknown key or a bad value. The message has a
+            line for each.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read ({error.strerror}); expected a YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigurationError(
+            f"{path} holds {type(values).__name__}; expected keys such as training and fork_epochs."
+        )
+    strange = [key for key in values if not isinstance(key, str)]
+    if strange:
+        raise ConfigurationError(f"{path}: {strange[0]!r} is not a name; expected keys such as training.")
+    try:
+        return ForkConfig(**{**values, **changes})
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}:\n{error}") from error
+
+
+def check_same(stored: Configuration, given: Configuration, *, held: str, remedy: str) -> None:
+    """Check that a configuration is the one that was stored.
+
+    Args:
+        stored: The stored one.
+        given: The one to compare it with.
+        held: The beginning of the message: where what is stored.
+        remedy: What may be done instead of giving the same.
+
+    Raises:
+        ConfigurationError: It is another. The message has a line for each key in which they differ.
+    """
+    changes = _differences(stored.model_dump(mode="json"), given.model_dump(mode="json"))
+    if changes:
+        lines = (f"{held} another configuration:", *changes, f"{remedy}, or give the same configuration.")
+        raise ConfigurationError("\n".join(lines))
+
+
+def _differences(stored: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for key in sorted(stored.keys() | given.keys()):
+        old, new = stored.get(key), given.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {json.dumps(old)} there, {json.dumps(new)} now")
+    return lines
+
+
+def _describe_problems(error: ValidationError, keys: Iterable[str]) -> str:
     """Return one line `key: problem` for each problem, dots leading into nested configurations.
 
     Args:
@@ -33,18 +248,13 @@ def describe_problems(error: ValidationError, keys: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
-class Configuration(BaseModel):
-    """A frozen set of named options.
-
-    Raises:
-        ConfigurationError: A key is unknown, missing, or has a bad value. The message has a line for each.
-    """
-
-    # pydantic before 2.10 reserves every name that begins with "model_".
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ConfigurationError(describe_problems(error, type(self).model_fields)) from error
+def _check_epochs(epochs: tuple[int, ...], schedule: int | None, *, first: int) -> tuple[int, ...]:
+    if list(epochs) != sorted(set(epochs)):
+        raise ValueError(f"{epochs} must increase.")
+    # A bad schedule is reported by itself.
+    outside = [] if schedule is None else [epoch for epoch in epochs if not first <= epoch < schedule]
+    if schedule is not None and outside:
+        raise ValueError(
+            f"{outside[0]} is outside the schedule of {schedule} epochs; choose from {first} to {schedule - 1}."
+        )
+    return epochs

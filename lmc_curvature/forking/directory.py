@@ -1,20 +1,18 @@
-"""Where the files of a forking experiment lie, and what can be read from them.
+"""The directory of a forking experiment: the places of its files, its configuration, and its networks.
 
 config.json
 provenance.json       see `provenance`
 parent/               the parent at each fork epoch and at the end; see `runs` for the files of one network
 fork-0000/child-0/    each child of each fork epoch, at its snapshot epochs and at the end
-traces/               see `traces`
-locks/                who works on what, while somebody does
+traces/               see `lmc_curvature.tracing`
+locks/                a file for each piece of work, locked while somebody is at it
 """
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock
@@ -22,8 +20,7 @@ from torch import nn
 
 from lmc_curvature.checkpoints import load_entries
 from lmc_curvature.errors import CheckpointError, ConfigurationError, FileFormatError, NewerVersionError
-from lmc_curvature.forking.configuration import Configuration
-from lmc_curvature.forking.plan import ForkConfig
+from lmc_curvature.forking.configuration import ForkConfig, check_same
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.training import TrainingState
 from lmc_curvature.sources.networks import make_model
@@ -59,28 +56,30 @@ class ForkDirectory:
             self.config.child_epochs(fork_epoch),
         )
 
-    def children(self) -> dict[tuple[int, int], Run]:
-        """The runs of all children, by fork epoch and number."""
-        numbers = range(self.config.children)
-        return {(fork, child): self.child(fork, child) for fork in self.config.fork_epochs for child in numbers}
-
     def runs(self) -> list[Run]:
-        """The runs of the parent and of all children."""
-        return [self.parent, *self.children().values()]
+        """Return the runs of the parent and of all children."""
+        numbers = range(self.config.children)
+        return [self.parent, *(self.child(fork, child) for fork in self.config.fork_epochs for child in numbers)]
 
-    def cannot_start(self, run: Run) -> bool:
-        """Whether a child has nowhere to start, because the parent diverged before its fork epoch."""
-        parent = self.parent
-        return run != parent and parent.status == "diverged" and not parent.snapshot_path(run.first_epoch).is_file()
+    def can_start(self, run: Run) -> bool:
+        """Return whether what a run starts from is there: for a child, the parent at its fork epoch."""
+        return run == self.parent or self.parent.snapshot_path(run.first_epoch).is_file()
+
+    def is_over(self, run: Run) -> bool:
+        """Return whether nothing is left to train of a run: it is finished, has diverged, or will never start."""
+        return run.status != "training" or self._will_never_start(run)
 
     def failures(self) -> dict[str, str]:
-        """Why networks will never be trained to the end, by the titles of their runs."""
-        reasons = {run.title: run.message for run in self.runs() if run.status == "diverged"}
+        """Return why networks will never be trained to the end, by the titles of their runs."""
+        reasons = {run.title: run.manifest()["message"] for run in self.runs() if run.status == "diverged"}
         return reasons | {
             run.title: f"Cannot start, because the parent diverged before epoch {run.first_epoch}."
             for run in self.runs()
-            if self.cannot_start(run)
+            if self._will_never_start(run)
         }
+
+    def _will_never_start(self, run: Run) -> bool:
+        return self.parent.status == "diverged" and not self.can_start(run)
 
     @property
     def config_path(self) -> Path:
@@ -121,12 +120,11 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
     path = Path(out_dir) / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; {_remedy(out_dir)} makes a directory of forks.")
-    try:
-        values = dict(read_json(path, _VERSION)["config"])
-    except NewerVersionError:
-        raise
-    except (FileFormatError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete it and {_remedy(out_dir)} again.") from error
+    remedy = f"Delete it: {_remedy(out_dir)} writes it anew."
+    with explain_damage(remedy):
+        values = read_json(path, _VERSION).get("config")
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no configuration. {remedy}")
     try:
         return ForkDirectory(Path(out_dir), ForkConfig(**values))
     except ConfigurationError as error:
@@ -134,12 +132,10 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
 
 
 def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> ForkDirectory:
-    """Open the directory of an experiment, making it if need be; see `check_config`.
+    """Open the directory of an experiment, making it if need be.
 
     Raises:
-        CheckpointError: The configuration in the directory is damaged.
-        ConfigurationError: The directory belongs to another configuration. The message has the differences.
-        NewerVersionError: The directory was written by another release.
+        LMCCurvatureError: The directory holds another experiment, or one that cannot be read; see `check_config`.
     """
     given = ForkDirectory(Path(out_dir), config)
     with given.writing(given.path):
@@ -160,19 +156,14 @@ def check_config(directory: ForkDirectory) -> None:
         ConfigurationError: The directory belongs to another configuration. The message has the differences.
         NewerVersionError: The directory was written by another release.
     """
-    stored = open_directory(directory.path).config
+    stored, config = open_directory(directory.path).config, directory.config
     recorded = directory.provenance_path.is_file()
     if not recorded and not directory.parent.path.exists():
         return
-    # Directories from before there were fingerprints know their data by their place.
+    # Without a record of fingerprints, data are known by their place.
     free = {"trace", "data"} if recorded else {"trace"}
-    config = directory.config
-    changes = differences(stored.model_copy(update={key: getattr(config, key) for key in free}), config)
-    if changes:
-        raise ConfigurationError(
-            f"{directory.path} holds an experiment with another configuration:\n" + "\n".join(changes) + "\nUse "
-            "another directory, or the same configuration."
-        )
+    stored = stored.model_copy(update={key: getattr(config, key) for key in free})
+    check_same(stored, config, held=f"{directory.path} holds an experiment with", remedy="Use another directory")
 
 
 def write_config(directory: ForkDirectory) -> None:
@@ -181,14 +172,30 @@ def write_config(directory: ForkDirectory) -> None:
     write_json(directory.config_path, contents)
 
 
+@contextlib.contextmanager
+def explain_damage(remedy: str) -> Iterator[None]:
+    """Within the block, let errors about files that are missing or damaged say what is to be done about them.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+        NewerVersionError: A file was written by another release, which is no damage.
+    """
+    try:
+        yield
+    except NewerVersionError:
+        raise
+    except (FileFormatError, CheckpointError) as error:
+        raise CheckpointError(f"{error} {remedy}") from error
+
+
 def load_child(out_dir: str | os.PathLike[str], fork_epoch: int, child: int, epoch: int | None = None) -> nn.Module:
     """Rebuild a child, on the CPU and in evaluation mode.
 
     Args:
         out_dir: The directory of an experiment.
         fork_epoch: One of its fork epochs.
-        child: Which child, from 0.
-        epoch: Of the schedule, one that was stored; by default the last.
+        child: The number of the child, from 0.
+        epoch: An epoch of the schedule at which it was stored; by default the last.
 
     Raises:
         CheckpointError: The experiment has no such child or snapshot, or its file is missing or damaged.
@@ -232,12 +239,8 @@ def load_state(directory: ForkDirectory, run: Run, epoch: int) -> TrainingState:
         CheckpointError: It is missing or damaged; the message says what makes it.
         NewerVersionError: It was written by another release.
     """
-    try:
+    with explain_damage(f"{_remedy(directory.path)} makes it."):
         return TrainingState.load(run.snapshot_path(epoch))
-    except NewerVersionError:
-        raise
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} {_remedy(directory.path)} makes it.") from error
 
 
 def _load_network(directory: ForkDirectory, run: Run, epoch: int | None) -> nn.Module:
@@ -252,19 +255,3 @@ def _load_network(directory: ForkDirectory, run: Run, epoch: int | None) -> nn.M
 
 def _remedy(out_dir: str | os.PathLike[str]) -> str:
     return f"run_forks(config, {os.fspath(out_dir)!r}), or lmc-curvature fork CONFIG --out {os.fspath(out_dir)},"
-
-
-def differences(stored: Configuration, given: Configuration) -> list[str]:
-    """What two configurations differ in, a line a key."""
-    return _differences(stored.model_dump(mode="json"), given.model_dump(mode="json"))
-
-
-def _differences(stored: dict[str, Any], given: dict[str, Any], prefix: str = "") -> list[str]:
-    lines = []
-    for key in sorted(stored.keys() | given.keys()):
-        old, new = stored.get(key), given.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            lines.append(f"{prefix}{key}: {json.dumps(old)} there, {json.dumps(new)} now")
-    return lines

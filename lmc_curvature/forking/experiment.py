@@ -5,32 +5,25 @@ so.
 """
 
 import dataclasses
-import functools
 import os
-import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
+from functools import partial
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from lmc_curvature.errors import DataError, NonFiniteError, OptionError
 from lmc_curvature.forking.checks import check_examples, check_fit, check_layers
+from lmc_curvature.forking.configuration import ForkConfig
 from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state, open_directory
 from lmc_curvature.forking.events import check_tensorboard, event_log
-from lmc_curvature.forking.plan import ForkConfig
-from lmc_curvature.forking.provenance import begin, load_split, recorded_splits, warn_of_differences
+from lmc_curvature.forking.provenance import Conditions, begin, conditions, load_fork_data, recorded_splits
 from lmc_curvature.forking.runs import Run
-from lmc_curvature.forking.sharing import cpu_threads, device_of_rank, helpers, is_first_rank, share, unless_claimed
+from lmc_curvature.forking.sharing import Task, device_of_rank, helpers, progress_of_rank, share, unless_claimed
 from lmc_curvature.forking.training import EpochMetrics, TrainingState, capture_state, train
-from lmc_curvature.sources.data import ImageDataset, Split
+from lmc_curvature.sources import ImageDataset, Split
 from lmc_curvature.storage import remove_partial_files
-
-# What being killed costs at most, besides the epoch at hand.
-_SECONDS_BETWEEN_SAVES = 5.0
 
 
 def run_forks(
@@ -40,7 +33,8 @@ def run_forks(
     device: torch.device | str = "cpu",
     workers: int = 1,
     tensorboard: str | os.PathLike[str] | None = None,
-    progress: bool = True,
+    save_seconds: float = 5.0,
+    progress: bool | None = None,
 ) -> ForkDirectory:
     """Train the parent to the end, and the children of every fork to the same epoch.
 
@@ -57,7 +51,9 @@ def run_forks(
         workers: Processes to train in, this one included. A script that asks for more than one needs the usual
             `if __name__ == "__main__":`.
         tensorboard: Also log the metrics of every run there, as TensorBoard events.
-        progress: Show one bar of epochs for the whole experiment.
+        save_seconds: How often a state to continue from is written: what being killed costs at most, besides the epoch
+            at hand.
+        progress: Show one bar of epochs for the whole experiment; by default on a terminal and in notebooks.
 
     Returns:
         The directory. `load_child(out_dir, fork_epoch, child)` rebuilds a network from it.
@@ -77,193 +73,126 @@ def run_forks(
         raise OptionError(f"workers={workers} must be at least 1.")
     if tensorboard is not None:
         check_tensorboard()
+    device, progress = device_of_rank(device), progress_of_rank(progress)
     directory = create_directory(out_dir, config)
-    for run in directory.runs():
+    runs = directory.runs()
+    for run in runs:
         unless_claimed(directory.lock_path(run.title), run.discard_damage)
-    laboratory = _Laboratory(directory, device_of_rank(device), tensorboard, progress=progress)
-    unfinished = any(run.status == "training" and not directory.cannot_start(run) for run in directory.runs())
+    unfinished = not all(directory.is_over(run) for run in runs)
     # What is new in the configuration is stored only after what cannot be trained or traced has been refused.
     if unfinished or open_directory(out_dir).config != config:
-        laboratory.begin()
-    if unfinished:
-        with helpers(workers - 1, _help, directory, device, tensorboard):
-            laboratory.train_all()
+        data = load_fork_data(directory, "train", progress=progress).to(device)
+        _begin(directory, data, conditions(config, device), progress=progress)
+        if unfinished:
+            laboratory = _Laboratory(directory, device, tensorboard, save_seconds)
+            with helpers(workers - 1, partial(_train_all, laboratory)):
+                _train_all(laboratory, data, progress=progress)
     failures = directory.failures()
     if failures:
         raise NonFiniteError("\n".join(f"{title}: {reason}" for title, reason in failures.items()))
     return directory
 
 
-def _help(directory: ForkDirectory, device: torch.device | str, tensorboard: str | os.PathLike[str] | None) -> None:
-    _Laboratory(directory, device_of_rank(device), tensorboard, progress=False).train_all()
-
-
-class _Laboratory:
-    """What training every run of a directory needs: the network, the data, the device, and who is to be told."""
-
-    def __init__(
-        self,
-        directory: ForkDirectory,
-        device: torch.device,
-        tensorboard: str | os.PathLike[str] | None,
-        *,
-        progress: bool,
-    ):
-        self.directory = directory
-        self.config = directory.config
-        self.device = device
-        self.tensorboard = tensorboard
-        self.progress = progress and is_first_rank()
-        self.bar = tqdm(disable=True)
-
-    @functools.cached_property
-    def data(self) -> ImageDataset:
-        return load_split(self.directory, "train", progress=self.progress).to(self.device)
-
-    @functools.cached_property
-    def model(self) -> nn.Module:
-        return initial_model(self.config).to(self.device)
-
-    @property
-    def made_with(self) -> dict[str, str | int]:
-        """What decides the last bits of a result, besides the configuration."""
-        cuda = self.device.type == "cuda"
-        return {
-            "lmc_curvature": version("lmc-curvature"),
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(self.device) if cuda else _processor(),
-            "threads": self.config.threads or torch.get_num_threads(),
-        }
-
-    def begin(self) -> None:
-        """Check what can be checked before anything is started, and record what the experiment is begun with.
-
-        Raises:
-            LMCCurvatureError: As `run_forks`.
-        """
-        check_fit(self.config, self.data)
-        # What cannot be traced is better known before days of training.
-        check_layers(self.config)
-        splits: dict[Split, ImageDataset] = {"train": self.data}
-        if self.config.trace.test and "test" not in recorded_splits(self.directory):
-            splits["test"] = self._load_test_split()
-        for split, data in splits.items():
-            check_examples(self.config.trace, data, split)
-        warn_of_differences(self.directory, self.made_with)
-        begin(self.directory, splits, self.made_with)
-
-    def _load_test_split(self) -> ImageDataset:
+def _begin(directory: ForkDirectory, data: ImageDataset, made_with: Conditions, *, progress: bool | None) -> None:
+    """Check what can be checked before anything is trained, and record what the experiment is begun with."""
+    config = directory.config
+    check_fit(config, data)
+    # What cannot be traced is better known before days of training.
+    check_layers(config)
+    splits: dict[Split, ImageDataset] = {"train": data}
+    if config.trace.test and "test" not in recorded_splits(directory):
         try:
-            return load_split(self.directory, "test", progress=self.progress)
+            splits["test"] = load_fork_data(directory, "test", progress=progress)
         except DataError as error:
             raise DataError(f"{error} To trace without a test split, set trace.test to false.") from error
-
-    def train_all(self) -> None:
-        """Train all runs, together with whatever other processes are at it."""
-        tasks = [_Training(self, run) for run in self.directory.runs()]
-        total = sum(run.epochs[-1] - run.first_epoch for run in self.directory.runs())
-        with (
-            cpu_threads(self.config.threads),
-            tqdm(total=total, initial=self._trained(), unit="epoch", disable=not self.progress) as self.bar,
-        ):
-            share(tasks, on_turn=self._look_at_others)
-
-    def _trained(self) -> int:
-        return sum(run.epochs_trained() for run in self.directory.runs())
-
-    def _look_at_others(self) -> None:
-        self.bar.update(max(self._trained() - self.bar.n, 0))
-
-    def on_epoch(self, metrics: EpochMetrics) -> None:
-        self.bar.update()
-        self.bar.set_postfix(loss=f"{metrics.loss:.3g}", accuracy=f"{metrics.accuracy:.1%}")
+    for split, images in splits.items():
+        check_examples(config.trace, images, split)
+    begin(directory, splits, made_with)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Training:
-    """The task of training one run to its end."""
+class _Laboratory:
+    """An experiment, and the options of `run_forks` that every process trains with."""
 
-    laboratory: _Laboratory
-    trained: Run
+    directory: ForkDirectory
+    device: torch.device
+    tensorboard: str | os.PathLike[str] | None
+    save_seconds: float
 
-    @property
-    def lock_path(self) -> Path:
-        return self.laboratory.directory.lock_path(self.trained.title)
 
-    def is_done(self) -> bool:
-        return self.trained.status != "training" or self.laboratory.directory.cannot_start(self.trained)
+def _train_all(laboratory: _Laboratory, data: ImageDataset | None = None, *, progress: bool | None = False) -> None:
+    """Train all runs, together with whatever other processes are at it."""
+    directory, device = laboratory.directory, laboratory.device
+    config, runs = directory.config, directory.runs()
+    data = load_fork_data(directory, "train", progress=progress).to(device) if data is None else data
+    step = partial(train, initial_model(config).to(device), data, config.training, progress=False)
+    made_with = conditions(config, device)
+    tasks = [
+        Task(
+            run.title,
+            directory.lock_path(run.title),
+            is_done=partial(directory.is_over, run),
+            is_ready=partial(directory.can_start, run),
+            work=partial(_train, laboratory, run, step, made_with),
+        )
+        for run in runs
+    ]
+    share(
+        tasks,
+        total=sum(run.epochs[-1] - run.first_epoch for run in runs),
+        count=lambda: sum(run.epochs_trained() for run in runs),
+        threads=config.threads,
+        progress=progress,
+    )
 
-    def is_ready(self) -> bool:
-        return self._is_parent or self.laboratory.directory.parent.snapshot_path(self.trained.first_epoch).is_file()
 
-    def run(self) -> None:
-        laboratory, run = self.laboratory, self.trained
-        laboratory.bar.set_description(run.title)
-        remove_partial_files(run.path)
-        run.write_manifest("training", laboratory.made_with)
-        try:
-            with event_log(laboratory.tensorboard, run.path.relative_to(laboratory.directory.path)) as log:
-                state = self._train(log)
-        except NonFiniteError as error:
-            run.write_manifest("diverged", laboratory.made_with, str(error))
-            return
-        run.write_metrics(state.history)
-        run.latest_path.unlink(missing_ok=True)
-        run.write_manifest("finished", laboratory.made_with)
+def _train(
+    laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState], made_with: Conditions, bar: tqdm
+) -> None:
+    """Train a run to its end, and tell its manifest how that went."""
+    remove_partial_files(run.path)
+    run.write_manifest("training", made_with)
 
-    def _train(self, log: Callable[[EpochMetrics], None]) -> TrainingState:
-        """Train to the end, leaving a snapshot at each epoch that is kept."""
-        run = self.trained
-        state = self._start()
-        for epoch in run.epochs:
-            if run.snapshot_path(epoch).is_file():
-                state = TrainingState.load(run.snapshot_path(epoch))
-                continue
-            state = self._advance(run.furthest(state, epoch), epoch, log)
-            state.save(run.snapshot_path(epoch))
-            run.write_manifest("training", self.laboratory.made_with)
-        return state
+    def report(metrics: EpochMetrics) -> None:
+        bar.update()
+        bar.set_postfix(loss=f"{metrics.loss:.3g}", accuracy=f"{metrics.accuracy:.1%}")
+        log(metrics)
 
-    @property
-    def _is_parent(self) -> bool:
-        return self.trained == self.laboratory.directory.parent
+    try:
+        with event_log(laboratory.tensorboard, run.path.relative_to(laboratory.directory.path)) as log:
+            state = _train_to_end(laboratory, run, partial(step, on_epoch=report), made_with)
+    except NonFiniteError as error:
+        run.write_manifest("diverged", made_with, str(error))
+        return
+    run.write_metrics(state.history)
+    run.latest_path.unlink(missing_ok=True)
+    run.write_manifest("finished", made_with)
 
-    def _start(self) -> TrainingState:
-        if self._is_parent:
-            return capture_state(initial_model(self.laboratory.config))
-        directory = self.laboratory.directory
-        return load_state(directory, directory.parent, self.trained.first_epoch)
 
-    def _advance(self, state: TrainingState, until: int, log: Callable[[EpochMetrics], None]) -> TrainingState:
-        """Train to an epoch of the schedule, leaving a state to continue from every few seconds.
+def _train_to_end(
+    laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState], made_with: Conditions
+) -> TrainingState:
+    """Train to the end, leaving a snapshot at each epoch that is kept, and between them a state every few seconds.
 
-        Every epoch starts from a state, and a state from a file is the same state: so it makes no difference to the
-        result whether training was interrupted between two epochs.
-        """
-
-        def report(metrics: EpochMetrics) -> None:
-            self.laboratory.on_epoch(metrics)
-            log(metrics)
-
-        saved = time.monotonic()
-        while state.epoch < until:
-            state = train(
-                self.laboratory.model,
-                self.laboratory.data,
-                self.laboratory.config.training,
-                order_seed=self.trained.order_seed,
-                start=state,
-                until=state.epoch + 1,
-                on_epoch=report,
-                progress=False,
-            )
-            if time.monotonic() - saved >= _SECONDS_BETWEEN_SAVES and state.epoch < until:
-                state.save(self.trained.latest_path)
-                self.trained.write_metrics(state.history)
+    Every epoch starts from a state, and a state from a file is the same state: so it makes no difference to the
+    result whether training was interrupted between two epochs.
+    """
+    directory = laboratory.directory
+    if run == directory.parent:
+        state = capture_state(initial_model(directory.config))
+    else:
+        state = load_state(directory, directory.parent, run.first_epoch)
+    for epoch in run.epochs:
+        if run.snapshot_path(epoch).is_file():
+            state = TrainingState.load(run.snapshot_path(epoch))
+            continue
+        state, saved = run.furthest(state, epoch), time.monotonic()
+        while state.epoch < epoch:
+            state = step(order_seed=run.order_seed, start=state, until=state.epoch + 1)
+            if time.monotonic() - saved >= laboratory.save_seconds and state.epoch < epoch:
+                state.save(run.latest_path)
+                run.write_metrics(state.history)
                 saved = time.monotonic()
-        return state
-
-
-def _processor() -> str:
-    """What decides the last bits on a CPU: which vector instructions torch uses there."""
-    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+        state.save(run.snapshot_path(epoch))
+        run.write_manifest("training", made_with)
+    return state

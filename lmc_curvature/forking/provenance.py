@@ -1,56 +1,70 @@
-"""What the bits of an experiment depend on besides its configuration, recorded when it is begun.
+"""The record of what the bits of an experiment depend on besides its configuration, made when it is begun.
 
 provenance.json    SHA-256 of each split of the data, wherever it lies; versions, device and threads
 """
 
+import importlib.metadata
 import os
+import platform
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from lmc_curvature.errors import CheckpointError, DataError, FileFormatError, NewerVersionError
-from lmc_curvature.forking.directory import ForkDirectory, check_config, open_directory, write_config
-from lmc_curvature.sources.data import ImageDataset, Split, load_data
+import torch
+
+from lmc_curvature.errors import DataError
+from lmc_curvature.forking.configuration import ForkConfig
+from lmc_curvature.forking.directory import ForkDirectory, check_config, explain_damage, open_directory, write_config
+from lmc_curvature.sources import ImageDataset, Split, load_data
 from lmc_curvature.storage import read_json, write_json
 
 _VERSION = "1"
 
-
-def load_fork_data(out_dir: str | os.PathLike[str], split: Split = "train", *, progress: bool = True) -> ImageDataset:
-    """Load the data of an experiment: the examples it trained on, or the whole test split.
-
-    Raises:
-        CheckpointError: There is no experiment in the directory.
-        DataError: The data set is missing, is not what it should be, or is not the one the experiment was begun with.
-    """
-    return load_split(open_directory(out_dir), split, progress=progress)
+Conditions = Mapping[str, str | int]
 
 
-def load_split(
-    directory: ForkDirectory, split: Split, source: str | None = None, *, progress: bool = True
+def conditions(config: ForkConfig, device: torch.device) -> Conditions:
+    """Return what decides the last bits of a trained network, besides the configuration and the data."""
+    # On a CPU, it is the vector instructions that torch uses there.
+    processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "lmc_curvature": importlib.metadata.version("lmc-curvature"),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
+        "threads": config.threads or torch.get_num_threads(),
+    }
+
+
+def load_fork_data(
+    experiment: ForkDirectory | str | os.PathLike[str],
+    split: Split = "train",
+    *,
+    source: str | None = None,
+    progress: bool | None = None,
 ) -> ImageDataset:
-    """Load the examples that an experiment trains on, or the whole test split.
+    """Load the data of an experiment: the examples it trains on, or the whole test split.
 
     Args:
-        directory: The experiment.
+        experiment: The experiment, or its directory.
         split: `"train"` or `"test"`.
         source: Where the data set lies now; by default where the configuration says.
-        progress: Show a bar while images are decoded.
+        progress: Show a bar while images are decoded; by default on a terminal and in notebooks.
 
     Raises:
-        CheckpointError: The record of what the experiment was begun with is damaged.
+        CheckpointError: There is no experiment in the directory, or the record of what it was begun with is damaged.
         DataError: The data set is missing, is not what it should be, or is not the one the experiment was begun with.
     """
+    directory = experiment if isinstance(experiment, ForkDirectory) else open_directory(experiment)
     source = source or directory.config.data
     limit = directory.config.limit if split == "train" else None
     data = load_data(source, split, limit, progress=progress)
     begun_with = recorded_splits(directory).get(split)
     if begun_with is not None:
-        _check_same(directory, split, source, data.fingerprint(), begun_with)
+        _check_fingerprint(directory, split, source, data.fingerprint(), begun_with)
     return data
 
 
-def _check_same(directory: ForkDirectory, split: Split, source: str, found: str, begun_with: str) -> None:
+def _check_fingerprint(directory: ForkDirectory, split: Split, source: str, found: str, begun_with: str) -> None:
     if found != begun_with:
         raise DataError(
             f"{source!r} has other images or labels in its {split} split than those that the experiment in "
@@ -59,15 +73,16 @@ def _check_same(directory: ForkDirectory, split: Split, source: str, found: str,
 
 
 def recorded_splits(directory: ForkDirectory) -> dict[str, str]:
-    """The fingerprint of each split that was recorded: none in directories from before there were any."""
+    """Return the fingerprint of each split that was recorded."""
     return _read(directory).get("data", {})
 
 
-def begin(directory: ForkDirectory, splits: Mapping[Split, ImageDataset], made_with: Mapping[str, Any]) -> None:
+def begin(directory: ForkDirectory, splits: Mapping[Split, ImageDataset], made_with: Conditions) -> None:
     """Record the configuration of an experiment, and what it is begun with; what was recorded of that before stays.
 
-    From here on the directory belongs to this experiment: of several processes that try to begin it with different
-    configurations or data, one does.
+    A warning says if the experiment goes on with another release, device or number of threads. From here on the
+    directory belongs to this experiment: of several processes that try to begin it with different configurations or
+    data, one does.
 
     Raises:
         CheckpointError: The configuration or the record in the directory is damaged.
@@ -80,16 +95,13 @@ def begin(directory: ForkDirectory, splits: Mapping[Split, ImageDataset], made_w
         before = _read(directory)
         known = before.get("data", {})
         for split, fingerprint in found.items():
-            _check_same(directory, split, directory.config.data, fingerprint, known.get(split, fingerprint))
-        contents = {"made_with": _begun_with(directory) or dict(made_with), "data": {**found, **known}}
+            _check_fingerprint(directory, split, directory.config.data, fingerprint, known.get(split, fingerprint))
+        # Without a record, the parent's manifest tells what it was made with last.
+        begun_with = before.get("made_with") or directory.parent.manifest().get("made_with") or dict(made_with)
+        contents = {"made_with": begun_with, "data": {**found, **known}}
         if contents != before:
             write_json(directory.provenance_path, {"version": _VERSION, **contents})
         write_config(directory)
-
-
-def warn_of_differences(directory: ForkDirectory, made_with: Mapping[str, Any]) -> None:
-    """Warn if an experiment goes on with another release, device or number of threads than it was begun with."""
-    begun_with = _begun_with(directory)
     changes = [
         f"{name}: {begun_with[name]} then, {value} now"
         for name, value in made_with.items()
@@ -103,18 +115,7 @@ def warn_of_differences(directory: ForkDirectory, made_with: Mapping[str, Any]) 
         )
 
 
-def _begun_with(directory: ForkDirectory) -> dict[str, Any]:
-    # Before there was a record, the parent's manifest told what it was made with last.
-    return _read(directory).get("made_with") or directory.parent.manifest().get("made_with", {})
-
-
 def _read(directory: ForkDirectory) -> dict[str, Any]:
     path = directory.provenance_path
-    if not path.is_file():
-        return {}
-    try:
-        return read_json(path, _VERSION)
-    except NewerVersionError:
-        raise
-    except FileFormatError as error:
-        raise CheckpointError(f"{error} Delete it if the data are still those that were trained on.") from error
+    with explain_damage("Delete it if the data are still those that were trained on."):
+        return read_json(path, _VERSION) if path.is_file() else {}

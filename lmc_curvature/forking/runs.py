@@ -1,6 +1,6 @@
 """The files of one network in training.
 
-manifest.json               how far it has come, what it was made with, and the SHA-256 of every snapshot
+manifest.json               the status of training, what it was made with, and the SHA-256 of every snapshot
 metrics.csv                 a row an epoch
 epoch-0006.safetensors      the network and its optimiser at each epoch that is kept
 latest.safetensors          the same at the last epoch trained, until training is finished
@@ -27,8 +27,8 @@ class Run:
 
     Attributes:
         path: The directory.
-        title: What to call it.
-        order_seed: Of its examples.
+        title: The name that messages and progress bars give it.
+        order_seed: The seed of the order and augmentation of its examples.
         first_epoch: The epoch it begins at.
         epochs: The epochs that are kept, increasing; the last is the end of the schedule.
     """
@@ -58,28 +58,22 @@ class Run:
         """Path of the snapshot at an epoch."""
         return self.path / f"epoch-{epoch:04d}.safetensors"
 
-    def missing(self) -> tuple[int, ...]:
-        """The epochs whose snapshots are not there."""
-        return tuple(epoch for epoch in self.epochs if not self.snapshot_path(epoch).is_file())
+    @property
+    def snapshot_paths(self) -> list[Path]:
+        """Paths of all snapshots that are kept, in the order of their epochs."""
+        return [self.snapshot_path(epoch) for epoch in self.epochs]
 
     @property
     def status(self) -> Status:
-        """How far training has come: finished, or diverged, only if every file is there that was."""
+        """The state of training: finished or diverged only if every file is there that was, else training."""
         manifest = self.manifest()
         status = manifest.get("status", "training")
-        if status == "finished":
-            complete = self.metrics_path.is_file() and not self.missing()
-        else:
-            complete = all((self.path / name).is_file() for name in manifest.get("sha256", {}))
-        return status if complete else "training"
-
-    @property
-    def message(self) -> str:
-        """Why training ended early, if it did."""
-        return str(self.manifest().get("message", ""))
+        recorded = [self.path / name for name in manifest.get("sha256", {})]
+        files = [self.metrics_path, *self.snapshot_paths] if status == "finished" else recorded
+        return status if all(path.is_file() for path in files) else "training"
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest; empty if there is none, or if it is damaged, so that it is made anew."""
+        """Return the manifest; empty if there is none, or if it is damaged, so that it is made anew."""
         try:
             contents = json.loads(self.manifest_path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -88,7 +82,6 @@ class Run:
 
     def write_manifest(self, status: Status, made_with: Mapping[str, Any], message: str = "") -> None:
         """Write the manifest: the status, what made the run, and the snapshots that are there with their digests."""
-        stored = (self.snapshot_path(epoch) for epoch in self.epochs)
         contents = {
             "title": self.title,
             "status": status,
@@ -97,7 +90,7 @@ class Run:
             "first_epoch": self.first_epoch,
             "epochs": self.epochs,
             "made_with": dict(made_with),
-            "sha256": {path.name: _digest(path) for path in stored if path.is_file()},
+            "sha256": {path.name: _digest(path) for path in self.snapshot_paths if path.is_file()},
         }
         write_json(self.manifest_path, contents)
 
@@ -113,9 +106,7 @@ class Run:
             writer.writerows(dataclasses.astuple(metrics) for metrics in history[self.first_epoch :])
 
     def epochs_trained(self) -> int:
-        """How many epochs of its own the run has behind it, as far as files tell."""
-        if self.status == "finished":
-            return self.epochs[-1] - self.first_epoch
+        """Return how many epochs of its own the run has behind it, as far as its metrics tell."""
         try:
             return max(len(self.metrics_path.read_text(encoding="utf-8").splitlines()) - 1, 0)
         except OSError:
@@ -130,7 +121,7 @@ class Run:
             NewerVersionError: A snapshot was written by another release; it is left alone.
         """
         remove_partial_files(self.path)
-        for path in (*(self.snapshot_path(epoch) for epoch in self.epochs), self.latest_path):
+        for path in (*self.snapshot_paths, self.latest_path):
             discard_if_damaged(path, self._check)
 
     def _check(self, path: Path) -> None:
@@ -140,7 +131,7 @@ class Run:
             raise CheckpointError(f"{path} is not the file that {self.manifest_path} tells the SHA-256 of.")
 
     def furthest(self, state: TrainingState, until: int) -> TrainingState:
-        """The latest state if it lies after `state` and not after `until`, else `state`."""
+        """Return the latest state if it lies after `state` and not after `until`, else `state`."""
         if self.latest_path.is_file():
             latest = TrainingState.load(self.latest_path)
             if state.epoch < latest.epoch <= until:

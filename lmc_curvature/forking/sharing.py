@@ -7,6 +7,7 @@ again.
 """
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -15,53 +16,61 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
 
 _PAUSE = 0.5
 
 
-@runtime_checkable
-class Task(Protocol):
-    """Something that one process at a time may work on."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Something that one process at a time may work on.
 
-    @property
-    def lock_path(self) -> Path:
-        """The file to lock."""
-        ...
+    Attributes:
+        title: The name that the progress bar shows while it is worked on.
+        lock_path: The file that whoever works on it locks.
+        is_done: Tells whether nothing is left to do, whoever did it.
+        work: Does it, given the progress bar of all tasks.
+        is_ready: Tells whether what it needs is there.
+    """
 
-    def is_done(self) -> bool:
-        """Whether nothing is left to do, whoever did it."""
-        ...
-
-    def is_ready(self) -> bool:
-        """Whether what it needs is there."""
-        ...
-
-    def run(self) -> None:
-        """Do it."""
-        ...
+    title: str
+    lock_path: Path
+    is_done: Callable[[], bool]
+    work: Callable[[tqdm], None]
+    is_ready: Callable[[], bool] = lambda: True
 
 
-def share(tasks: Sequence[Task], *, on_turn: Callable[[], None] = lambda: None) -> None:
+def share(
+    tasks: Sequence[Task],
+    *,
+    total: int,
+    count: Callable[[], int],
+    threads: int | None = None,
+    progress: bool | None = None,
+) -> None:
     """Return when all tasks are done, by this process or by others.
 
     Args:
-        tasks: In the order to try them.
-        on_turn: Called before a task is chosen, and again and again while waiting for others.
+        tasks: The tasks, in the order to try them.
+        total: The epochs that all tasks are about.
+        count: Tells how many of these are done, whoever did them.
+        threads: CPU threads to work with; by default as many as torch uses.
+        progress: Show one bar of epochs; by default on a terminal and in notebooks.
     """
     remaining = list(tasks)
-    while remaining := [task for task in remaining if not task.is_done()]:
-        on_turn()
-        if not any(_claim(task) for task in remaining):
-            time.sleep(_PAUSE)
-    on_turn()
+    off = None if progress is None else not progress
+    with cpu_threads(threads), tqdm(total=total, initial=count(), unit="epoch", disable=off) as bar:
+        while remaining := [task for task in remaining if not task.is_done()]:
+            if not any(_claim(task, bar) for task in remaining):
+                time.sleep(_PAUSE)
+            bar.update(max(count() - bar.n, 0))
 
 
 def unless_claimed(lock_path: Path, action: Callable[[], None]) -> bool:
-    """Do something under a lock unless another process holds it; whether it was done here."""
+    """Do something under a lock unless another process holds it; return whether it was done here."""
     lock_path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(lock_path, timeout=0):
@@ -71,25 +80,30 @@ def unless_claimed(lock_path: Path, action: Callable[[], None]) -> bool:
     return True
 
 
-def _claim(task: Task) -> bool:
-    """Do a task unless it is not ready or another process has it; whether it was done here."""
+def _claim(task: Task, bar: tqdm) -> bool:
+    """Do a task unless it is not ready or another process has it; return whether it was done here."""
 
-    def run() -> None:
+    def work() -> None:
         # Another process may have finished it between the two looks.
         if not task.is_done():
-            task.run()
+            bar.set_description(task.title)
+            task.work(bar)
 
-    return task.is_ready() and unless_claimed(task.lock_path, run)
+    return task.is_ready() and unless_claimed(task.lock_path, work)
 
 
 @contextlib.contextmanager
-def helpers(count: int, target: Callable[..., None], *args: Any) -> Iterator[None]:
-    """Within the block, let `count` more processes run `target(*args)`; the block ends when they have.
+def helpers(count: int, work: Callable[[], object]) -> Iterator[None]:
+    """Within the block, let `count` more processes do the work; the block ends when they have.
 
     They end with this process, however it ends.
+
+    Args:
+        count: The number of processes.
+        work: A function that can be pickled.
     """
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_help, args=(os.getpid(), target, args)) for _ in range(count)]
+    processes = [context.Process(target=_help, args=(os.getpid(), work)) for _ in range(count)]
     for process in processes:
         process.start()
     try:
@@ -109,11 +123,11 @@ def helpers(count: int, target: Callable[..., None], *args: Any) -> Iterator[Non
             process.join()
 
 
-def _help(parent: int, target: Callable[..., None], args: Sequence[Any]) -> None:
+def _help(parent: int, work: Callable[[], object]) -> None:
     # Ctrl-C reaches every process of a terminal; the first one decides, and ends its helpers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    target(*args)
+    work()
 
 
 def _end_with(parent: int) -> None:
@@ -122,13 +136,13 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the one of a `torchrun` to report progress; also without `torchrun`."""
-    return os.environ.get("RANK", "0") == "0"
+def progress_of_rank(progress: bool | None) -> bool | None:
+    """Return whether to show progress: under `torchrun`, only the first rank does."""
+    return progress if os.environ.get("RANK", "0") == "0" else False
 
 
 def device_of_rank(device: torch.device | str) -> torch.device:
-    """The device to use: under `torchrun`, `"cuda"` is the one of the local rank."""
+    """Return the device to use: under `torchrun`, `"cuda"` is the one of the local rank."""
     device = torch.device(device)
     rank = os.environ.get("LOCAL_RANK")
     if device.type == "cuda" and device.index is None and rank is not None:

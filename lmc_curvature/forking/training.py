@@ -9,71 +9,27 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
 from lmc_curvature.checkpoints import load_entries, read_snapshot, write_snapshot
 from lmc_curvature.errors import NonFiniteError, OptionError
-from lmc_curvature.forking.configuration import Configuration
+from lmc_curvature.forking.configuration import TrainingConfig
+from lmc_curvature.sources import ImageDataset
 from lmc_curvature.sources.augmentation import Crops
-from lmc_curvature.sources.data import ImageDataset
-
-
-class TrainingConfig(Configuration):
-    """A schedule of stochastic gradient descent.
-
-    Attributes:
-        epochs: Passes over the data.
-        learning_rate: Of SGD, before any milestone.
-        milestones: Epochs after which the learning rate is multiplied by `gamma`, increasing.
-        gamma: See `milestones`.
-        momentum: Of SGD, in [0, 1).
-        weight_decay: Coefficient of the L2 penalty, added to the gradient.
-        batch_size: Examples a step; the last batch of an epoch may be short.
-        warmup_epochs: The learning rate rises linearly, step by step, over this many epochs.
-        augmentation: `"crop-flip"`: random crops after padding by 4 pixels, and random mirror images; or `"none"`.
-
-    Raises:
-        ConfigurationError: A key is unknown, missing, or has a bad value.
-    """
-
-    epochs: int = Field(ge=1)
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    milestones: tuple[int, ...] = ()
-    gamma: float = Field(default=0.1, gt=0, le=1)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    batch_size: int = Field(default=128, ge=1)
-    warmup_epochs: int = Field(default=0, ge=0)
-    augmentation: Literal["none", "crop-flip"] = "none"
-
-    @field_validator("milestones")
-    @classmethod
-    def _increasing_within_schedule(cls, milestones: tuple[int, ...], info: Any) -> tuple[int, ...]:
-        if list(milestones) != sorted(set(milestones)):
-            raise ValueError(f"{milestones} must increase.")
-        # A bad number of epochs is reported by itself.
-        if "epochs" in info.data:
-            last = info.data["epochs"] - 1
-            outside = [epoch for epoch in milestones if not 1 <= epoch <= last]
-            if outside:
-                raise ValueError(f"{outside[0]} is outside the schedule of {last + 1} epochs; choose from 1 to {last}.")
-        return milestones
 
 
 @dataclasses.dataclass(frozen=True)
 class EpochMetrics:
-    """What one epoch of training reported.
+    """The metrics of one epoch of training.
 
     Attributes:
         epoch: Epochs completed, counting this one.
-        learning_rate: At the last step.
+        learning_rate: The learning rate at the last step.
         loss: Mean cross-entropy in nats over the examples, each at the step that used it.
         accuracy: Fraction classified correctly, likewise.
     """
@@ -127,7 +83,7 @@ def train(
     start: TrainingState | None = None,
     until: int | None = None,
     on_epoch: Callable[[EpochMetrics], None] | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
 ) -> TrainingState:
     """Train a classifier with SGD and the cross-entropy loss.
 
@@ -139,7 +95,7 @@ def train(
         start: Where to continue; by default from the network as it is, at epoch 0 of the schedule.
         until: The epoch of the schedule to stop at; by default its end.
         on_epoch: Called with the metrics of each epoch as it ends.
-        progress: Show a bar of epochs.
+        progress: Show a bar of epochs; by default on a terminal and in notebooks.
 
     Returns:
         The state at epoch `until`.
@@ -154,21 +110,18 @@ def train(
     if not first <= last <= config.epochs:
         raise OptionError(f"until={last} must lie between the epoch of the start, {first}, and {config.epochs}.")
     optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
+        model.parameters(), lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    layout = _fastest_layout(model)
-    model.to(memory_format=layout)
+    model.to(memory_format=_fastest_layout(model))
     if start is not None:
         _restore(model, optimizer, start)
     history = list(() if start is None else start.history)
     data = data.to(next(model.parameters()).device)
     was_training = model.training
-    with tqdm(total=last - first, desc="training", unit="epoch", disable=not progress) as bar:
+    off = None if progress is None else not progress
+    with tqdm(total=last - first, desc="training", unit="epoch", disable=off) as bar:
         for epoch in range(first, last):
-            metrics = _train_epoch(model.train(), optimizer, data, config, order_seed, epoch, layout)
+            metrics = _train_epoch(model.train(), optimizer, data, config, epoch_generator(order_seed, epoch), epoch)
             history.append(metrics)
             bar.update()
             bar.set_postfix(loss=f"{metrics.loss:.3g}", accuracy=f"{metrics.accuracy:.1%}")
@@ -257,17 +210,16 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     data: ImageDataset,
     config: TrainingConfig,
-    order_seed: int,
+    generator: torch.Generator,
     epoch: int,
-    layout: torch.memory_format,
 ) -> EpochMetrics:
-    generator = epoch_generator(order_seed, epoch)
+    layout, device = _fastest_layout(model), data.images.device
     order = torch.randperm(len(data), generator=generator)
     crops = Crops.draw(len(data), generator) if config.augmentation == "crop-flip" else None
     loader = data.batches(config.batch_size, order=order, crops=crops)
-    losses, correct = [], torch.zeros((), dtype=torch.int64, device=data.images.device)
+    losses, correct = [], torch.zeros((), dtype=torch.int64, device=device)
     rate = 0.0
-    with _reproducible(generator, data.images.device):
+    with _reproducible(generator, device):
         for step, (x, y) in enumerate(loader):
             rate = learning_rate_at(config, epoch, fraction=(step + 1) / len(loader))
             for group in optimizer.param_groups:
@@ -286,18 +238,15 @@ def _train_epoch(
 
 def _check_finite(losses: Tensor, model: nn.Module, epoch: int) -> None:
     # Once an epoch, because reading the loss at every step would make a GPU wait for the CPU.
-    bad_steps = (~losses.isfinite()).nonzero().flatten()
-    if len(bad_steps):
-        raise NonFiniteError(
-            f"Training diverged: the loss is {losses[bad_steps[0]].item()} in epoch {epoch + 1}, step "
-            f"{bad_steps[0].item() + 1} of {len(losses)}. Lower the learning rate or add warm-up epochs."
-        )
-    for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
-            raise NonFiniteError(
-                f"Training diverged: {name!r} is not finite after epoch {epoch + 1}, step {len(losses)}. Lower the "
-                "learning rate or add warm-up epochs."
-            )
+    steps = (~losses.isfinite()).nonzero().flatten().tolist()
+    entries = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if steps:
+        problem = f"the loss is {losses[steps[0]].item()} in epoch {epoch + 1}, step {steps[0] + 1} of {len(losses)}"
+    elif entries:
+        problem = f"{entries[0]!r} is not finite after epoch {epoch + 1}, step {len(losses)}"
+    else:
+        return
+    raise NonFiniteError(f"Training diverged: {problem}. Lower the learning rate or add warm-up epochs.")
 
 
 @contextlib.contextmanager

@@ -1,31 +1,36 @@
-"""Logarithmic axes for barriers, of which some are zero or below."""
+"""Logarithmic axes for values of which some are zero or below."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 
-from lmc_curvature.figures.panels import short_number
+from lmc_curvature.plotting.axes import short_ticks
 from lmc_curvature.plotting.style import PALE, SMALL
 
-Values = Float64[np.ndarray, " n"]
+Values = Float64[np.ndarray, "..."]
 
-# Barriers this many orders of magnitude below the largest are noise, and would take the room of all others.
-MOST_DECADES = 5
+# The factor by which an axis reaches beyond the values.
 _MARGIN = 1.6
-# Share of the axis that the strip takes.
-_STRIP = 0.1
 
 
 class Decades(NamedTuple):
-    """A logarithmic axis from `floor` to `high`, and from `low` to `floor` a strip for what lies below."""
+    """A logarithmic axis from `floor` to `high`, and from `low` to `floor` a strip for what lies below.
+
+    Attributes:
+        low: Where the strip begins; equal to `floor` where nothing lies below.
+        floor: Where the axis begins.
+        high: Where it ends.
+        cut: Whether positive values lie below `floor`.
+    """
 
     low: float
     floor: float
     high: float
+    cut: bool
 
     @property
     def strip(self) -> float:
@@ -41,29 +46,61 @@ class Decades(NamedTuple):
         return np.where(values < self.floor, self.low * (self.floor / self.low) ** share, np.nan)
 
 
-def decades(values: Values) -> Decades:
-    """The axis for some values, of which only the finite ones count; without a strip if all have a place on it."""
+def decades(values: Values, *, most: int = 5, strip: float = 0.1) -> Decades:
+    """The axis for some values, of which only the finite ones count; without a strip if all have a place on it.
+
+    Args:
+        values: What is to be drawn.
+        most: Values this many orders of magnitude below the largest are noise, and would take the room of all others.
+        strip: The share of the axis that the strip takes.
+    """
     values = values[np.isfinite(values)]
     positive = values[values > 0]
     largest = float(positive.max()) if len(positive) else 1.0
-    smallest = max(float(positive.min()), largest * 10.0**-MOST_DECADES) if len(positive) else 0.1
+    smallest = max(float(positive.min()), largest * 10.0**-most) if len(positive) else 0.1
     floor, high = smallest / _MARGIN, largest * _MARGIN
-    if (values >= floor).all():
-        return Decades(floor, floor, high)
-    return Decades(floor * (floor / high) ** (_STRIP / (1 - _STRIP)), floor, high)
+    low = floor if (values >= floor).all() else floor * (floor / high) ** (strip / (1 - strip))
+    return Decades(low, floor, high, cut=bool((positive < floor).any()))
 
 
-def decades_axis(axes: Axes, scale: Decades) -> None:
-    """Make y logarithmic, with few ticks, and shade the strip, where a position means no value."""
-    axes.set(yscale="log", ylim=(scale.low, scale.high))
-    few = scale.high / scale.floor < 100
-    powers = 10.0 ** np.arange(math.floor(math.log10(scale.floor)), math.ceil(math.log10(scale.high)) + 1)
-    ticks = np.outer(powers, [1, 2, 5] if few else [1]).ravel()
-    axes.yaxis.set_major_locator(FixedLocator(ticks[(ticks >= scale.floor) & (ticks <= scale.high)].tolist()))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value, 1)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.grid(axis="y", color=PALE, linewidth=0.5)
-    if scale.low < scale.floor:
+def decades_axis(
+    axes: Axes,
+    scale: Decades,
+    name: Literal["x", "y"] = "y",
+    *,
+    below: str = "≈ 0",
+    gap: float = 0.015,
+    clear: float = 0.0,
+    powers: bool = False,
+) -> None:
+    """Make an axis logarithmic, with few ticks, and shade the strip, where a position means no value.
+
+    Args:
+        axes: The panel.
+        scale: The range of the axis.
+        name: Which axis.
+        below: What to write beside the strip.
+        gap: How far from the panel, as a share of it.
+        clear: The share of the axis above the strip that has no ticks, whose numbers would meet what is written there.
+        powers: Write ticks that are powers of ten as such, 10⁻³.
+    """
+    axis = axes.yaxis if name == "y" else axes.xaxis
+    axes.set(**{f"{name}scale": "log", f"{name}lim": (scale.low, scale.high)})
+    extent = scale.high / scale.floor
+    few = extent < 100
+    first, last = math.floor(math.log10(scale.floor)), math.ceil(math.log10(scale.high))
+    decade = 10.0 ** np.arange(first, last + 1, 1 + (last - first) // 9)
+    ticks = np.outer(decade, [1, 2, 5] if few else [1]).ravel()
+    lowest = scale.floor * extent**clear if scale.low < scale.floor else scale.floor
+    axis.set_major_locator(FixedLocator(ticks[(ticks >= lowest) & (ticks <= scale.high)].tolist()))
+    axis.set_minor_locator(NullLocator())
+    if few or not powers:
+        short_ticks(axis, 1)
+    if scale.low < scale.floor and name == "y":
         axes.axhspan(scale.low, scale.floor, color=PALE, linewidth=0, zorder=0)
         place = axes.get_yaxis_transform()
-        axes.text(-0.015, scale.strip, "≈ 0", fontsize=SMALL, transform=place, ha="right", va="center")
+        axes.text(-gap, scale.strip, below, fontsize=SMALL, transform=place, ha="right", va="center")
+    elif scale.low < scale.floor:
+        axes.axvspan(scale.low, scale.floor, color=PALE, linewidth=0, zorder=0)
+        place = axes.get_xaxis_transform()
+        axes.text(scale.strip, -gap, below, fontsize=SMALL, transform=place, ha="center", va="top")

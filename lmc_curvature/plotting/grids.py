@@ -1,32 +1,24 @@
-"""What figures with a panel or a colour a fork share: how panels lie, their scales, axes of epochs, and legends."""
+"""Several panels in a figure: how they lie, their scales and their labels."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.gridspec import SubplotSpec
-from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
 
 from lmc_curvature.plotting.style import COLUMN_WIDTH, TEXT_WIDTH, new_figure
 
-Color = tuple[float, float, float, float]
-EPOCH_LABEL = "epoch"
-
 _MOST_COLUMNS = 3
-# Forks in a row of the legend, for each inch of the figure.
-_FORKS_PER_INCH = 1.8
 
 
-def fork_cells(count: int, panel_height: float, *, margin: float) -> tuple[Figure, list[SubplotSpec]]:
-    """A figure with room for a panel a fork, row by row.
+def panel_cells(count: int, panel_height: float, *, margin: float) -> tuple[Figure, list[SubplotSpec]]:
+    """A figure with room for some panels, row by row.
 
     Args:
-        count: How many forks.
-        panel_height: Of each, in inches.
+        count: How many panels.
+        panel_height: Inches for each.
         margin: Inches for what stands above and below all panels.
     """
     # Four panels are two rows of two, not a row of three and one alone.
@@ -46,24 +38,8 @@ def share_scale(panels: Sequence[Axes]) -> None:
             axes.set_ylim(lows.min(), highs.max())
 
 
-def count_axis(axes: Axes, label: str) -> None:
-    """Prepare x for whole numbers: epochs, or numbers of layers."""
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-    axes.set_xlabel(label)
-
-
-def fork_legend(figure: Figure, colors: Mapping[int, Color], others: Sequence[Line2D] = ()) -> None:
-    """The colour of each fork above the panels; below them, what else there is to tell."""
-    style: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.4}
-    handles = [Line2D([], [], color=color, label=str(fork), **style) for fork, color in colors.items()]
-    columns = int(_FORKS_PER_INCH * figure.get_figwidth())
-    figure.legend(
-        handles=handles,
-        title="fork at epoch",
-        loc="outside upper left",
-        ncols=min(columns, len(handles)),
-        alignment="left",
-        columnspacing=1.0,
-    )
-    if others:
-        figure.legend(handles=list(others), loc="outside lower left", ncols=2 if figure.get_figwidth() > 4 else 1)
+def label_panels(figure: Figure, x: str, y: str = "") -> None:
+    """One label for x, and one for y, of all panels."""
+    figure.supxlabel(x, fontsize="medium")
+    if y:
+        figure.supylabel(y, fontsize="medium")

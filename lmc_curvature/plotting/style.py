@@ -1,19 +1,18 @@
-"""The common look of the figures, and how they are written to files."""
+"""The common look of the figures: sizes, colours, pens and matplotlib's settings."""
 
 import contextlib
 import io
-import os
 import threading
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import cycle
+from typing import Any, NamedTuple, TypeVar
 
 import matplotlib as mpl
 from matplotlib import style
 from matplotlib.figure import Figure
 
-from lmc_curvature.barrier.expansions import Expansion
-from lmc_curvature.storage import write_atomically
+Color = tuple[float, float, float, float]
+Name = TypeVar("Name")
 
 # Inches: the text and a column of a two-column page.
 TEXT_WIDTH = 6.75
@@ -24,44 +23,32 @@ PALE = "#e6e6e6"
 GREY = "#777777"
 INK = "#222222"
 # Hues of Okabe and Ito, told apart with every common colour blindness.
-BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_HUES = BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 
 
 class Pen(NamedTuple):
-    """Colour and line style of one kind of curve, and what the legend calls it."""
+    """A kind of curve: what the legend calls it, its colour, and its line style."""
 
     label: str
-    color: str
-    linestyle: Literal["-", "--", "-.", ":"]
+    color: str | Color
+    linestyle: str
 
+    @property
+    def style(self) -> dict[str, Any]:
+        """Colour and line style as options of matplotlib."""
+        return {"color": self.color, "linestyle": self.linestyle}
 
-# Line styles tell the expansions apart in grey.
-EXPANSION_PENS: dict[Expansion, Pen] = {
-    "second-order": Pen("second order", BLUE, "-"),
-    "with-slopes": Pen("with slopes", VERMILION, "--"),
-    "shared-hessian": Pen("shared Hessian", GREEN, "-."),
-    "hermite": Pen("Hermite", PURPLE, ":"),
-}
 
 _LOOK = {
-    "font.size": 8.0,
-    "axes.titlesize": 8.0,
-    "axes.labelsize": 8.0,
-    "axes.edgecolor": GREY,
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 8.0),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), SMALL),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), GREY),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.unicode_minus": True,
-    "xtick.labelsize": SMALL,
-    "ytick.labelsize": SMALL,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "legend.fontsize": SMALL,
     "legend.frameon": False,
     "legend.handlelength": 1.8,
     "legend.columnspacing": 1.5,
@@ -97,29 +84,15 @@ def new_figure(width: float, height: float) -> Figure:
     return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
-def fork_colors(forks: Iterable[int | str]) -> dict[int | str, tuple[float, float, float, float]]:
-    """A colour a fork, from dark for the first to light for the last (viridis, without its palest end)."""
-    forks = list(forks)
-    steps = max(len(forks) - 1, 1)
-    return {fork: mpl.colormaps["viridis"](0.9 * number / steps) for number, fork in enumerate(forks)}
+def sequential_colors(names: Iterable[Name]) -> dict[Name, Color]:
+    """A colour a name, from dark for the first to light for the last (viridis, without its palest end)."""
+    names = list(names)
+    steps = max(len(names) - 1, 1)
+    return {name: mpl.colormaps["viridis"](0.9 * number / steps) for number, name in enumerate(names)}
 
 
-def save_figure(figure: Figure, path_without_suffix: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write a figure as PNG, 200 dots an inch, and as PDF.
-
-    Each file is written whole or not at all; parent directories are made.
-
-    Args:
-        figure: What to write.
-        path_without_suffix: `"runs/barriers"` for `runs/barriers.png` and `runs/barriers.pdf`.
-
-    Returns:
-        The paths of the PNG and of the PDF.
-    """
-    png, pdf = (Path(f"{os.fspath(path_without_suffix)}.{kind}") for kind in ("png", "pdf"))
-    with look(), write_atomically(png) as temporary:
-        figure.savefig(temporary, format="png", dpi=200)
-    with look(), write_atomically(pdf) as temporary:
-        # Without a date the same figure is the same file.
-        figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
-    return png, pdf
+def pens(labels: Mapping[Name, str]) -> dict[Name, Pen]:
+    """A pen for each kind of curve, from what the legend calls it: line styles tell up to four apart in grey."""
+    colors = _HUES if len(labels) <= len(_HUES) else sequential_colors(labels).values()
+    styles = cycle(("-", "--", "-.", ":"))
+    return {name: Pen(labels[name], color, style) for name, color, style in zip(labels, colors, styles, strict=False)}

@@ -1,1 +1,21 @@
 """Networks and data sets by name."""
+
+from lmc_curvature.sources.data import load_cifar10, load_data, load_digits, load_image_folder
+from lmc_curvature.sources.images import Batches, ImageDataset, Split
+from lmc_curvature.sources.networks import cifar_resnet18, digits_resnet, make_model, model_names, resnet, resnet20
+
+__all__ = [
+    "Batches",
+    "ImageDataset",
+    "Split",
+    "cifar_resnet18",
+    "digits_resnet",
+    "load_cifar10",
+    "load_data",
+    "load_digits",
+    "load_image_folder",
+    "make_model",
+    "model_names",
+    "resnet",
+    "resnet20",
+]

@@ -17,7 +17,7 @@ PADDING = 4
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Crops:
-    """What happens to each image of an epoch, by its position in the epoch.
+    """The window and the mirroring of each image of an epoch, by its position in the epoch.
 
     Attributes:
         rows: Upper edge of the window in the padded image, 0 to 2 × `PADDING`.

@@ -4,14 +4,13 @@ The networks follow He et al., "Deep Residual Learning for Image Recognition" (2
 normalisation module is registered right after the convolution it normalises, so that the two form one layer.
 """
 
+import functools
 import importlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, Literal, cast
 
-import torchvision.models
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -54,12 +53,7 @@ def model_names() -> list[str]:
 
 
 def resnet(
-    depth: int = 20,
-    *,
-    width: int = 16,
-    num_classes: int = 10,
-    in_channels: int = 3,
-    shortcut: Shortcut = "projection",
+    depth: int = 20, *, width: int = 16, num_classes: int = 10, in_channels: int = 3, shortcut: Shortcut = "projection"
 ) -> "CifarResNet":
     """Build a residual network for small images, of `depth` = 6n + 2 layers in three stages of n blocks.
 
@@ -78,31 +72,17 @@ def resnet(
     """
     if depth < 8 or (depth - 2) % 6 != 0:
         raise OptionError(f"depth={depth} is not 6n + 2: choose 8, 14, 20, 32, 44, 56 or 110.")
-    for name, value in (("width", width), ("num_classes", num_classes), ("in_channels", in_channels)):
-        if value < 1:
-            raise OptionError(f"{name}={value} must be at least 1.")
+    _check_positive(width=width, num_classes=num_classes, in_channels=in_channels)
     check_choice("shortcut", shortcut, ("projection", "identity"))
-    return CifarResNet(
-        blocks=(depth - 2) // 6,
-        width=width,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        shortcut=shortcut,
-    )
+    blocks = (depth - 2) // 6
+    return CifarResNet(blocks=blocks, width=width, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
 
 
-def resnet20(
-    *, width: int = 16, num_classes: int = 10, in_channels: int = 3, shortcut: Shortcut = "projection"
-) -> "CifarResNet":
-    """Build the 20-layer network of `resnet`: 0.27 million parameters, 22 weight-carrying modules with projections."""
-    return resnet(20, width=width, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+resnet20 = functools.partial(resnet, 20)
+"""The 20-layer network of `resnet`: 0.27 million parameters, 22 weight-carrying modules with projections."""
 
-
-def digits_resnet(
-    *, width: int = 8, num_classes: int = 10, in_channels: int = 1, shortcut: Shortcut = "projection"
-) -> "CifarResNet":
-    """Build the 8-layer network of `resnet` for 1×8×8 digits: 10 weight-carrying modules with projections."""
-    return resnet(8, width=width, num_classes=num_classes, in_channels=in_channels, shortcut=shortcut)
+digits_resnet = functools.partial(resnet, 8, width=8, in_channels=1)
+"""The 8-layer network of `resnet` for 1×8×8 digits: 10 weight-carrying modules with projections."""
 
 
 def cifar_resnet18(*, normalization: bool = True, num_classes: int = 10, in_channels: int = 3) -> nn.Module:
@@ -117,12 +97,12 @@ def cifar_resnet18(*, normalization: bool = True, num_classes: int = 10, in_chan
     Raises:
         OptionError: A number is not positive.
     """
-    for name, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if value < 1:
-            raise OptionError(f"{name}={value} must be at least 1.")
+    from torchvision.models import resnet18
+
+    _check_positive(num_classes=num_classes, in_channels=in_channels)
     # The identity takes the number of channels, as a normalisation does, and ignores it.
     norm_layer = None if normalization else nn.Identity
-    model = torchvision.models.resnet18(weights=None, num_classes=num_classes, norm_layer=norm_layer)
+    model = resnet18(weights=None, num_classes=num_classes, norm_layer=norm_layer)
     width = model.conv1.out_channels
     model.conv1 = _conv3x3(in_channels, width, stride=1)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -200,28 +180,34 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def _check_positive(**options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise OptionError(f"{name}={value} must be at least 1.")
+
+
 def _find_factory(spec: str) -> Callable[..., nn.Module]:
     source, colon, name = spec.partition(":")
-    if not colon:
-        if spec in _FACTORIES:
-            return _FACTORIES[spec]
+    if source == "torchvision" and colon:
+        return _torchvision_factory(name)
+    if colon:
+        return _imported_factory(spec, source, name)
+    if spec not in _FACTORIES:
         raise ConfigurationError(
             f"model {spec!r} is unknown: {suggest(spec, _FACTORIES)} Networks from elsewhere are written "
             "'torchvision:NAME' or 'package.module:factory'."
         )
-    return _torchvision_factory(name) if source == "torchvision" else _imported_factory(spec, source, name)
+    return _FACTORIES[spec]
 
 
 def _torchvision_factory(name: str) -> Callable[..., nn.Module]:
+    from torchvision import models
+
     # Detection and segmentation networks are left out: their outputs are not logits of one label per image.
-    names = torchvision.models.list_models(module=torchvision.models)
+    names = models.list_models(module=models)
     if name not in names:
         raise ConfigurationError(f"torchvision has no classification network {name!r}: {suggest(name, names)}")
-
-    def factory(**options: Any) -> nn.Module:
-        return torchvision.models.get_model(name, weights=None, **options)
-
-    return factory
+    return functools.partial(models.get_model, name, weights=None)
 
 
 def _imported_factory(spec: str, module_name: str, name: str) -> Callable[..., nn.Module]:
@@ -256,14 +242,9 @@ def _conv3x3(in_channels: int, out_channels: int, *, stride: int) -> nn.Conv2d:
 
 
 def _stage(blocks: int, in_channels: int, out_channels: int, *, stride: int, shortcut: Shortcut) -> nn.Sequential:
-    channels = [in_channels] + [out_channels] * blocks
-    strides = [stride] + [1] * (blocks - 1)
-    return nn.Sequential(
-        *(
-            BasicBlock(before, after, stride=step, shortcut=shortcut)
-            for (before, after), step in zip(pairwise(channels), strides, strict=True)
-        )
-    )
+    first = BasicBlock(in_channels, out_channels, stride=stride, shortcut=shortcut)
+    others = (BasicBlock(out_channels, out_channels, stride=1, shortcut=shortcut) for _ in range(blocks - 1))
+    return nn.Sequential(first, *others)
 
 
 def _shortcut(in_channels: int, out_channels: int, *, stride: int, kind: Shortcut) -> nn.Module:

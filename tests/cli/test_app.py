@@ -1,18 +1,21 @@
 """Claim: the command line says what the API says, and turns errors into one message."""
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lmc_curvature import BarrierMeasurement, BarrierPrediction, cli, measure_barrier, predict_barrier
-from lmc_curvature.cli.app import main
-from lmc_curvature.sources.data import load_data, load_digits
+from lmc_curvature import BarrierMeasurement, BarrierPrediction, measure_barrier, predict_barrier
+from lmc_curvature.cli import main
+from lmc_curvature.sources.data import load_data
 from lmc_curvature.sources.networks import digits_resnet
 from tests.support.configurations import SECONDS
 
+ROOT = Path(__file__).parents[2]
 COMMON = ["--model", "digits-resnet", "--model-option", "width=4", "--data", "digits", "--limit", "60", "--no-progress"]
 
 
@@ -38,13 +41,12 @@ def checkpoints(networks, tmp_path_factory):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(capsys):
     """Run the command line; returns exit status, standard output and standard error."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lmc-curvature", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            main()
+            main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
         return stop.value.code or 0, captured.out, captured.err
 
@@ -91,7 +93,7 @@ def test_predict_prints_tables(run, networks, checkpoints):
 
 def test_measure_prints_the_measurement(run, networks, checkpoints, tmp_path):
     expected = measure_barrier(*networks, _batches(), sets="each", alphas=5, progress=False)
-    arguments = ["measure", *checkpoints, *COMMON, "--layers", "fused", "--alphas", 5]
+    arguments = ["measure", *checkpoints, *COMMON, "--each", "--alphas", 5]
     status, out, _ = run(*arguments, "--json", "--save", tmp_path / "m.safetensors")
     record = json.loads(out)
     assert status == 0
@@ -108,36 +110,26 @@ def test_measure_prints_the_measurement(run, networks, checkpoints, tmp_path):
 
 def test_measure_takes_sets_and_a_loader_of_ones_own(run, checkpoints):
     arguments = [*COMMON]
-    arguments[arguments.index("digits")] = "test_cli:loader"
+    arguments[arguments.index("digits")] = f"{__name__}:loader"
     status, out, _ = run("measure", *checkpoints, *arguments, "--set", "conv,linear", "--alphas", 3, "--json")
     record = json.loads(out)
     assert (status, record["examples"]) == (0, 4)
     assert record["metrics"]["loss"]["sets"][0]["layers"] == ["conv", "linear"]
 
 
-def test_cifar10_may_lie_anywhere(monkeypatch):
-    asked = []
-    monkeypatch.setattr(cli, "load_data", lambda data, *args, **options: asked.append(data) or load_digits("test"))
-    cli._load_batches("cifar10:somewhere", "train", None, 32, False)
-    assert asked == ["cifar10:somewhere"]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--batch-norm", "frozen"], "batch_norm='frozen' is not a choice"),
         (["--layers", "fusd"], "layers='fusd' is not a partition: did you mean 'fused'"),
         (["--set", "conv,convx"], "no layer 'convx'"),
-        (["--dtype", "float12"], "dtype='float12' is not a choice"),
         (["--device", "tpu9"], "device='tpu9' is not a device"),
-        (["--save", "."], "--save . is a directory"),
         (["--data", "json:loads"], "--data json:loads: loads() missing"),
         (["--model-option", "width"], "--model-option 'width': expected KEY=VALUE"),
         (["--model-option", "widht=4"], "widht"),
         (["--model", "resnet2O"], "resnet2O"),
+        (["--data", "cifar10:pyproject.toml"], "CIFAR-10 is not in pyproject.toml"),
         (["--data", "nowhere"], "'nowhere' is neither 'digits' nor 'cifar10' nor a directory"),
         (["--data", "no.such.module:factory"], "--data no.such.module:factory: No module named"),
-        (["--split", "valid"], "split='valid' is not a choice"),
     ],
 )
 def test_errors_are_one_message_on_standard_error(run, checkpoints, change, message, untyped):
@@ -147,21 +139,63 @@ def test_errors_are_one_message_on_standard_error(run, checkpoints, change, mess
     assert message in err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--batch-norm", "frozen"], "'frozen' is not one of 'interpolate', 'batch', 'recalibrate'"),
+        (["--dtype", "float12"], "'float12' is not one of 'float32', 'float64'"),
+        (["--split", "valid"], "'valid' is not one of 'train', 'test'"),
+        (["--save", "."], "'.' is a directory"),
+    ],
+)
+def test_what_is_no_choice_is_answered_before_the_library_is_asked(run, checkpoints, change, message):
+    status, out, err = run("predict", *checkpoints, *COMMON, *change)
+    assert (status, out) == (2, "")
+    assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_each_layer_or_sets_are_measured_and_not_both(run, checkpoints):
+    status, _, err = run("measure", *checkpoints, *COMMON, "--each", "--set", "conv,linear")
+    assert (status, "choose one of them" in err) == (2, True)
+
+
 def test_a_missing_checkpoint_is_named(run, checkpoints):
     status, _, err = run("measure", checkpoints[0], "absent.pt", *COMMON)
     assert (status, "absent.pt does not exist" in err) == (2, True)
 
 
-def test_with_sets_layers_names_their_partition(run, checkpoints):
-    arguments = ["--layers", "module", "--set", "conv,linear", "--alphas", 3, "--json"]
+def test_sets_are_of_layers_of_the_partition(run, checkpoints):
+    arguments = ["--layers", "module", "--set", "norm,linear", "--alphas", 3, "--json"]
     _, out, _ = run("measure", *checkpoints, *COMMON, *arguments)
     (found,) = json.loads(out)["metrics"]["loss"]["sets"]
-    assert found["layers"] == ["conv", "linear"]
+    assert found["layers"] == ["norm", "linear"]
 
 
-def test_help_and_version(run):
-    assert "predict" in run("--help")[1]
-    assert run("--version")[1].startswith("lmc-curvature 0.")
+def test_help_the_version_and_mistakes_are_answered_without_torch():
+    lines = [["--version"], ["--help"], ["predcit"], ["predict", "a", "b", "--modle", "x"]]
+    lines += [[command, "--help"] for command in ("demo", "fork", "trace", "figures", "predict", "measure")]
+    program = f"""
+import sys
+from lmc_curvature.cli import main
+for line in {lines}:
+    try:
+        main(line)
+    except SystemExit:
+        assert "torch" not in sys.modules, line
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("lmc-curvature 0.")
+    assert "Predict the loss barrier between them" in done.stdout
+    assert "No such command 'predcit'" in done.stderr
+    assert "--modle" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["lmc_curvature", "lmc_curvature.cli"])
+def test_the_package_runs_as_a_module(module):
+    command = [sys.executable, "-m", module, "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("lmc-curvature 0.")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so asking for one is no mistake")
@@ -188,9 +222,9 @@ def test_fork_trace_and_figures_are_three_commands(run, tmp_path):
 
 def test_the_three_commands_explain_what_is_missing(run, tmp_path):
     (tmp_path / "config.yaml").write_text(SECONDS + "modle: x\n")
-    status, _, printed = run("fork", tmp_path / "config.yaml", "--out", tmp_path / "out")
+    status, _, printed = run("fork", tmp_path / "config.yaml", "--out", tmp_path / "out", "--no-progress")
     assert status == 2
     assert "modle: unknown key; did you mean 'model'" in printed
     assert not (tmp_path / "out").exists()
-    assert "config.json is missing; run_forks" in run("trace", tmp_path / "out")[2]
-    assert "config.json is missing; run_forks" in run("figures", tmp_path / "out")[2]
+    assert "config.json is missing; run_forks" in run("trace", tmp_path / "out", "--no-progress")[2]
+    assert "config.json is missing; run_forks" in run("figures", tmp_path / "out", "--no-progress")[2]

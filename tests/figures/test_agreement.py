@@ -2,16 +2,11 @@
 
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_array_equal
 from scipy.stats import spearmanr
 
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures import draw_predicted_against_measured
-from lmc_curvature.figures.agreement import Pairs, log_scale
-
-
-def pairs(measured, predicted):
-    return Pairs(np.array(measured, dtype=float), np.array(predicted, dtype=float))
 
 
 def small_print(axes):
@@ -73,25 +68,6 @@ def test_zeros_stand_in_the_strip_and_the_legend_says_so(convex, lines):
     assert whole.get_xlim()[0] < measured < predicted
     assert [text.get_text() for text in whole.texts].count("≤ 0") == 2
     assert "in the grey strip: no barrier (≤ 0)" in [text.get_text() for text in figure.legends[0].get_texts()]
-
-
-def test_the_strip_holds_what_is_not_positive_or_far_too_small():
-    assert log_scale([pairs([1, 2], [3, 4])]).low == log_scale([pairs([1, 2], [3, 4])]).floor
-    negative = log_scale([pairs([-1, 2], [0, 4])])
-    assert 0 < negative.low < negative.strip < negative.floor < 2
-    assert not negative.cut
-    tiny = log_scale([pairs([1e-12, 1], [1, 1])])
-    assert tiny.cut
-    assert 1e-9 < tiny.floor < 1e-6
-    nothing = log_scale([pairs([0, 0], [0, -1])])
-    assert 0 < nothing.low < nothing.floor < nothing.high
-
-
-def test_the_strip_takes_the_same_share_of_any_axis():
-    for largest in (2.0, 1e5):
-        scale = log_scale([pairs([0, largest], [1, 1])])
-        share = np.log(scale.floor / scale.low) / np.log(scale.high / scale.low)
-        assert_allclose(share, 0.12)
 
 
 def test_points_on_one_spot_are_counted(convex):

@@ -1,115 +1,33 @@
-import csv
-import dataclasses
-import errno
-import hashlib
-import importlib.util
-import json
-import shutil
+import resource
 import subprocess
 import sys
 
 import pytest
-import safetensors.torch
 import torch
 import yaml
-from safetensors.torch import save_file
-from torch import nn
+from safetensors import SafetensorError
 
-from lmc_curvature.errors import (
-    CheckpointError,
-    ConfigurationError,
-    DataError,
-    NewerVersionError,
-    NonFiniteError,
-    OptionError,
-    PartitionError,
-)
-from lmc_curvature.forking import (
-    ForkConfig,
-    TrainingState,
-    evaluate,
-    experiment,
-    load_child,
-    load_data,
-    load_fork_data,
-    load_parent,
-    open_directory,
-    run_forks,
-    train,
-)
-from lmc_curvature.forking.checks import check_fit
-from lmc_curvature.forking.directory import initial_model
-from lmc_curvature.storage import read_safetensors
-
-SETTINGS = {
-    "training": {"epochs": 3, "learning_rate": 0.1, "batch_size": 50},
-    "fork_epochs": [0, 2],
-    "snapshot_epochs": 1,
-    "limit": 150,
-    "model_options": {"width": 2},
-}
-CONFIG = ForkConfig(**SETTINGS)
+from lmc_curvature.errors import NonFiniteError, OptionError
+from lmc_curvature.forking import ForkConfig, TrainingState, initial_model, run_forks, train
+from lmc_curvature.sources import load_data
+from tests.support.experiments import contents
 
 
-class Unsteady(nn.Module):
-    """A network that is another in training, as some of torchvision's are."""
-
-    def __init__(self, training="", num_classes=10):
-        super().__init__()
-        self.in_training = training
-        self.linear = nn.Linear(64, num_classes)
-        self.norm = nn.BatchNorm1d(num_classes)
-
-    def forward(self, x):
-        logits = self.norm(self.linear(x.flatten(1)))
-        if self.training and self.in_training == "an assertion":
-            raise AssertionError("Wrong image height!")
-        if self.training and self.in_training == "a pair":
-            return logits, logits
-        return nn.functional.dropout(logits, training=self.training)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    return run_forks(CONFIG, tmp_path_factory.mktemp("forks"), progress=False)
-
-
-@pytest.fixture
-def copy(finished, tmp_path):
-    """A finished experiment that a test may damage."""
-    shutil.copytree(finished.path, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def contents(path):
-    files = (file for file in path.rglob("*") if file.is_file() and "locks" not in file.parts)
-    return {str(file.relative_to(path)): file.read_bytes() for file in files}
-
-
-def test_the_directory_holds_every_file_and_nothing_else(finished):
-    stored = {"parent": (0, 2, 3)}
-    stored |= {f"fork-0000/child-{c}": (1, 2, 3) for c in (0, 1)}
-    stored |= {f"fork-0002/child-{c}": (3,) for c in (0, 1)}
-    files = [f"{run}/{name}" for run in stored for name in ("manifest.json", "metrics.csv")]
-    files += [f"{run}/epoch-{epoch:04d}.safetensors" for run, epochs in stored.items() for epoch in epochs]
-    assert sorted(contents(finished.path)) == sorted(["config.json", "provenance.json", *files])
-
-
-def test_the_same_configuration_gives_the_same_bits(finished, tmp_path):
+def test_the_same_configuration_gives_the_same_bits(finished, config, tmp_path):
     torch.manual_seed(99)
-    run_forks(CONFIG, tmp_path / "again", progress=False)
+    run_forks(config, tmp_path / "again", progress=False)
     assert contents(tmp_path / "again") == contents(finished.path)
 
 
-def test_children_differ_by_their_order_seed_alone(finished):
+def test_children_differ_by_their_order_seed_alone(finished, config):
     # Each child is what training from the parent's state with its own order gives.
     data = load_data("digits", limit=150)
     for fork_epoch in (0, 2):
         start = TrainingState.load(finished.parent.snapshot_path(fork_epoch))
         ends = []
         for child in (0, 1):
-            model = initial_model(CONFIG)
-            end = train(model, data, CONFIG.training, order_seed=1 + child, start=start, progress=False)
+            model = initial_model(config)
+            end = train(model, data, config.training, order_seed=1 + child, start=start, progress=False)
             stored = TrainingState.load(finished.child(fork_epoch, child).snapshot_path(3))
             assert all(torch.equal(end.model[name], stored.model[name]) for name in end.model)
             assert stored.history[:fork_epoch] == start.history
@@ -117,27 +35,18 @@ def test_children_differ_by_their_order_seed_alone(finished):
         assert not torch.equal(*ends)
 
 
-def test_the_momentum_of_the_parent_is_carried_over(finished):
+def test_the_momentum_of_the_parent_is_carried_over(finished, config):
     start = TrainingState.load(finished.parent.snapshot_path(2))
-    assert len(start.optimizer) == len(list(initial_model(CONFIG).parameters()))
+    assert len(start.optimizer) == len(list(initial_model(config).parameters()))
     assert start.optimizer["linear.weight"].abs().max() > 0
     assert not TrainingState.load(finished.parent.snapshot_path(0)).optimizer
 
 
-def test_fork_0_is_the_initialisation(finished):
-    start = TrainingState.load(finished.parent.snapshot_path(0)).model
-    expected = initial_model(CONFIG).state_dict()
-    assert all(torch.equal(start[name], expected[name]) for name in expected)
-    other = initial_model(ForkConfig(**SETTINGS, init_seed=1)).state_dict()
-    assert not torch.equal(other["conv.weight"], expected["conv.weight"])
-
-
-def test_a_finished_experiment_is_not_trained_again(finished, monkeypatch):
-    monkeypatch.setattr(experiment, "train", None)
-    monkeypatch.setattr(experiment, "load_split", None)
+def test_a_finished_experiment_is_not_trained_again(finished, config, watch):
     before = {name: (finished.path / name).stat().st_mtime_ns for name in contents(finished.path)}
-    run_forks(CONFIG, finished.path, progress=False)
+    run_forks(config, finished.path, progress=False)
     assert {name: (finished.path / name).stat().st_mtime_ns for name in contents(finished.path)} == before
+    assert watch.steps == 0
 
 
 @pytest.mark.parametrize(
@@ -150,251 +59,76 @@ def test_a_finished_experiment_is_not_trained_again(finished, monkeypatch):
         ["parent/metrics.csv", "fork-0002/child-0/metrics.csv", "fork-0000/child-0/manifest.json"],
     ],
 )
-def test_lost_files_come_back_with_the_same_bits(finished, copy, lost):
+def test_lost_files_come_back_with_the_same_bits(finished, config, copy, lost):
     for name in lost:
         (copy / name).unlink()
-    run_forks(CONFIG, copy, progress=False)
+    run_forks(config, copy, progress=False)
     assert contents(copy) == contents(finished.path)
 
 
-@pytest.mark.parametrize("saves_often", [False, True])
-def test_an_interrupted_experiment_continues_to_the_same_bits(finished, tmp_path, monkeypatch, saves_often):
-    real, calls = experiment.train, []
-    if saves_often:
-        monkeypatch.setattr(experiment, "_SECONDS_BETWEEN_SAVES", 0.0)
-
-    def interrupted(*args, **options):
-        calls.append(options["start"].epoch)
-        if len(calls) == 2:
+@pytest.mark.parametrize(("save_seconds", "trained_again"), [(0.0, 0), (1e9, 3)])
+def test_an_interrupted_experiment_continues_to_the_same_bits(
+    finished, config, watch, tmp_path, save_seconds, trained_again
+):
+    def interrupt(step, logits):
+        # In the parent's second epoch, which is before its next snapshot.
+        if step == 4:
             raise KeyboardInterrupt
-        return real(*args, **options)
+        return logits
 
-    monkeypatch.setattr(experiment, "train", interrupted)
+    watch.on_step = interrupt
     with pytest.raises(KeyboardInterrupt):
-        run_forks(CONFIG, tmp_path, progress=False)
-    assert (tmp_path / "parent" / "latest.safetensors").is_file() == saves_often
-    run_forks(CONFIG, tmp_path, progress=False)
+        run_forks(config, tmp_path, save_seconds=save_seconds, progress=False)
+    assert (tmp_path / "parent" / "latest.safetensors").is_file() == (trained_again == 0)
+    run_forks(config, tmp_path, save_seconds=save_seconds, progress=False)
     assert contents(tmp_path) == contents(finished.path)
-    # The parent is cut short in its second epoch, which is before its next snapshot.
-    again = [1, 2] if saves_often else [0, 1, 2]
-    assert calls == [0, 1, *again, 0, 1, 2, 0, 1, 2, 2, 2]
+    assert watch.steps == 33 + 1 + trained_again
 
 
-def test_several_processes_share_the_work(finished, tmp_path):
-    run_forks(ForkConfig(**SETTINGS, threads=1), tmp_path / "one", progress=False)
-    run_forks(ForkConfig(**SETTINGS, threads=1), tmp_path / "two", workers=2, progress=False)
+@pytest.mark.slow
+def test_several_processes_share_the_work(settings, tmp_path):
+    config = ForkConfig(**{**settings, "threads": 1})
+    run_forks(config, tmp_path / "one", progress=False)
+    run_forks(config, tmp_path / "two", workers=2, progress=False)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    with pytest.raises(OptionError, match="workers=0 must be at least 1"):
+        run_forks(config, tmp_path / "none", workers=0)
 
 
-def test_a_full_disk_leaves_the_last_good_state(finished, tmp_path, monkeypatch):
-    real, calls = safetensors.torch.save_file, []
-    monkeypatch.setattr(experiment, "_SECONDS_BETWEEN_SAVES", 0.0)
+@pytest.fixture
+def limit_files():
+    """Let the operating system refuse every file of more than so many bytes."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size=before: resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
-    def failing(entries, path, *rest):
-        calls.append(path)
-        if len(calls) == 3:
-            path.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return real(entries, path, *rest)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", failing)
-    with pytest.raises(OSError, match="No space left"):
-        run_forks(CONFIG, tmp_path, progress=False)
+def test_a_full_disk_leaves_the_last_good_state(finished, config, watch, tmp_path, limit_files):
+    def fill(step, logits):
+        if step == 4:
+            limit_files(5_000)
+        return logits
+
+    watch.on_step = fill
+    with pytest.raises((OSError, SafetensorError), match="File too large"):
+        run_forks(config, tmp_path, save_seconds=0.0, progress=False)
     assert sorted(file.name for file in (tmp_path / "parent").glob("*.safetensors")) == [
         "epoch-0000.safetensors",
         "latest.safetensors",
     ]
     assert not list((tmp_path / "parent").glob(".*.partial"))
-    run_forks(CONFIG, tmp_path, progress=False)
+    limit_files()
+    run_forks(config, tmp_path, progress=False)
     assert contents(tmp_path) == contents(finished.path)
 
 
-def test_the_manifest_names_every_snapshot_with_its_digest(finished):
-    manifest = finished.child(0, 1).manifest()
-    assert (manifest["status"], manifest["order_seed"], manifest["first_epoch"]) == ("finished", 2, 0)
-    assert list(manifest["sha256"]) == [f"epoch-{epoch:04d}.safetensors" for epoch in (1, 2, 3)]
-    for name, digest in manifest["sha256"].items():
-        contents = (finished.child(0, 1).path / name).read_bytes()
-        assert hashlib.sha256(contents).hexdigest() == digest
-    assert manifest["made_with"]["torch"] == torch.__version__
-
-
-def test_a_damaged_snapshot_is_named_and_computed_again(finished, copy):
-    path = copy / "fork-0000" / "child-1" / "epoch-0003.safetensors"
-    changed = bytearray(path.read_bytes())
-    changed[-1] ^= 1
-    path.write_bytes(bytes(changed))
-    with pytest.raises(CheckpointError, match=r"epoch-0003\.safetensors is damaged.*run_forks\(config, .*, makes it"):
-        load_child(copy, 0, 1)
-    with pytest.warns(UserWarning, match=r"child-1/epoch-0003\.safetensors is damaged.* It is computed again"):
-        run_forks(CONFIG, copy, progress=False)
-    assert contents(copy) == contents(finished.path)
-
-
-def test_a_snapshot_of_another_run_is_named_and_computed_again(finished, copy):
-    child = copy / "fork-0002" / "child-1" / "epoch-0003.safetensors"
-    shutil.copy(copy / "fork-0002" / "child-0" / "epoch-0003.safetensors", child)
-    with pytest.warns(UserWarning, match=r"child-1.epoch-0003\.safetensors is not the file that .*manifest\.json"):
-        run_forks(CONFIG, copy, progress=False)
-    assert contents(copy) == contents(finished.path)
-
-
-def test_metrics_have_a_row_for_each_epoch_of_the_run(finished):
-    def epochs(path):
-        with path.open(encoding="utf-8", newline="") as file:
-            return [int(row["epoch"]) for row in csv.DictReader(file)]
-
-    assert epochs(finished.parent.metrics_path) == [1, 2, 3]
-    assert epochs(finished.child(0, 1).metrics_path) == [1, 2, 3]
-    assert epochs(finished.child(2, 0).metrics_path) == [3]
-
-
-def test_networks_and_data_are_rebuilt_from_the_directory(finished):
-    data = load_fork_data(finished.path)
-    assert len(data) == 150
-    assert len(load_fork_data(finished.path, "test")) == 360
-    child, parent = load_child(finished.path, 2, 1), load_parent(finished.path)
-    assert not child.training
-    assert evaluate(parent, data)[0] < evaluate(load_parent(finished.path, 0), data)[0] - 0.2
-    assert torch.equal(
-        child.linear.weight, TrainingState.load(finished.child(2, 1).snapshot_path(3)).model["linear.weight"]
-    )
-    assert torch.equal(load_parent(finished.path, 0).conv.weight, initial_model(CONFIG).conv.weight)
-    assert open_directory(finished.path).config == CONFIG
-
-
-def test_what_is_not_there_is_explained(finished, copy, tmp_path):
-    with pytest.raises(CheckpointError, match=r"config\.json is missing; run_forks\(config, .*, makes"):
-        load_child(tmp_path, 0, 0)
-    with pytest.raises(CheckpointError, match=r"no fork at epoch 1; its forks are \(0, 2\)"):
-        load_child(finished.path, 1, 0)
-    with pytest.raises(CheckpointError, match="no child 2; its children are 0 to 1"):
-        load_child(finished.path, 0, 2)
-    with pytest.raises(CheckpointError, match=r"no parent at epoch 1; it was stored at \(0, 2, 3\)"):
-        load_parent(finished.path, 1)
-    with pytest.raises(CheckpointError, match=r"no fork 2, child 1 at epoch 2; it was stored at \(3,\)"):
-        load_child(finished.path, 2, 1, epoch=2)
-    (copy / "fork-0000" / "child-0" / "epoch-0003.safetensors").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"epoch-0003\.safetensors does not exist\. run_forks\(config, .* makes it"
-    ):
-        load_child(copy, 0, 0)
-
-
-def test_a_changed_configuration_is_refused_with_the_difference(finished):
-    changed = ForkConfig(**{**SETTINGS, "training": {**SETTINGS["training"], "learning_rate": 0.2}, "children": 3})
-    with pytest.raises(ConfigurationError) as caught:
-        run_forks(changed, finished.path, progress=False)
-    assert "children: 2 there, 3 now\ntraining.learning_rate: 0.1 there, 0.2 now" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "error", "message"),
-    [
-        ("{", CheckpointError, r"config\.json is damaged"),
-        ("[]", CheckpointError, r"config\.json is damaged"),
-        (json.dumps({"version": "7", "config": {}}), NewerVersionError, "version '7', of a newer .* Upgrade"),
-        (json.dumps({"version": "1", "config": {}}), NewerVersionError, "version '1', of an older .* Use that release"),
-        (json.dumps({"version": "2", "config": {**SETTINGS, "new": 1}}), ConfigurationError, "new: unknown key"),
-    ],
-)
-def test_unreadable_configurations_are_explained(tmp_path, text, error, message):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(error, match=message):
-        run_forks(CONFIG, tmp_path, progress=False)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"fork_epochs": [0, 3]}, "fork_epochs: 3 is outside the schedule of 3 epochs; choose from 0 to 2"),
-        ({"fork_epochs": [-1]}, "fork_epochs: -1 is outside"),
-        ({"fork_epochs": [2, 1]}, r"fork_epochs: \(2, 1\) must increase"),
-        ({"fork_epochs": []}, "fork_epochs: "),
-        ({"snapshot_epochs": 0}, "snapshot_epochs: 0: expected a list of epochs, or at least 1"),
-        ({"snapshot_epochs": [3]}, "snapshot_epochs: 3 is outside the schedule of 3 epochs; choose from 1 to 2"),
-        ({"trace": {"alpha": 3}}, "trace.alpha: unknown key; did you mean 'alphas'"),
-        ({"trace": {"layers": "some"}}, "trace.layers: .*'all', 'last' or 'never'"),
-        ({"children": 1}, "children: .*greater than or equal to 2, got 1"),
-        ({"fork_epoch": [0]}, "fork_epoch: unknown key; did you mean 'fork_epochs'"),
-        ({"training": {"epochs": 3, "learning_rat": 1}}, "training.learning_rate: missing"),
-        ({"training": {"epochs": 3, "learning_rate": -1}}, "training.learning_rate: .*greater than 0, got -1"),
-        (
-            {"training": {"epochs": 3, "learning_rate": 1, "epoch": 2}},
-            "training.epoch: unknown key; did you mean 'epochs'",
-        ),
-        ({"training": 3}, "training: .*got 3"),
-    ],
-)
-def test_bad_configurations_name_the_key(change, message):
-    with pytest.raises(ConfigurationError, match=f"^{message}"):
-        ForkConfig(**{**SETTINGS, **change})
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (
-            {"model": "resnet20"},
-            ConfigurationError,
-            r"'resnet20' cannot take images of shape \(1, 8, 8\) from 'digits'",
-        ),
-        ({"model_options": {"num_classes": 4}}, ConfigurationError, r"gives \(2, 4\) .*expected \(2, 10\)"),
-        (
-            {"model": "test_experiment:Unsteady", "model_options": {"training": "a pair"}},
-            ConfigurationError,
-            r"in training, .*Unsteady' gives tuple; expected logits alone, a tensor \(2, 10\).*aux_logits: false",
-        ),
-        (
-            {"model": "test_experiment:Unsteady", "model_options": {"training": "an assertion"}},
-            ConfigurationError,
-            r"in training, .*Unsteady' cannot take images of shape \(1, 8, 8\) .*Wrong image height",
-        ),
-        (
-            {"model": "test_experiment:Unsteady", "model_options": {}, "limit": 151},
-            ConfigurationError,
-            r"'digits', 1 a batch \(Expected more than 1 value per channel",
-        ),
-        ({"data": "no-such-place"}, DataError, "'no-such-place' is neither"),
-    ],
-)
-def test_a_network_or_data_set_that_does_not_fit_is_refused(tmp_path, monkeypatch, change, error, message):
-    monkeypatch.setattr(experiment, "train", None)
-    with pytest.raises(error, match=message):
-        run_forks(ForkConfig(**{**SETTINGS, **change}), tmp_path, progress=False)
-
-
-def test_trying_the_network_out_leaves_no_trace(monkeypatch):
-    before = torch.random.get_rng_state()
-    # Draws random numbers in training.
-    config = ForkConfig(**{**SETTINGS, "model": "test_experiment:Unsteady", "model_options": {}})
-    check_fit(config, load_data("digits", limit=150))
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-@pytest.fixture
-def diverge(monkeypatch):
-    """Let whoever trains with an order seed diverge after an epoch."""
-    real = experiment.train
-
-    def after(*, order_seed, epoch):
-        def diverging(*args, **options):
-            if (options["order_seed"], options["start"].epoch) == (order_seed, epoch):
-                raise NonFiniteError("Training diverged.")
-            return real(*args, **options)
-
-        monkeypatch.setattr(experiment, "train", diverging)
-
-    return after
-
-
-def test_a_diverged_child_is_named_and_the_others_are_kept(finished, tmp_path, monkeypatch, diverge):
-    diverge(order_seed=1, epoch=1)
-    for _ in range(2):
+def test_a_diverged_child_is_named_and_the_others_are_kept(finished, config, watch, tmp_path):
+    watch.diverge(13)
+    for steps in (30, 30):
         # The second time nothing is trained: it would diverge again.
-        with pytest.raises(NonFiniteError, match=r"^fork 0, child 0: Training diverged\.$"):
-            run_forks(CONFIG, tmp_path, progress=False)
-        monkeypatch.setattr(experiment, "train", None)
+        with pytest.raises(NonFiniteError, match=r"^fork 0, child 0: Training diverged: .* in epoch 2, step 1 of 3\."):
+            run_forks(config, tmp_path, progress=False)
+        assert watch.steps == steps
     kept, expected = contents(tmp_path), contents(finished.path)
     others = [name for name in expected if "fork-0000/child-0" not in name]
     assert {name: kept[name] for name in others} == {name: expected[name] for name in others}
@@ -402,120 +136,75 @@ def test_a_diverged_child_is_named_and_the_others_are_kept(finished, tmp_path, m
     assert "fork-0000/child-0/epoch-0003.safetensors" not in kept
 
 
-def test_a_diverged_parent_ends_the_experiment(tmp_path):
-    config = ForkConfig(**{**SETTINGS, "training": {**SETTINGS["training"], "learning_rate": 1e30}})
+def test_a_diverged_parent_ends_the_experiment(settings, tmp_path):
+    config = ForkConfig(**{**settings, "training": {**settings["training"], "learning_rate": 1e30}})
     with pytest.raises(NonFiniteError, match=r"^parent: Training diverged"):
         run_forks(config, tmp_path, progress=False)
 
 
-def test_a_diverged_parent_leaves_the_children_it_reached(finished, tmp_path, monkeypatch, diverge):
-    diverge(order_seed=0, epoch=1)
-    report = ["parent: Training diverged."]
-    report += [f"fork 2, child {c}: Cannot start, because the parent diverged before epoch 2." for c in (0, 1)]
-    for _ in range(2):
+def test_a_diverged_parent_leaves_the_children_it_reached(finished, config, watch, tmp_path):
+    watch.diverge(4)
+    for steps in (24, 24):
         # The second time nothing is left to train.
         with pytest.raises(NonFiniteError) as caught:
-            run_forks(CONFIG, tmp_path, progress=False)
-        assert str(caught.value).splitlines() == report
-        monkeypatch.setattr(experiment, "train", None)
-        monkeypatch.setattr(experiment, "load_split", None)
+            run_forks(config, tmp_path, progress=False)
+        parent, *children = str(caught.value).splitlines()
+        assert parent.startswith("parent: Training diverged: ")
+        assert children == [
+            f"fork 2, child {c}: Cannot start, because the parent diverged before epoch 2." for c in (0, 1)
+        ]
+        assert watch.steps == steps
     kept, expected = contents(tmp_path), contents(finished.path)
     reached = [name for name in expected if "fork-0000" in name]
     assert {name: kept[name] for name in reached} == {name: expected[name] for name in reached}
     assert not (tmp_path / "fork-0002").exists()
 
 
-def test_what_a_diverged_network_had_is_computed_again_if_it_is_lost(tmp_path, diverge):
-    diverge(order_seed=0, epoch=2)
-    with pytest.raises(NonFiniteError, match=r"^parent: Training diverged\.$"):
-        run_forks(CONFIG, tmp_path, progress=False)
+def test_what_a_diverged_network_had_is_computed_again_if_it_is_lost(config, watch, tmp_path):
+    watch.diverge(7, 33 + 7)
+    with pytest.raises(NonFiniteError, match=r"^parent: Training diverged: .* in epoch 3, step 1 of 3"):
+        run_forks(config, tmp_path, progress=False)
     before = contents(tmp_path)
     (tmp_path / "parent" / "epoch-0002.safetensors").unlink()
-    with pytest.raises(NonFiniteError, match=r"^parent: Training diverged\.$"):
-        run_forks(CONFIG, tmp_path, progress=False)
+    with pytest.raises(NonFiniteError, match=r"^parent: Training diverged: .* in epoch 3, step 1 of 3"):
+        run_forks(config, tmp_path, progress=False)
     assert contents(tmp_path) == before
 
 
-def test_threads_are_those_of_the_configuration(tmp_path, monkeypatch):
-    seen, before = [], torch.get_num_threads()
+def test_threads_are_those_of_the_configuration(settings, watch, tmp_path):
+    seen, before = set(), torch.get_num_threads()
 
-    def watched(model, data, config, *, start, until, **options):
-        seen.append(torch.get_num_threads())
-        return dataclasses.replace(start, epoch=until)
+    def look(step, logits):
+        seen.add(torch.get_num_threads())
+        return logits
 
-    monkeypatch.setattr(experiment, "train", watched)
-    run_forks(ForkConfig(**SETTINGS, threads=before + 1), tmp_path, progress=False)
-    assert set(seen) == {before + 1}
+    watch.on_step = look
+    changes = {"training": {"epochs": 1, "learning_rate": 0.1}, "fork_epochs": [0], "threads": before + 1}
+    run_forks(ForkConfig(**{**settings, **changes}), tmp_path, progress=False)
+    assert seen == {before + 1}
     assert torch.get_num_threads() == before
 
 
-def test_one_progress_bar_counts_every_epoch(tmp_path, monkeypatch):
-    bars = []
-
-    class Bar(experiment.tqdm):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            bars.append(self)
-
-    monkeypatch.setattr(experiment, "tqdm", Bar)
-    run_forks(CONFIG, tmp_path, progress=True)
-    assert [(bar.n, bar.total) for bar in bars if bar.total] == [(3 + 2 * 3 + 2 * 1,) * 2]
+@pytest.mark.parametrize(("progress", "shown"), [(True, True), (None, False), (False, False)])
+def test_one_progress_bar_counts_every_epoch(config, tmp_path, capsys, progress, shown):
+    run_forks(config, tmp_path, progress=progress)
+    printed = capsys.readouterr().err
+    assert ("11/11 [" in printed) == shown
+    assert bool(printed) == shown
 
 
-def test_tensorboard_events_are_the_metrics(finished, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run_forks(CONFIG, tmp_path / "forks", tensorboard=tmp_path / "events", progress=False)
-    events = EventAccumulator(str(tmp_path / "events" / "fork-0002" / "child-1")).Reload()
-    last = TrainingState.load(finished.child(2, 1).snapshot_path(3)).history[-1]
-    assert {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == {
-        name: [(3, pytest.approx(getattr(last, name), rel=1e-6))] for name in ("learning_rate", "loss", "accuracy")
-    }
+def test_only_the_first_rank_shows_progress(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    run_forks(config, tmp_path, progress=True)
+    assert not capsys.readouterr().err
 
 
-def test_tensorboard_that_is_missing_is_named_before_anything_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(OptionError, match=r"package tensorboard: pip install lmc-curvature\[tensorboard\]"):
-        run_forks(CONFIG, tmp_path / "forks", tensorboard=tmp_path / "events", progress=False)
-    assert not (tmp_path / "forks").exists()
-
-
-def test_a_snapshot_from_a_newer_release_is_left_alone(finished, copy):
-    path = copy / "fork-0000" / "child-1" / "epoch-0003.safetensors"
-    header, entries = read_safetensors(path, "pt")
-    save_file(entries, path, {"lmc_curvature": json.dumps({**header, "version": "99"})})
-    written = path.read_bytes()
-    with pytest.raises(NewerVersionError, match=r"Upgrade lmc_curvature\.$"):
-        load_child(copy, 0, 1)
-    with pytest.raises(NewerVersionError, match=r"epoch-0003\.safetensors has format version '99'.*Upgrade"):
-        run_forks(CONFIG, copy, progress=False)
-    assert path.read_bytes() == written
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"trace": {"partition": "fusd"}}, PartitionError, "did you mean 'fused'"),
-        ({"trace": {"examples": 151}}, DataError, r"trace\.examples: 151 were asked for; the train split has 150"),
-        (
-            {"trace": {"examples": 361}, "limit": 400},
-            DataError,
-            r"trace\.examples: 361 were asked for; the test split has 360",
-        ),
-    ],
-)
-def test_what_cannot_be_traced_is_known_before_training(tmp_path, monkeypatch, change, error, message):
-    monkeypatch.setattr(experiment, "train", None)
-    with pytest.raises(error, match=message):
-        run_forks(ForkConfig(**{**SETTINGS, **change}), tmp_path, progress=False)
-
-
-@pytest.mark.slow
-def test_ranks_of_torchrun_share_the_children(tmp_path):
-    config = ForkConfig(**SETTINGS, threads=1)
+@pytest.mark.check
+def test_ranks_of_torchrun_share_the_children(settings, tmp_path):
+    config = ForkConfig(**{**settings, "model": "digits-resnet", "model_options": {"width": 2}, "threads": 1})
     run_forks(config, tmp_path / "one", progress=False)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lmc_curvature.cli.app", "fork"]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lmc_curvature.cli", "fork"]
     arguments = [tmp_path / "config.yaml", "--out", tmp_path / "two", "--no-progress"]
     subprocess.run([sys.executable, *command, *arguments], check=True, timeout=300)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-from lmc_curvature.forking import ForkConfig, experiment, run_forks, trace_forks
+from lmc_curvature.forking import ForkConfig, run_forks
+from lmc_curvature.tracing import trace_forks
+from tests.support.experiments import contents
 
 CONFIG = ForkConfig(
     training={"epochs": 6, "learning_rate": 0.1, "batch_size": 32, "augmentation": "crop-flip"},
@@ -21,21 +23,17 @@ CONFIG = ForkConfig(
 # Says when it begins to work, and leaves a state after every epoch.
 PROGRAM = """
 import sys
-from lmc_curvature.forking import ForkConfig, experiment, run_forks, trace_forks
-experiment._SECONDS_BETWEEN_SAVES = 0.0
+from lmc_curvature.forking import ForkConfig, run_forks
+from lmc_curvature.tracing import trace_forks
 config, out, what, workers = sys.argv[1:]
 print("begins", flush=True)
 if what == "train":
-    run_forks(ForkConfig.model_validate_json(config), out, workers=int(workers), progress=False)
+    config = ForkConfig.model_validate_json(config)
+    run_forks(config, out, workers=int(workers), save_seconds=0.0, progress=False)
 else:
     trace_forks(out, workers=int(workers), progress=False)
 """
 KILLS = 4
-
-
-def contents(path):
-    files = (file for file in path.rglob("*") if file.is_file() and "locks" not in file.parts)
-    return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
 def trace_files(path):
@@ -60,10 +58,9 @@ def run_and_kill(tmp_path, what, seconds, workers=1, *, after_a_trace=False):
         return process.wait() == -9
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("workers", [1, 2])
-def test_training_and_tracing_survive_being_killed(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(experiment, "_SECONDS_BETWEEN_SAVES", 0.0)
+def test_training_and_tracing_survive_being_killed(tmp_path, workers):
     run_forks(CONFIG, tmp_path / "undisturbed", progress=False)
     trace_forks(tmp_path / "undisturbed", progress=False)
     moments = random.Random(workers)

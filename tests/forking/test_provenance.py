@@ -10,17 +10,10 @@ import torch
 from PIL import Image
 
 from lmc_curvature.errors import CheckpointError, ConfigurationError, DataError, NewerVersionError
-from lmc_curvature.forking import (
-    ForkConfig,
-    experiment,
-    load_data,
-    load_fork_data,
-    open_directory,
-    provenance,
-    run_forks,
-    trace_forks,
-)
+from lmc_curvature.forking import ForkConfig, load_fork_data, open_directory, run_forks
 from lmc_curvature.forking.directory import create_directory
+from lmc_curvature.forking.provenance import begin
+from lmc_curvature.sources import load_data
 
 
 @pytest.fixture
@@ -43,7 +36,8 @@ def config(images):
         training={"epochs": 2, "learning_rate": 0.1, "batch_size": 8},
         fork_epochs=[0],
         data=str(images),
-        model_options={"width": 2, "num_classes": 2, "in_channels": 3},
+        model="tests.support.experiments:tiny",
+        model_options={"num_classes": 2, "in_channels": 3},
         trace={"batch_size": 8, "alphas": 3, "layer_alphas": 3},
     )
 
@@ -84,7 +78,6 @@ def test_data_that_moved_are_taken_where_they_are(config, images, out):
     run_forks(now, out, progress=False)
     # Whoever comes next need not be told again.
     assert open_directory(out).config == now
-    trace_forks(out, progress=False)
 
 
 def test_other_data_in_another_place_are_refused_and_not_remembered(config, images, out):
@@ -93,16 +86,6 @@ def test_other_data_in_another_place_are_refused_and_not_remembered(config, imag
     with pytest.raises(DataError, match=r"elsewhere' has other images"):
         run_forks(now, out, progress=False)
     assert open_directory(out).config == config
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_traces_are_of_the_same_data(config, images, out, split):
-    run_forks(config, out, progress=False)
-    shutil.copytree(images, images.with_name("other"))
-    change_one_pixel(images.with_name("other"), split)
-    with pytest.raises(DataError, match=rf"other' has other images or labels in its {split} split"):
-        trace_forks(out, data=str(images.with_name("other")), progress=False)
-    trace_forks(out, progress=False)
 
 
 def test_a_directory_without_a_record_knows_its_data_by_their_place(config, images, out):
@@ -114,7 +97,6 @@ def test_a_directory_without_a_record_knows_its_data_by_their_place(config, imag
     trace = config.trace.model_copy(update={"alphas": 5})
     run_forks(config.model_copy(update={"trace": trace}), out, progress=False)
     assert json.loads((out / "provenance.json").read_text())["data"].keys() == {"train", "test"}
-    trace_forks(out, progress=False)
 
 
 def test_a_place_without_data_can_be_corrected(config, images, tmp_path):
@@ -132,13 +114,11 @@ def test_a_place_without_data_can_be_corrected(config, images, tmp_path):
         (lambda test: [path.unlink() for path in test.glob("*/*.png")], "test is not a folder of images"),
     ],
 )
-def test_a_test_split_that_traces_will_need_is_checked_before_training(
-    config, images, tmp_path, monkeypatch, damage, message
-):
+def test_a_test_split_that_traces_will_need_is_checked_before_training(config, images, tmp_path, damage, message):
     damage(images / "test")
-    with monkeypatch.context() as patch, pytest.raises(DataError, match=f"{message}.*set trace.test to false"):
-        patch.setattr(experiment, "train", None)
+    with pytest.raises(DataError, match=f"{message}.*set trace.test to false"):
         run_forks(config, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "parent").exists()
     trace = config.trace.model_copy(update={"test": False})
     run_forks(config.model_copy(update={"trace": trace}), tmp_path / "out", progress=False)
 
@@ -173,12 +153,6 @@ def test_a_record_that_cannot_be_read_is_named(config, out):
         run_forks(config, out, progress=False)
 
 
-def test_a_fingerprint_is_of_images_labels_and_normalisation():
-    data = load_data("digits", limit=20)
-    assert data.fingerprint() == load_data("digits", limit=20).fingerprint()
-    assert data.fingerprint() != load_data("digits", limit=21).fingerprint()
-
-
 def test_what_a_finished_experiment_is_told_is_checked_as_well(config, images, tmp_path):
     out = tmp_path / "out"
     run_forks(config, out, progress=False)
@@ -193,8 +167,14 @@ def test_what_a_finished_experiment_is_told_is_checked_as_well(config, images, t
     assert open_directory(out).config == now
 
 
+def test_a_finished_experiment_needs_no_data(config, images, tmp_path):
+    run_forks(config, tmp_path / "out", progress=False)
+    shutil.rmtree(images)
+    run_forks(config, tmp_path / "out", progress=False)
+
+
 def test_what_was_refused_can_be_corrected(config, tmp_path):
-    wrong = config.model_copy(update={"model_options": {"width": 2, "num_classes": 3, "in_channels": 3}})
+    wrong = config.model_copy(update={"model_options": {"num_classes": 3, "in_channels": 3}})
     with pytest.raises(ConfigurationError, match="Set num_classes to 2"):
         run_forks(wrong, tmp_path / "out", progress=False)
     run_forks(config, tmp_path / "out", progress=False)
@@ -210,12 +190,12 @@ def test_of_two_that_begin_at_once_one_does(config, images, tmp_path, other):
     # Both have been checked before either begins.
     changed = config if other == "data" else config.model_copy(update={"order_seed": 7})
     second = create_directory(tmp_path / "out", changed)
-    provenance.begin(first, {"train": data}, {})
+    begin(first, {"train": data}, {})
     error, message = (
         (DataError, "has other images")
         if other == "data"
         else (ConfigurationError, r"another configuration:\norder_seed")
     )
     with pytest.raises(error, match=message):
-        provenance.begin(second, {"train": data.subset(9) if other == "data" else data}, {})
+        begin(second, {"train": data.subset(9) if other == "data" else data}, {})
     assert open_directory(tmp_path / "out").config == config

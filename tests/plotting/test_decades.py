@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from lmc_curvature.plotting.decades import MOST_DECADES, decades, decades_axis
+from lmc_curvature.plotting.decades import decades, decades_axis
 from lmc_curvature.plotting.style import new_figure
 
 
@@ -17,7 +17,7 @@ def ticks(axes):
     [
         ([1, 20, 300], [True, True, True]),
         ([0, -3, 2], [False, False, True]),
-        ([1, 0.5 * 10.0**-MOST_DECADES, 0.9e-5], [True, False, True]),
+        ([1, 0.5e-5, 0.9e-5], [True, False, True]),
         ([np.nan, 1, np.inf], [False, True, False]),
         ([0, -1], [False, False]),
     ],
@@ -35,14 +35,14 @@ def test_values_stand_on_the_axis_or_in_the_strip(values, on_axis):
     assert ((scale.floor < shown) & (shown < scale.high)).all()
 
 
-@pytest.mark.parametrize("largest", [2.0, 1e5])
-def test_the_strip_takes_the_same_share_of_any_axis(largest):
-    scale = decades(np.array([0, 1.0, largest]))
+@pytest.mark.parametrize(("largest", "strip"), [(2.0, 0.1), (1e5, 0.1), (2.0, 0.12)])
+def test_the_strip_takes_the_same_share_of_any_axis(largest, strip):
+    scale = decades(np.array([0, 1.0, largest]), strip=strip)
     height = np.log(scale.high / scale.low)
-    assert_allclose(np.log(scale.floor / scale.low) / height, 0.1)
+    assert_allclose(np.log(scale.floor / scale.low) / height, strip)
     small = np.array([0.0])
     for share in (0.25, 0.5, 0.75):
-        assert_allclose(np.log(scale.below(small, share) / scale.low) / height, 0.1 * share)
+        assert_allclose(np.log(scale.below(small, share) / scale.low) / height, strip * share)
     assert_allclose(scale.below(small), scale.strip)
 
 
@@ -68,3 +68,22 @@ def test_the_strip_is_shaded_and_has_no_ticks():
     (name,) = axes.texts
     assert (name.get_text(), name.get_position()[1]) == ("≈ 0", scale.strip)
     assert min(ticks(axes)) > scale.floor
+
+
+@pytest.mark.parametrize(("smallest", "most", "cut"), [(1e-6, 5, True), (1e-6, 7, False), (-1.0, 5, False)])
+def test_the_scale_says_whether_it_cuts_positive_values_off(smallest, most, cut):
+    assert decades(np.array([smallest, 1.0]), most=most).cut == cut
+
+
+def test_both_axes_may_have_a_strip():
+    axes = new_figure(3.0, 3.0).add_subplot()
+    scale = decades(np.array([0.0, 1, 1e5]))
+    for name in ("x", "y"):
+        decades_axis(axes, scale, name, below="≤ 0", clear=0.06, powers=True)
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert axes.get_xlim() == axes.get_ylim() == (scale.low, scale.high)
+    assert [text.get_text() for text in axes.texts] == ["≤ 0", "≤ 0"]
+    # The first power of ten stands too close to what is written beside the strip.
+    assert_allclose(axes.get_xticks(), [10, 100, 1e3, 1e4, 1e5])
+    axes.figure.draw_without_rendering()
+    assert axes.get_xticklabels()[0].get_text() == "$\\mathdefault{10^{1}}$"

@@ -2,15 +2,15 @@
 
 import pytest
 
-from lmc_curvature.plotting.grids import fork_cells, fork_legend, share_scale
-from lmc_curvature.plotting.style import TEXT_WIDTH, fork_colors, look, new_figure
+from lmc_curvature.plotting.grids import panel_cells, share_scale
+from lmc_curvature.plotting.style import TEXT_WIDTH, new_figure
 
 
 @pytest.mark.parametrize(
     ("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3)), (9, (3, 3))]
 )
 def test_panels_fill_rows_from_the_left(count, shape):
-    figure, cells = fork_cells(count, 2.0, margin=0.5)
+    figure, cells = panel_cells(count, 2.0, margin=0.5)
     assert cells[0].get_gridspec().get_geometry() == shape
     places = [(cell.rowspan.start, cell.colspan.start) for cell in cells]
     assert places == [divmod(number, shape[1]) for number in range(count)]
@@ -26,12 +26,3 @@ def test_a_scale_is_shared_up_to_ten_times_the_range(highest, shared):
     share_scale(panels)
     assert panels[0].get_ylim() == ((0, highest) if shared else (0, 1))
     assert panels[1].get_ylim() == (0, highest)
-
-
-def test_the_legend_of_many_forks_has_several_rows(uncut):
-    with look():
-        figure = new_figure(3.3, 3.0)
-        figure.add_subplot()
-        fork_legend(figure, dict(fork_colors(list(range(0, 200, 10)))))
-        uncut(figure)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [str(fork) for fork in range(0, 200, 10)]

@@ -1,4 +1,4 @@
-"""Figures leave matplotlib's global settings alone, and files are written whole."""
+"""Figures leave matplotlib's global settings alone, and colours and line styles tell curves apart."""
 
 import threading
 
@@ -6,36 +6,23 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 
-from lmc_curvature.figures import draw_prediction, save_figure
-from lmc_curvature.plotting.style import EXPANSION_PENS, fork_colors, look, new_figure
+from lmc_curvature.plotting.style import look, new_figure, pens, sequential_colors
 
 
 @look()
 def simple_figure():
-    figure = new_figure(1.5, 1.5)
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], label="line")
-    axes.set(title="title", xlabel="α")
-    axes.legend()
-    return figure
+    new_figure(1.0, 1.0).add_subplot().legend(handles=[])
 
 
-def test_global_settings_come_back_after_drawing_also_from_threads(convex):
+def test_global_settings_come_back_after_drawing_also_from_threads():
     with mpl.rc_context({"font.size": 17.0, "axes.grid": True}):
         before = dict(mpl.rcParams)
-        threads = [threading.Thread(target=draw_prediction, args=convex[:1]) for _ in range(4)]
+        threads = [threading.Thread(target=simple_figure) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         assert dict(mpl.rcParams) == before
-
-
-def test_the_look_does_not_depend_on_the_callers_settings(tmp_path):
-    plain, _ = save_figure(simple_figure(), tmp_path / "plain")
-    with mpl.rc_context({"font.size": 17.0, "axes.grid": True, "axes.facecolor": "black", "lines.linewidth": 9}):
-        other, _ = save_figure(simple_figure(), tmp_path / "other")
-    assert plain.read_bytes() == other.read_bytes()
 
 
 def test_settings_come_back_after_an_error():
@@ -45,43 +32,21 @@ def test_settings_come_back_after_an_error():
     assert dict(mpl.rcParams) == before
 
 
-def test_both_formats_are_written_and_a_dot_is_no_suffix(tmp_path):
-    png, pdf = save_figure(new_figure(3.0, 2.0), tmp_path / "new folder" / "fork-0.5")
-    assert (png.name, pdf.name) == ("fork-0.5.png", "fork-0.5.pdf")
-    assert sorted(path.name for path in png.parent.iterdir()) == ["fork-0.5.pdf", "fork-0.5.png"]
-    # The width of a PNG stands at byte 16.
-    assert int.from_bytes(png.read_bytes()[16:20], "big") >= 150 * 3.0
-
-
-def test_the_same_figure_is_the_same_file(tmp_path):
-    first, second = (save_figure(simple_figure(), tmp_path / name) for name in ("a", "b"))
-    for one, other in zip(first, second, strict=True):
-        assert one.read_bytes() == other.read_bytes()
-
-
-def test_a_figure_that_cannot_be_drawn_leaves_the_old_file(tmp_path):
-    png, _ = save_figure(new_figure(1.0, 1.0), tmp_path / "figure")
-    before = png.read_bytes()
-    broken = new_figure(1.0, 1.0)
-    broken.text(0.5, 0.5, r"$\nothing$")
-    with pytest.raises(ValueError, match="nothing"):
-        save_figure(broken, tmp_path / "figure")
-    assert png.read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.pdf", "figure.png"]
-
-
 def test_notebooks_show_a_figure():
     assert new_figure(1.0, 1.0)._repr_png_().startswith(b"\x89PNG")
 
 
-def test_forks_go_from_dark_to_light():
-    colors = fork_colors([0, 3, 8, 20])
+def test_sequences_go_from_dark_to_light():
+    colors = sequential_colors([0, 3, 8, 20])
     brightness = [np.dot(color[:3], [0.2126, 0.7152, 0.0722]) for color in colors.values()]
     assert list(colors) == [0, 3, 8, 20]
     assert brightness == sorted(brightness)
-    assert len(fork_colors([5])) == 1
+    assert len(sequential_colors([5])) == 1
 
 
-def test_expansions_differ_in_colour_and_in_line_style():
-    assert len({pen.color for pen in EXPANSION_PENS.values()}) == len(EXPANSION_PENS)
-    assert len({pen.linestyle for pen in EXPANSION_PENS.values()}) == len(EXPANSION_PENS)
+@pytest.mark.parametrize(("count", "styles"), [(4, 4), (6, 4)])
+def test_pens_differ_in_colour_and_up_to_four_in_line_style(count, styles):
+    found = pens({number: str(number) for number in range(count)})
+    assert [pen.label for pen in found.values()] == [str(number) for number in range(count)]
+    assert len({pen.color for pen in found.values()}) == count
+    assert len({pen.linestyle for pen in found.values()}) == styles

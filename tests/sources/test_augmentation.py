@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lmc_curvature.forking import ImageDataset, TrainingConfig, make_model, train
+from lmc_curvature.sources import ImageDataset, make_model
 from lmc_curvature.sources.augmentation import PADDING, Crops
 
 
@@ -49,33 +49,6 @@ def test_the_loader_normalises_after_augmenting():
     x = torch.cat([x for x, _ in data.batches(16, order=order, crops=crops)])
     expected = crops.apply(data.images[order], 0).float() / 255 - 0.5
     assert torch.allclose(x, expected, atol=1e-6)
-
-
-def test_training_augments_by_the_order_seed():
-    data = ImageDataset(images(), torch.arange(40) % 10, tuple("0123456789"), torch.full((3,), 0.5), torch.ones(3))
-    seen = []
-
-    class Spy(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = torch.nn.Linear(3 * 64, 10)
-
-        def forward(self, x):
-            seen.append(x.detach().clone())
-            return self.linear(x.flatten(1))
-
-    def inputs(augmentation, seed):
-        seen.clear()
-        config = TrainingConfig(epochs=1, learning_rate=0.1, batch_size=16, augmentation=augmentation)
-        train(Spy(), data, config, order_seed=seed, progress=False)
-        return torch.cat(seen)
-
-    plain, augmented = inputs("none", 3), inputs("crop-flip", 3)
-    assert torch.equal(augmented, inputs("crop-flip", 3))
-    assert not torch.equal(augmented, plain)
-    assert not torch.equal(augmented, inputs("crop-flip", 4))
-    # The order is the same with and without: some images are cut out just where they were.
-    assert (augmented == plain).flatten(1).all(1).sum() < 10
 
 
 @pytest.mark.gpu

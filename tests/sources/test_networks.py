@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 
 from lmc_curvature.errors import ConfigurationError, OptionError
-from lmc_curvature.forking import cifar_resnet18, digits_resnet, make_model, model_names, resnet, resnet20
+from lmc_curvature.sources import cifar_resnet18, digits_resnet, make_model, model_names, resnet, resnet20
 
 
 def weight_modules(model):

@@ -23,7 +23,7 @@ class GGNOperator(CurvatureOperator):
     that is one tensor; a `BatchLoss` raises `LossError`, because its network's output is not known.
 
     Example:
-        >>> G = GGNOperator(objective)                          # doctest: +SKIP
+        >>> G = GGNOperator(objective)
         >>> G @ torch.randn(G.shape[1], 5)                      # five vectors, one pass over the data
         >>> G.block("fc").to_dense()                            # a layer's own matrix
         >>> G.block_diagonal() @ torch.randn(G.shape[1])        # without what is between layers

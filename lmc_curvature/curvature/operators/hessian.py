@@ -17,7 +17,7 @@ class HessianOperator(CurvatureOperator):
     Its arguments and errors are those of `CurvatureOperator`.
 
     Example:
-        >>> H = HessianOperator(objective)                      # doctest: +SKIP
+        >>> H = HessianOperator(objective)
         >>> H @ torch.randn(H.shape[1])                         # a vector: shape (n,)
         >>> H @ torch.randn(H.shape[1], 5)                      # five at once: shape (n, 5), one pass over the data
         >>> H @ segment.directions()["fc"]                      # a direction: a state

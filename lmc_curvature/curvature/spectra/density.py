@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from lmc_curvature.curvature.spectra.lanczos import Chains
 from lmc_curvature.curvature.spectra.symmetric import Distribution, Matrix, Operator, check_count_option
 from lmc_curvature.curvature.spectra.trace import Estimate
 from lmc_curvature.errors import OptionError, check_choice
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
 
 # Wide enough for the peaks of single outliers to be seen, narrow enough for the bulk not to be the kernel's own shape.
 WIDTH_SHARE = 0.004
@@ -92,6 +95,12 @@ class SpectralDensity:
         heights = [np.exp(-0.5 * ((point - nodes) / width) ** 2) @ weights for point in points]
         return np.array(heights) / (width * math.sqrt(2 * math.pi))
 
+    def plot(self) -> "Figure | SubFigure":
+        """Draw the smoothed density on a logarithmic scale; `draw_spectral_density` draws several over one another."""
+        from lmc_curvature.curvature.spectra.drawing import draw_spectral_density
+
+        return draw_spectral_density(self)
+
     def _checked_width(self, width: float | None) -> float:
         width = self.default_width if width is None else width
         if not 0 < width < math.inf:
@@ -120,7 +129,7 @@ def spectral_density(
     products, n ≤ `probes` × `steps`, and fits into memory, is diagonalised instead: the density is exact.
 
     Example:
-        >>> density = spectral_density(HessianOperator(objective))  # doctest: +SKIP
+        >>> density = spectral_density(HessianOperator(objective))
         >>> density.nodes, density.weights                          # (8, 64) each
         >>> density.curve(density.grid())                           # smoothed, for a picture
         >>> density.moment(1)                                       # mean eigenvalue, with its standard error

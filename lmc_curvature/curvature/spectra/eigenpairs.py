@@ -70,7 +70,7 @@ def top_eigenpairs(
     in one call: its search space starts as the whole space.
 
     Example:
-        >>> found = top_eigenpairs(HessianOperator(objective), 10)  # doctest: +SKIP
+        >>> found = top_eigenpairs(HessianOperator(objective), 10)
         >>> found.values, found.residuals                           # λ and ‖H v − λ v‖ / |λ|, (10,) each
         >>> top_eigenpairs(H.block("fc"), 1, which="smallest")      # of a layer's own Hessian, from the lower end
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from lmc_curvature.errors import OptionError
 from tests.support.configurations import SECONDS
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "reproduce.py"
 DIVERGES = SECONDS.replace("learning_rate: 0.1", "learning_rate: 1.0e+30")
 
 
@@ -40,7 +40,7 @@ def test_the_configurations_of_the_paper_are_the_default(reproduce):
     assert names == {"resnet18", "resnet18-no-norm", "resnet20", "resnet20-low-rate", "resnet20-no-decay"}
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_a_configuration_becomes_figures(reproduce, tmp_path):
     result = reproduce(small=SECONDS)
     assert result.exit_code == 0

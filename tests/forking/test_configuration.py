@@ -1,9 +1,11 @@
+import re
 from pathlib import Path
 
 import pytest
 
 from lmc_curvature.errors import ConfigurationError
-from lmc_curvature.forking import ForkConfig, load_config, make_model
+from lmc_curvature.forking import ForkConfig, TrainingConfig, load_config
+from lmc_curvature.sources import make_model
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 TEXT = "training: {epochs: 5, learning_rate: 0.1}\nfork_epochs: [0, 2]\n"
@@ -68,3 +70,53 @@ def test_what_is_wrong_in_a_file_is_named(file, text, message):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigurationError, match=r"none\.yaml cannot be read \(No such file"):
         load_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fork_epochs": [0, 3]}, "fork_epochs: 3 is outside the schedule of 3 epochs; choose from 0 to 2"),
+        ({"fork_epochs": [-1]}, "fork_epochs: -1 is outside"),
+        ({"fork_epochs": [2, 1]}, r"fork_epochs: \(2, 1\) must increase"),
+        ({"fork_epochs": []}, "fork_epochs: "),
+        ({"snapshot_epochs": 0}, "snapshot_epochs: 0: expected a list of epochs, or at least 1"),
+        ({"snapshot_epochs": [3]}, "snapshot_epochs: 3 is outside the schedule of 3 epochs; choose from 1 to 2"),
+        ({"trace": {"alpha": 3}}, "trace.alpha: unknown key; did you mean 'alphas'"),
+        ({"trace": {"layers": "some"}}, "trace.layers: .*'all', 'last' or 'never'"),
+        ({"children": 1}, "children: .*greater than or equal to 2, got 1"),
+        ({"fork_epoch": [0]}, "fork_epoch: unknown key; did you mean 'fork_epochs'"),
+        ({"training": {"epochs": 3, "learning_rat": 1}}, "training.learning_rate: missing"),
+        ({"training": {"epochs": 3, "learning_rate": -1}}, "training.learning_rate: .*greater than 0, got -1"),
+        (
+            {"training": {"epochs": 3, "learning_rate": 1, "epoch": 2}},
+            "training.epoch: unknown key; did you mean 'epochs'",
+        ),
+        ({"training": 3}, "training: .*got 3"),
+    ],
+)
+def test_bad_configurations_name_the_key(settings, change, message):
+    with pytest.raises(ConfigurationError, match=f"^{message}"):
+        ForkConfig(**{**settings, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rat": 1}, "learning_rat: unknown key; did you mean 'learning_rate'?"),
+        ({"learning_rate": 0}, "learning_rate: Input should be greater than 0, got 0."),
+        ({"learning_rate": "fast"}, "learning_rate: Input should be a valid number.*, got 'fast'."),
+        ({"learning_rate": float("nan")}, "learning_rate: Input should be "),
+        ({"momentum": 1.0}, "momentum: Input should be less than 1"),
+        ({"milestones": (3, 2)}, re.escape("milestones: (3, 2) must increase.")),
+        ({"milestones": (10,)}, "milestones: 10 is outside the schedule of 10 epochs; choose from 1 to 9."),
+    ],
+)
+def test_bad_schedules_name_the_key(change, message):
+    with pytest.raises(ConfigurationError, match=f"^{message}"):
+        TrainingConfig(**{"epochs": 10, "learning_rate": 0.1, **change})
+
+
+def test_every_problem_has_a_line():
+    with pytest.raises(ConfigurationError) as caught:
+        TrainingConfig(batch_size=0)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["epochs", "learning_rate", "batch_size"]

@@ -1,13 +1,10 @@
-"""The figures of landscapes and of kinds show what the library computes for them."""
-
-from typing import get_args
+"""The figure of toy landscapes shows what the library computes for them."""
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from lmc_curvature.barrier.kinds import CurveKind
-from lmc_curvature.figures import draw_barrier_kinds, draw_toy_landscapes
+from lmc_curvature.figures import draw_toy_landscapes
 from lmc_curvature.figures.landscapes import toys
 
 
@@ -38,19 +35,13 @@ def test_segments_join_minima():
     for toy in toys():
         losses = toy.losses(toy.minima)
         assert_allclose(losses, 0)
-        assert {index for pair in toy.pairs for index in pair[:2]} <= set(range(len(toy.minima)))
+        assert {index for *ends, _ in toy.segments for index in ends} <= set(range(len(toy.minima)))
 
 
 def test_mirror_images_have_one_barrier():
     """The figure draws one curve for all segments of one colour."""
     for toy in toys():
-        for color in {pair.color for pair in toy.pairs}:
-            same = [toy.barriers(pair) for pair in toy.pairs if pair.color == color]
+        for color in {color for *_, color in toy.segments}:
+            same = [toy.barriers(*ends) for *ends, other in toy.segments if other == color]
             assert_allclose([measured.barrier() for _, measured in same], same[0][1].barrier(), rtol=1e-12)
             assert_allclose([predicted.barrier() for predicted, _ in same], same[0][0].barrier(), rtol=1e-12)
-
-
-def test_every_kind_is_drawn_once(saved):
-    figure = draw_barrier_kinds()
-    saved(figure)
-    assert sorted(axes.get_title(loc="left") for axes in figure.axes) == sorted(get_args(CurveKind))

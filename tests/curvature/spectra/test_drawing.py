@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 
 from lmc_curvature.curvature.spectra.density import WIDTH_SHARE, SpectralDensity, spectral_density
+from lmc_curvature.curvature.spectra.drawing import draw_spectral_density
 from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
 from lmc_curvature.errors import OptionError
-from lmc_curvature.figures.spectra import draw_spectral_density
 from lmc_curvature.plotting.style import new_figure
 
 
@@ -35,7 +35,7 @@ def legend(axes):
 
 
 def test_one_density_is_its_curve_on_a_logarithmic_scale(parent, saved, lines):
-    figure = draw_spectral_density(parent)
+    figure = parent.plot()
     saved(figure)
     (axes,) = figure.axes
     grid, curve = lines(axes)["_density"]

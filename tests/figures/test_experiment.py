@@ -6,9 +6,9 @@ import warnings
 import pytest
 
 from lmc_curvature.errors import CheckpointError
-from lmc_curvature.figures import experiment
-from lmc_curvature.figures.experiment import draw_all
-from lmc_curvature.forking import ForkConfig, run_forks, trace_forks
+from lmc_curvature.figures.experiment import draw_all, draw_traces
+from lmc_curvature.forking import ForkConfig, run_forks
+from lmc_curvature.tracing import read_traces, trace_forks
 
 SETTINGS = {
     "training": {"epochs": 3, "learning_rate": 0.1, "batch_size": 50},
@@ -53,12 +53,6 @@ def copy(trained, tmp_path):
     return tmp_path / "copy"
 
 
-@pytest.fixture
-def unwritten(monkeypatch):
-    """Figures are drawn but not written, which takes longest: what is left to test is which are drawn."""
-    monkeypatch.setattr(experiment, "save_figure", lambda figure, path: (path,))
-
-
 @pytest.mark.slow
 def test_every_figure_is_written_in_both_formats(copy, tmp_path):
     trace_forks(copy, progress=False)
@@ -71,19 +65,19 @@ def test_every_figure_is_written_in_both_formats(copy, tmp_path):
     assert all(path.read_bytes().startswith({".png": b"\x89PNG", ".pdf": b"%PDF"}[path.suffix]) for path in paths)
 
 
-def test_what_was_not_traced_is_left_out_with_a_warning(copy, unwritten, tmp_path):
+def test_what_was_not_traced_is_left_out_with_a_warning(copy):
     never = {**SETTINGS["trace"], "layers": "never", "cumulative": "never", "test": False}
     run_forks(ForkConfig(**{**SETTINGS, "trace": never}), copy, progress=False)
     trace_forks(copy, progress=False)
     with pytest.warns(UserWarning) as caught:
-        paths = draw_all(copy, tmp_path, progress=False)
+        drawn = {name for name, _ in draw_traces(read_traces(copy), progress=False)}
     assert [str(warning.message) for warning in caught if "left out" in str(warning.message)] == [
         "layer-ranks is left out: The table of layers has no number in column 'measured', so there is nothing to draw.",
         "cumulative-barriers is left out: The table of cumulative barriers has no rows, so there is nothing to draw.",
     ]
     # Heat maps remain, for what is predicted of the layers.
     of_test = {name for name in RIDGES if name.endswith("test")}
-    assert {path.name for path in paths} == NAMES - of_test - {"layer-ranks", "cumulative-barriers"}
+    assert drawn == NAMES - of_test - {"layer-ranks", "cumulative-barriers"}
 
 
 def test_missing_traces_are_named_with_what_makes_them(trained, tmp_path):

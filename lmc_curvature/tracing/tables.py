@@ -6,26 +6,28 @@ in nats, errors are shares of examples.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lmc_curvature.barrier.expansions import EXPANSIONS
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.errors import CheckpointError
-from lmc_curvature.forking.directory import ForkDirectory, open_directory
+from lmc_curvature.forking import ForkDirectory, open_directory
 from lmc_curvature.geometry import SiblingGeometry
 from lmc_curvature.storage import write_atomically
+from lmc_curvature.tracing.pair import Pair, cumulative_sets
 
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traces:
-    """What lies between siblings, as they train.
+    """The tables of a traced experiment.
 
     Attributes:
         curves: `split`, `metric`, `alpha`, `value`, and `barrier`, the value over the chord: of whole networks.
@@ -49,20 +51,14 @@ class Traces:
 
 
 _COLUMNS = {
-    "curves": ("fork", "epoch", "split", "metric", "alpha", "value", "barrier"),
-    "barriers": ("fork", "epoch", "split", "metric", "barrier", "standard_error", "end_a", "end_b"),
-    "predictions": ("fork", "epoch", "expansion", "barrier", "standard_error"),
-    "layers": (
-        *("fork", "epoch", "position", "layer", "distance", "hessian_energy"),
-        *("predicted", "predicted_with_slopes", "measured", "measured_lowest"),
-    ),
-    "cumulative": (
-        *("fork", "epoch", "side", "count"),
-        *("measured", "predicted", "predicted_with_slopes", "predicted_shared"),
-    ),
-    "geometry": ("fork", "epoch", "distance", "cosine_origin", "cosine_fork", "cosine_final"),
+    "curves": "fork epoch split metric alpha value barrier",
+    "barriers": "fork epoch split metric barrier standard_error end_a end_b",
+    "predictions": "fork epoch expansion barrier standard_error",
+    "layers": "fork epoch position layer distance hessian_energy predicted predicted_with_slopes measured "
+    "measured_lowest",
+    "cumulative": "fork epoch side count measured predicted predicted_with_slopes predicted_shared",
+    "geometry": "fork epoch distance cosine_origin cosine_fork cosine_final",
 }
-_EXPANSIONS = ("second-order", "with-slopes", "shared-hessian", "hermite")
 
 
 def read_traces(out_dir: str | os.PathLike[str]) -> Traces:
@@ -82,28 +78,24 @@ def read_traces(out_dir: str | os.PathLike[str]) -> Traces:
             raise CheckpointError(f"{path} is missing; {remedy}") from error
         except (ValueError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
-        if tuple(tables[name].columns) != columns:
-            raise CheckpointError(
-                f"{path} has columns {list(tables[name].columns)}; expected {list(columns)}; {remedy}"
-            )
+        found, expected = list(tables[name].columns), columns.split()
+        if found != expected:
+            raise CheckpointError(f"{path} has columns {found}; expected {expected}; {remedy}")
     return Traces(**tables)
 
 
-def write_tables(directory: ForkDirectory, pairs: Iterable[tuple[int, int]]) -> Traces:
-    """Gather what was traced of forks at epochs into tables, and write each as CSV, whole or not at all.
+def write_tables(directory: ForkDirectory, pairs: Sequence[Pair]) -> Traces:
+    """Gather the results of the pairs that are done into tables, and write each as CSV, whole or not at all.
 
     Where nothing was traced, nothing is written.
-
-    Args:
-        directory: The experiment.
-        pairs: Forks and epochs; asked for when no other process writes tables, so that none can lose rows by it.
     """
+    # Whether a pair is done is asked when no other process writes tables, so that none can lose rows by it.
     with directory.writing(directory.path / "traces"):
         rows: dict[str, list[Row]] = {name: [] for name in _COLUMNS}
-        for fork, epoch in pairs:
-            for name, found in _rows_of(directory.trace_path(fork, epoch)).items():
-                rows[name] += [{"fork": fork, "epoch": epoch, **row} for row in found]
-        tables = {name: pd.DataFrame(rows[name], columns=list(columns)) for name, columns in _COLUMNS.items()}
+        for pair in pairs:
+            for name, found in (_rows_of(pair.path) if pair.is_done() else {}).items():
+                rows[name] += [{"fork": pair.fork_epoch, "epoch": pair.epoch, **row} for row in found]
+        tables = {name: pd.DataFrame(rows[name], columns=columns.split()) for name, columns in _COLUMNS.items()}
         if rows["geometry"]:
             for name, table in tables.items():
                 with write_atomically(_table_path(directory, name)) as temporary:
@@ -127,15 +119,22 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
         measurement = BarrierMeasurement.load(path / "sets.safetensors")
         sets = dict(zip(measurement.sets, measurement.layer_curves(), strict=True))
     return {
-        "curves": [row for split, found in measured.items() for row in _curve_rows(split, found)],
-        "barriers": [row for split, found in measured.items() for row in _barrier_rows(split, found)],
+        "curves": [
+            {"split": split, "metric": metric, "alpha": alpha, "value": value, "barrier": barrier}
+            for split, found in measured.items()
+            for metric in found.metrics
+            for alpha, value, barrier in zip(found.alphas, found.values(metric), found.curve(metric), strict=True)
+        ],
+        "barriers": [
+            _barrier_row(split, metric, found) for split, found in measured.items() for metric in found.metrics
+        ],
         "predictions": [
             {
                 "expansion": expansion,
                 "barrier": prediction.barrier(None, expansion),
                 "standard_error": prediction.standard_error(None, expansion),
             }
-            for expansion in _EXPANSIONS
+            for expansion in EXPANSIONS
         ],
         "layers": list(_layer_rows(prediction, sets)),
         "cumulative": list(_cumulative_rows(prediction, sets)),
@@ -143,24 +142,16 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
     }
 
 
-def _curve_rows(split: str, measurement: BarrierMeasurement) -> Iterator[Row]:
-    for metric in measurement.metrics:
-        values, barriers = measurement.values(metric), measurement.curve(metric)
-        for alpha, value, barrier in zip(measurement.alphas, values, barriers, strict=True):
-            yield {"split": split, "metric": metric, "alpha": alpha, "value": value, "barrier": barrier}
-
-
-def _barrier_rows(split: str, measurement: BarrierMeasurement) -> Iterator[Row]:
-    for metric in measurement.metrics:
-        first, second = measurement.ends(metric)
-        yield {
-            "split": split,
-            "metric": metric,
-            "barrier": measurement.barrier(metric),
-            "standard_error": measurement.standard_error(metric),
-            "end_a": first,
-            "end_b": second,
-        }
+def _barrier_row(split: str, metric: str, measurement: BarrierMeasurement) -> Row:
+    first, second = measurement.ends(metric)
+    return {
+        "split": split,
+        "metric": metric,
+        "barrier": measurement.barrier(metric),
+        "standard_error": measurement.standard_error(metric),
+        "end_a": first,
+        "end_b": second,
+    }
 
 
 def _layer_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...], np.ndarray]) -> Iterator[Row]:
@@ -191,10 +182,3 @@ def _cumulative_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...]
                 "predicted_with_slopes": prediction.barrier(members, "with-slopes"),
                 "predicted_shared": prediction.barrier(members, "shared-hessian"),
             }
-
-
-def cumulative_sets(layers: Sequence[str]) -> Iterator[tuple[str, int, tuple[str, ...]]]:
-    """Side, number and names of the first and of the last k layers, for every k (Adilova et al. 2023)."""
-    for count in range(1, len(layers) + 1):
-        yield "first", count, tuple(layers[:count])
-        yield "last", count, tuple(layers[len(layers) - count :])

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lmc_curvature.forking import ForkConfig, run_forks, trace_forks
+from lmc_curvature.forking import ForkConfig, run_forks
+from lmc_curvature.tracing import trace_forks
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "claims.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "claims.py"
 
 
 @pytest.fixture(scope="module")

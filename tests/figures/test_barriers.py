@@ -1,20 +1,14 @@
-"""Figures of barriers show the numbers of the predictions and measurements they are given."""
+"""Barrier curves and bars of layers are those of the predictions and measurements, a panel a fork."""
 
 import numpy as np
 import pytest
 from matplotlib.container import BarContainer
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_array_equal
 
+from lmc_curvature.barrier.drawing import ALPHAS
 from lmc_curvature.errors import OptionError, PartitionError
-from lmc_curvature.figures import draw_barrier_curves, draw_layer_bars, draw_measurement, draw_prediction
-from lmc_curvature.figures.panels import ALPHAS, number_with_error, short_number
-
-EXPANSIONS = {
-    "second order": "second-order",
-    "with slopes": "with-slopes",
-    "shared Hessian": "shared-hessian",
-    "Hermite": "hermite",
-}
+from lmc_curvature.figures import draw_barrier_curves, draw_layer_bars
+from lmc_curvature.plotting.text import short_number
 
 
 def bars(axes):
@@ -29,65 +23,6 @@ def titles(figure):
 
 def legend_texts(legend):
     return [text.get_text() for text in legend.get_texts()]
-
-
-def test_a_prediction_shows_its_four_curves_and_its_layers(predictions, saved, lines):
-    prediction = predictions[0]
-    figure = prediction.plot()
-    saved(figure)
-    curves, _, layers = figure.axes
-    drawn = {label.split(":")[0]: data for label, data in lines(curves).items() if not label.startswith("_")}
-    assert list(drawn) == list(EXPANSIONS)
-    for label, expansion in EXPANSIONS.items():
-        assert_array_equal(drawn[label], [ALPHAS, prediction.curve(ALPHAS, None, expansion)])
-    assert_array_equal(bars(layers)["predicted, second order"], prediction.layer_barriers())
-    assert curves.get_xlabel() == "position α on the segment"
-    assert curves.get_ylabel() == layers.get_xlabel() == "barrier (units of the loss)"
-
-
-def test_layers_stand_in_the_order_of_the_network(predictions):
-    layers = draw_prediction(predictions[0]).axes[-1]
-    assert [label.get_text() for label in layers.get_yticklabels()] == list(predictions[0].layers)
-    assert layers.yaxis_inverted()
-
-
-def test_bars_of_a_prediction_have_its_standard_errors(predictions):
-    prediction = predictions[3]
-    layers = draw_prediction(prediction).axes[-1]
-    (segments,) = [collection.get_segments() for collection in layers.collections]
-    halves = [(segment[1, 0] - segment[0, 0]) / 2 for segment in segments]
-    assert_allclose(halves, [prediction.standard_error([layer]) for layer in prediction.layers])
-
-
-def test_a_single_batch_has_no_standard_errors(convex):
-    figure = draw_prediction(convex[0])
-    assert not figure.axes[-1].collections
-    assert "±" not in " ".join(legend_texts(figure.axes[1].get_legend()))
-
-
-def test_a_measurement_shows_its_metrics_and_its_layers(measurements, saved, lines):
-    measurement = measurements[0]
-    figure = measurement.plot()
-    saved(figure)
-    loss, error, layers = figure.axes
-    for axes, metric in ((loss, "loss"), (error, "error")):
-        drawn = lines(axes)
-        assert_array_equal(drawn["measured"], [measurement.alphas, measurement.values(metric)])
-        assert_array_equal(drawn["chord between the ends"], [[0, 1], measurement.ends(metric)])
-        assert titles(figure)[:2] == ["loss along the segment", "error along the segment"]
-        ((bottom, top),) = axes.collections[0].get_segments()
-        assert_allclose(top - bottom, [0, max(measurement.barrier(metric), 0)])
-    assert_array_equal(bars(layers)["measured"], measurement.layer_barriers())
-    assert loss.get_ylabel() == "loss (units of the loss)"
-    assert error.get_ylabel() == "error (share of examples)"
-
-
-def test_a_measurement_of_the_loss_alone_has_one_panel(two_sided):
-    _, measurement = two_sided(sets=())
-    figure = draw_measurement(measurement)
-    figure.draw_without_rendering()
-    (axes,) = figure.axes
-    assert "no barrier: nowhere above the chord" in [text.get_text() for text in axes.texts]
 
 
 def test_every_fork_has_its_curves_in_the_order_of_the_epochs(predictions, measurements, saved):
@@ -192,33 +127,3 @@ def test_layer_bars_need_measured_layers_of_the_same_partition(predictions, conv
         draw_layer_bars({0: convex[0]}, {0: measurement})
     with pytest.raises(PartitionError):
         draw_layer_bars({0: predictions[0]}, {0: convex[1]})
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.00288, "0.0029"),
-        (2.0, "2.0"),
-        (123.4, "123"),
-        (-0.5, "−0.50"),
-        (5.4e-5, "5.4e−5"),
-        (0.0, "0"),
-        (2e5, "2.0e5"),
-    ],
-)
-def test_short_numbers(value, text):
-    assert short_number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "text"),
-    [
-        (0.00288, 0.0004, "0.0029 ± 0.0004"),
-        (9.6e-4, 7e-5, "(9.6 ± 0.7)e−4"),
-        (2.5, float("nan"), "2.5"),
-        (0.0, 0.0, "0"),
-        (12.0, 30.0, "12 ± 30"),
-    ],
-)
-def test_numbers_with_errors(value, error, text):
-    assert number_with_error(value, error) == text

@@ -1,0 +1,138 @@
+"""The options of the commands, and what they stand for: two networks and their batches.
+
+Nothing of the library is imported before an option is used, so that help and mistyped commands answer at once.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal
+
+import typer
+
+from lmc_curvature.errors import DataError, OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Checkpoint = Annotated[Path, typer.Argument(help="A safetensors file, or a torch.save file that holds tensors only.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+ForkDir = Annotated[Path, typer.Argument(help="A directory that lmc-curvature fork wrote.")]
+OtherData = Annotated[
+    str | None, typer.Option("--data", help="Instead of the experiment's own data, such as a folder that has moved.")
+]
+Workers = Annotated[
+    int, typer.Option(help="Processes to work in. More may be started from elsewhere: they share the work.")
+]
+Progress = Annotated[
+    bool | None,
+    typer.Option("--progress/--no-progress", help="Show progress bars on standard error; by default on a terminal."),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two networks, their data, and how to compute: what `predict` and `measure` both ask for."""
+
+    a: Checkpoint
+    b: Checkpoint
+    model: Annotated[str, typer.Option(help="digits-resnet, resnet20, …; torchvision:NAME; or package.module:factory.")]
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits; a folder of images (ROOT/train/CLASS/*.png); or package.module:factory returning a loader."
+        ),
+    ]
+    model_option: Annotated[
+        list[str] | None,
+        typer.Option(help="KEY=VALUE for the network's factory, such as num_classes=10. Repeatable."),
+    ] = None
+    layers: Annotated[str, typer.Option(help="The partition: fused, module, tensor, block or block:DEPTH.")] = "fused"
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Comma-separated layers to move together. Repeatable.")
+    ] = None
+    batch_norm: Annotated[
+        Literal["interpolate", "batch", "recalibrate"],
+        typer.Option(help="What batch normalisation does between the networks."),
+    ] = "interpolate"
+    split: Annotated[Literal["train", "test"], typer.Option(help="Of digits and folders.")] = "train"
+    limit: Annotated[int | None, typer.Option(help="Use a fixed random sample of this many examples.")] = None
+    batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 256
+    max_batches: Annotated[int | None, typer.Option(help="Use only this many batches.")] = None
+    device: Device = "cpu"
+    dtype: Annotated[Literal["float32", "float64"], typer.Option(help="Type to compute in.")] = "float32"
+    save: Annotated[Path | None, typer.Option(dir_okay=False, help="Also save the full result here, for Python.")] = (
+        None
+    )
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False
+    progress: Progress = None
+
+    def networks(self) -> "tuple[nn.Module, nn.Module]":
+        """The two networks, with the weights of their checkpoints."""
+        from lmc_curvature.checkpoints import load_checkpoint
+        from lmc_curvature.sources import make_model
+
+        options = dict(_key_and_value(option) for option in self.model_option or ())
+        first, second = (load_checkpoint(make_model(self.model, **options), path) for path in (self.a, self.b))
+        return first, second
+
+    def batches(self) -> Iterable[Any]:
+        """The loader: of a data set known by name, or what a factory returns."""
+        from lmc_curvature.sources import load_data
+
+        module, colon, factory = self.data.partition(":")
+        # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.
+        if not colon or module == "cifar10" or Path(self.data).exists():
+            return load_data(self.data, self.split, self.limit, progress=self.progress).batches(self.batch_size)
+        expected = "Expected package.module:factory, a function without arguments that returns a loader."
+        try:
+            make_loader = getattr(importlib.import_module(module), factory)
+        except (ImportError, AttributeError) as error:
+            raise DataError(f"--data {self.data}: {error}. {expected}") from error
+        try:
+            return make_loader()
+        except TypeError as error:
+            raise DataError(f"--data {self.data}: {error}. {expected}") from error
+
+    def sets(self) -> list[list[str]]:
+        """The sets of layers that were named."""
+        return [[name.strip() for name in members.split(",") if name.strip()] for members in self.set_ or ()]
+
+    def computation(self) -> dict[str, Any]:
+        """How to compute, as `predict_barrier` and `measure_barrier` both take it."""
+        import torch
+
+        return {
+            "batch_norm": self.batch_norm,
+            "max_batches": self.max_batches,
+            "device": self.device,
+            "dtype": getattr(torch, self.dtype),
+            "progress": self.progress,
+        }
+
+
+def with_comparison(command: Callable[Concatenate[Comparison, ...], None]) -> Callable[..., None]:
+    """The command with the fields of `Comparison` for options, in place of its first argument, before its own."""
+    shared = inspect.signature(Comparison).parameters
+    _, *own = inspect.signature(command).parameters.values()
+
+    def run(**options: Any) -> None:
+        command(Comparison(**{name: options.pop(name) for name in shared}), **options)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    # typer reads a command's options from its signature.
+    run.__signature__ = inspect.Signature([*shared.values(), *own])  # pyright: ignore[reportFunctionMemberAccess]
+    return run
+
+
+def _key_and_value(option: str) -> tuple[str, Any]:
+    key, equals, value = option.partition("=")
+    if not equals or not key:
+        raise OptionError(f"--model-option {option!r}: expected KEY=VALUE, such as num_classes=10.")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value

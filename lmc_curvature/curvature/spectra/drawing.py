@@ -1,0 +1,122 @@
+"""The figure of spectral densities: how the eigenvalues of a Hessian, or of a Gauss-Newton matrix, are distributed."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from lmc_curvature.curvature.spectra.density import WIDTH_SHARE, SpectralDensity
+from lmc_curvature.curvature.spectra.eigenpairs import Eigenpairs
+from lmc_curvature.errors import OptionError, suggest
+from lmc_curvature.plotting.axes import heading, legend_line, plain_ticks
+from lmc_curvature.plotting.style import GREY, PALE, SMALL, TEXT_WIDTH, look, new_figure, pens
+from lmc_curvature.plotting.text import short_number
+
+_POINTS = 2001
+# How far below the height of a single eigenvalue the axis begins.
+_FLOOR = 0.03
+_SINGLE: dict[str, Any] = {"color": GREY, "linewidth": 0.8, "linestyle": (0, (1, 2))}
+_MARK: dict[str, Any] = {"marker": "^", "markersize": 3.5, "linestyle": "none"}
+
+
+@look()
+def draw_spectral_density(
+    densities: SpectralDensity | Mapping[str, SpectralDensity],
+    *,
+    eigenpairs: Eigenpairs | Mapping[str, Eigenpairs] | None = None,
+    width: float | None = None,
+    title: str = "spectral density",
+    axes: Axes | None = None,
+) -> Figure | SubFigure:
+    """Draw spectral densities over one another, on a logarithmic scale, all smoothed with the same kernel.
+
+    On that scale a single eigenvalue far from the others is as visible as the thousands near zero: a dotted line shows
+    how high one alone stands. Triangles below mark eigenvalues that are known exactly.
+
+    Args:
+        densities: One density, or a name for each: Hessian and Gauss-Newton matrix, parent and child.
+        eigenpairs: Eigenvalues to mark; where several densities have them, under the densities' names.
+        width: Standard deviation of the kernel; by default `WIDTH_SHARE` of what is drawn.
+        title: The title of the panel.
+        axes: Where to draw, instead of a new figure.
+
+    Returns:
+        The figure, which is that of `axes` where they are given.
+
+    Raises:
+        OptionError: There is no density, the width is not positive, or eigenpairs have a name that no density has.
+    """
+    named = {"": densities} if isinstance(densities, SpectralDensity) else dict(densities)
+    if not named:
+        raise OptionError("There is no density to draw; expected at least one.")
+    marked = _marked(named, eigenpairs)
+    grid, width = _shared_grid(named, marked, width)
+    if axes is None:
+        axes = new_figure(TEXT_WIDTH, 2.8).add_subplot()
+    pen_of = pens({name: name for name in named})
+    curves = {name: density.curve(grid, width=width) for name, density in named.items()}
+    single = {1 / (density.dimension * width * math.sqrt(2 * math.pi)) for density in named.values()}
+    floor = _FLOOR * min(single)
+
+    axes.axvline(0, color=PALE, linewidth=0.8, zorder=0, label="_zero")
+    for name, curve in curves.items():
+        axes.fill_between(grid, floor, np.maximum(curve, floor), color=pen_of[name].color, alpha=0.12, linewidth=0)
+        # Zeros have no logarithm; far below the axis, the curve leaves the panel where it should.
+        axes.plot(grid, np.maximum(curve, 1e-3 * floor), label=name or "_density", **pen_of[name].style)
+    for height in sorted(single):
+        axes.axhline(height, zorder=1, label="_one eigenvalue", **_SINGLE)
+    for row, (name, pairs) in enumerate(marked.items()):
+        # Triangles just above the axis, a row for each density.
+        values, place = pairs.values.cpu().numpy(), axes.get_xaxis_transform()
+        style: dict[str, Any] = {"color": pen_of[name].color, "markeredgewidth": 0, **_MARK}
+        axes.plot(values, np.full_like(values, 0.03 + 0.05 * row), transform=place, label="_eigenvalues", **style)
+    axes.set(yscale="log", xlim=(grid[0], grid[-1]), ylim=(floor, 3 * max(curve.max() for curve in curves.values())))
+    axes.set(xlabel="eigenvalue λ", ylabel="share of eigenvalues per unit of λ")
+    plain_ticks(axes.xaxis, most=8)
+    axes.yaxis.set_major_locator(LogLocator(numticks=8))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    heading(axes, title, f"Gaussian kernel of width {short_number(width)}; {_sizes_text(named)}")
+    handles = [legend_line(name, **pen.style) for name, pen in pen_of.items() if name]
+    handles.append(legend_line("height of one eigenvalue", **_SINGLE))
+    if marked:
+        handles.append(legend_line("eigenvalue found", color=GREY, **_MARK))
+    axes.legend(handles=handles, loc="upper right", fontsize=SMALL)
+    return axes.figure
+
+
+def _marked(
+    named: Mapping[str, SpectralDensity], eigenpairs: Eigenpairs | Mapping[str, Eigenpairs] | None
+) -> dict[str, Eigenpairs]:
+    if eigenpairs is None:
+        return {}
+    if isinstance(eigenpairs, Eigenpairs) and len(named) > 1:
+        raise OptionError(f"Whose are the eigenpairs? Pass them under a name: {suggest('', named)}")
+    marked = {next(iter(named)): eigenpairs} if isinstance(eigenpairs, Eigenpairs) else dict(eigenpairs)
+    for name in marked:
+        if name not in named:
+            raise OptionError(f"eigenpairs has {name!r}, which is not among the densities: {suggest(name, named)}")
+    return marked
+
+
+def _shared_grid(
+    named: Mapping[str, SpectralDensity], marked: Mapping[str, Eigenpairs], width: float | None
+) -> tuple[Float64[np.ndarray, " points"], float]:
+    """Points that cover all densities and eigenvalues with a margin, and a kernel width that suits them together."""
+    ends = [density.support for density in named.values()]
+    ends += [(float(pairs.values.min()), float(pairs.values.max())) for pairs in marked.values()]
+    low, high = np.min(ends), np.max(ends)
+    if width is None:
+        width = float(WIDTH_SHARE * (high - low)) or next(iter(named.values())).default_width
+    if not 0 < width < math.inf:
+        raise OptionError(f"width={width!r}: expected a positive standard deviation of the kernel.")
+    return np.linspace(low - 4 * width, high + 4 * width, _POINTS), width
+
+
+def _sizes_text(named: Mapping[str, SpectralDensity]) -> str:
+    sizes = sorted({density.dimension for density in named.values()})
+    return " and ".join(f"{size:,}".replace(",", " ") for size in sizes) + " eigenvalues"

@@ -1,0 +1,43 @@
+"""Numbers and names as figures write them."""
+
+import math
+
+
+def short_number(value: float, digits: int = 2) -> str:
+    """A number with few digits: 0.0029, 5.4e−5, 120."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "–"
+    if 1e-3 <= abs(value) < 1e4:
+        decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+        return f"{value:.{decimals}f}".replace("-", "−")
+    mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+    return f"{mantissa}e{int(exponent)}".replace("-", "−")
+
+
+def number_with_error(value: float, error: float) -> str:
+    """A number and its standard error, where that is known: 0.0027 ± 0.0007, (9.6 ± 0.7)e−4."""
+    if not (math.isfinite(error) and error > 0 and value != 0):
+        return short_number(value)
+    power = math.floor(math.log10(max(abs(value), error)))
+    shown = power if not 1e-3 <= abs(value) < 1e4 else 0
+    decimals = max(shown - math.floor(math.log10(error)), 0)
+    both = f"{value / 10.0**shown:.{decimals}f} ± {error / 10.0**shown:.{decimals}f}"
+    return (f"({both})e{shown}" if shown else both).replace("-", "−")
+
+
+def tick_number(value: float) -> str:
+    """The number of a tick, as it is: 0.25, 12000, 5e−4."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.6g}".replace("-", "−")
+    mantissa, exponent = f"{value:.4e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", "−")
+
+
+def correlation_text(value: float) -> str:
+    """A correlation with two decimals, or that it is undefined."""
+    return f"{value:.2f}".replace("-", "−") if math.isfinite(value) else "undefined"
+
+
+def short_name(name: str, longest: int = 30) -> str:
+    """The end of a long name, which tells layers apart."""
+    return name if len(name) <= longest else f"…{name[1 - longest :]}"

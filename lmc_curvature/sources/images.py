@@ -1,0 +1,150 @@
+"""Labelled images, held as one tensor, and loaders of normalised batches of them."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from jaxtyping import Float32, Int64, UInt8
+from torch import Tensor
+
+from lmc_curvature.errors import DataError, OptionError
+from lmc_curvature.sources.augmentation import Crops
+
+Split = Literal["train", "test"]
+SPLITS: tuple[Split, ...] = ("train", "test")
+
+_SAMPLE_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Images and their labels, uncompressed on one device.
+
+    Attributes:
+        images: Pixels, 0 to 255.
+        targets: The index of each image's class.
+        class_names: The name of each class.
+        mean: Mean of each channel over the training split, pixels scaled to [0, 1].
+        std: Standard deviation of each channel over the training split, likewise.
+
+    Raises:
+        DataError: There are no images, or labels are missing or out of range.
+    """
+
+    images: UInt8[Tensor, "examples channels height width"]
+    targets: Int64[Tensor, " examples"]
+    class_names: tuple[str, ...]
+    mean: Float32[Tensor, " channels"]
+    std: Float32[Tensor, " channels"]
+
+    def __post_init__(self) -> None:
+        if len(self.images) == 0:
+            raise DataError("A data set needs at least one image.")
+        if len(self.images) != len(self.targets):
+            raise DataError(f"{len(self.images)} images have {len(self.targets)} targets; expected one each.")
+        low, high = int(self.targets.min()), int(self.targets.max())
+        if low < 0 or high >= len(self.class_names):
+            raise DataError(
+                f"Targets range from {low} to {high}; with {len(self.class_names)} classes they must lie in "
+                f"0 to {len(self.class_names) - 1}."
+            )
+
+    @classmethod
+    def normalized_by(
+        cls,
+        training_images: UInt8[Tensor, "training channels height width"],
+        images: UInt8[Tensor, "examples channels height width"],
+        targets: Int64[Tensor, " examples"],
+        class_names: tuple[str, ...],
+    ) -> "ImageDataset":
+        """Return the data set of a split, with the mean and standard deviation of the training split."""
+        # Counting the 256 values gives exact moments without a float copy of all the pixels.
+        channels = training_images.unbind(1)
+        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in channels]).double()
+        counts /= counts.sum(dim=1, keepdim=True)
+        values = torch.arange(256, dtype=torch.float64) / 255
+        mean = counts @ values
+        std = (counts * (values - mean[:, None]) ** 2).sum(dim=1).sqrt()
+        # A constant channel has no scale to divide by.
+        return cls(images, targets, class_names, mean.float(), torch.where(std > 0, std, 1.0).float())
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> "ImageDataset":
+        """Return the data set with its tensors on `device`."""
+        tensors = {name: getattr(self, name).to(device) for name in ("images", "targets", "mean", "std")}
+        return dataclasses.replace(self, **tensors)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the images, their labels and their normalisation: all that training sees of them."""
+        digest = hashlib.sha256(str(tuple(self.images.shape)).encode())
+        for tensor in (self.images, self.targets, self.mean, self.std):
+            digest.update(tensor.cpu().reshape(-1).numpy().data)
+        return digest.hexdigest()
+
+    def batches(
+        self, batch_size: int, *, order: Int64[Tensor, " selected"] | None = None, crops: Crops | None = None
+    ) -> "Batches":
+        """Return a loader of normalised batches, in the order of the examples or of the indices in `order`.
+
+        With `crops`, images are augmented; these are drawn for as many positions as the loader has examples.
+        """
+        return Batches(self, batch_size, order, crops)
+
+    def subset(self, selection: int | Int64[Tensor, " selected"]) -> "ImageDataset":
+        """Return some of the examples, normalised as before.
+
+        Args:
+            selection: Indices of examples; or a number of examples, for a fixed random sample in which the
+                smaller is part of the larger.
+
+        Raises:
+            DataError: There are fewer examples than asked for.
+        """
+        if isinstance(selection, int):
+            if not 1 <= selection <= len(self):
+                raise DataError(f"A subset of {selection} examples was asked for; there are {len(self)}.")
+            generator = torch.Generator().manual_seed(_SAMPLE_SEED)
+            selection = torch.randperm(len(self), generator=generator)[:selection].sort().values
+        selection = selection.to(self.images.device)
+        return dataclasses.replace(self, images=self.images[selection], targets=self.targets[selection])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Batches:
+    """A loader over an `ImageDataset`: `(x, y)` batches, any number of times, the last one possibly short.
+
+    `x` is float32, (batch, channels, height, width), with zero mean and unit variance per channel over the
+    training split; `y` is int64, (batch,).
+
+    Raises:
+        OptionError: The batch size is not positive.
+    """
+
+    dataset: ImageDataset
+    batch_size: int
+    order: Int64[Tensor, " selected"] | None = None
+    crops: Crops | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise OptionError(f"batch_size={self.batch_size} must be at least 1.")
+
+    def __len__(self) -> int:
+        count = len(self.dataset) if self.order is None else len(self.order)
+        return -(-count // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        data = self.dataset
+        mean, std = data.mean.view(-1, 1, 1), data.std.view(-1, 1, 1)
+        order = None if self.order is None else self.order.to(data.images.device)
+        crops = None if self.crops is None else self.crops.to(data.images.device)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            stop = start + self.batch_size
+            chosen = slice(start, stop) if order is None else order[start:stop]
+            images = data.images[chosen]
+            pixels = (images if crops is None else crops.apply(images, start)).to(torch.float32)
+            yield pixels.div_(255).sub_(mean).div_(std), data.targets[chosen]

@@ -1,0 +1,12 @@
+"""Every kind of barrier curve is drawn."""
+
+from typing import get_args
+
+from lmc_curvature.barrier.kinds import CurveKind
+from lmc_curvature.figures import draw_barrier_kinds
+
+
+def test_every_kind_is_drawn_once(saved):
+    figure = draw_barrier_kinds()
+    saved(figure)
+    assert sorted(axes.get_title(loc="left") for axes in figure.axes) == sorted(get_args(CurveKind))

@@ -1,0 +1,66 @@
+import csv
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lmc_curvature.errors import CheckpointError, NewerVersionError
+from lmc_curvature.forking import load_child, run_forks
+from tests.support.experiments import contents
+
+
+def test_the_manifest_names_every_snapshot_with_its_digest(finished):
+    manifest = finished.child(0, 1).manifest()
+    assert (manifest["status"], manifest["order_seed"], manifest["first_epoch"]) == ("finished", 2, 0)
+    assert list(manifest["sha256"]) == [f"epoch-{epoch:04d}.safetensors" for epoch in (1, 2, 3)]
+    for name, digest in manifest["sha256"].items():
+        contents = (finished.child(0, 1).path / name).read_bytes()
+        assert hashlib.sha256(contents).hexdigest() == digest
+    assert manifest["made_with"]["torch"] == torch.__version__
+
+
+def test_a_damaged_snapshot_is_named_and_computed_again(finished, config, copy):
+    path = copy / "fork-0000" / "child-1" / "epoch-0003.safetensors"
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    path.write_bytes(bytes(changed))
+    with pytest.raises(CheckpointError, match=r"epoch-0003\.safetensors is damaged.*run_forks\(config, .*, makes it"):
+        load_child(copy, 0, 1)
+    with pytest.warns(UserWarning, match=r"child-1/epoch-0003\.safetensors is damaged.* It is computed again"):
+        run_forks(config, copy, progress=False)
+    assert contents(copy) == contents(finished.path)
+
+
+def test_a_snapshot_of_another_run_is_named_and_computed_again(finished, config, copy):
+    child = copy / "fork-0002" / "child-1" / "epoch-0003.safetensors"
+    shutil.copy(copy / "fork-0002" / "child-0" / "epoch-0003.safetensors", child)
+    with pytest.warns(UserWarning, match=r"child-1.epoch-0003\.safetensors is not the file that .*manifest\.json"):
+        run_forks(config, copy, progress=False)
+    assert contents(copy) == contents(finished.path)
+
+
+def test_metrics_have_a_row_for_each_epoch_of_the_run(finished):
+    def epochs(path):
+        with path.open(encoding="utf-8", newline="") as file:
+            return [int(row["epoch"]) for row in csv.DictReader(file)]
+
+    assert epochs(finished.parent.metrics_path) == [1, 2, 3]
+    assert epochs(finished.child(0, 1).metrics_path) == [1, 2, 3]
+    assert epochs(finished.child(2, 0).metrics_path) == [3]
+
+
+def test_a_snapshot_from_a_newer_release_is_left_alone(config, copy):
+    path = copy / "fork-0000" / "child-1" / "epoch-0003.safetensors"
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["lmc_curvature"])
+    save_file(load_file(path), path, {"lmc_curvature": json.dumps({**header, "version": "99"})})
+    written = path.read_bytes()
+    with pytest.raises(NewerVersionError, match=r"Upgrade lmc_curvature\.$"):
+        load_child(copy, 0, 1)
+    with pytest.raises(NewerVersionError, match=r"epoch-0003\.safetensors has format version '99'.*Upgrade"):
+        run_forks(config, copy, progress=False)
+    assert path.read_bytes() == written

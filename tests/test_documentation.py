@@ -1,0 +1,69 @@
+"""Claim: the Python of the README and of every docstring's example runs as it stands."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import scipy.sparse.linalg
+import torch
+
+import lmc_curvature
+from lmc_curvature import Objective, Segment
+from tests.support.cases import CASES
+from tests.support.configurations import SECONDS
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+@pytest.mark.slow
+def test_readme_runs_when_pasted_block_by_block(tmp_path, monkeypatch, capsys):
+    # The experiment of the README takes minutes; the same name here stands for one that takes seconds.
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "digits.yaml").write_text(SECONDS)
+    monkeypatch.chdir(tmp_path)
+    text = README.read_text()
+    namespace = {}
+    for block in re.finditer(r"```python\n(.*?)```", text, re.DOTALL):
+        before = text[: block.start(1)].count("\n")
+        exec(compile("\n" * before + block[1], str(README), "exec"), namespace)
+    assert "Barrier predicted from 1437 examples" in capsys.readouterr().out
+    assert (tmp_path / "prediction.png").stat().st_size > 10_000
+    assert len(namespace["traces"].barriers) > 0
+
+
+def _docstring_examples():
+    """Every docstring of the package that has an example."""
+    found = []
+    for path in sorted(ROOT.glob("lmc_curvature/**/*.py")):
+        if ">>>" in path.read_text():
+            module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            found += [test for test in doctest.DocTestFinder().find(module) if test.examples]
+    return found
+
+
+class Checker(doctest.OutputChecker):
+    """Output is compared where the docstring shows it."""
+
+    def check_output(self, want, got, optionflags):
+        return want == "" or super().check_output(want, got, optionflags)
+
+
+@pytest.mark.parametrize("example", _docstring_examples(), ids=lambda example: example.name)
+def test_docstring_examples_run(example):
+    case = CASES["conv, interpolate"]
+    model = case.model()
+    example.globs |= {
+        "torch": torch,
+        "scipy": scipy,
+        "objective": (objective := Objective(model, case.batches(), **case.options)),
+        "segment": Segment(model, case.model(seed=1)),
+        "H": lmc_curvature.HessianOperator(objective),
+        "HessianOperator": lmc_curvature.HessianOperator,
+    }
+    assert not any(each.options.get(doctest.SKIP) for each in example.examples), "an example is skipped"
+    report = []
+    doctest.DocTestRunner(checker=Checker()).run(example, out=report.append)
+    assert not report, "".join(report)
