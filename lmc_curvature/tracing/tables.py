@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lmc_curvature.barrier.expansions import EXPANSIONS
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.errors import CheckpointError
@@ -59,6 +58,7 @@ _COLUMNS = {
     "cumulative": "fork epoch side count measured predicted predicted_with_slopes predicted_shared",
     "geometry": "fork epoch distance cosine_origin cosine_fork cosine_final",
 }
+_EXPANSIONS = ("second-order", "with-slopes", "shared-hessian", "hermite")
 
 
 def read_traces(out_dir: str | os.PathLike[str]) -> Traces:
@@ -134,7 +134,7 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
                 "barrier": prediction.barrier(None, expansion),
                 "standard_error": prediction.standard_error(None, expansion),
             }
-            for expansion in EXPANSIONS
+            for expansion in _EXPANSIONS
         ],
         "layers": list(_layer_rows(prediction, sets)),
         "cumulative": list(_cumulative_rows(prediction, sets)),
