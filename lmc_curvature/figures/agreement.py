@@ -111,7 +111,7 @@ def _draw_points(axes: Axes, barriers: Mapping[Fork, Barriers], scale: Decades, 
     zero = "≈ 0" if scale.cut else "≤ 0"
     decades_axis(axes, scale, "x", below=zero, gap=0.025, clear=0.06, powers=True)
     decades_axis(axes, scale, "y", below=zero, gap=0.025, clear=0.06, powers=True)
-    on_one_spot = sum(int((points < scale.floor).all(axis=0).sum()) for points in barriers.values())
-    if on_one_spot > 1:
-        corner = (scale.strip, scale.strip)
-        axes.annotate(f"×{on_one_spot}", corner, (4, 3), textcoords="offset points", fontsize=SMALL - 1)
+    # Those that are small on both axes lie on one spot.
+    count = sum(int((points < scale.floor).all(axis=0).sum()) for points in barriers.values())
+    if count > 1:
+        axes.annotate(f"×{count}", (scale.strip, scale.strip), (4, 3), textcoords="offset points", fontsize=SMALL - 1)
