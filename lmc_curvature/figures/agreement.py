@@ -1,4 +1,4 @@
-"""How far predicted barriers agree with measured ones, over forks and over layers."""
+"""Predicted against measured barriers, over forks and over layers."""
 
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -40,7 +40,7 @@ def draw_predicted_against_measured(
     Args:
         predictions: Fork epoch, or any label, to the prediction for its two children.
         measurements: The same for measurements. Without sets of layers there is no panel of layers.
-        expansion: Which prediction to draw.
+        expansion: The prediction to draw.
 
     Raises:
         OptionError: The two do not have the same forks, a loss was not measured, or `expansion` is `"hermite"`

@@ -43,8 +43,8 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
         drawing.draw_expansion(axes, prediction, "second-order", label=short_number(prediction.barrier()))
         # The legend fills its columns downwards: this stands beside the measured barrier.
         axes.plot([], [], linestyle="none", label=f"‖Δ‖ = {short_number(prediction.distance, 3)}")
-        slopes = short_number(prediction.barrier(None, "with-slopes"))
-        drawing.draw_expansion(axes, prediction, "with-slopes", label=slopes)
+        slopes = prediction.barrier(None, "with-slopes")
+        drawing.draw_expansion(axes, prediction, "with-slopes", label=short_number(slopes))
         axes.set_title(fork_title(fork), loc="left", pad=29)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.02), ncols=2, **_TIGHT_LEGEND)
     share_scale(panels)

@@ -28,7 +28,7 @@ def draw_cumulative_barriers(cumulative: pd.DataFrame, *, epoch: int | None = No
     Args:
         cumulative: A row a fork, epoch, side (`"first"` or `"last"`) and count of layers, with the columns `measured`,
             `predicted` and `predicted_shared`.
-        epoch: Of the siblings; by default the last that each fork has.
+        epoch: The siblings' epoch; by default the last that each fork has.
 
     Raises:
         OptionError: A column is missing, or no fork has this epoch.

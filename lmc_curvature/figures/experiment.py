@@ -26,7 +26,7 @@ def draw_all(
 
     Args:
         out_dir: The directory of an experiment that was traced.
-        figures_dir: Where figures go; made if need be.
+        figures_dir: The directory for the figures; made if need be.
         progress: Show a bar of figures; by default on a terminal and in notebooks.
 
     Returns:
@@ -60,16 +60,17 @@ def draw_traces(traces: Traces, *, progress: bool | None = None) -> Iterator[tup
 
 
 def _drawings(traces: Traces) -> dict[str, Callable[[], Figure]]:
-    """Name and drawing of each figure; the paper's number of it, if it has one, stands beside it."""
-    drawings: dict[str, Callable[[], Figure]] = {}
-    # 1, 8 to 12
+    """Name and drawing of each figure; its number in the paper, if it has one, stands above it."""
+    ridges: dict[str, Callable[[], Figure]] = {}
     for quantity, metric, split in product(get_args(Quantity), ("error", "loss"), sorted(set(traces.curves["split"]))):
         name = f"ridges-{metric}{'-barrier' if quantity == 'barrier' else ''}-{split}"
-        drawings[name] = partial(figures.draw_ridges, traces.curves, metric=metric, quantity=quantity, split=split)
-    # 5, 15 to 20
-    for fork in sorted(set(traces.layers["fork"])):
-        drawings[f"layers-fork-{fork:04d}"] = partial(figures.draw_layer_heatmaps, traces.layers, fork=fork)
-    return drawings | {
+        ridges[name] = partial(figures.draw_ridges, traces.curves, metric=metric, quantity=quantity, split=split)
+    layers = traces.layers
+    forks = sorted(set(layers["fork"]))
+    heatmaps = {f"layers-fork-{fork:04d}": partial(figures.draw_layer_heatmaps, layers, fork=fork) for fork in forks}
+    return {
+        # 1, 8 to 12
+        **ridges,
         # 2, 13
         "sibling-angles": partial(figures.draw_sibling_angles, traces.geometry),
         "solution-planes": partial(figures.draw_solution_planes, traces.geometry),
@@ -79,7 +80,9 @@ def _drawings(traces: Traces) -> dict[str, Callable[[], Figure]]:
         "barriers-by-fork": partial(figures.draw_barriers_by_fork, traces.barriers, traces.predictions),
         "barrier-growth": partial(figures.draw_barrier_growth, traces.barriers, traces.predictions),
         "sibling-distances": partial(figures.draw_sibling_distances, traces.geometry),
-        "layer-ranks": partial(figures.draw_rank_correlations, traces.layers),
+        # 5, 15 to 20
+        **heatmaps,
+        "layer-ranks": partial(figures.draw_rank_correlations, layers),
         "cumulative-barriers": partial(figures.draw_cumulative_barriers, traces.cumulative),
         # 6, 7
         "toy-landscapes": figures.draw_toy_landscapes,

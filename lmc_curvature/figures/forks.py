@@ -27,10 +27,10 @@ class Kind(NamedTuple):
 
     Attributes:
         rows: Rows with the columns `barrier` and `standard_error`.
-        label: What the legend calls them.
+        label: Their name in the legend.
         color: The colour of points, lines and bars.
         marker: The shape of the points.
-        share: How far up the strip those stand that have no place on the axis; at one height they would hide others.
+        share: The height in the strip, from 0 to 1, of those below the axis; at one height kinds would hide each other.
     """
 
     rows: pd.DataFrame
@@ -52,7 +52,7 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     Args:
         barriers: A row a fork, epoch, split and metric, with the columns `barrier` and `standard_error`.
         predictions: A row a fork, epoch and expansion, with the columns `barrier` and `standard_error`.
-        split: On which data barriers were measured: `"train"` or `"test"`.
+        split: The data on which barriers were measured: `"train"` or `"test"`.
 
     Raises:
         OptionError: A column is missing, no row has this split, or nothing is predicted for the last epochs.

@@ -1,4 +1,4 @@
-"""Layer by epoch: where in a network, and when, the barrier between siblings arises."""
+"""Barriers, Hessian energies and distances of every layer at every epoch."""
 
 import math
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def draw_layer_heatmaps(layers: pd.DataFrame, *, fork: int) -> Figure:
     Args:
         layers: A row a fork, epoch and layer, with the columns `position`, `layer`, `measured`, `measured_lowest`,
             `predicted`, `hessian_energy` and `distance`.
-        fork: Whose siblings.
+        fork: The fork of the siblings.
 
     Raises:
         OptionError: A column is missing, or the table does not have this fork.
@@ -149,7 +149,7 @@ def _draw_bar(panels: Sequence[Axes], mesh: QuadMesh, ticks: Locator, *, digits:
 
 
 def _legend_patches(*, unknown: bool, below: bool) -> list[Patch]:
-    """What the signs mean, and hatched and white cells, where there are such."""
+    """The meaning of the signs, and of hatched and white cells, where there are such."""
     signs = {"above the chord": 0.85, "below the chord (no barrier)": 0.15}
     patches = [Patch(facecolor=mpl.colormaps["RdBu_r"](share), label=label) for label, share in signs.items()]
     if unknown:

@@ -28,7 +28,7 @@ class Toy:
     """A product of quadratics, and the segments between its minima to look at.
 
     Attributes:
-        title: What the figure calls it.
+        title: Its title in the figure.
         minima: (minima, d), with d of 1 or 2.
         hessian: The Hessian of each factor, (d, d).
         segments: The numbers of two minima, and a colour, for each segment. Two of one colour are mirror images.

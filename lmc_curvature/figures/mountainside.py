@@ -31,11 +31,11 @@ class Ridge:
     """A ridge that runs straight down the mountain.
 
     Attributes:
-        across: Where its crest runs.
-        start: How far down it begins.
-        length: Over which way it grows to its full height.
+        across: The position of its crest.
+        start: The position down the mountain at which it begins.
+        length: The way down over which it grows to its full height.
         width: Standard deviation of its cross-section, times √2.
-        height: Above the ground beside it.
+        height: The full height above the ground beside it.
     """
 
     across: float
@@ -45,7 +45,7 @@ class Ridge:
     height: float
 
     def above_ground(self, across: Numbers, down: Numbers) -> Numbers:
-        """How far it raises the ground."""
+        """The height by which it raises the ground."""
         crest = self.height * _smooth_step((down - self.start) / self.length)
         return crest * np.exp(-(((across - self.across) / self.width) ** 2))
 
@@ -57,9 +57,9 @@ class Path:
     Attributes:
         start: Across and down.
         across: The line of descent in which it ends.
-        bend: How far down it begins to bend.
+        bend: The position down the mountain at which it begins to bend.
         over: The way down that the bend takes.
-        end: How far down it ends.
+        end: The position down the mountain at which it ends.
     """
 
     start: tuple[float, float]
@@ -163,9 +163,8 @@ def _draw_paths(axes: Axes3D) -> None:
             _draw_on_ground(axes, across, down, f"{name} sibling {number}", color=color, linewidth=1.8)
             _draw_on_ground(axes, across[-1:], down[-1:], "_end", color=color, **_POINT)
         # The segment is drawn where it runs: over the ground, whose height it meets.
-        across = np.linspace(siblings[0].across, siblings[1].across, 101)
-        foot = np.full_like(across, _END)
-        _draw_on_ground(axes, across, foot, f"{name} segment", color=color, linestyle=(0, (2, 1.2)))
+        across, down = np.linspace(siblings[0].across, siblings[1].across, 101), np.full(101, _END)
+        _draw_on_ground(axes, across, down, f"{name} segment", color=color, linestyle=(0, (2, 1.2)))
     for across, down in np.array([EARLY_FORK, LATE_FORK])[..., None]:
         _draw_on_ground(axes, across, down, "_fork", color=INK, **_POINT)
 

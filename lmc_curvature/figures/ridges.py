@@ -50,9 +50,9 @@ def draw_ridges(
 
     Args:
         curves: A row a fork, epoch, split, metric and α, with the columns `alpha`, `value` and `barrier`.
-        metric: Which metric: `"loss"` or `"error"`.
+        metric: The metric, `"loss"` or `"error"`.
         quantity: `"value"` for the metric itself, `"barrier"` for how far it lies above the chord.
-        split: On which data: `"train"` or `"test"`.
+        split: The data, `"train"` or `"test"`.
 
     Raises:
         OptionError: A column is missing, no row has this split and metric, or `quantity` is unknown.

@@ -1,4 +1,4 @@
-"""How siblings drift apart while they train: the angle between them, their distance, and the plane they settle in."""
+"""Siblings drift apart while they train: the angle between them, their distance, and the plane they settle in."""
 
 from collections.abc import Mapping
 

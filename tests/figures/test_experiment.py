@@ -60,6 +60,7 @@ def traced(trained, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn(traced, recwarn):
     figures = list(draw_traces(read_traces(traced), progress=False))
     assert sorted(name for name, _ in figures) == sorted(NAMES)
@@ -77,6 +78,7 @@ def test_every_figure_is_written_in_both_formats(traced, tmp_path):
     assert all(path.read_bytes().startswith({".png": b"\x89PNG", ".pdf": b"%PDF"}[path.suffix]) for path in paths)
 
 
+@pytest.mark.slow
 def test_what_was_not_traced_is_left_out_with_a_warning(copy):
     never = {**SETTINGS["trace"], "layers": "never", "cumulative": "never", "test": False}
     run_forks(ForkConfig(**{**SETTINGS, "trace": never}), copy, progress=False)

@@ -43,7 +43,7 @@ def draw_spectral_density(
         eigenpairs: Eigenvalues to mark; where several densities have them, under the densities' names.
         width: Standard deviation of the kernel; by default `WIDTH_SHARE` of what is drawn.
         title: The title of the panel.
-        axes: Where to draw, instead of a new figure.
+        axes: The panel to draw into, instead of a new figure.
 
     Returns:
         The figure, which is that of `axes` where they are given.
