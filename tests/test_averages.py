@@ -1,4 +1,6 @@
-"""Claim: means weigh batches by their examples, and standard errors estimate how far such means scatter."""
+"""Means weigh batches by their examples, standard errors estimate how far they scatter, and ranks are correlated."""
+
+import math
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lmc_curvature.averages import standard_error, weighted_mean
+from lmc_curvature.averages import rank_correlation, standard_error, weighted_mean
 
 _batch = st.tuples(st.integers(1, 20), arrays(np.float64, (2, 3), elements=st.floats(-1e3, 1e3)))
 
@@ -44,3 +46,21 @@ def test_a_single_batch_has_no_standard_error():
     error = standard_error(np.ones((1, 2, 3)), np.array([5]))
     assert error.shape == (2, 3)
     assert np.isnan(error).all()
+
+
+def test_rank_correlation_by_hand_and_of_finite_pairs_alone():
+    # Of four pairs, ρ = 1 − Σd² / 10.
+    first, second = np.array([3.0, 1.0, 4.0, 2.0]), np.array([30.0, 20.0, 40.0, 10.0])
+    assert rank_correlation(first, second) == pytest.approx(0.8)
+    unknown = np.array([np.nan, 9.0]), np.array([0.0, np.inf])
+    with_unknown = (np.append(known, more) for known, more in zip((first, second), unknown, strict=True))
+    assert rank_correlation(*with_unknown) == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [0, 0, 0]), ([], []), ([1, np.nan, 3], [1, 2, 3])],
+)
+def test_ranks_of_few_or_equal_values_have_no_correlation(first, second, recwarn):
+    assert math.isnan(rank_correlation(np.array(first, dtype=float), np.array(second, dtype=float)))
+    assert not recwarn

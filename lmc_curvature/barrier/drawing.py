@@ -42,8 +42,8 @@ def draw_prediction(prediction: BarrierPrediction) -> Figure:
     Args:
         prediction: A result of `predict_barrier`.
     """
-    legend_height = 0.85
-    height = max(rows_height(len(prediction.layers), _ROW_HEIGHT) + 0.6, _CURVE_HEIGHT + legend_height)
+    # The legend below the curves takes 0.85 inches.
+    height = max(rows_height(len(prediction.layers), _ROW_HEIGHT) + 0.6, _CURVE_HEIGHT + 0.85)
     figure = new_figure(TEXT_WIDTH, height)
     grid = figure.add_gridspec(2, 2, height_ratios=[_CURVE_HEIGHT, height - _CURVE_HEIGHT])
     curves, legend, layers = (figure.add_subplot(cell) for cell in (grid[0, 0], grid[1, 0], grid[:, 1]))

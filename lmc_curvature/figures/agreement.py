@@ -1,4 +1,4 @@
-"""How far predicted barriers agree with measured ones, over forks and over layers."""
+"""Predicted against measured barriers, over forks and over layers."""
 
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -40,7 +40,7 @@ def draw_predicted_against_measured(
     Args:
         predictions: Fork epoch, or any label, to the prediction for its two children.
         measurements: The same for measurements. Without sets of layers there is no panel of layers.
-        expansion: Which prediction to draw.
+        expansion: The prediction to draw.
 
     Raises:
         OptionError: The two do not have the same forks, a loss was not measured, or `expansion` is `"hermite"`
@@ -111,7 +111,7 @@ def _draw_points(axes: Axes, barriers: Mapping[Fork, Barriers], scale: Decades, 
     zero = "≈ 0" if scale.cut else "≤ 0"
     decades_axis(axes, scale, "x", below=zero, gap=0.025, clear=0.06, powers=True)
     decades_axis(axes, scale, "y", below=zero, gap=0.025, clear=0.06, powers=True)
-    on_one_spot = sum(int((points < scale.floor).all(axis=0).sum()) for points in barriers.values())
-    if on_one_spot > 1:
-        corner = (scale.strip, scale.strip)
-        axes.annotate(f"×{on_one_spot}", corner, (4, 3), textcoords="offset points", fontsize=SMALL - 1)
+    # Those that are small on both axes lie on one spot.
+    count = sum(int((points < scale.floor).all(axis=0).sum()) for points in barriers.values())
+    if count > 1:
+        axes.annotate(f"×{count}", (scale.strip, scale.strip), (4, 3), textcoords="offset points", fontsize=SMALL - 1)

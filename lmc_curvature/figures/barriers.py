@@ -6,17 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from lmc_curvature.barrier.drawing import (
-    ALPHA_LABEL,
-    BARRIER_LABEL,
-    EXPANSION_PENS,
-    MEASURED,
-    alpha_axis,
-    distance_text,
-    draw_expansion,
-    measured_bars,
-    predicted_bars,
-)
+from lmc_curvature.barrier import drawing
 from lmc_curvature.figures.panels import Measurements, Predictions, fork_title, paired_forks
 from lmc_curvature.plotting.axes import heading, legend_line, zero_line
 from lmc_curvature.plotting.grids import label_panels, panel_cells, share_scale
@@ -45,21 +35,23 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
     figure, cells = panel_cells(len(pairs), 1.9, margin=_margin(len(pairs)))
     panels = [figure.add_subplot(cell) for cell in cells]
     for (fork, (prediction, measurement)), axes in zip(pairs.items(), panels, strict=True):
-        alpha_axis(axes)
+        drawing.alpha_axis(axes)
         zero_line(axes)
-        axes.plot(measurement.alphas, measurement.curve(), label=short_number(measurement.barrier()), **MEASURED)
-        draw_expansion(axes, prediction, "second-order", label=short_number(prediction.barrier()))
+        axes.plot(
+            measurement.alphas, measurement.curve(), label=short_number(measurement.barrier()), **drawing.MEASURED
+        )
+        drawing.draw_expansion(axes, prediction, "second-order", label=short_number(prediction.barrier()))
         # The legend fills its columns downwards: this stands beside the measured barrier.
         axes.plot([], [], linestyle="none", label=f"‖Δ‖ = {short_number(prediction.distance, 3)}")
-        slopes = short_number(prediction.barrier(None, "with-slopes"))
-        draw_expansion(axes, prediction, "with-slopes", label=slopes)
+        slopes = prediction.barrier(None, "with-slopes")
+        drawing.draw_expansion(axes, prediction, "with-slopes", label=short_number(slopes))
         axes.set_title(fork_title(fork), loc="left", pad=29)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.02), ncols=2, **_TIGHT_LEGEND)
     share_scale(panels)
-    label_panels(figure, ALPHA_LABEL, BARRIER_LABEL)
-    pens = EXPANSION_PENS["second-order"], EXPANSION_PENS["with-slopes"]
+    label_panels(figure, drawing.ALPHA_LABEL, drawing.BARRIER_LABEL)
+    pens = drawing.EXPANSION_PENS["second-order"], drawing.EXPANSION_PENS["with-slopes"]
     predicted = [legend_line(f"predicted, {pen.label}", **pen.style) for pen in pens]
-    _legend_above(figure, [legend_line("measured", **MEASURED), *predicted])
+    _legend_above(figure, [legend_line("measured", **drawing.MEASURED), *predicted])
     return figure
 
 
@@ -92,14 +84,14 @@ def draw_layer_bars(
     handles: list[Any] = []
     for (fork, (prediction, measurement)), rows, cell in zip(pairs.items(), names, cells, strict=True):
         axes = figure.add_subplot(cell)
-        bars = [measured_bars(measurement), predicted_bars(prediction, measurement.sets)]
-        marks = predicted_bars(prediction, measurement.sets, "with-slopes")
+        bars = [drawing.measured_bars(measurement), drawing.predicted_bars(prediction, measurement.sets)]
+        marks = drawing.predicted_bars(prediction, measurement.sets, "with-slopes")
         label_rows = cell.is_first_col() or any(rows != others for others in names)
         draw_rows(axes, rows, bars, marks=marks, label_rows=label_rows)
-        heading(axes, fork_title(fork), distance_text(prediction))
+        heading(axes, fork_title(fork), drawing.distance_text(prediction))
         diamond = legend_line(marks.label, color=marks.color, marker="D", markersize=3, linestyle="none")
         handles = [*(Patch(color=group.color, label=group.label) for group in bars), diamond]
-    label_panels(figure, BARRIER_LABEL)
+    label_panels(figure, drawing.BARRIER_LABEL)
     _legend_above(figure, handles)
     return figure
 

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lmc_curvature.barrier.drawing import BARRIER_LABEL
@@ -29,7 +28,7 @@ def draw_cumulative_barriers(cumulative: pd.DataFrame, *, epoch: int | None = No
     Args:
         cumulative: A row a fork, epoch, side (`"first"` or `"last"`) and count of layers, with the columns `measured`,
             `predicted` and `predicted_shared`.
-        epoch: Of the siblings; by default the last that each fork has.
+        epoch: The siblings' epoch; by default the last that each fork has.
 
     Raises:
         OptionError: A column is missing, or no fork has this epoch.
@@ -42,7 +41,11 @@ def draw_cumulative_barriers(cumulative: pd.DataFrame, *, epoch: int | None = No
     for axes, (fork, each) in zip(panels, forks.items(), strict=True):
         zero_line(axes)
         for side, color in _SIDES.items():
-            _draw_side(axes, having(each, "side", side, by="count"), side, color)
+            side_rows = having(each, "side", side, by="count")
+            counts = numbers(side_rows, "count")
+            for column, (_, style) in _PREDICTED.items():
+                axes.plot(counts, numbers(side_rows, column), style, color=color, label=f"_{side}, {column}")
+            axes.plot(counts, numbers(side_rows, "measured"), color=color, label=f"_{side}, measured", **_MEASURED)
         count_axis(axes, "")
         plain_ticks(axes.yaxis)
         heading(axes, fork_title(fork), f"siblings at epoch {int(numbers(each, 'epoch')[0])}")
@@ -54,10 +57,3 @@ def draw_cumulative_barriers(cumulative: pd.DataFrame, *, epoch: int | None = No
     handles += [legend_line(label, color=INK, linestyle=style) for label, style in _PREDICTED.values()]
     figure.legend(handles=handles, loc="outside upper left", ncols=5 if figure.get_figwidth() > 6 else 2)
     return figure
-
-
-def _draw_side(axes: Axes, rows: pd.DataFrame, side: str, color: str) -> None:
-    counts = numbers(rows, "count")
-    for column, (_, linestyle) in _PREDICTED.items():
-        axes.plot(counts, numbers(rows, column), color=color, linestyle=linestyle, label=f"_{side}, {column}")
-    axes.plot(counts, numbers(rows, "measured"), color=color, label=f"_{side}, measured", **_MEASURED)

@@ -11,17 +11,9 @@ from typing import get_args
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
+from lmc_curvature import figures
 from lmc_curvature.errors import OptionError
-from lmc_curvature.figures.cumulative import draw_cumulative_barriers
-from lmc_curvature.figures.files import save_figure
-from lmc_curvature.figures.forks import draw_barrier_growth, draw_barriers_by_fork
-from lmc_curvature.figures.heatmaps import draw_layer_heatmaps
-from lmc_curvature.figures.kinds import draw_barrier_kinds
-from lmc_curvature.figures.landscapes import draw_toy_landscapes
-from lmc_curvature.figures.mountainside import draw_mountainside
-from lmc_curvature.figures.ranks import draw_rank_correlations
-from lmc_curvature.figures.ridges import Quantity, draw_ridges
-from lmc_curvature.figures.siblings import draw_sibling_angles, draw_sibling_distances, draw_solution_planes
+from lmc_curvature.figures.ridges import Quantity
 from lmc_curvature.tracing import Traces, read_traces
 
 
@@ -34,7 +26,7 @@ def draw_all(
 
     Args:
         out_dir: The directory of an experiment that was traced.
-        figures_dir: Where figures go; made if need be.
+        figures_dir: The directory for the figures; made if need be.
         progress: Show a bar of figures; by default on a terminal and in notebooks.
 
     Returns:
@@ -43,8 +35,8 @@ def draw_all(
     Raises:
         CheckpointError: There are no traces. The message says what makes them.
     """
-    figures = draw_traces(read_traces(out_dir), progress=progress)
-    return tuple(path for name, figure in figures for path in save_figure(figure, Path(figures_dir) / name))
+    drawn = draw_traces(read_traces(out_dir), progress=progress)
+    return tuple(path for name, figure in drawn for path in figures.save_figure(figure, Path(figures_dir) / name))
 
 
 def draw_traces(traces: Traces, *, progress: bool | None = None) -> Iterator[tuple[str, Figure]]:
@@ -68,28 +60,31 @@ def draw_traces(traces: Traces, *, progress: bool | None = None) -> Iterator[tup
 
 
 def _drawings(traces: Traces) -> dict[str, Callable[[], Figure]]:
-    """Name and drawing of each figure; the paper's number of it, if it has one, stands beside it."""
-    drawings: dict[str, Callable[[], Figure]] = {}
-    # 1, 8 to 12
+    """Name and drawing of each figure; its number in the paper, if it has one, stands above it."""
+    ridges: dict[str, Callable[[], Figure]] = {}
     for quantity, metric, split in product(get_args(Quantity), ("error", "loss"), sorted(set(traces.curves["split"]))):
         name = f"ridges-{metric}{'-barrier' if quantity == 'barrier' else ''}-{split}"
-        drawings[name] = partial(draw_ridges, traces.curves, metric=metric, quantity=quantity, split=split)
-    # 5, 15 to 20
-    for fork in sorted(set(traces.layers["fork"])):
-        drawings[f"layers-fork-{fork:04d}"] = partial(draw_layer_heatmaps, traces.layers, fork=fork)
-    return drawings | {
+        ridges[name] = partial(figures.draw_ridges, traces.curves, metric=metric, quantity=quantity, split=split)
+    layers = traces.layers
+    forks = sorted(set(layers["fork"]))
+    heatmaps = {f"layers-fork-{fork:04d}": partial(figures.draw_layer_heatmaps, layers, fork=fork) for fork in forks}
+    return {
+        # 1, 8 to 12
+        **ridges,
         # 2, 13
-        "sibling-angles": partial(draw_sibling_angles, traces.geometry),
-        "solution-planes": partial(draw_solution_planes, traces.geometry),
+        "sibling-angles": partial(figures.draw_sibling_angles, traces.geometry),
+        "solution-planes": partial(figures.draw_solution_planes, traces.geometry),
         # 3
-        "mountainside": draw_mountainside,
+        "mountainside": figures.draw_mountainside,
         # 4, 14
-        "barriers-by-fork": partial(draw_barriers_by_fork, traces.barriers, traces.predictions),
-        "barrier-growth": partial(draw_barrier_growth, traces.barriers, traces.predictions),
-        "sibling-distances": partial(draw_sibling_distances, traces.geometry),
-        "layer-ranks": partial(draw_rank_correlations, traces.layers),
-        "cumulative-barriers": partial(draw_cumulative_barriers, traces.cumulative),
+        "barriers-by-fork": partial(figures.draw_barriers_by_fork, traces.barriers, traces.predictions),
+        "barrier-growth": partial(figures.draw_barrier_growth, traces.barriers, traces.predictions),
+        "sibling-distances": partial(figures.draw_sibling_distances, traces.geometry),
+        # 5, 15 to 20
+        **heatmaps,
+        "layer-ranks": partial(figures.draw_rank_correlations, layers),
+        "cumulative-barriers": partial(figures.draw_cumulative_barriers, traces.cumulative),
         # 6, 7
-        "toy-landscapes": draw_toy_landscapes,
-        "barrier-kinds": draw_barrier_kinds,
+        "toy-landscapes": figures.draw_toy_landscapes,
+        "barrier-kinds": figures.draw_barrier_kinds,
     }

@@ -1,4 +1,4 @@
-"""Figures are written to files."""
+"""Figures as files."""
 
 import os
 from pathlib import Path

@@ -8,7 +8,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from lmc_curvature.barrier.drawing import BARRIER_LABEL, EXPANSION_PENS
 from lmc_curvature.barrier.expansions import Expansion
@@ -28,10 +27,10 @@ class Kind(NamedTuple):
 
     Attributes:
         rows: Rows with the columns `barrier` and `standard_error`.
-        label: What the legend calls them.
+        label: Their name in the legend.
         color: The colour of points, lines and bars.
         marker: The shape of the points.
-        share: How far up the strip those stand that have no place on the axis; at one height they would hide others.
+        share: The height in the strip, from 0 to 1, of those below the axis; at one height kinds would hide each other.
     """
 
     rows: pd.DataFrame
@@ -39,10 +38,6 @@ class Kind(NamedTuple):
     color: str | Color
     marker: str
     share: float = 0.5
-
-    def legend_entry(self, **style: Any) -> Line2D:
-        """What the legend shows of them."""
-        return legend_line(self.label, color=self.color, marker=self.marker, **style)
 
 
 @look()
@@ -57,7 +52,7 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     Args:
         barriers: A row a fork, epoch, split and metric, with the columns `barrier` and `standard_error`.
         predictions: A row a fork, epoch and expansion, with the columns `barrier` and `standard_error`.
-        split: On which data barriers were measured: `"train"` or `"test"`.
+        split: The data on which barriers were measured: `"train"` or `"test"`.
 
     Raises:
         OptionError: A column is missing, no row has this split, or nothing is predicted for the last epochs.
@@ -78,9 +73,10 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     figure = new_figure(max(COLUMN_WIDTH, 0.5 * len(times) + 1.2), 3.1)
     axes = figure.add_subplot()
     scale = _scale(kind.rows for kind in kinds)
+    unjoined: dict[str, Any] = {"markersize": 4.0, "linestyle": "none"}
     for number, kind in enumerate(kinds):
         positions = np.arange(len(times)) + 0.16 * (number - (len(kinds) - 1) / 2)
-        _draw_barriers(axes, positions, kind, scale, markersize=4.0, linestyle="none", elinewidth=0.8)
+        _draw_barriers(axes, positions, kind, scale, elinewidth=0.8, **unjoined)
         # Faint, since there is nothing between two forks: it leads the eye.
         shown = scale.above(numbers(kind.rows, "barrier"))
         axes.plot(positions, shown, color=kind.color, linewidth=0.6, alpha=0.5, label="_guide")
@@ -88,7 +84,7 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     axes.grid(axis="y", color=PALE, linewidth=0.5)
     axes.set_xticks(range(len(times)), [f"{fork:.0f}" for fork in times["fork"]])
     axes.set(xlim=(-0.6, len(times) - 0.4), xlabel="fork at epoch", ylabel=BARRIER_LABEL)
-    handles = [kind.legend_entry(markersize=4, linestyle="none") for kind in kinds]
+    handles = [legend_line(kind.label, color=kind.color, marker=kind.marker, **unjoined) for kind in kinds]
     figure.legend(handles=handles, loc="outside upper left", ncols=1, borderaxespad=0.2)
     return figure
 
@@ -124,19 +120,18 @@ def draw_barrier_growth(barriers: pd.DataFrame, predictions: pd.DataFrame) -> Fi
         axes = figure.add_subplot(cell, sharex=first, sharey=first)
         first = first or axes
         for kind in kinds:
-            of_fork = kind._replace(rows=having(kind.rows, "fork", fork))
+            each = kind._replace(rows=having(kind.rows, "fork", fork))
             # The bars of predictions are broad and pale, behind the thin ones of the measurement.
             thickness, opacity = (0.8, 1.0) if kind is measured else (3.0, 0.3)
-            bars = {"elinewidth": thickness, "ecolor": to_rgba(kind.color, opacity)}
-            if len(of_fork.rows):
-                epochs = numbers(of_fork.rows, "epoch")
-                _draw_barriers(axes, epochs, of_fork, scale, markersize=2.5, linewidth=1, **bars)
+            style = {"linewidth": 1, "elinewidth": thickness, "ecolor": to_rgba(kind.color, opacity)}
+            if len(each.rows):
+                _draw_barriers(axes, numbers(each.rows, "epoch"), each, scale, markersize=2.5, **style)
         decades_axis(axes, scale)
         axes.grid(axis="y", color=PALE, linewidth=0.5)
         count_axis(axes, "")
         axes.set_title(fork_title(fork), loc="left")
     label_panels(figure, EPOCH_LABEL, BARRIER_LABEL)
-    handles = [kind.legend_entry(markersize=3) for kind in kinds[::-1]]
+    handles = [legend_line(kind.label, color=kind.color, marker=kind.marker, markersize=3) for kind in kinds[::-1]]
     figure.legend(handles=handles, loc="outside upper left", ncols=3 if figure.get_figwidth() > 4 else 1)
     return figure
 
@@ -167,14 +162,12 @@ def _scale(tables: Iterable[pd.DataFrame]) -> Decades:
     return decades(np.concatenate(reached))
 
 
-def _draw_barriers(
-    axes: Axes, positions: np.ndarray, kind: Kind, scale: Decades, *, markersize: float, **lines: Any
-) -> None:
+def _draw_barriers(axes: Axes, positions: np.ndarray, kind: Kind, scale: Decades, **style: Any) -> None:
     """Points with their standard errors; hollow points, and ends of bars, in the strip for what is below the axis."""
     barriers, errors = numbers(kind.rows, "barrier"), numbers(kind.rows, "standard_error")
     shown, lower = scale.above(barriers), barriers - errors
     below = shown - np.where(lower < scale.floor, scale.strip, lower)
-    style: dict[str, Any] = {"color": kind.color, "marker": kind.marker, "markersize": markersize}
-    axes.errorbar(positions, shown, yerr=np.stack([below, errors]), label=f"_{kind.label}", **style, **lines)
-    style |= {"linestyle": "none", "markerfacecolor": "none"}
-    axes.plot(positions, scale.below(barriers, kind.share), label=f"_{kind.label}, small", **style)
+    point: dict[str, Any] = {"color": kind.color, "marker": kind.marker}
+    axes.errorbar(positions, shown, yerr=np.stack([below, errors]), label=f"_{kind.label}", **point, **style)
+    point |= {"markersize": style["markersize"], "linestyle": "none", "markerfacecolor": "none"}
+    axes.plot(positions, scale.below(barriers, kind.share), label=f"_{kind.label}, small", **point)

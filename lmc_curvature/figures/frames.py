@@ -14,7 +14,7 @@ def checked(table: pd.DataFrame, name: str, columns: Sequence[str], **values: st
 
     Args:
         table: A row a fork, an epoch, and whatever else the columns say.
-        name: What messages call the table.
+        name: The table's name in messages.
         columns: Those that the figure reads, besides `fork` and `epoch`.
         values: Columns that must have one value: `split="train"`.
 
@@ -27,13 +27,12 @@ def checked(table: pd.DataFrame, name: str, columns: Sequence[str], **values: st
             raise OptionError(f"The table of {name} has no column {column!r}; it has {present}.")
     if table.empty:
         raise OptionError(f"The table of {name} has no rows, so there is nothing to draw.")
-    rows = table
     for column, value in values.items():
-        choices = sorted({str(choice) for choice in rows[column]})
+        choices = sorted({str(choice) for choice in table[column]})
         if value not in choices:
             raise OptionError(f"The table of {name} has no rows with {column}={value!r}: {suggest(value, choices)}")
-        rows = having(rows, column, value)
-    return rows.sort_values(["fork", "epoch"], kind="stable")
+        table = having(table, column, value)
+    return table.sort_values(["fork", "epoch"], kind="stable")
 
 
 def known(rows: pd.DataFrame, name: str, column: str) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Layer by epoch: where in a network, and when, the barrier between siblings arises."""
+"""Barriers, Hessian energies and distances of every layer at every epoch."""
 
 import math
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def draw_layer_heatmaps(layers: pd.DataFrame, *, fork: int) -> Figure:
     Args:
         layers: A row a fork, epoch and layer, with the columns `position`, `layer`, `measured`, `measured_lowest`,
             `predicted`, `hessian_energy` and `distance`.
-        fork: Whose siblings.
+        fork: The fork of the siblings.
 
     Raises:
         OptionError: A column is missing, or the table does not have this fork.
@@ -79,10 +79,10 @@ def draw_layer_heatmaps(layers: pd.DataFrame, *, fork: int) -> Figure:
     figure = new_figure(TEXT_WIDTH, rows_height(len(table), 0.15) + 1.75)
     panels = list(figure.subplots(1, len(cells), sharey=True))
     meshes = []
+    epochs = [f"{epoch:.0f}" for epoch in table["measured"].columns]
     for axes, column, scale in zip(panels, cells, (barriers, barriers, energies, distances), strict=True):
         meshes.append(_draw_cells(axes, cells[column], scale))
         axes.set_title(_TITLES[column], loc="left", fontsize=SMALL + 0.5)
-        epochs = [f"{epoch:.0f}" for epoch in table[column].columns]
         step = math.ceil(len(epochs) / _MOST_EPOCHS)
         axes.set_xticks(range(0, len(epochs), step), epochs[::step])
         axes.set_xlabel(EPOCH_LABEL)
@@ -93,8 +93,7 @@ def draw_layer_heatmaps(layers: pd.DataFrame, *, fork: int) -> Figure:
     names = dict(zip(rows["position"], rows["layer"], strict=True))
     name_rows(panels[0], [str(names[position]) for position in table.index], longest=24)
     figure.suptitle(fork_title(fork), x=0.01, ha="left", fontsize="medium")
-    unknown = any(np.isnan(values).any() for values in cells.values())
-    handles = _legend_patches(unknown=unknown, below=below)
+    handles = _legend_patches(unknown=any(np.isnan(values).any() for values in cells.values()), below=below)
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
     return figure
 
@@ -150,12 +149,9 @@ def _draw_bar(panels: Sequence[Axes], mesh: QuadMesh, ticks: Locator, *, digits:
 
 
 def _legend_patches(*, unknown: bool, below: bool) -> list[Patch]:
-    """What the signs mean, and hatched and white cells, where there are such."""
-    red, blue = (mpl.colormaps["RdBu_r"](share) for share in (0.85, 0.15))
-    patches = [
-        Patch(facecolor=red, label="above the chord"),
-        Patch(facecolor=blue, label="below the chord (no barrier)"),
-    ]
+    """The meaning of the signs, and of hatched and white cells, where there are such."""
+    signs = {"above the chord": 0.85, "below the chord (no barrier)": 0.15}
+    patches = [Patch(facecolor=mpl.colormaps["RdBu_r"](share), label=label) for label, share in signs.items()]
     if unknown:
         patches.append(Patch(label="not measured", **_UNKNOWN))
     if below:

@@ -28,7 +28,7 @@ class Toy:
     """A product of quadratics, and the segments between its minima to look at.
 
     Attributes:
-        title: What the figure calls it.
+        title: Its title in the figure.
         minima: (minima, d), with d of 1 or 2.
         hessian: The Hessian of each factor, (d, d).
         segments: The numbers of two minima, and a colour, for each segment. Two of one colour are mirror images.
@@ -89,10 +89,9 @@ def draw_toy_landscapes() -> Figure:
         barriers = {color: toy.barriers(first, second) for first, second, color in toy.segments}
         if toy.minima.shape[1] == 1:
             _draw_line(above, toy, max(measurement.barrier() for _, measurement in barriers.values()))
-            heading(above, toy.title, "in one dimension")
         else:
             _draw_plane(above, toy)
-            heading(above, toy.title, "in two dimensions")
+        heading(above, toy.title, "in one dimension" if toy.minima.shape[1] == 1 else "in two dimensions")
         _draw_curves(below, barriers)
     solid = legend_line("barrier curve, measured", color=INK)
     dashed = legend_line("barrier curve, Proposition 1", color=INK, linestyle="--")
@@ -137,8 +136,7 @@ def _draw_curves(axes: Axes, barriers: Mapping[str, tuple[BarrierPrediction, Bar
         # The logarithm of the zeros at the ends is left out.
         inside = slice(1, -1)
         axes.plot(measurement.alphas[inside], measurement.curve()[inside], color=color, label=label)
-        predicted = prediction.curve(ALPHAS[inside])
-        axes.plot(ALPHAS[inside], predicted, color=color, linestyle="--", label="_Proposition 1")
+        axes.plot(ALPHAS[inside], prediction.curve(ALPHAS[inside]), color=color, linestyle="--", label="_Proposition 1")
     alpha_axis(axes)
     axes.set(xlabel=ALPHA_LABEL, ylabel=BARRIER_LABEL, yscale="log")
     axes.set_ylim(bottom=min(measurement.barrier() for _, measurement in barriers.values()) / 10)

@@ -31,11 +31,11 @@ class Ridge:
     """A ridge that runs straight down the mountain.
 
     Attributes:
-        across: Where its crest runs.
-        start: How far down it begins.
-        length: Over which way it grows to its full height.
+        across: The position of its crest.
+        start: The position down the mountain at which it begins.
+        length: The way down over which it grows to its full height.
         width: Standard deviation of its cross-section, times √2.
-        height: Above the ground beside it.
+        height: The full height above the ground beside it.
     """
 
     across: float
@@ -45,9 +45,9 @@ class Ridge:
     height: float
 
     def above_ground(self, across: Numbers, down: Numbers) -> Numbers:
-        """How far it raises the ground."""
-        grown = self.height * _smooth_step((down - self.start) / self.length)
-        return grown * np.exp(-(((across - self.across) / self.width) ** 2))
+        """The height by which it raises the ground."""
+        crest = self.height * _smooth_step((down - self.start) / self.length)
+        return crest * np.exp(-(((across - self.across) / self.width) ** 2))
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class Path:
     Attributes:
         start: Across and down.
         across: The line of descent in which it ends.
-        bend: How far down it begins to bend.
+        bend: The position down the mountain at which it begins to bend.
         over: The way down that the bend takes.
-        end: How far down it ends.
+        end: The position down the mountain at which it ends.
     """
 
     start: tuple[float, float]
@@ -71,8 +71,8 @@ class Path:
     def points(self) -> tuple[Numbers, Numbers]:
         """Positions across and down, (200,) each."""
         down = np.linspace(self.start[1], self.end, 200)
-        bent = _smooth_step((down - self.bend) / self.over)
-        return self.start[0] + (self.across - self.start[0]) * bent, down
+        turn = _smooth_step((down - self.bend) / self.over)
+        return self.start[0] + (self.across - self.start[0]) * turn, down
 
 
 def _smooth_step(x: Numbers) -> Numbers:
@@ -138,13 +138,13 @@ def _draw_mountain(axes: Axes3D) -> None:
     across, down = np.meshgrid(np.linspace(-1, 1, 241), np.linspace(0, 1, 161))
     ground = height(across, down)
     # The sun stands in the upper left, so that every ridge has a dark right side.
-    shaded = LightSource(azdeg=300, altdeg=42).shade(
+    colors = LightSource(azdeg=300, altdeg=42).shade(
         ground, cmap=_SLOPE, vert_exag=90, blend_mode="soft", dx=1.0, dy=1.0, vmin=0, vmax=1
     )
     axes.computed_zorder = False
     surface: dict[str, Any] = {"rstride": 1, "cstride": 1, "linewidth": 0, "antialiased": False, "shade": False}
     # As outlines, its 38 400 facets would make a file of many megabytes.
-    axes.plot_surface(across, 1 - down, ground, facecolors=shaded, zorder=1, rasterized=True, **surface)
+    axes.plot_surface(across, 1 - down, ground, facecolors=colors, zorder=1, rasterized=True, **surface)
     levels = np.linspace(0.02, 0.98, 17) ** 1.5
     axes.contour(across, 1 - down, ground, levels=levels, colors=GREY, linewidths=0.35, alpha=0.6, zorder=2)
     axes.set(xlim=(-1, 1), ylim=(0, 1), zlim=(0, 1))
@@ -163,11 +163,9 @@ def _draw_paths(axes: Axes3D) -> None:
             _draw_on_ground(axes, across, down, f"{name} sibling {number}", color=color, linewidth=1.8)
             _draw_on_ground(axes, across[-1:], down[-1:], "_end", color=color, **_POINT)
         # The segment is drawn where it runs: over the ground, whose height it meets.
-        across = np.linspace(siblings[0].across, siblings[1].across, 101)
-        down = np.full_like(across, _END)
+        across, down = np.linspace(siblings[0].across, siblings[1].across, 101), np.full(101, _END)
         _draw_on_ground(axes, across, down, f"{name} segment", color=color, linestyle=(0, (2, 1.2)))
-    for fork in (EARLY_FORK, LATE_FORK):
-        across, down = np.array(fork)[:, None]
+    for across, down in np.array([EARLY_FORK, LATE_FORK])[..., None]:
         _draw_on_ground(axes, across, down, "_fork", color=INK, **_POINT)
 
 

@@ -1,4 +1,4 @@
-"""How well the layers are ranked by what is predicted of them, and by their curvature or their distance alone."""
+"""The ranks of layers by predicted barrier, by curvature and by distance, compared with those by measured barrier."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from lmc_curvature.plotting.axes import legend_line, zero_line
 from lmc_curvature.plotting.style import BLUE, GREEN, GREY, PALE, PURPLE, TEXT_WIDTH, VERMILION, look, new_figure
 from lmc_curvature.plotting.text import correlation_text
 
-# Of each way to rank layers: what the legend calls it, its colour and its marker.
+# Ways to rank layers: the name in the legend, the colour and the marker.
 _RANKINGS = {
     "predicted": ("second order", BLUE, "s"),
     "predicted_with_slopes": ("with slopes", VERMILION, "D"),

@@ -1,6 +1,7 @@
 """The ridge between siblings while they train: barrier curves, one behind the other."""
 
 from collections.abc import Mapping
+from itertools import repeat
 from typing import Any, Literal, get_args
 
 import matplotlib as mpl
@@ -49,9 +50,9 @@ def draw_ridges(
 
     Args:
         curves: A row a fork, epoch, split, metric and α, with the columns `alpha`, `value` and `barrier`.
-        metric: Which metric: `"loss"` or `"error"`.
+        metric: The metric, `"loss"` or `"error"`.
         quantity: `"value"` for the metric itself, `"barrier"` for how far it lies above the chord.
-        split: On which data: `"train"` or `"test"`.
+        split: The data, `"train"` or `"test"`.
 
     Raises:
         OptionError: A column is missing, no row has this split and metric, or `quantity` is unknown.
@@ -90,32 +91,28 @@ def draw_ridges(
 
 def _panel_limits(heights: Mapping[int, np.ndarray], quantity: Quantity) -> dict[int, tuple[float, float]]:
     """Fork to the ends of its axis of heights: one scale for values that are alike, otherwise a scale each."""
-    if quantity == "barrier":
-        return {fork: _ridge_limits(each) for fork, each in heights.items()}
-    limits = {fork: _limits(each) for fork, each in heights.items()}
+    limits = {fork: _limits(each, quantity) for fork, each in heights.items()}
     tops = [top for _, top in limits.values()]
-    return limits if max(tops) > _ALIKE * min(tops) else dict.fromkeys(heights, _limits(np.hstack([*heights.values()])))
+    if quantity == "barrier" or max(tops) > _ALIKE * min(tops):
+        return limits
+    return dict.fromkeys(heights, _limits(np.hstack([*heights.values()]), quantity))
 
 
-def _limits(heights: np.ndarray) -> tuple[float, float]:
-    """From the lowest to the highest, zero among them."""
-    low, top = (_without_noise(end) for end in (min(heights.min(), 0.0), max(heights.max(), 0.0)))
+def _limits(heights: np.ndarray, quantity: Quantity) -> tuple[float, float]:
+    """From the lowest to the highest, zero among them; of a valley of barriers beside a ridge, a part."""
+    low, top = _without_noise(min(heights.min(), 0.0)), _without_noise(max(heights.max(), 0.0))
+    if quantity == "barrier" and heights.max() > 1e-12:
+        low = max(low, -_VALLEY * top)
     return low, top if top > low else low + 1
 
 
-def _ridge_limits(barriers: np.ndarray) -> tuple[float, float]:
-    """Room for the ridge and a part of the valley; where there is no ridge, for the valley alone."""
-    low, top = _limits(barriers)
-    return (max(low, -_VALLEY * top), top) if barriers.max() > 1e-12 else (low, top)
-
-
 def _detail(rows: pd.DataFrame, quantity: Quantity) -> str:
-    """What the last epoch reaches, and how deep a valley is of which the panel shows a part."""
-    last = having(rows, "epoch", numbers(rows, "epoch").max())
-    highest = short_number(_without_noise(numbers(last, quantity).max()))
-    detail = f"highest at epoch {int(numbers(last, 'epoch')[0])}: {highest}"
+    """The highest point at the last epoch, and how deep a valley is of which the panel shows a part."""
+    last = numbers(rows, "epoch").max()
+    highest = _without_noise(numbers(having(rows, "epoch", last), quantity).max())
     lowest = _without_noise(numbers(rows, quantity).min())
-    cut = quantity == "barrier" and lowest < _ridge_limits(numbers(rows, quantity))[0]
+    detail = f"highest at epoch {last:.0f}: {short_number(highest)}"
+    cut = lowest < _limits(numbers(rows, quantity), quantity)[0]
     return f"{detail}; lowest: {short_number(lowest)}" if cut else detail
 
 
@@ -152,12 +149,9 @@ def _draw_curves(axes: Axes3D, rows: pd.DataFrame, quantity: Quantity, shade: No
             alphas, values = fine, np.interp(fine, alphas, values)
         color = mpl.colormaps["viridis"](0.9 * float(shade(epoch)))
         pale = tuple(_WHITENED + (1 - _WHITENED) * part for part in to_rgb(color))
-        heights = [0.0, *np.maximum(values, floor), 0.0]
-        corners = [
-            (alpha, epoch, top) for alpha, top in zip(alphas[[0, *range(len(alphas)), -1]], heights, strict=True)
-        ]
+        corners = [alphas[0], *alphas, alphas[-1]], repeat(epoch), [0.0, *np.maximum(values, floor), 0.0]
         style: dict[str, Any] = {"facecolors": [(*pale, 0.8)], "edgecolors": "none", "zorder": 10 + 2 * depth}
-        axes.add_collection3d(Poly3DCollection([corners], **style))
+        axes.add_collection3d(Poly3DCollection([[*zip(*corners, strict=False)]], **style))
         shown = np.where(values >= floor, values, np.nan)
         axes.plot(alphas, np.full_like(alphas, epoch), shown, color=color, linewidth=1, zorder=11 + 2 * depth)
 

@@ -1,4 +1,4 @@
-"""How siblings drift apart while they train: the angle between them, their distance, and the plane they settle in."""
+"""Siblings drift apart while they train: the angle between them, their distance, and the plane they settle in."""
 
 from collections.abc import Mapping
 
@@ -76,8 +76,7 @@ def draw_sibling_distances(geometry: pd.DataFrame) -> Figure:
         OptionError: A column is missing, or has no number.
     """
     figure, axes = _single_panel(geometry, "distance")
-    axes.set(ylabel="distance ‖Δ‖ between siblings")
-    axes.set_ylim(bottom=0)
+    axes.set(ylim=(0, None), ylabel="distance ‖Δ‖ between siblings")
     return figure
 
 

@@ -1,1 +1,1 @@
-"""The look of all figures: styles, axes, scales and texts, whatever is drawn with them."""
+"""The look of all figures: styles, axes, scales and texts."""

@@ -21,8 +21,7 @@ def heading(axes: Axes, title: str, detail: str, *, lift: float = 0) -> None:
         lift: Points to leave free between the panel and the small print.
     """
     axes.set_title(title, loc="left", pad=lift + SMALL + 7)
-    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(detail, (0, 1), (0, lift + 4), fontsize=SMALL, color=GREY, **place)
+    axes.annotate(detail, (0, 1), (0, lift + 4), "axes fraction", "offset points", fontsize=SMALL, color=GREY)
 
 
 def plain_ticks(axis: Axis, most: int = 5) -> None:

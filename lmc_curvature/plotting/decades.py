@@ -21,10 +21,10 @@ class Decades(NamedTuple):
     """A logarithmic axis from `floor` to `high`, and from `low` to `floor` a strip for what lies below.
 
     Attributes:
-        low: Where the strip begins; equal to `floor` where nothing lies below.
-        floor: Where the axis begins.
-        high: Where it ends.
-        cut: Whether positive values lie below `floor`.
+        low: The lower end of the strip; equal to `floor` where nothing lies below.
+        floor: The lower end of the axis proper.
+        high: Its upper end.
+        cut: True if positive values lie below `floor`.
     """
 
     low: float
@@ -50,7 +50,7 @@ def decades(values: Values, *, most: int = 5, strip: float = 0.1) -> Decades:
     """The axis for some values, of which only the finite ones count; without a strip if all have a place on it.
 
     Args:
-        values: What is to be drawn.
+        values: All that is to be drawn.
         most: Values this many orders of magnitude below the largest are noise, and would take the room of all others.
         strip: The share of the axis that the strip takes.
     """
@@ -78,10 +78,10 @@ def decades_axis(
     Args:
         axes: The panel.
         scale: The range of the axis.
-        name: Which axis.
-        below: What to write beside the strip.
-        gap: How far from the panel, as a share of it.
-        clear: The share of the axis above the strip that has no ticks, whose numbers would meet what is written there.
+        name: The axis, `"x"` or `"y"`.
+        below: The text beside the strip.
+        gap: The distance of that text from the panel, as a share of it.
+        clear: The share of the axis above the strip that has no ticks, whose numbers would meet the text.
         powers: Write ticks that are powers of ten as such, 10⁻³.
     """
     axis = axes.yaxis if name == "y" else axes.xaxis

@@ -1,4 +1,4 @@
-"""Several panels in a figure: how they lie, their scales and their labels."""
+"""Several panels in a figure: their places, scales and labels."""
 
 import math
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ def panel_cells(count: int, panel_height: float, *, margin: float) -> tuple[Figu
     """A figure with room for some panels, row by row.
 
     Args:
-        count: How many panels.
+        count: The number of panels.
         panel_height: Inches for each.
-        margin: Inches for what stands above and below all panels.
+        margin: Inches for legends and labels above and below all panels.
     """
     # Four panels are two rows of two, not a row of three and one alone.
     columns = 2 if count == 4 else min(count, _MOST_COLUMNS)

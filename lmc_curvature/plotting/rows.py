@@ -24,7 +24,7 @@ class Bars:
     """One horizontal bar a row, with standard errors where they are finite.
 
     Attributes:
-        label: What the legend calls them; a leading underscore keeps them out of it.
+        label: Their name in the legend; a leading underscore keeps them out of it.
         values: Lengths, (rows,).
         color: The colour of the bars.
         errors: Standard errors, (rows,), or None.

@@ -27,7 +27,7 @@ _HUES = BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79
 
 
 class Pen(NamedTuple):
-    """A kind of curve: what the legend calls it, its colour, and its line style."""
+    """A kind of curve: its name in the legend, its colour, and its line style."""
 
     label: str
     color: str | Color
@@ -92,7 +92,7 @@ def sequential_colors(names: Iterable[Name]) -> dict[Name, Color]:
 
 
 def pens(labels: Mapping[Name, str]) -> dict[Name, Pen]:
-    """A pen for each kind of curve, from what the legend calls it: line styles tell up to four apart in grey."""
+    """A pen for each kind of curve, from its name in the legend; line styles tell up to four apart in grey."""
     colors = _HUES if len(labels) <= len(_HUES) else sequential_colors(labels).values()
     styles = cycle(("-", "--", "-.", ":"))
     return {name: Pen(labels[name], color, style) for name, color, style in zip(labels, colors, styles, strict=False)}

@@ -1,5 +1,8 @@
 """A prediction and a measurement draw the numbers that they hold."""
 
+import subprocess
+import sys
+
 import numpy as np
 from matplotlib.container import BarContainer
 from numpy.testing import assert_allclose, assert_array_equal
@@ -81,3 +84,9 @@ def test_a_measurement_of_the_loss_alone_has_one_panel(two_sided):
 def test_expansions_differ_in_colour_and_in_line_style():
     assert len({pen.color for pen in EXPANSION_PENS.values()}) == len(EXPANSION_PENS)
     assert len({pen.linestyle for pen in EXPANSION_PENS.values()}) == len(EXPANSION_PENS)
+
+
+def test_nothing_is_imported_for_drawing_before_something_is_drawn():
+    code = "import sys, lmc_curvature.barrier.prediction, lmc_curvature.curvature.spectra.density; "
+    code += "sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -49,22 +49,35 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "copy")
-    return tmp_path / "copy"
+    return shutil.copytree(trained, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def traced(trained, tmp_path_factory):
+    path = shutil.copytree(trained, tmp_path_factory.mktemp("traced") / "copy")
+    trace_forks(path, progress=False)
+    return path
 
 
 @pytest.mark.slow
-def test_every_figure_is_written_in_both_formats(copy, tmp_path):
-    trace_forks(copy, progress=False)
+def test_every_figure_is_drawn(traced, recwarn):
+    figures = list(draw_traces(read_traces(traced), progress=False))
+    assert sorted(name for name, _ in figures) == sorted(NAMES)
+    assert not recwarn
+
+
+@pytest.mark.check
+def test_every_figure_is_written_in_both_formats(traced, tmp_path):
     with warnings.catch_warnings():
         # Neither is a figure left out, nor does the layout of one fail.
         warnings.simplefilter("error", UserWarning)
-        paths = draw_all(copy, tmp_path / "new" / "figures", progress=False)
+        paths = draw_all(traced, tmp_path / "new" / "figures", progress=False)
     assert sorted(paths) == sorted((tmp_path / "new" / "figures").iterdir())
     assert {path.name for path in paths} == {f"{name}.{kind}" for name in NAMES for kind in ("png", "pdf")}
     assert all(path.read_bytes().startswith({".png": b"\x89PNG", ".pdf": b"%PDF"}[path.suffix]) for path in paths)
 
 
+@pytest.mark.slow
 def test_what_was_not_traced_is_left_out_with_a_warning(copy):
     never = {**SETTINGS["trace"], "layers": "never", "cumulative": "never", "test": False}
     run_forks(ForkConfig(**{**SETTINGS, "trace": never}), copy, progress=False)

@@ -43,7 +43,7 @@ def draw_spectral_density(
         eigenpairs: Eigenvalues to mark; where several densities have them, under the densities' names.
         width: Standard deviation of the kernel; by default `WIDTH_SHARE` of what is drawn.
         title: The title of the panel.
-        axes: Where to draw, instead of a new figure.
+        axes: The panel to draw into, instead of a new figure.
 
     Returns:
         The figure, which is that of `axes` where they are given.
@@ -51,16 +51,16 @@ def draw_spectral_density(
     Raises:
         OptionError: There is no density, the width is not positive, or eigenpairs have a name that no density has.
     """
-    named = {"": densities} if isinstance(densities, SpectralDensity) else dict(densities)
-    if not named:
+    by_name = {"": densities} if isinstance(densities, SpectralDensity) else dict(densities)
+    if not by_name:
         raise OptionError("There is no density to draw; expected at least one.")
-    marked = _marked(named, eigenpairs)
-    grid, width = _shared_grid(named, marked, width)
+    marks = _named_eigenpairs(by_name, eigenpairs)
+    grid, width = _shared_grid(by_name, marks, width)
     if axes is None:
         axes = new_figure(TEXT_WIDTH, 2.8).add_subplot()
-    pen_of = pens({name: name for name in named})
-    curves = {name: density.curve(grid, width=width) for name, density in named.items()}
-    single = {1 / (density.dimension * width * math.sqrt(2 * math.pi)) for density in named.values()}
+    pen_of = pens({name: name for name in by_name})
+    curves = {name: density.curve(grid, width=width) for name, density in by_name.items()}
+    single = {1 / (density.dimension * width * math.sqrt(2 * math.pi)) for density in by_name.values()}
     floor = _FLOOR * min(single)
 
     axes.axvline(0, color=PALE, linewidth=0.8, zorder=0, label="_zero")
@@ -70,7 +70,7 @@ def draw_spectral_density(
         axes.plot(grid, np.maximum(curve, 1e-3 * floor), label=name or "_density", **pen_of[name].style)
     for height in sorted(single):
         axes.axhline(height, zorder=1, label="_one eigenvalue", **_SINGLE)
-    for row, (name, pairs) in enumerate(marked.items()):
+    for row, (name, pairs) in enumerate(marks.items()):
         # Triangles just above the axis, a row for each density.
         values, place = pairs.values.cpu().numpy(), axes.get_xaxis_transform()
         style: dict[str, Any] = {"color": pen_of[name].color, "markeredgewidth": 0, **_MARK}
@@ -80,43 +80,40 @@ def draw_spectral_density(
     plain_ticks(axes.xaxis, most=8)
     axes.yaxis.set_major_locator(LogLocator(numticks=8))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    heading(axes, title, f"Gaussian kernel of width {short_number(width)}; {_sizes_text(named)}")
+    counts = sorted({density.dimension for density in by_name.values()})
+    sizes = " and ".join(f"{count:,}".replace(",", " ") for count in counts)
+    heading(axes, title, f"Gaussian kernel of width {short_number(width)}; {sizes} eigenvalues")
     handles = [legend_line(name, **pen.style) for name, pen in pen_of.items() if name]
     handles.append(legend_line("height of one eigenvalue", **_SINGLE))
-    if marked:
+    if marks:
         handles.append(legend_line("eigenvalue found", color=GREY, **_MARK))
     axes.legend(handles=handles, loc="upper right", fontsize=SMALL)
     return axes.figure
 
 
-def _marked(
-    named: Mapping[str, SpectralDensity], eigenpairs: Eigenpairs | Mapping[str, Eigenpairs] | None
+def _named_eigenpairs(
+    by_name: Mapping[str, SpectralDensity], eigenpairs: Eigenpairs | Mapping[str, Eigenpairs] | None
 ) -> dict[str, Eigenpairs]:
     if eigenpairs is None:
         return {}
-    if isinstance(eigenpairs, Eigenpairs) and len(named) > 1:
-        raise OptionError(f"Whose are the eigenpairs? Pass them under a name: {suggest('', named)}")
-    marked = {next(iter(named)): eigenpairs} if isinstance(eigenpairs, Eigenpairs) else dict(eigenpairs)
-    for name in marked:
-        if name not in named:
-            raise OptionError(f"eigenpairs has {name!r}, which is not among the densities: {suggest(name, named)}")
-    return marked
+    if isinstance(eigenpairs, Eigenpairs) and len(by_name) > 1:
+        raise OptionError(f"Whose are the eigenpairs? Pass them under a name: {suggest('', by_name)}")
+    marks = {next(iter(by_name)): eigenpairs} if isinstance(eigenpairs, Eigenpairs) else dict(eigenpairs)
+    for name in marks:
+        if name not in by_name:
+            raise OptionError(f"eigenpairs has {name!r}, which is not among the densities: {suggest(name, by_name)}")
+    return marks
 
 
 def _shared_grid(
-    named: Mapping[str, SpectralDensity], marked: Mapping[str, Eigenpairs], width: float | None
+    by_name: Mapping[str, SpectralDensity], marks: Mapping[str, Eigenpairs], width: float | None
 ) -> tuple[Float64[np.ndarray, " points"], float]:
     """Points that cover all densities and eigenvalues with a margin, and a kernel width that suits them together."""
-    ends = [density.support for density in named.values()]
-    ends += [(float(pairs.values.min()), float(pairs.values.max())) for pairs in marked.values()]
+    ends = [density.support for density in by_name.values()]
+    ends += [(float(pairs.values.min()), float(pairs.values.max())) for pairs in marks.values()]
     low, high = np.min(ends), np.max(ends)
     if width is None:
-        width = float(WIDTH_SHARE * (high - low)) or next(iter(named.values())).default_width
+        width = float(WIDTH_SHARE * (high - low)) or next(iter(by_name.values())).default_width
     if not 0 < width < math.inf:
         raise OptionError(f"width={width!r}: expected a positive standard deviation of the kernel.")
     return np.linspace(low - 4 * width, high + 4 * width, _POINTS), width
-
-
-def _sizes_text(named: Mapping[str, SpectralDensity]) -> str:
-    sizes = sorted({density.dimension for density in named.values()})
-    return " and ".join(f"{size:,}".replace(",", " ") for size in sizes) + " eigenvalues"
