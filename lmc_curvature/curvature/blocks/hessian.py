@@ -93,8 +93,9 @@ def cross_layer_hessian(
 ) -> Float[Tensor, "n_a n_b"]:
     """Dense block of the Hessian of the mean loss between two layers, in one pass over the loader.
 
-    The roads are those of `layer_hessian`. Where layer a comes first, with output z and input x, and y, v, g are the input and output of
-    layer b and the loss's derivative in that output, the structured road has for one example, summed over positions,
+    The roads are those of `layer_hessian`. Where layer a comes first, with output z and input x, and y, v, g are the
+    input and output of layer b and the loss's derivative in that output, the structured road has for one example,
+    summed over positions,
 
         H[(o, c), (o′, c′)] = x_c · (∂²loss / ∂z_o ∂v_o′ · y_c′  +  g_o′ · ∂y_c′ / ∂z_o)
 
