@@ -72,7 +72,7 @@ class AffineMap:
 
 
 def find_affine(network: nn.Module, state: State, entries: Sequence[str]) -> AffineMap | None:
-    """The affine module that holds most of a layer's parameters as its very own; None if there is none."""
+    """The affine module that holds most of a layer's parameters, tied ones left out; None if there is none."""
     tied = set(tied_names(network).values())
     own = [entry for entry in entries if entry not in tied]
     found: list[AffineMap] = []
@@ -102,7 +102,7 @@ class LayerCall:
         input: Its input.
         output: Its output, part of the graph.
         gradient: The loss's gradient in the output, part of the graph that differentiates it.
-        input_gradient: Likewise in the input; None where that does not depend on what is differentiated.
+        input_gradient: The same in the input; None where that does not depend on what is differentiated.
     """
 
     affine: AffineMap

@@ -93,8 +93,9 @@ def cross_layer_hessian(
 ) -> Float[Tensor, "n_a n_b"]:
     """Dense block of the Hessian of the mean loss between two layers, in one pass over the loader.
 
-    As `layer_hessian`. Where layer a comes first, with output z and input x, and y, v, g are the input and output of
-    layer b and the loss's derivative in that output, the structured road has for one example, summed over positions,
+    The roads are those of `layer_hessian`. Where layer a comes first, with output z and input x, and y, v, g are the
+    input and output of layer b and the loss's derivative in that output, the structured road has for one example,
+    summed over positions,
 
         H[(o, c), (o′, c′)] = x_c · (∂²loss / ∂z_o ∂v_o′ · y_c′  +  g_o′ · ∂y_c′ / ∂z_o)
 
@@ -115,7 +116,7 @@ def cross_layer_hessian(
         `HessianOperator(...).block(layer).rows`.
 
     Raises:
-        LMCCurvatureError: As `layer_hessian`.
+        LMCCurvatureError: All that `layer_hessian` raises.
     """
     check_choice("method", method, METHODS)
     block = HessianOperator(objective, state, partition=partition).block(layer_a, layer_b)
@@ -185,7 +186,7 @@ def _add_batch(
                 message = f"At the first batch, {reason} Falling back on one product for every parameter."
                 warnings.warn(message, FallbackWarning, stacklevel=3)
                 total.values.zero_()
-    side = min(total, total.T, key=lambda side: side.rows.size)
+    side = min(total, total.T, key=lambda side: len(side.values))
     _add_products(side, products, side.rows.tensors, side.columns.tensors)
     return "products"
 

@@ -35,11 +35,6 @@ class BlockLayer:
         """Places of the entries along the axis."""
         return places_of(self.tensors)
 
-    @property
-    def size(self) -> int:
-        """Number of parameters."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
-
     @functools.cached_property
     def own(self) -> tuple[str, ...]:
         """Entries of the affine module."""
@@ -68,8 +63,8 @@ class BlockLayer:
 
     def shape_at(self, call: LayerCall) -> LayerShape:
         """The layer's shape, as one call of its module shows it."""
-        affine = sum(self.tensors[name].numel() for name in self.own)
-        return LayerShape(self.width, affine // self.width, call.output[0].numel() // self.width, self.size - affine)
+        affine, others = (sum(self.tensors[name].numel() for name in part) for part in (self.own, self.beside))
+        return LayerShape(self.width, affine // self.width, call.output[0].numel() // self.width, others)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def examples_interact(first: LayerCall, second: LayerCall, vectorizer: Vectorize
     Args:
         first: The call that came first.
         second: The one that came after it, or the same one.
-        vectorizer: Decides how many products are made at once.
+        vectorizer: Makes several products at once.
     """
     slopes = first.slopes
     if not slopes.requires_grad or first.examples == 1:
@@ -65,7 +65,7 @@ def pair_blocks(
     Args:
         first: The call that came first.
         second: The one that came after it, or the same one, which does not feed itself.
-        vectorizer: Decides how many products are made at once.
+        vectorizer: Makes several products at once.
 
     Yields:
         Unit of the first call, and its block: a row for each of its features, a column for each unit and feature of

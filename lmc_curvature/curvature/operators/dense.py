@@ -23,7 +23,7 @@ def add_columns(transposed: Float64[Tensor, "columns rows"], rows: State, column
         transposed: The sum over examples, zero before. Columns are computed one after the other, so they are what lies
             together in memory.
         rows: Entries along the rows, to tensors of their shapes.
-        columns: Likewise along the columns. The same entries, if the matrix is symmetric.
+        columns: Entries along the columns, to tensors of their shapes; the same ones, if the matrix is symmetric.
         visit: Visits the loader.
 
     Returns:

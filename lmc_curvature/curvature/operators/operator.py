@@ -75,7 +75,7 @@ class CurvatureOperator:
         point: The same, with what else was given and does not move.
         partition: The layers.
         rows: Names of the entries that make up the rows, in the order of the state.
-        columns: Likewise of the columns.
+        columns: Names of the entries that make up the columns.
         shape: Numbers of rows and columns.
         device: The device that products are computed on.
 

@@ -27,12 +27,16 @@ _RECTIFIERS = (F.relu, torch.relu, Tensor.relu)
 
 
 class DifferentiableConvolutions(TorchFunctionMode):
-    """Within the block, convolutions and rectifiers are recorded so that they differentiate twice at little cost."""
+    """Within the block, convolutions and rectifiers are recorded so that they differentiate twice at little cost.
+
+    Attributes:
+        is_linear: Whether the backward pass under way differentiates gradients in their slopes alone.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._left_out: set[int] = set()
-        self._is_linear = False
+        self.is_linear = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLUTIONS:
@@ -52,20 +56,15 @@ class DifferentiableConvolutions(TorchFunctionMode):
             linear: Differentiate gradients in the slope that they were given, and in nothing else. That is enough for
                 the derivative of Jᵀu in the cotangent u, and as much work as a forward pass of tangents.
         """
-        self._left_out, self._is_linear = {id(weight) for weight in without}, linear
+        self._left_out, self.is_linear = {id(weight) for weight in without}, linear
         try:
             yield
         finally:
-            self._left_out, self._is_linear = set(), False
+            self._left_out, self.is_linear = set(), False
 
     def needs(self, weight: Tensor) -> bool:
         """Whether the backward pass under way needs a derivative in a weight."""
         return id(weight) not in self._left_out
-
-    @property
-    def needs_operands(self) -> bool:
-        """Whether the backward pass under way differentiates gradients in more than their slopes."""
-        return not self._is_linear
 
 
 def _convolve(
@@ -100,10 +99,6 @@ def _is_plain(input: Tensor) -> bool:
 # The geometry of a convolution is what `aten::convolution` takes after its bias.
 
 
-def _convolution(x: Tensor, w: Tensor, bias: Tensor | None, geometry: tuple) -> Tensor:
-    return torch.ops.aten.convolution(x, w, bias, *geometry)
-
-
 def _gradients(slope: Tensor, x: Tensor, w: Tensor, geometry: tuple, in_x: bool, in_w: bool) -> tuple:
     """Derivatives of ⟨slope, w * x⟩ in x and in w; None for one that is not asked for."""
     found = torch.ops.aten.convolution_backward(slope, x, w, None, *geometry, [in_x, in_w, False])
@@ -113,7 +108,7 @@ def _gradients(slope: Tensor, x: Tensor, w: Tensor, geometry: tuple, in_x: bool,
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, w: Tensor, bias: Tensor | None, geometry: tuple, mode: DifferentiableConvolutions) -> Tensor:
-        return _convolution(x, w, bias, geometry)
+        return torch.ops.aten.convolution(x, w, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -157,12 +152,12 @@ class _ConvolutionGradients(torch.autograd.Function):
         _, for_x, for_w, *_ = ctx.needs_input_grad
         in_slope, in_x, in_w = None, None, None
         if u is not None:
-            in_slope = _convolution(u, w, None, ctx.geometry)
+            in_slope = torch.ops.aten.convolution(u, w, None, *ctx.geometry)
         if a is not None:
-            through_weight = _convolution(x, a, None, ctx.geometry)
+            through_weight = torch.ops.aten.convolution(x, a, None, *ctx.geometry)
             in_slope = through_weight if in_slope is None else in_slope + through_weight
         for_x, for_w = for_x and a is not None, for_w and u is not None and ctx.mode.needs(w)
-        if (for_x or for_w) and ctx.mode.needs_operands:
+        if (for_x or for_w) and not ctx.mode.is_linear:
             in_x, in_w = _gradients(slope, x if u is None else u, w if a is None else a, ctx.geometry, for_x, for_w)
         return in_slope, in_x, in_w, None, None, None, None
 

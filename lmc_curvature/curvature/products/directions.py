@@ -19,7 +19,7 @@ def places_of(tensors: State) -> dict[str, slice]:
 
 @dataclass(frozen=True)
 class StackedDirections:
-    """Directions that are stacked already.
+    """Directions that are there, stacked along a first axis.
 
     Attributes:
         tensors: Entry name to the directions' tensors, along a first axis. At least one entry.
@@ -62,7 +62,7 @@ class UnitVectors:
         return self.stop - self.start
 
     def within(self, start: int, stop: int) -> Iterator[tuple[str, slice, slice]]:
-        """The entries of some of these: the entry's name, which of the vectors are its own, of which coordinates."""
+        """For each entry that some of these move: its name, which of them, and along which of its coordinates."""
         before = self.start + start
         for name, place in places_of(self.tensors).items():
             first, last = max(before, place.start), min(self.start + stop, place.stop)

@@ -39,9 +39,8 @@ class BatchGaussNewton:
     """
 
     def __init__(self, objective: Objective, state: State, batch: Batch, entries: Iterable[str] | None = None):
-        names = list(state) if entries is None else list(entries)
         self._objective = objective
-        self._leaves = as_leaves({name: state[name] for name in names})
+        self._leaves = as_leaves({name: state[name] for name in (state if entries is None else entries)})
         self._convolutions = DifferentiableConvolutions()
         with torch.no_grad():
             # Where it computes a loss, the objective refuses what is no function of the state: once is enough.

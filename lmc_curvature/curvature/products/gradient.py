@@ -40,15 +40,14 @@ class BatchGradient:
     """
 
     def __init__(self, objective: Objective, state: State, batch: Batch, entries: Iterable[str] | None = None):
-        names = list(state) if entries is None else list(entries)
         self._objective = objective
-        self._leaves = as_leaves({name: state[name] for name in names})
+        self._leaves = as_leaves({name: state[name] for name in (state if entries is None else entries)})
         self._convolutions = DifferentiableConvolutions()
         with objective.differentiating():
             with self._convolutions:
                 loss = objective.batch_loss({**state, **self._leaves}, batch)
             # A few entries may well have no part in the loss.
-            if len(names) >= len(objective.state()):
+            if len(self._leaves) >= len(objective.state()):
                 check_differentiable(loss)
             self._gradient = gradients([loss], self._leaves, create_graph=True)
         self._graph = loss

@@ -16,12 +16,13 @@ from lmc_curvature.objective.network import State
 
 @runtime_checkable
 class BatchMatrix(Protocol):
-    """The matrix of one batch, kept ready for products."""
+    """The matrix of one batch, kept ready for products.
 
-    @property
-    def loss(self) -> Tensor:
-        """The batch's mean loss, a scalar tensor without graph."""
-        ...
+    Attributes:
+        loss: The batch's mean loss, a scalar tensor without graph.
+    """
+
+    loss: Tensor
 
     @property
     def operations(self) -> Hashable:
@@ -36,35 +37,33 @@ class BatchMatrix(Protocol):
         ...
 
 
-@dataclass(frozen=True)
 class BlockDiagonal:
     """The matrix of one batch without what is between groups of entries.
 
-    Attributes:
+    Args:
         matrix: The whole matrix.
         groups: Names of the entries of each group.
+
+    Attributes:
+        loss: The batch's mean loss, a scalar tensor without graph.
     """
 
-    matrix: BatchMatrix
-    groups: Collection[Collection[str]]
-
-    @property
-    def loss(self) -> Tensor:
-        """The batch's mean loss, a scalar tensor without graph."""
-        return self.matrix.loss
+    def __init__(self, matrix: BatchMatrix, groups: Collection[Collection[str]]):
+        self._matrix, self._groups = matrix, groups
+        self.loss = matrix.loss
 
     @property
     def operations(self) -> Hashable:
         """A value that differs between matrices whose products are computed by other operations."""
-        return self.matrix.operations
+        return self._matrix.operations
 
     def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
         """The product with a sparse direction, for the entries in `rows` that share a group with one of its entries."""
         product: dict[str, Tensor] = {}
-        for group in self.groups:
+        for group in self._groups:
             part = {name: tensor for name, tensor in direction.items() if name in group}
             if part:
-                product |= self.matrix.product(part, [name for name in group if rows is None or name in rows])
+                product |= self._matrix.product(part, [name for name in group if rows is None or name in rows])
         return product
 
 
@@ -75,7 +74,7 @@ class BatchProducts:
     Attributes:
         matrix: The matrix.
         batch: The batch.
-        vectorizer: Decides how many products are made at once.
+        vectorizer: Makes several products at once.
     """
 
     matrix: BatchMatrix

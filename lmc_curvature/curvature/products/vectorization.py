@@ -25,7 +25,7 @@ Product = Callable[[State], dict[str, Tensor]]
 
 
 class Vectorizer:
-    """Decides by the first product how many are made at once from then on, and checks the first that are.
+    """Makes several products at once: the first one decides how many, and the first that are made so are checked.
 
     Args:
         rounding: Relative rounding error of one operation.
@@ -64,7 +64,7 @@ class Vectorizer:
             start = stop
 
     def at_once(self, compute: Product, directions: Directions, key: Hashable) -> int:
-        """How many products `map` would make at once; found, where that is not known, by making the first for nothing.
+        """Number of products that `map` makes at once; found, where it is not known, by making the first for nothing.
 
         Args:
             compute: The product, as for `map`.
@@ -163,7 +163,7 @@ class _Footprint(TorchDispatchMode):
         return found
 
     def fitting(self, direction: State, elements: int | None) -> int:
-        """How many computations like this one, of one direction, may be made at once to write so many numbers."""
+        """Number of computations like this one, of one direction, that write no more than some elements together."""
         if not self._mappable:
             return 1
         written = self._written + sum(tensor.numel() for tensor in direction.values())

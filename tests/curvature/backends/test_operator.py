@@ -111,13 +111,12 @@ def test_a_backend_that_computes_something_else_is_refused(monkeypatch, peer):
 def test_spectra_and_diagonals_are_those_of_our_own_products(peer):
     objective = _objective()
     H, P = (hessian_operator(objective, backend=name, layers="middle") for name in ("native", peer))
-    for which in ("largest", "magnitude"):
-        found, expected = (top_eigenpairs(operator, 2, which=which).values for operator in (P, H))
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    found, expected = (top_eigenpairs(operator, 2).values for operator in (P, H))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
     found, expected = (trace(operator, probes=12) for operator in (P, H))
     assert found.value == pytest.approx(expected.value, rel=1e-9)
     assert found.standard_error == pytest.approx(expected.standard_error, rel=1e-6)
-    found, expected = (spectral_density(operator, probes=2, steps=8) for operator in (P, H))
+    found, expected = (spectral_density(operator, probes=2, steps=6) for operator in (P, H))
     assert not found.exact
     np.testing.assert_allclose(found.nodes, expected.nodes, rtol=1e-6, atol=1e-9)
     np.testing.assert_allclose(found.weights, expected.weights, rtol=1e-6, atol=1e-9)

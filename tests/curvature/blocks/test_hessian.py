@@ -231,7 +231,7 @@ def test_softmax_regression_has_a_closed_form(method, dtype, tolerance):
 )
 def test_normalisation_and_attention_agree_with_products(name):
     case = CASES[name]
-    objective = Objective(case.model(), case.batches(), **case.options)
+    objective = Objective(case.model(), case.batches((6, 3)), **case.options)
     H = HessianOperator(objective)
     whole, place = H.to_dense(), dict.fromkeys(H.partition.names, torch.tensor([], dtype=torch.long))
     positions = torch.arange(len(whole)).split([tensor.numel() for tensor in objective.state().values()])

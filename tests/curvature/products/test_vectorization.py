@@ -18,7 +18,7 @@ from tests.support.networks import randomized
 
 def _objective(name):
     case = CASES[name]
-    return Objective(case.model(), case.batches(), **case.options)
+    return Objective(case.model(), case.batches((6, 3)), **case.options)
 
 
 def _vectors(operator, count=7):
