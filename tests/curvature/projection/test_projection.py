@@ -9,7 +9,7 @@ from torch import nn
 from lmc_curvature import Objective, Segment, project_hessian
 from lmc_curvature.averages import standard_error
 from lmc_curvature.curvature.projection import project_hessian_at
-from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError
+from lmc_curvature.errors import NonFiniteError, OptionError
 from tests.support.cases import CASES
 
 
@@ -145,32 +145,6 @@ def test_unused_and_linear_entries_have_zero_curvature():
     projection = project_hessian(objective, {}, directions)
     np.testing.assert_array_equal(projection.curvature, np.zeros((2, 2)))
     np.testing.assert_allclose(projection.slopes, [3.0, 0.0])
-
-
-@pytest.mark.parametrize(
-    ("directions", "message"),
-    [
-        ([], "no direction"),
-        ({"all": {}}, "Direction 'all' moves no entry"),
-        ({"a": {"0.wait": torch.ones(6, 5)}}, "Direction 'a'.*no entry '0.wait'.*did you mean '0.weight'"),
-        ({"a": {"0.weight": torch.ones(5, 6)}}, r"Direction 'a'.*'0.weight' has shape \(5, 6\); expected \(6, 5\)"),
-        ([{"0.bias": torch.ones(6, dtype=torch.int64)}], "Direction 0.*'0.bias' has type torch.int64.*floating-point"),
-        ([{"0.bias": torch.ones(6, dtype=torch.complex64)}], "complex64.*floating-point"),
-        ([{"0.bias": torch.full((6,), torch.inf)}], "Direction 0 has values in '0.bias' that are infinite"),
-    ],
-)
-def test_bad_directions_are_named(directions, message):
-    case = CASES["LayerNorm and GELU"]
-    objective = Objective(case.model(), case.batches())
-    with pytest.raises(DirectionError, match=message):
-        project_hessian(objective, objective.state(), directions)
-
-
-def test_a_direction_may_not_move_what_the_policy_keeps_fixed():
-    case = CASES["conv, batch"]
-    objective = Objective(case.model(), case.batches(), batch_norm="batch")
-    with pytest.raises(DirectionError, match="'bn1.running_mean'.*batch_norm='batch'"):
-        project_hessian(objective, {}, [{"bn1.running_mean": torch.ones(4)}])
 
 
 def test_an_unknown_method_is_named():
