@@ -97,11 +97,16 @@ def assert_sweep_agrees(
     directions = layer_directions(objective) if directions is None else directions
     found = swept(objective, directions, **options)
     expected = project_hessian(objective, {}, directions, method="hvp")
-    for curvature in expected.batch_curvatures:
-        largest = np.abs(curvature).max(1)
-        assert (largest > 1e-9 * max(largest)).all(), "a direction has no curvature to check"
+    assert_curved(expected)
     assert_projections_agree(found, expected, relative=relative)
     return found
+
+
+def assert_curved(projection: Projection) -> None:
+    """Assert that every direction has curvature to check."""
+    for curvature in projection.batch_curvatures:
+        largest = np.abs(curvature).max(1)
+        assert (largest > 1e-9 * max(largest)).all(), "a direction has no curvature to check"
 
 
 def assert_projections_agree(found: Projection, expected: Projection, *, relative: float) -> None:

@@ -1,7 +1,6 @@
 """Claim: examples and directions are cut to the budget and to the cache, or refused with the size that is needed."""
 
 import itertools
-import math
 import re
 
 import pytest
