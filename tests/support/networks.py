@@ -53,6 +53,34 @@ def randomized(model, seed=0):
     return model
 
 
+class _Shared(list):
+    """A list that copies of its owner share."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Watched(nn.Module):
+    """A network with a record of its calls: the purpose of each, and the number of examples.
+
+    The purposes: `"capture"`, `"derivative"` where an autograd graph is made, `"value"` where none is.
+    """
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.calls = _Shared()
+
+    def forward(self, x):
+        derivative = "derivative" if torch.is_grad_enabled() else "value"
+        self.calls.append(("capture" if torch.compiler.is_compiling() else derivative, x.shape[0]))
+        return self.network(x)
+
+    def sizes(self, purpose):
+        """The numbers of examples in the calls for a purpose."""
+        return [size for reason, size in self.calls if reason == purpose]
+
+
 class TwoWayLSTM(nn.Module):
     """A two-layer, two-way LSTM with dropout between its layers."""
 

@@ -1,5 +1,6 @@
 """Comparison of the sweep with Hessian-vector products, entry by entry, and a network around any operation."""
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -7,9 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
 from lmc_curvature import LayerPartition, Objective, Projection, project_hessian
+from lmc_curvature.curvature.problem import Problem
+from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
+from lmc_curvature.curvature.sweep import CompiledBatch, batch_key
+from lmc_curvature.curvature.sweep.rules import Rule
+from lmc_curvature.curvature.sweep.rules.autodiff import ByAutodiff
 from tests.support.networks import randomized
 
 
@@ -34,11 +40,54 @@ def layer_directions(
     return {name: random(partition.entries(name)) for name in chosen} | {"everything": random(list(state))}
 
 
+def posed(objective: Objective, directions: Any, state: Any = None, *, tiling: Any = None, **options: Any) -> Problem:
+    """The problem at one state, to be swept in the given tiles where a batch can be cut at all."""
+    return dataclasses.replace(Problem.of(objective, [state or {}], directions, **options), tiling=tiling)
+
+
 def swept(objective: Objective, directions: Any, state: Any = None, **options: Any) -> Projection:
     """The projection by the sweep alone: what falls back or warns fails."""
-    with warnings.catch_warnings():
+    problem = posed(objective, directions, state, **options)
+    sizes, values = [], []
+    with warnings.catch_warnings(), objective.one_pass() as batches:
         warnings.simplefilter("error")
-        return project_hessian(objective, state or {}, directions, method="sweep", **options)
+        for batch in batches:
+            sizes.append(batch.size)
+            values.append(project_by_sweep(problem, problem.points[0], batch))
+    return Projection.of(sizes, values)
+
+
+def compiled_batches(
+    objective: Objective, directions: Any, *, whole: bool | None = None, **options: Any
+) -> list[CompiledBatch]:
+    """The compiled batches that an objective keeps, one for each batch of its loader.
+
+    Args:
+        objective: An objective that was swept along the directions before.
+        directions: Directions of the same entries.
+        whole: Whether they are those of batches that must not be cut; by default those that were used last.
+        options: The tiling and the budget of that sweep.
+    """
+    problem = posed(objective, directions, **options)
+    whole = objective.memo("whole batches", _nothing_kept) if whole is None else whole
+    with objective.one_pass() as batches:
+        return [objective.memo((*batch_key(problem, batch), whole), _nothing_kept) for batch in batches]
+
+
+def _nothing_kept() -> Any:
+    raise LookupError("the objective keeps nothing of that kind")
+
+
+def rules_of(compiled: CompiledBatch) -> dict[fx.Node, Rule]:
+    """The rules of all operations of a compiled batch."""
+    programs = [*compiled.networks.values(), *([] if compiled.loss is None else [compiled.loss])]
+    plans = [plan for program in programs for plan in (program.prelude, program.body)]
+    return {node: rule for plan in plans for node, rule in plan.rules.items()}
+
+
+def swept_by_autodiff(compiled: CompiledBatch) -> set[str]:
+    """Names of the operations of a compiled batch that have no rule of their own."""
+    return {str(node.target) for node, rule in rules_of(compiled).items() if isinstance(rule, ByAutodiff)}
 
 
 def assert_sweep_agrees(
@@ -48,11 +97,16 @@ def assert_sweep_agrees(
     directions = layer_directions(objective) if directions is None else directions
     found = swept(objective, directions, **options)
     expected = project_hessian(objective, {}, directions, method="hvp")
-    for curvature in expected.batch_curvatures:
-        largest = np.abs(curvature).max(1)
-        assert (largest > 1e-9 * max(largest)).all(), "a direction has no curvature to check"
+    assert_curved(expected)
     assert_projections_agree(found, expected, relative=relative)
     return found
+
+
+def assert_curved(projection: Projection) -> None:
+    """Assert that every direction has curvature to check."""
+    for curvature in projection.batch_curvatures:
+        largest = np.abs(curvature).max(1)
+        assert (largest > 1e-9 * max(largest)).all(), "a direction has no curvature to check"
 
 
 def assert_projections_agree(found: Projection, expected: Projection, *, relative: float) -> None:

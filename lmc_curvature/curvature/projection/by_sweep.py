@@ -36,14 +36,20 @@ def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValue
     objective = problem.objective
     whole = objective.memo("whole batches", lambda: not objective.has_output or objective.batch_norm != "interpolate")
     key = (*batch_key(problem, batch), whole)
-    compiled = objective.memo(key, lambda: compile_batch(problem, batch, whole=whole))
+
+    def compile_now() -> CompiledBatch:
+        compiled = compile_batch(problem, batch, whole=whole)
+        problem.memo(compiled, lambda: True)
+        return compiled
+
+    compiled = objective.memo(key, compile_now)
     try:
         values, result = sweep_batch(problem, compiled, point, batch)
         if not problem.memo(compiled, lambda: is_current(objective, compiled, point, batch, result)):
-            compiled = objective.memo.replace(key, compile_batch(problem, batch, whole=whole))
+            compiled = objective.memo.replace(key, compile_now())
             values, _ = sweep_batch(problem, compiled, point, batch)
         check_values(values, batch, point)
-        fault = objective.memo(("fault", compiled), lambda: _fault(problem, compiled, point, batch, values))
+        fault = compiled.memo("fault", lambda: _fault(problem, compiled, point, batch, values))
         if not fault:
             return values
         if not compiled.is_tiled:

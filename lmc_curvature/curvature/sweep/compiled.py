@@ -1,7 +1,7 @@
 """A batch's network and loss as captured graphs: compiled once for every shape of batch, and used while they hold."""
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lmc_curvature.curvature.sweep.tiling import budget_bytes, choose_tiling
 from lmc_curvature.curvature.sweep.tree import BatchTree
 from lmc_curvature.errors import CaptureError
 from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
 
@@ -32,6 +33,7 @@ class CompiledBatch:
         networks: Number of examples in a tile to the network's program, or to that of the whole loss.
         loss: The loss as a function of the network's output, if it is one.
         alone: Examples that the network is known to take for themselves.
+        memo: `memo(key, make)` keeps what is found out once about these graphs, and goes with them.
     """
 
     size: int
@@ -39,6 +41,7 @@ class CompiledBatch:
     networks: Mapping[int, Program]
     loss: Program | None
     alone: int
+    memo: Memo = field(default_factory=Memo)
 
     @property
     def is_tiled(self) -> bool:

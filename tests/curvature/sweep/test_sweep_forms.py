@@ -142,6 +142,23 @@ def test_outputs_that_do_not_belong_to_examples(make, loss_fn):
     assert np.abs(found.curvature[-1]).max() > 1e-3
 
 
+class _Tokens(TwoLayers):
+    """Gives more rows of output than it has examples."""
+
+    def forward(self, x):
+        return super().forward(torch.stack([x, x.flip(1), x * x], 1)).flatten(0, 1)
+
+
+def test_an_output_may_have_more_rows_than_examples():
+    net = randomized(_Tokens().double())
+    objective = Objective(net, vectors(4, 3), loss_fn=_of_tokens)
+    assert_sweep_agrees(objective)
+
+
+def _of_tokens(output, target):
+    return F.cross_entropy(output, target.repeat_interleave(3))
+
+
 @pytest.mark.parametrize("target", [None, 3, torch.tensor(0.3)])
 def test_targets_that_do_not_belong_to_examples(target):
     batches = [(x, target) for x, _ in vectors(4, 3)]

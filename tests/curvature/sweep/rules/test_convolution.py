@@ -1,19 +1,53 @@
-"""Claim: convolutions that are swept together with sums and rectifiers after them give what they give alone."""
+"""Claim: convolutions are swept exactly, alone or together with sums and rectifiers after them."""
 
 import copy
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.curvature.sweep.rules import convolution as op_convolution
-from lmc_curvature.curvature.sweep.sweep import Sweep
-from lmc_curvature.objective.batches import Batch
+from lmc_curvature.curvature.sweep.rules.convolution import Convolution
 from lmc_curvature.sources.networks import resnet
 from tests.support.networks import randomized
-from tests.support.sweeping import assert_projections_agree, assert_sweep_agrees, layer_directions, swept
+from tests.support.rules import RuleTests
+from tests.support.sweeping import (
+    assert_projections_agree,
+    assert_sweep_agrees,
+    compiled_batches,
+    layer_directions,
+    swept,
+)
+
+LINE, IMAGE, VOLUME = (2, 9), (2, 5, 6), (2, 3, 4, 4)
+
+# Annotations are checked by the tests of other networks; here that would take as long as the computation.
+pytestmark = pytest.mark.usefixtures("untyped")
+
+
+class TestConvolutions(RuleTests):
+    operations: ClassVar = {
+        "conv1d": (nn.Conv1d(2, 3, 3), LINE),
+        "conv2d": (nn.Conv2d(2, 3, 3, padding=1), IMAGE),
+        "conv2d strided, without bias": (nn.Conv2d(2, 4, 3, stride=2, bias=False), IMAGE),
+        "conv2d dilated": (nn.Conv2d(2, 3, 2, dilation=2), IMAGE),
+        "conv2d grouped": (nn.Conv2d(2, 4, 3, groups=2), IMAGE),
+        "conv2d depthwise": (nn.Conv2d(2, 2, 3, groups=2, padding=1), IMAGE),
+        "conv2d padded to the same": (nn.Conv2d(2, 3, 3, padding="same"), IMAGE),
+        "conv2d padded by reflection": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), IMAGE),
+        "conv2d padded by replication": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="replicate"), IMAGE),
+        "conv2d padded by the other side": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), IMAGE),
+        "conv3d": (nn.Conv3d(2, 3, 2), VOLUME),
+        "transposed conv1d": (nn.ConvTranspose1d(2, 3, 3, stride=2), LINE),
+        "transposed conv2d": (nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1), IMAGE),
+        "transposed conv2d grouped": (nn.ConvTranspose2d(2, 4, 2, groups=2, dilation=2), IMAGE),
+        "transposed conv3d": (nn.ConvTranspose3d(2, 3, 2), VOLUME),
+        "convolution by computed weights": (lambda x, w: F.conv2d(x, w.mean(0).unsqueeze(1)), (1, 5, 6), (3, 2, 2)),
+    }
+
 
 # Whether the rectifier takes the convolutions before it along, after the first one: what follows, and what is expected.
 _FORMS = {
@@ -59,7 +93,7 @@ class _Net(nn.Module):
         return self.last(x.flatten(1))
 
 
-def _problem(form, batch_sizes=(5, 3)):
+def _problem(form, *batch_sizes):
     generator = torch.Generator().manual_seed(3)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -71,7 +105,7 @@ def _problem(form, batch_sizes=(5, 3)):
             torch.randn(size, 3, 6, 5, generator=generator, dtype=torch.float64),
             torch.randint(3, (size,), generator=generator),
         )
-        for size in batch_sizes
+        for size in batch_sizes or (3,)
     ]
     return net, batches
 
@@ -86,26 +120,24 @@ def _used(objective):
     }
 
 
+def _fused_and_all(objective, directions):
+    """The numbers of convolutions that are swept with what follows them, and of all of them, in each batch."""
+    for compiled in compiled_batches(objective, directions):
+        ((_, program),) = compiled.networks.items()
+        convolutions = [node for node, rule in program.body.rules.items() if isinstance(rule, Convolution)]
+        yield sum(node not in program.body.steps for node in convolutions), len(convolutions)
+
+
 @pytest.mark.parametrize(("form", "expected"), _FORMS.values(), ids=_FORMS)
-def test_they_agree_with_products(form, expected, monkeypatch):
-    taken = []
-    found = op_convolution.Rectified.at
-
-    def counting(node, convolutions):
-        rectified = found(node, convolutions)
-        taken.extend([] if rectified is None else [node])
-        return rectified
-
-    monkeypatch.setattr(op_convolution.Rectified, "at", counting)
-    objective = Objective(*_problem(form))
+def test_they_agree_with_products(form, expected):
+    objective = Objective(*_problem(form, 3, 2))
     directions = _used(objective)
     assert_sweep_agrees(objective, directions)
-    # Once for each of the two shapes of batch.
-    assert len(taken) == 2 * expected
+    assert [fused for fused, _ in _fused_and_all(objective, directions)] == [expected] * 2
 
 
-@pytest.mark.parametrize(("form", "expected"), _FORMS.values(), ids=_FORMS)
-def test_they_agree_in_single_precision(form, expected):
+@pytest.mark.parametrize("form", [form for form, _ in _FORMS.values()], ids=_FORMS)
+def test_they_agree_in_single_precision(form):
     net, batches = _problem(form)
     exact = Objective(net, batches)
     directions = _used(exact)
@@ -163,33 +195,40 @@ def test_a_bias_may_move_without_its_weight(form, dtype):
         assert_projections_agree(swept(objective, chosen), expected, relative=2e-4 if dtype == torch.float32 else 1e-9)
 
 
-@pytest.mark.skipif(op_convolution._POINTWISE is None, reason="torch was built without oneDNN")
-@pytest.mark.parametrize(("form", "calls"), [("alone", 1), ("sum", 1), ("with batch norm", 1), ("transposed", 0)])
-def test_in_single_precision_tangents_are_written_once(form, calls, monkeypatch):
-    kinds = []
+class _Fusions(TorchDispatchMode):
+    """A record of what follows the convolutions that oneDNN computes together with something else."""
 
-    class Counting:
-        @staticmethod
-        def binary(*args):
-            kinds.append(args[8])
-            return pointwise.binary(*args)
+    def __init__(self):
+        super().__init__()
+        self.kinds = []
 
-    pointwise = op_convolution._POINTWISE
-    monkeypatch.setattr(op_convolution, "_POINTWISE", Counting)
-    net, batches = _problem(_FORMS[form][0], (5,))
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func) == "mkldnn._convolution_pointwise.binary":
+            self.kinds.append(args[8])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize(
+    ("form", "layer", "expected"),
+    [
+        ("alone", "second", ["mul"]),
+        ("sum", "second", ["mul"]),
+        ("with batch norm", "second", ["mul"]),
+        ("transposed", "transposed", []),
+    ],
+)
+def test_in_single_precision_tangents_are_written_once(form, layer, expected):
+    net, batches = _problem(_FORMS[form][0])
     objective = Objective(net.float(), [(x.float(), y) for x, y in batches])
-    swept(
-        objective,
-        {"last": {"second.weight": torch.ones_like(objective.state()["second.weight"])}}
-        if calls
-        else {"last": {"transposed.weight": torch.ones_like(objective.state()["transposed.weight"])}},
-    )
-    assert kinds == ["mul"] * calls
+    with _Fusions() as fusions:
+        swept(objective, [{f"{layer}.weight": torch.ones_like(objective.state()[f"{layer}.weight"])}])
+    assert fusions.kinds == expected
 
 
-def test_without_onednn_they_agree_too(monkeypatch):
-    monkeypatch.setattr(op_convolution, "_POINTWISE", None)
-    test_they_agree_in_single_precision(_FORMS["sum"][0], 1)
+def test_without_onednn_they_agree_too():
+    with torch.backends.mkldnn.flags(enabled=False):
+        test_they_agree_in_single_precision(_FORMS["sum"][0])
 
 
 def test_values_and_directions_stay_as_they_were():
@@ -226,11 +265,6 @@ def test_a_residual_network_is_swept_by_them():
     torch.manual_seed(0)
     objective = Objective(resnet(8, width=4, num_classes=10).eval(), [(torch.randn(4, 3, 8, 8), torch.arange(4))])
     directions = layer_directions(objective)
-    sweep = Sweep(objective, [objective.state()], [objective.place(each) for each in directions.values()])
-    with objective.differentiating():
-        captured = sweep.captures.of(Batch(0, 4, objective.loader[0]))
-    (program,) = captured.networks.values()
-    convolutions = [node for node in program.rest.rules if "convolution" in str(node.target)]
-    alone = [node for node in convolutions if node in program.rest.steps]
+    swept(objective, directions)
     # Two blocks add a convolution to another one, which is taken.
-    assert (len(convolutions), len(alone)) == (9, 2)
+    assert list(_fused_and_all(objective, directions)) == [(7, 9)]

@@ -1,4 +1,7 @@
-"""Claim: a captured graph is used for nothing but what it was captured of."""
+"""Claim: a captured graph is made once, and used for nothing but what it was captured of."""
+
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -7,14 +10,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import Objective, project_hessian
+from lmc_curvature.curvature.problem import Tiling
 from lmc_curvature.curvature.projection import project_hessian_at
-from lmc_curvature.curvature.sweep import cache as captured
-from lmc_curvature.curvature.sweep import tiling
-from lmc_curvature.curvature.sweep.sweep import Sweep
+from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
 from lmc_curvature.errors import CaptureError, FallbackWarning
-from lmc_curvature.objective.batches import Batch
-from tests.support.networks import randomized
-from tests.support.sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
+from tests.support.cases import CASES
+from tests.support.networks import Watched, randomized
+from tests.support.sweeping import (
+    TwoLayers,
+    assert_projections_agree,
+    assert_sweep_agrees,
+    compiled_batches,
+    layer_directions,
+    posed,
+    swept,
+    vectors,
+)
 
 
 class _Scaled(TwoLayers):
@@ -99,10 +110,9 @@ def test_autocast_is_part_of_what_was_captured():
     np.testing.assert_array_equal(project_hessian(objective, {}, directions).curvature, exact)
 
 
-def test_tiles_whose_outputs_cannot_be_joined_are_swept_whole(monkeypatch):
-    monkeypatch.setattr(captured, "cut", lambda *programs, size, whole, **_: tiling.Cut(size if whole else 2, 99, True))
+def test_tiles_whose_outputs_cannot_be_joined_are_swept_whole():
     objective = Objective(randomized(_Squeezing().double()), vectors(5))
-    _assert_as_products(objective, method="sweep")
+    assert_sweep_agrees(objective, tiling=Tiling(2, 99, keeps_values=True))
 
 
 class _Named(TwoLayers):
@@ -139,7 +149,9 @@ def test_strings_in_a_batch_are_part_of_what_is_captured():
     batches = [((x, name), y) for (x, y), name in zip(vectors(4, 4, 4, 4), "abab", strict=True)]
     objective = _named(_Named(), batches)
     _assert_as_products(objective, method="sweep")
-    assert len(captured._CAPTURED[objective]) == 2
+    first, second, *others = compiled_batches(objective, layer_directions(objective))
+    assert first is not second
+    assert others == [first, second]
 
 
 def test_a_tensor_in_another_place_is_another_batch():
@@ -148,14 +160,15 @@ def test_a_tensor_in_another_place_is_another_batch():
         batches.append((((x, None) if index % 2 else (None, x)), y))
     objective = _named(_OneOrTheOther(), batches)
     _assert_as_products(objective, method="sweep")
-    assert len(captured._CAPTURED[objective]) == 2
+    first, second, *others = compiled_batches(objective, layer_directions(objective))
+    assert first is not second
+    assert others == [first, second]
 
 
-def test_strings_that_never_come_again_end_in_a_fallback(monkeypatch):
-    monkeypatch.setattr(captured, "_MOST_FRAMES", 8)
-    batches = [((x, f"image-{i}.png"), y) for i, (x, y) in enumerate(vectors(*[4] * 12))]
+def test_strings_that_never_come_again_end_in_a_fallback():
+    batches = [((x, f"image-{i}.png"), y) for i, (x, y) in enumerate(vectors(*[4] * 36))]
     objective = _named(_Named(), batches)
-    with pytest.raises(CaptureError, match=r"captured as a graph 8 times.* change: .*image-8\.png.*image-7\.png"):
+    with pytest.raises(CaptureError, match=r"captured as a graph 32 times.* change: .*image-32\.png.*image-31\.png"):
         project_hessian(objective, {}, layer_directions(objective), method="sweep")
     with pytest.warns(FallbackWarning, match="Leave out what the loss does not need"):
         _assert_as_products(objective)
@@ -166,24 +179,112 @@ def test_inputs_without_a_tensor_are_swept():
     _assert_as_products(_named(_Named(), batches), method="sweep")
 
 
-def test_infinite_outputs_are_what_was_captured(monkeypatch):
+def test_infinite_outputs_are_what_was_captured():
     objective = Objective(randomized(_Masking().double()), [(x, y.clamp(max=1)) for x, y in vectors(4, 4)])
     _assert_as_products(objective, method="sweep")
-    monkeypatch.setattr(captured.Captures, "_capture", lambda self, batch: pytest.fail("captured again"))
+    before = compiled_batches(objective, layer_directions(objective))
     _assert_as_products(objective, method="sweep")
+    assert compiled_batches(objective, layer_directions(objective)) == before
 
 
-def test_graphs_of_shapes_that_were_not_seen_for_long_are_given_up(monkeypatch):
-    monkeypatch.setattr(captured, "_MOST_GRAPHS", 2)
-    objective = Objective(randomized(TwoLayers().double()), vectors(3, 4, 3, 5, 3, 6))
-    _assert_as_products(objective, method="sweep")
-    assert {size for _, _, size, *_ in captured._CAPTURED[objective]} == {3, 6}
+def test_graphs_are_captured_once_for_each_shape():
+    case = CASES["conv, interpolate"]
+    network = Watched(case.model())
+    objective = Objective(network, case.batches((4, 4, 3, 4, 3)))
+    directions = layer_directions(objective)
+    swept(objective, directions)
+    assert sorted(network.sizes("capture")) == [3, 4]
+    of_four, again, of_three, *others = compiled_batches(objective, directions)
+    assert of_four is again
+    assert others == [of_four, of_three]
+    swept(objective, layer_directions(objective, seed=1))
+    swept(objective, directions, case.model(3).state_dict(prefix="network."))
+    assert compiled_batches(objective, directions) == [of_four, of_four, of_three, of_four, of_three]
+    # Entries that do not move are constants of the plan.
+    bias = [{"network.fc.bias": torch.ones(3)}]
+    swept(objective, bias)
+    assert not {*compiled_batches(objective, bias)} & {of_four, of_three}
+    assert sorted(network.sizes("capture")) == [3, 3, 4, 4]
 
 
-def test_weights_are_kept_for_one_shape_of_batch_at_a_time():
-    objective = Objective(randomized(TwoLayers().double()), [])
-    state = objective.complete({})
-    sweep = Sweep(objective, [state], [objective.place(each) for each in layer_directions(objective).values()])
-    for index, (x, y) in enumerate(vectors(3, 4, 5)):
-        sweep.project(0, Batch(index, len(x), (x, y)))
-        assert len(sweep._points) == 1
+def test_several_states_share_their_graphs():
+    case = CASES["conv, interpolate"]
+    network = Watched(case.model())
+    objective = Objective(network, case.batches((4, 4)))
+    directions = layer_directions(objective)
+    states = [case.model(seed).state_dict(prefix="network.") for seed in (0, 3)]
+    together = project_hessian_at(objective, states, directions, method="sweep")
+    assert network.sizes("capture") == [4]
+    for state, projection in zip(states, together, strict=True):
+        expected = project_hessian(objective, state, directions, method="hvp")
+        assert_projections_agree(projection, expected, relative=1e-9)
+
+
+def test_graphs_are_compared_with_the_network_once_in_every_pass():
+    network = Watched(randomized(TwoLayers().double()))
+    objective = Objective(network, vectors(4, 4, 4))
+    directions = layer_directions(objective)
+    swept(objective, directions)
+    for _ in range(2):
+        network.calls.clear()
+        swept(objective, directions)
+        assert network.calls == [("value", 4)]
+
+
+def test_graphs_go_with_their_objective():
+    case = CASES["conv, interpolate"]
+    objective = Objective(case.model(), case.batches((3,)))
+    directions = layer_directions(objective)
+    swept(objective, directions)
+    (compiled,) = compiled_batches(objective, directions)
+    network = weakref.ref(compiled.networks[3])
+    del compiled
+    assert network() is not None
+    del objective
+    gc.collect()
+    assert network() is None
+
+
+def test_graphs_of_shapes_that_were_not_seen_for_long_are_given_up():
+    objective = Objective(randomized(TwoLayers().double()), vectors(3, 4))
+    directions = layer_directions(objective)
+    swept(objective, directions)
+    of_three = weakref.ref(compiled_batches(objective, directions)[0])
+    for number in range(10_000):
+        objective.memo(number, lambda: None)
+    gc.collect()
+    assert of_three() is None
+    assert_sweep_agrees(objective)
+
+
+def test_graphs_that_do_not_hold_any_more_are_given_up():
+    temperature = [1.0]
+    objective = Objective(
+        randomized(TwoLayers().double()),
+        vectors(4),
+        loss_fn=lambda output, target: F.cross_entropy(output / temperature[0], target),
+    )
+    directions = layer_directions(objective)
+    swept(objective, directions)
+    before = weakref.ref(compiled_batches(objective, directions)[0])
+    temperature[0] = 2.0
+    swept(objective, directions)
+    gc.collect()
+    assert before() is None
+
+
+def test_folded_weights_are_kept_for_one_shape_of_batch_at_a_time():
+    objective = Objective(randomized(TwoLayers().double()), vectors(3, 4, 5))
+    directions = layer_directions(objective)
+    problem = posed(objective, directions)
+    kept = []
+
+    def nothing():
+        pytest.fail("nothing is kept for the state")
+
+    with objective.one_pass() as batches:
+        for batch in batches:
+            project_by_sweep(problem, problem.points[0], batch)
+            kept.append(weakref.ref(problem.memo(problem.points[0], nothing)))
+    gc.collect()
+    assert [reference() is None for reference in kept] == [True, True, False]

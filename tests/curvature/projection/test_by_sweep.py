@@ -8,20 +8,32 @@ import torch
 import torch.nn.functional as F
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.curvature.projection.by_products import Products
-from lmc_curvature.curvature.sweep import cache as captured
-from lmc_curvature.curvature.sweep import tiling
-from lmc_curvature.curvature.sweep.rules import bilinear as op_bilinear
-from lmc_curvature.curvature.sweep.rules import table as op_rules
+from lmc_curvature.curvature.problem import Tiling
+from lmc_curvature.curvature.sweep.rules.bilinear import Bilinear
+from lmc_curvature.curvature.sweep.rules.linear import Affine
+from lmc_curvature.curvature.sweep.rules.pointwise import Pointwise
+from lmc_curvature.curvature.sweep.rules.softmax import LogSoftmax
 from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
 from tests.support.cases import CASES
-from tests.support.networks import randomized
-from tests.support.sweeping import TwoLayers, assert_projections_agree, layer_directions, vectors
+from tests.support.networks import Watched, randomized
+from tests.support.sweeping import (
+    TwoLayers,
+    assert_projections_agree,
+    assert_sweep_agrees,
+    compiled_batches,
+    layer_directions,
+    swept,
+    vectors,
+)
+
+_IN_TWOS = Tiling(2, 99, keeps_values=True)
+# Where memory is short, the values of a tile are computed anew when it is swept.
+_SHORT = Tiling(2, 99, keeps_values=False)
 
 
-def _objective(name, sizes=(6, 6, 3), **options):
+def _objective(name, sizes=(6, 6, 3)):
     case = CASES[name]
-    return Objective(case.model(), case.batches(sizes), **{**case.options, **options})
+    return Objective(case.model(), case.batches(sizes), **case.options)
 
 
 class _Sign(torch.autograd.Function):
@@ -61,15 +73,15 @@ def _nothing(self, call, contributions):
 
 
 _MUTATIONS = {
-    "no curvature of log softmax": (op_rules.LogSoftmax, "contract", _nothing),
-    "no curvature of products": (op_bilinear.Bilinear, "contract", _nothing),
-    "no curvature of activations": (op_rules.Pointwise, "contract", _nothing),
+    "no curvature of log softmax": (LogSoftmax, "contract", _nothing),
+    "no curvature of products": (Bilinear, "contract", _nothing),
+    "no curvature of activations": (Pointwise, "contract", _nothing),
     "tangents of activations passed on as they are": (
-        op_rules.Pointwise,
+        Pointwise,
         "push",
         lambda self, call: dict(call.tangents_of(call.node.args[0])),
     ),
-    "tangents of sums lost": (op_rules.Affine, "push", lambda self, call: {}),
+    "tangents of sums lost": (Affine, "push", lambda self, call: {}),
 }
 
 
@@ -89,13 +101,13 @@ def test_a_broken_rule_is_found_out(rule, method, broken, monkeypatch):
 def test_every_shape_of_batch_is_checked(monkeypatch):
     objective = _objective("LayerNorm and GELU", (4, 4, 3))
     directions = layer_directions(objective)
-    contract = op_rules.LogSoftmax.contract
+    contract = LogSoftmax.contract
 
     def broken_for_three(self, call, contributions):
         if call.output.shape[0] != 3:
             contract(self, call, contributions)
 
-    monkeypatch.setattr(op_rules.LogSoftmax, "contract", broken_for_three)
+    monkeypatch.setattr(LogSoftmax, "contract", broken_for_three)
     with pytest.raises(SweepError, match="on batch 2"):
         project_hessian(objective, {}, directions, method="sweep")
 
@@ -110,21 +122,21 @@ def test_a_layer_that_is_small_beside_the_others_is_checked_too(monkeypatch):
         for name, direction in directions.items()
         if name != "everything"
     }
-    contract = op_bilinear.Bilinear.contract
+    contract = Bilinear.contract
 
     def broken_for_the_first_layer(self, call, contributions):
         if "addmm" not in str(call.node.target) or call.value(2).shape[0] != 5:
             contract(self, call, contributions)
 
-    push = op_bilinear.Bilinear.push
+    push = Bilinear.push
 
     def stretched(self, call):
         found = push(self, call)
         first = "addmm" in str(call.node.target) and call.value(2).shape[0] == 5
         return {i: 1.01 * tangent for i, tangent in found.items()} if first else found
 
-    monkeypatch.setattr(op_bilinear.Bilinear, "contract", broken_for_the_first_layer)
-    monkeypatch.setattr(op_bilinear.Bilinear, "push", stretched)
+    monkeypatch.setattr(Bilinear, "contract", broken_for_the_first_layer)
+    monkeypatch.setattr(Bilinear, "push", stretched)
     with pytest.raises(SweepError):
         project_hessian(objective, {}, directions, method="sweep")
 
@@ -133,20 +145,20 @@ def test_a_layer_that_is_small_beside_the_others_is_checked_too(monkeypatch):
 def test_a_tenth_of_one_operation_is_missed_in_no_direction(place, monkeypatch):
     objective = _objective("conv, interpolate")
     directions = layer_directions(objective, "tensor")
-    contract, bent = op_bilinear.Bilinear.contract, []
+    contract, calls = Bilinear.contract, []
 
     def lessened(self, call, contributions):
-        bent.append(call)
+        calls.append(call)
         contract(
             self,
-            dataclasses.replace(call, adjoint=0.9 * call.adjoint) if len(bent) == place + 1 else call,
+            dataclasses.replace(call, adjoint=0.9 * call.adjoint) if len(calls) == place + 1 else call,
             contributions,
         )
 
-    monkeypatch.setattr(op_bilinear.Bilinear, "contract", lessened)
+    monkeypatch.setattr(Bilinear, "contract", lessened)
     with pytest.raises(SweepError, match="curvature along direction"):
         project_hessian(objective, {}, directions, method="sweep")
-    assert len(bent) > place
+    assert len(calls) > place
 
 
 class _Mixing(TwoLayers):
@@ -154,23 +166,6 @@ class _Mixing(TwoLayers):
 
     def forward(self, x):
         return self.second(torch.tanh(self.first(x) - self.first(x).mean(0)))
-
-
-@pytest.fixture
-def recomputing(monkeypatch):
-    """The sizes of batches that products were computed of, where memory is for two examples at a time only."""
-    monkeypatch.setattr(
-        captured, "cut", lambda *programs, size, whole, **_: tiling.Cut(size if whole else 2, 99, False)
-    )
-    sizes = []
-    combination = Products.combination
-
-    def watched(self, number, batch, coefficients):
-        sizes.append(batch.size)
-        return combination(self, number, batch, coefficients)
-
-    monkeypatch.setattr(Products, "combination", watched)
-    return sizes
 
 
 class _Gated(TwoLayers):
@@ -185,41 +180,87 @@ class _Gated(TwoLayers):
         return self.second(hidden + self.gate * hidden.mean(0))
 
 
-def test_where_memory_is_short_a_tile_is_compared(recomputing):
-    objective = _objective("conv, interpolate", (6, 6))
-    directions = layer_directions(objective)
-    found = project_hessian(objective, {}, directions, method="sweep")
-    assert recomputing == [2]
+def _products_where_memory_is_short(network, batches, layers="module", **options):
+    """The sizes of the batches of which products were computed, to compare a sweep that agrees with them all."""
+    watched = Watched(network)
+    objective = Objective(watched, batches, **options)
+    # The objective's own checks take a derivative, too.
+    objective.loss({})
+    watched.calls.clear()
+    directions = layer_directions(objective, layers)
+    found = swept(objective, directions, tiling=_SHORT)
+    sizes = watched.sizes("derivative")
     assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
+    return sizes
 
 
-def test_a_broken_rule_is_found_out_in_a_tile(recomputing, monkeypatch):
-    monkeypatch.setattr(op_rules.LogSoftmax, "contract", _nothing)
+def test_where_memory_is_short_a_tile_is_compared():
+    case = CASES["conv, interpolate"]
+    assert _products_where_memory_is_short(case.model(), case.batches((6, 6))) == [2]
+
+
+def test_a_broken_rule_is_found_out_in_a_tile(monkeypatch):
+    monkeypatch.setattr(LogSoftmax, "contract", _nothing)
     objective = _objective("conv, interpolate", (6, 6))
     with pytest.raises(SweepError, match="curvature along direction"):
-        project_hessian(objective, {}, layer_directions(objective), method="sweep")
+        swept(objective, layer_directions(objective), tiling=_SHORT)
 
 
-def test_a_network_that_mixes_examples_is_found_out_where_a_tile_is_compared(recomputing):
-    objective = Objective(randomized(_Mixing().double()), vectors(6, 6))
-    directions = layer_directions(objective)
-    found = project_hessian(objective, {}, directions, method="sweep")
-    assert recomputing == [6, 6]
-    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
+def test_a_network_that_mixes_examples_is_found_out_where_a_tile_is_compared():
+    # In tiles, and then as a whole.
+    assert _products_where_memory_is_short(randomized(_Mixing().double()), vectors(6, 6)) == [6, 6]
 
 
-def test_mixing_by_a_weight_of_zero_is_found_out_where_a_tile_is_compared(recomputing):
+def test_mixing_by_a_weight_of_zero_is_found_out_where_a_tile_is_compared():
     model = randomized(_Gated().double())
     model.gate.data.zero_()
-    objective = Objective(model, vectors(6, 6))
-    directions = layer_directions(objective, "tensor")
-    found = project_hessian(objective, {}, directions, method="sweep")
-    assert recomputing == [6, 6]
-    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
+    assert _products_where_memory_is_short(model, vectors(6, 6), "tensor") == [6, 6]
+
+
+class _Counting(TwoLayers):
+    """Divides by the number of examples."""
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)) / x.shape[0])
+
+
+class _TimeFirst(TwoLayers):
+    """Returns time before examples, of which there are as many."""
+
+    def forward(self, x):
+        x = torch.stack([x, x.roll(1, 1), x.flip(1)], 1)
+        return self.second(torch.tanh(self.first(x))).transpose(0, 1).cumsum(0)
+
+
+class _Insisting(TwoLayers):
+    """Takes four examples at a time and no others."""
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)).view(4, 4) * torch.ones(4, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "loss_fn"),
+    [
+        (_Mixing, 6, None),
+        (_Counting, 6, None),
+        (_TimeFirst, 3, lambda out, y: F.cross_entropy(out.transpose(0, 1)[:, -1], y)),
+        (_Insisting, 4, None),
+    ],
+)
+def test_networks_that_mix_examples_are_swept_whole(make, size, loss_fn):
+    objective = Objective(randomized(make().double()), vectors(size, size), loss_fn=loss_fn)
+    tiling = Tiling(1, 99, keeps_values=True)
+    assert_sweep_agrees(objective, tiling=tiling)
+    directions = layer_directions(objective)
+    assert not any(compiled.is_tiled for compiled in compiled_batches(objective, directions, tiling=tiling))
+    if make is not _Insisting:
+        first = compiled_batches(objective, directions, tiling=tiling, whole=False)[0]
+        assert first.is_tiled, "the batch was to be cut"
 
 
 class _Neighbours(TwoLayers):
-    """Adds up what is near in the input."""
+    """Adds up the hidden units of inputs that are near each other."""
 
     def forward(self, x):
         near = ((x[:, None] - x).norm(dim=-1) < 0.1).to(x.dtype)
@@ -227,7 +268,7 @@ class _Neighbours(TwoLayers):
 
 
 class _Groups(TwoLayers):
-    """Adds up what has the same mark, in a column of the input."""
+    """Adds up the hidden units of inputs with the same mark, in their first column."""
 
     def forward(self, x):
         same = (x[:, :1] == x[:, 0]).to(x.dtype)
@@ -235,14 +276,11 @@ class _Groups(TwoLayers):
 
 
 @pytest.mark.parametrize("network", [_Neighbours, _Groups])
-@pytest.mark.parametrize("keeps", [True, False])
-def test_mixing_that_only_a_later_batch_shows(network, keeps, monkeypatch):
-    monkeypatch.setattr(captured, "cut", lambda *_, size, whole, **__: tiling.Cut(size if whole else 2, 99, keeps))
+@pytest.mark.parametrize("tiling", [_IN_TWOS, _SHORT], ids=["kept", "short"])
+def test_mixing_that_only_a_later_batch_shows(network, tiling):
     (x, y), (other, _) = vectors(6, 6)
-    objective = Objective(randomized(network().double()), [(x, y), (torch.cat([other[:3], other[:3]]), y)])
-    directions = layer_directions(objective)
-    found = project_hessian(objective, {}, directions, method="sweep")
-    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
+    batches = [(x, y), (torch.cat([other[:3], other[:3]]), y)]
+    assert_sweep_agrees(Objective(randomized(network().double()), batches), tiling=tiling)
 
 
 _LOSSES = {
@@ -254,9 +292,6 @@ _LOSSES = {
 
 
 @pytest.mark.parametrize("loss_fn", _LOSSES.values(), ids=_LOSSES)
-def test_where_a_part_has_no_loss_the_batch_is_compared(loss_fn, recomputing):
-    objective = Objective(randomized(TwoLayers().double()), vectors(6, 6), loss_fn=loss_fn)
-    directions = layer_directions(objective)
-    found = project_hessian(objective, {}, directions, method="sweep")
-    assert recomputing[-1] == 6
-    assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
+def test_where_a_part_has_no_loss_the_batch_is_compared(loss_fn):
+    network = randomized(TwoLayers().double())
+    assert _products_where_memory_is_short(network, vectors(6, 6), loss_fn=loss_fn)[-1] == 6

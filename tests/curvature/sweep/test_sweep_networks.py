@@ -1,4 +1,4 @@
-"""Claim: whole networks and losses go through the sweep, not the fallback, and agree with Hessian-vector products."""
+"""Claim: whole networks go through the sweep, not the fallback, and agree with Hessian-vector products."""
 
 import warnings
 
@@ -10,12 +10,16 @@ from torch import nn
 from torchvision import models
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
-from lmc_curvature.curvature.sweep import plan
-from lmc_curvature.curvature.sweep.rules.autodiff import ByAutodiff
 from lmc_curvature.errors import FallbackWarning
 from lmc_curvature.sources.networks import resnet20
 from tests.support.networks import randomized
-from tests.support.sweeping import assert_projections_agree, assert_sweep_agrees, layer_directions
+from tests.support.sweeping import (
+    assert_projections_agree,
+    assert_sweep_agrees,
+    compiled_batches,
+    layer_directions,
+    swept_by_autodiff,
+)
 
 
 def _numbers(*shape, seed=0):
@@ -89,38 +93,33 @@ def _network(name, count=2):
     return _normalizing(model, x), (x, y)
 
 
-@pytest.fixture
-def by_autodiff(monkeypatch):
-    """Names of the operations without a rule of their own, as the test goes on."""
-    found = []
-    rule_of = plan.rule_of
-
-    def watched(node, moving):
-        rule = rule_of(node, moving)
-        if isinstance(rule, ByAutodiff):
-            found.append(str(node.target))
-        return rule
-
-    monkeypatch.setattr(plan, "rule_of", watched)
-    return found
+# The others are for `make check`.
+_REPRESENTATIVES = ("resnet20", "mobilenet_v3_small", "VisionTransformer")
 
 
 # Annotations are checked by the tests of smaller networks; here that would take as long as the computation.
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "convnext_tiny" else name for name in NETWORKS]
+    "name", [name if name in _REPRESENTATIVES else pytest.param(name, marks=pytest.mark.check) for name in NETWORKS]
 )
-def test_networks_for_images(name, by_autodiff):
+def test_networks_for_images(name):
     model, batch = _network(name)
     objective = Objective(model, [batch])
-    assert_sweep_agrees(objective, layer_directions(objective, "fused", most=4))
+    directions = layer_directions(objective, "fused", most=4)
+    assert_sweep_agrees(objective, directions)
+    (compiled,) = compiled_batches(objective, directions)
     # Cosine attention has norms; nothing else needs more than the rules give.
-    assert set(by_autodiff) <= ({"aten.linalg_vector_norm.default"} if name == "swin v2" else set())
+    assert swept_by_autodiff(compiled) <= ({"aten.linalg_vector_norm.default"} if name == "swin v2" else set())
 
 
 @pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize(
-    ("name", "policy"), [("resnet20", "batch"), ("resnet20", "recalibrate"), ("mobilenet_v3_small", "batch")]
+    ("name", "policy"),
+    [
+        ("resnet20", "batch"),
+        pytest.param("resnet20", "recalibrate", marks=pytest.mark.check),
+        pytest.param("mobilenet_v3_small", "batch", marks=pytest.mark.check),
+    ],
 )
 def test_networks_for_images_that_normalize_by_the_batch(name, policy):
     model, batch = _network(name, count=4)
@@ -128,6 +127,7 @@ def test_networks_for_images_that_normalize_by_the_batch(name, policy):
     assert_sweep_agrees(objective, layer_directions(objective, "module", most=4))
 
 
+@pytest.mark.usefixtures("untyped")
 def test_running_statistics_are_among_what_moves():
     model, batch = _network("resnet20")
     objective = Objective(model, [batch])
@@ -139,8 +139,9 @@ def test_running_statistics_are_among_what_moves():
     assert_sweep_agrees(objective, chosen)
 
 
+@pytest.mark.usefixtures("untyped")
 def test_a_network_in_channels_last():
-    model, (x, y) = _network("resnet18")
+    model, (x, y) = _network("resnet20")
     model = model.to(memory_format=torch.channels_last)
     objective = Objective(model, [(x.contiguous(memory_format=torch.channels_last), y)])
     assert_sweep_agrees(objective, layer_directions(objective, "fused", most=3))
@@ -255,104 +256,20 @@ def test_packed_sequences_are_never_wrong():
     assert_projections_agree(found, expected, relative=1e-9)
 
 
-# --- Losses
-
-
-_LABELS = torch.tensor([0, 3, 1, 2])
-_PROBABILITIES = torch.softmax(_numbers(4, 4, seed=5), 1)
-_TARGETS = _numbers(4, 4, seed=6)
-_CLASS_WEIGHTS = torch.tensor([0.3, 1.0, 2.0, 0.7])
-LOSSES = {
-    "cross-entropy": (nn.CrossEntropyLoss(), _LABELS),
-    "cross-entropy, weighted": (nn.CrossEntropyLoss(weight=_CLASS_WEIGHTS), _LABELS),
-    "cross-entropy, smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), _LABELS),
-    "cross-entropy, smoothed and weighted": (nn.CrossEntropyLoss(_CLASS_WEIGHTS, label_smoothing=0.1), _LABELS),
-    "cross-entropy, soft": (nn.CrossEntropyLoss(), _PROBABILITIES),
-    "cross-entropy, soft, weighted and smoothed": (
-        nn.CrossEntropyLoss(_CLASS_WEIGHTS, label_smoothing=0.1),
-        _PROBABILITIES,
-    ),
-    "cross-entropy, ignoring": (nn.CrossEntropyLoss(ignore_index=3), _LABELS),
-    "cross-entropy, ignoring, weighted and smoothed": (
-        nn.CrossEntropyLoss(_CLASS_WEIGHTS, ignore_index=3, label_smoothing=0.1),
-        _LABELS,
-    ),
-    "negative log-likelihood": (lambda out, y: F.nll_loss(F.log_softmax(out, 1), y), _LABELS),
-    "negative log-likelihood, weighted": (
-        lambda out, y: F.nll_loss(F.log_softmax(out, 1), y, weight=_CLASS_WEIGHTS.double(), ignore_index=1),
-        _LABELS,
-    ),
-    "squared error": (nn.MSELoss(), _TARGETS),
-    "squared error of probabilities": (lambda out, y: F.mse_loss(out.softmax(1), y), _PROBABILITIES),
-    "binary cross-entropy of logits": (nn.BCEWithLogitsLoss(), _PROBABILITIES),
-    "binary cross-entropy of logits, weighted": (
-        nn.BCEWithLogitsLoss(weight=_CLASS_WEIGHTS, pos_weight=1 + _CLASS_WEIGHTS),
-        _PROBABILITIES.round(),
-    ),
-    "binary cross-entropy": (lambda out, y: F.binary_cross_entropy(torch.sigmoid(out), y), _PROBABILITIES),
-    "Huber": (nn.HuberLoss(delta=0.7), _TARGETS),
-    "smooth L1": (nn.SmoothL1Loss(beta=0.7), _TARGETS),
-    "L1": (nn.L1Loss(), _TARGETS),
-    "Kullback-Leibler": (
-        lambda out, y: F.kl_div(F.log_softmax(out, 1), y, reduction="batchmean"),
-        _PROBABILITIES,
-    ),
-    "Kullback-Leibler of logarithms": (
-        lambda out, y: F.kl_div(F.log_softmax(out, 1), y.log(), reduction="batchmean", log_target=True),
-        _PROBABILITIES,
-    ),
-    "Poisson": (nn.PoissonNLLLoss(), _PROBABILITIES),
-    "soft margins": (nn.MultiLabelSoftMarginLoss(), _PROBABILITIES),
-    "focal": (
-        lambda out, y: (
-            (1 - out.softmax(1).gather(1, y[:, None])) ** 2 * F.cross_entropy(out, y, reduction="none")[:, None]
-        ).mean(),
-        _LABELS,
-    ),
-}
-
-
-def _mlp():
-    return randomized(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double())
-
-
-@pytest.mark.parametrize(("loss_fn", "target"), LOSSES.values(), ids=LOSSES)
-def test_losses(loss_fn, target):
-    batches = [(_numbers(4, 5), target), (_numbers(3, 5, seed=1), target[:3])]
-    assert_sweep_agrees(Objective(_mlp(), batches, loss_fn=loss_fn))
-
-
-@pytest.mark.parametrize(
-    "loss_fn",
-    [
-        nn.CrossEntropyLoss(),
-        nn.CrossEntropyLoss(_CLASS_WEIGHTS, ignore_index=1),
-        nn.CrossEntropyLoss(label_smoothing=0.1),
-    ],
-    ids=["plain", "weighted, ignoring", "smoothed"],
-)
-@pytest.mark.parametrize("axes", [1, 2])
-def test_cross_entropy_at_every_position(loss_fn, axes):
-    convolution = (nn.Conv1d, nn.Conv2d)[axes - 1]
-    model = nn.Sequential(convolution(2, 3, 3, padding=1), nn.GELU(), convolution(3, 4, 1))
-    shape = (3, 2, *(5, 4)[:axes])
-    target = torch.randint(4, (3, *shape[2:]), generator=torch.Generator().manual_seed(0))
-    assert_sweep_agrees(Objective(randomized(model.double()), [(_numbers(*shape), target)], loss_fn=loss_fn))
-
-
 # --- On a GPU
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device was found")
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v3_small", "VisionTransformer", "swin"])
-def test_networks_for_images_on_a_gpu(name, by_autodiff):
+def test_networks_for_images_on_a_gpu(name):
     model, batch = _network(name)
     objective = Objective(model, [batch], device="cuda")
-    found = assert_sweep_agrees(objective, layer_directions(objective, "fused", most=4))
-    assert not by_autodiff
+    directions = layer_directions(objective, "fused", most=4)
+    found = assert_sweep_agrees(objective, directions)
+    assert not swept_by_autodiff(*compiled_batches(objective, directions))
     host = Objective(model, [batch])
-    expected = project_hessian(host, {}, layer_directions(host, "fused", most=4), method="hvp")
+    expected = project_hessian(host, {}, directions, method="hvp")
     assert_projections_agree(found, expected, relative=1e-7)
 
 

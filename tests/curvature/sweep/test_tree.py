@@ -1,0 +1,79 @@
+"""Claim: data of any form come apart into tensors and what is around them, and are cut by their examples."""
+
+import pytest
+import torch
+
+from lmc_curvature import Objective
+from lmc_curvature.curvature.sweep import BatchTree
+from lmc_curvature.errors import CaptureError
+from tests.support.networks import randomized
+from tests.support.sweeping import TwoLayers, layer_directions, swept, vectors
+
+
+def _data(rows=4):
+    x = torch.arange(3.0 * rows).view(rows, 3)
+    return {"x": x, "more": [(x[:, 0], "name"), torch.arange(3), torch.tensor(0.5)], "none": None}
+
+
+def test_the_structure_may_be_filled_with_other_tensors():
+    tree = BatchTree.of(_data())
+    assert [tuple(tensor.shape) for tensor in tree.tensors] == [(4, 3), (4,), (3,), ()]
+    rebuilt = tree.rebuilt([tensor + 1 for tensor in tree.tensors])
+    assert rebuilt["more"][0][1] == "name"
+    assert rebuilt["none"] is None
+    assert torch.equal(rebuilt["x"], tree.tensors[0] + 1)
+    assert torch.equal(rebuilt["more"][2], torch.tensor(1.5))
+
+
+def test_the_signature_tells_shapes_types_and_values_but_not_numbers():
+    signature = BatchTree.of(_data()).signature
+    assert BatchTree.of({**_data(), "x": torch.ones(4, 3)}).signature == signature
+    others = [
+        {**_data(), "x": torch.ones(4, 3, dtype=torch.float64)},
+        {**_data(), "x": torch.ones(5, 3)},
+        {**_data(), "none": 0},
+        {**_data(), "none": torch.ones(1)},
+    ]
+    assert len({signature, *(BatchTree.of(other).signature for other in others)}) == 5
+
+
+def test_the_values_beside_tensors_are_told_alone():
+    shapes, values = BatchTree.of((torch.ones(2), "a", {"b": 1.5})).signature
+    assert "float32" in shapes
+    assert values == repr((..., "a", {"b": 1.5}))
+
+
+def test_rows_are_those_of_the_tensors_that_have_one_for_every_example():
+    part = BatchTree.of(_data()).rows(1, 3, 4)
+    assert [tuple(tensor.shape) for tensor in part.tensors] == [(2, 3), (2,), (3,), ()]
+    assert torch.equal(part.structure["x"], _data()["x"][1:3])
+
+
+def test_all_rows_are_the_data_themselves():
+    tree = BatchTree.of(_data())
+    assert tree.rows(0, 4, 4) is tree
+
+
+def test_the_first_examples_may_be_repeated():
+    tree = BatchTree.of(_data(5)).repeated(2, 5)
+    assert torch.equal(tree.structure["x"], _data(5)["x"][[0, 1, 0, 1, 0]])
+    assert torch.equal(tree.structure["more"][1], torch.arange(3))
+
+
+def test_images_have_their_channels_last():
+    image, row = BatchTree.of((torch.ones(2, 3, 4, 4), torch.ones(2, 3))).laid_out().tensors
+    assert image.is_contiguous(memory_format=torch.channels_last)
+    assert row.is_contiguous()
+
+
+def test_a_value_that_may_be_anything_is_refused():
+    class Kind:
+        pass
+
+    class Ignoring(TwoLayers):
+        def forward(self, inputs):
+            return self.second(torch.tanh(self.first(inputs[0])))
+
+    objective = Objective(randomized(Ignoring().double()), [((x, Kind()), y) for x, y in vectors(4)])
+    with pytest.raises(CaptureError, match="the batch holds a Kind, which may change from batch to batch"):
+        swept(objective, layer_directions(objective))
