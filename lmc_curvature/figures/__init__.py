@@ -1,8 +1,4 @@
-"""Pictures of barriers and landscapes, a function a figure.
-
-Every function returns a matplotlib `Figure` that pyplot does not know of, so nothing has to be closed, and figures can
-be drawn without a display and in threads. Notebooks show it; `save_figure` writes it.
-"""
+"""Pictures of barriers and landscapes, a function a figure."""
 
 from lmc_curvature.barrier.drawing import draw_measurement, draw_prediction
 from lmc_curvature.curvature.spectra.drawing import draw_spectral_density

@@ -9,16 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from lmc_curvature.curvature.sweep.capture import Stage, line_of, value_of
-from lmc_curvature.curvature.sweep.rules import (
-    CONVOLUTION,
-    Contributions,
-    OpCall,
-    Rectified,
-    Rule,
-    Tangents,
-    evaluate,
-    rule_of,
-)
+from lmc_curvature.curvature.sweep.rules import Contributions, OpCall, Rule, Tangents, evaluate, rule_of
 from lmc_curvature.errors import CaptureError
 
 aten = torch.ops.aten
@@ -34,36 +25,20 @@ class Plan:
 
     Attributes:
         active: All nodes that depend on the directions.
-        rules: Active operation to its rule.
+        rules: Active operation to its rule, in order.
         nonlinear: Operations that can contribute curvature.
         needs_adjoint: The inputs among those asked for that are active.
-        steps: Operations to push tangents through, in order.
     """
 
     def __init__(self, stage: Stage, active: Iterable[fx.Node], needs_adjoint: Iterable[fx.Node] = ()):
         self.stage = stage
         self.active = _active(stage, active)
-        operations = [node for node in stage.operations if node in self.active]
-        self.rules: dict[fx.Node, Rule] = {node: rule_of(node, self.active) for node in operations}
-        self.nonlinear = [node for node in operations if self.rules[node].has_curvature(node, self.active)]
+        self.rules: dict[fx.Node, Rule] = {
+            node: rule_of(node, self.active) for node in stage.operations if node in self.active
+        }
+        self.nonlinear = [node for node, rule in self.rules.items() if rule.has_curvature(node, self.active)]
         self.needs_adjoint = [node for node in needs_adjoint if node in self.active]
-        self._rectified = self._fused(operations)
-        inner = {node for rectified in self._rectified.values() for node in rectified.inner}
-        self.steps = [node for node in operations if node not in inner]
-        self._last_reader = {operand: node for node in self.steps for operand in self._operands(node)}
-
-    def _fused(self, operations: Sequence[fx.Node]) -> dict[fx.Node, Rectified]:
-        """Rectifiers that take the convolutions before them along."""
-        convolutions = {node for node in operations if self.rules[node] is CONVOLUTION} - {*self.stage.outputs}
-        found = {node: Rectified.at(node, convolutions) for node in operations}
-        return {node: rectified for node, rectified in found.items() if rectified is not None}
-
-    def _operands(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that the step which ends with a node reads."""
-        if node not in self._rectified:
-            return node.all_input_nodes
-        rectified = self._rectified[node]
-        return [*rectified.convolution.all_input_nodes, *(() if rectified.added is None else (rectified.added,))]
+        self._last_reader = {operand: node for node in self.rules for operand in node.all_input_nodes}
 
     def run(self, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
         """Value of every node; where gradients are enabled, as an autograd graph over the active inputs."""
@@ -116,9 +91,9 @@ class Plan:
         """Tangents of the outputs; adds the curvature of every operation on the way, and forgets what is done with."""
         tangents: dict[fx.Node, Tangents] = dict(inputs)
         with torch.no_grad():
-            for node in self.steps:
+            for node in self.rules:
                 tangents[node] = self._push(node, values, tangents, adjoints, contributions)
-                for operand in self._operands(node):
+                for operand in node.all_input_nodes:
                     if self._last_reader[operand] is node and operand not in self.stage.outputs:
                         tangents.pop(operand, None)
         return [tangents.get(node, {}) for node in self.stage.outputs]
@@ -127,7 +102,7 @@ class Plan:
         """Tangents of every node, to be contracted later with `contract`."""
         tangents: dict[fx.Node, Tangents] = dict(inputs)
         with torch.no_grad():
-            for node in self.steps:
+            for node in self.rules:
                 tangents[node] = self._push(node, values, tangents, {}, Contributions())
         return tangents
 
@@ -153,19 +128,17 @@ class Plan:
         adjoints: Mapping[fx.Node, Any],
         contributions: Contributions,
     ) -> Tangents:
-        rectified = self._rectified.get(node)
-        operation = node if rectified is None else rectified.convolution
-        call = OpCall(operation, values, tangents, adjoints.get(operation))
-        with _naming(operation):
+        call = OpCall(node, values, tangents, adjoints.get(node))
+        with _naming(node):
             if call.adjoint is not None:
-                self.rules[operation].contract(call, contributions)
-            return self.rules[operation].push(call) if rectified is None else rectified.push(call, values[node])
+                self.rules[node].contract(call, contributions)
+            return self.rules[node].push(call)
 
     def reached(self, inputs: Mapping[fx.Node, frozenset[int]]) -> dict[fx.Node, frozenset[int]]:
         """The directions that reach each node, given those that reach the inputs."""
         found = dict(inputs)
-        for node in self.steps:
-            found[node] = frozenset().union(*(found.get(operand, frozenset()) for operand in self._operands(node)))
+        for node in self.rules:
+            found[node] = frozenset().union(*(found.get(operand, frozenset()) for operand in node.all_input_nodes))
         return found
 
     def tangent_bytes(self, inputs: Mapping[fx.Node, frozenset[int]], together: int) -> int:
@@ -175,10 +148,10 @@ class Plan:
         """
         reached = {node: min(len(directions), together) for node, directions in self.reached(inputs).items()}
         alive = peak = 0
-        for node in self.steps:
+        for node in self.rules:
             alive += _bytes(node) * reached[node]
             peak = max(peak, alive)
-            for operand in self._operands(node):
+            for operand in node.all_input_nodes:
                 if self._last_reader[operand] is node and operand in self.rules:
                     alive -= _bytes(operand) * reached[operand]
         return peak
