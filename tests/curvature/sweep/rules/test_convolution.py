@@ -226,6 +226,8 @@ def test_in_single_precision_tangents_are_written_once(form, layer, expected):
     assert fusions.kinds == expected
 
 
+# Of torch itself, which reads all settings of oneDNN to restore them.
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_without_onednn_they_agree_too():
     with torch.backends.mkldnn.flags(enabled=False):
         test_they_agree_in_single_precision(_FORMS["sum"][0])
