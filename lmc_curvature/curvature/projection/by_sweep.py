@@ -17,8 +17,6 @@ from lmc_curvature.curvature.sweep import (
 from lmc_curvature.errors import CaptureError, SweepError
 from lmc_curvature.objective.batches import Batch
 
-_INTERACTION = "The network mixes the examples of a batch."
-
 
 def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValues:
     """Loss, slopes and curvature of one batch at one state.
@@ -49,31 +47,31 @@ def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValue
             compiled = objective.memo.replace(key, compile_now())
             values, _ = sweep_batch(problem, compiled, point, batch)
         check_values(values, batch, point)
-        fault = compiled.memo("fault", lambda: _fault(problem, compiled, point, batch, values))
-        if not fault:
-            return values
-        if not compiled.is_tiled:
-            raise SweepError(fault)
-    except CaptureError:
-        # The network may insist on its batch size, or its inputs may not begin with the examples.
+        compiled.memo("verified", lambda: _verify(problem, compiled, point, batch, values))
+        return values
+    except (CaptureError, SweepError):
+        # The network may mix examples or insist on its batch size, or its inputs may not begin with the examples.
         if not compiled.is_tiled:
             raise
     objective.memo.replace("whole batches", True)
     return project_by_sweep(problem, point, batch)
 
 
-def _fault(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, values: BatchValues) -> str:
-    """The reason not to believe graphs, given their values for a batch; empty if there is none."""
-    if not compiled.is_tiled:
-        return _disagreement(problem, point, batch, values)
+def _verify(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, values: BatchValues) -> None:
+    """Compare the values of graphs for a batch with a Hessian-vector product, and see whether the batch may be cut.
+
+    Raises:
+        SweepError: They disagree, or the network mixes the examples that were cut into tiles.
+    """
     # A product holds the graph of all that it is of. Where memory is short, a tile has the derivatives, and the whole
     # batch needs values only.
-    short = not compiled.tiling.keeps_values
-    if short and tiles_join(problem, compiled, point, batch) and _agrees_in_part(problem, compiled, point, batch):
-        fault = ""
-    else:
-        fault = _disagreement(problem, point, batch, values)
-    return fault if fault or copies_stay_apart(problem, compiled, point, batch) else _INTERACTION
+    in_part = compiled.is_tiled and not compiled.tiling.keeps_values
+    if not (
+        in_part and tiles_join(problem, compiled, point, batch) and _agrees_in_part(problem, compiled, point, batch)
+    ):
+        _compare(problem, point, batch, values)
+    if compiled.is_tiled and not copies_stay_apart(problem, compiled, point, batch):
+        raise SweepError("The network mixes the examples of a batch.")
 
 
 def _agrees_in_part(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch) -> bool:
@@ -83,13 +81,18 @@ def _agrees_in_part(problem: Problem, compiled: CompiledBatch, point: Point, bat
     try:
         values, _ = sweep_batch(problem, compile_batch(problem, part, whole=False), point, part)
         check_values(values, part, point)
-        return not _disagreement(problem, point, part, values)
+        _compare(problem, point, part, values)
+        return True
     except Exception:  # noqa: BLE001 - what a loss makes of a part is nobody's concern: the whole is compared
         return False
 
 
-def _disagreement(problem: Problem, point: Point, batch: Batch, values: BatchValues) -> str:
-    """The difference between the sweep's values and a row of UᵀHUr for a random r; empty where they agree."""
+def _compare(problem: Problem, point: Point, batch: Batch, values: BatchValues) -> None:
+    """Compare the sweep's values with all slopes and UᵀHUr for a random r.
+
+    Raises:
+        SweepError: They disagree by more than rounding.
+    """
     loss, slopes, curvature = values
     precision = problem.objective.rounding
     # Far above rounding, and what it does at the kinks of rectifiers; far below a forgotten term.
@@ -115,9 +118,8 @@ def _disagreement(problem: Problem, point: Point, batch: Batch, values: BatchVal
         wrong = np.flatnonzero(~(np.abs(swept - expected) <= margin * scale))
         if len(wrong):
             along = f"direction {wrong[0]}" + (" and a random combination of all" if name == "curvature" else "")
-            return (
+            raise SweepError(
                 f"The sweep's {name} along {along} is {swept[wrong[0]]:.6g} on batch {batch.index}, and "
                 f"{expected[wrong[0]]:.6g} by a Hessian-vector product. Does the network have derivatives of its "
                 "own (autograd.Function, no_grad, detach)?"
             )
-    return ""

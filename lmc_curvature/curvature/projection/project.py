@@ -94,7 +94,7 @@ def project_hessian_at(
                 warnings.warn(
                     f"{error} Falling back on one Hessian-vector product a direction, which is slower.",
                     FallbackWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
                 project = project_by_products
                 found = [project(problem, point, batch) for point in problem.points]

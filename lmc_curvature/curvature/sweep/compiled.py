@@ -116,13 +116,13 @@ def _tiling(problem: Problem, network: Program, loss: Program | None, *, probe: 
 
 def _refuse_changing_frames(objective: Objective, frame: str) -> None:
     frames = objective.memo("values beside tensors", lambda: dict[str, None]())
-    frames[frame] = None
-    if len(frames) > _MOST_FRAMES:
+    if len(frames) >= _MOST_FRAMES and frame not in frames:
         raise CaptureError(
             f"The loss was captured as a graph {_MOST_FRAMES} times, because batches hold values that are no tensors "
-            f"and change: {frame[:80]} now, {list(frames)[-2][:80]} before. Leave out what the loss does not need "
-            "(names of files), and make tensors of the rest."
+            f"and change: {frame[:80]} now, {next(reversed(frames))[:80]} before. Leave out what the loss does not "
+            "need (names of files), and make tensors of the rest."
         )
+    frames[frame] = None
 
 
 def _network_program(problem: Problem, data: BatchTree, size: int, *, whole_loss: bool) -> Program:

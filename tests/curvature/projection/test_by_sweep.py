@@ -15,6 +15,7 @@ from lmc_curvature.curvature.sweep.rules.pointwise import Pointwise
 from lmc_curvature.curvature.sweep.rules.softmax import LogSoftmax
 from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
 from tests.support.cases import CASES
+from tests.support.mixing import ByAGate, ByCount, ByMarks, ByNearness, ByTheMean
 from tests.support.networks import Watched, randomized
 from tests.support.sweeping import (
     TwoLayers,
@@ -161,25 +162,6 @@ def test_a_tenth_of_one_operation_is_missed_in_no_direction(place, monkeypatch):
     assert len(calls) > place
 
 
-class _Mixing(TwoLayers):
-    """Subtracts the mean over the batch, in evaluation mode too."""
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x) - self.first(x).mean(0)))
-
-
-class _Gated(TwoLayers):
-    """Mixes examples by a weight that is zero."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate = torch.nn.Parameter(torch.zeros(()))
-
-    def forward(self, x):
-        hidden = torch.tanh(self.first(x))
-        return self.second(hidden + self.gate * hidden.mean(0))
-
-
 def _products_where_memory_is_short(network, batches, layers="module", **options):
     """The sizes of the batches of which products were computed, to compare a sweep that agrees with them all."""
     watched = Watched(network)
@@ -208,20 +190,13 @@ def test_a_broken_rule_is_found_out_in_a_tile(monkeypatch):
 
 def test_a_network_that_mixes_examples_is_found_out_where_a_tile_is_compared():
     # In tiles, and then as a whole.
-    assert _products_where_memory_is_short(randomized(_Mixing().double()), vectors(6, 6)) == [6, 6]
+    assert _products_where_memory_is_short(randomized(ByTheMean().double()), vectors(6, 6)) == [6, 6]
 
 
 def test_mixing_by_a_weight_of_zero_is_found_out_where_a_tile_is_compared():
-    model = randomized(_Gated().double())
+    model = randomized(ByAGate().double())
     model.gate.data.zero_()
     assert _products_where_memory_is_short(model, vectors(6, 6), "tensor") == [6, 6]
-
-
-class _Counting(TwoLayers):
-    """Divides by the number of examples."""
-
-    def forward(self, x):
-        return self.second(torch.tanh(self.first(x)) / x.shape[0])
 
 
 class _TimeFirst(TwoLayers):
@@ -242,8 +217,8 @@ class _Insisting(TwoLayers):
 @pytest.mark.parametrize(
     ("make", "size", "loss_fn"),
     [
-        (_Mixing, 6, None),
-        (_Counting, 6, None),
+        (ByTheMean, 6, None),
+        (ByCount, 6, None),
         (_TimeFirst, 3, lambda out, y: F.cross_entropy(out.transpose(0, 1)[:, -1], y)),
         (_Insisting, 4, None),
     ],
@@ -259,23 +234,7 @@ def test_networks_that_mix_examples_are_swept_whole(make, size, loss_fn):
         assert first.is_tiled, "the batch was to be cut"
 
 
-class _Neighbours(TwoLayers):
-    """Adds up the hidden units of inputs that are near each other."""
-
-    def forward(self, x):
-        near = ((x[:, None] - x).norm(dim=-1) < 0.1).to(x.dtype)
-        return self.second(torch.tanh(near @ self.first(x)))
-
-
-class _Groups(TwoLayers):
-    """Adds up the hidden units of inputs with the same mark, in their first column."""
-
-    def forward(self, x):
-        same = (x[:, :1] == x[:, 0]).to(x.dtype)
-        return self.second(torch.tanh(same @ self.first(x)))
-
-
-@pytest.mark.parametrize("network", [_Neighbours, _Groups])
+@pytest.mark.parametrize("network", [ByNearness, ByMarks])
 @pytest.mark.parametrize("tiling", [_IN_TWOS, _SHORT], ids=["kept", "short"])
 def test_mixing_that_only_a_later_batch_shows(network, tiling):
     (x, y), (other, _) = vectors(6, 6)

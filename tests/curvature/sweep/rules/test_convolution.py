@@ -181,6 +181,8 @@ def test_a_bias_may_move_without_its_weight(form, dtype):
         assert_projections_agree(swept(objective, chosen), expected, relative=2e-4 if dtype == torch.float32 else 1e-9)
 
 
+# Of torch itself, which reads all settings of oneDNN to restore them.
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_without_onednn_they_agree_too():
     with torch.backends.mkldnn.flags(enabled=False):
         test_they_agree_in_single_precision(_FORMS["sum"])
