@@ -15,7 +15,7 @@ from rich.markdown import Markdown
 from benchmarks.support.environment import environment
 from benchmarks.support.tables import markdown_table
 from benchmarks.support.timing import Spread
-from lmc_curvature.plotting.style import save_figure
+from lmc_curvature.figures import save_figure
 
 Record = Mapping[str, Any]
 """A report as its JSON file holds it."""

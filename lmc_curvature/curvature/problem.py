@@ -36,7 +36,7 @@ class Tiling:
 
     Attributes:
         examples: Examples in a tile.
-        directions: Directions in a block.
+        directions: Directions in a group.
         keeps_values: Whether the values of all tiles are kept until their turn, or computed anew.
     """
 

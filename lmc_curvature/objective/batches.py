@@ -46,6 +46,35 @@ def tensors_in(data: Any) -> list[Tensor]:
     return tensors
 
 
+def count_examples(data: Any, index: int, *, any_form: bool = False, size: Callable[[Any], int] | None = None) -> int:
+    """Number of examples in a batch: the leading dimension of its first tensor, or what `size` counts.
+
+    Args:
+        data: The batch.
+        index: Its place in the loader, for errors.
+        any_form: Whether the batch need not be an (x, y) pair.
+        size: Counts the examples of a batch.
+
+    Raises:
+        LoaderError: The batch is not a pair, holds no example, or nothing in it can be counted.
+    """
+    if not any_form and not (isinstance(data, (tuple, list)) and len(data) == 2):
+        raise LoaderError(
+            f"Batch {index} of the loader is {describe(data)}; expected an (x, y) pair. "
+            "For batches of another form pass loss_fn=BatchLoss(fn) with fn(model, batch) -> scalar mean."
+        )
+    tensors = tensors_in(data)
+    if size is None and (not tensors or tensors[0].ndim == 0):
+        raise LoaderError(
+            f"Batch {index} of the loader is {describe(data)}, without a tensor whose leading dimension counts the "
+            "examples; pass loss_fn=BatchLoss(fn, size=...) to count them."
+        )
+    count = len(tensors[0]) if size is None else int(size(data))
+    if count < 1:
+        raise LoaderError(f"Batch {index} of the loader holds {count} examples; expected at least one.")
+    return count
+
+
 def describe(data: Any) -> str:
     """Say in a few words what an object is, for an error message."""
     if isinstance(data, Tensor):

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lmc_curvature.errors import LoaderError, LossError, NonFiniteError
-from lmc_curvature.objective.batches import Batch, describe, tensors_in
+from lmc_curvature.errors import LossError, NonFiniteError
+from lmc_curvature.objective.batches import Batch, describe
 
 
 @dataclass(frozen=True)
@@ -75,35 +75,6 @@ def own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dt
         loss_fn = copy.deepcopy(loss_fn).to(device=device, dtype=dtype)
         loss_fn.eval()
     return F.cross_entropy if loss_fn is None else loss_fn
-
-
-def count_examples(loss_fn: LossFunction, data: Any, index: int) -> int:
-    """Number of examples in a batch: the leading dimension of its first tensor, or what a `BatchLoss` counts.
-
-    Args:
-        loss_fn: The loss that takes the batch.
-        data: The batch.
-        index: Its place in the loader, for errors.
-
-    Raises:
-        LoaderError: The batch is not of the form that the loss expects, or holds no example.
-    """
-    size = loss_fn.size if isinstance(loss_fn, BatchLoss) else None
-    if not isinstance(loss_fn, BatchLoss) and not (isinstance(data, (tuple, list)) and len(data) == 2):
-        raise LoaderError(
-            f"Batch {index} of the loader is {describe(data)}; expected an (x, y) pair. "
-            "For batches of another form pass loss_fn=BatchLoss(fn) with fn(model, batch) -> scalar mean."
-        )
-    tensors = tensors_in(data)
-    if size is None and (not tensors or tensors[0].ndim == 0):
-        raise LoaderError(
-            f"Batch {index} of the loader is {describe(data)}, without a tensor whose leading dimension counts the "
-            "examples; pass loss_fn=BatchLoss(fn, size=...) to count them."
-        )
-    count = len(tensors[0]) if size is None else int(size(data))
-    if count < 1:
-        raise LoaderError(f"Batch {index} of the loader holds {count} examples; expected at least one.")
-    return count
 
 
 def check_reduction(loss_fn: Any) -> None:

@@ -16,7 +16,15 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import DirectionError, LoaderError, LossError, OptionError, check_choice, suggest
-from lmc_curvature.objective.batches import Batch, check_loader, loader_length, map_tensors, refuse_iterator, to_device
+from lmc_curvature.objective.batches import (
+    Batch,
+    check_loader,
+    count_examples,
+    loader_length,
+    map_tensors,
+    refuse_iterator,
+    to_device,
+)
 from lmc_curvature.objective.losses import (
     BatchLoss,
     LossFunction,
@@ -24,7 +32,6 @@ from lmc_curvature.objective.losses import (
     check_differentiable,
     check_loss,
     check_reduction,
-    count_examples,
     finite_loss,
     own_loss,
 )
@@ -182,8 +189,9 @@ class Objective:
 
     def _visit(self, bar: tqdm) -> Iterator[Batch]:
         index = -1
+        own_size = self.loss_fn.size if isinstance(self.loss_fn, BatchLoss) else None
         for index, data in enumerate(islice(self.loader, self.max_batches)):
-            size = count_examples(self.loss_fn, data, index)
+            size = count_examples(data, index, any_form=not self.has_output, size=own_size)
             yield Batch(index, size, map_tensors(lambda tensor: to_device(tensor, self.device, self.dtype), data))
             bar.update()
         if index < 0:

@@ -11,6 +11,7 @@ from lmc_curvature.errors import LoaderError
 from lmc_curvature.objective.batches import (
     Batch,
     check_loader,
+    count_examples,
     describe,
     loader_length,
     map_tensors,
@@ -110,3 +111,46 @@ def test_what_can_be_visited_again_is_not_started(loader):
     before = rng_states()
     refuse_iterator(loader, "because")
     assert rng_states() == before
+
+
+@pytest.mark.parametrize(
+    "data",
+    [(X, Y), [X, Y], Pair(X, Y), ({"mask": None, "ids": X}, Y), ((["text"], X), Y), ("five words", Y)],
+)
+def test_pairs_count_their_first_tensor(data):
+    assert count_examples(data, 0) == 5
+
+
+@pytest.mark.parametrize("data", [X, {"name": "a", "ids": X}, [X, Y, Y], UserDict(ids=X)])
+def test_other_forms_count_their_first_tensor(data):
+    assert count_examples(data, 0, any_form=True) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            X,
+            r"Batch 3 of the loader is a tensor of shape \(5, 2\) and type torch.float32; expected an \(x, y\) pair",
+        ),
+        ((X, Y, Y), r"is a tuple of length 3; expected an \(x, y\) pair.*loss_fn=BatchLoss\(fn\)"),
+        ([X], "is a list of length 1; expected"),
+        ({"x": X, "y": Y}, "is a mapping with keys 'x', 'y'; expected"),
+        ("xy", "is an object of type str; expected"),
+        (None, "is an object of type NoneType; expected"),
+        (("a", "b"), "is a tuple of length 2, without a tensor whose leading dimension.*size="),
+        ((torch.tensor(1.0), Y), "without a tensor whose leading dimension"),
+        ((X[:0], Y[:0]), "Batch 3 of the loader holds 0 examples; expected at least one"),
+    ],
+)
+def test_what_is_no_pair_of_examples_is_described(data, message):
+    with pytest.raises(LoaderError, match=message):
+        count_examples(data, 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"), [({"a": [1, 2]}, "mapping with keys 'a', without"), (3, "type int, with")]
+)
+def test_what_cannot_be_counted_is_described(data, message):
+    with pytest.raises(LoaderError, match=f"Batch 2 .*{message}.*BatchLoss"):
+        count_examples(data, 2, any_form=True)

@@ -1,7 +1,7 @@
 """Claim: a loss is a real, finite mean over examples, and what is none is refused by name."""
 
 import functools
-from collections import UserDict, namedtuple
+from collections import namedtuple
 
 import pytest
 import torch
@@ -11,14 +11,13 @@ from torch import nn
 from lmc_curvature import BatchLoss, HessianOperator, Objective, project_hessian
 from lmc_curvature.errors import LoaderError, LossError, NonFiniteError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.losses import check_reduction, count_examples, finite_loss
+from lmc_curvature.objective.losses import check_reduction, finite_loss
 from tests.support.cases import CASES, DictNet
 from tests.support.networks import NETWORKS, in_float32, joined, plain_loss, randomized, untouched
 
 VECTORS = NETWORKS["LayerNorm and GELU"]
 X, Y = torch.zeros(5, 2), torch.zeros(5, dtype=torch.int64)
 Pair = namedtuple("Pair", ["x", "y"])
-ANY_FORM = BatchLoss(lambda model, batch: model(batch))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64])
@@ -56,49 +55,6 @@ def test_batch_losses_weigh_by_their_size():
     expected = token_loss(model, joined(batches)).item()
     assert Objective(model, batches, loss_fn=loss_fn).loss() == pytest.approx(expected, rel=1e-6)
     assert Objective(model, batches, loss_fn=BatchLoss(token_loss)).loss() != pytest.approx(expected, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [(X, Y), [X, Y], Pair(X, Y), ({"mask": None, "ids": X}, Y), ((["text"], X), Y), ("five words", Y)],
-)
-def test_pairs_count_their_first_tensor(data):
-    assert count_examples(F.cross_entropy, data, 0) == 5
-
-
-@pytest.mark.parametrize("data", [X, {"name": "a", "ids": X}, [X, Y, Y], UserDict(ids=X)])
-def test_other_forms_count_their_first_tensor(data):
-    assert count_examples(ANY_FORM, data, 0) == 5
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (
-            X,
-            r"Batch 3 of the loader is a tensor of shape \(5, 2\) and type torch.float32; expected an \(x, y\) pair",
-        ),
-        ((X, Y, Y), r"is a tuple of length 3; expected an \(x, y\) pair.*loss_fn=BatchLoss\(fn\)"),
-        ([X], "is a list of length 1; expected"),
-        ({"x": X, "y": Y}, "is a mapping with keys 'x', 'y'; expected"),
-        ("xy", "is an object of type str; expected"),
-        (None, "is an object of type NoneType; expected"),
-        (("a", "b"), "is a tuple of length 2, without a tensor whose leading dimension.*size="),
-        ((torch.tensor(1.0), Y), "without a tensor whose leading dimension"),
-        ((X[:0], Y[:0]), "Batch 3 of the loader holds 0 examples; expected at least one"),
-    ],
-)
-def test_what_is_no_pair_of_examples_is_described(data, message):
-    with pytest.raises(LoaderError, match=message):
-        count_examples(F.cross_entropy, data, 3)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"), [({"a": [1, 2]}, "mapping with keys 'a', without"), (3, "type int, with")]
-)
-def test_what_cannot_be_counted_is_described(data, message):
-    with pytest.raises(LoaderError, match=f"Batch 2 .*{message}.*BatchLoss"):
-        count_examples(ANY_FORM, data, 2)
 
 
 @pytest.mark.parametrize("count", [0, -1])

@@ -1,7 +1,7 @@
 """k forward tangents and one adjoint: UᵀHU of one batch from its captured graphs."""
 
 from lmc_curvature.curvature.sweep.compiled import CompiledBatch, batch_key, compile_batch, is_current
-from lmc_curvature.curvature.sweep.interaction import copies_stay_apart, tiles_join
+from lmc_curvature.curvature.sweep.mixing import copies_stay_apart, tiles_join
 from lmc_curvature.curvature.sweep.sweep import sweep_batch
 from lmc_curvature.curvature.sweep.tree import BatchTree
 

@@ -27,7 +27,7 @@ from lmc_curvature.curvature.problem import BatchValues, Point, Problem
 from lmc_curvature.curvature.sweep.compiled import CompiledBatch
 from lmc_curvature.curvature.sweep.program import Program
 from lmc_curvature.curvature.sweep.rules import Contributions, Tangents
-from lmc_curvature.curvature.sweep.tiling import blocks
+from lmc_curvature.curvature.sweep.tiling import groups
 from lmc_curvature.curvature.sweep.tree import BatchTree
 from lmc_curvature.errors import CaptureError
 from lmc_curvature.objective.batches import Batch
@@ -78,9 +78,9 @@ def sweep_batch(problem: Problem, compiled: CompiledBatch, point: Point, batch: 
         preludes = _preludes(problem, compiled, point)
         values: dict[Tile, _Values] = {}
         result = _result(compiled, tiles, preludes, values)
-        for block in blocks(count, compiled.tiling.directions):
-            found = _sweep_block(problem, compiled, batch, tiles, preludes, values, result, block)
-            loss, slopes[block], curvature[np.ix_(block, block)] = found
+        for group in groups(count, compiled.tiling.directions):
+            found = _sweep_group(problem, compiled, batch, tiles, preludes, values, result, group)
+            loss, slopes[group], curvature[np.ix_(group, group)] = found
     return (loss, slopes, curvature), result
 
 
@@ -150,7 +150,7 @@ def _check_joinable(tiles: Sequence[Tile], results: Sequence[Tensor]) -> None:
             )
 
 
-def _sweep_block(
+def _sweep_group(
     problem: Problem,
     compiled: CompiledBatch,
     batch: Batch,
@@ -158,13 +158,13 @@ def _sweep_block(
     preludes: Mapping[Program, _Prelude],
     values: dict[Tile, _Values],
     result: Tensor,
-    block: list[int],
+    group: list[int],
 ) -> BatchValues:
     """Loss, slopes and curvature for some of the directions."""
     contributions = Contributions()
     if compiled.loss is None:
         loss = result
-        slopes = _sweep_tiles(tiles, preludes, values, torch.ones_like(result), block, contributions)
+        slopes = _sweep_tiles(tiles, preludes, values, torch.ones_like(result), group, contributions)
     else:
         program = compiled.loss
         assert program.argument is not None
@@ -172,13 +172,13 @@ def _sweep_block(
         loss = of_loss[program.result].detach()
         adjoints = program.body.adjoints(of_loss, [torch.ones_like(loss)])
         adjoint = adjoints.get(program.argument, torch.zeros_like(result))
-        tangents = _sweep_tiles(tiles, preludes, values, adjoint, block, contributions)
+        tangents = _sweep_tiles(tiles, preludes, values, adjoint, group, contributions)
         (slopes,) = program.body.push(of_loss, {program.argument: tangents}, adjoints, contributions)
-    # Everything as numbers at once: the one time in a block that the host waits for the device.
-    along = [slopes[i] if i in slopes else torch.zeros_like(loss) for i in block]
+    # Everything as numbers at once: the one time in a group that the host waits for the device.
+    along = [slopes[i] if i in slopes else torch.zeros_like(loss) for i in group]
     numbers = torch.cat([loss.reshape(1), torch.stack(along), *contributions.flat()]).double().cpu().numpy()
-    curvature = contributions.assemble(numbers[1 + len(block) :], len(problem.directions))
-    return float(numbers[0]), numbers[1 : 1 + len(block)], curvature[np.ix_(block, block)]
+    curvature = contributions.assemble(numbers[1 + len(group) :], len(problem.directions))
+    return float(numbers[0]), numbers[1 : 1 + len(group)], curvature[np.ix_(group, group)]
 
 
 def _sweep_tiles(
@@ -186,7 +186,7 @@ def _sweep_tiles(
     preludes: Mapping[Program, _Prelude],
     values: dict[Tile, _Values],
     adjoint: Tensor,
-    block: list[int],
+    group: list[int],
     contributions: Contributions,
 ) -> Tangents:
     """Sweep every tile, from the adjoint of the joined results.
@@ -205,7 +205,7 @@ def _sweep_tiles(
         at = values.pop(tile, None) or tile.program.evaluate(prelude.values, tile.data)
         adjoints = tile.program.body.adjoints(at, [part])
         operands = {
-            node: {i: tangent for i, tangent in prelude.tangents.get(node, {}).items() if i in block}
+            node: {i: tangent for i, tangent in prelude.tangents.get(node, {}).items() if i in group}
             for node in tile.program.prelude.stage.outputs
         }
         found += tile.program.body.push(at, operands, adjoints, contributions)

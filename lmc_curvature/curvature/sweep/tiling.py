@@ -102,7 +102,7 @@ def _loss_bytes(loss: Program | None, together: int) -> int:
     return 3 * loss.body.value_bytes + tangents + 2 * together * output.numel() * output.element_size()
 
 
-def blocks(count: int, together: int) -> list[list[int]]:
+def groups(count: int, together: int) -> list[list[int]]:
     """Sets of directions, none larger than `together`, that between them hold every pair."""
     if count <= together:
         return [list(range(count))]

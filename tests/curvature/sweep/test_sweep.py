@@ -46,15 +46,15 @@ def test_tiles_of_examples_change_nothing(name, keeps_values):
 
 @pytest.mark.parametrize("together", [2, 3])
 @pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch", "LayerNorm and GELU", "dict batches"])
-def test_blocks_of_directions_change_nothing(name, together):
+def test_groups_of_directions_change_nothing(name, together):
     objective = _objective(name, (4, 4))
     directions = layer_directions(objective)
     whole = swept(objective, directions)
-    blocks = swept(objective, directions, tiling=Tiling(4, together, keeps_values=True))
-    assert_projections_agree(blocks, whole, relative=1e-12)
+    cut = swept(objective, directions, tiling=Tiling(4, together, keeps_values=True))
+    assert_projections_agree(cut, whole, relative=1e-12)
 
 
-def test_blocks_of_directions_in_tiles_whose_values_are_computed_anew():
+def test_groups_of_directions_in_tiles_whose_values_are_computed_anew():
     objective = _objective("conv, interpolate", (4, 3))
     assert_sweep_agrees(objective, tiling=Tiling(2, 2, keeps_values=False))
 

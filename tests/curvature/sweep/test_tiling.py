@@ -9,7 +9,7 @@ from torch import nn
 
 from lmc_curvature import Objective, project_hessian
 from lmc_curvature.curvature.sweep import compile_batch
-from lmc_curvature.curvature.sweep.tiling import blocks, budget_bytes, choose_tiling
+from lmc_curvature.curvature.sweep.tiling import budget_bytes, choose_tiling, groups
 from lmc_curvature.errors import MemoryBudgetError
 from lmc_curvature.objective.batches import Batch
 from tests.support.cases import CASES
@@ -105,10 +105,10 @@ def test_a_batch_that_cannot_be_cut_has_fewer_directions_at_a_time(layers):
 
 
 @pytest.mark.parametrize(("count", "together"), [(5, 5), (1, 2), (7, 2), (7, 3), (8, 4), (9, 4)])
-def test_blocks_hold_every_pair(count, together):
-    found = blocks(count, together)
-    assert all(len(block) <= max(together, 2) for block in found)
-    pairs = {pair for block in found for pair in itertools.combinations_with_replacement(sorted(block), 2)}
+def test_groups_hold_every_pair(count, together):
+    found = groups(count, together)
+    assert all(len(group) <= max(together, 2) for group in found)
+    pairs = {pair for group in found for pair in itertools.combinations_with_replacement(sorted(group), 2)}
     assert pairs == {*itertools.combinations_with_replacement(range(count), 2)}
 
 
