@@ -4,7 +4,6 @@ Nothing of the library is imported before an option is used, so that help and mi
 """
 
 import dataclasses
-import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterable
@@ -81,21 +80,20 @@ class Comparison:
 
     def batches(self) -> Iterable[Any]:
         """The loader: of a data set known by name, or what a factory returns."""
-        from lmc_curvature.sources import load_data
+        from lmc_curvature.sources.data import load_data
+        from lmc_curvature.sources.networks import import_function
 
-        module, colon, factory = self.data.partition(":")
+        module, colon, _ = self.data.partition(":")
         # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.
         if not colon or module == "cifar10" or Path(self.data).exists():
             return load_data(self.data, self.split, self.limit, progress=self.progress).batches(self.batch_size)
-        expected = "Expected package.module:factory, a function without arguments that returns a loader."
-        try:
-            make_loader = getattr(importlib.import_module(module), factory)
-        except (ImportError, AttributeError) as error:
-            raise DataError(f"--data {self.data}: {error}. {expected}") from error
+        make_loader = import_function(self.data, what=f"--data {self.data}")
         try:
             return make_loader()
         except TypeError as error:
-            raise DataError(f"--data {self.data}: {error}. {expected}") from error
+            raise DataError(
+                f"--data {self.data}: {error}. Expected a function without arguments that returns a loader."
+            ) from error
 
     def sets(self) -> list[list[str]]:
         """The sets of layers that were named."""
@@ -105,13 +103,8 @@ class Comparison:
         """How to compute, as `predict_barrier` and `measure_barrier` both take it."""
         import torch
 
-        return {
-            "batch_norm": self.batch_norm,
-            "max_batches": self.max_batches,
-            "device": self.device,
-            "dtype": getattr(torch, self.dtype),
-            "progress": self.progress,
-        }
+        names = ("batch_norm", "max_batches", "device", "progress")
+        return {name: getattr(self, name) for name in names} | {"dtype": getattr(torch, self.dtype)}
 
 
 def with_comparison(command: Callable[Concatenate[Comparison, ...], None]) -> Callable[..., None]:

@@ -5,7 +5,7 @@ Configurations are frozen and strict about keys; their errors name the key.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,14 +223,13 @@ def _differences(stored: dict[str, Any], given: dict[str, Any], prefix: str = ""
     return lines
 
 
-def _describe_problems(error: ValidationError, keys: Iterable[str]) -> str:
+def _describe_problems(error: ValidationError, keys: Collection[str]) -> str:
     """Return one line `key: problem` for each problem, dots leading into nested configurations.
 
     Args:
         error: What pydantic found.
         keys: The keys that would have been right, to suggest one for a misspelt key.
     """
-    keys = list(keys)
     lines: list[str] = []
     for item in error.errors(include_url=False):
         location = ".".join(str(part) for part in item["loc"])

@@ -119,8 +119,8 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
     """
     path = Path(out_dir) / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; {_remedy(out_dir)} makes a directory of forks.")
-    remedy = f"Delete it: {_remedy(out_dir)} writes it anew."
+        raise CheckpointError(f"{path} is missing; {fork_command(out_dir)} makes a directory of forks.")
+    remedy = f"Delete it: {fork_command(out_dir)} writes it anew."
     with explain_damage(remedy):
         values = read_json(path, _VERSION).get("config")
     if not isinstance(values, dict):
@@ -239,7 +239,7 @@ def load_state(directory: ForkDirectory, run: Run, epoch: int) -> TrainingState:
         CheckpointError: It is missing or damaged; the message says what makes it.
         NewerVersionError: It was written by another release.
     """
-    with explain_damage(f"{_remedy(directory.path)} makes it."):
+    with explain_damage(f"{fork_command(directory.path)} makes it."):
         return TrainingState.load(run.snapshot_path(epoch))
 
 
@@ -253,5 +253,6 @@ def _load_network(directory: ForkDirectory, run: Run, epoch: int | None) -> nn.M
     return model.eval()
 
 
-def _remedy(out_dir: str | os.PathLike[str]) -> str:
+def fork_command(out_dir: str | os.PathLike[str]) -> str:
+    """Return the ways to train what a directory lacks, for messages."""
     return f"run_forks(config, {os.fspath(out_dir)!r}), or lmc-curvature fork CONFIG --out {os.fspath(out_dir)},"

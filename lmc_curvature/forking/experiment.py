@@ -66,7 +66,7 @@ def run_forks(
         NonFiniteError: The parent or children diverged. All others were trained, except for the children of forks that
             the parent did not reach. The message says which.
         NewerVersionError: The directory, or a snapshot, was written by another release.
-        OptionError: `workers` is not positive, or TensorBoard is asked for and not installed.
+        OptionError: `workers` is not positive, there is no such device, or TensorBoard is asked for and not installed.
         PartitionError: The layers that are to be traced are not those of the network.
     """
     if workers < 1:

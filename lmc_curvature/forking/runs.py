@@ -6,7 +6,6 @@ epoch-0006.safetensors      the network and its optimiser at each epoch that is 
 latest.safetensors          the same at the last epoch trained, until training is finished
 """
 
-import csv
 import dataclasses
 import hashlib
 import json
@@ -96,14 +95,10 @@ class Run:
 
     def write_metrics(self, history: Sequence[EpochMetrics]) -> None:
         """Write the metrics of the run's own epochs, given those since the beginning of the schedule."""
-        names = [field.name for field in dataclasses.fields(EpochMetrics)]
-        with (
-            write_atomically(self.metrics_path) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.writer(file)
-            writer.writerow(names)
-            writer.writerows(dataclasses.astuple(metrics) for metrics in history[self.first_epoch :])
+        import pandas as pd
+
+        with write_atomically(self.metrics_path) as temporary:
+            pd.DataFrame(list(history[self.first_epoch :])).to_csv(temporary, index=False, lineterminator="\r\n")
 
     def epochs_trained(self) -> int:
         """Return how many epochs of its own the run has behind it, as far as its metrics tell."""

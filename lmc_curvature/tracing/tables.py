@@ -126,7 +126,15 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
             for alpha, value, barrier in zip(found.alphas, found.values(metric), found.curve(metric), strict=True)
         ],
         "barriers": [
-            _barrier_row(split, metric, found) for split, found in measured.items() for metric in found.metrics
+            {
+                "split": split,
+                "metric": metric,
+                "barrier": found.barrier(metric),
+                "standard_error": found.standard_error(metric),
+                **dict(zip(("end_a", "end_b"), found.ends(metric), strict=True)),
+            }
+            for split, found in measured.items()
+            for metric in found.metrics
         ],
         "predictions": [
             {
@@ -139,18 +147,6 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
         "layers": list(_layer_rows(prediction, sets)),
         "cumulative": list(_cumulative_rows(prediction, sets)),
         "geometry": [dataclasses.asdict(SiblingGeometry.load(path / "geometry.safetensors"))],
-    }
-
-
-def _barrier_row(split: str, metric: str, measurement: BarrierMeasurement) -> Row:
-    first, second = measurement.ends(metric)
-    return {
-        "split": split,
-        "metric": metric,
-        "barrier": measurement.barrier(metric),
-        "standard_error": measurement.standard_error(metric),
-        "end_a": first,
-        "end_b": second,
     }
 
 
