@@ -125,11 +125,10 @@ def measure(
     _answer(comparison, measurement, measurement_record(measurement), *tables)
 
 
-def _print_version(asked: bool) -> bool:
+def _print_version(asked: bool) -> None:
     if asked:
         print(f"lmc-curvature {__version__}")
         raise typer.Exit
-    return asked
 
 
 @app.callback()

@@ -21,14 +21,11 @@ Checkpoint = Annotated[Path, typer.Argument(help="A safetensors file, or a torch
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 ForkDir = Annotated[Path, typer.Argument(help="A directory that lmc-curvature fork wrote.")]
 OtherData = Annotated[
-    str | None, typer.Option("--data", help="Instead of the experiment's own data, such as a folder that has moved.")
+    str | None, typer.Option("--data", help="Instead of the configured data, such as a moved folder.")
 ]
-Workers = Annotated[
-    int, typer.Option(help="Processes to work in. More may be started from elsewhere: they share the work.")
-]
+Workers = Annotated[int, typer.Option(help="Processes that share the work; more may be started from elsewhere.")]
 Progress = Annotated[
-    bool | None,
-    typer.Option("--progress/--no-progress", help="Show progress bars on standard error; by default on a terminal."),
+    bool | None, typer.Option("--progress/--no-progress", help="Progress on standard error; by default on a terminal.")
 ]
 
 
@@ -40,22 +37,15 @@ class Comparison:
     b: Checkpoint
     model: Annotated[str, typer.Option(help="digits-resnet, resnet20, …; torchvision:NAME; or package.module:factory.")]
     data: Annotated[
-        str,
-        typer.Option(
-            help="digits; a folder of images (ROOT/train/CLASS/*.png); or package.module:factory returning a loader."
-        ),
+        str, typer.Option(help="digits; a folder (ROOT/train/CLASS/*.png); or package.module:factory giving a loader.")
     ]
     model_option: Annotated[
-        list[str] | None,
-        typer.Option(help="KEY=VALUE for the network's factory, such as num_classes=10. Repeatable."),
+        list[str] | None, typer.Option(help="KEY=VALUE for the network's factory, such as num_classes=10. Repeatable.")
     ] = None
     layers: Annotated[str, typer.Option(help="The partition: fused, module, tensor, block or block:DEPTH.")] = "fused"
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Comma-separated layers to move together. Repeatable.")
-    ] = None
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Layers to move together: A,B. Repeatable.")] = None
     batch_norm: Annotated[
-        Literal["interpolate", "batch", "recalibrate"],
-        typer.Option(help="What batch normalisation does between the networks."),
+        Literal["interpolate", "batch", "recalibrate"], typer.Option(help="Batch normalisation between the networks.")
     ] = "interpolate"
     split: Annotated[Literal["train", "test"], typer.Option(help="Of digits and folders.")] = "train"
     limit: Annotated[int | None, typer.Option(help="Use a fixed random sample of this many examples.")] = None
@@ -63,9 +53,7 @@ class Comparison:
     max_batches: Annotated[int | None, typer.Option(help="Use only this many batches.")] = None
     device: Device = "cpu"
     dtype: Annotated[Literal["float32", "float64"], typer.Option(help="Type to compute in.")] = "float32"
-    save: Annotated[Path | None, typer.Option(dir_okay=False, help="Also save the full result here, for Python.")] = (
-        None
-    )
+    save: Annotated[Path | None, typer.Option(dir_okay=False, help="Also save the result here, for Python.")] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False
     progress: Progress = None
 

@@ -181,8 +181,9 @@ def _rank_table(ranks: Mapping[int, Mapping[str, float]]) -> Table:
     frame = pd.DataFrame(ranks)
     # A fork without ranks has no part in the mean.
     frame["mean"] = frame.mean(axis="columns")
-    for key in frame.index.intersection(list(_RANKINGS), sort=False):
-        table.add_row(_RANKINGS[key], *(_cell(value, ".2f") for value in frame.loc[key]))
+    for key, title in _RANKINGS.items():
+        if key in frame.index:
+            table.add_row(title, *(_cell(value, ".2f") for value in frame.loc[key]))
     return table
 
 

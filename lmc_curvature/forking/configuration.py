@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
@@ -32,6 +32,14 @@ class Configuration(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigurationError(_describe_problems(error, type(self).model_fields)) from error
+
+    @classmethod
+    def from_source(cls, source: str, values: dict[str, Any]) -> Self:
+        """Make a configuration of values from somewhere, such as a file, that error messages name first."""
+        try:
+            return cls(**values)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{source}:\n{error}") from error
 
 
 class TrainingConfig(Configuration):
@@ -151,11 +159,6 @@ class ForkConfig(Configuration):
         first = 0 if info.field_name == "fork_epochs" else 1
         return _check_epochs(epochs, None if training is None else training.epochs, first=first)
 
-    @property
-    def parent_epochs(self) -> tuple[int, ...]:
-        """The epochs at which the parent is stored: the fork epochs and the last."""
-        return (*self.fork_epochs, self.training.epochs)
-
     def child_epochs(self, fork_epoch: int) -> tuple[int, ...]:
         """The epochs at which the children of a fork are stored."""
         return (*(epoch for epoch in self.snapshot_epochs if epoch > fork_epoch), self.training.epochs)
@@ -188,10 +191,7 @@ def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
     strange = [key for key in values if not isinstance(key, str)]
     if strange:
         raise ConfigurationError(f"{path}: {strange[0]!r} is not a name; expected keys such as training.")
-    try:
-        return ForkConfig(**{**values, **changes})
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{path}:\n{error}") from error
+    return ForkConfig.from_source(str(path), {**values, **changes})
 
 
 def check_same(stored: Configuration, given: Configuration, *, held: str, remedy: str) -> None:

@@ -214,8 +214,8 @@ def _train_epoch(
     epoch: int,
 ) -> EpochMetrics:
     layout, device = _fastest_layout(model), data.images.device
-    order = torch.randperm(len(data), generator=generator)
-    crops = Crops.draw(len(data), generator) if config.augmentation == "crop-flip" else None
+    order = torch.randperm(len(data), generator=generator).to(device)
+    crops = Crops.draw(len(data), generator).to(device) if config.augmentation == "crop-flip" else None
     loader = data.batches(config.batch_size, order=order, crops=crops)
     losses, correct = [], torch.zeros((), dtype=torch.int64, device=device)
     rate = 0.0

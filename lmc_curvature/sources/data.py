@@ -137,9 +137,8 @@ def load_image_folder(
             "same directories in both."
         )
     images = {each: _decode(folder, progress=progress) for each, folder in listed.items()}
-    return ImageDataset.normalized_by(
-        images["train"], images[split], torch.tensor(listed[split].targets), tuple(classes)
-    )
+    targets = torch.tensor(listed[split].targets)
+    return ImageDataset.normalized_by(images["train"], images[split], targets, tuple(classes))
 
 
 def _list_images(root: Path, split: Split) -> "ImageFolder":

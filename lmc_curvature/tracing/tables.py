@@ -108,15 +108,12 @@ def _table_path(directory: ForkDirectory, name: str) -> Path:
 
 
 def _rows_of(path: Path) -> dict[str, list[Row]]:
-    prediction = BarrierPrediction.load(path / "predicted.safetensors")
-    measured = {
-        split: BarrierMeasurement.load(path / f"{split}.safetensors")
-        for split in ("train", "test")
-        if (path / f"{split}.safetensors").is_file()
-    }
+    files = {file.stem: file for file in path.glob("*.safetensors")}
+    prediction = BarrierPrediction.load(files["predicted"])
+    measured = {split: BarrierMeasurement.load(files[split]) for split in ("train", "test") if split in files}
     sets: dict[tuple[str, ...], np.ndarray] = {}
-    if (path / "sets.safetensors").is_file():
-        measurement = BarrierMeasurement.load(path / "sets.safetensors")
+    if "sets" in files:
+        measurement = BarrierMeasurement.load(files["sets"])
         sets = dict(zip(measurement.sets, measurement.layer_curves(), strict=True))
     return {
         "curves": [
@@ -146,7 +143,7 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
         ],
         "layers": list(_layer_rows(prediction, sets)),
         "cumulative": list(_cumulative_rows(prediction, sets)),
-        "geometry": [dataclasses.asdict(SiblingGeometry.load(path / "geometry.safetensors"))],
+        "geometry": [dataclasses.asdict(SiblingGeometry.load(files["geometry"]))],
     }
 
 

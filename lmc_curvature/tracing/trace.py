@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from tqdm.auto import tqdm
 
-from lmc_curvature.errors import CheckpointError, ConfigurationError, LMCCurvatureError, NonFiniteError, OptionError
+from lmc_curvature.errors import CheckpointError, LMCCurvatureError, NonFiniteError, OptionError
 from lmc_curvature.forking import ForkDirectory, TraceConfig, initial_model, load_fork_data, open_directory
 from lmc_curvature.forking.checks import check_examples, check_layers
 from lmc_curvature.forking.configuration import check_same
@@ -183,11 +183,6 @@ def _check_config(directory: ForkDirectory) -> None:
             write_json(path, {"version": _VERSION, **config.model_dump(mode="json")})
     with explain_damage(f"Remove it if the traces are those that the configuration asks for now, else {path.parent}."):
         values = read_json(path, _VERSION)
-    try:
-        stored = TraceConfig(**values)
-    except ConfigurationError as error:
-        raise ConfigurationError(
-            f"{path} has keys or values that this release does not know:\n{error}\nUse the release that wrote it, or "
-            f"move {path.parent} away."
-        ) from error
+    source = f"{path} is not of this release (use the one that wrote it, or move {path.parent} away)"
+    stored = TraceConfig.from_source(source, values)
     check_same(stored, config, held=f"{path.parent} holds traces of", remedy=f"Move {path.parent} away")
