@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[Path, typer.Argument(help="A safetensors file, or a torch.save file that holds tensors only.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 ForkDir = Annotated[Path, typer.Argument(help="A directory that lmc-curvature fork wrote.")]
-OtherData = Annotated[
-    str | None, typer.Option("--data", help="Instead of the configured data, such as a moved folder.")
-]
+OtherData = Annotated[str | None, typer.Option("--data", help="Instead of the configured data, for moved folders.")]
 Workers = Annotated[int, typer.Option(help="Processes that share the work; more may be started from elsewhere.")]
 Progress = Annotated[
     bool | None, typer.Option("--progress/--no-progress", help="Progress on standard error; by default on a terminal.")

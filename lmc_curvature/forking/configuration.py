@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
@@ -33,13 +33,8 @@ class Configuration(BaseModel):
         except ValidationError as error:
             raise ConfigurationError(_describe_problems(error, type(self).model_fields)) from error
 
-    @classmethod
-    def from_source(cls, source: str, values: dict[str, Any]) -> Self:
-        """Make a configuration of values from somewhere, such as a file, that error messages name first."""
-        try:
-            return cls(**values)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{source}:\n{error}") from error
+
+_Kind = TypeVar("_Kind", bound=Configuration)
 
 
 class TrainingConfig(Configuration):
@@ -164,6 +159,23 @@ class ForkConfig(Configuration):
         return (*(epoch for epoch in self.snapshot_epochs if epoch > fork_epoch), self.training.epochs)
 
 
+def parse_config(kind: type[_Kind], values: dict[str, Any], *, source: str) -> _Kind:
+    """Return the configuration that some values make.
+
+    Args:
+        kind: Its class.
+        values: Its keys and their values.
+        source: The beginning of error messages: where the values are from.
+
+    Raises:
+        ConfigurationError: A key is unknown, missing, or has a bad value.
+    """
+    try:
+        return kind(**values)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{source}:\n{error}") from error
+
+
 def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
     """Read the configuration of an experiment from a YAML file.
 
@@ -191,7 +203,7 @@ def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
     strange = [key for key in values if not isinstance(key, str)]
     if strange:
         raise ConfigurationError(f"{path}: {strange[0]!r} is not a name; expected keys such as training.")
-    return ForkConfig.from_source(str(path), {**values, **changes})
+    return parse_config(ForkConfig, {**values, **changes}, source=str(path))
 
 
 def check_same(stored: Configuration, given: Configuration, *, held: str, remedy: str) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from lmc_curvature.checkpoints import load_entries
 from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError
-from lmc_curvature.forking.configuration import ForkConfig, check_same
+from lmc_curvature.forking.configuration import ForkConfig, check_same, parse_config
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.training import TrainingState
 from lmc_curvature.sources.networks import make_model
@@ -122,7 +122,7 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
         values = read_json(path, _VERSION).get("config")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is damaged: it holds no configuration. {remedy}")
-    return ForkDirectory(Path(out_dir), ForkConfig.from_source(str(path), values))
+    return ForkDirectory(Path(out_dir), parse_config(ForkConfig, values, source=str(path)))
 
 
 def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> ForkDirectory:

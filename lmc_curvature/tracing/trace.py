@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lmc_curvature.errors import CheckpointError, LMCCurvatureError, NonFiniteError, OptionError
 from lmc_curvature.forking import ForkDirectory, TraceConfig, initial_model, load_fork_data, open_directory
 from lmc_curvature.forking.checks import check_examples, check_layers
-from lmc_curvature.forking.configuration import check_same
+from lmc_curvature.forking.configuration import check_same, parse_config
 from lmc_curvature.forking.directory import explain_damage, fork_command
 from lmc_curvature.forking.sharing import Task, device_of_rank, helpers, progress_of_rank, share, unless_claimed
 from lmc_curvature.objective.risk import Objective
@@ -184,5 +184,5 @@ def _check_config(directory: ForkDirectory) -> None:
     with explain_damage(f"Remove it if the traces are those that the configuration asks for now, else {path.parent}."):
         values = read_json(path, _VERSION)
     source = f"{path} is not of this release (use the one that wrote it, or move {path.parent} away)"
-    stored = TraceConfig.from_source(source, values)
+    stored = parse_config(TraceConfig, values, source=source)
     check_same(stored, config, held=f"{path.parent} holds traces of", remedy=f"Move {path.parent} away")
