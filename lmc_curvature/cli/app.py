@@ -125,10 +125,11 @@ def measure(
     _answer(comparison, measurement, measurement_record(measurement), *tables)
 
 
-def _print_version(asked: bool) -> None:
+def _print_version(asked: bool) -> bool:
     if asked:
         print(f"lmc-curvature {__version__}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()

@@ -183,6 +183,7 @@ def _check_config(directory: ForkDirectory) -> None:
             write_json(path, {"version": _VERSION, **config.model_dump(mode="json")})
     with explain_damage(f"Remove it if the traces are those that the configuration asks for now, else {path.parent}."):
         values = read_json(path, _VERSION)
-    source = f"{path} is not of this release (use the one that wrote it, or move {path.parent} away)"
+    remedy = f"use the release that wrote it, or move {path.parent} away"
+    source = f"{path} has keys or values that this release does not know ({remedy})"
     stored = parse_config(TraceConfig, values, source=source)
     check_same(stored, config, held=f"{path.parent} holds traces of", remedy=f"Move {path.parent} away")
