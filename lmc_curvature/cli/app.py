@@ -53,9 +53,7 @@ def fork(
 ) -> None:
     """Train a parent, and children forked from it at several epochs."""
     from lmc_curvature.forking import load_config, run_forks
-    from lmc_curvature.objective.network import parse_device
 
-    parse_device(device)
     plan = load_config(config, **({} if data is None else {"data": data}))
     run_forks(plan, out, device=device, workers=workers, tensorboard=tensorboard, progress=progress)
     _print(f"trained: {out}; next: lmc-curvature trace {out}")
@@ -63,18 +61,12 @@ def fork(
 
 @app.command()
 def trace(
-    directory: ForkDir,
-    data: OtherData = None,
-    device: Device = "cpu",
-    workers: Workers = 1,
-    progress: Progress = None,
+    directory: ForkDir, data: OtherData = None, device: Device = "cpu", workers: Workers = 1, progress: Progress = None
 ) -> None:
     """Predict and measure the barriers between siblings, epoch by epoch."""
     from lmc_curvature.cli.tables import trace_tables
-    from lmc_curvature.objective.network import parse_device
     from lmc_curvature.tracing import trace_forks
 
-    parse_device(device)
     traces = trace_forks(directory, data=data, device=device, workers=workers, progress=progress)
     _print(*trace_tables(traces), f"tables: {directory / 'traces'}; next: lmc-curvature figures {directory}")
 

@@ -66,9 +66,8 @@ def run_demo(
     with forking.cpu_threads(CONFIG.threads):
         # One for all forks: the network is captured once.
         objective = Objective(forking.initial_model(CONFIG).to(device), loader)
-        for fork in tqdm(
-            CONFIG.fork_epochs, desc="barriers", unit="fork", disable=None if progress is None else not progress
-        ):
+        off = None if progress is None else not progress
+        for fork in tqdm(CONFIG.fork_epochs, desc="barriers", unit="fork", disable=off):
             first, second = (forking.load_child(out_dir / "forks", fork, child).to(device) for child in (0, 1))
             prediction = predict_on_segment(objective, Segment(first, second), progress=False)
             sets = [*([name] for name in prediction.layers), *layer_sets(prediction.layers).values()]

@@ -4,7 +4,6 @@ Nothing of the library is imported before an option is used, so that help and mi
 """
 
 import dataclasses
-import importlib
 import inspect
 import json
 from collections.abc import Callable, Iterable
@@ -21,15 +20,10 @@ if TYPE_CHECKING:
 Checkpoint = Annotated[Path, typer.Argument(help="A safetensors file, or a torch.save file that holds tensors only.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 ForkDir = Annotated[Path, typer.Argument(help="A directory that lmc-curvature fork wrote.")]
-OtherData = Annotated[
-    str | None, typer.Option("--data", help="Instead of the experiment's own data, such as a folder that has moved.")
-]
-Workers = Annotated[
-    int, typer.Option(help="Processes to work in. More may be started from elsewhere: they share the work.")
-]
+OtherData = Annotated[str | None, typer.Option("--data", help="Instead of the configured data, for moved folders.")]
+Workers = Annotated[int, typer.Option(help="Processes that share the work; more may be started from elsewhere.")]
 Progress = Annotated[
-    bool | None,
-    typer.Option("--progress/--no-progress", help="Show progress bars on standard error; by default on a terminal."),
+    bool | None, typer.Option("--progress/--no-progress", help="Progress on standard error; by default on a terminal.")
 ]
 
 
@@ -41,22 +35,15 @@ class Comparison:
     b: Checkpoint
     model: Annotated[str, typer.Option(help="digits-resnet, resnet20, …; torchvision:NAME; or package.module:factory.")]
     data: Annotated[
-        str,
-        typer.Option(
-            help="digits; a folder of images (ROOT/train/CLASS/*.png); or package.module:factory returning a loader."
-        ),
+        str, typer.Option(help="digits; a folder (ROOT/train/CLASS/*.png); or package.module:factory giving a loader.")
     ]
     model_option: Annotated[
-        list[str] | None,
-        typer.Option(help="KEY=VALUE for the network's factory, such as num_classes=10. Repeatable."),
+        list[str] | None, typer.Option(help="KEY=VALUE for the network's factory, such as num_classes=10. Repeatable.")
     ] = None
     layers: Annotated[str, typer.Option(help="The partition: fused, module, tensor, block or block:DEPTH.")] = "fused"
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Comma-separated layers to move together. Repeatable.")
-    ] = None
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Layers to move together: A,B. Repeatable.")] = None
     batch_norm: Annotated[
-        Literal["interpolate", "batch", "recalibrate"],
-        typer.Option(help="What batch normalisation does between the networks."),
+        Literal["interpolate", "batch", "recalibrate"], typer.Option(help="Batch normalisation between the networks.")
     ] = "interpolate"
     split: Annotated[Literal["train", "test"], typer.Option(help="Of digits and folders.")] = "train"
     limit: Annotated[int | None, typer.Option(help="Use a fixed random sample of this many examples.")] = None
@@ -64,9 +51,7 @@ class Comparison:
     max_batches: Annotated[int | None, typer.Option(help="Use only this many batches.")] = None
     device: Device = "cpu"
     dtype: Annotated[Literal["float32", "float64"], typer.Option(help="Type to compute in.")] = "float32"
-    save: Annotated[Path | None, typer.Option(dir_okay=False, help="Also save the full result here, for Python.")] = (
-        None
-    )
+    save: Annotated[Path | None, typer.Option(dir_okay=False, help="Also save the result here, for Python.")] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False
     progress: Progress = None
 
@@ -81,21 +66,20 @@ class Comparison:
 
     def batches(self) -> Iterable[Any]:
         """The loader: of a data set known by name, or what a factory returns."""
-        from lmc_curvature.sources import load_data
+        from lmc_curvature.sources.data import load_data
+        from lmc_curvature.sources.networks import import_function
 
-        module, colon, factory = self.data.partition(":")
+        module, colon, _ = self.data.partition(":")
         # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.
         if not colon or module == "cifar10" or Path(self.data).exists():
             return load_data(self.data, self.split, self.limit, progress=self.progress).batches(self.batch_size)
-        expected = "Expected package.module:factory, a function without arguments that returns a loader."
-        try:
-            make_loader = getattr(importlib.import_module(module), factory)
-        except (ImportError, AttributeError) as error:
-            raise DataError(f"--data {self.data}: {error}. {expected}") from error
+        make_loader = import_function(self.data, what=f"--data {self.data}")
         try:
             return make_loader()
         except TypeError as error:
-            raise DataError(f"--data {self.data}: {error}. {expected}") from error
+            raise DataError(
+                f"--data {self.data}: {error}. Expected a function without arguments that returns a loader."
+            ) from error
 
     def sets(self) -> list[list[str]]:
         """The sets of layers that were named."""
@@ -105,13 +89,8 @@ class Comparison:
         """How to compute, as `predict_barrier` and `measure_barrier` both take it."""
         import torch
 
-        return {
-            "batch_norm": self.batch_norm,
-            "max_batches": self.max_batches,
-            "device": self.device,
-            "dtype": getattr(torch, self.dtype),
-            "progress": self.progress,
-        }
+        names = ("batch_norm", "max_batches", "device", "progress")
+        return {name: getattr(self, name) for name in names} | {"dtype": getattr(torch, self.dtype)}
 
 
 def with_comparison(command: Callable[Concatenate[Comparison, ...], None]) -> Callable[..., None]:

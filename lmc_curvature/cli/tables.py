@@ -178,13 +178,12 @@ def _rank_table(ranks: Mapping[int, Mapping[str, float]]) -> Table:
         *_right(*(f"fork {fork}" for fork in ranks), "mean"),
         title="How well layers are ranked before measuring",
     )
+    frame = pd.DataFrame(ranks)
+    # A fork without ranks has no part in the mean.
+    frame["mean"] = frame.mean(axis="columns")
     for key, title in _RANKINGS.items():
-        values = [rank[key] for rank in ranks.values() if key in rank]
-        # A fork without ranks has no part in the mean.
-        known = [value for value in values if math.isfinite(value)]
-        if values:
-            mean = sum(known) / len(known) if known else math.nan
-            table.add_row(title, *(_cell(value, ".2f") for value in [*values, mean]))
+        if key in frame.index:
+            table.add_row(title, *(_cell(value, ".2f") for value in frame.loc[key]))
     return table
 
 

@@ -5,9 +5,9 @@ Configurations are frozen and strict about keys; their errors name the key.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
@@ -32,6 +32,9 @@ class Configuration(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigurationError(_describe_problems(error, type(self).model_fields)) from error
+
+
+_Kind = TypeVar("_Kind", bound=Configuration)
 
 
 class TrainingConfig(Configuration):
@@ -151,14 +154,26 @@ class ForkConfig(Configuration):
         first = 0 if info.field_name == "fork_epochs" else 1
         return _check_epochs(epochs, None if training is None else training.epochs, first=first)
 
-    @property
-    def parent_epochs(self) -> tuple[int, ...]:
-        """The epochs at which the parent is stored: the fork epochs and the last."""
-        return (*self.fork_epochs, self.training.epochs)
-
     def child_epochs(self, fork_epoch: int) -> tuple[int, ...]:
         """The epochs at which the children of a fork are stored."""
         return (*(epoch for epoch in self.snapshot_epochs if epoch > fork_epoch), self.training.epochs)
+
+
+def parse_config(kind: type[_Kind], values: dict[str, Any], *, source: str) -> _Kind:
+    """Return the configuration that some values make.
+
+    Args:
+        kind: Its class.
+        values: Its keys and their values.
+        source: The beginning of error messages: where the values are from.
+
+    Raises:
+        ConfigurationError: A key is unknown, missing, or has a bad value.
+    """
+    try:
+        return kind(**values)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{source}:\n{error}") from error
 
 
 def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
@@ -188,10 +203,7 @@ def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
     strange = [key for key in values if not isinstance(key, str)]
     if strange:
         raise ConfigurationError(f"{path}: {strange[0]!r} is not a name; expected keys such as training.")
-    try:
-        return ForkConfig(**{**values, **changes})
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{path}:\n{error}") from error
+    return parse_config(ForkConfig, {**values, **changes}, source=str(path))
 
 
 def check_same(stored: Configuration, given: Configuration, *, held: str, remedy: str) -> None:
@@ -223,14 +235,13 @@ def _differences(stored: dict[str, Any], given: dict[str, Any], prefix: str = ""
     return lines
 
 
-def _describe_problems(error: ValidationError, keys: Iterable[str]) -> str:
+def _describe_problems(error: ValidationError, keys: Collection[str]) -> str:
     """Return one line `key: problem` for each problem, dots leading into nested configurations.
 
     Args:
         error: What pydantic found.
         keys: The keys that would have been right, to suggest one for a misspelt key.
     """
-    keys = list(keys)
     lines: list[str] = []
     for item in error.errors(include_url=False):
         location = ".".join(str(part) for part in item["loc"])

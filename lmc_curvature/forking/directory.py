@@ -19,13 +19,14 @@ from filelock import FileLock
 from torch import nn
 
 from lmc_curvature.checkpoints import load_entries
-from lmc_curvature.errors import CheckpointError, ConfigurationError, FileFormatError, NewerVersionError
-from lmc_curvature.forking.configuration import ForkConfig, check_same
+from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError
+from lmc_curvature.forking.configuration import ForkConfig, check_same, parse_config
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.training import TrainingState
 from lmc_curvature.sources.networks import make_model
 from lmc_curvature.storage import read_json, remove_partial_files, write_json
 
+_CONFIG = "config.json"
 _VERSION = "2"
 
 
@@ -43,8 +44,9 @@ class ForkDirectory:
 
     @property
     def parent(self) -> Run:
-        """The run of the parent."""
-        return Run(self.path / "parent", "parent", self.config.order_seed, 0, self.config.parent_epochs)
+        """The run of the parent, which is stored at the fork epochs and at the last."""
+        epochs = (*self.config.fork_epochs, self.config.training.epochs)
+        return Run(self.path / "parent", "parent", self.config.order_seed, 0, epochs)
 
     def child(self, fork_epoch: int, child: int) -> Run:
         """The run of a child."""
@@ -82,11 +84,6 @@ class ForkDirectory:
         return self.parent.status == "diverged" and not self.can_start(run)
 
     @property
-    def config_path(self) -> Path:
-        """Path of the configuration."""
-        return self.path / "config.json"
-
-    @property
     def provenance_path(self) -> Path:
         """Path of the record of what the experiment was begun with."""
         return self.path / "provenance.json"
@@ -117,18 +114,15 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
         ConfigurationError: The configuration has keys or values that this release does not know.
         NewerVersionError: The directory was written by another release.
     """
-    path = Path(out_dir) / "config.json"
+    path = Path(out_dir) / _CONFIG
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; {_remedy(out_dir)} makes a directory of forks.")
-    remedy = f"Delete it: {_remedy(out_dir)} writes it anew."
+        raise CheckpointError(f"{path} is missing; {fork_command(out_dir)} makes a directory of forks.")
+    remedy = f"Delete it: {fork_command(out_dir)} writes it anew."
     with explain_damage(remedy):
         values = read_json(path, _VERSION).get("config")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is damaged: it holds no configuration. {remedy}")
-    try:
-        return ForkDirectory(Path(out_dir), ForkConfig(**values))
-    except ConfigurationError as error:
-        raise ConfigurationError(f"{path}:\n{error}") from error
+    return ForkDirectory(Path(out_dir), parse_config(ForkConfig, values, source=str(path)))
 
 
 def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> ForkDirectory:
@@ -139,7 +133,7 @@ def create_directory(out_dir: str | os.PathLike[str], config: ForkConfig) -> For
     """
     given = ForkDirectory(Path(out_dir), config)
     with given.writing(given.path):
-        if not given.config_path.exists():
+        if not (given.path / _CONFIG).exists():
             write_config(given)
     check_config(given)
     return given
@@ -169,7 +163,7 @@ def check_config(directory: ForkDirectory) -> None:
 def write_config(directory: ForkDirectory) -> None:
     """Store the configuration of an experiment; to be called by whoever is `writing` in the directory."""
     contents = {"version": _VERSION, "config": directory.config.model_dump(mode="json")}
-    write_json(directory.config_path, contents)
+    write_json(directory.path / _CONFIG, contents)
 
 
 @contextlib.contextmanager
@@ -239,7 +233,7 @@ def load_state(directory: ForkDirectory, run: Run, epoch: int) -> TrainingState:
         CheckpointError: It is missing or damaged; the message says what makes it.
         NewerVersionError: It was written by another release.
     """
-    with explain_damage(f"{_remedy(directory.path)} makes it."):
+    with explain_damage(f"{fork_command(directory.path)} makes it."):
         return TrainingState.load(run.snapshot_path(epoch))
 
 
@@ -253,5 +247,6 @@ def _load_network(directory: ForkDirectory, run: Run, epoch: int | None) -> nn.M
     return model.eval()
 
 
-def _remedy(out_dir: str | os.PathLike[str]) -> str:
+def fork_command(out_dir: str | os.PathLike[str]) -> str:
+    """Return the ways to train what a directory lacks, for messages."""
     return f"run_forks(config, {os.fspath(out_dir)!r}), or lmc-curvature fork CONFIG --out {os.fspath(out_dir)},"

@@ -2,23 +2,11 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lmc_curvature.errors import OptionError
 from lmc_curvature.forking.training import EpochMetrics
-
-
-def check_tensorboard() -> None:
-    """Check that TensorBoard's own package is there, which writes the files.
-
-    Raises:
-        OptionError: It is not installed.
-    """
-    if importlib.util.find_spec("tensorboard") is None:
-        raise OptionError("TensorBoard events need the package tensorboard: pip install lmc-curvature[tensorboard].")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ so.
 """
 
 import dataclasses
+import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from lmc_curvature.errors import DataError, NonFiniteError, OptionError
 from lmc_curvature.forking.checks import check_examples, check_fit, check_layers
 from lmc_curvature.forking.configuration import ForkConfig
 from lmc_curvature.forking.directory import ForkDirectory, create_directory, initial_model, load_state, open_directory
-from lmc_curvature.forking.events import check_tensorboard, event_log
+from lmc_curvature.forking.events import event_log
 from lmc_curvature.forking.provenance import Conditions, begin, conditions, load_fork_data, recorded_splits
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.sharing import Task, device_of_rank, helpers, progress_of_rank, share, unless_claimed
@@ -66,13 +67,13 @@ def run_forks(
         NonFiniteError: The parent or children diverged. All others were trained, except for the children of forks that
             the parent did not reach. The message says which.
         NewerVersionError: The directory, or a snapshot, was written by another release.
-        OptionError: `workers` is not positive, or TensorBoard is asked for and not installed.
+        OptionError: `workers` is not positive, there is no such device, or TensorBoard is asked for and not installed.
         PartitionError: The layers that are to be traced are not those of the network.
     """
     if workers < 1:
         raise OptionError(f"workers={workers} must be at least 1.")
-    if tensorboard is not None:
-        check_tensorboard()
+    if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
+        raise OptionError("TensorBoard events need the package tensorboard: pip install lmc-curvature[tensorboard].")
     device, progress = device_of_rank(device), progress_of_rank(progress)
     directory = create_directory(out_dir, config)
     runs = directory.runs()
@@ -119,6 +120,10 @@ class _Laboratory:
     tensorboard: str | os.PathLike[str] | None
     save_seconds: float
 
+    @property
+    def made_with(self) -> Conditions:
+        return conditions(self.directory.config, self.device)
+
 
 def _train_all(laboratory: _Laboratory, data: ImageDataset | None = None, *, progress: bool | None = False) -> None:
     """Train all runs, together with whatever other processes are at it."""
@@ -126,19 +131,17 @@ def _train_all(laboratory: _Laboratory, data: ImageDataset | None = None, *, pro
     config, runs = directory.config, directory.runs()
     data = load_fork_data(directory, "train", progress=progress).to(device) if data is None else data
     step = partial(train, initial_model(config).to(device), data, config.training, progress=False)
-    made_with = conditions(config, device)
-    tasks = [
-        Task(
-            run.title,
-            directory.lock_path(run.title),
-            is_done=partial(directory.is_over, run),
-            is_ready=partial(directory.can_start, run),
-            work=partial(_train, laboratory, run, step, made_with),
-        )
-        for run in runs
-    ]
     share(
-        tasks,
+        [
+            Task(
+                run.title,
+                directory.lock_path(run.title),
+                is_done=partial(directory.is_over, run),
+                is_ready=partial(directory.can_start, run),
+                work=partial(_train, laboratory, run, step),
+            )
+            for run in runs
+        ],
         total=sum(run.epochs[-1] - run.first_epoch for run in runs),
         count=lambda: sum(run.epochs_trained() for run in runs),
         threads=config.threads,
@@ -146,12 +149,10 @@ def _train_all(laboratory: _Laboratory, data: ImageDataset | None = None, *, pro
     )
 
 
-def _train(
-    laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState], made_with: Conditions, bar: tqdm
-) -> None:
+def _train(laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState], bar: tqdm) -> None:
     """Train a run to its end, and tell its manifest how that went."""
     remove_partial_files(run.path)
-    run.write_manifest("training", made_with)
+    run.write_manifest("training", laboratory.made_with)
 
     def report(metrics: EpochMetrics) -> None:
         bar.update()
@@ -160,18 +161,16 @@ def _train(
 
     try:
         with event_log(laboratory.tensorboard, run.path.relative_to(laboratory.directory.path)) as log:
-            state = _train_to_end(laboratory, run, partial(step, on_epoch=report), made_with)
+            state = _train_to_end(laboratory, run, partial(step, on_epoch=report))
     except NonFiniteError as error:
-        run.write_manifest("diverged", made_with, str(error))
+        run.write_manifest("diverged", laboratory.made_with, str(error))
         return
     run.write_metrics(state.history)
     run.latest_path.unlink(missing_ok=True)
-    run.write_manifest("finished", made_with)
+    run.write_manifest("finished", laboratory.made_with)
 
 
-def _train_to_end(
-    laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState], made_with: Conditions
-) -> TrainingState:
+def _train_to_end(laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState]) -> TrainingState:
     """Train to the end, leaving a snapshot at each epoch that is kept, and between them a state every few seconds.
 
     Every epoch starts from a state, and a state from a file is the same state: so it makes no difference to the
@@ -194,5 +193,5 @@ def _train_to_end(
                 run.write_metrics(state.history)
                 saved = time.monotonic()
         state.save(run.snapshot_path(epoch))
-        run.write_manifest("training", made_with)
+        run.write_manifest("training", laboratory.made_with)
     return state

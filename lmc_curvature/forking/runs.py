@@ -6,17 +6,19 @@ epoch-0006.safetensors      the network and its optimiser at each epoch that is 
 latest.safetensors          the same at the last epoch trained, until training is finished
 """
 
-import csv
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lmc_curvature.errors import CheckpointError
+from lmc_curvature.errors import CheckpointError, FileFormatError
 from lmc_curvature.forking.training import EpochMetrics, TrainingState
-from lmc_curvature.storage import discard_if_damaged, remove_partial_files, write_atomically, write_json
+from lmc_curvature.storage import discard_if_damaged, read_json, remove_partial_files, write_atomically, write_json
+
+_MANIFEST = "manifest.json"
+_METRICS = "metrics.csv"
+_VERSION = "1"
 
 Status = Literal["training", "finished", "diverged"]
 
@@ -44,16 +46,6 @@ class Run:
         """Path of the state that training continues from."""
         return self.path / "latest.safetensors"
 
-    @property
-    def metrics_path(self) -> Path:
-        """Path of the metrics by epoch."""
-        return self.path / "metrics.csv"
-
-    @property
-    def manifest_path(self) -> Path:
-        """Path of the manifest."""
-        return self.path / "manifest.json"
-
     def snapshot_path(self, epoch: int) -> Path:
         """Path of the snapshot at an epoch."""
         return self.path / f"epoch-{epoch:04d}.safetensors"
@@ -69,16 +61,15 @@ class Run:
         manifest = self.manifest()
         status = manifest.get("status", "training")
         recorded = [self.path / name for name in manifest.get("sha256", {})]
-        files = [self.metrics_path, *self.snapshot_paths] if status == "finished" else recorded
+        files = [self.path / _METRICS, *self.snapshot_paths] if status == "finished" else recorded
         return status if all(path.is_file() for path in files) else "training"
 
     def manifest(self) -> dict[str, Any]:
         """Return the manifest; empty if there is none, or if it is damaged, so that it is made anew."""
         try:
-            contents = json.loads(self.manifest_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read_json(self.path / _MANIFEST, _VERSION)
+        except (OSError, FileFormatError):
             return {}
-        return contents if isinstance(contents, dict) else {}
 
     def write_manifest(self, status: Status, made_with: Mapping[str, Any], message: str = "") -> None:
         """Write the manifest: the status, what made the run, and the snapshots that are there with their digests."""
@@ -92,23 +83,19 @@ class Run:
             "made_with": dict(made_with),
             "sha256": {path.name: _digest(path) for path in self.snapshot_paths if path.is_file()},
         }
-        write_json(self.manifest_path, contents)
+        write_json(self.path / _MANIFEST, contents)
 
     def write_metrics(self, history: Sequence[EpochMetrics]) -> None:
         """Write the metrics of the run's own epochs, given those since the beginning of the schedule."""
-        names = [field.name for field in dataclasses.fields(EpochMetrics)]
-        with (
-            write_atomically(self.metrics_path) as temporary,
-            temporary.open("w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.writer(file)
-            writer.writerow(names)
-            writer.writerows(dataclasses.astuple(metrics) for metrics in history[self.first_epoch :])
+        import pandas as pd
+
+        with write_atomically(self.path / _METRICS) as temporary:
+            pd.DataFrame(list(history[self.first_epoch :])).to_csv(temporary, index=False, lineterminator="\r\n")
 
     def epochs_trained(self) -> int:
         """Return how many epochs of its own the run has behind it, as far as its metrics tell."""
         try:
-            return max(len(self.metrics_path.read_text(encoding="utf-8").splitlines()) - 1, 0)
+            return max(len((self.path / _METRICS).read_text(encoding="utf-8").splitlines()) - 1, 0)
         except OSError:
             return 0
 
@@ -128,7 +115,7 @@ class Run:
         TrainingState.load(path)
         recorded = self.manifest().get("sha256", {}).get(path.name)
         if recorded is not None and recorded != _digest(path):
-            raise CheckpointError(f"{path} is not the file that {self.manifest_path} tells the SHA-256 of.")
+            raise CheckpointError(f"{path} is not the file that {self.path / _MANIFEST} tells the SHA-256 of.")
 
     def furthest(self, state: TrainingState, until: int) -> TrainingState:
         """Return the latest state if it lies after `state` and not after `until`, else `state`."""

@@ -21,6 +21,8 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
+from lmc_curvature.objective.network import parse_device
+
 _PAUSE = 0.5
 
 
@@ -142,8 +144,12 @@ def progress_of_rank(progress: bool | None) -> bool | None:
 
 
 def device_of_rank(device: torch.device | str) -> torch.device:
-    """Return the device to use: under `torchrun`, `"cuda"` is the one of the local rank."""
-    device = torch.device(device)
+    """Return the device to use: under `torchrun`, `"cuda"` is the one of the local rank.
+
+    Raises:
+        OptionError: There is no such device here.
+    """
+    device = parse_device(device)
     rank = os.environ.get("LOCAL_RANK")
     if device.type == "cuda" and device.index is None and rank is not None:
         return torch.device("cuda", int(rank) % torch.cuda.device_count())

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
 from tqdm.auto import tqdm
 
 from lmc_curvature.checkpoints import load_entries, read_snapshot, write_snapshot
@@ -167,11 +168,7 @@ def learning_rate_at(config: TrainingConfig, epoch: int, *, fraction: float = 1.
 
 
 def capture_state(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    epoch: int = 0,
-    history: tuple[EpochMetrics, ...] = (),
+    model: nn.Module, optimizer: Optimizer | None = None, *, epoch: int = 0, history: tuple[EpochMetrics, ...] = ()
 ) -> TrainingState:
     """Copy a network and its optimiser, if any, into a state that later training does not change."""
     slots = {} if optimizer is None else optimizer.state
@@ -185,7 +182,7 @@ def _cpu_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainingState) -> None:
+def _restore(model: nn.Module, optimizer: Optimizer, state: TrainingState) -> None:
     load_entries(model, state.model, source=f"The state at epoch {state.epoch}")
     for name, parameter in model.named_parameters():
         if name in state.optimizer:
@@ -207,15 +204,15 @@ def _fastest_layout(model: nn.Module) -> torch.memory_format:
 
 def _train_epoch(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     data: ImageDataset,
     config: TrainingConfig,
     generator: torch.Generator,
     epoch: int,
 ) -> EpochMetrics:
     layout, device = _fastest_layout(model), data.images.device
-    order = torch.randperm(len(data), generator=generator)
-    crops = Crops.draw(len(data), generator) if config.augmentation == "crop-flip" else None
+    order = torch.randperm(len(data), generator=generator).to(device)
+    crops = Crops.draw(len(data), generator).to(device) if config.augmentation == "crop-flip" else None
     loader = data.batches(config.batch_size, order=order, crops=crops)
     losses, correct = [], torch.zeros((), dtype=torch.int64, device=device)
     rate = 0.0

@@ -2,9 +2,8 @@
 
 import os
 import tarfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +14,9 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.errors import DataError, OptionError, check_choice
 from lmc_curvature.sources.images import SPLITS, ImageDataset, Split
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
 
 _DIGITS_TEST_EXAMPLES = 360
 _CIFAR10_ROOT = "data"
@@ -123,7 +125,7 @@ def load_image_folder(
     """
     check_choice("split", split, SPLITS)
     listed = {each: _list_images(Path(root).expanduser(), each) for each in ("train", split)}
-    (classes, samples), (known, _) = listed[split], listed["train"]
+    classes, known = listed[split].classes, listed["train"].classes
     if classes != known:
         strange = [
             f"{name!r} is only in the {'training' if name in known else 'test'} split"
@@ -134,14 +136,15 @@ def load_image_folder(
             f"The splits in {root} have different classes: {', '.join(strange[:_CLASSES_SHOWN])}{more}; expected the "
             "same directories in both."
         )
-    images = {each: _decode([path for path, _ in found], progress=progress) for each, (_, found) in listed.items()}
-    targets = torch.tensor([target for _, target in samples])
+    images = {each: _decode(folder, progress=progress) for each, folder in listed.items()}
+    targets = torch.tensor(listed[split].targets)
     return ImageDataset.normalized_by(images["train"], images[split], targets, tuple(classes))
 
 
-def _list_images(root: Path, split: Split) -> tuple[list[str], list[tuple[str, int]]]:
-    """Return the classes of a split, and the path of each image with the index of its class."""
+def _list_images(root: Path, split: Split) -> "ImageFolder":
+    """List the images of a split and their classes; an image is decoded when it is taken."""
     from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import pil_to_tensor
 
     if not root.is_dir():
         raise DataError(
@@ -156,36 +159,31 @@ def _list_images(root: Path, split: Split) -> tuple[list[str], list[tuple[str, i
             f"{root} has no {split!r} split; expected the directory {directory} with a directory per class."
         )
     try:
-        folder = ImageFolder(directory)
+        return ImageFolder(directory, transform=pil_to_tensor)
     except FileNotFoundError as error:
         raise DataError(
             f"{directory} is not a folder of images ({error}); expected {directory}/CLASS/*.png (or .jpg, …) with at "
             "least one image in the directory of each class."
         ) from error
-    return folder.classes, folder.samples
 
 
-def _decode(paths: Sequence[str], *, progress: bool | None) -> UInt8[Tensor, "examples 3 height width"]:
-    images = torch.empty((len(paths), *_read_image(paths[0]).shape), dtype=torch.uint8)
-    _, _, height, width = images.shape
+def _decode(folder: "ImageFolder", *, progress: bool | None) -> UInt8[Tensor, "examples 3 height width"]:
+    paths = [path for path, _ in folder.samples]
+    images = torch.empty(0, dtype=torch.uint8)
     off = None if progress is None else not progress
-    for index, path in enumerate(tqdm(paths, desc=f"decoding {Path(paths[0]).parents[1]}", unit="image", disable=off)):
-        image = _read_image(path)
-        if image.shape != (3, height, width):
+    for index, path in enumerate(tqdm(paths, desc=f"decoding {folder.root}", unit="image", disable=off)):
+        try:
+            image, _ = folder[index]
+        except (OSError, SyntaxError) as error:
+            # Pillow reports some broken PNG files as a SyntaxError.
+            raise DataError(f"{path} cannot be read as an image ({error}).") from error
+        if index == 0:
+            images = image.new_empty((len(paths), *image.shape))
+        if image.shape != images.shape[1:]:
+            sizes = [f"{width}×{height}" for *_, height, width in (image.shape, images.shape)]
             raise DataError(
-                f"{path} is {image.shape[2]}×{image.shape[1]} pixels but {paths[0]} is {width}×{height}; all images "
-                "must have one size, so resize them first."
+                f"{path} is {sizes[0]} pixels but {paths[0]} is {sizes[1]}; all images must have one size, so resize "
+                "them first."
             )
         images[index] = image
     return images
-
-
-def _read_image(path: str) -> UInt8[Tensor, "3 height width"]:
-    from torchvision.datasets.folder import default_loader
-    from torchvision.transforms.functional import pil_to_tensor
-
-    try:
-        return pil_to_tensor(default_loader(path))
-    except (OSError, SyntaxError) as error:
-        # Pillow reports some broken PNG files as a SyntaxError.
-        raise DataError(f"{path} cannot be read as an image ({error}).") from error

@@ -90,7 +90,8 @@ class ImageDataset:
     ) -> "Batches":
         """Return a loader of normalised batches, in the order of the examples or of the indices in `order`.
 
-        With `crops`, images are augmented; these are drawn for as many positions as the loader has examples.
+        With `crops`, images are augmented; these are drawn for as many positions as the loader has examples, and lie
+        on the device of the images.
         """
         return Batches(self, batch_size, order, crops)
 
@@ -109,7 +110,6 @@ class ImageDataset:
                 raise DataError(f"A subset of {selection} examples was asked for; there are {len(self)}.")
             generator = torch.Generator().manual_seed(_SAMPLE_SEED)
             selection = torch.randperm(len(self), generator=generator)[:selection].sort().values
-        selection = selection.to(self.images.device)
         return dataclasses.replace(self, images=self.images[selection], targets=self.targets[selection])
 
 
@@ -140,11 +140,9 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         data = self.dataset
         mean, std = data.mean.view(-1, 1, 1), data.std.view(-1, 1, 1)
-        order = None if self.order is None else self.order.to(data.images.device)
-        crops = None if self.crops is None else self.crops.to(data.images.device)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             stop = start + self.batch_size
-            chosen = slice(start, stop) if order is None else order[start:stop]
+            chosen = slice(start, stop) if self.order is None else self.order[start:stop]
             images = data.images[chosen]
-            pixels = (images if crops is None else crops.apply(images, start)).to(torch.float32)
+            pixels = (images if self.crops is None else self.crops.apply(images, start)).to(torch.float32)
             yield pixels.div_(255).sub_(mean).div_(std), data.targets[chosen]

@@ -9,7 +9,7 @@ import importlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -191,7 +191,7 @@ def _find_factory(spec: str) -> Callable[..., nn.Module]:
     if source == "torchvision" and colon:
         return _torchvision_factory(name)
     if colon:
-        return _imported_factory(spec, source, name)
+        return import_function(spec, what=f"model {spec!r}")
     if spec not in _FACTORIES:
         raise ConfigurationError(
             f"model {spec!r} is unknown: {suggest(spec, _FACTORIES)} Networks from elsewhere are written "
@@ -210,17 +210,29 @@ def _torchvision_factory(name: str) -> Callable[..., nn.Module]:
     return functools.partial(models.get_model, name, weights=None)
 
 
-def _imported_factory(spec: str, module_name: str, name: str) -> Callable[..., nn.Module]:
+def import_function(spec: str, *, what: str) -> Callable[..., Any]:
+    """Import a function or class.
+
+    Args:
+        spec: Its name, `package.module:factory`.
+        what: The beginning of messages: the place where the name was given.
+
+    Raises:
+        ConfigurationError: The module cannot be imported, or has no such function.
+    """
+    module_name, _, name = spec.partition(":")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
-        raise ConfigurationError(f"model {spec!r}: the module {module_name!r} cannot be imported ({error}).") from error
-    factory = getattr(module, name, None)
-    if not callable(factory):
+        raise ConfigurationError(
+            f"{what}: the module {module_name!r} cannot be imported ({error}). Expected package.module:factory."
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
         public = [entry for entry, value in vars(module).items() if callable(value) and not entry.startswith("_")]
         hint = suggest(name, public) if public else "the module defines no functions."
-        raise ConfigurationError(f"model {spec!r}: the module {module_name!r} has no function {name!r}: {hint}")
-    return cast("Callable[..., nn.Module]", factory)
+        raise ConfigurationError(f"{what}: the module {module_name!r} has no function {name!r}: {hint}")
+    return function
 
 
 def _check_option_names(spec: str, factory: Callable[..., nn.Module], options: dict[str, Any]) -> None:

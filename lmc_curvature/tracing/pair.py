@@ -9,6 +9,7 @@ traces/fork-0004/epoch-0010/predicted.safetensors  `BarrierPrediction` on the tr
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -115,6 +116,7 @@ def _compute(
 ) -> Result:
     config = pair.directory.config.trace
     first, second = siblings
+    measure = partial(measure_barrier, first, second, batch_norm=config.batch_norm, progress=False)
     if name == "predicted":
         segment = Segment(first, second, layers=config.partition, batch_norm=config.batch_norm)
         return predict_on_segment(objective, segment, memory_gib=_MEMORY_GIB, progress=False)
@@ -123,19 +125,9 @@ def _compute(
         last = _siblings(pair, pair.directory.config.training.epochs, objective)
         return SiblingGeometry.of(*(dict(network.named_parameters()) for network in (*siblings, fork, *last)))
     if name == "sets":
-        return measure_barrier(
-            first,
-            second,
-            loaders["train"],
-            layers=config.partition,
-            sets=_sets(pair, first),
-            alphas=config.layer_alphas,
-            batch_norm=config.batch_norm,
-            metrics=("loss",),
-            progress=False,
-        )
-    loader = loaders["test" if name == "test" else "train"]
-    return measure_barrier(first, second, loader, alphas=config.alphas, batch_norm=config.batch_norm, progress=False)
+        sets, alphas = _sets(pair, first), config.layer_alphas
+        return measure(loaders["train"], layers=config.partition, sets=sets, alphas=alphas, metrics=("loss",))
+    return measure(loaders["test" if name == "test" else "train"], alphas=config.alphas)
 
 
 def _siblings(pair: Pair, epoch: int, objective: Objective) -> list[nn.Module]:

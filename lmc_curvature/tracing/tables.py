@@ -108,15 +108,12 @@ def _table_path(directory: ForkDirectory, name: str) -> Path:
 
 
 def _rows_of(path: Path) -> dict[str, list[Row]]:
-    prediction = BarrierPrediction.load(path / "predicted.safetensors")
-    measured = {
-        split: BarrierMeasurement.load(path / f"{split}.safetensors")
-        for split in ("train", "test")
-        if (path / f"{split}.safetensors").is_file()
-    }
+    files = {file.stem: file for file in path.glob("*.safetensors")}
+    prediction = BarrierPrediction.load(files["predicted"])
+    measured = {split: BarrierMeasurement.load(files[split]) for split in ("train", "test") if split in files}
     sets: dict[tuple[str, ...], np.ndarray] = {}
-    if (path / "sets.safetensors").is_file():
-        measurement = BarrierMeasurement.load(path / "sets.safetensors")
+    if "sets" in files:
+        measurement = BarrierMeasurement.load(files["sets"])
         sets = dict(zip(measurement.sets, measurement.layer_curves(), strict=True))
     return {
         "curves": [
@@ -126,7 +123,15 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
             for alpha, value, barrier in zip(found.alphas, found.values(metric), found.curve(metric), strict=True)
         ],
         "barriers": [
-            _barrier_row(split, metric, found) for split, found in measured.items() for metric in found.metrics
+            {
+                "split": split,
+                "metric": metric,
+                "barrier": found.barrier(metric),
+                "standard_error": found.standard_error(metric),
+                **dict(zip(("end_a", "end_b"), found.ends(metric), strict=True)),
+            }
+            for split, found in measured.items()
+            for metric in found.metrics
         ],
         "predictions": [
             {
@@ -138,19 +143,7 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
         ],
         "layers": list(_layer_rows(prediction, sets)),
         "cumulative": list(_cumulative_rows(prediction, sets)),
-        "geometry": [dataclasses.asdict(SiblingGeometry.load(path / "geometry.safetensors"))],
-    }
-
-
-def _barrier_row(split: str, metric: str, measurement: BarrierMeasurement) -> Row:
-    first, second = measurement.ends(metric)
-    return {
-        "split": split,
-        "metric": metric,
-        "barrier": measurement.barrier(metric),
-        "standard_error": measurement.standard_error(metric),
-        "end_a": first,
-        "end_b": second,
+        "geometry": [dataclasses.asdict(SiblingGeometry.load(files["geometry"]))],
     }
 
 

@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from tqdm.auto import tqdm
 
-from lmc_curvature.errors import CheckpointError, ConfigurationError, LMCCurvatureError, NonFiniteError, OptionError
+from lmc_curvature.errors import CheckpointError, LMCCurvatureError, NonFiniteError, OptionError
 from lmc_curvature.forking import ForkDirectory, TraceConfig, initial_model, load_fork_data, open_directory
 from lmc_curvature.forking.checks import check_examples, check_layers
-from lmc_curvature.forking.configuration import check_same
-from lmc_curvature.forking.directory import explain_damage
+from lmc_curvature.forking.configuration import check_same, parse_config
+from lmc_curvature.forking.directory import explain_damage, fork_command
 from lmc_curvature.forking.sharing import Task, device_of_rank, helpers, progress_of_rank, share, unless_claimed
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.sources import Batches, Split
@@ -63,7 +63,7 @@ def trace_forks(
             are to be traced.
         NonFiniteError: Networks have diverged, or something between siblings is infinite or not a number. The message
             says which. All others were traced; `read_traces` has the tables.
-        OptionError: `workers` is not positive.
+        OptionError: `workers` is not positive, or there is no such device.
     """
     if workers < 1:
         raise OptionError(f"workers={workers} must be at least 1.")
@@ -162,10 +162,7 @@ def _report(directory: ForkDirectory, pairs: list[Pair], failures: Mapping[str, 
     late = [pair for pair in pairs if not (pair.is_done() or pair.missing() or pair.title in failures)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        problems.append(
-            f"{next(iter(missing))}{more} missing: run_forks(config, {os.fspath(directory.path)!r}), or lmc-curvature "
-            f"fork CONFIG --out {directory.path}, makes them."
-        )
+        problems.append(f"{next(iter(missing))}{more} missing: {fork_command(directory.path)} makes them.")
     if late:
         problems.append(
             f"{late[0].title}{f' and {len(late) - 1} more' if len(late) > 1 else ''} not traced: their networks came "
@@ -186,11 +183,7 @@ def _check_config(directory: ForkDirectory) -> None:
             write_json(path, {"version": _VERSION, **config.model_dump(mode="json")})
     with explain_damage(f"Remove it if the traces are those that the configuration asks for now, else {path.parent}."):
         values = read_json(path, _VERSION)
-    try:
-        stored = TraceConfig(**values)
-    except ConfigurationError as error:
-        raise ConfigurationError(
-            f"{path} has keys or values that this release does not know:\n{error}\nUse the release that wrote it, or "
-            f"move {path.parent} away."
-        ) from error
+    remedy = f"use the release that wrote it, or move {path.parent} away"
+    source = f"{path} has keys or values that this release does not know ({remedy})"
+    stored = parse_config(TraceConfig, values, source=source)
     check_same(stored, config, held=f"{path.parent} holds traces of", remedy=f"Move {path.parent} away")

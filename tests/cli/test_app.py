@@ -129,7 +129,11 @@ def test_measure_takes_sets_and_a_loader_of_ones_own(run, checkpoints):
         (["--model", "resnet2O"], "resnet2O"),
         (["--data", "cifar10:pyproject.toml"], "CIFAR-10 is not in pyproject.toml"),
         (["--data", "nowhere"], "'nowhere' is neither 'digits' nor 'cifar10' nor a directory"),
-        (["--data", "no.such.module:factory"], "--data no.such.module:factory: No module named"),
+        (
+            ["--data", "no.such.module:factory"],
+            "--data no.such.module:factory: the module 'no.such.module' cannot be imported",
+        ),
+        (["--data", "json:lods"], "--data json:lods: the module 'json' has no function 'lods': did you mean 'loads'?"),
     ],
 )
 def test_errors_are_one_message_on_standard_error(run, checkpoints, change, message, untyped):

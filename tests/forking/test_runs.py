@@ -48,9 +48,9 @@ def test_metrics_have_a_row_for_each_epoch_of_the_run(finished):
         with path.open(encoding="utf-8", newline="") as file:
             return [int(row["epoch"]) for row in csv.DictReader(file)]
 
-    assert epochs(finished.parent.metrics_path) == [1, 2, 3]
-    assert epochs(finished.child(0, 1).metrics_path) == [1, 2, 3]
-    assert epochs(finished.child(2, 0).metrics_path) == [3]
+    assert epochs(finished.parent.path / "metrics.csv") == [1, 2, 3]
+    assert epochs(finished.child(0, 1).path / "metrics.csv") == [1, 2, 3]
+    assert epochs(finished.child(2, 0).path / "metrics.csv") == [3]
 
 
 def test_a_snapshot_from_a_newer_release_is_left_alone(config, copy):

@@ -203,7 +203,7 @@ def test_another_configuration_is_refused_with_the_difference(settings, copy):
         (
             {"new": 1},
             ConfigurationError,
-            r"config\.json has keys .*not know:\nnew: unknown key.*\nUse the release that",
+            r"config\.json has keys .*not know \(use the release that .* away\):\nnew: unknown key",
         ),
     ],
 )
