@@ -21,6 +21,7 @@ from torch import nn
 from lmc_curvature.checkpoints import load_entries
 from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError
 from lmc_curvature.forking.configuration import ForkConfig, check_same, parse_config
+from lmc_curvature.forking.orders import order_seed
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.training import TrainingState
 from lmc_curvature.sources.networks import make_model
@@ -46,14 +47,14 @@ class ForkDirectory:
     def parent(self) -> Run:
         """The run of the parent, which is stored at the fork epochs and at the last."""
         epochs = (*self.config.fork_epochs, self.config.training.epochs)
-        return Run(self.path / "parent", "parent", self.config.order_seed, 0, epochs)
+        return Run(self.path / "parent", "parent", order_seed(self.config.order_seed), 0, epochs)
 
     def child(self, fork_epoch: int, child: int) -> Run:
         """The run of a child."""
         return Run(
             self.path / f"fork-{fork_epoch:04d}" / f"child-{child}",
             f"fork {fork_epoch}, child {child}",
-            self.config.order_seed + 1 + child,
+            order_seed(self.config.order_seed, child),
             fork_epoch,
             self.config.child_epochs(fork_epoch),
         )

@@ -10,7 +10,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,6 +19,7 @@ from tqdm.auto import tqdm
 from lmc_curvature.checkpoints import load_entries, read_snapshot, write_snapshot
 from lmc_curvature.errors import NonFiniteError, OptionError
 from lmc_curvature.forking.configuration import TrainingConfig
+from lmc_curvature.forking.orders import epoch_generator
 from lmc_curvature.sources import ImageDataset
 from lmc_curvature.sources.augmentation import Crops
 
@@ -145,19 +145,6 @@ def evaluate(model: nn.Module, data: ImageDataset, *, batch_size: int = 512) -> 
         correct += int((logits.argmax(dim=1) == y).sum())
     model.train(was_training)
     return loss / len(data), correct / len(data)
-
-
-def epoch_generator(order_seed: int, epoch: int) -> torch.Generator:
-    """Return the CPU random generator of one epoch of one run: a function of both numbers and nothing else.
-
-    Raises:
-        OptionError: The seed is negative.
-    """
-    if order_seed < 0:
-        raise OptionError(f"order_seed={order_seed} must not be negative.")
-    # Mixing, rather than adding, keeps (seed 0, epoch 1) apart from (seed 1, epoch 0).
-    mixed = np.random.SeedSequence([order_seed, epoch]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 
 
 def learning_rate_at(config: TrainingConfig, epoch: int, *, fraction: float = 1.0) -> float:

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from lmc_curvature.errors import CheckpointError, NonFiniteError, OptionError
 from lmc_curvature.forking import TrainingConfig, TrainingState, evaluate, train
-from lmc_curvature.forking.training import capture_state, epoch_generator, learning_rate_at
+from lmc_curvature.forking.training import capture_state, learning_rate_at
 from lmc_curvature.sources import ImageDataset, digits_resnet, load_data, make_model
 
 CONFIG = TrainingConfig(epochs=4, learning_rate=0.1, milestones=(3,), weight_decay=1e-4, batch_size=48, warmup_epochs=2)
@@ -143,13 +143,6 @@ def test_images_are_augmented_by_the_order_seed(rgb):
     assert not torch.equal(augmented, inputs("crop-flip", 4))
     # The order is the same with and without: few images are cut out just where they were.
     assert (augmented == plain).flatten(1).all(1).sum() < 5
-
-
-def test_orders_of_different_seeds_and_epochs_differ():
-    draws = {(s, e): torch.rand((), generator=epoch_generator(s, e)).item() for s in range(20) for e in range(20)}
-    assert len(set(draws.values())) == 400
-    with pytest.raises(OptionError, match="order_seed=-1 must not be negative"):
-        epoch_generator(-1, 0)
 
 
 def test_dropout_is_reproducible_and_leaves_the_global_random_state_alone(data):
