@@ -24,6 +24,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    # Plain help: tables cut long words such as package.module:factory.
+    rich_markup_mode=None,
 )
 
 
