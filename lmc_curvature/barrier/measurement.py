@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Sets = Literal["each"] | Sequence[Iterable[str]]
 """Sets of layers: each layer alone, or a list of sets of names."""
 
+_KIND = "barrier-measurement"
+
 
 @torch.inference_mode(False)
 def measure_barrier(
@@ -246,15 +248,8 @@ class BarrierMeasurement:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the measurement to one safetensors file, without loss."""
-        names = ("alphas", "batch_sizes", "batch_ends", "batch_values")
-        save_arrays(
-            path,
-            "barrier-measurement",
-            {name: getattr(self, name) for name in names},
-            sets=[list(members) for members in self.sets],
-            metrics=list(self.metrics),
-            batch_norm=self.batch_norm,
-        )
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        save_arrays(path, _KIND, arrays, sets=self.sets, metrics=self.metrics, batch_norm=self.batch_norm)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "BarrierMeasurement":
@@ -264,13 +259,10 @@ class BarrierMeasurement:
             FileNotFoundError: There is no such file.
             FileFormatError: The file is damaged or holds something else.
         """
-        arrays, metadata = load_arrays(path, "barrier-measurement")
-        return cls(
-            **arrays,
-            sets=tuple(tuple(members) for members in metadata["sets"]),
-            metrics=tuple(metadata["metrics"]),
-            batch_norm=metadata["batch_norm"],
-        )
+        arrays, metadata = load_arrays(path, _KIND)
+        # JSON has lists only.
+        sets, metrics = tuple(map(tuple, metadata["sets"])), tuple(metadata["metrics"])
+        return cls(**arrays, sets=sets, metrics=metrics, batch_norm=metadata["batch_norm"])
 
     def plot(self) -> "Figure":
         """Draw the measured curves."""

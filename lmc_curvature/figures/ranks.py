@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from lmc_curvature.averages import rank_correlation
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, known, numbers
 from lmc_curvature.plotting.axes import legend_line, zero_line
-from lmc_curvature.plotting.style import BLUE, GREEN, GREY, PALE, PURPLE, TEXT_WIDTH, VERMILION, look, new_figure
+from lmc_curvature.plotting.style import BLUE, GREEN, GREY, PURPLE, TEXT_WIDTH, VERMILION, look, new_figure
 from lmc_curvature.plotting.text import correlation_text
 
 # Ways to rank layers: the name in the legend, the colour and the marker.
@@ -53,7 +53,7 @@ def draw_rank_correlations(layers: pd.DataFrame) -> Figure:
     lowest = np.fmin(0.0, correlations.min().min())
     zero_line(axes)
     axes.axvline(len(forks) - 0.5, color=GREY, linewidth=0.6, linestyle=":", label="_forks and their mean")
-    axes.grid(axis="y", color=PALE, linewidth=0.5)
+    axes.grid(axis="y")
     axes.set_xticks(range(len(forks) + 1), [*(str(fork) for fork in forks), "mean"])
     axes.set(xlim=(-0.5, len(forks) + 0.5), ylim=(lowest - 0.05, 1.04))
     axes.set(xlabel="fork at epoch", ylabel="Spearman's ρ over layers\nwith the measured barrier")
