@@ -98,15 +98,9 @@ def measure_barrier(
     curves = (segment.layers, *members_of_sets)
     pairs = np.array([[points.pair(members, alpha) for alpha in positions] for members in curves])
     sizes, values = _measure(objective, points, metrics, progress=progress)
-    return BarrierMeasurement(
-        alphas=positions,
-        sets=members_of_sets,
-        metrics=tuple(metrics),
-        batch_norm=batch_norm,
-        batch_sizes=sizes,
-        batch_ends=values[:, :, [points.START, points.END]],
-        batch_values=(1 - positions) * values[:, :, pairs[..., 0]] + positions * values[:, :, pairs[..., 1]],
-    )
+    ends = values[:, :, [points.START, points.END]]
+    along = (1 - positions) * values[:, :, pairs[..., 0]] + positions * values[:, :, pairs[..., 1]]
+    return BarrierMeasurement(positions, members_of_sets, tuple(metrics), batch_norm, sizes, ends, along)
 
 
 @torch.no_grad()

@@ -65,13 +65,10 @@ def rank_correlations(layers: pd.DataFrame) -> dict[int, dict[str, float]]:
     """Fork to way of ranking to Spearman's ρ with the measured barriers; NaN where it is undefined."""
     columns = [column for column in _RANKINGS if column != "curvature"]
     rows = known(checked(layers, "layers", ["measured", *columns]), "layers", "measured")
-    return {fork: _of_fork(each, columns) for fork, each in by_fork(at_epoch(rows, "layers", None)).items()}
-
-
-def _of_fork(rows: pd.DataFrame, columns: list[str]) -> dict[str, float]:
-    rankings = {column: numbers(rows, column) for column in columns}
+    squares, energy = numbers(rows, "distance") ** 2, numbers(rows, "hessian_energy")
     # A layer that does not move has no barrier, and no curvature along its way.
-    squares = rankings["distance"] ** 2
-    energy = rankings["hessian_energy"]
-    rankings["curvature"] = np.divide(energy, squares, out=np.zeros_like(energy), where=squares > 0)
-    return {name: rank_correlation(numbers(rows, "measured"), values) for name, values in rankings.items()}
+    rows = rows.assign(curvature=np.divide(energy, squares, out=np.zeros_like(energy), where=squares > 0))
+    return {
+        fork: {name: rank_correlation(numbers(each, "measured"), numbers(each, name)) for name in _RANKINGS}
+        for fork, each in by_fork(at_epoch(rows, "layers", None)).items()
+    }

@@ -58,8 +58,7 @@ def draw_ridges(
         OptionError: A column is missing, no row has this split and metric, or `quantity` is unknown.
     """
     check_choice("quantity", quantity, get_args(Quantity))
-    rows = checked(curves, "curves", ["alpha", quantity], split=split, metric=metric)
-    rows = known(rows, "curves", quantity)
+    rows = known(checked(curves, "curves", ["alpha", quantity], split=split, metric=metric), "curves", quantity)
     forks = by_fork(rows)
     first, last = numbers(rows, "epoch").min(), numbers(rows, "epoch").max()
     epochs = (first, last + (first == last))

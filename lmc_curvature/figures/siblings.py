@@ -10,6 +10,8 @@ from lmc_curvature.figures.panels import EPOCH_LABEL, fork_legend
 from lmc_curvature.plotting.axes import count_axis, plain_ticks
 from lmc_curvature.plotting.style import COLUMN_WIDTH, GREY, TEXT_WIDTH, look, new_figure, sequential_colors
 
+# Width and height of a single panel.
+_SINGLE = (1.3 * COLUMN_WIDTH, 2.6)
 _LEGEND_HEIGHT = 0.4
 
 
@@ -53,7 +55,7 @@ def draw_solution_planes(geometry: pd.DataFrame) -> Figure:
     Raises:
         OptionError: A column is missing, or has no number.
     """
-    figure, axes = _single_panel(geometry, "cosine_final")
+    figure, (axes,) = _draw_lines(checked(geometry, "geometry", ["cosine_final"]), ["cosine_final"], *_SINGLE)
     lowest = min(float(np.min(line.get_ydata())) for line in axes.get_lines())
     axes.set(ylim=(min(0.0, lowest - 0.03), 1.03), ylabel="cosine with the final difference")
     return figure
@@ -69,15 +71,9 @@ def draw_sibling_distances(geometry: pd.DataFrame) -> Figure:
     Raises:
         OptionError: A column is missing, or has no number.
     """
-    figure, axes = _single_panel(geometry, "distance")
+    figure, (axes,) = _draw_lines(checked(geometry, "geometry", ["distance"]), ["distance"], *_SINGLE)
     axes.set(ylim=(0, None), ylabel="distance ‖Δ‖ between siblings")
     return figure
-
-
-def _single_panel(geometry: pd.DataFrame, column: str) -> tuple[Figure, Axes]:
-    figure, (axes,) = _draw_lines(checked(geometry, "geometry", [column]), [column], 1.3 * COLUMN_WIDTH, 2.6)
-    plain_ticks(axes.yaxis)
-    return figure, axes
 
 
 def _draw_lines(rows: pd.DataFrame, columns: list[str], width: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -90,5 +86,6 @@ def _draw_lines(rows: pd.DataFrame, columns: list[str], width: float, height: fl
             style = {"color": colors[fork], "marker": "o", "markersize": 2.5}
             axes.plot(numbers(each, "epoch"), numbers(each, column), label=f"_{fork}", **style)
         count_axis(axes, EPOCH_LABEL)
+        plain_ticks(axes.yaxis)
     fork_legend(figure, colors)
     return figure, panels

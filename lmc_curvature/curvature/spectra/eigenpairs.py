@@ -110,25 +110,15 @@ def top_eigenpairs(
     if matrix.size <= min(max(4 * k, 32), max_products):
         block_size = matrix.size
     block_size = min(block_size, max_products)
-    search = _Search(
-        matrix,
-        rank={"largest": torch.positive, "smallest": torch.neg, "magnitude": torch.abs}[which],
-        tolerance=tolerance,
-        capacity=_capacity(matrix, k, block_size, memory_gib),
-        block_size=block_size,
-        max_products=max_products,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    rank = {"largest": torch.positive, "smallest": torch.neg, "magnitude": torch.abs}[which]
+    capacity, generator = _capacity(matrix, k, block_size, memory_gib), torch.Generator().manual_seed(seed)
+    search = _Search(matrix, rank, tolerance, capacity, block_size, max_products, generator)
     with tqdm(total=k, desc="eigenpairs", disable=None if progress is None else not progress) as bar:
         space, norms, converged = _all_copies(search, k, bar)
     values = space.values[:k]
-    pairs = Eigenpairs(
-        values=values.to(matrix.device),
-        vectors=space.vectors(k).T,
-        residuals=(norms / values.abs().clamp(min=1e-300)).to(matrix.device),
-        converged=converged.to(matrix.device),
-        products=search.products,
-    )
+    residuals = norms / values.abs().clamp(min=1e-300)
+    values, residuals, converged = (tensor.to(matrix.device) for tensor in (values, residuals, converged))
+    pairs = Eigenpairs(values, space.vectors(k).T, residuals, converged, search.products)
     _warn_unless_converged(pairs, tolerance, max_products)
     return pairs
 
@@ -198,16 +188,15 @@ class _Search:
 
 
 def _refine(
-    search: _Search, space: SearchSpace, block: Float[Tensor, "b n"], k: int, bar: tqdm, limit: int | None = None
+    search: _Search, space: SearchSpace, block: Float[Tensor, "b n"], k: int, bar: tqdm, limit: float = math.inf
 ) -> tuple[Float64[Tensor, " k"], Bool[Tensor, " k"]]:
     """Extend a space by a block, and then by residuals, until its k outermost Ritz pairs have converged.
 
-    It ends earlier if the search has made `limit` products in all, by default as many as it may.
+    It ends earlier if the search has made `limit` products in all, or as many as it may.
 
     Returns:
         The norms of these pairs' residuals, and whether each is small enough; of fewer pairs if the space has fewer.
     """
-    limit = search.max_products if limit is None else min(limit, search.max_products)
     while True:
         search.extend(space, block, k)
         count, complete = min(k, space.size), space.rest == 0
@@ -217,7 +206,7 @@ def _refine(
         converged = complete | (norms <= (search.tolerance * space.values[:count].abs()).clamp(min=search.rounding))
         bar.set_postfix(products=search.products, refresh=False)
         bar.update(int(converged.sum()) - bar.n)
-        if search.products >= limit or complete or (count == k and converged.all()):
+        if search.products >= min(limit, search.max_products) or complete or (count == k and converged.all()):
             return norms, converged
         # Residuals of pairs that are exact enough would only make others, which nobody asked for, more exact.
         lacking = (~converged).nonzero().flatten()[: min(search.block_size, search.left)]

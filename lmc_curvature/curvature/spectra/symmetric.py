@@ -28,13 +28,16 @@ class SymmetricOperator(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns, (n, n)."""
+        ...
 
     @property
     def device(self) -> torch.device:
         """Device of the products."""
+        ...
 
     def matmat(self, matrix: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """The product with k vectors, float64."""
+        ...
 
 
 Operator = SymmetricOperator | Tensor
