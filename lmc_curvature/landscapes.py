@@ -38,9 +38,6 @@ class QuadraticProduct(nn.Module):
         layers: Layer name to number of coordinates; one layer by default.
     """
 
-    minima: Tensor
-    hessians: Tensor
-
     def __init__(
         self,
         minima: Float[Tensor, "minima d"],
@@ -59,8 +56,8 @@ class QuadraticProduct(nn.Module):
         for name, part in zip(self.sizes, parts, strict=True):
             self.register_parameter(name, nn.Parameter(part.clone()))
         identity = torch.eye(dimension).expand(count, -1, -1)
-        self.register_buffer("minima", minima.double())
-        self.register_buffer("hessians", (identity if hessians is None else hessians).double().contiguous())
+        self.minima = nn.Buffer(minima.double())
+        self.hessians = nn.Buffer((identity if hessians is None else hessians).double().contiguous())
 
     def position(self) -> Float[Tensor, " d"]:
         """All coordinates as one vector."""

@@ -10,9 +10,8 @@ from lmc_curvature.figures.panels import EPOCH_LABEL, fork_legend
 from lmc_curvature.plotting.axes import count_axis, plain_ticks
 from lmc_curvature.plotting.style import COLUMN_WIDTH, GREY, TEXT_WIDTH, look, new_figure, sequential_colors
 
-# Width and height of a single panel.
-_SINGLE = (1.3 * COLUMN_WIDTH, 2.6)
-_LEGEND_HEIGHT = 0.4
+# Width and height of the figure of a single panel.
+_SINGLE = (1.3 * COLUMN_WIDTH, 3.0)
 
 
 @look()
@@ -31,14 +30,14 @@ def draw_sibling_angles(geometry: pd.DataFrame) -> Figure:
     rows = checked(geometry, "geometry", list(titles))
     # Rounding takes cosines of parallel vectors beyond ±1.
     angles = rows.assign(**{column: np.degrees(np.arccos(numbers(rows, column).clip(-1, 1))) for column in titles})
-    figure, panels = _draw_lines(angles, list(titles), TEXT_WIDTH, 2.5)
+    figure, panels = _draw_lines(angles, list(titles), TEXT_WIDTH, 2.9)
     for axes, title in zip(panels, titles.values(), strict=True):
         # Independent directions in many dimensions are at right angles.
         axes.axhline(90, color=GREY, linewidth=0.6, zorder=1, label="_right angle")
         axes.set_title(title, loc="left")
     highest = max(float(np.max(line.get_ydata())) for axes in panels for line in axes.get_lines())
     panels[0].set(ylim=(0, 1.05 * highest), ylabel="angle between siblings (degrees)")
-    panels[0].set_yticks(range(0, int(highest) + 1, 30))
+    panels[0].set_yticks(np.arange(0.0, int(highest) + 1, 30))
     return figure
 
 
@@ -79,7 +78,7 @@ def draw_sibling_distances(geometry: pd.DataFrame) -> Figure:
 def _draw_lines(rows: pd.DataFrame, columns: list[str], width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A panel a column, and in it a line a fork, over the epochs at which the column has a number."""
     colors = sequential_colors(by_fork(rows))
-    figure = new_figure(width, height + _LEGEND_HEIGHT)
+    figure = new_figure(width, height)
     panels = list(figure.subplots(1, len(columns), sharey=True, squeeze=False).flat)
     for axes, column in zip(panels, columns, strict=True):
         for fork, each in by_fork(known(rows, "geometry", column)).items():

@@ -51,7 +51,6 @@ _LOOK = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "axes.unicode_minus": True,
     "legend.frameon": False,
     "legend.handlelength": 1.8,
     "legend.columnspacing": 1.5,

@@ -188,7 +188,7 @@ class _Search:
 
 
 def _refine(
-    search: _Search, space: SearchSpace, block: Float[Tensor, "b n"], k: int, bar: tqdm, limit: float = math.inf
+    search: _Search, space: SearchSpace, block: Float[Tensor, "b n"], k: int, bar: tqdm, limit: int | float = math.inf
 ) -> tuple[Float64[Tensor, " k"], Bool[Tensor, " k"]]:
     """Extend a space by a block, and then by residuals, until its k outermost Ritz pairs have converged.
 
