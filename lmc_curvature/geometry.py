@@ -72,12 +72,8 @@ class SiblingGeometry:
             NonFiniteError: Two of the states are equal, so there is no angle, or one is not finite.
             ArchitectureMismatchError: They differ in entries or shapes.
         """
-        return cls(
-            distance(a, b),
-            sibling_cosine(a, b),
-            sibling_cosine(a, b, base),
-            solution_plane_cosine(a, b, final_a, final_b),
-        )
+        with_final = solution_plane_cosine(a, b, final_a, final_b)
+        return cls(distance(a, b), sibling_cosine(a, b), sibling_cosine(a, b, base), with_final)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the four numbers to one file, without loss."""

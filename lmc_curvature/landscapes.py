@@ -24,63 +24,12 @@ def origin(dimension: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.zeros(1, dimension, dtype=torch.float64), torch.zeros(1))]
 
 
-class _Landscape(nn.Module):
-    """Coordinates cut into layers, float64: parameter `name` holds that layer's coordinates."""
-
-    def __init__(self, position: Float[Tensor, " d"], layers: Mapping[str, int] | None):
-        super().__init__()
-        sizes = dict(layers) if layers is not None else {"theta": position.numel()}
-        if sum(sizes.values()) != position.numel():
-            raise DataError(f"The layers {sizes} hold {sum(sizes.values())} coordinates; expected {position.numel()}.")
-        self.sizes = sizes
-        for name, part in zip(sizes, torch.split(position.double(), list(sizes.values())), strict=True):
-            self.register_parameter(name, nn.Parameter(part.clone()))
-
-    def position(self) -> Float[Tensor, " d"]:
-        """All coordinates as one vector."""
-        return torch.cat([getattr(self, name) for name in self.sizes])
-
-
-class Quadratic(_Landscape):
-    """f(θ) = c + ½ (θ − m)ᵀ A (θ − m), whose Hessian is A everywhere.
-
-    Args:
-        hessian: A, symmetric, (d, d).
-        minimum: m, (d,); zero by default.
-        position: Position of θ, (d,); the minimum by default.
-        layers: Layer name to number of coordinates; one layer by default.
-        offset: c.
-    """
-
-    hessian: Tensor
-    minimum: Tensor
-
-    def __init__(
-        self,
-        hessian: Float[Tensor, "d d"],
-        *,
-        minimum: Float[Tensor, " d"] | None = None,
-        position: Float[Tensor, " d"] | None = None,
-        layers: Mapping[str, int] | None = None,
-        offset: float = 0.0,
-    ):
-        minimum = torch.zeros(len(hessian)) if minimum is None else minimum
-        super().__init__(minimum if position is None else position, layers)
-        self.register_buffer("hessian", hessian.double())
-        self.register_buffer("minimum", minimum.double())
-        self.offset = offset
-
-    def forward(self, shift: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        """Loss of each example, (n,)."""
-        away = self.position() - self.minimum - shift
-        return self.offset + 0.5 * torch.einsum("ni,ij,nj->n", away, self.hessian, away)
-
-
-class QuadraticProduct(_Landscape):
+class QuadraticProduct(nn.Module):
     """f(θ) = Π_m q_m(θ) with q_m(θ) = ½ (θ − m)ᵀ A_m (θ − m): zero exactly at the minima m, with ridges between.
 
     The paper's toy (Singh et al. 2024, §5): in one dimension with minima at ±1, or at ±1 and ±1.5. At a minimum m_k the
-    Hessian is A_k Π_{j≠k} q_j(m_k).
+    Hessian is A_k Π_{j≠k} q_j(m_k). Coordinates are cut into layers, float64: the parameter of a layer's name holds
+    those of that layer.
 
     Args:
         minima: (minima, d).
@@ -88,9 +37,6 @@ class QuadraticProduct(_Landscape):
         position: Position of θ, (d,); the first minimum by default.
         layers: Layer name to number of coordinates; one layer by default.
     """
-
-    minima: Tensor
-    hessians: Tensor
 
     def __init__(
         self,
@@ -100,11 +46,22 @@ class QuadraticProduct(_Landscape):
         position: Float[Tensor, " d"] | None = None,
         layers: Mapping[str, int] | None = None,
     ):
-        super().__init__(minima[0] if position is None else position, layers)
+        super().__init__()
         count, dimension = minima.shape
+        self.sizes = {"theta": dimension} if layers is None else dict(layers)
+        total = sum(self.sizes.values())
+        if total != dimension:
+            raise DataError(f"The layers {self.sizes} hold {total} coordinates; expected {dimension}.")
+        parts = (minima[0] if position is None else position).double().split(list(self.sizes.values()))
+        for name, part in zip(self.sizes, parts, strict=True):
+            self.register_parameter(name, nn.Parameter(part.clone()))
         identity = torch.eye(dimension).expand(count, -1, -1)
-        self.register_buffer("minima", minima.double())
-        self.register_buffer("hessians", (identity if hessians is None else hessians).double().contiguous())
+        self.minima = nn.Buffer(minima.double())
+        self.hessians = nn.Buffer((identity if hessians is None else hessians).double().contiguous())
+
+    def position(self) -> Float[Tensor, " d"]:
+        """All coordinates as one vector."""
+        return torch.cat([getattr(self, name) for name in self.sizes])
 
     def forward(self, shift: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """Loss of each example, (n,)."""
@@ -122,3 +79,32 @@ class QuadraticProduct(_Landscape):
         without_one, without_two = (torch.where(some, 1.0, values).prod(dim=-1) for some in (one, two))
         pairs = torch.einsum("mk,mi,kj->ij", without_two.fill_diagonal_(0.0), slopes, slopes)
         return pairs + torch.einsum("m,mij->ij", without_one, self.hessians)
+
+
+class Quadratic(QuadraticProduct):
+    """f(θ) = c + ½ (θ − m)ᵀ A (θ − m), whose Hessian is A everywhere.
+
+    Args:
+        hessian: A, symmetric, (d, d).
+        minimum: m, (d,); zero by default.
+        position: Position of θ, (d,); the minimum by default.
+        layers: Layer name to number of coordinates; one layer by default.
+        offset: c.
+    """
+
+    def __init__(
+        self,
+        hessian: Float[Tensor, "d d"],
+        *,
+        minimum: Float[Tensor, " d"] | None = None,
+        position: Float[Tensor, " d"] | None = None,
+        layers: Mapping[str, int] | None = None,
+        offset: float = 0.0,
+    ):
+        minimum = torch.zeros(len(hessian)) if minimum is None else minimum
+        super().__init__(minimum.unsqueeze(0), hessians=hessian.unsqueeze(0), position=position, layers=layers)
+        self.offset = offset
+
+    def forward(self, shift: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Loss of each example, (n,)."""
+        return self.offset + super().forward(shift)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Sets = Literal["each"] | Sequence[Iterable[str]]
 """Sets of layers: each layer alone, or a list of sets of names."""
 
+_KIND = "barrier-measurement"
+
 
 @torch.inference_mode(False)
 def measure_barrier(
@@ -96,15 +98,9 @@ def measure_barrier(
     curves = (segment.layers, *members_of_sets)
     pairs = np.array([[points.pair(members, alpha) for alpha in positions] for members in curves])
     sizes, values = _measure(objective, points, metrics, progress=progress)
-    return BarrierMeasurement(
-        alphas=positions,
-        sets=members_of_sets,
-        metrics=tuple(metrics),
-        batch_norm=batch_norm,
-        batch_sizes=sizes,
-        batch_ends=values[:, :, [points.START, points.END]],
-        batch_values=(1 - positions) * values[:, :, pairs[..., 0]] + positions * values[:, :, pairs[..., 1]],
-    )
+    ends = values[:, :, [points.START, points.END]]
+    along = (1 - positions) * values[:, :, pairs[..., 0]] + positions * values[:, :, pairs[..., 1]]
+    return BarrierMeasurement(positions, members_of_sets, tuple(metrics), batch_norm, sizes, ends, along)
 
 
 @torch.no_grad()
@@ -246,15 +242,8 @@ class BarrierMeasurement:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the measurement to one safetensors file, without loss."""
-        names = ("alphas", "batch_sizes", "batch_ends", "batch_values")
-        save_arrays(
-            path,
-            "barrier-measurement",
-            {name: getattr(self, name) for name in names},
-            sets=[list(members) for members in self.sets],
-            metrics=list(self.metrics),
-            batch_norm=self.batch_norm,
-        )
+        arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        save_arrays(path, _KIND, arrays, sets=self.sets, metrics=self.metrics, batch_norm=self.batch_norm)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "BarrierMeasurement":
@@ -264,13 +253,10 @@ class BarrierMeasurement:
             FileNotFoundError: There is no such file.
             FileFormatError: The file is damaged or holds something else.
         """
-        arrays, metadata = load_arrays(path, "barrier-measurement")
-        return cls(
-            **arrays,
-            sets=tuple(tuple(members) for members in metadata["sets"]),
-            metrics=tuple(metadata["metrics"]),
-            batch_norm=metadata["batch_norm"],
-        )
+        arrays, metadata = load_arrays(path, _KIND)
+        # JSON has lists only.
+        sets, metrics = tuple(map(tuple, metadata["sets"])), tuple(metadata["metrics"])
+        return cls(**arrays, sets=sets, metrics=metrics, batch_norm=metadata["batch_norm"])
 
     def plot(self) -> "Figure":
         """Draw the measured curves."""

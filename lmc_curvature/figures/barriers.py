@@ -37,9 +37,8 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
     for (fork, (prediction, measurement)), axes in zip(pairs.items(), panels, strict=True):
         drawing.alpha_axis(axes)
         zero_line(axes)
-        axes.plot(
-            measurement.alphas, measurement.curve(), label=short_number(measurement.barrier()), **drawing.MEASURED
-        )
+        measured = short_number(measurement.barrier())
+        axes.plot(measurement.alphas, measurement.curve(), label=measured, **drawing.MEASURED)
         drawing.draw_expansion(axes, prediction, "second-order", label=short_number(prediction.barrier()))
         # The legend fills its columns downwards: this stands beside the measured barrier.
         axes.plot([], [], linestyle="none", label=f"‖Δ‖ = {short_number(prediction.distance, 3)}")

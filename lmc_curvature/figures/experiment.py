@@ -67,7 +67,6 @@ def _drawings(traces: Traces) -> dict[str, Callable[[], Figure]]:
         ridges[name] = partial(figures.draw_ridges, traces.curves, metric=metric, quantity=quantity, split=split)
     layers = traces.layers
     forks = sorted(set(layers["fork"]))
-    heatmaps = {f"layers-fork-{fork:04d}": partial(figures.draw_layer_heatmaps, layers, fork=fork) for fork in forks}
     return {
         # 1, 8 to 12
         **ridges,
@@ -81,7 +80,7 @@ def _drawings(traces: Traces) -> dict[str, Callable[[], Figure]]:
         "barrier-growth": partial(figures.draw_barrier_growth, traces.barriers, traces.predictions),
         "sibling-distances": partial(figures.draw_sibling_distances, traces.geometry),
         # 5, 15 to 20
-        **heatmaps,
+        **{f"layers-fork-{fork:04d}": partial(figures.draw_layer_heatmaps, layers, fork=fork) for fork in forks},
         "layer-ranks": partial(figures.draw_rank_correlations, layers),
         "cumulative-barriers": partial(figures.draw_cumulative_barriers, traces.cumulative),
         # 6, 7

@@ -17,7 +17,7 @@ from lmc_curvature.figures.panels import EPOCH_LABEL, fork_title
 from lmc_curvature.plotting.axes import count_axis, legend_line
 from lmc_curvature.plotting.decades import Decades, decades, decades_axis
 from lmc_curvature.plotting.grids import label_panels, panel_cells
-from lmc_curvature.plotting.style import COLUMN_WIDTH, INK, PALE, Color, look, new_figure
+from lmc_curvature.plotting.style import COLUMN_WIDTH, INK, Color, look, new_figure
 
 _MARKERS: dict[Expansion, str] = {"second-order": "s", "with-slopes": "D", "hermite": "^"}
 
@@ -81,7 +81,7 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
         shown = scale.above(numbers(kind.rows, "barrier"))
         axes.plot(positions, shown, color=kind.color, linewidth=0.6, alpha=0.5, label="_guide")
     decades_axis(axes, scale)
-    axes.grid(axis="y", color=PALE, linewidth=0.5)
+    axes.grid(axis="y")
     axes.set_xticks(range(len(times)), [f"{fork:.0f}" for fork in times["fork"]])
     axes.set(xlim=(-0.6, len(times) - 0.4), xlabel="fork at epoch", ylabel=BARRIER_LABEL)
     handles = [legend_line(kind.label, color=kind.color, marker=kind.marker, **unjoined) for kind in kinds]
@@ -127,7 +127,7 @@ def draw_barrier_growth(barriers: pd.DataFrame, predictions: pd.DataFrame) -> Fi
             if len(each.rows):
                 _draw_barriers(axes, numbers(each.rows, "epoch"), each, scale, markersize=2.5, **style)
         decades_axis(axes, scale)
-        axes.grid(axis="y", color=PALE, linewidth=0.5)
+        axes.grid(axis="y")
         count_axis(axes, "")
         axes.set_title(fork_title(fork), loc="left")
     label_panels(figure, EPOCH_LABEL, BARRIER_LABEL)

@@ -55,8 +55,7 @@ def having(rows: pd.DataFrame, column: str, value: object, *, by: str | None = N
 
 def by_fork(rows: pd.DataFrame) -> dict[int, pd.DataFrame]:
     """Fork to its rows, in increasing order of the forks."""
-    forks = np.asarray(rows["fork"])
-    return {int(fork): _where(rows, forks == fork) for fork in np.unique(forks)}
+    return {int(fork): having(rows, "fork", fork) for fork in np.unique(rows["fork"])}
 
 
 def of_fork(rows: pd.DataFrame, name: str, fork: int) -> pd.DataFrame:

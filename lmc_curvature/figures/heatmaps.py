@@ -15,13 +15,12 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullLocator
 
-from lmc_curvature.figures.frames import checked, numbers, of_fork
+from lmc_curvature.figures.frames import checked, of_fork
 from lmc_curvature.figures.panels import EPOCH_LABEL, fork_title
 from lmc_curvature.plotting.axes import short_ticks
 from lmc_curvature.plotting.rows import name_rows, rows_height
 from lmc_curvature.plotting.style import GREY, PALE, SMALL, TEXT_WIDTH, look, new_figure
 
-Values = Float64[np.ndarray, " rows"]
 Cells = Float64[np.ndarray, "layers epochs"]
 
 _TITLES = {
@@ -65,8 +64,9 @@ def draw_layer_heatmaps(layers: pd.DataFrame, *, fork: int) -> Figure:
     columns = ["position", "layer", "measured_lowest", *_TITLES]
     rows = of_fork(checked(layers, "layers", columns), "layers", fork)
     # At α = ½ the second-order curve is an eighth of the mean energy of both ends.
-    lowest = {"measured": numbers(rows, "measured_lowest"), "predicted": numbers(rows, "hessian_energy") / 8}
-    signed = {column: _signed(numbers(rows, column), sunken) for column, sunken in lowest.items()}
+    lowest = {"measured": rows["measured_lowest"], "predicted": rows["hessian_energy"] / 8}
+    # Where there is no barrier, how far the curve sinks below the chord.
+    signed = {column: rows[column].mask(rows[column] <= 0, low.clip(upper=0.0)) for column, low in lowest.items()}
     table = rows.assign(**signed).pivot(index="position", columns="epoch", values=[*_TITLES])
     cells = {column: table[column].to_numpy(np.float64) for column in _TITLES}
     barriers = _signed_scale(np.concatenate([cells["measured"], cells["predicted"]]))
@@ -96,11 +96,6 @@ def draw_layer_heatmaps(layers: pd.DataFrame, *, fork: int) -> Figure:
     handles = _legend_patches(unknown=any(np.isnan(values).any() for values in cells.values()), below=below)
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
     return figure
-
-
-def _signed(barriers: Values, sunken: Values) -> Values:
-    """Barriers, and where there are none, how far the curve sinks below the chord."""
-    return np.where(barriers <= 0, np.minimum(sunken, 0.0), barriers)
 
 
 def _signed_scale(values: Cells) -> SymLogNorm:

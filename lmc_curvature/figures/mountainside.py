@@ -57,21 +57,21 @@ class Path:
     Attributes:
         start: Across and down.
         across: The line of descent in which it ends.
-        bend: The position down the mountain at which it begins to bend.
         over: The way down that the bend takes.
+        straight: The way down before the bend.
         end: The position down the mountain at which it ends.
     """
 
     start: tuple[float, float]
     across: float
-    bend: float
     over: float
-    end: float
+    straight: float = 0.0
+    end: float = _END
 
     def points(self) -> tuple[Numbers, Numbers]:
         """Positions across and down, (200,) each."""
         down = np.linspace(self.start[1], self.end, 200)
-        turn = _smooth_step((down - self.bend) / self.over)
+        turn = _smooth_step((down - self.start[1] - self.straight) / self.over)
         return self.start[0] + (self.across - self.start[0]) * turn, down
 
 
@@ -87,15 +87,9 @@ RIDGES = (
     Ridge(across=0.34, start=0.42, length=0.40, width=0.09, height=0.18),
     Ridge(across=0.64, start=0.60, length=0.35, width=0.05, height=0.08),
 )
-PARENT = Path((-0.33, 0.02), across=0.64, bend=0.13, over=0.25, end=0.57)
-EARLY_SIBLINGS = (
-    Path(EARLY_FORK, across=-0.75, bend=0.13, over=0.45, end=_END),
-    Path(EARLY_FORK, across=0.09, bend=0.13, over=0.45, end=_END),
-)
-LATE_SIBLINGS = (
-    Path(LATE_FORK, across=0.53, bend=0.57, over=0.25, end=_END),
-    Path(LATE_FORK, across=0.75, bend=0.57, over=0.25, end=_END),
-)
+PARENT = Path((-0.33, 0.02), across=0.64, over=0.25, straight=0.11, end=0.57)
+EARLY_SIBLINGS = Path(EARLY_FORK, across=-0.75, over=0.45), Path(EARLY_FORK, across=0.09, over=0.45)
+LATE_SIBLINGS = Path(LATE_FORK, across=0.53, over=0.25), Path(LATE_FORK, across=0.75, over=0.25)
 _PAIRS = ((EARLY_SIBLINGS, VERMILION, "early"), (LATE_SIBLINGS, BLUE, "late"))
 
 

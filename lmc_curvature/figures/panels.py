@@ -53,9 +53,7 @@ def fork_title(fork: Fork) -> str:
 
 def fork_legend(figure: Figure, colors: Mapping[int, Color]) -> None:
     """The colour of each fork above the panels."""
-    handles = [
-        legend_line(str(fork), color=color, marker="o", markersize=3.5, linewidth=1.4) for fork, color in colors.items()
-    ]
+    handles = [legend_line(str(fork), color=color, marker="o", markersize=3.5) for fork, color in colors.items()]
     columns = min(int(_FORKS_PER_INCH * figure.get_figwidth()), len(handles))
     place: dict[str, Any] = {"loc": "outside upper left", "alignment": "left"}
     figure.legend(handles=handles, title="fork at epoch", ncols=columns, columnspacing=1.0, **place)

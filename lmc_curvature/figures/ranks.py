@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from lmc_curvature.averages import rank_correlation
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, known, numbers
 from lmc_curvature.plotting.axes import legend_line, zero_line
-from lmc_curvature.plotting.style import BLUE, GREEN, GREY, PALE, PURPLE, TEXT_WIDTH, VERMILION, look, new_figure
+from lmc_curvature.plotting.style import BLUE, GREEN, GREY, PURPLE, TEXT_WIDTH, VERMILION, look, new_figure
 from lmc_curvature.plotting.text import correlation_text
 
 # Ways to rank layers: the name in the legend, the colour and the marker.
@@ -53,7 +53,7 @@ def draw_rank_correlations(layers: pd.DataFrame) -> Figure:
     lowest = np.fmin(0.0, correlations.min().min())
     zero_line(axes)
     axes.axvline(len(forks) - 0.5, color=GREY, linewidth=0.6, linestyle=":", label="_forks and their mean")
-    axes.grid(axis="y", color=PALE, linewidth=0.5)
+    axes.grid(axis="y")
     axes.set_xticks(range(len(forks) + 1), [*(str(fork) for fork in forks), "mean"])
     axes.set(xlim=(-0.5, len(forks) + 0.5), ylim=(lowest - 0.05, 1.04))
     axes.set(xlabel="fork at epoch", ylabel="Spearman's ρ over layers\nwith the measured barrier")
@@ -65,13 +65,10 @@ def rank_correlations(layers: pd.DataFrame) -> dict[int, dict[str, float]]:
     """Fork to way of ranking to Spearman's ρ with the measured barriers; NaN where it is undefined."""
     columns = [column for column in _RANKINGS if column != "curvature"]
     rows = known(checked(layers, "layers", ["measured", *columns]), "layers", "measured")
-    return {fork: _of_fork(each, columns) for fork, each in by_fork(at_epoch(rows, "layers", None)).items()}
-
-
-def _of_fork(rows: pd.DataFrame, columns: list[str]) -> dict[str, float]:
-    rankings = {column: numbers(rows, column) for column in columns}
+    squares, energy = numbers(rows, "distance") ** 2, numbers(rows, "hessian_energy")
     # A layer that does not move has no barrier, and no curvature along its way.
-    squares = rankings["distance"] ** 2
-    energy = rankings["hessian_energy"]
-    rankings["curvature"] = np.divide(energy, squares, out=np.zeros_like(energy), where=squares > 0)
-    return {name: rank_correlation(numbers(rows, "measured"), values) for name, values in rankings.items()}
+    rows = rows.assign(curvature=np.divide(energy, squares, out=np.zeros_like(energy), where=squares > 0))
+    return {
+        fork: {name: rank_correlation(numbers(each, "measured"), numbers(each, name)) for name in _RANKINGS}
+        for fork, each in by_fork(at_epoch(rows, "layers", None)).items()
+    }

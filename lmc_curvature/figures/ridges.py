@@ -18,7 +18,7 @@ from lmc_curvature.figures.frames import by_fork, checked, having, known, number
 from lmc_curvature.figures.panels import EPOCH_LABEL, fork_title
 from lmc_curvature.plotting.axes import heading
 from lmc_curvature.plotting.grids import panel_cells
-from lmc_curvature.plotting.style import GREY, PALE, SMALL, TEXT_WIDTH, look
+from lmc_curvature.plotting.style import GREY, SMALL, TEXT_WIDTH, look
 from lmc_curvature.plotting.text import short_number
 
 Quantity = Literal["value", "barrier"]
@@ -58,8 +58,7 @@ def draw_ridges(
         OptionError: A column is missing, no row has this split and metric, or `quantity` is unknown.
     """
     check_choice("quantity", quantity, get_args(Quantity))
-    rows = checked(curves, "curves", ["alpha", quantity], split=split, metric=metric)
-    rows = known(rows, "curves", quantity)
+    rows = known(checked(curves, "curves", ["alpha", quantity], split=split, metric=metric), "curves", quantity)
     forks = by_fork(rows)
     first, last = numbers(rows, "epoch").min(), numbers(rows, "epoch").max()
     epochs = (first, last + (first == last))
@@ -170,15 +169,9 @@ def _dress(axes: Axes3D, height_label: str) -> None:
     axes.set_ylabel(EPOCH_LABEL, labelpad=-6)
     axes.set_xticks([0, 0.5, 1], ["0", "½", "1"])
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+    axes.tick_params(labelsize=SMALL - 0.5)
     axes.tick_params("x", pad=-4)
     axes.tick_params("y", pad=-1)
-    # They are axes of three-dimensional plots, whatever their declared types.
-    each_axis: Any = (axes.xaxis, axes.yaxis, axes.zaxis)
-    for axis in each_axis:
-        axis.set_pane_color((1, 1, 1, 0))
-        axis.line.set_color(GREY)
-        axis.set_tick_params(labelsize=SMALL - 0.5)
-        axis._axinfo["grid"].update(color=PALE, linewidth=0.5)
     # Numbers are centred on a line, which lies as far out as the longest of them asks for.
     locator = MaxNLocator(nbins=4)
     axes.zaxis.set_major_locator(locator)

@@ -1,7 +1,5 @@
 """Siblings drift apart while they train: the angle between them, their distance, and the plane they settle in."""
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -10,9 +8,10 @@ from matplotlib.figure import Figure
 from lmc_curvature.figures.frames import by_fork, checked, known, numbers
 from lmc_curvature.figures.panels import EPOCH_LABEL, fork_legend
 from lmc_curvature.plotting.axes import count_axis, plain_ticks
-from lmc_curvature.plotting.style import COLUMN_WIDTH, GREY, TEXT_WIDTH, Color, look, new_figure, sequential_colors
+from lmc_curvature.plotting.style import COLUMN_WIDTH, GREY, TEXT_WIDTH, look, new_figure, sequential_colors
 
-_LEGEND_HEIGHT = 0.4
+# Width and height of the figure of a single panel.
+_SINGLE = (1.3 * COLUMN_WIDTH, 3.0)
 
 
 @look()
@@ -31,18 +30,14 @@ def draw_sibling_angles(geometry: pd.DataFrame) -> Figure:
     rows = checked(geometry, "geometry", list(titles))
     # Rounding takes cosines of parallel vectors beyond ±1.
     angles = rows.assign(**{column: np.degrees(np.arccos(numbers(rows, column).clip(-1, 1))) for column in titles})
-    colors = sequential_colors(by_fork(rows))
-    figure = new_figure(TEXT_WIDTH, 2.5 + _LEGEND_HEIGHT)
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (column, title) in zip(panels, titles.items(), strict=True):
+    figure, panels = _draw_lines(angles, list(titles), TEXT_WIDTH, 2.9)
+    for axes, title in zip(panels, titles.values(), strict=True):
         # Independent directions in many dimensions are at right angles.
         axes.axhline(90, color=GREY, linewidth=0.6, zorder=1, label="_right angle")
-        _draw_lines(axes, angles, column, colors)
         axes.set_title(title, loc="left")
     highest = max(float(np.max(line.get_ydata())) for axes in panels for line in axes.get_lines())
     panels[0].set(ylim=(0, 1.05 * highest), ylabel="angle between siblings (degrees)")
-    panels[0].set_yticks(range(0, int(highest) + 1, 30))
-    fork_legend(figure, colors)
+    panels[0].set_yticks(np.arange(0.0, int(highest) + 1, 30))
     return figure
 
 
@@ -59,7 +54,7 @@ def draw_solution_planes(geometry: pd.DataFrame) -> Figure:
     Raises:
         OptionError: A column is missing, or has no number.
     """
-    figure, axes = _single_panel(geometry, "cosine_final")
+    figure, (axes,) = _draw_lines(checked(geometry, "geometry", ["cosine_final"]), ["cosine_final"], *_SINGLE)
     lowest = min(float(np.min(line.get_ydata())) for line in axes.get_lines())
     axes.set(ylim=(min(0.0, lowest - 0.03), 1.03), ylabel="cosine with the final difference")
     return figure
@@ -75,25 +70,21 @@ def draw_sibling_distances(geometry: pd.DataFrame) -> Figure:
     Raises:
         OptionError: A column is missing, or has no number.
     """
-    figure, axes = _single_panel(geometry, "distance")
+    figure, (axes,) = _draw_lines(checked(geometry, "geometry", ["distance"]), ["distance"], *_SINGLE)
     axes.set(ylim=(0, None), ylabel="distance ‖Δ‖ between siblings")
     return figure
 
 
-def _single_panel(geometry: pd.DataFrame, column: str) -> tuple[Figure, Axes]:
-    rows = checked(geometry, "geometry", [column])
+def _draw_lines(rows: pd.DataFrame, columns: list[str], width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A panel a column, and in it a line a fork, over the epochs at which the column has a number."""
     colors = sequential_colors(by_fork(rows))
-    figure = new_figure(1.3 * COLUMN_WIDTH, 2.6 + _LEGEND_HEIGHT)
-    axes = figure.add_subplot()
-    _draw_lines(axes, rows, column, colors)
-    plain_ticks(axes.yaxis)
+    figure = new_figure(width, height)
+    panels = list(figure.subplots(1, len(columns), sharey=True, squeeze=False).flat)
+    for axes, column in zip(panels, columns, strict=True):
+        for fork, each in by_fork(known(rows, "geometry", column)).items():
+            style = {"color": colors[fork], "marker": "o", "markersize": 2.5}
+            axes.plot(numbers(each, "epoch"), numbers(each, column), label=f"_{fork}", **style)
+        count_axis(axes, EPOCH_LABEL)
+        plain_ticks(axes.yaxis)
     fork_legend(figure, colors)
-    return figure, axes
-
-
-def _draw_lines(axes: Axes, rows: pd.DataFrame, column: str, colors: Mapping[int, Color]) -> None:
-    """A line a fork, over the epochs at which the column has a number."""
-    for fork, each in by_fork(known(rows, "geometry", column)).items():
-        style = {"color": colors[fork], "marker": "o", "markersize": 2.5}
-        axes.plot(numbers(each, "epoch"), numbers(each, column), label=f"_{fork}", **style)
-    count_axis(axes, EPOCH_LABEL)
+    return figure, panels

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 
 from lmc_curvature.plotting.axes import plain_ticks
-from lmc_curvature.plotting.style import GREY, INK, PALE, Color
+from lmc_curvature.plotting.style import GREY, INK, Color
 from lmc_curvature.plotting.text import short_name
 
 # Above this many rows a page is full, and only every second, third, … name is written.
@@ -74,5 +74,5 @@ def draw_rows(
     axes.axvline(0, color=GREY, linewidth=0.6, label="_zero")
     axes.set_ylim(max(len(names), _FEWEST_ROWS) - 0.4, -0.6)
     name_rows(axes, names if label_rows else [""] * len(names))
-    axes.grid(axis="x", color=PALE, linewidth=0.5)
+    axes.grid(axis="x")
     plain_ticks(axes.xaxis, most=4)

@@ -73,7 +73,7 @@ class SpectralDensity:
         """
         check_count_option("points", points)
         low, high = self.support
-        margin = 4 * self._checked_width(width)
+        margin = 4 * check_width(self.default_width if width is None else width)
         return np.linspace(low - margin, high + margin, points)
 
     def curve(
@@ -88,7 +88,7 @@ class SpectralDensity:
         Raises:
             OptionError: The width is not positive.
         """
-        width = self._checked_width(width)
+        width = check_width(self.default_width if width is None else width)
         points = np.asarray(points, dtype=np.float64)
         nodes, weights = self.nodes.ravel(), self.weights.ravel() / len(self.weights)
         # One by one: all points at once would take as many numbers as there are points times nodes.
@@ -101,11 +101,12 @@ class SpectralDensity:
 
         return draw_spectral_density(self)
 
-    def _checked_width(self, width: float | None) -> float:
-        width = self.default_width if width is None else width
-        if not 0 < width < math.inf:
-            raise OptionError(f"width={width!r}: expected a positive standard deviation of the kernel.")
-        return float(width)
+
+def check_width(width: float) -> float:
+    """Return the width of a kernel, and raise `OptionError` unless it is positive and finite."""
+    if not 0 < width < math.inf:
+        raise OptionError(f"width={width!r}: expected a positive standard deviation of the kernel.")
+    return float(width)
 
 
 def spectral_density(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from lmc_curvature.curvature.spectra.density import WIDTH_SHARE, SpectralDensity
+from lmc_curvature.curvature.spectra.density import WIDTH_SHARE, SpectralDensity, check_width
 from lmc_curvature.curvature.spectra.eigenpairs import Eigenpairs
 from lmc_curvature.errors import OptionError, suggest
 from lmc_curvature.plotting.axes import heading, legend_line, plain_ticks
@@ -114,6 +114,5 @@ def _shared_grid(
     low, high = np.min(ends), np.max(ends)
     if width is None:
         width = float(WIDTH_SHARE * (high - low)) or next(iter(by_name.values())).default_width
-    if not 0 < width < math.inf:
-        raise OptionError(f"width={width!r}: expected a positive standard deviation of the kernel.")
+    check_width(width)
     return np.linspace(low - 4 * width, high + 4 * width, _POINTS), width

@@ -110,25 +110,15 @@ def top_eigenpairs(
     if matrix.size <= min(max(4 * k, 32), max_products):
         block_size = matrix.size
     block_size = min(block_size, max_products)
-    search = _Search(
-        matrix,
-        rank={"largest": torch.positive, "smallest": torch.neg, "magnitude": torch.abs}[which],
-        tolerance=tolerance,
-        capacity=_capacity(matrix, k, block_size, memory_gib),
-        block_size=block_size,
-        max_products=max_products,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    rank = {"largest": torch.positive, "smallest": torch.neg, "magnitude": torch.abs}[which]
+    capacity, generator = _capacity(matrix, k, block_size, memory_gib), torch.Generator().manual_seed(seed)
+    search = _Search(matrix, rank, tolerance, capacity, block_size, max_products, generator)
     with tqdm(total=k, desc="eigenpairs", disable=None if progress is None else not progress) as bar:
-        found = _all_copies(search, k, bar)
-    values = found.space.values[:k]
-    pairs = Eigenpairs(
-        values=values.to(matrix.device),
-        vectors=found.space.vectors(k).T,
-        residuals=(found.norms / values.abs().clamp(min=1e-300)).to(matrix.device),
-        converged=found.converged.to(matrix.device),
-        products=search.products,
-    )
+        space, norms, converged = _all_copies(search, k, bar)
+    values = space.values[:k]
+    residuals = norms / values.abs().clamp(min=1e-300)
+    values, residuals, converged = (tensor.to(matrix.device) for tensor in (values, residuals, converged))
+    pairs = Eigenpairs(values, space.vectors(k).T, residuals, converged, search.products)
     _warn_unless_converged(pairs, tolerance, max_products)
     return pairs
 
@@ -197,29 +187,16 @@ class _Search:
         self.scale = max(self.scale, float(space.values.abs().max()))
 
 
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """The outermost Ritz pairs of a space, k of them or as many as there are.
-
-    Attributes:
-        space: The search space, whose Ritz pairs come by decreasing rank, the outermost first.
-        norms: Norms of the outermost pairs' residuals, (k,), on the CPU.
-        converged: Whether each of them is small enough, (k,), on the CPU.
-    """
-
-    space: SearchSpace
-    norms: Float64[Tensor, " k"]
-    converged: Bool[Tensor, " k"]
-
-
 def _refine(
-    search: _Search, space: SearchSpace, block: Float[Tensor, "b n"], k: int, bar: tqdm, limit: int | None = None
-) -> _Found:
+    search: _Search, space: SearchSpace, block: Float[Tensor, "b n"], k: int, bar: tqdm, limit: int | float = math.inf
+) -> tuple[Float64[Tensor, " k"], Bool[Tensor, " k"]]:
     """Extend a space by a block, and then by residuals, until its k outermost Ritz pairs have converged.
 
-    It ends earlier if the search has made `limit` products in all, by default as many as it may.
+    It ends earlier if the search has made `limit` products in all, or as many as it may.
+
+    Returns:
+        The norms of these pairs' residuals, and whether each is small enough; of fewer pairs if the space has fewer.
     """
-    limit = search.max_products if limit is None else min(limit, search.max_products)
     while True:
         search.extend(space, block, k)
         count, complete = min(k, space.size), space.rest == 0
@@ -229,8 +206,8 @@ def _refine(
         converged = complete | (norms <= (search.tolerance * space.values[:count].abs()).clamp(min=search.rounding))
         bar.set_postfix(products=search.products, refresh=False)
         bar.update(int(converged.sum()) - bar.n)
-        if search.products >= limit or complete or (count == k and converged.all()):
-            return _Found(space, norms, converged)
+        if search.products >= min(limit, search.max_products) or complete or (count == k and converged.all()):
+            return norms, converged
         # Residuals of pairs that are exact enough would only make others, which nobody asked for, more exact.
         lacking = (~converged).nonzero().flatten()[: min(search.block_size, search.left)]
         block = space.orthonormalised(residuals[lacking.to(residuals.device)])
@@ -238,29 +215,31 @@ def _refine(
             block = search.random_block(space, search.block_size)
 
 
-def _all_copies(search: _Search, k: int, bar: tqdm) -> _Found:
-    """Search for k pairs, and then for copies of multiple eigenvalues that the first blocks could not see."""
+def _all_copies(search: _Search, k: int, bar: tqdm) -> tuple[SearchSpace, Float64[Tensor, " k"], Bool[Tensor, " k"]]:
+    """Search for k pairs, and then for copies of multiple eigenvalues that the first blocks could not see.
+
+    Returns:
+        The space that has them as its first Ritz pairs, the norms of their residuals, and whether each is small enough.
+    """
     nothing = search.matrix.random_rows(0, search.generator)
     space = SearchSpace(search.capacity, excluded=nothing, rank=search.rank)
-    found = _refine(search, space, search.random_block(space, search.block_size), k, bar)
-    while search.left > 0 and space.rest > 0 and _may_hide_copies(search, found):
+    norms, converged = _refine(search, space, search.random_block(space, search.block_size), k, bar)
+    while search.left > 0 and space.rest > 0 and converged.all() and _may_hide_copies(search, space, norms):
         # Nothing is hidden from a space that is complete, and completing it is then the shorter way.
         near = space.rest <= min(space.size, search.left, space.capacity - space.size)
-        missed = search.random_block(space, space.rest) if near else _missed(search, found)
+        missed = search.random_block(space, space.rest) if near else _missed(search, space, len(norms))
         if len(missed) == 0:
             break
-        found = _refine(search, space, space.orthonormalised(missed), k, bar)
-    return found
+        norms, converged = _refine(search, space, space.orthonormalised(missed), k, bar)
+    return space, norms, converged
 
 
-def _may_hide_copies(search: _Search, found: _Found) -> bool:
-    """Tell whether a multiple eigenvalue may have copies outside the space.
+def _may_hide_copies(search: _Search, space: SearchSpace, norms: Float64[Tensor, " k"]) -> bool:
+    """Tell whether a multiple eigenvalue may have copies outside the space, whose first pairs have converged.
 
     A block of b vectors sees b copies, so it may where b Ritz values coincide that lie further out than the last one.
     """
-    if not found.converged.all():
-        return False
-    values, norms, k, seen = found.space.values, found.norms, len(found.norms), search.block_size
+    values, k, seen = space.values, len(norms), search.block_size
     order = values[:k].argsort().tolist()
     for window in (order[start : start + seen] for start in range(k - seen + 1)):
         others = torch.ones(len(values), dtype=torch.bool)
@@ -273,15 +252,14 @@ def _may_hide_copies(search: _Search, found: _Found) -> bool:
     return False
 
 
-def _missed(search: _Search, found: _Found) -> Float[Tensor, "missed n"]:
-    """Ritz vectors orthogonal to those found, as rows, whose values lie further out than the last one found."""
-    k = len(found.norms)
+def _missed(search: _Search, space: SearchSpace, k: int) -> Float[Tensor, "missed n"]:
+    """Ritz vectors orthogonal to the first k of a space, as rows, of values further out than the last of these."""
     capacity = search.capacity // 4 + 3 * search.block_size
-    outside = SearchSpace(capacity, excluded=found.space.vectors(k), rank=search.rank)
+    outside = SearchSpace(capacity, excluded=space.vectors(k), rank=search.rank)
     block = search.random_block(outside, search.block_size)
     # Where nothing is missing this is for nothing; it should not cost more than the search itself.
     _refine(search, outside, block, 1, tqdm(disable=True), limit=2 * search.products)
-    last = found.space.values[k - 1]
+    last = space.values[k - 1]
     margin = 10 * search.tolerance**2 * last.abs() + search.rounding
     return outside.vectors(int((search.rank(outside.values) > search.rank(last) + margin).sum()))
 
