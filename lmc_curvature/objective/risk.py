@@ -3,7 +3,6 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Any
 
@@ -223,9 +222,8 @@ class Objective:
         """The batch with its images laid out as the device convolves them fastest, if the network bears it."""
 
         def bears_it() -> bool:
-            if not prefers_channels_last(self.network, self.device, self.dtype):
-                return False
-            return ignores_layout(lambda batch: self.batch_loss(self.state(), batch), batch)
+            prefers = prefers_channels_last(self.network, self.device, self.dtype)
+            return prefers and ignores_layout(lambda batch: self.batch_loss(self.state(), batch), batch)
 
         return channels_last(batch) if self.memo("channels last", bears_it) else batch
 
@@ -306,11 +304,11 @@ class Objective:
         check_finite(point, "the state")
         return point
 
-    def differentiating(self) -> AbstractContextManager[None]:
+    def differentiating(self) -> contextlib.AbstractContextManager[None]:
         """Within the block, all that the network calls has exact first and second derivatives, on a CUDA device too."""
         return self._numerics.differentiating()
 
-    def differentiating_operations(self) -> AbstractContextManager[None]:
+    def differentiating_operations(self) -> contextlib.AbstractContextManager[None]:
         """Within the block, operations of an existing graph have exact first and second derivatives.
 
         It costs less than `differentiating`, which looks at every call on its way to torch.
