@@ -32,7 +32,7 @@ _BATCH_SIZE = 256
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found, by fork epoch, and where the figures are.
+    """Predictions and measurements of the demo by fork epoch, and the figures drawn from them.
 
     Attributes:
         predictions: Fork epoch to the prediction for its two children.

@@ -86,7 +86,7 @@ class Comparison:
         return [[name.strip() for name in members.split(",") if name.strip()] for members in self.set_ or ()]
 
     def computation(self) -> dict[str, Any]:
-        """How to compute, as `predict_barrier` and `measure_barrier` both take it."""
+        """Options of the computation, as `predict_barrier` and `measure_barrier` both take them."""
         import torch
 
         names = ("batch_norm", "max_batches", "device", "progress")

@@ -138,7 +138,7 @@ def demo_tables(result: DemoResult) -> list[Table]:
 
 
 def trace_tables(traces: Traces) -> list[Table]:
-    """What lies between siblings at the end, by fork: barriers, and how well layers are ranked."""
+    """Barriers between the siblings of each fork at the end, and rank correlations of their layers."""
     whole = _whole_table("Barrier between the siblings of each fork at the end", "error barrier", "test error barrier")
     measured = _last_by(traces.barriers, "fork", "split", "metric")
     predicted = _last_by(traces.predictions, "fork", "expansion")

@@ -31,7 +31,7 @@ def project_hessian(
         method: `"sweep"`: forward tangents and one adjoint (see `lmc_curvature.curvature.sweep`), compared with a
             Hessian-vector product on the first batch. `"hvp"`: one exact Hessian-vector product a direction and
             batch. `"auto"`: the sweep, and products with a `FallbackWarning` where it cannot go.
-        memory_gib: What the sweep may take for values and tangents, in GiB: examples and directions are cut to fit.
+        memory_gib: GiB that the sweep may take for values and tangents: examples and directions are cut to fit.
             By default half of what a CUDA device has free, or 4 GiB of main memory. Beside it there are the directions,
             folded weights and their tangents (about as large as state and directions), and for the first batch of
             every shape a pass without gradients over all of it; the objective's own check of the first batch keeps a
@@ -73,7 +73,7 @@ def project_hessian_at(
         states: Where to differentiate; every batch is visited at all of them.
         directions: k sparse states, the same at every state.
         method: The sweep, products, or the first that goes.
-        memory_gib: What the sweep may take, in GiB.
+        memory_gib: GiB that the sweep may take.
         progress: Show a progress bar over batches.
 
     Returns:

@@ -1,4 +1,4 @@
-"""How examples and directions are cut for the sweep: to a budget of memory, and to the cache of a CPU."""
+"""The examples and directions that are swept together: cut to a budget of memory, and to the cache of a CPU."""
 
 import functools
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def choose_tiling(
         size: Examples of the batch.
         whole: Whether the batch must not be cut into tiles.
         budget: Bytes that values and tangents may take.
-        device: Where they are.
+        device: The device of values and tangents.
 
     Raises:
         MemoryBudgetError: Two directions of as few examples as possible need more than the budget.

@@ -50,7 +50,7 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.Grap
             module = _functional_graph(watched, inputs)
             if any(is_mutable(node) for node in module.graph.nodes):
                 # Composite operations (circular padding, recurrent layers) come apart too late the first time.
-                module = _recorded_again(module, inputs)
+                module = _record_again(module, inputs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -68,7 +68,7 @@ def _functional_graph(function: Callable[..., Tensor], inputs: Sequence[Tensor])
     return make_fx(functionalize(function), decomposition_table=DECOMPOSITIONS)(*inputs)
 
 
-def _recorded_again(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
+def _record_again(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     constants = {str(node.target): node for node in module.graph.nodes if node.op == "get_attr"}
     values = {name: getattr(module, name) for name in constants}
 

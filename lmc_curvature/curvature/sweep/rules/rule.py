@@ -88,7 +88,7 @@ class OpCall:
 
 
 class Rule:
-    """How one kind of operation passes on tangents and contributes curvature."""
+    """One kind of operation: it passes on tangents, and contributes curvature."""
 
     def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
         """Whether the rule holds for an operation, given its arguments that depend on the directions."""
