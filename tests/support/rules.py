@@ -15,6 +15,7 @@ from lmc_curvature.curvature.sweep.plan import Plan
 from lmc_curvature.curvature.sweep.rules import Contributions, OpCall, Tangents
 from lmc_curvature.curvature.sweep.rules.autodiff import ByAutodiff
 from lmc_curvature.curvature.sweep.rules.selection import Pick
+from lmc_curvature.curvature.sweep.sweep import adjoints_of
 from tests.support.sweeping import (
     assert_curved,
     assert_projections_agree,
@@ -76,7 +77,7 @@ class RuleTests:
             }
             tangents = _assert_rules_equal_autodiff(program.prelude, operands, tangents, {})
             values = program.evaluate(operands, BatchTree.of(objective.loader[0][0]).rows(0, size, size))
-            adjoints = program.body.adjoints(values, [torch.cos(values[program.result].detach())])
+            adjoints = adjoints_of(program.body, values, [torch.cos(values[program.result].detach())])
             given = {node: tangents.get(node, {}) for node in program.prelude.stage.outputs}
             _assert_rules_equal_autodiff(program.body, values, given, adjoints)
 

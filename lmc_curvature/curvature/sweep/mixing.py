@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lmc_curvature.curvature.problem import Point, Problem
 from lmc_curvature.curvature.sweep.compiled import CompiledBatch, is_output
-from lmc_curvature.curvature.sweep.sweep import Tile, tiles_of
+from lmc_curvature.curvature.sweep.tiles import Tile, tiles_of
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State
 

@@ -25,35 +25,16 @@ from torch import Tensor, fx
 
 from lmc_curvature.curvature.problem import BatchValues, Point, Problem
 from lmc_curvature.curvature.sweep.compiled import CompiledBatch
+from lmc_curvature.curvature.sweep.plan import Plan, naming
 from lmc_curvature.curvature.sweep.program import Program
-from lmc_curvature.curvature.sweep.rules import Contributions, Tangents
+from lmc_curvature.curvature.sweep.rules import Contributions, OpCall, Tangents
+from lmc_curvature.curvature.sweep.tiles import Tile, joined, tiles_of
 from lmc_curvature.curvature.sweep.tiling import groups
 from lmc_curvature.curvature.sweep.tree import BatchTree
 from lmc_curvature.errors import CaptureError
 from lmc_curvature.objective.batches import Batch
 
 _Values = Mapping[fx.Node, Any]
-
-
-@dataclass(frozen=True, eq=False)
-class Tile:
-    """Examples of a batch that are swept together, from `start` to `stop`: their program and their data."""
-
-    program: Program
-    start: int
-    stop: int
-    data: BatchTree
-
-
-def tiles_of(compiled: CompiledBatch, batch: Batch) -> list[Tile]:
-    """The tiles of a batch, in order."""
-    data = compiled.data_of(batch)
-    starts = range(0, batch.size, compiled.tiling.examples)
-    ranges = [(start, min(start + compiled.tiling.examples, batch.size)) for start in starts]
-    return [
-        Tile(compiled.networks[stop - start], start, stop, data.rows(start, stop, batch.size).laid_out())
-        for start, stop in ranges
-    ]
 
 
 def sweep_batch(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch) -> tuple[BatchValues, Tensor]:
@@ -118,7 +99,7 @@ def _prelude(problem: Problem, program: Program, point: Point) -> _Prelude:
         if node in program.prelude.active
     }
     values = program.operands(point.state)
-    return _Prelude(values, program.prelude.push_all(values, along))
+    return _Prelude(values, push_all(program.prelude, values, along))
 
 
 def _result(
@@ -132,22 +113,7 @@ def _result(
         if compiled.tiling.keeps_values:
             values[tile] = found
         results.append(found[tile.program.result].detach())
-    if len(tiles) == 1:
-        return results[0]
-    _check_joinable(tiles, results)
-    return torch.cat(results)
-
-
-def _check_joinable(tiles: Sequence[Tile], results: Sequence[Tensor]) -> None:
-    """Refuse tiles whose outputs cannot be joined: the network looks at the number of examples."""
-    rest = results[0].shape[1:]
-    for tile, result in zip(tiles, results, strict=True):
-        expected = (tile.stop - tile.start, *rest)
-        if tuple(result.shape) != expected:
-            raise CaptureError(
-                f"The network's output has shape {tuple(result.shape)} for {tile.stop - tile.start} examples of a "
-                f"batch; expected {expected}, as for the others."
-            )
+    return joined(tiles, results)
 
 
 def _sweep_group(
@@ -170,10 +136,10 @@ def _sweep_group(
         assert program.argument is not None
         of_loss = program.evaluate(program.constants, BatchTree.of((result, batch.data[1])))
         loss = of_loss[program.result].detach()
-        adjoints = program.body.adjoints(of_loss, [torch.ones_like(loss)])
+        adjoints = adjoints_of(program.body, of_loss, [torch.ones_like(loss)])
         adjoint = adjoints.get(program.argument, torch.zeros_like(result))
         tangents = _sweep_tiles(tiles, preludes, values, adjoint, group, contributions)
-        (slopes,) = program.body.push(of_loss, {program.argument: tangents}, adjoints, contributions)
+        (slopes,) = push(program.body, of_loss, {program.argument: tangents}, adjoints, contributions)
     # Everything as numbers at once: the one time in a group that the host waits for the device.
     along = [slopes[i] if i in slopes else torch.zeros_like(loss) for i in group]
     numbers = torch.cat([loss.reshape(1), torch.stack(along), *contributions.flat()]).double().cpu().numpy()
@@ -203,12 +169,12 @@ def _sweep_tiles(
         # An output that was not cut may have other rows than examples: tokens, crops.
         part = adjoint[tile.start : tile.stop] if len(tiles) > 1 else adjoint
         at = values.pop(tile, None) or tile.program.evaluate(prelude.values, tile.data)
-        adjoints = tile.program.body.adjoints(at, [part])
+        adjoints = adjoints_of(tile.program.body, at, [part])
         operands = {
             node: {i: tangent for i, tangent in prelude.tangents.get(node, {}).items() if i in group}
             for node in tile.program.prelude.stage.outputs
         }
-        found += tile.program.body.push(at, operands, adjoints, contributions)
+        found += push(tile.program.body, at, operands, adjoints, contributions)
         for node in tile.program.body.needs_adjoint:
             if node in adjoints:
                 total[node] = total[node] + adjoints[node] if node in total else adjoints[node]
@@ -216,8 +182,107 @@ def _sweep_tiles(
         del at, adjoints, operands
     for program, total in pulled.items():
         plan, prelude = program.prelude, preludes[program]
-        outer = plan.adjoints(prelude.values, [total.get(node) for node in plan.stage.outputs], keeps_graph=True)
-        plan.contract(prelude.values, prelude.tangents, outer, contributions)
+        outer = adjoints_of(plan, prelude.values, [total.get(node) for node in plan.stage.outputs], keeps_graph=True)
+        contract(plan, prelude.values, prelude.tangents, outer, contributions)
     if len(found) == 1:
         return found[0]
     return {i: torch.cat([tangents[i] for tangents in found]) for i in found[0]}
+
+
+# --- Along the operations of a plan
+
+
+def adjoints_of(
+    plan: Plan, values: Mapping[fx.Node, Any], outputs: Sequence[Tensor | None], *, keeps_graph: bool = False
+) -> dict[fx.Node, Any]:
+    """Adjoint of every nonlinear operation, and of the inputs that were asked for, from those of the outputs."""
+    sources = [
+        (values[node], adjoint)
+        for node, adjoint in zip(plan.stage.outputs, outputs, strict=True)
+        if adjoint is not None and values[node].requires_grad
+    ]
+    places = [(node, k, value) for node in (*plan.nonlinear, *plan.needs_adjoint) for k, value in _parts(values[node])]
+    if not sources or not places:
+        return {}
+    tensors, seeds = zip(*sources, strict=True)
+    try:
+        found = torch.autograd.grad(
+            tensors, [value for _, _, value in places], seeds, retain_graph=keeps_graph, allow_unused=True
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise CaptureError(f"The loss cannot be swept backwards: {str(error).strip().splitlines()[0]}") from error
+    adjoints: dict[fx.Node, Any] = {}
+    for (node, k, _), adjoint in zip(places, found, strict=True):
+        if isinstance(values[node], Tensor):
+            adjoints[node] = adjoint
+        else:
+            adjoints.setdefault(node, [None] * len(values[node]))[k] = adjoint
+    return {node: adjoint for node, adjoint in adjoints.items() if not _is_zero(adjoint)}
+
+
+def push(
+    plan: Plan,
+    values: Mapping[fx.Node, Any],
+    inputs: Mapping[fx.Node, Tangents],
+    adjoints: Mapping[fx.Node, Any],
+    contributions: Contributions,
+) -> list[Tangents]:
+    """Tangents of the outputs; adds the curvature of every operation on the way, and forgets what is done with."""
+    tangents: dict[fx.Node, Tangents] = dict(inputs)
+    with torch.no_grad():
+        for node in plan.rules:
+            tangents[node] = _push_through(plan, node, values, tangents, adjoints, contributions)
+            for operand in node.all_input_nodes:
+                if plan.last_reader[operand] is node and operand not in plan.stage.outputs:
+                    tangents.pop(operand, None)
+    return [tangents.get(node, {}) for node in plan.stage.outputs]
+
+
+def push_all(plan: Plan, values: Mapping[fx.Node, Any], inputs: Mapping[fx.Node, Tangents]) -> dict[fx.Node, Tangents]:
+    """Tangents of every node, to be contracted later with `contract`."""
+    tangents: dict[fx.Node, Tangents] = dict(inputs)
+    with torch.no_grad():
+        for node in plan.rules:
+            tangents[node] = _push_through(plan, node, values, tangents, {}, Contributions())
+    return tangents
+
+
+def contract(
+    plan: Plan,
+    values: Mapping[fx.Node, Any],
+    tangents: Mapping[fx.Node, Tangents],
+    adjoints: Mapping[fx.Node, Any],
+    contributions: Contributions,
+) -> None:
+    """Add the curvature of every operation, given the tangents of `push_all`."""
+    with torch.no_grad():
+        for node in plan.nonlinear:
+            if node in adjoints:
+                with naming(node):
+                    plan.rules[node].contract(OpCall(node, values, tangents, adjoints[node]), contributions)
+
+
+def _push_through(
+    plan: Plan,
+    node: fx.Node,
+    values: Mapping[fx.Node, Any],
+    tangents: Mapping[fx.Node, Tangents],
+    adjoints: Mapping[fx.Node, Any],
+    contributions: Contributions,
+) -> Tangents:
+    call = OpCall(node, values, tangents, adjoints.get(node))
+    with naming(node):
+        if call.adjoint is not None:
+            plan.rules[node].contract(call, contributions)
+        return plan.rules[node].push(call)
+
+
+def _parts(value: Any) -> list[tuple[int, Tensor]]:
+    parts = [value] if isinstance(value, Tensor) else value
+    return [(k, part) for k, part in enumerate(parts) if isinstance(part, Tensor) and part.requires_grad]
+
+
+def _is_zero(adjoint: Any) -> bool:
+    return adjoint is None or (isinstance(adjoint, list) and all(part is None for part in adjoint))

@@ -6,6 +6,7 @@ import torch
 from lmc_curvature.curvature.sweep.capture import capture
 from lmc_curvature.curvature.sweep.plan import Plan
 from lmc_curvature.curvature.sweep.rules import Contributions
+from lmc_curvature.curvature.sweep.sweep import adjoints_of, push
 from lmc_curvature.errors import CaptureError
 
 
@@ -28,7 +29,7 @@ def test_only_what_depends_on_the_active_inputs_has_a_rule():
 
 def test_what_is_detached_or_counts_is_not_active():
     plan = _plan(lambda a: a.sin().detach() + a.argmax(), 3)
-    assert _names(plan.steps) == ["sin"]
+    assert _names(plan.rules) == ["sin"]
     assert plan.stage.outputs[0] not in plan.active
 
 
@@ -36,7 +37,7 @@ def test_directions_reach_what_reads_them():
     plan = _plan(lambda a, b: (a.sin() * b).cos(), 3, 3)
     first, second = plan.stage.inputs
     reached = plan.reached({first: frozenset({0}), second: frozenset({1, 2})})
-    sine, product, cosine = plan.steps
+    sine, product, cosine = plan.rules
     assert reached[sine] == {0}
     assert reached[product] == reached[cosine] == {0, 1, 2}
 
@@ -56,8 +57,8 @@ def test_tangents_and_curvature_of_a_function():
     (first, second), (result,) = plan.stage.inputs, plan.stage.outputs
     values = plan.run([a, b])
     contributions = Contributions()
-    adjoints = plan.adjoints(values, [torch.ones((), dtype=torch.float64)])
-    (tangents,) = plan.push(values, {first: {0: u}, second: {1: v}}, adjoints, contributions)
+    adjoints = adjoints_of(plan, values, [torch.ones((), dtype=torch.float64)])
+    (tangents,) = push(plan, values, {first: {0: u}, second: {1: v}}, adjoints, contributions)
     numbers = torch.cat(contributions.flat()).numpy()
     curvature = contributions.assemble(numbers, 2)
     z, du, dv = a * b, b * u, a * v
