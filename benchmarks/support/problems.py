@@ -17,7 +17,7 @@ from benchmarks.support.memory import peak_bytes
 from lmc_curvature import HessianOperator, Objective, Segment
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.sources.data import load_digits
-from lmc_curvature.sources.networks import digits_resnet, resnet
+from lmc_curvature.sources.resnets import digits_resnet, resnet
 
 
 @dataclass(frozen=True, eq=False)

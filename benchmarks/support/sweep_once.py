@@ -19,7 +19,7 @@ from lmc_curvature import Objective, Segment, project_hessian
 try:
     from lmc_curvature.forking import resnet20
 except ImportError:
-    from lmc_curvature.sources.networks import resnet20
+    from lmc_curvature.sources.resnets import resnet20
 
 
 def main() -> None:

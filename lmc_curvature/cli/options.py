@@ -67,7 +67,7 @@ class Comparison:
     def batches(self) -> Iterable[Any]:
         """The loader: of a data set known by name, or what a factory returns."""
         from lmc_curvature.sources.data import load_data
-        from lmc_curvature.sources.networks import import_function
+        from lmc_curvature.sources.models import import_function
 
         module, colon, _ = self.data.partition(":")
         # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.

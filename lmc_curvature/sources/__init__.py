@@ -2,7 +2,8 @@
 
 from lmc_curvature.sources.data import load_cifar10, load_data, load_digits, load_image_folder
 from lmc_curvature.sources.images import Batches, ImageDataset, Split
-from lmc_curvature.sources.networks import cifar_resnet18, digits_resnet, make_model, model_names, resnet, resnet20
+from lmc_curvature.sources.models import make_model, model_names
+from lmc_curvature.sources.resnets import cifar_resnet18, digits_resnet, resnet, resnet20
 
 __all__ = [
     "Batches",

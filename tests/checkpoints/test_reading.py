@@ -11,7 +11,7 @@ from torch import nn
 
 from lmc_curvature.checkpoints import load_checkpoint, write_snapshot
 from lmc_curvature.errors import CheckpointError
-from lmc_curvature.sources.networks import digits_resnet
+from lmc_curvature.sources.resnets import digits_resnet
 
 
 @pytest.fixture

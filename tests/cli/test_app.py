@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from lmc_curvature import BarrierMeasurement, BarrierPrediction, measure_barrier, predict_barrier
 from lmc_curvature.cli import main
 from lmc_curvature.sources.data import load_data
-from lmc_curvature.sources.networks import digits_resnet
+from lmc_curvature.sources.resnets import digits_resnet
 from tests.support.configurations import SECONDS
 
 ROOT = Path(__file__).parents[2]

@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from lmc_curvature import measure_barrier, predict_barrier
-from lmc_curvature.landscapes import Quadratic, landscape_loss, origin
+# The library is imported in the fixtures: it must not be there before its annotations are made to be checked.
 
 
 def _two_sided(sets="each", alphas=11):
     """Two points of a convex landscape, the minimum between them: a predicted barrier, and none in truth."""
+    from lmc_curvature import measure_barrier, predict_barrier
+    from lmc_curvature.landscapes import Quadratic, landscape_loss, origin
+
     hessian = torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64))
     ends = [Quadratic(hessian, position=sign * torch.ones(3), layers={"u": 1, "v": 2}) for sign in (-1, 1)]
     options = {"loss_fn": landscape_loss, "progress": False}
@@ -23,6 +25,8 @@ def _two_sided(sets="each", alphas=11):
 
 def _siblings(scale):
     """Two networks that far from a common one, on three batches of which one is short."""
+    from lmc_curvature import measure_barrier, predict_barrier
+
     generator = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     base = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()

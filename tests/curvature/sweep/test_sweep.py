@@ -8,7 +8,7 @@ from torch import nn
 
 from lmc_curvature import Objective, project_hessian
 from lmc_curvature.curvature.problem import Tiling
-from lmc_curvature.sources.networks import resnet20
+from lmc_curvature.sources.resnets import resnet20
 from tests.support.cases import CASES
 from tests.support.networks import randomized
 from tests.support.sweeping import (

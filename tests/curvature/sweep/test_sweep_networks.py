@@ -11,7 +11,7 @@ from torchvision import models
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
 from lmc_curvature.errors import FallbackWarning
-from lmc_curvature.sources.networks import resnet20
+from lmc_curvature.sources.resnets import resnet20
 from tests.support.networks import randomized
 from tests.support.sweeping import (
     assert_projections_agree,

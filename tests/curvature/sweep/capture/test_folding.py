@@ -7,7 +7,7 @@ from torch.func import functional_call
 
 from lmc_curvature import Objective
 from lmc_curvature.curvature.sweep.capture import capture
-from lmc_curvature.sources.networks import resnet20
+from lmc_curvature.sources.resnets import resnet20
 from tests.support.capturing import captured_right, counts, numbers, run
 
 

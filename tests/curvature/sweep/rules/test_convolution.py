@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.sources.networks import resnet
+from lmc_curvature.sources.resnets import resnet
 from tests.support.networks import randomized
 from tests.support.rules import RuleTests
 from tests.support.sweeping import (

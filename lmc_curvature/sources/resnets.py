@@ -1,55 +1,20 @@
-"""Residual networks for small images, and networks by name.
+"""Residual networks for small images.
 
 The networks follow He et al., "Deep Residual Learning for Image Recognition" (2015), section 4.2. Each
 normalisation module is registered right after the convolution it normalises, so that the two form one layer.
 """
 
 import functools
-import importlib
-import inspect
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lmc_curvature.errors import ConfigurationError, OptionError, check_choice, suggest
+from lmc_curvature.errors import OptionError, check_choice
 
 Shortcut = Literal["projection", "identity"]
-
-
-def make_model(spec: str, /, **options: Any) -> nn.Module:
-    """Build a network from its name.
-
-    Args:
-        spec: One of `model_names()`; `torchvision:NAME` for a classification network of torchvision, with
-            fresh weights; or `package.module:factory` for any importable function or class that returns a
-            module.
-        **options: Passed to the factory, e.g. `num_classes=10`.
-
-    Returns:
-        The network, initialised from torch's global random state.
-
-    Raises:
-        ConfigurationError: The name is unknown, the factory does not take an option or its value, or what it
-            returns is not a module.
-    """
-    factory = _find_factory(spec)
-    _check_option_names(spec, factory, options)
-    try:
-        model = factory(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"model {spec!r} refuses its options {options}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"model {spec!r} returned {type(model).__name__}; expected a torch.nn.Module.")
-    return model
-
-
-def model_names() -> list[str]:
-    """Return the names of the networks in this module that `make_model` builds."""
-    return list(_FACTORIES)
 
 
 def resnet(
@@ -172,81 +137,10 @@ class ZeroPadShortcut(nn.Module):
         return functional.pad(x, (0, 0, 0, 0, 0, self.extra_channels))
 
 
-_FACTORIES: dict[str, Callable[..., nn.Module]] = {
-    "digits-resnet": digits_resnet,
-    "resnet20": resnet20,
-    "cifar-resnet18": cifar_resnet18,
-    "resnet": resnet,
-}
-
-
 def _check_positive(**options: int) -> None:
     for name, value in options.items():
         if value < 1:
             raise OptionError(f"{name}={value} must be at least 1.")
-
-
-def _find_factory(spec: str) -> Callable[..., nn.Module]:
-    source, colon, name = spec.partition(":")
-    if source == "torchvision" and colon:
-        return _torchvision_factory(name)
-    if colon:
-        return import_function(spec, what=f"model {spec!r}")
-    if spec not in _FACTORIES:
-        raise ConfigurationError(
-            f"model {spec!r} is unknown: {suggest(spec, _FACTORIES)} Networks from elsewhere are written "
-            "'torchvision:NAME' or 'package.module:factory'."
-        )
-    return _FACTORIES[spec]
-
-
-def _torchvision_factory(name: str) -> Callable[..., nn.Module]:
-    from torchvision import models
-
-    # Detection and segmentation networks are left out: their outputs are not logits of one label per image.
-    names = models.list_models(module=models)
-    if name not in names:
-        raise ConfigurationError(f"torchvision has no classification network {name!r}: {suggest(name, names)}")
-    return functools.partial(models.get_model, name, weights=None)
-
-
-def import_function(spec: str, *, what: str) -> Callable[..., Any]:
-    """Import a function or class.
-
-    Args:
-        spec: Its name, `package.module:factory`.
-        what: The beginning of messages: the place where the name was given.
-
-    Raises:
-        ConfigurationError: The module cannot be imported, or has no such function.
-    """
-    module_name, _, name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise ConfigurationError(
-            f"{what}: the module {module_name!r} cannot be imported ({error}). Expected package.module:factory."
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        public = [entry for entry, value in vars(module).items() if callable(value) and not entry.startswith("_")]
-        hint = suggest(name, public) if public else "the module defines no functions."
-        raise ConfigurationError(f"{what}: the module {module_name!r} has no function {name!r}: {hint}")
-    return function
-
-
-def _check_option_names(spec: str, factory: Callable[..., nn.Module], options: dict[str, Any]) -> None:
-    try:
-        parameters = inspect.signature(factory).parameters
-    except ValueError:
-        # Some callables written in C have no signature; the call itself then says what is wrong.
-        return
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for name in options:
-        if name not in parameters:
-            hint = suggest(name, parameters) if parameters else "it takes none."
-            raise ConfigurationError(f"model {spec!r} has no option {name!r}: {hint}")
 
 
 def _conv3x3(in_channels: int, out_channels: int, *, stride: int) -> nn.Conv2d:
