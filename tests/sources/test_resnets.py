@@ -1,5 +1,6 @@
 """Claim: residual networks for small images are those of the paper."""
 
+import inspect
 import re
 
 import pytest
