@@ -296,9 +296,10 @@ def _refuse_former_options(layers: object, partition: object) -> None:
 
 def _resolve_sets(names: Sequence[str], sets: Sets) -> tuple[tuple[str, ...], ...]:
     """Return the members of each set, in the order of the network."""
-    if isinstance(sets, str):
-        check_choice("sets", sets, ("each",))
+    if sets == "each":
         return tuple((name,) for name in names)
+    if isinstance(sets, str) or not isinstance(sets, Iterable) or not all(isinstance(s, Iterable) for s in sets):
+        raise OptionError(f"sets={sets!r}: expected 'each', or a list of sets of layer names, as in [['conv1', 'fc']].")
     found = tuple(tuple(names[index] for index in layer_indices(names, members)) for members in sets)
     if () in found:
         raise OptionError(f"sets[{found.index(())}] is an empty set: name at least one layer.")

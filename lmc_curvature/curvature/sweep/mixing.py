@@ -47,9 +47,5 @@ def _near(problem: Problem, point: Point) -> State:
 def _output(problem: Problem, state: State, tile: Tile) -> Tensor:
     """The tile's output at any state."""
     device = problem.objective.device.type
-    with (
-        problem.objective.differentiating_operations(),
-        torch.no_grad(),
-        torch.autocast(device, enabled=False),
-    ):
+    with problem.objective.differentiating_operations(), torch.no_grad(), torch.autocast(device, enabled=False):
         return tile.program.evaluate(tile.program.operands(state), tile.data)[tile.program.result]

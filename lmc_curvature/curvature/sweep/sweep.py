@@ -73,23 +73,14 @@ class _Prelude:
     tangents: Mapping[fx.Node, Tangents]
 
 
-@dataclass(frozen=True, eq=False)
-class _Preludes:
-    """The preludes of all programs of a compiled batch at a state."""
-
-    compiled: CompiledBatch
-    of: Mapping[Program, _Prelude]
-
-
 def _preludes(problem: Problem, compiled: CompiledBatch, point: Point) -> Mapping[Program, _Prelude]:
     """The preludes at a state; kept for one shape of batch at a time, because they are as large as the network."""
 
-    def make() -> _Preludes:
-        return _Preludes(compiled, {program: _prelude(problem, program, point) for program in programs})
+    def make() -> tuple[CompiledBatch, dict[Program, _Prelude]]:
+        return compiled, {program: _prelude(problem, program, point) for program in compiled.networks.values()}
 
-    programs = compiled.networks.values()
-    kept = problem.memo(point, make)
-    return (kept if kept.compiled is compiled else problem.memo.replace(point, make())).of
+    owner, preludes = problem.memo(point, make)
+    return preludes if owner is compiled else problem.memo.replace(point, make())[1]
 
 
 def _prelude(problem: Problem, program: Program, point: Point) -> _Prelude:

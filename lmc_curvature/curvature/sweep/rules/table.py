@@ -8,26 +8,8 @@ import operator
 
 from torch import fx
 
-from lmc_curvature.curvature.sweep.rules.autodiff import ByAutodiff, FirstOrderByAutodiff
-from lmc_curvature.curvature.sweep.rules.bilinear import DOT, MATRIX_VECTOR, PRODUCT, matrix_product
-from lmc_curvature.curvature.sweep.rules.convolution import CONVOLUTION
-from lmc_curvature.curvature.sweep.rules.linear import (
-    CONCATENATION,
-    DIFFERENCE,
-    EMBEDDING,
-    MASKED_FILL,
-    PADDING,
-    REVERSED_DIFFERENCE,
-    SUM,
-    WHERE,
-    Constant,
-    JointlyLinear,
-    Linear,
-)
-from lmc_curvature.curvature.sweep.rules.pointwise import PiecewiseLinear, Pointwise, Rectifier
+from lmc_curvature.curvature.sweep.rules import autodiff, bilinear, convolution, linear, pointwise, selection, softmax
 from lmc_curvature.curvature.sweep.rules.rule import Rule
-from lmc_curvature.curvature.sweep.rules.selection import MaxPooling, Pick, Selection
-from lmc_curvature.curvature.sweep.rules.softmax import LogSoftmax, Softmax
 
 _LINEAR = """
     view reshape _unsafe_view _reshape_alias permute transpose t expand slice select squeeze unsqueeze clone alias
@@ -67,50 +49,52 @@ _SELECTION = """
 """.split()  # noqa: SIM905
 
 _RULES: dict[str, Rule] = {
-    **dict.fromkeys(_LINEAR, Linear()),
-    **dict.fromkeys(_POINTWISE, Pointwise()),
-    **dict.fromkeys(_PIECEWISE, PiecewiseLinear()),
-    **dict.fromkeys(_FIRST_ORDER, FirstOrderByAutodiff()),
-    **dict.fromkeys(_CONSTANT, Constant()),
-    **dict.fromkeys(_SELECTION, Selection()),
-    **dict.fromkeys(["select_scatter", "slice_scatter", "diagonal_scatter", "lerp.Scalar"], JointlyLinear((0, 1))),
-    **dict.fromkeys(["index_put", "masked_scatter"], JointlyLinear((0, 2))),
-    **dict.fromkeys(["scatter.src", "scatter_add", "index_add", "index_copy"], JointlyLinear((0, 3))),
-    "relu": Rectifier(),
-    "add": SUM,
-    "sub": DIFFERENCE,
-    "rsub": REVERSED_DIFFERENCE,
-    "cat": CONCATENATION,
-    "stack": CONCATENATION,
-    "where": WHERE,
-    "masked_fill": MASKED_FILL,
-    "constant_pad_nd": PADDING,
-    "embedding": EMBEDDING,
-    "mul": PRODUCT,
-    "convolution": CONVOLUTION,
-    "mv": MATRIX_VECTOR,
-    "dot": DOT,
-    "mm": matrix_product(0, 1),
-    "bmm": matrix_product(0, 1),
-    "addmm": matrix_product(1, 2, added=0),
-    "baddbmm": matrix_product(1, 2, added=0),
-    "_softmax": Softmax(),
-    "_safe_softmax": Softmax(),
-    "_log_softmax": LogSoftmax(),
-    "max_pool2d_with_indices": MaxPooling(2),
-    "max_pool3d_with_indices": MaxPooling(3),
-    "adaptive_max_pool2d": MaxPooling(2),
-    "adaptive_max_pool3d": MaxPooling(3),
-    "fractional_max_pool2d": MaxPooling(2),
-    "fractional_max_pool3d": MaxPooling(3),
+    **dict.fromkeys(_LINEAR, linear.Linear()),
+    **dict.fromkeys(_POINTWISE, pointwise.Pointwise()),
+    **dict.fromkeys(_PIECEWISE, pointwise.PiecewiseLinear()),
+    **dict.fromkeys(_FIRST_ORDER, autodiff.FirstOrderByAutodiff()),
+    **dict.fromkeys(_CONSTANT, linear.Constant()),
+    **dict.fromkeys(_SELECTION, selection.Selection()),
+    **dict.fromkeys(
+        ["select_scatter", "slice_scatter", "diagonal_scatter", "lerp.Scalar"], linear.JointlyLinear((0, 1))
+    ),
+    **dict.fromkeys(["index_put", "masked_scatter"], linear.JointlyLinear((0, 2))),
+    **dict.fromkeys(["scatter.src", "scatter_add", "index_add", "index_copy"], linear.JointlyLinear((0, 3))),
+    "relu": pointwise.Rectifier(),
+    "add": linear.SUM,
+    "sub": linear.DIFFERENCE,
+    "rsub": linear.REVERSED_DIFFERENCE,
+    "cat": linear.CONCATENATION,
+    "stack": linear.CONCATENATION,
+    "where": linear.WHERE,
+    "masked_fill": linear.MASKED_FILL,
+    "constant_pad_nd": linear.PADDING,
+    "embedding": linear.EMBEDDING,
+    "mul": bilinear.PRODUCT,
+    "convolution": convolution.CONVOLUTION,
+    "mv": bilinear.MATRIX_VECTOR,
+    "dot": bilinear.DOT,
+    "mm": bilinear.matrix_product(0, 1),
+    "bmm": bilinear.matrix_product(0, 1),
+    "addmm": bilinear.matrix_product(1, 2, added=0),
+    "baddbmm": bilinear.matrix_product(1, 2, added=0),
+    "_softmax": softmax.Softmax(),
+    "_safe_softmax": softmax.Softmax(),
+    "_log_softmax": softmax.LogSoftmax(),
+    "max_pool2d_with_indices": selection.MaxPooling(2),
+    "max_pool3d_with_indices": selection.MaxPooling(3),
+    "adaptive_max_pool2d": selection.MaxPooling(2),
+    "adaptive_max_pool3d": selection.MaxPooling(3),
+    "fractional_max_pool2d": selection.MaxPooling(2),
+    "fractional_max_pool3d": selection.MaxPooling(3),
 }
-_BY_AUTODIFF = ByAutodiff()
+_BY_AUTODIFF = autodiff.ByAutodiff()
 
 
 def rule_of(node: fx.Node, active: set[fx.Node]) -> Rule:
     """The rule of an operation, given which nodes depend on the directions."""
     if node.target is operator.getitem:
-        return Pick()
+        return selection.Pick()
     name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
     overload = getattr(node.target, "_overloadname", "")
     rule = _RULES.get(f"{name}.{overload}") or _RULES.get(name, _BY_AUTODIFF)

@@ -53,7 +53,7 @@ def test_a_selection_gives_elements_and_places_of_which_one_is_picked():
         (lambda a, b: a**b, [0], Pointwise),
         (lambda a, b: a**b, [0, 1], ByAutodiff),
         (lambda a, b: a.sum() ** b, [0], ByAutodiff),
-        (lambda a, b: a.index_select(0, b.argmax(1)), [0], Linear),
+        (lambda a, b: a.index_select(1, b.argmax(1)), [0], Linear),
         (lambda a, b: torch.lerp(a, b, 0.3), [0, 1], JointlyLinear),
         (lambda a, b: torch.lerp(a, a, b), [0, 1], ByAutodiff),
     ],
