@@ -44,6 +44,19 @@ def test_a_prediction_imports_neither_figures_nor_tables_nor_data_sets():
     assert not heavy & found
 
 
+_THREADS = """
+import threading, lmc_curvature
+start = threading.Barrier(len(lmc_curvature.__all__))
+def use(name): start.wait(); getattr(lmc_curvature, name); print(name)
+for name in lmc_curvature.__all__: threading.Thread(target=use, args=(name,)).start()
+"""
+
+
+def test_threads_may_use_names_at_once():
+    done = subprocess.run([sys.executable, "-c", _THREADS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == sorted(lmc_curvature.__all__), done.stderr
+
+
 def test_the_citation_is_of_this_version():
     assert f"version: {lmc_curvature.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
