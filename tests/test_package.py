@@ -47,8 +47,10 @@ def test_a_prediction_imports_neither_figures_nor_tables_nor_data_sets():
 _THREADS = """
 import threading, lmc_curvature
 start = threading.Barrier(len(lmc_curvature.__all__))
-def use(name): start.wait(); getattr(lmc_curvature, name); print(name)
-for name in lmc_curvature.__all__: threading.Thread(target=use, args=(name,)).start()
+def use(name): start.wait(); getattr(lmc_curvature, name); print(name + "\\n", end="")
+threads = [threading.Thread(target=use, args=(name,)) for name in lmc_curvature.__all__]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
 """
 
 
