@@ -131,7 +131,7 @@ class Blocked:
         return (os.system, ("echo the checkpoint ran code",))
 
 
-@pytest.mark.parametrize("code", [r"lmc_curvature\.sources\.networks\.CifarResNet", "print", "posix.system"])
+@pytest.mark.parametrize("code", [r"lmc_curvature\.sources\.resnets\.CifarResNet", "print", "posix.system"])
 def test_files_that_would_run_code_are_refused(source, tmp_path, capfd, code):
     contents = {"print": Malicious(), "posix.system": Blocked()}
     torch.save({"state_dict": contents[code]} if code in contents else source, tmp_path / "a.pt")

@@ -25,6 +25,12 @@ from tests.support.sweeping import (
     swept_by_autodiff,
 )
 
+# Operations that torch 2.11 cannot differentiate twice, or not capture.
+_NEW = {"distances", "sampled from a grid", "smallest and largest", "checkpointed"}
+_new_in_torch = pytest.mark.skipif(
+    torch.__version__.startswith("2.11"), reason="torch 2.11 has no second derivative of it, or cannot capture it"
+)
+
 
 class RuleTests:
     """Every listed operation is swept within a small network, and compared with products and with autodiff.
@@ -44,7 +50,10 @@ class RuleTests:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run each test for every operation, and the one in tiles, which takes longer, for the first."""
         names = list(self.operations)[: 1 if metafunc.function.__name__ == "test_in_tiles" else None]
-        metafunc.parametrize("operation", [self.operations[name] for name in names], ids=names, scope="class")
+        operations = [
+            pytest.param(self.operations[name], id=name, marks=_new_in_torch if name in _NEW else ()) for name in names
+        ]
+        metafunc.parametrize("operation", operations, scope="class")
 
     def test_agrees_with_products(self, objective: Objective, directions: Any, expected: Projection) -> None:
         """The sweep's projection is that of Hessian-vector products, by rules or autodiff as the class says."""
