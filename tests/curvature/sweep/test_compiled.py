@@ -285,6 +285,7 @@ def test_folded_weights_are_kept_for_one_shape_of_batch_at_a_time():
     with objective.one_pass() as batches:
         for batch in batches:
             project_by_sweep(problem, problem.points[0], batch)
-            kept.append(weakref.ref(problem.memo(problem.points[0], nothing)))
+            _, preludes = problem.memo(problem.points[0], nothing)
+            kept += map(weakref.ref, preludes.values())
     gc.collect()
     assert [reference() is None for reference in kept] == [True, True, False]
