@@ -130,6 +130,7 @@ def test_identical_networks_have_no_barrier():
     assert nothing.barrier(None, "hermite") == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_network_and_policy_is_predicted_and_left_alone(case):
     models = case.model(0), case.model(1)

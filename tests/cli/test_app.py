@@ -57,6 +57,7 @@ def _batches(size=256):
     return load_data("digits", limit=60).batches(size)
 
 
+@pytest.mark.slow
 def test_predict_prints_the_prediction_as_json(run, networks, checkpoints, tmp_path):
     expected = predict_barrier(*networks, _batches(25), progress=False)
     layers = expected.layers[:2]

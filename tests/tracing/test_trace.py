@@ -14,6 +14,9 @@ from lmc_curvature.forking.directory import create_directory
 from lmc_curvature.tracing import read_traces, trace_forks
 from tests.support.experiments import contents
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 
 def tabled(path):
     """The forks and epochs that the tables hold."""

@@ -14,6 +14,9 @@ from lmc_curvature.errors import BackendError, DirectionError, NonFiniteError, O
 from tests.support.cases import CASES
 from tests.support.networks import augmenting_loader, rng_states, untouched
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 PEERS = [backend for backend in BACKENDS if backend != "native"]
 
 

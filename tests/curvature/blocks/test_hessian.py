@@ -16,6 +16,9 @@ from lmc_curvature.errors import FallbackWarning, MemoryBudgetError, NonFiniteEr
 from tests.support.cases import CASES
 from tests.support.networks import untouched
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 
 class Tokens(nn.Module):
     """Linear layers at every token, and tokens that look at each other in between."""

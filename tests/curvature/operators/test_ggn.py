@@ -18,6 +18,9 @@ from lmc_curvature.errors import (
 from tests.support.cases import CASES
 from tests.support.networks import untouched
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 
 def _classifier():
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))

@@ -40,6 +40,7 @@ def _difference_of_gradients(objective, direction, h=1e-5):
     return {name: (up[name] - down[name]) / (2 * h) for name in state}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch", "LayerNorm and GELU", "tied weights"])
 def test_dense_hessian_equals_differences_of_the_gradient(name):
     H, dense = _dense(name)

@@ -15,6 +15,9 @@ from lmc_curvature.objective.batches import Batch
 from tests.support.cases import CASES
 from tests.support.networks import randomized
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 
 def _objective(name):
     case = CASES[name]

@@ -22,6 +22,7 @@ def _moved(state, *steps):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_projection_equals_central_differences_of_the_loss(case):
     # Under "recalibrate" derivatives are, by definition, those of "batch".

@@ -27,6 +27,9 @@ from tests.support.sweeping import (
     vectors,
 )
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 _IN_TWOS = Tiling(2, 99, keeps_values=True)
 # Where memory is short, the values of a tile are computed anew when it is swept.
 _SHORT = Tiling(2, 99, keeps_values=False)

@@ -20,6 +20,9 @@ from tests.support.spectra import (
     symmetric,
 )
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 NO_ROOM = 3e-4  # GiB: two vectors a probe, and their products, but no bases
 
 

@@ -11,6 +11,9 @@ from lmc_curvature.curvature.spectra import top_eigenpairs
 from lmc_curvature.errors import ConvergenceWarning, MemoryBudgetError, OptionError
 from tests.support.spectra import Counted, digits_dense, digits_hessian, digits_objective, spread, symmetric
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 WAYS = pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
 
 

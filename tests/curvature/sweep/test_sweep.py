@@ -30,6 +30,7 @@ def _objective(name, sizes=(6, 6, 3), **options):
 # --- However it is cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "keeps_values"),
     [("conv, interpolate", False), ("attention", True), ("LSTM", True), ("tied weights", False)],
@@ -44,6 +45,7 @@ def test_tiles_of_examples_change_nothing(name, keeps_values):
     assert [set(each.networks) for each in compiled_batches(objective, directions, tiling=tiling)] == [{2, 1}] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [2, 3])
 @pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch", "LayerNorm and GELU", "dict batches"])
 def test_groups_of_directions_change_nothing(name, together):

@@ -18,6 +18,9 @@ from tests.support.sweeping import (
     vectors,
 )
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 
 class _Detaching(TwoLayers):
     def forward(self, x):

@@ -9,6 +9,9 @@ from lmc_curvature import Objective
 from tests.support.networks import randomized
 from tests.support.sweeping import assert_sweep_agrees
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 
 def _numbers(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

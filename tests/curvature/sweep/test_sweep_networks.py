@@ -21,6 +21,9 @@ from tests.support.sweeping import (
     swept_by_autodiff,
 )
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 
 def _numbers(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -9,6 +9,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from tests.support.rules import RuleTests
 
+# All of them together take seconds.
+pytestmark = pytest.mark.slow
+
 VECTOR, SEQUENCE, LINE, IMAGE, VOLUME = (6,), (4, 6), (2, 9), (2, 5, 6), (2, 3, 4, 4)
 
 

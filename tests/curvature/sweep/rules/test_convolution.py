@@ -22,7 +22,7 @@ from tests.support.sweeping import (
 LINE, IMAGE, VOLUME = (2, 9), (2, 5, 6), (2, 3, 4, 4)
 
 # Annotations are checked by the tests of other networks; here that would take as long as the computation.
-pytestmark = pytest.mark.usefixtures("untyped")
+pytestmark = [pytest.mark.usefixtures("untyped"), pytest.mark.slow]
 
 
 class TestConvolutions(RuleTests):
