@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
