@@ -224,7 +224,8 @@ def push(
     tangents: dict[fx.Node, Tangents] = dict(inputs)
     with torch.no_grad():
         for node in plan.rules:
-            tangents[node] = _push_through(plan, node, values, tangents, adjoints, contributions)
+            call = OpCall(node, values, tangents, adjoints.get(node), owns=node in plan.owners)
+            tangents[node] = _push_through(plan, call, contributions)
             for operand in node.all_input_nodes:
                 if plan.last_reader[operand] is node and operand not in plan.stage.outputs:
                     tangents.pop(operand, None)
@@ -236,7 +237,7 @@ def push_all(plan: Plan, values: Mapping[fx.Node, Any], inputs: Mapping[fx.Node,
     tangents: dict[fx.Node, Tangents] = dict(inputs)
     with torch.no_grad():
         for node in plan.rules:
-            tangents[node] = _push_through(plan, node, values, tangents, {}, Contributions())
+            tangents[node] = _push_through(plan, OpCall(node, values, tangents), Contributions())
     return tangents
 
 
@@ -255,19 +256,13 @@ def contract(
                     plan.rules[node].contract(OpCall(node, values, tangents, adjoints[node]), contributions)
 
 
-def _push_through(
-    plan: Plan,
-    node: fx.Node,
-    values: Mapping[fx.Node, Any],
-    tangents: Mapping[fx.Node, Tangents],
-    adjoints: Mapping[fx.Node, Any],
-    contributions: Contributions,
-) -> Tangents:
-    call = OpCall(node, values, tangents, adjoints.get(node))
-    with naming(node):
+def _push_through(plan: Plan, call: OpCall, contributions: Contributions) -> Tangents:
+    """Tangents of one operation; adds its curvature where its adjoint is known."""
+    rule = plan.rules[call.node]
+    with naming(call.node):
         if call.adjoint is not None:
-            plan.rules[node].contract(call, contributions)
-        return plan.rules[node].push(call)
+            rule.contract(call, contributions)
+        return rule.push(call)
 
 
 def _parts(value: Any) -> list[tuple[int, Tensor]]:

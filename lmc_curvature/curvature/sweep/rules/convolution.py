@@ -15,14 +15,14 @@ class Convolution(Bilinear):
     """A convolution, linear in its input, its weight and its bias."""
 
     def push(self, call: OpCall) -> Tangents:
-        """The convolution of each tangent of the input, and that of the input with each tangent of weight and bias."""
+        """Convolutions of each tangent of the input, and of the input with each of weight and bias, as new tensors."""
         inputs, weights, biases = (call.tangents_of(argument) for argument in call.node.args[:3])
         tangents: Tangents = {i: _convolve(call, tangent, call.value(1)) for i, tangent in inputs.items()}
         for i in {*weights, *biases}:
             if i in weights:
                 term = _convolve(call, call.value(0), weights[i], biases.get(i))
             else:
-                term = biases[i].view(1, -1, *(1,) * (call.output.ndim - 2)).expand(call.output.shape)
+                term = torch.zeros_like(call.output) + biases[i].view(1, -1, *(1,) * (call.output.ndim - 2))
             # In place, because it was made here.
             tangents[i] = tangents[i].add_(term) if i in tangents else term
         return tangents

@@ -57,7 +57,9 @@ class Rectifier(FirstOrder):
     def push(self, call: OpCall) -> Tangents:
         """Each tangent where the output is positive, and zero elsewhere."""
         output = call.output.detach()
-        return {
-            i: aten.threshold_backward.default(aligned(tangent, output), output, 0)
-            for i, tangent in call.tangents_of(call.node.args[0]).items()
-        }
+        tangents = {i: aligned(tangent, output) for i, tangent in call.tangents_of(call.node.args[0]).items()}
+        if call.owns:
+            # One where the output is positive.
+            slope = output.sign()
+            return {i: tangent.mul_(slope) for i, tangent in tangents.items()}
+        return {i: aten.threshold_backward.default(tangent, output, 0) for i, tangent in tangents.items()}

@@ -49,12 +49,16 @@ class Contributions:
 
 @dataclass(frozen=True, eq=False)
 class OpCall:
-    """One operation in one evaluation of the graph: its arguments' values and tangents, its own value and adjoint."""
+    """One operation in one evaluation of the graph: its arguments' values and tangents, its own value and adjoint.
+
+    Tangents of the arguments may be overwritten where the call owns them.
+    """
 
     node: fx.Node
     values: Mapping[fx.Node, Any]
     tangents: Mapping[fx.Node, Tangents]
     adjoint: Any = None
+    owns: bool = False
 
     def value(self, position: int) -> Any:
         """Value of a positional argument."""

@@ -202,6 +202,19 @@ def test_values_and_directions_stay_as_they_were():
     assert all(torch.equal(tensor, objective.state()[name]) for name, tensor in before.items())
 
 
+def test_a_bias_as_large_as_the_output_stays_as_it_was():
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ReLU(), nn.Flatten(), nn.Linear(3, 3), nn.Tanh()).double()
+    batch = torch.ones(1, 2, 1, 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    objective = Objective(randomized(model), [batch])
+    direction = {"0.bias": torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)}
+    kept = direction["0.bias"].clone()
+    for _ in range(2):
+        assert_projections_agree(
+            swept(objective, [direction]), project_hessian(objective, {}, [direction], method="hvp"), relative=1e-9
+        )
+    assert torch.equal(direction["0.bias"], kept)
+
+
 def test_single_precision_near_kinks_is_no_disagreement():
     # Some of these images have units so near to zero that their sign depends on the road taken there.
     torch.manual_seed(0)
