@@ -42,7 +42,7 @@ class BlockLayer:
 
     @property
     def beside(self) -> tuple[str, ...]:
-        """The other entries."""
+        """Entries of the layer that are not the affine module's."""
         return tuple(name for name in self.tensors if name not in self.own)
 
     @functools.cached_property

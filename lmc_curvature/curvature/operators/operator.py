@@ -46,7 +46,7 @@ class Curvature:
     native: bool = True
 
     def block_diagonal(self, groups: Collection[Collection[str]]) -> "Curvature":
-        """The same without what is between groups of entries."""
+        """A kind of matrix that is zero between groups of entries, and this one within them."""
 
         def of_batch(objective: Objective, state: State, batch: Batch, entries: Sequence[str]) -> BatchMatrix:
             return BlockDiagonal(self.of_batch(objective, state, batch, entries), groups)

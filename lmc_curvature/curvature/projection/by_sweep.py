@@ -34,9 +34,9 @@ def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValue
         values, result = sweep_batch(problem, compiled, point, batch)
         if not problem.memo(compiled, lambda: is_current(objective, compiled, point, batch, result)):
             compiled = objective.memo.replace(key, compile_now())
-            values, _ = sweep_batch(problem, compiled, point, batch)
+            values, result = sweep_batch(problem, compiled, point, batch)
         check_values(values, batch, point)
-        compiled.memo("verified", lambda: verify(problem, compiled, point, batch, values))
+        compiled.memo("verified", lambda: verify(problem, compiled, point, batch, values, result))
         return values
     except (CaptureError, SweepError):
         # The network may mix examples or insist on its batch size, or its inputs may not begin with the examples.

@@ -1,13 +1,14 @@
 """The sweep's answer compared with a Hessian-vector product, and the question whether a batch may be cut into tiles."""
 
 import numpy as np
+from torch import Tensor
 
 from lmc_curvature.curvature.problem import BatchValues, Point, Problem, check_values
 from lmc_curvature.curvature.projection.by_products import product_of_combination
 from lmc_curvature.curvature.sweep import (
     BatchTree,
     CompiledBatch,
-    compile_batch,
+    compile_tile,
     copies_stay_apart,
     sweep_batch,
     tiles_join,
@@ -16,33 +17,41 @@ from lmc_curvature.errors import SweepError
 from lmc_curvature.objective.batches import Batch
 
 
-def verify(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, values: BatchValues) -> None:
+def verify(
+    problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, values: BatchValues, result: Tensor
+) -> None:
     """Compare the values of graphs for a batch with a Hessian-vector product, and see whether the batch may be cut.
+
+    Args:
+        problem: The objective and the directions.
+        compiled: The graphs.
+        point: The state.
+        batch: The batch.
+        values: The answer of the graphs.
+        result: The network's output, or the whole loss, on the way to it.
 
     Raises:
         SweepError: They disagree, or the network mixes the examples that were cut into tiles.
     """
     # A product holds the graph of all that it is of. Where memory is short, a tile has the derivatives, and the whole
     # batch needs values only.
-    in_part = compiled.is_tiled and not compiled.tiling.keeps_values
-    if not (
-        in_part and tiles_join(problem, compiled, point, batch) and _agrees_in_part(problem, compiled, point, batch)
-    ):
+    short = compiled.is_tiled and not compiled.tiling.keeps_values
+    if not (short and tiles_join(problem, compiled, point, batch) and _agrees(problem, compiled, point, batch, result)):
         _compare(problem, point, batch, values)
     if compiled.is_tiled and not copies_stay_apart(problem, compiled, point, batch):
         raise SweepError("The network mixes the examples of a batch.")
 
 
-def _agrees_in_part(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch) -> bool:
+def _agrees(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, result: Tensor) -> bool:
     """Whether the sweep of the first tile's examples agrees with a product; not if there is no loss of these alone."""
     size = compiled.tiling.examples
-    part = Batch(batch.index, size, BatchTree.of(batch.data).rows(0, size, batch.size).structure)
+    tile = Batch(batch.index, size, BatchTree.of(batch.data).rows(0, size, batch.size).structure)
     try:
-        values, _ = sweep_batch(problem, compile_batch(problem, part, whole=False), point, part)
-        check_values(values, part, point)
-        _compare(problem, point, part, values)
+        values, _ = sweep_batch(problem, compile_tile(problem, compiled, tile, result[:size]), point, tile)
+        check_values(values, tile, point)
+        _compare(problem, point, tile, values)
         return True
-    except Exception:  # noqa: BLE001 - what a loss makes of a part is nobody's concern: the whole is compared
+    except Exception:  # noqa: BLE001 - what a loss makes of a tile is nobody's concern: the whole is compared
         return False
 
 

@@ -104,6 +104,22 @@ def compile_batch(problem: Problem, batch: Batch, *, whole: bool) -> CompiledBat
     return CompiledBatch(batch.size, tiling, networks, loss, probe)
 
 
+def compile_tile(problem: Problem, compiled: CompiledBatch, tile: Batch, output: Tensor) -> CompiledBatch:
+    """The graphs for a tile as a batch of its own: the network's as they are, and its own loss.
+
+    Args:
+        problem: The objective.
+        compiled: The graphs for the batch that the tile was cut from.
+        tile: The tile.
+        output: The network's output for it.
+
+    Raises:
+        CaptureError: The loss of the tile cannot be captured.
+    """
+    loss = _loss_program(problem.objective, output, tile)
+    return CompiledBatch(tile.size, compiled.tiling, {tile.size: compiled.networks[tile.size]}, loss, tile.size)
+
+
 def _tiling(problem: Problem, network: Program, loss: Program | None, *, probe: int, size: int, whole: bool) -> Tiling:
     if problem.tiling is not None:
         return replace(problem.tiling, examples=size if whole else min(problem.tiling.examples, size))

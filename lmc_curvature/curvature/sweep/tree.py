@@ -58,7 +58,7 @@ class BatchTree:
         return self._mapped(lambda tensor: tensor[numbers.to(tensor.device)], size)
 
     def _mapped(self, function: Callable[[Tensor], Tensor], size: int) -> "BatchTree":
-        """The same with a function applied to every tensor that has `size` rows, one an example."""
+        """The data with a function applied to every tensor that has `size` rows, one an example."""
         parts = [function(tensor) if tensor.ndim and tensor.shape[0] == size else tensor for tensor in self.tensors]
         return BatchTree(parts, self.rebuilt(parts))
 

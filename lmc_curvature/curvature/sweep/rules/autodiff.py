@@ -35,7 +35,7 @@ class ByAutodiff(Rule):
 
 
 class FirstOrderByAutodiff(FirstOrder, ByAutodiff):
-    """The same for an operation whose second derivative is zero wherever it has one."""
+    """Any operation whose second derivative is zero wherever it has one, by differentiating it alone."""
 
 
 class _LocalGraph:

@@ -120,7 +120,7 @@ class FirstOrder(Rule):
     """An operation whose second derivative is zero wherever it has one."""
 
     def has_curvature(self, node: fx.Node, active: set[fx.Node]) -> bool:
-        """No."""
+        """False, because the second derivative is zero."""
         return False
 
 

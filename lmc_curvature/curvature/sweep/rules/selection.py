@@ -10,7 +10,7 @@ class Pick(FirstOrder):
     """One result of several."""
 
     def push(self, call: OpCall) -> Tangents:
-        """The same one of the tangents."""
+        """The result's tangents, out of those of all results."""
         source, index = call.node.args
         picked = {i: tangent[index] for i, tangent in call.tangents_of(source).items()}
         return {i: tangent for i, tangent in picked.items() if tangent is not None}
