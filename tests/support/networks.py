@@ -224,3 +224,16 @@ def untouched(*models):
         for name, gradient in gradients.items():
             assert gradient is None or torch.equal(now[1][name], gradient)
         assert now[2] == plain
+
+
+class OnceDifferentiable(torch.autograd.Function):
+    """A square whose backward pass is marked: torch would leave its second derivative out without a word."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient

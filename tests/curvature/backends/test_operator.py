@@ -12,7 +12,7 @@ from lmc_curvature import HessianOperator, Objective, hessian_operator, spectral
 from lmc_curvature.curvature.backends import BACKENDS
 from lmc_curvature.errors import BackendError, DirectionError, NonFiniteError, OptionError, UnsupportedModelError
 from tests.support.cases import CASES
-from tests.support.networks import augmenting_loader, rng_states, untouched
+from tests.support.networks import OnceDifferentiable, augmenting_loader, rng_states, untouched
 
 # All of them together take seconds.
 pytestmark = pytest.mark.slow
@@ -185,17 +185,7 @@ def test_loaders_that_draw_random_numbers_are_restored(peer, untyped):
 
 
 def test_what_has_no_hessian_is_refused_as_by_ourselves(peer):
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x**2
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, gradient):
-            return gradient
-
-    objective = _objective(loss_fn=lambda out, _: Once.apply(out).pow(2).mean())
+    objective = _objective(loss_fn=lambda out, _: OnceDifferentiable.apply(out).pow(2).mean())
     with pytest.raises(UnsupportedModelError, match="marked once_differentiable"):
         hessian_operator(objective, backend=peer) @ torch.ones(90)
 

@@ -17,6 +17,7 @@ from lmc_curvature.errors import (
     UnsupportedModelError,
 )
 from tests.support.cases import CASES
+from tests.support.networks import OnceDifferentiable
 
 
 def _objective(name="LayerNorm and GELU", **options):
@@ -261,19 +262,9 @@ def test_values_that_are_not_finite_are_named():
 
 
 def test_an_operation_without_a_second_derivative_is_said_so():
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x**2
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, gradient):
-            return gradient
-
     # Where the loss ends in the operation its gradient's graph has no mark, and half of the Hessian is missing.
     for power in (1, 2):
-        objective = _objective(loss_fn=lambda out, _, power=power: Once.apply(out).pow(power).mean())
+        objective = _objective(loss_fn=lambda out, _, power=power: OnceDifferentiable.apply(out).pow(power).mean())
         with pytest.raises(UnsupportedModelError, match="differentiated twice.*marked once_differentiable"):
             HessianOperator(objective) @ torch.ones(HessianOperator(objective).shape[1])
     with pytest.raises(UnsupportedModelError, match="marked once_differentiable"):
