@@ -3,11 +3,13 @@
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+from tqdm.auto import tqdm
 
 from lmc_curvature.errors import LoaderError
 
@@ -44,6 +46,37 @@ def tensors_in(data: Any) -> list[Tensor]:
     tensors: list[Tensor] = []
     map_tensors(tensors.append, data)
     return tensors
+
+
+def visit(
+    loader: Iterable[Any],
+    *,
+    max_batches: int | None,
+    pairs: bool,
+    size: Callable[[Any], int] | None,
+    place: Callable[[Tensor], Tensor],
+    bar: tqdm,
+) -> Iterator[Batch]:
+    """Yield the batches of a loader, placed on a device.
+
+    Args:
+        loader: Yields the data of batches.
+        max_batches: Yield only this many; None for all.
+        pairs: Whether batches must be (x, y) pairs.
+        size: Counts the examples of a batch; by default the leading dimension of the first tensor.
+        place: Brings a tensor to the device.
+        bar: A progress bar, moved with every batch.
+
+    Raises:
+        LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
+    """
+    index = -1
+    for index, data in enumerate(islice(loader, max_batches)):
+        yield Batch(index, count_examples(data, index, any_form=not pairs, size=size), map_tensors(place, data))
+        bar.update()
+    if index < 0:
+        refuse_iterator(loader, "The loader yielded no batch: it may have been used up by an earlier pass")
+        raise LoaderError("The loader yielded no batch; expected at least one.")
 
 
 def count_examples(data: Any, index: int, *, any_form: bool = False, size: Callable[[Any], int] | None = None) -> int:

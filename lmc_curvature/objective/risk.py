@@ -3,7 +3,6 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,15 +13,14 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
-from lmc_curvature.errors import DirectionError, LoaderError, LossError, OptionError, check_choice, suggest
+from lmc_curvature.errors import DirectionError, LossError, OptionError, check_choice, suggest
 from lmc_curvature.objective.batches import (
     Batch,
     check_loader,
-    count_examples,
     loader_length,
-    map_tensors,
     refuse_iterator,
     to_device,
+    visit,
 )
 from lmc_curvature.objective.losses import (
     BatchLoss,
@@ -74,9 +72,13 @@ class Objective:
         dtype: Floating-point type to compute in; by default the one that holds all of the model's.
         allow_tf32: Let convolutions on a CUDA device round float32 to TF32's ten bits of mantissa: faster, with errors
             of about 1e-3. Matrix products follow `torch.backends.cuda.matmul`, where it is off unless switched on.
+        witness: Compare derivatives with differences of the loss before the first is used; see `Witness`.
+        twins: Further networks of the same structure. On the first batch each must have the loss that this objective
+            has at its state.
 
     Attributes:
         network: The network's structure; its values come from a state.
+        notes: Sentences that belong beside every number computed from it, such as an unusual precision.
         loss_fn: The loss, a copy if it is a module.
         device, dtype: Where, and in which floating-point type, it computes.
         memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
@@ -99,11 +101,14 @@ class Objective:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         allow_tf32: bool = False,
+        witness: bool = True,
+        twins: Sequence[nn.Module] = (),
     ):
         check_module("model", model)
         check_choice("batch_norm", batch_norm, POLICIES)
-        if not isinstance(allow_tf32, bool):
-            raise OptionError(f"allow_tf32={allow_tf32!r}: expected True or False.")
+        for option, value in {"allow_tf32": allow_tf32, "witness": witness}.items():
+            if not isinstance(value, bool):
+                raise OptionError(f"{option}={value!r}: expected True or False.")
         if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
             raise OptionError(f"max_batches={max_batches!r}: expected a whole number, at least 1 (or None for all).")
         check_loader(loader)
@@ -113,6 +118,7 @@ class Objective:
         self.batch_norm: BatchNormPolicy = batch_norm
         self.max_batches = max_batches
         self.allow_tf32 = allow_tf32
+        self.notes: tuple[str, ...] = ()
         tensors = list(entries_of(model).values())
         self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
         self.loss_fn = own_loss(loss_fn, self.device, self.dtype)
@@ -184,18 +190,14 @@ class Objective:
             global_rng_preserved(),
             tqdm(total=total, desc=description, disable=None if progress is None else not progress, leave=False) as bar,
         ):
-            yield self._visit(bar)
-
-    def _visit(self, bar: tqdm) -> Iterator[Batch]:
-        index = -1
-        own_size = self.loss_fn.size if isinstance(self.loss_fn, BatchLoss) else None
-        for index, data in enumerate(islice(self.loader, self.max_batches)):
-            size = count_examples(data, index, any_form=not self.has_output, size=own_size)
-            yield Batch(index, size, map_tensors(lambda tensor: to_device(tensor, self.device, self.dtype), data))
-            bar.update()
-        if index < 0:
-            refuse_iterator(self.loader, "The loader yielded no batch: it may have been used up by an earlier pass")
-            raise LoaderError("The loader yielded no batch; expected at least one.")
+            yield visit(
+                self.loader,
+                max_batches=self.max_batches,
+                pairs=self.has_output,
+                size=self.loss_fn.size if isinstance(self.loss_fn, BatchLoss) else None,
+                place=lambda tensor: to_device(tensor, self.device, self.dtype),
+                bar=bar,
+            )
 
     def batch_loss(self, state: State, batch: Batch) -> Float[Tensor, ""]:
         """Mean loss over one batch at `state`: a scalar tensor, differentiable in the state.
