@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lmc_curvature.errors import NonFiniteError, OptionError, UnsupportedModelError
 from lmc_curvature.objective.batches import describe
@@ -28,6 +29,40 @@ def check_module(name: str, model: object) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(f"{name} is a TorchScript module; pass the nn.Module that it was made from.")
+
+
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Names under which torch's wrappers for compilation and for checkpointing hold a module."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network itself, without modules around it or in it that change how it is evaluated and not its function.
+
+    These are `DataParallel`, `DistributedDataParallel`, `AveragedModel`, and what `torch.compile` and torch's wrapper
+    for checkpointing make of a module. The network is left as it is: where a part of it is wrapped, the result is a
+    copy of the modules around that part, with the same tensors.
+    """
+    return _unwrap(model, {}) if any(_inner(module) is not None for module in model.modules()) else model
+
+
+def _unwrap(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
+    if id(model) in known:
+        return known[id(model)]
+    found = model
+    while (inner := _inner(found)) is not None:
+        found = inner
+    children = {n: None if child is None else _unwrap(child, known) for n, child in found._modules.items()}
+    if any(children[name] is not child for name, child in found._modules.items()):
+        found = copy.copy(found)
+        found._modules = children
+    known[id(model)] = found
+    return found
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
+        return model.module
+    return next((model._modules[name] for name in _INNER if name in model._modules), None)
 
 
 def entries_of(model: nn.Module) -> dict[str, Tensor]:
@@ -108,18 +143,28 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     Parameters and buffers become placeholders: every value comes from the state at hand, and what reaches past it
     finds not-a-number, or is found by `Objective` among the leaves of the graph.
     """
-    memo: dict[int, Any] = {id(buffer): _placeholder(buffer) for buffer in model.buffers()}
+    # Pruning and the older parametrisations leave what they compute in the module, until they compute it again.
+    held = (tensor for module in model.modules() for tensor in _tensors_held(list(vars(module).values())))
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
+    memo |= {id(buffer): _placeholder(buffer) for buffer in model.buffers()}
     memo |= {id(parameter): nn.Parameter(_placeholder(parameter)) for parameter in model.parameters()}
     try:
         skeleton = copy.deepcopy(model, memo)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be copied ({error}). Its modules must support copy.deepcopy; for weight "
-            "normalisation use torch.nn.utils.parametrizations."
+            f"{type(model).__name__} cannot be copied ({error}). Its modules must support copy.deepcopy."
         ) from error
     # Not returned by the call: networks that override train() often forget to return themselves.
     skeleton.eval()
     return skeleton
+
+
+def _tensors_held(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_held(part)
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
@@ -140,14 +185,15 @@ def choose_device(device: torch.device | str | None, tensors: Sequence[Tensor]) 
 
 
 def choose_dtype(dtype: torch.dtype | None, tensors: Sequence[Tensor]) -> torch.dtype:
-    """The type asked for, or else the one that holds all floating-point tensors of a network.
+    """The type asked for, or else the one that holds all floating-point tensors of a network, float32 at least.
 
     Raises:
         OptionError: It is not a floating-point type.
     """
     if dtype is None:
         dtypes = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
-        return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()
+        # In half precision a barrier is noise.
+        return functools.reduce(torch.promote_types, dtypes, torch.float32) if dtypes else torch.get_default_dtype()
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise OptionError(f"dtype={dtype!r} is not a floating-point type: expected torch.float32, torch.float64, …")
     return dtype

@@ -4,16 +4,14 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch, map_tensors
+from lmc_curvature.objective.differentiable import exactly_differentiable
 
 
 @dataclass(frozen=True)
@@ -70,20 +68,8 @@ class Numerics:
     @contextlib.contextmanager
     def differentiating(self) -> Iterator[None]:
         """Within the block, all that a network calls has exact first and second derivatives."""
-        with self.differentiating_operations(), _TwiceDifferentiable():
+        with self.differentiating_operations(), exactly_differentiable():
             yield
-
-
-class _TwiceDifferentiable(TorchFunctionMode):
-    """Writes out what torch cannot differentiate twice: the hard sigmoid, and (wrong without a word) weight norm."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.hardsigmoid:
-            return torch.clamp(args[0] / 6 + 0.5, 0, 1)
-        if func is torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
-            weight, length, *axis = args
-            return weight * (length / torch.norm_except_dim(weight, 2, *axis))
-        return func(*args, **(kwargs or {}))
 
 
 def channels_last(batch: Batch) -> Batch:

@@ -44,6 +44,7 @@ from lmc_curvature.objective.network import (
     movable_entries,
     skeleton_of,
     tied_names,
+    unwrap,
 )
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Normalization, is_batch_counter
 from lmc_curvature.objective.numerics import Numerics, channels_last, ignores_layout, prefers_channels_last
@@ -105,6 +106,7 @@ class Objective:
         twins: Sequence[nn.Module] = (),
     ):
         check_module("model", model)
+        model = unwrap(model)
         check_choice("batch_norm", batch_norm, POLICIES)
         for option, value in {"allow_tf32": allow_tf32, "witness": witness}.items():
             if not isinstance(value, bool):
