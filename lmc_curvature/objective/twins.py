@@ -24,9 +24,10 @@ def check_twin(
     batch_norm: BatchNormPolicy,
     rounding: float,
 ) -> None:
-    """Refuse a network, called model_b, whose loss on a batch is another than model_a has at the same state.
+    """Refuse a network, called model_b, that has another loss on a batch than model_a has with the same entries.
 
-    The state is that of model_b. Each of the two is evaluated once, by its own modules, settings and fixed buffers.
+    They are compared with the entries of model_b and with those of model_a: one may not depend on a setting where
+    another does, as with a last layer of zeros. Each is evaluated with its own modules, settings and fixed buffers.
 
     Args:
         twin: The network.
@@ -44,8 +45,9 @@ def check_twin(
     """
     check_module("model_b", twin)
     twin = unwrap(twin)
-    entries = {name: tensor.detach().clone() for name, tensor in entries_of(twin).items()}
     moved = movable_entries(twin, batch_norm)
+    # Copies: what is evaluated may write into them.
+    entries = {name: tensor.detach().clone() for name, tensor in entries_of(twin).items()}
     for name in moved:
         if name not in state or state[name].shape != entries[name].shape:
             raise ArchitectureMismatchError(
@@ -53,28 +55,38 @@ def check_twin(
             )
     entries = {name: tensor.to(state[name]) if name in state else tensor for name, tensor in entries.items()}
     statistics: Statistics = "running" if batch_norm == "interpolate" else "batch"
+    own_loss = _own_loss(twin, network_loss, statistics)
+    for owner, source in (("its own", entries), ("model_a's", state)):
+        point = {name: source[name].clone() for name in moved}
+        with torch.no_grad(), global_rng_preserved(), normalization.by(statistics):
+            expected, output, _ = network_loss.at({**state, **point}, data)
+            own = _evaluate(own_loss, {**entries, **point}, data, network_loss)
+        if not _agree(own, expected.item(), output, rounding):
+            raise ArchitectureMismatchError(
+                f"model_b computes something else than model_a: with {owner} entries its loss on the first batch is "
+                f"{own:.8g}, and model_a's is {expected.item():.8g}. {_causes(network_loss, own_loss)}"
+            )
+
+
+def _own_loss(twin: nn.Module, network_loss: NetworkLoss, statistics: Statistics) -> NetworkLoss:
     try:
         structure = skeleton_of(twin)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"model_b: {error}") from error
-    own_loss = NetworkLoss(structure, network_loss.loss_fn)
     Normalization(structure, statistics)
-    with torch.no_grad(), global_rng_preserved(), normalization.by(statistics):
-        loss, output, _ = network_loss.at({**state, **{name: entries[name] for name in moved}}, data)
-        try:
-            own = own_loss.at(entries, data)[0].item()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise ArchitectureMismatchError(
-                f"model_b cannot be evaluated on the first batch, although model_a can ({type(error).__name__}: "
-                f"{error}). {_causes(network_loss.network, structure)}"
-            ) from error
-    if not _agree(own, loss.item(), output, rounding):
+    return NetworkLoss(structure, network_loss.loss_fn)
+
+
+def _evaluate(own_loss: NetworkLoss, entries: State, data: Any, network_loss: NetworkLoss) -> float:
+    try:
+        return own_loss.at(entries, data)[0].item()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         raise ArchitectureMismatchError(
-            f"model_b computes something else than model_a: its loss on the first batch is {own:.8g}, and "
-            f"{loss.item():.8g} where its entries are put into model_a. {_causes(network_loss.network, structure)}"
-        )
+            f"model_b cannot be evaluated on the first batch, although model_a can ({type(error).__name__}: {error}). "
+            f"{_causes(network_loss, own_loss)}"
+        ) from error
 
 
 def _agree(own: float, expected: float, output: Any, rounding: float) -> bool:
@@ -87,8 +99,8 @@ def _agree(own: float, expected: float, output: Any, rounding: float) -> bool:
     return bool(np.isclose(own, expected, rtol=relative, atol=rounding * scale, equal_nan=True))
 
 
-def _causes(first: nn.Module, second: nn.Module) -> str:
-    lines = module_differences(first, second)
+def _causes(first: NetworkLoss, second: NetworkLoss) -> str:
+    lines = module_differences(first.network, second.network)
     if not lines:
         return "No setting of their modules differs: look at forward, at hooks, and at what is read from elsewhere."
     shown = "\n".join(f"  {line}" for line in lines[:10])

@@ -61,11 +61,9 @@ def _grouped(groups):
     return Grouped()
 
 
-def _encoder(**options):
-    return nn.Sequential(
-        nn.Unflatten(1, (2, 4)), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, **options), nn.Flatten(),
-        nn.Linear(8, 3),
-    )  # fmt: skip
+def _encoder(heads=2, **options):
+    layer = nn.TransformerEncoderLayer(4, heads, 8, batch_first=True, **options)
+    return nn.Sequential(nn.Unflatten(1, (2, 4)), layer, nn.Flatten(), nn.Linear(8, 3))
 
 
 MASK = torch.ones(8, dtype=torch.float64)
@@ -103,6 +101,7 @@ DIFFERENT = {
         lambda: _mlp(nn.BatchNorm1d(8, eps=1e-3, momentum=0.5)),
         ["1.eps: 1e-05 in model_a, 0.001 in model_b"],
     ),
+    "heads": (_encoder, lambda: _encoder(heads=4), ["1.self_attn.num_heads: 2 in model_a, 4 in model_b"]),
     "norm first": (_encoder, lambda: _encoder(norm_first=True), ["1.norm_first: False in model_a, True in model_b"]),
     "function": (
         _encoder,
@@ -178,10 +177,36 @@ def test_another_setting_is_refused_with_its_name_and_both_losses(name):
     other = randomized(DIFFERENT[name][0]().double(), 2)
     own, shared = _own_loss(b, batches), _own_loss(other, batches)
     assert own != shared
-    assert f"model_b computes something else than model_a: its loss on the first batch is {own:.8g}" in str(
-        caught.value
+    assert str(caught.value).startswith(
+        "model_b computes something else than model_a: with its own entries its loss on the first batch is "
+        f"{own:.8g}, and model_a's is {shared:.8g}. The two differ in\n"
     )
-    assert f"and {shared:.8g} where its entries are put into model_a" in str(caught.value)
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_one_network_may_be_silent_about_a_setting(silent):
+    networks = randomized(Attributed(scale=1.0), 1), randomized(Attributed(scale=2.0), 2)
+    torch.nn.init.zeros_(networks[silent].linear.weight)
+    torch.nn.init.zeros_(networks[silent].linear.bias)
+    owner = ("its own", "model_a's")[silent]
+    with pytest.raises(
+        ArchitectureMismatchError, match=f"(?s)with {owner} entries its loss .*scale: 1.0 in model_a, 2.0"
+    ):
+        Objective(networks[0], [(X.float(), Y)], twins=networks[1:]).loss()
+
+
+def test_what_a_network_writes_into_stays_as_it_was():
+    class Writing(nn.Embedding):
+        def forward(self, tokens):
+            return super().forward(tokens).flatten(1)
+
+    a, b = (randomized(nn.Sequential(Writing(7, 4, max_norm=norm), nn.Linear(8, 3)), 1) for norm in (None, 0.1))
+    batch = torch.randint(7, (9, 2), generator=CPU), torch.arange(9) % 3
+    objective = Objective(a, [batch], twins=[b])
+    before = {name: tensor.clone() for name, tensor in objective.state().items()}
+    with untouched(a, b), pytest.raises(ArchitectureMismatchError, match="0.max_norm: None in model_a, 0.1 in model_b"):
+        objective.loss()
+    torch.testing.assert_close(objective.state(), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("compute", [predict_barrier, functools.partial(measure_barrier, alphas=3)])
@@ -372,8 +397,8 @@ def test_networks_are_compared_once_and_a_loss_of_batches_too():
     batches = [(X[:8].float(), Y[:8]), (X[8:].float(), Y[8:])]
     objective = Objective(a, batches, loss_fn=BatchLoss(loss_fn), twins=[b])
     counts = [(objective.loss(), len(calls))[1] for _ in range(2)]
-    assert counts == [6, 8], "two batches, the first one twice more, and once more each network"
-    assert calls[2:4] == [False, False]
+    assert counts == [8, 10], "two batches, the first one twice more, and each network at both states"
+    assert calls[2:6] == [False] * 4
     b.scale = 3.0
     objective.loss()
     with pytest.raises(ArchitectureMismatchError, match="scale: None in model_a, 3.0 in model_b"):
