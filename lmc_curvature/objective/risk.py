@@ -14,14 +14,7 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import DirectionError, LossError, OptionError, check_choice, suggest
-from lmc_curvature.objective.batches import (
-    Batch,
-    check_loader,
-    loader_length,
-    refuse_iterator,
-    to_device,
-    visit,
-)
+from lmc_curvature.objective.batches import Batch, check_loader, loader_length, refuse_iterator, to_device, visit
 from lmc_curvature.objective.losses import (
     BatchLoss,
     LossFunction,
@@ -51,6 +44,7 @@ from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Nor
 from lmc_curvature.objective.numerics import Numerics, channels_last, ignores_layout, prefers_channels_last
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.soundness import check_soundness
+from lmc_curvature.objective.twins import check_twin
 from lmc_curvature.objective.witness import WITHOUT_WITNESS, check_derivatives
 
 
@@ -77,7 +71,7 @@ class Objective:
             of about 1e-3. Matrix products follow `torch.backends.cuda.matmul`, where it is off unless switched on.
         witness: Compare derivatives with differences of the loss before the first is used; see `Witness`.
         twins: Further networks of the same structure. On the first batch each must have the loss that this objective
-            has at its state.
+            has at its state (see `check_twin`).
 
     Attributes:
         network: The network's structure; its values come from a state.
@@ -117,10 +111,8 @@ class Objective:
         check_loader(loader)
         check_reduction(loss_fn)
         self._movable = movable_entries(model, batch_norm)
-        self.loader = loader
+        self.loader, self.max_batches, self.allow_tf32 = loader, max_batches, allow_tf32
         self.batch_norm: BatchNormPolicy = batch_norm
-        self.max_batches = max_batches
-        self.allow_tf32 = allow_tf32
         self._witness = witness
         tensors = list(entries_of(model).values())
         self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
@@ -133,13 +125,12 @@ class Objective:
         self._normalization = Normalization(self.network, "running" if batch_norm == "interpolate" else "batch")
         self._network_loss = NetworkLoss(self.network, self.loss_fn)
         self._entries = {
-            name: to_device(tensor.detach(), self.device, self.dtype).clone()
-            for name, tensor in entries_of(model).items()
+            name: to_device(t.detach(), self.device, self.dtype).clone() for name, t in entries_of(model).items()
         }
         # Kept, because functional_call may leave another tensor in a module that the network holds twice.
         self._placeholders = list(self.network.named_parameters())
         self._originals = [(name, weakref.ref(tensor)) for name, tensor in model.named_parameters()]
-        self._aliases = tied_names(model)
+        self._aliases, self._twins = tied_names(model), tuple(twins)
         self.memo = Memo()
 
     @property
@@ -227,6 +218,9 @@ class Objective:
         originals = [(name, tensor) for name, reference in self._originals if (tensor := reference()) is not None]
         parameters = (*self._placeholders, *originals)
         check_soundness(self._network_loss, entries, batch.data, movable=self._movable, parameters=parameters)
+        policy, rounding = self.batch_norm, self.rounding
+        for twin in self._twins:
+            check_twin(twin, self._network_loss, self._entries, batch.data, self._normalization, policy, rounding)
 
     def check_derivatives(self, state: State, batch: Batch, *, second: bool = True) -> None:
         """Before the first derivative is taken, compare it with differences of the loss on a few examples of a batch.
