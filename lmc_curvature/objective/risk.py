@@ -45,13 +45,7 @@ from lmc_curvature.objective.network import (
     skeleton_of,
     tied_names,
 )
-from lmc_curvature.objective.normalization import (
-    POLICIES,
-    BatchNormPolicy,
-    Normalization,
-    is_batch_counter,
-    warn_of_batch_statistics,
-)
+from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Normalization, is_batch_counter
 from lmc_curvature.objective.numerics import Numerics, channels_last, ignores_layout, prefers_channels_last
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.soundness import check_soundness
@@ -226,7 +220,7 @@ class Objective:
         parameters = (*self._placeholders, *originals)
         check_soundness(self._network_loss, entries, batch.data, movable=self._movable, parameters=parameters)
         if self.batch_norm == "batch":
-            warn_of_batch_statistics(self._normalization, lambda: self._network_loss.at(self._entries, batch.data)[0])
+            self._normalization.warn_of_batch_statistics(lambda: self._network_loss.at(self._entries, batch.data)[0])
 
     def laid_out(self, batch: Batch) -> Batch:
         """The batch with its images laid out as the device convolves them fastest, if the network bears it."""

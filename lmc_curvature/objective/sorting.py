@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-# A random order is taken for a sorted one at most once in a million times.
+# A random order is taken for a sorted one in at most one of a million looks.
 _EVIDENCE = math.log(1e6)
 # Below this, standard errors are hardly touched.
 _INFLATION = 1.5
