@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from lmc_curvature.errors import LoaderError
+from lmc_curvature.objective.sorting import warn_of_sorted_data
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def visit(
     place: Callable[[Tensor], Tensor],
     bar: tqdm,
 ) -> Iterator[Batch]:
-    """Yield the batches of a loader, placed on a device.
+    """Yield the batches of a loader, placed on a device; warn if its data come in the order of their classes.
 
     Args:
         loader: Yields the data of batches.
@@ -71,7 +72,7 @@ def visit(
         LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
     """
     index = -1
-    for index, data in enumerate(islice(loader, max_batches)):
+    for index, data in enumerate(warn_of_sorted_data(islice(loader, max_batches))):
         yield Batch(index, count_examples(data, index, any_form=not pairs, size=size), map_tensors(place, data))
         bar.update()
     if index < 0:
