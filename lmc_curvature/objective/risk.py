@@ -14,14 +14,7 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import DirectionError, LossError, OptionError, check_choice, suggest
-from lmc_curvature.objective.batches import (
-    Batch,
-    check_loader,
-    loader_length,
-    refuse_iterator,
-    to_device,
-    visit,
-)
+from lmc_curvature.objective.batches import Batch, check_loader, loader_length, refuse_iterator, to_device, visit
 from lmc_curvature.objective.losses import (
     BatchLoss,
     LossFunction,
@@ -59,7 +52,8 @@ class Objective:
 
     The objective takes a snapshot of the network: what is done to the network afterwards does not change it, and
     nothing done here changes the network (its parameters, buffers, mode and gradients) or the global random number
-    generators. Dropout is off. Batches weigh by their number of examples; sums over batches are kept in float64.
+    generators. Dropout is off. Batches weigh by what their loss is a mean over, see `LossFunction`; sums over batches
+    are kept in float64.
 
     Args:
         model: Any module. Its parameters need not require gradients.
@@ -178,11 +172,13 @@ class Objective:
         return {name: to_device(tensor.detach(), self.device, self.dtype) for name, tensor in state.items()}
 
     @contextlib.contextmanager
-    def one_pass(self, *, progress: bool | None = None, description: str = "batches") -> Iterator[Iterator[Batch]]:
+    def one_pass(
+        self, *, progress: bool | None = None, description: str = "batches", weightless: bool = False
+    ) -> Iterator[Iterator[Batch]]:
         """Visit the loader once: `with objective.one_pass() as batches: for batch in batches: …`.
 
         A shuffling or augmenting loader draws from the global random number generators; they are restored when
-        the block ends, also by an exception.
+        the block ends, also by an exception. Batches without a target that counts come if `weightless`.
 
         Raises:
             LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
@@ -195,8 +191,8 @@ class Objective:
             yield visit(
                 self.loader,
                 max_batches=self.max_batches,
-                pairs=self.has_output,
-                size=self.loss_fn.size if isinstance(self.loss_fn, BatchLoss) else None,
+                count=self._network_loss.count,
+                weightless=weightless,
                 place=lambda tensor: to_device(tensor, self.device, self.dtype),
                 bar=bar,
             )
@@ -214,8 +210,9 @@ class Objective:
     def batch_evaluation(self, state: State, batch: Batch) -> tuple[Float[Tensor, ""], Any, Any]:
         """Loss, network output and target of one batch at `state`; the last two are None for a `BatchLoss`."""
         entries = {**self._entries, **state}
-        self.memo("is sound", lambda: self._check_soundness(entries, batch))
-        return self._network_loss.at(entries, batch.data)
+        if batch.weight:
+            self.memo("is sound", lambda: self._check_soundness(entries, batch))
+        return self._network_loss.at(entries, batch.data, batch.index)
 
     def _check_soundness(self, entries: State, batch: Batch) -> None:
         originals = [(name, tensor) for name, reference in self._originals if (tensor := reference()) is not None]
@@ -274,12 +271,12 @@ class Objective:
         point = self._point(state)
         if self.batch_norm == "recalibrate":
             point |= self.recalibrated([point])[0]
-        values, sizes = [], []
+        values, weights = [], []
         with torch.no_grad(), self.measuring(), self.one_pass(progress=False) as batches:
             for batch in batches:
                 values.append(finite_loss(self.batch_loss(point, batch), batch))
-                sizes.append(batch.size)
-        return float(weighted_mean(np.array(values), np.array(sizes)))
+                weights.append(batch.weight)
+        return float(weighted_mean(np.array(values), np.array(weights)))
 
     def gradient(self, state: State | None = None) -> dict[str, Tensor]:
         """Gradient of the mean loss at `state`: entry name to a tensor of the entry's shape and dtype.
@@ -291,7 +288,7 @@ class Objective:
         point = self._point(state)
         leaves = as_leaves({name: point[name] for name in self._movable})
         total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
-        examples = 0
+        weight = 0.0
         with self.one_pass(progress=False) as batches, self.differentiating():
             for batch in batches:
                 loss = self.batch_loss({**point, **leaves}, batch)
@@ -299,9 +296,9 @@ class Objective:
                 check_differentiable(loss)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
                 for accumulated, gradient in zip(total.values(), gradients, strict=True):
-                    accumulated.add_(gradient, alpha=batch.size)
-                examples += batch.size
-        return {name: (tensor / examples).to(self.dtype) for name, tensor in total.items()}
+                    accumulated.add_(gradient, alpha=batch.weight)
+                weight += batch.weight
+        return {name: (tensor / weight).to(self.dtype) for name, tensor in total.items()}
 
     def _point(self, state: State | None) -> dict[str, Tensor]:
         point = {**self.state(), **self.place(state or {})}
@@ -345,9 +342,12 @@ class Objective:
 
         def evaluate(state: State, batch: Batch) -> None:
             # Statistics that are not finite would spoil the mean over all batches: here the batch is still known.
-            finite_loss(self.batch_loss(state, batch), batch, ", while statistics are re-estimated")
+            loss = self.batch_loss(state, batch)
+            if batch.weight:
+                finite_loss(loss, batch, ", while statistics are re-estimated")
 
         refuse_iterator(self.loader, "batch_norm='recalibrate' visits the loader twice")
-        with torch.no_grad(), self.one_pass(progress=progress, description="recalibrating") as batches:
+        visit_all = self.one_pass(progress=progress, description="recalibrating", weightless=True)
+        with torch.no_grad(), visit_all as batches:
             means = self._normalization.mean_statistics(states, batches, evaluate)
         return [{entry: value.to(self.dtype) for entry, value in statistics.items()} for statistics in means]

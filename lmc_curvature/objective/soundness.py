@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lmc_curvature.errors import UnsupportedModelError
-from lmc_curvature.objective.losses import NetworkLoss
+from lmc_curvature.objective.losses import NetworkLoss, warn_of_cuts
 from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
 from lmc_curvature.objective.randomness import drawing_module
 
@@ -23,6 +23,8 @@ def check_soundness(
     parameters: Iterable[tuple[str, Tensor]],
 ) -> None:
     """Refuse a network whose loss is not a function of its state; it is evaluated twice.
+
+    A loss whose value depends on how the data are cut into batches is warned of.
 
     Args:
         network_loss: The network and its loss.
@@ -54,9 +56,10 @@ def check_soundness(
                 "evaluated before. Switch that off (max_norm of an embedding, running averages in evaluation mode)."
             )
     with torch.enable_grad():
-        again = network_loss.at({**constants, **leaves}, data)[0]
+        again, output, target = network_loss.at({**constants, **leaves}, data)
     _refuse_dependence(again, parameters)
     _refuse_difference(losses[0].item(), again.item())
+    warn_of_cuts(network_loss, output, target)
 
 
 def _refuse_drawing(network_loss: nn.Module, name: str) -> None:
