@@ -61,9 +61,9 @@ class Truth:
                 if truth is not None:
                     return truth
         raise OptionError(
-            "Metric 'error' needs outputs (n, classes, …) with class indices (n, …) or class probabilities, or one "
-            "column of outputs with targets 0 and 1 and torch's binary cross-entropy as loss_fn; batch "
-            f"{batch.index} has {describe(output)} with {describe(target)}. Pass metrics=('loss',)."
+            "Metric 'error' needs outputs (n, classes, …) with class indices (n, …) below the number of classes, or "
+            "class probabilities, or one column of outputs with targets 0 and 1 and torch's binary cross-entropy; "
+            f"batch {batch.index} has {describe(output)} with {describe(target)}. Pass metrics=('loss',)."
         )
 
     @property
@@ -91,10 +91,11 @@ def metric_weights(metrics: Sequence[Metric], batch: Batch, truth: Truth | None)
 
 def _read_signs(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Truth | None:
     """One column under binary cross-entropy: a logit above 0, or a probability above ½, says 1."""
-    thresholds = {F.binary_cross_entropy_with_logits: 0.0, F.binary_cross_entropy: 0.5}
-    threshold = thresholds.get(torch_function(loss_fn)[0])
+    function, _ = torch_function(loss_fn)
+    threshold = 0.0 if function is F.binary_cross_entropy_with_logits else 0.5
+    of_signs = threshold == 0 or function is F.binary_cross_entropy
     one_column = output.shape == target.shape and (output.ndim == 1 or output.shape[1] == 1)
-    if threshold is None or not one_column or not bool(((target == 0) | (target == 1)).all()):
+    if not of_signs or not one_column or not bool(((target == 0) | (target == 1)).all()):
         return None
     return Truth(target == 1, torch.ones_like(target, dtype=torch.bool), lambda output: output > threshold)
 

@@ -73,9 +73,12 @@ def _network_remedy(error: Exception, inputs: Any) -> str:
         return f"A convolution takes {needed} channels, and the images have {found}: {remedy}."
     if inputs.dtype == torch.uint8:
         return "Images of type torch.uint8 are to be converted to floating-point numbers: x.float() / 255."
-    if not inputs.is_floating_point() and "type" in str(error):
+    if inputs.is_floating_point() or not inputs.numel():
+        return ""
+    if "type" in str(error):
         return "Inputs that are no indices are to be floating-point numbers: x.float()."
-    return ""
+    beyond = isinstance(error, IndexError)
+    return f"Their values run from {inputs.min()} to {inputs.max()}: is an embedding smaller?" if beyond else ""
 
 
 def _output_remedy(output: Any) -> str:

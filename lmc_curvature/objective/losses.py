@@ -217,38 +217,34 @@ def finite_loss(loss: float | Float[Tensor, ""], batch: Batch, where: str = "") 
 
 
 def warn_of_cuts(network_loss: NetworkLoss, output: Any, target: Any) -> None:
-    """Warn if the loss of a batch is not the weighted mean of its halves' losses, on the same output of the network.
+    """Warn if the loss of a batch is not the mean of its halves' losses, weighed by rows, on one output of the network.
 
     Its value then depends on how the data are cut into batches. Nothing is said where output and targets have not one
-    row an example, or the loss takes no halves.
+    row an example, or the loss takes no halves; cross-entropy and its like are weighed by what they divide by.
     """
-    size = next((len(tensor) for tensor in tensors_in(output) if tensor.ndim), 0)
-    if size < 2 or isinstance(network_loss.loss_fn, BatchLoss):
+    loss_fn, size = network_loss.loss_fn, next((len(tensor) for tensor in tensors_in(output) if tensor.ndim), 0)
+    if size < 2 or isinstance(loss_fn, BatchLoss) or network_loss.class_loss is not None:
         return
 
-    def rows(data: Any, start: int, stop: int) -> Any:
-        # Copies: a loss may write into what it is given.
-        return map_tensors(lambda t: (t[start:stop] if t.ndim and len(t) == size else t).detach().clone(), data)
+    def loss_of(start: int, stop: int) -> float:
+        def rows(tensor: Tensor) -> Tensor:
+            # A copy: a loss may write into what it is given.
+            return (tensor[start:stop] if tensor.ndim and len(tensor) == size else tensor).detach().clone()
 
-    cuts = ((0, size), (0, size // 2), (size // 2, size))
-    parts = [(rows(output, *cut), rows(target, *cut)) for cut in cuts]
+        return float(loss_fn(map_tensors(rows, output), map_tensors(rows, target)))
+
+    middle = size // 2
     try:
         with torch.no_grad():
-            whole, *halves = (float(network_loss.loss_fn(*part)) for part in parts)
+            whole, first, second = loss_of(0, size), loss_of(0, middle), loss_of(middle, size)
     except Exception:  # noqa: BLE001 - what a loss makes of a half is nobody's concern
         return
-    weigh = network_loss.class_loss
-    weights = [
-        stop - start if weigh is None else weigh.weight_of(rows(target, start, stop)) for start, stop in cuts[1:]
-    ]
-    if not all(weights):
-        return
-    mean = sum(loss * weight for loss, weight in zip(halves, weights, strict=True)) / sum(weights)
+    mean = (first * middle + second * (size - middle)) / size
     # Rounding of the loss, and of the outputs it is computed from.
     floating = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.numel()]
     rounding = max((torch.finfo(tensor.dtype).eps for tensor in floating), default=0.0)
     largest = max((float(tensor.detach().abs().max()) for tensor in floating), default=0.0)
-    margin = rounding**0.5 * max(map(abs, (whole, *halves))) + 8 * rounding * largest
+    margin = rounding**0.5 * max(map(abs, (whole, first, second))) + 8 * rounding * largest
     if abs(whole - mean) > margin:
         warnings.warn(
             f"The loss of the first batch is {whole:.6g}, and the mean of its halves' losses {mean:.6g}: its value "

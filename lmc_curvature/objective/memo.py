@@ -24,6 +24,10 @@ class Memo:
         """The value of a key, made by `make` unless it is there; what `make` raises is raised, and nothing is kept."""
         return self.replace(key, self._values[key] if key in self._values else make())
 
+    def get(self, key: Hashable, default: Any) -> Any:
+        """The value of a key if it is there, or else a default."""
+        return self._values.get(key, default)
+
     def replace(self, key: Hashable, value: Value) -> Value:
         """Keep a value in place of the one that the key may have, and return it."""
         self._values.pop(key, None)

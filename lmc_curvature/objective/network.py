@@ -199,6 +199,13 @@ def choose_dtype(dtype: torch.dtype | None, tensors: Sequence[Tensor]) -> torch.
     return dtype
 
 
+def precision_note(dtype: torch.dtype, tensors: Sequence[Tensor]) -> str:
+    """A few words on a type that is not that of a network in half precision; none in other cases."""
+    halves = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dtype.itemsize < 4}
+    names = ", ".join(sorted(str(half).removeprefix("torch.") for half in halves - {dtype}))
+    return f"computed in {str(dtype).removeprefix('torch.')}, of entries in {names}" if names else ""
+
+
 def parse_device(device: torch.device | str) -> torch.device:
     """The device of a name.
 

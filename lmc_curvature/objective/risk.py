@@ -35,6 +35,7 @@ from lmc_curvature.objective.network import (
     choose_dtype,
     entries_of,
     movable_entries,
+    precision_note,
     skeleton_of,
     tied_names,
     unwrap,
@@ -43,6 +44,7 @@ from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Nor
 from lmc_curvature.objective.numerics import Numerics, channels_last, ignores_layout, prefers_channels_last
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.soundness import check_soundness
+from lmc_curvature.objective.witness import WITHOUT_WITNESS, check_derivatives
 
 
 class Objective:
@@ -73,7 +75,6 @@ class Objective:
 
     Attributes:
         network: The network's structure; its values come from a state.
-        notes: Sentences that belong beside every number computed from it, such as an unusual precision.
         loss_fn: The loss, a copy if it is a module.
         device, dtype: Where, and in which floating-point type, it computes.
         memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
@@ -114,9 +115,10 @@ class Objective:
         self.batch_norm: BatchNormPolicy = batch_norm
         self.max_batches = max_batches
         self.allow_tf32 = allow_tf32
-        self.notes: tuple[str, ...] = ()
+        self._witness = witness
         tensors = list(entries_of(model).values())
         self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
+        self._precision_note = precision_note(self.dtype, tensors)
         self.loss_fn = own_loss(loss_fn, self.device, self.dtype)
 
         self.network = skeleton_of(model)
@@ -209,15 +211,46 @@ class Objective:
 
     def batch_evaluation(self, state: State, batch: Batch) -> tuple[Float[Tensor, ""], Any, Any]:
         """Loss, network output and target of one batch at `state`; the last two are None for a `BatchLoss`."""
+        return self._network_loss.at(self._sound_entries(state, batch), batch.data, batch.index)
+
+    def _sound_entries(self, state: State, batch: Batch) -> dict[str, Tensor]:
+        """All entries of the network at a state, after the checks of the first batch."""
         entries = {**self._entries, **state}
         if batch.weight:
             self.memo("is sound", lambda: self._check_soundness(entries, batch))
-        return self._network_loss.at(entries, batch.data, batch.index)
+        return entries
 
     def _check_soundness(self, entries: State, batch: Batch) -> None:
         originals = [(name, tensor) for name, reference in self._originals if (tensor := reference()) is not None]
         parameters = (*self._placeholders, *originals)
         check_soundness(self._network_loss, entries, batch.data, movable=self._movable, parameters=parameters)
+
+    def check_derivatives(self, state: State, batch: Batch, *, second: bool = True) -> None:
+        """Before the first derivative is taken, compare it with differences of the loss on a few examples of a batch.
+
+        Args:
+            state: A complete state.
+            batch: The batch.
+            second: Compare the second derivative, too.
+
+        Raises:
+            UnsupportedModelError: They disagree; see `witness.check_derivatives`.
+        """
+
+        def compare() -> str:
+            entries = self._sound_entries(state, batch)
+            return check_derivatives(
+                self._network_loss, entries, batch, movable=self._movable, numerics=self._numerics, second=second
+            )
+
+        if self._witness:
+            self.memo(("witness", second), compare)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that belong beside every number computed so far, such as an unusual precision."""
+        witness = self.memo.get(("witness", True), "") if self._witness else WITHOUT_WITNESS
+        return tuple(note for note in (self._precision_note, witness) if note)
 
     def laid_out(self, batch: Batch) -> Batch:
         """The batch with its images laid out as the device convolves them fastest, if the network bears it."""
@@ -289,9 +322,11 @@ class Objective:
         leaves = as_leaves({name: point[name] for name in self._movable})
         total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
         weight = 0.0
-        with self.one_pass(progress=False) as batches, self.differentiating():
+        with self.one_pass(progress=False) as batches:
             for batch in batches:
-                loss = self.batch_loss({**point, **leaves}, batch)
+                self.check_derivatives(point, batch, second=False)
+                with self.differentiating():
+                    loss = self.batch_loss({**point, **leaves}, batch)
                 finite_loss(loss, batch)
                 check_differentiable(loss)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)

@@ -144,6 +144,7 @@ def cross_layer_hessian(
     weight = 0.0
     with objective.one_pass(progress=progress, description="Hessian block") as batches:
         for batch in batches:
+            objective.check_derivatives(block.point, batch)
             method = _add_batch(total, block, batch, method, vectorizer)
             weight += batch.weight
     _mirror(total)

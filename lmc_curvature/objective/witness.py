@@ -1,0 +1,300 @@
+"""The witness of derivatives: those of autograd against differences of the loss itself, on a few examples."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmc_curvature.errors import UnsupportedModelError
+from lmc_curvature.objective.batches import Batch, map_tensors
+from lmc_curvature.objective.losses import NetworkLoss, own_loss
+from lmc_curvature.objective.network import State, as_leaves, graph_nodes
+from lmc_curvature.objective.numerics import Numerics
+
+_EXAMPLES = 4
+# Copies of a larger network in float64 take too much memory.
+_MOST_PARAMETERS = 50_000_000
+
+# Distances between losses, and between slopes, relative to the entries. The first suits smooth functions in float64;
+# the smaller ones are for kinks, the larger ones for networks that compute in lower precision somewhere.
+_LOSS_SPACINGS = (2.0**-14, 2.0**-18, 2.0**-9, 2.0**-6)
+_SLOPE_SPACINGS = (2.0**-27, 2.0**-20, 2.0**-10)
+# How far from the state, relative to its entries: many units are at their kinks exactly at an initialisation.
+_SHIFT = 2.0**-5
+
+# How many times a fit's residual, in units of the spacing, its derivatives may be off: it is at most 6 for one kink
+# wherever it is, at most 5 for the terms of higher order, and over 50 once in three thousand for rounding.
+_ERRORS_PER_RESIDUAL = 50.0
+# Relative to the sum of the absolute values of an inner product's terms: what autograd may be off in float64; and what
+# differences may be off to be enough, and to say something at least.
+_AGREEMENT, _ENOUGH, _LEAST = 1e-6, 1e-4, 1e-2
+
+WITHOUT_WITNESS = "derivatives were not compared with differences of the loss (witness=False)"
+_SLOPES_ALONE = "of the derivatives, only the first was compared with differences of the loss"
+_NOTHING = "derivatives could not be compared with differences of the loss"
+
+
+def check_derivatives(
+    network_loss: NetworkLoss,
+    state: State,
+    batch: Batch,
+    *,
+    movable: Collection[str],
+    numerics: Numerics,
+    second: bool = True,
+) -> str:
+    """Compare slope and curvature of the loss along a random direction with differences of the loss.
+
+    This finds what all ways through autograd have in common: a backward pass that is not that of the function, or that
+    autograd cannot see into. Seven losses at equal distances along the direction are fitted by a quartic, whose
+    residual says how far its derivatives can be trusted: the kinks of rectifiers do not vanish from second differences
+    as the distance does. Where they spoil the curvature, it is taken from differences of autograd's slopes, once the
+    slope has been found right.
+
+    Args:
+        network_loss: The network and its loss.
+        state: All entries of the network.
+        batch: The batch that a few examples are taken from.
+        movable: Names of the entries that move.
+        numerics: The precision and the kernels that the network is computed with.
+        second: Compare the curvature, too.
+
+    Returns:
+        A few words that say what could not be compared; none if all was.
+
+    Raises:
+        UnsupportedModelError: Autograd and differences disagree, along two random directions.
+    """
+    small = sum(state[name].numel() for name in movable) <= _MOST_PARAMETERS
+    precise = torch.float64 if small else numerics.dtype
+    trials = [(rows, precise) for rows in _selections(batch.size)]
+    # For networks that do not take a few examples, or no float64.
+    trials += [(None, dtype) for dtype in dict.fromkeys((precise, numerics.dtype))]
+    note = _NOTHING
+    for rows, dtype in trials:
+        if rows is None and note != _NOTHING:
+            break
+        lines = (_line(network_loss, state, _rows_of(batch, rows), movable, numerics, dtype, seed) for seed in (0, 1))
+        verdict = _judge(next(lines), second=second)
+        if verdict.disagreement:
+            # Again, because the error of differences is an estimate.
+            verdict = _judge(next(lines), second=second)
+        if verdict.disagreement:
+            raise UnsupportedModelError(verdict.disagreement)
+        if verdict.curvature or (verdict.slope and not second):
+            return ""
+        note = _SLOPES_ALONE if verdict.slope else note
+    return note
+
+
+def _selections(size: int) -> list[list[int]]:
+    """A few of the examples of a batch from all over it, and two others: as few examples meet fewer kinks."""
+    if size <= _EXAMPLES:
+        return []
+    return [np.linspace(0, size - 1, _EXAMPLES).round().astype(int).tolist(), [size // 3], [size // 2, size // 2 + 1]]
+
+
+def _rows_of(batch: Batch, rows: Sequence[int] | None) -> Any:
+    if rows is None:
+        return batch.data
+    chosen = list(rows)
+    return map_tensors(lambda t: t[chosen] if t.ndim and len(t) == batch.size else t, batch.data)
+
+
+@dataclass(frozen=True)
+class _Derivative:
+    """A derivative by autograd; and the sum of the absolute values of the terms that it is the sum of."""
+
+    value: float
+    size: float
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """A derivative by differences, and what it may be off."""
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class _Line:
+    """The loss of a few examples along a line, with autograd and without."""
+
+    loss_at: Callable[[State], Tensor]
+    start: State
+    direction: State
+    numerics: Numerics
+    rounding: float
+
+    def loss(self, position: float) -> float:
+        """The loss, computed as a measurement does."""
+        with torch.no_grad(), self.numerics.exact():
+            return self.loss_at(self._moved(position)).item()
+
+    def slope(self, position: float) -> float:
+        """The first derivative by autograd."""
+        return self.derivatives(position, second=False)[0].value
+
+    def derivatives(self, position: float = 0.0, *, second: bool) -> list[_Derivative]:
+        """The first derivative by autograd, and the second if it is asked for."""
+        with self.numerics.differentiating():
+            leaves = as_leaves(self._moved(position))
+            slope, size = self._along(self.loss_at(leaves), leaves, create_graph=second)
+            found = [_Derivative(slope.item(), size)]
+            if second:
+                curvature, size = self._along(slope, leaves)
+                found.append(_Derivative(curvature.item(), size))
+        return found
+
+    def functions(self) -> list[str]:
+        """Names of the functions with backward passes of their own that the loss calls."""
+        with self.numerics.differentiating():
+            nodes = graph_nodes([self.loss_at(as_leaves(self.start))])
+            return sorted({node._forward_cls.__name__ for node in nodes if hasattr(node, "_forward_cls")})
+
+    def _moved(self, position: float) -> dict[str, Tensor]:
+        return {name: tensor + position * self.direction[name] for name, tensor in self.start.items()}
+
+    def _along(self, value: Tensor, leaves: State, *, create_graph: bool = False) -> tuple[Tensor, float]:
+        """The derivative of a value along the direction, and the sum of the absolute values of its terms."""
+        if not value.requires_grad:
+            return torch.zeros(()), 0.0
+        gradients = torch.autograd.grad(
+            value, list(leaves.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+        terms = [gradient * along for gradient, along in zip(gradients, self.direction.values(), strict=True)]
+        sizes = [term.detach().abs().sum() for term in terms]
+        return torch.stack([term.sum() for term in terms]).sum(), torch.stack(sizes).sum().item()
+
+
+def _line(
+    network_loss: NetworkLoss,
+    state: State,
+    data: Any,
+    movable: Collection[str],
+    numerics: Numerics,
+    dtype: torch.dtype,
+    seed: int,
+) -> _Line:
+    """A random line near a state, for a loss that is computed in a precision of its own."""
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+
+    generator = torch.Generator().manual_seed(seed)
+    constants = {name: place(tensor) for name, tensor in state.items()}
+    placed_data = map_tensors(place, data)
+    start, direction = {}, {}
+    for name in movable:
+        shift, direction[name] = (_random_like(constants[name], generator) for _ in range(2))
+        start[name] = constants[name] + _SHIFT * shift
+    # Its network stays as it is: all of its values are given.
+    in_dtype = NetworkLoss(network_loss.network, own_loss(network_loss.loss_fn, numerics.device, dtype))
+
+    def loss_at(moved: State) -> Tensor:
+        with torch.autocast(numerics.device.type, enabled=False):
+            return in_dtype.at({**constants, **moved}, placed_data)[0]
+
+    return _Line(loss_at, start, direction, numerics, torch.finfo(dtype).eps)
+
+
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A random direction in which no entry changes its sign soon: a variance must stay positive."""
+    drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
+    typical = tensor.square().mean().sqrt()
+    return torch.where(tensor != 0, tensor.abs() * drawn, torch.where(typical > 0, typical, 0.01) * drawn.abs())
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """Whether slope and curvature were compared and agree, or a sentence that says how they disagree."""
+
+    slope: bool = False
+    curvature: bool = False
+    disagreement: str = ""
+
+
+def _judge(line: _Line, *, second: bool) -> _Verdict:
+    """Compare the derivatives along a line, as far as the network can be computed there."""
+    try:
+        rounding = max(_AGREEMENT, 1e3 * line.rounding)
+        slope, *curvatures = line.derivatives(second=second)
+        by_slope, by_curvature = _from_losses(line, slope)
+        if not _says_something(by_slope, slope):
+            return _Verdict()
+        if not _agree(slope, by_slope, rounding):
+            return _Verdict(disagreement=_sentence(line, "slope", slope, by_slope))
+        if not curvatures:
+            return _Verdict(slope=True)
+        curvature = _Derivative(curvatures[0].value, curvatures[0].size + 0.1 * slope.size)
+        if not _says_something(by_curvature, curvature):
+            by_curvature = _from_slopes(line, curvature)
+        if not _says_something(by_curvature, curvature):
+            return _Verdict(slope=True)
+        if not _agree(curvature, by_curvature, rounding):
+            return _Verdict(disagreement=_sentence(line, "curvature", curvature, by_curvature))
+        return _Verdict(slope=True, curvature=True)
+    except Exception:  # noqa: BLE001 - what a network makes of a few examples or of float64 is nobody's concern
+        return _Verdict()
+
+
+def _from_losses(line: _Line, slope: _Derivative) -> list[_Estimate]:
+    """Slope and curvature by differences of losses, each at the distance that tells most."""
+    found: list[list[_Estimate]] = []
+    for spacing in _LOSS_SPACINGS:
+        found.append(_differences(line.loss, spacing, points=7, rounding=line.rounding))
+        if found[-1][0].error <= _ENOUGH * slope.size:
+            break
+    return [min(estimates, key=lambda each: each.error) for estimates in zip(*found, strict=True)]
+
+
+def _from_slopes(line: _Line, curvature: _Derivative) -> _Estimate:
+    """Curvature by differences of autograd's slopes, at the distance that tells most."""
+    found: list[_Estimate] = []
+    for spacing in _SLOPE_SPACINGS:
+        found.append(_differences(line.slope, spacing, points=5, rounding=line.rounding)[0])
+        if found[-1].error <= _ENOUGH * curvature.size:
+            break
+    return min(found, key=lambda each: each.error)
+
+
+def _differences(
+    function: Callable[[float], float], spacing: float, *, points: int, rounding: float
+) -> list[_Estimate]:
+    """First and second derivative at zero, from a fit by a polynomial with two coefficients fewer than points."""
+    positions = np.arange(points) - points // 2
+    values = np.array([function(spacing * position) for position in positions])
+    powers = np.vander(positions, points - 2, increasing=True).astype(float)
+    coefficients = np.linalg.lstsq(powers, values - values[points // 2])[0]
+    residual = np.abs(powers @ coefficients - (values - values[points // 2])).max()
+    error = _ERRORS_PER_RESIDUAL * max(residual, rounding * np.abs(values).max())
+    if not np.isfinite(error):
+        error = np.inf
+    return [
+        _Estimate(float(coefficients[1] / spacing), float(error / spacing)),
+        _Estimate(float(2 * coefficients[2] / spacing**2), float(error / spacing**2)),
+    ]
+
+
+def _says_something(estimate: _Estimate, derivative: _Derivative) -> bool:
+    return estimate.error <= _LEAST * derivative.size
+
+
+def _agree(derivative: _Derivative, estimate: _Estimate, rounding: float) -> bool:
+    return abs(derivative.value - estimate.value) <= estimate.error + rounding * derivative.size
+
+
+def _sentence(line: _Line, kind: str, derivative: _Derivative, estimate: _Estimate) -> str:
+    functions = line.functions()
+    called = f"the backward pass of {', '.join(functions)}, or another " if functions else "a backward pass "
+    return (
+        f"The {kind} of the loss along a random direction is {derivative.value:.6g} by autograd, and "
+        f"{estimate.value:.6g} ± {estimate.error:.1g} by differences of the loss, so the derivatives are not those of "
+        f"what the network computes. Likely causes: {called}that is wrong or hidden from autograd (NumPy, C++, Triton, "
+        "once_differentiable), .detach() or torch.no_grad() on the way, a straight-through estimator, hooks that "
+        "change gradients. If it is meant so, pass witness=False, which results record."
+    )
