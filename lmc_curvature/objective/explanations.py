@@ -15,7 +15,7 @@ _CHANNELS = re.compile(r"expected input.* to have (\d+) channels, but got (\d+)"
 
 
 @contextlib.contextmanager
-def explained(explain: Callable[[Exception], LMCCurvatureError]) -> Iterator[None]:
+def translate_errors(explain: Callable[[Exception], LMCCurvatureError]) -> Iterator[None]:
     """Within the block, what is raised becomes an error of ours, but for our own and for want of memory."""
     try:
         yield

@@ -26,7 +26,7 @@ from lmc_curvature.objective.batches import (
     to_device,
 )
 from lmc_curvature.objective.classification import ClassLoss
-from lmc_curvature.objective.explanations import batch_loss_error, explained, loss_error, network_error
+from lmc_curvature.objective.explanations import batch_loss_error, loss_error, network_error, translate_errors
 
 
 @dataclass(frozen=True)
@@ -74,16 +74,16 @@ class NetworkLoss(nn.Module):
     def forward(self, data: Any, index: int = 0) -> tuple[Any, Any, Any]:
         """Loss, network output and target of a batch's data; the last two are None for a `BatchLoss`."""
         if isinstance(self.loss_fn, BatchLoss):
-            with explained(lambda error: batch_loss_error(error, data, index)):
+            with translate_errors(lambda error: batch_loss_error(error, data, index)):
                 loss, output, target = self.loss_fn.fn(self.network, data), None, None
         else:
             inputs, target = data
-            with explained(lambda error: network_error(error, inputs, index)):
+            with translate_errors(lambda error: network_error(error, inputs, index)):
                 output = self.network(inputs)
             if self.class_loss is not None and self.classes is None:
                 self.classes = self.class_loss.check(output, target, index)
             of_classes = self.class_loss is not None
-            with explained(lambda error: loss_error(error, output, target, index, of_classes=of_classes)):
+            with translate_errors(lambda error: loss_error(error, output, target, index, of_classes=of_classes)):
                 loss = self.loss_fn(output, target)
         check_loss(loss)
         return loss, output, target
