@@ -71,8 +71,8 @@ class ClassLoss:
         labels = self.labels(target)
         return float(labels.numel()) if self.weights is None else float(self.weights[labels.cpu()].sum())
 
-    def check_labels(self, target: Tensor, classes: int, index: int) -> None:
-        """Refuse class indices that are none of the classes.
+    def check_labels(self, target: Tensor, classes: int, index: int, *, of: str = "the network's output") -> None:
+        """Refuse class indices that are none of the classes of the network's output, or of something else.
 
         Raises:
             LossError: Names the label, its batch and the number of classes.
@@ -84,9 +84,9 @@ class ClassLoss:
         if least < 0 or most >= classes:
             label = least if least < 0 else most
             raise LossError(
-                f"Batch {index} has the label {label}, which is none of the {classes} classes of the network's output "
-                f"(0 to {classes - 1}). Correct the targets or the network's last layer; positions that should not "
-                f"count are left out by loss_fn=nn.CrossEntropyLoss(ignore_index={label})."
+                f"Batch {index} has the label {label}, which is none of the {classes} classes of {of} (0 to "
+                f"{classes - 1}). Correct the targets or the network's last layer; positions that should not count are left out by "
+                f"loss_fn=nn.CrossEntropyLoss(ignore_index={label})."
             )
 
     def check(self, output: Any, target: Any, index: int) -> int | None:
@@ -115,6 +115,8 @@ class ClassLoss:
                 "loss_fn=F.binary_cross_entropy_with_logits."
             )
         if not target.is_floating_point():
+            if target.shape != (output.shape[0], *output.shape[2:]):
+                return None
             self.check_labels(target, classes, index)
             # As many classes as examples: the examples may be the classes, as in a contrastive loss.
             return classes if output.shape[0] != classes else None

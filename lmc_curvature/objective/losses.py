@@ -119,11 +119,12 @@ class NetworkLoss(nn.Module):
         examples = count_examples(data, index, any_form=isinstance(self.loss_fn, BatchLoss))
         if self.class_loss is None or not isinstance(data[1], Tensor):
             return examples, float(examples)
-        weights = self.class_loss.weights
-        classes = self.classes if weights is None else len(weights)
-        if classes is not None and not data[1].is_floating_point():
+        if not data[1].is_floating_point():
             # Here, because a label out of range ends the process's use of a CUDA device.
-            self.class_loss.check_labels(data[1], classes, index)
+            if self.classes is not None:
+                self.class_loss.check_labels(data[1], self.classes, index)
+            if self.class_loss.weights is not None:
+                self.class_loss.check_labels(data[1], len(self.class_loss.weights), index, of="the loss's weights")
         return examples, self.class_loss.weight_of(data[1])
 
 
@@ -226,26 +227,26 @@ def warn_of_cuts(network_loss: NetworkLoss, output: Any, target: Any) -> None:
     if size < 2 or isinstance(loss_fn, BatchLoss) or network_loss.class_loss is not None:
         return
 
-    def loss_of(start: int, stop: int) -> float:
+    def loss_of(start: int, stop: int) -> Tensor:
         def rows(tensor: Tensor) -> Tensor:
             # A copy: a loss may write into what it is given.
             return (tensor[start:stop] if tensor.ndim and len(tensor) == size else tensor).detach().clone()
 
-        return float(loss_fn(map_tensors(rows, output), map_tensors(rows, target)))
+        return loss_fn(map_tensors(rows, output), map_tensors(rows, target))
 
     middle = size // 2
     try:
         with torch.no_grad():
-            whole, first, second = loss_of(0, size), loss_of(0, middle), loss_of(middle, size)
+            losses = [loss_of(0, size), loss_of(0, middle), loss_of(middle, size)]
+            whole, first, second = (loss.item() for loss in losses)
     except Exception:  # noqa: BLE001 - what a loss makes of a half is nobody's concern
         return
     mean = (first * middle + second * (size - middle)) / size
-    # Rounding of the loss, and of the outputs it is computed from.
-    floating = [tensor for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.numel()]
-    rounding = max((torch.finfo(tensor.dtype).eps for tensor in floating), default=0.0)
-    largest = max((float(tensor.detach().abs().max()) for tensor in floating), default=0.0)
-    margin = rounding**0.5 * max(map(abs, (whole, first, second))) + 8 * rounding * largest
-    if abs(whole - mean) > margin:
+    # In whatever precision a loss computes, it is at least that of float32, or says so by its type.
+    rounding = max(torch.finfo(losses[0].dtype).eps, *_roundings(output))
+    difference = abs(whole - mean) - rounding**0.5 * max(map(abs, (whole, first, second)))
+    # Terms of both signs, as large as the outputs, may cancel.
+    if difference > 0 and difference > 8 * rounding * _typical(output):
         warnings.warn(
             f"The loss of the first batch is {whole:.6g}, and the mean of its halves' losses {mean:.6g}: its value "
             "depends on how the data are cut into batches, because it is no mean over their examples (weights, ignored "
@@ -253,3 +254,14 @@ def warn_of_cuts(network_loss: NetworkLoss, output: Any, target: Any) -> None:
             "or torch's own cross-entropy with weight= or ignore_index=, which is weighed by that.",
             stacklevel=2,
         )
+
+
+def _roundings(output: Any) -> list[float]:
+    dtypes = {tensor.dtype for tensor in tensors_in(output) if tensor.is_floating_point()} | {torch.float32}
+    return [torch.finfo(dtype).eps for dtype in dtypes]
+
+
+def _typical(output: Any) -> float:
+    """A typical size of an output's numbers; some may be masked by very large ones."""
+    sizes = [tensor.detach().abs().double().flatten() for tensor in tensors_in(output) if tensor.is_floating_point()]
+    return float(torch.cat(sizes).nanmedian()) if sizes else 0.0

@@ -102,8 +102,21 @@ computations = pytest.mark.parametrize("compute", COMPUTATIONS.values(), ids=COM
 def test_labels_that_are_no_classes_are_named(compute, batch, label, loss_fn):
     batches = [(X, GOOD.clone()) for _ in range(3)]
     batches[batch][1][5] = label
-    with pytest.raises(LossError, match=f"Batch {batch} has the label {label}, .* none of the 4 classes.*0 to 3"):
+    with pytest.raises(
+        LossError, match=f"Batch {batch} has the label {label}, .* none of the 4 classes of the .*0 to 3"
+    ):
         compute(nn.Linear(5, 4), batches, loss_fn)
+
+
+def test_fewer_weights_than_classes_are_said():
+    with pytest.raises(LossError, match=r"label 3, which is none of the 3 classes of the loss's weights"):
+        Objective(nn.Linear(5, 4), [(X, GOOD)], loss_fn=nn.CrossEntropyLoss(torch.ones(3))).loss()
+
+
+def test_classes_along_another_axis_are_no_wrong_labels():
+    x, y = X.view(3, 3, 5), GOOD.view(3, 3)
+    with pytest.raises(LossError, match=r"loss_fn failed.*Expected target size.*outputs \(n, classes, …\)"):
+        Objective(nn.Linear(5, 4), [(x, y)]).loss()
 
 
 def test_later_labels_are_looked_at_before_they_come_to_the_device():

@@ -162,6 +162,9 @@ MEANS = {
     ),
     "margin": (nn.MultiMarginLoss(), UNEVEN),
     "in place": (_in_place, UNEVEN),
+    "in float32": (lambda output, target: F.cross_entropy(output.float(), target), UNEVEN),
+    "in half precision": (lambda output, target: F.mse_loss(output.bfloat16(), target.bfloat16()), OUTPUTS.flip(1)),
+    "masked": (lambda output, target: F.cross_entropy(output - 1e9 * torch.tensor([0, 1, 0]), target), UNEVEN),
     "a constant added": (lambda output, target: F.cross_entropy(output, target) + 3, UNEVEN),
     "of no batch": (lambda output, target: output.square().mean(), UNEVEN),
     "not for halves": (lambda output, target: (output.square() * torch.arange(9.0)[:, None]).mean(), UNEVEN),
@@ -174,6 +177,10 @@ NO_MEANS = {
     "a root": (lambda output, target: F.mse_loss(output, target).sqrt(), OUTPUTS.flip(1) * torch.arange(9.0)[:, None]),
     "broadcast": (lambda output, target: (output[:, :1] - target).square().mean(), OUTPUTS[:, 1]),
     "overlap": (lambda output, target: 1 - 2 * (output.sigmoid() * target).sum() / (output + target).sum(), BINARY),
+    "weights, masked outputs": (
+        lambda output, target: F.cross_entropy(output, target.where(target != 1, 0), weight=WEIGHTS),
+        UNEVEN,
+    ),
     "contrast": (lambda output, _: F.cross_entropy(output @ output.T, torch.arange(len(output))), UNEVEN),
 }
 
@@ -192,7 +199,10 @@ def test_means_are_not_warned_of(loss_fn, target, size, dtype, recwarn):
 @pytest.mark.parametrize("compute", [Objective.loss, Objective.gradient])
 @pytest.mark.parametrize(("loss_fn", "target"), NO_MEANS.values(), ids=NO_MEANS)
 def test_what_is_no_mean_is_warned_of_once(loss_fn, target, compute):
-    objective = Objective(_Identity(), [(OUTPUTS, target)] * 2, loss_fn=loss_fn, witness=False)
+    outputs = OUTPUTS.clone()
+    if loss_fn is NO_MEANS["weights, masked outputs"][0]:
+        outputs[:, 1] = -1e9
+    objective = Objective(_Identity(), [(outputs, target)] * 2, loss_fn=loss_fn, witness=False)
     with pytest.warns(UserWarning, match=r"cut into batches.*BatchLoss\(fn, size=\.\.\.\).*weight=") as caught:
         compute(objective)
         compute(objective)
