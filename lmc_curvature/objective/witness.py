@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch, map_tensors
@@ -14,13 +17,14 @@ from lmc_curvature.objective.losses import NetworkLoss, own_loss
 from lmc_curvature.objective.network import State, as_leaves, graph_nodes
 from lmc_curvature.objective.numerics import Numerics
 
-_EXAMPLES = 4
+# Examples are few, because each meets kinks and takes time; of small networks, more.
+_LEAST_EXAMPLES, _MOST_EXAMPLES, _EXAMPLES_TIMES_PARAMETERS = 4, 32, 100_000
 # Copies of a larger network in float64 take too much memory.
 _MOST_PARAMETERS = 50_000_000
 
 # Distances between losses, and between slopes, relative to the entries. The first suits smooth functions in float64;
 # the smaller ones are for kinks, the larger ones for networks that compute in lower precision somewhere.
-_LOSS_SPACINGS = (2.0**-14, 2.0**-18, 2.0**-9, 2.0**-6)
+_LOSS_SPACINGS = (2.0**-12, 2.0**-18, 2.0**-8, 2.0**-5)
 _SLOPE_SPACINGS = (2.0**-27, 2.0**-20, 2.0**-10)
 # How far from the state, relative to its entries: many units are at their kinks exactly at an initialisation.
 _SHIFT = 2.0**-5
@@ -28,9 +32,9 @@ _SHIFT = 2.0**-5
 # How many times a fit's residual, in units of the spacing, its derivatives may be off: it is at most 6 for one kink
 # wherever it is, at most 5 for the terms of higher order, and over 50 once in three thousand for rounding.
 _ERRORS_PER_RESIDUAL = 50.0
-# Relative to the sum of the absolute values of an inner product's terms: what autograd may be off in float64; and what
-# differences may be off to be enough, and to say something at least.
-_AGREEMENT, _ENOUGH, _LEAST = 1e-6, 1e-4, 1e-2
+# Relative to the sum of the absolute values of an inner product's terms: what autograd may be off in float64; what
+# differences of losses may be off to be enough for slope and curvature; and what they may be off to say something.
+_AGREEMENT, _ENOUGH_FOR_SLOPE, _ENOUGH_FOR_CURVATURE, _LEAST = 1e-6, 1e-4, 1e-6, 1e-2
 
 WITHOUT_WITNESS = "derivatives were not compared with differences of the loss (witness=False)"
 _SLOPES_ALONE = "of the derivatives, only the first was compared with differences of the loss"
@@ -66,35 +70,37 @@ def check_derivatives(
         A few words that say what could not be compared; none if all was.
 
     Raises:
-        UnsupportedModelError: Autograd and differences disagree, along two random directions.
+        UnsupportedModelError: Autograd and differences disagree.
     """
-    small = sum(state[name].numel() for name in movable) <= _MOST_PARAMETERS
-    precise = torch.float64 if small else numerics.dtype
-    trials = [(rows, precise) for rows in _selections(batch.size)]
+    parameters = sum(state[name].numel() for name in movable)
+    precise = torch.float64 if parameters <= _MOST_PARAMETERS else numerics.dtype
+    few = min(max(_EXAMPLES_TIMES_PARAMETERS // max(parameters, 1), _LEAST_EXAMPLES), _MOST_EXAMPLES)
+    trials = [(rows, precise) for rows in _selections(batch.size, few)]
     # For networks that do not take a few examples, or no float64.
     trials += [(None, dtype) for dtype in dict.fromkeys((precise, numerics.dtype))]
-    note = _NOTHING
-    for rows, dtype in trials:
+    note, disagreements = _NOTHING, []
+    for seed, (rows, dtype) in enumerate(trials):
         if rows is None and note != _NOTHING:
             break
-        lines = (_line(network_loss, state, _rows_of(batch, rows), movable, numerics, dtype, seed) for seed in (0, 1))
-        verdict = _judge(next(lines), second=second)
-        if verdict.disagreement:
-            # Again, because the error of differences is an estimate.
-            verdict = _judge(next(lines), second=second)
-        if verdict.disagreement:
-            raise UnsupportedModelError(verdict.disagreement)
-        if verdict.curvature or (verdict.slope and not second):
-            return ""
-        note = _SLOPES_ALONE if verdict.slope else note
+        make_line = partial(_line, network_loss, state, _rows_of(batch, rows), movable, numerics, dtype, seed)
+        verdict = _judge(make_line, second)
+        disagreements += [verdict.disagreement] if verdict.disagreement else []
+        # Not the first one alone, because the error of differences is an estimate.
+        if len(disagreements) == 2:
+            break
+        if verdict.slope and not disagreements:
+            note = _SLOPES_ALONE
+            if verdict.curvature or not second:
+                return ""
+    if disagreements:
+        raise UnsupportedModelError(disagreements[0])
     return note
 
 
-def _selections(size: int) -> list[list[int]]:
-    """A few of the examples of a batch from all over it, and two others: as few examples meet fewer kinks."""
-    if size <= _EXAMPLES:
-        return []
-    return [np.linspace(0, size - 1, _EXAMPLES).round().astype(int).tolist(), [size // 3], [size // 2, size // 2 + 1]]
+def _selections(size: int, few: int) -> list[list[int]]:
+    """A few of the examples of a batch from all over it; then others, fewer, which meet fewer kinks."""
+    spread = np.linspace(0, size - 1, min(few, size)).round().astype(int).tolist()
+    return [spread, [size // 3], [size // 2, (size // 2 + 1) % size], spread[1::2] or spread]
 
 
 def _rows_of(batch: Batch, rows: Sequence[int] | None) -> Any:
@@ -129,6 +135,11 @@ class _Line:
     direction: State
     numerics: Numerics
     rounding: float
+
+    @property
+    def agreement(self) -> float:
+        """What autograd may be off, relative to the sum of the absolute values of a derivative's terms."""
+        return max(_AGREEMENT, 1e3 * self.rounding)
 
     def loss(self, position: float) -> float:
         """The loss, computed as a measurement does."""
@@ -199,7 +210,22 @@ def _line(
         with torch.autocast(numerics.device.type, enabled=False):
             return in_dtype.at({**constants, **moved}, placed_data)[0]
 
-    return _Line(loss_at, start, direction, numerics, torch.finfo(dtype).eps)
+    with torch.no_grad(), numerics.exact(), _Precisions() as precisions:
+        loss_at(start)
+    return _Line(loss_at, start, direction, numerics, max(torch.finfo(each).eps for each in precisions.met))
+
+
+class _Precisions(TorchDispatchMode):
+    """Notes the floating-point types that are computed in: a network may round to a lower one on its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.met |= {t.dtype for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()}
+        return result
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -218,28 +244,34 @@ class _Verdict:
     disagreement: str = ""
 
 
-def _judge(line: _Line, *, second: bool) -> _Verdict:
-    """Compare the derivatives along a line, as far as the network can be computed there."""
-    try:
-        rounding = max(_AGREEMENT, 1e3 * line.rounding)
-        slope, *curvatures = line.derivatives(second=second)
-        by_slope, by_curvature = _from_losses(line, slope)
-        if not _says_something(by_slope, slope):
-            return _Verdict()
-        if not _agree(slope, by_slope, rounding):
-            return _Verdict(disagreement=_sentence(line, "slope", slope, by_slope))
-        if not curvatures:
-            return _Verdict(slope=True)
-        curvature = _Derivative(curvatures[0].value, curvatures[0].size + 0.1 * slope.size)
-        if not _says_something(by_curvature, curvature):
-            by_curvature = _from_slopes(line, curvature)
-        if not _says_something(by_curvature, curvature):
-            return _Verdict(slope=True)
-        if not _agree(curvature, by_curvature, rounding):
-            return _Verdict(disagreement=_sentence(line, "curvature", curvature, by_curvature))
-        return _Verdict(slope=True, curvature=True)
-    except Exception:  # noqa: BLE001 - what a network makes of a few examples or of float64 is nobody's concern
+def _judge(make_line: Callable[[], _Line], second: bool) -> _Verdict:
+    """Compare the derivatives along a line, as far as the network has them and can be computed there."""
+    for second_too in (True, False) if second else (False,):
+        try:
+            return _compare(make_line(), second_too)
+        except Exception:  # noqa: BLE001 - what a network makes of few examples or of float64 is nobody's concern
+            continue
+    return _Verdict()
+
+
+def _compare(line: _Line, second: bool) -> _Verdict:
+    slope, *curvatures = line.derivatives(second=second)
+    by_slope, by_curvature = _from_losses(line, slope)
+    if not _says_something(by_slope, slope):
         return _Verdict()
+    if not _agree(slope, by_slope, line.agreement):
+        return _Verdict(disagreement=_sentence(line, "slope", slope, by_slope))
+    if not curvatures:
+        return _Verdict(slope=True)
+    # A curvature may vanish that the slope says to be measurable.
+    curvature = _Derivative(curvatures[0].value, curvatures[0].size + 0.1 * slope.size)
+    if by_curvature.error > _ENOUGH_FOR_CURVATURE * curvature.size:
+        by_curvature = min(by_curvature, _from_slopes(line, curvature), key=lambda each: each.error)
+    if not _says_something(by_curvature, curvature):
+        return _Verdict(slope=True)
+    if not _agree(curvature, by_curvature, line.agreement):
+        return _Verdict(disagreement=_sentence(line, "curvature", curvature, by_curvature))
+    return _Verdict(slope=True, curvature=True)
 
 
 def _from_losses(line: _Line, slope: _Derivative) -> list[_Estimate]:
@@ -247,7 +279,7 @@ def _from_losses(line: _Line, slope: _Derivative) -> list[_Estimate]:
     found: list[list[_Estimate]] = []
     for spacing in _LOSS_SPACINGS:
         found.append(_differences(line.loss, spacing, points=7, rounding=line.rounding))
-        if found[-1][0].error <= _ENOUGH * slope.size:
+        if found[-1][0].error <= _ENOUGH_FOR_SLOPE * slope.size:
             break
     return [min(estimates, key=lambda each: each.error) for estimates in zip(*found, strict=True)]
 
@@ -257,7 +289,7 @@ def _from_slopes(line: _Line, curvature: _Derivative) -> _Estimate:
     found: list[_Estimate] = []
     for spacing in _SLOPE_SPACINGS:
         found.append(_differences(line.slope, spacing, points=5, rounding=line.rounding)[0])
-        if found[-1].error <= _ENOUGH * curvature.size:
+        if found[-1].error <= _ENOUGH_FOR_CURVATURE * curvature.size:
             break
     return min(found, key=lambda each: each.error)
 

@@ -39,13 +39,6 @@ def _with_parameter(tensor):
     return model
 
 
-def _old_weight_norm():
-    # What torch.nn.utils.weight_norm leaves behind: an attribute that is a node of the graph.
-    model = nn.Linear(2, 2)
-    model.computed = model.weight * 2
-    return model
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -59,7 +52,6 @@ def _old_weight_norm():
             "Parameter '0.weight' is uninitialised: run the network on one",
         ),
         (lambda: nn.LazyBatchNorm1d(affine=False), "Buffer 'running_mean' is uninitialised: run the network on one"),
-        (_old_weight_norm, "Linear cannot be copied.*copy.deepcopy.*torch.nn.utils.parametrizations"),
     ],
 )
 def test_networks_that_cannot_move_are_refused_at_once(make, message):

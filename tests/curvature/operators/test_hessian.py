@@ -264,7 +264,8 @@ def test_values_that_are_not_finite_are_named():
 def test_an_operation_without_a_second_derivative_is_said_so():
     # Where the loss ends in the operation its gradient's graph has no mark, and half of the Hessian is missing.
     for power in (1, 2):
-        objective = _objective(loss_fn=lambda out, _, power=power: OnceDifferentiable.apply(out).pow(power).mean())
+        loss_fn = lambda out, _, power=power: OnceDifferentiable.apply(out).pow(power).mean()  # noqa: E731
+        objective = _objective(loss_fn=loss_fn, witness=False)
         with pytest.raises(UnsupportedModelError, match="differentiated twice.*marked once_differentiable"):
             HessianOperator(objective) @ torch.ones(HessianOperator(objective).shape[1])
     with pytest.raises(UnsupportedModelError, match="marked once_differentiable"):

@@ -1,0 +1,194 @@
+"""Claim: derivatives that are not those of the function are found on the first batch, and no others."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lmc_curvature import GGNOperator, HessianOperator, Objective, cross_layer_hessian, measure_barrier, predict_barrier
+from lmc_curvature.errors import UnsupportedModelError
+from lmc_curvature.sources import make_model
+from tests.support.cases import CASES
+from tests.support.networks import NETWORKS, Watched, untouched
+from tests.support.random_networks import FAULTS, OutsideAutograd, WrongScale, random_networks
+
+
+def _check(objective):
+    with objective.one_pass(progress=False) as batches:
+        for batch in batches:
+            objective.check_derivatives(objective.complete({}), batch)
+
+
+# --- No false alarm
+
+
+@pytest.mark.parametrize("case", {**CASES, **NETWORKS}.values(), ids={**CASES, **NETWORKS})
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_networks_of_all_kinds_are_compared_in_full(case, dtype):
+    objective = Objective(case.model(), case.batches((6,)), dtype=dtype, **case.options)
+    _check(objective)
+    assert objective.notes == ()
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(random_networks)
+def test_random_networks_raise_no_alarm(network):
+    objective = network.objective()
+    _check(objective)
+    assert objective.notes == ()
+
+
+@pytest.mark.parametrize("name", ["resnet20", "digits-resnet"])
+def test_networks_with_many_kinks_raise_no_alarm(name):
+    torch.manual_seed(0)
+    side, channels = (8, 1) if name == "digits-resnet" else (16, 3)
+    objective = Objective(make_model(name), [(torch.randn(12, channels, side, side), torch.arange(12) % 10)])
+    _check(objective)
+
+
+def test_what_is_computed_in_lower_precision_somewhere_raises_no_alarm():
+    class Rounded(nn.Module):
+        def __init__(self, dtype):
+            super().__init__()
+            self.dtype = dtype
+
+        def forward(self, x):
+            return F.layer_norm(x.to(self.dtype), (16,)).to(x.dtype)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 16), torch.arange(20) % 3
+    for dtype in (torch.float32, torch.bfloat16):
+        network = nn.Sequential(nn.Linear(16, 16), Rounded(dtype), nn.Tanh(), nn.Linear(16, 3))
+        _check(Objective(network, [(x, y)]))
+
+
+def test_a_network_of_single_precision_alone_is_compared_in_it():
+    def single(function):
+        def loss(output, target):
+            assert output.dtype == torch.float32
+            return F.cross_entropy(function(output), target)
+
+        return loss
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    batch = (torch.randn(40, 4), torch.arange(40) % 3)
+    _check(Objective(network, [batch], loss_fn=single(torch.tanh)))
+    with pytest.raises(UnsupportedModelError, match="slope of the loss"):
+        _check(Objective(network, [batch], loss_fn=single(lambda x: x.detach() / 2 + x / 2)))
+
+
+def test_a_network_without_second_derivatives_is_compared_in_slopes():
+    batch = (torch.randint(5, (9, 2)), torch.arange(9) % 3)
+    for fault, alarm in ((lambda x: x, False), (WrongScale.apply, True)):
+        network = nn.Sequential(nn.EmbeddingBag(5, 3), nn.Linear(3, 3))
+        objective = Objective(network, [batch], loss_fn=lambda output, y, f=fault: F.cross_entropy(f(output), y))
+        if alarm:
+            with pytest.raises(UnsupportedModelError, match="slope of the loss.*WrongScale"):
+                _check(objective)
+        else:
+            _check(objective)
+            assert objective.notes == ("of the derivatives, only the first was compared with differences of the loss",)
+
+
+# --- Catches
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(random_networks, st.sampled_from(sorted(FAULTS)), st.integers(0, 3))
+def test_wrong_backward_passes_in_random_networks_are_found(network, fault, place):
+    function, right = FAULTS[fault]
+    try:
+        _check(network.objective(function, place))
+    except UnsupportedModelError as error:
+        assert "along a random direction is" in str(error)
+        return
+    # There is nothing to find where the fault changes nothing, as behind units that are all saturated.
+    H, expected = (HessianOperator(network.objective(f, place, witness=False)) for f in (function, right))
+    along = torch.ones(H.shape[1], dtype=torch.float64).cumsum(0).sin()
+    assert float((H @ along - expected @ along).norm()) < 1e-3 * float((expected @ along).norm())
+
+
+def _outside(fault=OutsideAutograd.apply):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.last(fault(self.first(x)))
+
+    torch.manual_seed(0)
+    return Net().double()
+
+
+BATCH = (torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(9) % 3)
+
+
+def test_every_second_derivative_asks_the_witness():
+    network = _outside()
+    asking = {
+        "hessian": lambda objective: HessianOperator(objective) @ torch.ones(43),
+        "dense": lambda objective: HessianOperator(objective).to_dense(),
+        "ggn": lambda objective: GGNOperator(objective).to_dense(),
+        "block": lambda objective: cross_layer_hessian(objective, None, "first", "last"),
+    }
+    for call in asking.values():
+        with untouched(network), pytest.raises(UnsupportedModelError, match="curvature of the loss.*OutsideAutograd"):
+            call(Objective(network, [BATCH]))
+    for method in ("auto", "sweep", "hvp"):
+        with pytest.raises(UnsupportedModelError, match=r"curvature.*NumPy.*detach.*witness=False"):
+            predict_barrier(network, _outside(), [BATCH], method=method, progress=False)
+
+
+def test_a_first_derivative_asks_for_the_first_alone():
+    network, batch = _outside(), BATCH
+    plain = nn.Sequential(network.first, nn.Identity(), network.last)
+    plain[1].forward = lambda h: h**3 + h
+    expected = torch.autograd.grad(F.cross_entropy(plain(batch[0]), batch[1]), network.first.weight)[0]
+    torch.testing.assert_close(Objective(network, [batch]).gradient()["first.weight"], expected)
+    with pytest.raises(UnsupportedModelError, match="slope of the loss.*WrongScale"):
+        Objective(_outside(WrongScale.apply), [batch]).gradient()
+
+
+def test_a_measurement_asks_nobody():
+    network = Watched(_outside(WrongScale.apply))
+    measure_barrier(network, Watched(_outside(WrongScale.apply)), [BATCH], progress=False)
+    assert Objective(network, [BATCH]).loss() > 0
+
+
+def test_who_detaches_on_purpose_says_so():
+    network = _outside(lambda h: h.detach() * h)
+    with pytest.raises(UnsupportedModelError, match="slope of the loss"):
+        HessianOperator(Objective(network, [BATCH])).to_dense()
+    objective = Objective(network, [BATCH], witness=False)
+    assert HessianOperator(objective).to_dense().isfinite().all()
+    assert objective.notes == ("derivatives were not compared with differences of the loss (witness=False)",)
+
+
+def test_a_checkpointed_region_without_the_library_would_be_found():
+    # The region reads a buffer, which is not the state's any more when the values are computed again.
+    class Net(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.linear, self.reentrant = nn.Linear(4, 3), reentrant
+            self.register_buffer("power", torch.tensor(3.0))
+
+        def forward(self, x):
+            h = self.linear(x)
+            if self.reentrant is None:
+                return h.sign() * h.abs() ** self.power
+            return checkpoint(lambda h: h.sign() * h.abs() ** self.power, h, use_reentrant=self.reentrant)
+
+    networks = [Net(kind).double() for kind in (None, False, True)]
+    dense = []
+    for network in networks:
+        network.load_state_dict(networks[0].state_dict())
+        dense.append(HessianOperator(Objective(network, [BATCH])).to_dense())
+    torch.testing.assert_close(dense[1], dense[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dense[2], dense[0], rtol=1e-12, atol=1e-12)
