@@ -85,8 +85,8 @@ class ClassLoss:
             label = least if least < 0 else most
             raise LossError(
                 f"Batch {index} has the label {label}, which is none of the {classes} classes of {of} (0 to "
-                f"{classes - 1}). Correct the targets or the network's last layer; positions that should not count are left out by "
-                f"loss_fn=nn.CrossEntropyLoss(ignore_index={label})."
+                f"{classes - 1}). Correct the targets or the network's last layer; positions that should not count are "
+                f"left out by loss_fn=nn.CrossEntropyLoss(ignore_index={label})."
             )
 
     def check(self, output: Any, target: Any, index: int) -> int | None:
