@@ -1,29 +1,28 @@
-"""Means over batches of different sizes and how far to trust them, and correlations of ranks."""
+"""Means over batches of different weights and how far to trust them, and correlations of ranks."""
 
 import math
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 
 
-def weighted_mean(values: Float[np.ndarray, " batches *shape"], sizes: Int[np.ndarray, " batches"]) -> np.ndarray:
-    """Mean over all examples, from per-batch means and batch sizes; float64, of shape `shape`."""
-    weights = sizes / sizes.sum()
-    return np.asarray(np.tensordot(weights, values, axes=1))
+def weighted_mean(values: Float[np.ndarray, " batches *shape"], weights: Real[np.ndarray, " batches"]) -> np.ndarray:
+    """Mean over the data, from per-batch means and what each batch counts for; float64, of shape `shape`."""
+    return np.asarray(np.tensordot(weights / weights.sum(), values, axes=1))
 
 
-def standard_error(values: Float[np.ndarray, " batches *shape"], sizes: Int[np.ndarray, " batches"]) -> np.ndarray:
-    """Standard error of `weighted_mean`, from the spread between batches; NaN for a single batch.
+def standard_error(values: Float[np.ndarray, " batches *shape"], weights: Real[np.ndarray, " batches"]) -> np.ndarray:
+    """Standard error of `weighted_mean`, from the spread between batches; NaN for a single batch that counts.
 
-    With weights w_b = n_b / n and B batches, the variance of the mean is estimated by
+    With weights w_b that sum to one and B batches, the variance of the mean is estimated by
     B / (B − 1) · Σ_b w_b² (x_b − x̄)² (Cochran 1977, §6.4: the linearised ratio estimator).
     """
-    batches = len(sizes)
+    batches = np.count_nonzero(weights)
     if batches < 2:
         return np.full(values.shape[1:], np.nan)
-    weights = sizes / sizes.sum()
-    deviations = values - weighted_mean(values, sizes)
-    return np.asarray(np.sqrt(batches / (batches - 1) * np.tensordot(weights**2, deviations**2, axes=1)))
+    deviations = values - weighted_mean(values, weights)
+    shares = weights / weights.sum()
+    return np.asarray(np.sqrt(batches / (batches - 1) * np.tensordot(shares**2, deviations**2, axes=1)))
 
 
 def rank_correlation(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) -> float:

@@ -42,6 +42,14 @@ def test_unequal_batches_have_the_expected_variance():
     assert (standard_error(values, sizes) ** 2).mean() == pytest.approx(expected, rel=0.03)
 
 
+def test_batches_without_weight_might_as_well_not_be_there():
+    values, weights = np.random.default_rng(0).normal(size=(5, 2)), np.array([0.5, 0.0, 2.25, 0.0, 1.0])
+    kept = weights > 0
+    np.testing.assert_allclose(weighted_mean(values, weights), weighted_mean(values[kept], weights[kept]), rtol=1e-14)
+    np.testing.assert_allclose(standard_error(values, weights), standard_error(values[kept], weights[kept]), rtol=1e-14)
+    assert np.isnan(standard_error(values, np.array([0.0, 3.0, 0.0, 0.0, 0.0]))).all()
+
+
 def test_a_single_batch_has_no_standard_error():
     error = standard_error(np.ones((1, 2, 3)), np.array([5]))
     assert error.shape == (2, 3)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import nn
 
 from lmc_curvature.averages import standard_error, weighted_mean
 from lmc_curvature.barrier.expansions import check_alphas
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
-from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics, metric_values
+from lmc_curvature.barrier.metrics import METRICS, Metric, Truth, check_metrics, metric_values, metric_weights
 from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.errors import NonFiniteError, OptionError, check_choice
 from lmc_curvature.objective import Batch, BatchNormPolicy, LossFunction, Objective
@@ -73,7 +73,8 @@ def measure_barrier(
             sets of layer names.
         alphas: Positions in [0, 1], or how many to space evenly from 0 to 1.
         batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`.
-        metrics: `"loss"`, and `"error"` (the share of examples whose largest output is not the target's class).
+        metrics: `"loss"`, and `"error"` (the share of examples, or of positions that are not ignored, whose largest
+            output is not the target's class; for one column with binary cross-entropy, whose sign is wrong).
         max_batches: Use only this many batches.
         device: Device to compute on; `model_a`'s device by default.
         dtype: Floating-point type to compute in; `model_a`'s by default.
@@ -106,39 +107,66 @@ def measure_barrier(
     points = SegmentPoints(segment)
     curves = (segment.layers, *members_of_sets)
     pairs = np.array([[points.pair(members, alpha) for alpha in positions] for members in curves])
-    sizes, values = _measure(objective, points, metrics, progress=progress)
+    sizes, weights, values = _measure(objective, points, metrics, progress=progress)
     ends = values[:, :, [points.START, points.END]]
     along = _between(positions, values[:, :, pairs[..., 0]], values[:, :, pairs[..., 1]])
-    notes = objective.notes + segment.notes
-    return BarrierMeasurement(positions, members_of_sets, tuple(metrics), batch_norm, sizes, ends, along, notes)
+    return BarrierMeasurement(
+        positions,
+        members_of_sets,
+        tuple(metrics),
+        batch_norm,
+        sizes,
+        ends,
+        along,
+        notes=objective.notes + segment.notes,
+        batch_weights=weights,
+    )
 
 
 @torch.no_grad()
 def _measure(
     objective: Objective, points: SegmentPoints, metrics: Sequence[Metric], *, progress: bool | None
-) -> tuple[Int[np.ndarray, " batches"], Float[np.ndarray, "batches metrics points"]]:
-    """Return the batch sizes, and every metric of every batch at every point."""
+) -> tuple[
+    Int[np.ndarray, " batches"],
+    Float[np.ndarray, "batches metrics"] | None,
+    Float[np.ndarray, "batches metrics points"],
+]:
+    """Return batch sizes, weights (None where they are the sizes), and every metric of every batch at every point."""
     statistics: Sequence[dict[str, torch.Tensor]] = [{}] * len(points)
     if objective.batch_norm == "recalibrate":
+        if "error" in metrics:
+            # Before the long pass: what the error is of can be told from one evaluation.
+            with objective.measuring(), objective.one_pass(progress=False) as batches:
+                batch = next(batches)
+                Truth.of(objective.loss_fn, *objective.batch_evaluation(points[points.START], batch)[1:], batch)
         statistics = objective.recalibrated(points, progress=progress)
-    sizes, values = [], []
-    with objective.measuring(), objective.one_pass(progress=progress, description="measuring") as batches:
+    sizes, weights, values = [], [], []
+    visit = objective.one_pass(progress=progress, description="measuring", weightless=True)
+    with objective.measuring(), visit as batches:
         for batch in batches:
+            of_batch, of_metrics = _batch_values(objective, points, statistics, batch, metrics)
             sizes.append(batch.size)
-            values.append(_batch_values(objective, points, statistics, batch, metrics))
-    return np.array(sizes), np.stack(values)
+            weights.append(of_metrics)
+            values.append(of_batch)
+    by_size = all(weight == size for size, row in zip(sizes, weights, strict=True) for weight in row)
+    return np.array(sizes), None if by_size else np.array(weights), np.stack(values)
 
 
 def _batch_values(
     objective: Objective, points: SegmentPoints, statistics: Sequence[Any], batch: Batch, metrics: Sequence[Metric]
-) -> Float[np.ndarray, "metrics points"]:
-    """Return every metric of one batch at every point."""
-    columns = []
+) -> tuple[Float[np.ndarray, "metrics points"], list[float]]:
+    """Return every metric of one batch at every point, and what the batch counts for in the mean of each metric."""
+    columns, truth = [], None
     for number, extra in enumerate(statistics):
         loss, output, target = objective.batch_evaluation({**points[number], **extra}, batch)
-        columns.append(metric_values(metrics, loss, output, target, batch))
+        if truth is None and "error" in metrics:
+            truth = Truth.of(objective.loss_fn, output, target, batch)
+        columns.append(metric_values(metrics, loss, output, truth))
     # Copied to the host once a batch: each copy waits for the device.
     values = torch.stack(columns, dim=1).double().cpu().numpy()
+    weights = metric_weights(metrics, batch, truth)
+    # The mean over no target is 0/0.
+    values[np.array(weights) == 0] = 0
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
         metric, point = (int(position) for position in bad[0])
@@ -146,7 +174,7 @@ def _batch_values(
             f"The {metrics[metric]} is {values[metric, point]} at batch {batch.index} ({batch.size} examples), at "
             f"{points.describe(point)}. Check the data of that batch and the scale of the networks' parameters."
         )
-    return values
+    return values, weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,13 +184,15 @@ class BarrierMeasurement:
     Attributes:
         alphas: Positions on the segment, (n,).
         sets: The measured sets of layers, each a tuple of names.
-        metrics: Measured metrics: `"loss"` (in units of the loss), `"error"` (a share of the examples).
+        metrics: Measured metrics: `"loss"` (in units of the loss), `"error"` (a share of the examples or positions).
         batch_norm: The batch-normalisation policy.
         batch_sizes: Examples in each batch, (batches,).
         batch_ends: Metrics of each batch at the two networks, (batches, metrics, 2).
         batch_values: Metrics of each batch along the segment, (batches, metrics, 1 + sets, n): first for the whole
             network, then for each set (the weighted sum of its two sides).
         notes: Sentences that belong beside the numbers, such as what is frozen.
+        batch_weights: What each batch counts for in the mean of each metric, (batches, metrics); None where that is its
+            number of examples.
     """
 
     alphas: Float[np.ndarray, " n"]
@@ -173,6 +203,7 @@ class BarrierMeasurement:
     batch_ends: Float[np.ndarray, "batches metrics 2"]
     batch_values: Float[np.ndarray, "batches metrics curves n"]
     notes: tuple[str, ...] = ()
+    batch_weights: Float[np.ndarray, "batches metrics"] | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -187,22 +218,27 @@ class BarrierMeasurement:
         """Number of examples visited."""
         return int(self.batch_sizes.sum())
 
+    def weights(self, metric: str = "loss") -> Real[np.ndarray, " batches"]:
+        """What each batch counts for in the mean of a metric."""
+        index = self._metric(metric)
+        return self.batch_sizes if self.batch_weights is None else self.batch_weights[:, index]
+
     def values(self, metric: str = "loss") -> Float[np.ndarray, " n"]:
         """The metric itself along the segment, L(θ(α))."""
-        return weighted_mean(self.batch_values[:, self._metric(metric), 0], self.batch_sizes)
+        return weighted_mean(self.batch_values[:, self._metric(metric), 0], self.weights(metric))
 
     def ends(self, metric: str = "loss") -> tuple[float, float]:
         """The metric at the two networks."""
-        first, second = weighted_mean(self.batch_ends[:, self._metric(metric)], self.batch_sizes)
+        first, second = weighted_mean(self.batch_ends[:, self._metric(metric)], self.weights(metric))
         return float(first), float(second)
 
     def curve(self, metric: str = "loss") -> Float[np.ndarray, " n"]:
         """Barrier curve of the whole network: the metric minus the chord between the ends."""
-        return weighted_mean(self._batch_curves(metric)[:, 0], self.batch_sizes)
+        return weighted_mean(self._batch_curves(metric)[:, 0], self.weights(metric))
 
     def layer_curves(self, metric: str = "loss") -> Float[np.ndarray, "sets n"]:
         """Barrier curve of each measured set of layers."""
-        return weighted_mean(self._batch_curves(metric)[:, 1:], self.batch_sizes)
+        return weighted_mean(self._batch_curves(metric)[:, 1:], self.weights(metric))
 
     def barrier(self, metric: str = "loss") -> float:
         """Barrier of the whole network: the maximum of its curve over the measured positions."""
@@ -239,8 +275,8 @@ class BarrierMeasurement:
 
     def _standard_errors(self, metric: str) -> Float[np.ndarray, " curves"]:
         curves = self._batch_curves(metric)
-        peaks = weighted_mean(curves, self.batch_sizes).argmax(axis=1)
-        return standard_error(curves[:, np.arange(len(peaks)), peaks], self.batch_sizes)
+        peaks = weighted_mean(curves, self.weights(metric)).argmax(axis=1)
+        return standard_error(curves[:, np.arange(len(peaks)), peaks], self.weights(metric))
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A row a measured set: its name and layers, and its barriers in each metric with standard errors."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-_FIELDS = ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures")
+_FIELDS = ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures", "batch_weights")
 
 
 @torch.inference_mode(False)
@@ -202,7 +202,7 @@ class BarrierPrediction:
         position = peak(self._coefficients(layers, expansion))
         members = layer_indices(self.layers, layers)
         curves = coefficients(expansion, *(_batch_values(end, members) for end in self.endpoints))
-        return float(standard_error(np.asarray(polyval(position, curves)), self.endpoints[0].batch_sizes))
+        return float(standard_error(np.asarray(polyval(position, curves)), self.endpoints[0].weights))
 
     def _coefficients(self, layers: Iterable[str] | str | None, expansion: Expansion) -> Float[np.ndarray, " powers"]:
         check_choice("expansion", expansion, EXPANSIONS)
@@ -239,7 +239,8 @@ class BarrierPrediction:
         """Write the prediction to one safetensors file, without loss."""
         arrays = {"distances": self.distances}
         for number, projection in enumerate(self.endpoints):
-            arrays |= {f"endpoint_{number}.{field}": getattr(projection, field) for field in _FIELDS}
+            fields = {field: getattr(projection, field) for field in _FIELDS}
+            arrays |= {f"endpoint_{number}.{field}": array for field, array in fields.items() if array is not None}
         metadata = {"layers": self.layers, "batch_norm": self.batch_norm, "notes": self.notes}
         save_arrays(path, "barrier-prediction", arrays, **metadata)
 
@@ -252,8 +253,10 @@ class BarrierPrediction:
             FileFormatError: The file is damaged or holds something else.
         """
         arrays, metadata = load_arrays(path, "barrier-prediction")
+        # Weights are there where they are not the sizes.
+        names = [{field: f"endpoint_{number}.{field}" for field in _FIELDS} for number in (0, 1)]
         first, second = (
-            Projection(**{field: arrays[f"endpoint_{number}.{field}"] for field in _FIELDS}) for number in (0, 1)
+            Projection(**{field: arrays[name] for field, name in fields.items() if name in arrays}) for fields in names
         )
         # Files of earlier versions have no notes.
         layers, notes = tuple(metadata["layers"]), tuple(metadata.get("notes", ()))

@@ -1,11 +1,13 @@
 """Loaders and batches of any form: their examples are counted, their tensors found and brought to a device."""
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
@@ -17,11 +19,30 @@ from lmc_curvature.objective.sorting import warn_of_sorted_data
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch on the objective's device: its place in the loader, its number of examples, its data."""
+    """One batch on the objective's device.
+
+    Attributes:
+        index: Its place in the loader.
+        size: Its number of examples.
+        data: Its data.
+        weight: What it counts for in means over the data; by default its number of examples.
+        skipped: How many batches before it count for nothing.
+    """
 
     index: int
     size: int
     data: Any
+    weight: float = math.nan
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.weight):
+            object.__setattr__(self, "weight", float(self.size))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it is the first in the loader that counts for anything."""
+        return self.index == self.skipped
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -53,8 +74,8 @@ def visit(
     loader: Iterable[Any],
     *,
     max_batches: int | None,
-    pairs: bool,
-    size: Callable[[Any], int] | None,
+    count: Callable[[Any, int], tuple[int, float]],
+    weightless: bool,
     place: Callable[[Tensor], Tensor],
     bar: tqdm,
 ) -> Iterator[Batch]:
@@ -62,35 +83,43 @@ def visit(
 
     Args:
         loader: Yields the data of batches.
-        max_batches: Yield only this many; None for all.
-        pairs: Whether batches must be (x, y) pairs.
-        size: Counts the examples of a batch; by default the leading dimension of the first tensor.
+        max_batches: Visit only this many; None for all.
+        count: Number of examples and weight of a batch, from its data as the loader yields them and its place.
+        weightless: Whether batches of weight zero are yielded, too.
         place: Brings a tensor to the device.
         bar: A progress bar, moved with every batch.
 
     Raises:
-        LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
+        LoaderError: The loader yields nothing, nothing in it counts, or a batch is not of the form that the loss
+            expects.
     """
-    index = -1
+    index, skipped = -1, 0
     for index, data in enumerate(warn_of_sorted_data(islice(loader, max_batches))):
-        yield Batch(index, count_examples(data, index, any_form=not pairs, size=size), map_tensors(place, data))
+        size, weight = count(data, index)
+        if weight or weightless:
+            yield Batch(index, size, map_tensors(place, data), weight, skipped)
+        skipped += not weight
         bar.update()
     if index < 0:
         refuse_iterator(loader, "The loader yielded no batch: it may have been used up by an earlier pass")
         raise LoaderError("The loader yielded no batch; expected at least one.")
+    if skipped > index:
+        raise LoaderError(
+            "No target of the loader counts: each is left out by the loss (ignore_index) or of a class of weight zero."
+        )
 
 
-def count_examples(data: Any, index: int, *, any_form: bool = False, size: Callable[[Any], int] | None = None) -> int:
-    """Number of examples in a batch: the leading dimension of its first tensor, or what `size` counts.
+def count_examples(data: Any, index: int, *, any_form: bool = False) -> int:
+    """Number of examples in a batch: the leading dimension of its first tensor.
 
     Args:
         data: The batch.
         index: Its place in the loader, for errors.
         any_form: Whether the batch need not be an (x, y) pair.
-        size: Counts the examples of a batch.
 
     Raises:
-        LoaderError: The batch is not a pair, holds no example, or nothing in it can be counted.
+        LoaderError: The batch is not a pair, its x and y have not as many examples, it holds no example, or nothing in
+            it can be counted.
     """
     if not any_form and not (isinstance(data, (tuple, list)) and len(data) == 2):
         raise LoaderError(
@@ -98,15 +127,53 @@ def count_examples(data: Any, index: int, *, any_form: bool = False, size: Calla
             "For batches of another form pass loss_fn=BatchLoss(fn) with fn(model, batch) -> scalar mean."
         )
     tensors = tensors_in(data)
-    if size is None and (not tensors or tensors[0].ndim == 0):
+    parts = data.values() if isinstance(data, Mapping) else data if isinstance(data, (tuple, list)) else [data]
+    if not (any_form and tensors) and any(isinstance(part, np.ndarray) for part in parts):
+        raise LoaderError(
+            f"Batch {index} of the loader holds NumPy arrays; expected tensors: make them with torch.from_numpy, or "
+            "pass a DataLoader, which does."
+        )
+    if not tensors or tensors[0].ndim == 0:
         raise LoaderError(
             f"Batch {index} of the loader is {describe(data)}, without a tensor whose leading dimension counts the "
             "examples; pass loss_fn=BatchLoss(fn, size=...) to count them."
         )
-    count = len(tensors[0]) if size is None else int(size(data))
-    if count < 1:
-        raise LoaderError(f"Batch {index} of the loader holds {count} examples; expected at least one.")
-    return count
+    if not any_form:
+        _check_first_axes(data, index)
+    if not len(tensors[0]):
+        raise LoaderError(f"Batch {index} of the loader holds 0 examples; expected at least one.")
+    return len(tensors[0])
+
+
+def _check_first_axes(pair: Any, index: int) -> None:
+    first, second = (next(iter(tensors_in(part)), None) for part in pair)
+    if first is None or second is None or len(first) == (len(second) if second.ndim else 1):
+        return
+    raise LoaderError(
+        f"Batch {index} of the loader has x of shape {tuple(first.shape)} and y of shape {tuple(second.shape)}: their "
+        "first axes should be the examples. Move that axis to the front (batch_first=True), or pass "
+        "loss_fn=BatchLoss(fn, size=...) with fn(model, batch) -> scalar mean and size(batch) -> what that divides by."
+    )
+
+
+def check_size(size: Any, index: int) -> float:
+    """What a user's function says that a batch counts for, as a number.
+
+    Raises:
+        LoaderError: It is not a positive number.
+    """
+    try:
+        weight = float(size)
+    except (TypeError, ValueError) as error:
+        raise LoaderError(
+            f"The size of batch {index} of the loader is {describe(size)}; expected a positive number."
+        ) from error
+    if not (math.isfinite(weight) and weight > 0):
+        raise LoaderError(
+            f"Batch {index} of the loader holds {weight:g} examples; expected at least one, or a positive sum of their "
+            "weights."
+        )
+    return weight
 
 
 def describe(data: Any) -> str:

@@ -1,11 +1,14 @@
 """Losses of a batch: their forms, and the checks that they are real, finite, differentiable means."""
 
 import copy
+import functools
+import math
+import numbers
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -13,7 +16,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lmc_curvature.errors import LossError, NonFiniteError
-from lmc_curvature.objective.batches import Batch, describe
+from lmc_curvature.objective.batches import (
+    Batch,
+    check_size,
+    count_examples,
+    describe,
+    map_tensors,
+    tensors_in,
+    to_device,
+)
+from lmc_curvature.objective.classification import ClassLoss
+from lmc_curvature.objective.explanations import batch_loss_error, loss_error, network_error, translate_errors
 
 
 @dataclass(frozen=True)
@@ -22,58 +35,118 @@ class BatchLoss:
 
     Attributes:
         fn: `fn(model, batch)` returns the mean loss over the batch's examples, a scalar tensor.
-        size: `size(batch)` counts the examples; by default the leading dimension of the first tensor found.
+        size: `size(batch)` is what `fn` divides by in that mean, and what the batch counts for in the mean over the
+            data: a whole number of examples (or tokens, …), or any positive real number (the sum of their weights).
+            By default the leading dimension of the first tensor found.
 
     Example:
         `BatchLoss(lambda model, batch: model(**batch).loss)` for a Hugging Face model and its dict batches.
     """
 
     fn: Callable[[Any, Any], Tensor]
-    size: Callable[[Any], int] | None = None
+    size: Callable[[Any], float] | None = None
 
 
 LossFunction = Callable[[Any, Any], Tensor] | BatchLoss
 """`loss_fn(output, target)` returning the scalar mean over a batch, or a `BatchLoss`.
 
-Batches weigh by their number of examples. A loss that weighs examples within a batch by something else (class weights,
-`ignore_index`) depends on how the data are cut into batches.
+A batch weighs by what its loss is a mean over, so that the mean over the data does not depend on how they are cut into
+batches: by its number of examples, by the `size` of a `BatchLoss`, and for torch's `cross_entropy` and `nll_loss`, as
+functions, partial functions or modules, by the positions that count (`ignore_index`) and their classes' `weight`.
 """
 
 
 class NetworkLoss(nn.Module):
-    """A network and its loss as one module, so that one functional call evaluates both at a state."""
+    """A network and its loss as one module, so that one functional call evaluates both at a state.
+
+    Attributes:
+        class_loss: The loss, if it is cross-entropy or its like.
+        classes: The number of classes, once a batch has been evaluated that tells it.
+    """
 
     def __init__(self, network: nn.Module, loss_fn: LossFunction):
         super().__init__()
         self.network = network
         self.loss_fn = loss_fn
+        self.class_loss = ClassLoss.of(loss_fn)
+        self.classes: int | None = None
 
-    def forward(self, data: Any) -> tuple[Any, Any, Any]:
+    def forward(self, data: Any, index: int = 0) -> tuple[Any, Any, Any]:
         """Loss, network output and target of a batch's data; the last two are None for a `BatchLoss`."""
         if isinstance(self.loss_fn, BatchLoss):
-            loss, output, target = self.loss_fn.fn(self.network, data), None, None
+            with translate_errors(lambda error: batch_loss_error(error, data, index)):
+                loss, output, target = self.loss_fn.fn(self.network, data), None, None
         else:
             inputs, target = data
-            output = self.network(inputs)
-            loss = self.loss_fn(output, target)
+            with translate_errors(lambda error: network_error(error, inputs, index)):
+                output = self.network(inputs)
+            if self.class_loss is not None and self.classes is None:
+                self.classes = self.class_loss.check(output, target, index)
+            of_classes = self.class_loss is not None
+            with translate_errors(lambda error: loss_error(error, output, target, index, of_classes=of_classes)):
+                loss = self.loss_fn(output, target)
         check_loss(loss)
         return loss, output, target
 
-    def at(self, state: Mapping[str, Tensor], data: Any) -> tuple[Any, Any, Any]:
+    def at(self, state: Mapping[str, Tensor], data: Any, index: int = 0) -> tuple[Any, Any, Any]:
         """Loss, network output and target of a batch's data, where the network's entries are those of a state.
 
+        Args:
+            state: Entries of the network.
+            data: Data of the batch.
+            index: Place of the batch in the loader, for errors.
+
         Raises:
-            LossError: The loss is not a real scalar.
+            LossError: The loss is not a real scalar, a target is none of the classes, or the loss raised an error.
+            LoaderError: The network raised an error.
+            UnsupportedModelError: The network raised an error that has to do with no data.
         """
-        return functional_call(self, {f"network.{name}": tensor for name, tensor in state.items()}, (data,))
+        return functional_call(self, {f"network.{name}": tensor for name, tensor in state.items()}, (data, index))
+
+    def count(self, data: Any, index: int) -> tuple[int, float]:
+        """Number of examples of a batch, and its weight in means over the data.
+
+        Args:
+            data: Data of the batch, as the loader yields them.
+            index: Its place in the loader, for errors.
+
+        Raises:
+            LoaderError: It cannot be counted.
+            LossError: A target is none of the classes.
+        """
+        if isinstance(self.loss_fn, BatchLoss) and self.loss_fn.size is not None:
+            return _sizes(self.loss_fn.size(data), data, index)
+        examples = count_examples(data, index, any_form=isinstance(self.loss_fn, BatchLoss))
+        if self.class_loss is None or not isinstance(data[1], Tensor):
+            return examples, float(examples)
+        if not data[1].is_floating_point():
+            # Here, because a label out of range ends the process's use of a CUDA device.
+            if self.classes is not None:
+                self.class_loss.check_labels(data[1], self.classes, index)
+            if self.class_loss.weights is not None:
+                self.class_loss.check_labels(data[1], len(self.class_loss.weights), index, of="the loss's weights")
+        return examples, self.class_loss.weight_of(data[1])
+
+
+def _sizes(size: Any, data: Any, index: int) -> tuple[int, float]:
+    """Number of examples and weight of a batch, by what the function of a `BatchLoss` says of it."""
+    weight = check_size(size, index)
+    value = size.item() if isinstance(size, Tensor) else size
+    leading = next((len(tensor) for tensor in tensors_in(data) if tensor.ndim), 0)
+    # A whole number counts examples; a real one is a sum of their weights.
+    whole = isinstance(value, numbers.Integral)
+    return math.ceil(weight) if whole or not leading else leading, weight
 
 
 def own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dtype) -> LossFunction:
-    """The loss to use, for a device and type: cross-entropy by default, a copy of a loss that is a module."""
+    """The loss to use, for a device and type: cross-entropy by default, a copy of one that holds tensors."""
     if isinstance(loss_fn, nn.Module):
         # A loss may carry tensors of its own (class weights); the caller's copy stays as it is.
         loss_fn = copy.deepcopy(loss_fn).to(device=device, dtype=dtype)
         loss_fn.eval()
+    if isinstance(loss_fn, functools.partial):
+        bound = map_tensors(lambda tensor: to_device(tensor, device, dtype), loss_fn.keywords)
+        return functools.partial(loss_fn.func, *loss_fn.args, **bound)
     return F.cross_entropy if loss_fn is None else loss_fn
 
 
@@ -136,9 +209,59 @@ def finite_loss(loss: float | Float[Tensor, ""], batch: Batch, where: str = "") 
         NonFiniteError: It is infinite or not a number; names the batch, and `where` on the segment.
     """
     value = loss.item() if isinstance(loss, Tensor) else loss
-    if not np.isfinite(value):
+    if not math.isfinite(value):
         raise NonFiniteError(
             f"The loss is {value} at batch {batch.index} ({batch.size} examples){where}. "
             "Check the data of that batch and the scale of the networks' parameters."
         )
     return value
+
+
+def warn_of_cuts(network_loss: NetworkLoss, output: Any, target: Any) -> None:
+    """Warn if the loss of a batch is not the mean of its halves' losses, weighed by rows, on one output of the network.
+
+    Its value then depends on how the data are cut into batches. Nothing is said where output and targets have not one
+    row an example, or the loss takes no halves; cross-entropy and its like are weighed by what they divide by.
+    """
+    loss_fn, size = network_loss.loss_fn, next((len(tensor) for tensor in tensors_in(output) if tensor.ndim), 0)
+    if size < 2 or isinstance(loss_fn, BatchLoss) or network_loss.class_loss is not None:
+        return
+
+    def loss_of(start: int, stop: int) -> Tensor:
+        def rows(tensor: Tensor) -> Tensor:
+            # A copy: a loss may write into what it is given.
+            return (tensor[start:stop] if tensor.ndim and len(tensor) == size else tensor).detach().clone()
+
+        return loss_fn(map_tensors(rows, output), map_tensors(rows, target))
+
+    middle = size // 2
+    try:
+        with torch.no_grad():
+            losses = [loss_of(0, size), loss_of(0, middle), loss_of(middle, size)]
+            whole, first, second = (loss.item() for loss in losses)
+    except Exception:  # noqa: BLE001 - what a loss makes of a half is nobody's concern
+        return
+    mean = (first * middle + second * (size - middle)) / size
+    # In whatever precision a loss computes, it is at least that of float32, or says so by its type.
+    rounding = max(torch.finfo(losses[0].dtype).eps, *_roundings(output))
+    difference = abs(whole - mean) - rounding**0.5 * max(map(abs, (whole, first, second)))
+    # Terms of both signs, as large as the outputs, may cancel.
+    if difference > 0 and difference > 8 * rounding * _typical(output):
+        warnings.warn(
+            f"The loss of the first batch is {whole:.6g}, and the mean of its halves' losses {mean:.6g}: its value "
+            "depends on how the data are cut into batches, because it is no mean over their examples (weights, ignored "
+            "targets, a sum, statistics of the batch?). Pass loss_fn=BatchLoss(fn, size=...) with what it divides by, "
+            "or torch's own cross-entropy with weight= or ignore_index=, which is weighed by that.",
+            stacklevel=2,
+        )
+
+
+def _roundings(output: Any) -> list[float]:
+    dtypes = {tensor.dtype for tensor in tensors_in(output) if tensor.is_floating_point()} | {torch.float32}
+    return [torch.finfo(dtype).eps for dtype in dtypes]
+
+
+def _typical(output: Any) -> float:
+    """A typical size of an output's numbers; some may be masked by very large ones."""
+    sizes = [tensor.detach().abs().double().flatten() for tensor in tensors_in(output) if tensor.is_floating_point()]
+    return float(torch.cat(sizes).nanmedian()) if sizes else 0.0

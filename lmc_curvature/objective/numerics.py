@@ -1,6 +1,7 @@
 """The precision, the kernels and the layout of images in memory that an objective computes with."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lmc_curvature.errors import UnsupportedModelError
+from lmc_curvature.errors import LMCCurvatureError
 from lmc_curvature.objective.batches import Batch, map_tensors
 from lmc_curvature.objective.differentiable import exactly_differentiable
 
@@ -74,7 +75,7 @@ class Numerics:
 
 def channels_last(batch: Batch) -> Batch:
     """A batch whose images (floating-point tensors of four axes) are laid out channels-last."""
-    return Batch(batch.index, batch.size, map_tensors(_channels_last, batch.data))
+    return dataclasses.replace(batch, data=map_tensors(_channels_last, batch.data))
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def ignores_layout(loss: Callable[[Batch], Tensor], batch: Batch) -> bool:
         expected = loss(batch)
         try:
             return bool(torch.isclose(loss(channels_last(batch)), expected, rtol=1e-3, equal_nan=True))
-        except (RuntimeError, UnsupportedModelError):
+        except (RuntimeError, LMCCurvatureError):
             return False
 
 

@@ -53,7 +53,8 @@ class Objective:
 
     The objective takes a snapshot of the network: what is done to the network afterwards does not change it, and
     nothing done here changes the network (its parameters, buffers, mode and gradients) or the global random number
-    generators. Dropout is off. Batches weigh by their number of examples; sums over batches are kept in float64.
+    generators. Dropout is off. Batches weigh by what their loss is a mean over, see `LossFunction`; sums over batches
+    are kept in float64.
 
     Args:
         model: Any module. Its parameters need not require gradients.
@@ -178,11 +179,13 @@ class Objective:
         return {name: to_device(tensor.detach(), self.device, self.dtype) for name, tensor in state.items()}
 
     @contextlib.contextmanager
-    def one_pass(self, *, progress: bool | None = None, description: str = "batches") -> Iterator[Iterator[Batch]]:
+    def one_pass(
+        self, *, progress: bool | None = None, description: str = "batches", weightless: bool = False
+    ) -> Iterator[Iterator[Batch]]:
         """Visit the loader once: `with objective.one_pass() as batches: for batch in batches: …`.
 
         A shuffling or augmenting loader draws from the global random number generators; they are restored when
-        the block ends, also by an exception.
+        the block ends, also by an exception. Batches without a target that counts come if `weightless`.
 
         Raises:
             LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
@@ -195,8 +198,8 @@ class Objective:
             yield visit(
                 self.loader,
                 max_batches=self.max_batches,
-                pairs=self.has_output,
-                size=self.loss_fn.size if isinstance(self.loss_fn, BatchLoss) else None,
+                count=self._network_loss.count,
+                weightless=weightless,
                 place=lambda tensor: to_device(tensor, self.device, self.dtype),
                 bar=bar,
             )
@@ -215,7 +218,7 @@ class Objective:
         """Loss, network output and target of one batch at `state`; the last two are None for a `BatchLoss`."""
         entries = {**self._entries, **state}
         self._soundness.check(entries, batch)
-        return self._network_loss.at(entries, batch.data)
+        return self._network_loss.at(entries, batch.data, batch.index)
 
     def check_derivatives(self, state: State, batch: Batch, *, second: bool = True) -> None:
         """Before the first derivative is taken, compare it with differences of the loss on a few examples of a batch.
@@ -287,12 +290,12 @@ class Objective:
         point = self._point(state)
         if self.batch_norm == "recalibrate":
             point |= self.recalibrated([point])[0]
-        values, sizes = [], []
+        values, weights = [], []
         with torch.no_grad(), self.measuring(), self.one_pass(progress=False) as batches:
             for batch in batches:
                 values.append(finite_loss(self.batch_loss(point, batch), batch))
-                sizes.append(batch.size)
-        return float(weighted_mean(np.array(values), np.array(sizes)))
+                weights.append(batch.weight)
+        return float(weighted_mean(np.array(values), np.array(weights)))
 
     def gradient(self, state: State | None = None) -> dict[str, Tensor]:
         """Gradient of the mean loss at `state`: entry name to a tensor of the entry's shape and dtype.
@@ -304,7 +307,7 @@ class Objective:
         point = self._point(state)
         leaves = as_leaves({name: point[name] for name in self._movable})
         total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
-        examples = 0
+        weight = 0.0
         with self.one_pass(progress=False) as batches:
             for batch in batches:
                 self.check_derivatives(point, batch, second=False)
@@ -314,9 +317,9 @@ class Objective:
                 check_differentiable(loss)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
                 for accumulated, gradient in zip(total.values(), gradients, strict=True):
-                    accumulated.add_(gradient, alpha=batch.size)
-                examples += batch.size
-        return {name: (tensor / examples).to(self.dtype) for name, tensor in total.items()}
+                    accumulated.add_(gradient, alpha=batch.weight)
+                weight += batch.weight
+        return {name: (tensor / weight).to(self.dtype) for name, tensor in total.items()}
 
     def _point(self, state: State | None) -> dict[str, Tensor]:
         point = {**self.state(), **self.place(state or {})}
@@ -360,9 +363,12 @@ class Objective:
 
         def evaluate(state: State, batch: Batch) -> None:
             # Statistics that are not finite would spoil the mean over all batches: here the batch is still known.
-            finite_loss(self.batch_loss(state, batch), batch, ", while statistics are re-estimated")
+            loss = self.batch_loss(state, batch)
+            if batch.weight:
+                finite_loss(loss, batch, ", while statistics are re-estimated")
 
         refuse_iterator(self.loader, "batch_norm='recalibrate' visits the loader twice")
-        with torch.no_grad(), self.one_pass(progress=progress, description="recalibrating") as batches:
+        visit_all = self.one_pass(progress=progress, description="recalibrating", weightless=True)
+        with torch.no_grad(), visit_all as batches:
             means = self._normalization.mean_statistics(states, batches, evaluate)
         return [{entry: value.to(self.dtype) for entry, value in statistics.items()} for statistics in means]

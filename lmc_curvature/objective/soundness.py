@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.losses import NetworkLoss
+from lmc_curvature.objective.losses import NetworkLoss, warn_of_cuts
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization
@@ -59,7 +59,9 @@ class Soundness:
             UnsupportedModelError: The loss is not a function of the state; see `check_soundness`.
             ArchitectureMismatchError: A twin computes something else; see `check_twin`.
         """
-        self._memo("checks of the loss", lambda: self._check(state, batch))
+        # A batch in which nothing counts has no loss.
+        if batch.weight:
+            self._memo("checks of the loss", lambda: self._check(state, batch))
 
     def _check(self, state: State, batch: Batch) -> None:
         originals = [(name, tensor) for name, reference in self.originals if (tensor := reference()) is not None]
@@ -99,6 +101,8 @@ def check_soundness(
 ) -> None:
     """Refuse a network whose loss is not a function of its state; it is evaluated twice.
 
+    A loss whose value depends on how the data are cut into batches is warned of.
+
     Args:
         network_loss: The network and its loss.
         state: All entries of the network.
@@ -129,9 +133,10 @@ def check_soundness(
                 "evaluated before. Switch that off (max_norm of an embedding, running averages in evaluation mode)."
             )
     with torch.enable_grad():
-        again = network_loss.at({**constants, **leaves}, data)[0]
+        again, output, target = network_loss.at({**constants, **leaves}, data)
     _refuse_dependence(again, parameters)
     _refuse_difference(losses[0].item(), again.item())
+    warn_of_cuts(network_loss, output, target)
 
 
 def _refuse_drawing(network_loss: nn.Module, name: str) -> None:

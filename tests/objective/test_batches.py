@@ -1,5 +1,6 @@
 """Claim: batches of any form are counted, described and moved without changing what they are."""
 
+import re
 from collections import UserDict, namedtuple
 from itertools import count
 
@@ -154,3 +155,34 @@ def test_what_is_no_pair_of_examples_is_described(data, message):
 def test_what_cannot_be_counted_is_described(data, message):
     with pytest.raises(LoaderError, match=f"Batch 2 .*{message}.*BatchLoss"):
         count_examples(data, 2, any_form=True)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        (torch.zeros(6, 11, 3), torch.zeros(11)),
+        (X, torch.zeros(10)),
+        (X, torch.zeros(())),
+        ({"mask": None, "ids": X}, {"y": torch.zeros(4, 2)}),
+        ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], [{"boxes": torch.zeros(2, 4)}, {"boxes": torch.zeros(1, 4)}]),
+        ((torch.zeros(2, 12), X), Y),
+    ],
+)
+def test_first_axes_that_are_not_the_examples_are_refused(data):
+    x, y = (tuple(tensors_in(part)[0].shape) for part in data)
+    message = f"Batch 3 .* x of shape {x} and y of shape {y}.*batch_first=True.*BatchLoss(fn, size=...)"
+    with pytest.raises(LoaderError, match=re.escape(message).replace(re.escape(".*"), ".*")):
+        count_examples(data, 3)
+    assert count_examples(data, 3, any_form=True) == x[0]
+
+
+def test_one_graph_with_one_target_is_a_batch_of_one():
+    assert count_examples((torch.zeros(1, 4), torch.zeros(())), 0) == 1
+
+
+def test_a_batch_weighs_its_examples_unless_it_is_said():
+    assert Batch(0, 5, None).weight == 5.0
+    assert Batch(0, 5, None, 2.5).weight == 2.5
+    assert Batch(0, 5, None).is_first
+    assert not Batch(2, 5, None, skipped=1).is_first
+    assert Batch(2, 5, None, skipped=2).is_first

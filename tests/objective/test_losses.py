@@ -1,5 +1,6 @@
 """Claim: a loss is a real, finite mean over examples, and what is none is refused by name."""
 
+import contextlib
 import functools
 from collections import namedtuple
 
@@ -21,10 +22,10 @@ Pair = namedtuple("Pair", ["x", "y"])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64])
-def test_a_loss_module_with_weights_weighs_batches_by_examples(dtype):
+def test_a_loss_module_with_weights_weighs_batches_by_what_it_divides_by(dtype):
     batches, model = in_float32(VECTORS.batches()), VECTORS.model().float()
     loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([0.2, 1.0, 3.0]))
-    expected = sum(len(x) * loss_fn(model(x), y) for x, y in batches).item() / 15
+    expected = plain_loss(model, joined(batches), loss_fn).item()
     with untouched(model, loss_fn):
         assert Objective(model, batches, loss_fn=loss_fn, dtype=dtype).loss() == pytest.approx(expected, rel=1e-6)
 
@@ -116,3 +117,119 @@ def test_what_is_no_mean_is_refused(loss_fn, message):
 @pytest.mark.parametrize("loss_fn", [None, F.mse_loss, nn.MSELoss(), BatchLoss(lambda model, batch: None)])
 def test_means_are_no_faults(loss_fn):
     check_reduction(loss_fn)
+
+
+# Losses whose value depends on how the data are cut into batches
+
+OUTPUTS = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+UNEVEN = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 1])
+BINARY = (torch.arange(27).view(9, 3) % 2).float()
+WEIGHTS = torch.tensor([0.2, 1.0, 5.0])
+
+
+class _Identity(nn.Module):
+    """The data themselves, scaled by a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+def _in_place(output, target):
+    output.sub_(output.amax(1, keepdim=True))
+    target.sub_(1)
+    return F.cross_entropy(output, target + 1)
+
+
+MEANS = {
+    "squares": (F.mse_loss, OUTPUTS.flip(1)),
+    "squares, module": (nn.MSELoss(), OUTPUTS.flip(1)),
+    "squares, one column": (lambda output, target: F.mse_loss(output[:, 0], target), OUTPUTS[:, 1]),
+    "absolute values": (nn.SmoothL1Loss(), OUTPUTS.flip(1)),
+    "cross-entropy": (lambda output, target: F.cross_entropy(output, target), UNEVEN),
+    "smoothed": (nn.CrossEntropyLoss(label_smoothing=0.1), UNEVEN),
+    "weighed rightly": (nn.CrossEntropyLoss(weight=WEIGHTS), UNEVEN),
+    "ignored rightly": (nn.CrossEntropyLoss(ignore_index=2), UNEVEN),
+    "binary": (F.binary_cross_entropy_with_logits, BINARY),
+    "binary, weighed": (nn.BCEWithLogitsLoss(pos_weight=WEIGHTS), BINARY),
+    "probabilities": (lambda output, target: F.binary_cross_entropy(output.sigmoid(), target), BINARY),
+    "distillation": (
+        lambda output, target: F.kl_div(output.log_softmax(1), target, reduction="batchmean"),
+        OUTPUTS.flip(1).softmax(1),
+    ),
+    "margin": (nn.MultiMarginLoss(), UNEVEN),
+    "in place": (_in_place, UNEVEN),
+    "in float32": (lambda output, target: F.cross_entropy(output.float(), target), UNEVEN),
+    "in half precision": (lambda output, target: F.mse_loss(output.bfloat16(), target.bfloat16()), OUTPUTS.flip(1)),
+    "masked": (lambda output, target: F.cross_entropy(output - 1e9 * torch.tensor([0, 1, 0]), target), UNEVEN),
+    "a constant added": (lambda output, target: F.cross_entropy(output, target) + 3, UNEVEN),
+    "of no batch": (lambda output, target: output.square().mean(), UNEVEN),
+    "not for halves": (lambda output, target: (output.square() * torch.arange(9.0)[:, None]).mean(), UNEVEN),
+}
+NO_MEANS = {
+    "weights": (lambda output, target: F.cross_entropy(output, target, weight=WEIGHTS), UNEVEN),
+    "ignored": (lambda output, target: F.cross_entropy(output, target, ignore_index=0), UNEVEN),
+    "a sum": (lambda output, target: F.cross_entropy(output, target, reduction="sum"), UNEVEN),
+    "a constant divisor": (lambda output, target: F.mse_loss(output, target, reduction="sum") / 27, OUTPUTS.flip(1)),
+    "a root": (lambda output, target: F.mse_loss(output, target).sqrt(), OUTPUTS.flip(1) * torch.arange(9.0)[:, None]),
+    "broadcast": (lambda output, target: (output[:, :1] - target).square().mean(), OUTPUTS[:, 1]),
+    "overlap": (lambda output, target: 1 - 2 * (output.sigmoid() * target).sum() / (output + target).sum(), BINARY),
+    "weights, masked outputs": (
+        lambda output, target: F.cross_entropy(output, target.where(target != 1, 0), weight=WEIGHTS),
+        UNEVEN,
+    ),
+    "contrast": (lambda output, _: F.cross_entropy(output @ output.T, torch.arange(len(output))), UNEVEN),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [9, 8, 5, 2, 1])
+@pytest.mark.parametrize(("loss_fn", "target"), MEANS.values(), ids=MEANS)
+def test_means_are_not_warned_of(loss_fn, target, size, dtype, recwarn):
+    objective = Objective(_Identity(), [(OUTPUTS[:size], target[:size].clone())], loss_fn=loss_fn, dtype=dtype)
+    with contextlib.suppress(LossError):
+        # One of them insists on nine examples.
+        objective.loss()
+    assert not [str(warning.message) for warning in recwarn if "cut into batches" in str(warning.message)]
+
+
+@pytest.mark.parametrize("compute", [Objective.loss, Objective.gradient])
+@pytest.mark.parametrize(("loss_fn", "target"), NO_MEANS.values(), ids=NO_MEANS)
+def test_what_is_no_mean_is_warned_of_once(loss_fn, target, compute):
+    outputs = OUTPUTS.clone()
+    if loss_fn is NO_MEANS["weights, masked outputs"][0]:
+        outputs[:, 1] = -1e9
+    objective = Objective(_Identity(), [(outputs, target)] * 2, loss_fn=loss_fn, witness=False)
+    with pytest.warns(UserWarning, match=r"cut into batches.*BatchLoss\(fn, size=\.\.\.\).*weight=") as caught:
+        compute(objective)
+        compute(objective)
+    assert len(caught) == 1
+
+
+def test_means_over_many_examples_are_not_warned_of(recwarn):
+    """Rounding of long sums, of large outputs and of saturated classes is no cut."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(3, (4097,), generator=generator)
+    for scale in (1e-4, 1.0, 1e3):
+        x = scale * torch.randn(4097, 3, generator=generator)
+        for data in ((x, target), (x + 50 * scale * F.one_hot(target, 3), target)):
+            Objective(_Identity(), [data], loss_fn=lambda output, y: F.cross_entropy(output, y)).loss()
+        Objective(_Identity(), [(x, x + 1)], loss_fn=nn.MSELoss()).loss()
+        Objective(_Identity(), [(x, x)], loss_fn=lambda output, y: (output - output.roll(1, 1)).mean()).loss()
+    assert not recwarn
+
+
+@pytest.mark.parametrize("size", [0.0, -0.5, float("nan"), float("inf"), torch.tensor(0.0)])
+def test_sizes_that_are_not_positive_are_refused(size):
+    loss_fn = BatchLoss(lambda model, batch: model(batch[0]).mean(), size=lambda batch: size)
+    with pytest.raises(LoaderError, match="Batch 0 .*expected at least one, or a positive sum of their weights"):
+        Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn).loss()
+
+
+def test_sizes_that_are_no_numbers_are_described():
+    loss_fn = BatchLoss(lambda model, batch: model(batch[0]).mean(), size=lambda batch: batch[1])
+    with pytest.raises(LoaderError, match=r"size of batch 0 .* a tensor of shape \(6,\).*expected a positive number"):
+        Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn).loss()

@@ -252,7 +252,7 @@ FLAWS = {
         NonFiniteError,
         r"loss is nan at batch 2 \(1 examples\)(\.|, while statistics are re-estimated\.) Check the data of that batch",
     ),
-    "wrong shape": (lambda: (torch.ones(2, 9, 5, 5), torch.tensor([0, 1])), RuntimeError, "channels"),
+    "wrong shape": (lambda: (torch.ones(2, 9, 5, 5), torch.tensor([0, 1])), LoaderError, "images have 9"),
     "loader fails": (_raise, OSError, "the disk is gone"),
 }
 

@@ -20,7 +20,7 @@ import torch
 from lmc_curvature.curvature.backends.peers import PeerBatch, load_peer
 from lmc_curvature.curvature.operators import Curvature, CurvatureOperator, HessianOperator
 from lmc_curvature.curvature.products import BatchGradient
-from lmc_curvature.errors import BackendError, check_choice
+from lmc_curvature.errors import BackendError, LMCCurvatureError, check_choice
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State
@@ -88,7 +88,7 @@ def _compare(peer: PeerBatch, native: BatchGradient, entries: State) -> None:
     vector = {name: torch.randn(tensor.shape, generator=generator).to(tensor) for name, tensor in entries.items()}
     try:
         products = [_flat(matrix.product(vector)) for matrix in (peer, native)]
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, LMCCurvatureError) as error:
         raise BackendError(f"backend={peer.backend!r} cannot differentiate this loss: {error}") from error
     size, error = torch.linalg.norm(products[1]), torch.linalg.norm(products[0] - products[1])
     # The relative difference beyond which it is no matter of rounding.

@@ -141,19 +141,19 @@ def cross_layer_hessian(
     with torch.inference_mode(False):
         total = BlockSum(torch.zeros(block.shape, dtype=torch.float64, device=block.device), rows, columns)
     vectorizer = Vectorizer(objective.rounding)
-    examples = 0
+    weight = 0.0
     with objective.one_pass(progress=progress, description="Hessian block") as batches:
         for batch in batches:
             objective.check_derivatives(block.point, batch)
             method = _add_batch(total, block, batch, method, vectorizer)
-            examples += batch.size
+            weight += batch.weight
     _mirror(total)
     if not all_finite(total.values):
         raise NonFiniteError(
             f"The Hessian block of {layer_a!r} and {layer_b!r} is not finite. Does the network compute something "
             "without a second derivative, such as a square root at zero?"
         )
-    return total.values.div_(examples)
+    return total.values.div_(weight)
 
 
 class _StructureError(Exception):
@@ -199,7 +199,7 @@ def _add_products(side: BlockSum, products: BatchProducts, rows: Iterable[str], 
         for done, found in products.of(unit_vectors({name: side.rows.tensors[name]}), list(columns)):
             for other, values in found.items():
                 part = side.values[start + done.start : start + done.stop, side.columns.places[other]]
-                part.add_(values, alpha=products.batch.size)
+                part.add_(values, alpha=products.batch.weight)
 
 
 def _add_structured(
@@ -220,10 +220,10 @@ def _add_structured(
             for (row, of_row), (column, of_column) in pairs:
                 rows = side.rows.of_units(row, unit, unit + 1)
                 columns = side.columns.of_units(column, start, side.columns.width)
-                side.values[rows, columns].add_(part[of_row, :, of_column].flatten(1), alpha=products.batch.size)
+                side.values[rows, columns].add_(part[of_row, :, of_column].flatten(1), alpha=products.batch.weight)
     _add_products(total.T, products, total.columns.beside, total.rows.tensors)
     _add_products(total, products, total.rows.beside, total.columns.own)
-    if products.batch.index == 0:
+    if products.batch.is_first:
         _mirror(total)
         _check_product(total, block, products)
 
@@ -289,7 +289,7 @@ def _check_product(total: BlockSum, block: CurvatureOperator, products: BatchPro
         for factor in (1.0, 1 / 3)
     )
     rounding, expected = (float(torch.linalg.norm(part)) for part in (product - scaled, product))
-    error = float(torch.linalg.norm(total.values @ vector.double() / products.batch.size - product))
+    error = float(torch.linalg.norm(total.values @ vector.double() / products.batch.weight - product))
     if not error <= 10 * rounding + block.objective.rounding**0.5 * expected:
         raise _MismatchError(
             f"the structured block times a random vector is off by {error:.2g} of {expected:.2g}: an affine module's "

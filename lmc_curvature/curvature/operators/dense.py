@@ -1,4 +1,4 @@
-"""Dense matrices and diagonals, as sums over examples of products with unit vectors."""
+"""Dense matrices and diagonals, as weighted sums over batches of products with unit vectors."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -12,22 +12,22 @@ from lmc_curvature.objective.network import State
 _COLUMNS = (64, 4096)
 _ELEMENTS = 2**24
 
-Visit = Callable[[Callable[[BatchProducts], None]], int]
-"""A function that visits the loader once, calls a function with the products of each batch, and counts the examples."""
+Visit = Callable[[Callable[[BatchProducts], None]], float]
+"""A function that visits the loader once, calls a function with the products of each batch, and sums their weights."""
 
 
-def add_columns(transposed: Float64[Tensor, "columns rows"], rows: State, columns: State, visit: Visit) -> int:
+def add_columns(transposed: Float64[Tensor, "columns rows"], rows: State, columns: State, visit: Visit) -> float:
     """Add up the columns of a matrix, with one pass over the loader per 64 to 4,096 of them.
 
     Args:
-        transposed: The sum over examples, zero before. Columns are computed one after the other, so they are what lies
-            together in memory.
+        transposed: The weighted sum over batches, zero before. Columns are computed one after the other, so they are
+            what lies together in memory.
         rows: Entries along the rows, to tensors of their shapes.
         columns: Entries along the columns, to tensors of their shapes; the same ones, if the matrix is symmetric.
         visit: Visits the loader.
 
     Returns:
-        The number of examples.
+        The sum of the batches' weights.
     """
     row_places, column_places = places_of(rows), places_of(columns)
     symmetric = list(rows) == list(columns)
@@ -35,7 +35,7 @@ def add_columns(transposed: Float64[Tensor, "columns rows"], rows: State, column
     # entries, which have the most products, need least of each.
     order = sorted(columns, key=lambda name: columns[name].numel()) if symmetric else list(columns)
     later = {name: order[number:] if symmetric else list(rows) for number, name in enumerate(order)}
-    examples = 1
+    weight = 1.0
     for units in _passes({name: columns[name] for name in order}, transposed.shape[1]):
 
         def add(products: BatchProducts, units: UnitVectors = units) -> None:
@@ -45,30 +45,30 @@ def add_columns(transposed: Float64[Tensor, "columns rows"], rows: State, column
                         part = transposed[column_places[entry]][coordinates]
                         for name in later[entry]:
                             if name in found:
-                                part[:, row_places[name]].add_(found[name][vectors], alpha=products.batch.size)
+                                part[:, row_places[name]].add_(found[name][vectors], alpha=products.batch.weight)
 
-        examples = visit(add)
+        weight = visit(add)
     if symmetric:
         for name in order:
             for other in later[name][1:]:
                 here, there = row_places[name], row_places[other]
                 transposed[there, here] = transposed[here, there].T
-    return examples
+    return weight
 
 
-def add_diagonal(diagonal: Float64[Tensor, " n"], entries: State, visit: Visit) -> int:
+def add_diagonal(diagonal: Float64[Tensor, " n"], entries: State, visit: Visit) -> float:
     """Add up the diagonal of a matrix, with one product for each coordinate.
 
     Args:
-        diagonal: The sum over examples, zero before.
+        diagonal: The weighted sum over batches, zero before.
         entries: Entries along rows and columns, to tensors of their shapes.
         visit: Visits the loader.
 
     Returns:
-        The number of examples.
+        The sum of the batches' weights.
     """
     places = places_of(entries)
-    examples = 1
+    weight = 1.0
     for units in _passes(entries, 1):
 
         def add(products: BatchProducts, units: UnitVectors = units) -> None:
@@ -77,10 +77,10 @@ def add_diagonal(diagonal: Float64[Tensor, " n"], entries: State, visit: Visit) 
                 for done, found in products.of(part, [entry]):
                     first, last = part.start + done.start, part.start + done.stop
                     own = found[entry].diagonal(first)
-                    diagonal[places[entry]][first:last].add_(own, alpha=products.batch.size)
+                    diagonal[places[entry]][first:last].add_(own, alpha=products.batch.weight)
 
-        examples = visit(add)
-    return examples
+        weight = visit(add)
+    return weight
 
 
 def _passes(entries: State, rows: int) -> Iterator[UnitVectors]:

@@ -194,14 +194,14 @@ class CurvatureOperator:
         def add(products: BatchProducts) -> None:
             for done, found in products.of(StackedDirections(directions), self.rows):
                 for name, rows in found.items():
-                    total[done, places[name]].add_(rows, alpha=products.batch.size)
+                    total[done, places[name]].add_(rows, alpha=products.batch.weight)
 
         return self._mean_of(total, self._visit(add))
 
-    def _visit(self, add: Callable[[BatchProducts], None]) -> int:
-        """Visit the loader once, and call `add` with the products of each batch; returns the number of examples."""
+    def _visit(self, add: Callable[[BatchProducts], None]) -> float:
+        """Visit the loader once, and call `add` with the products of each batch; returns the sum of their weights."""
         entries = [name for name in self.state if name in {*self.rows, *self.columns}]
-        examples = 0
+        weight = 0.0
         with self.objective.one_pass(progress=False) as batches:
             for batch in batches:
                 data = self.objective.laid_out(batch) if self.curvature.native else batch
@@ -209,11 +209,11 @@ class CurvatureOperator:
                 matrix = self.curvature.of_batch(self.objective, self.point, data, entries)
                 finite_loss(matrix.loss, batch)
                 add(BatchProducts(matrix, batch, self._vectorizer))
-                examples += batch.size
-        return examples
+                weight += batch.weight
+        return weight
 
-    def _mean_of(self, total: Float64[Tensor, "*n"], examples: int) -> Float64[Tensor, "*n"]:
-        """A sum over examples divided, in place, by their number.
+    def _mean_of(self, total: Float64[Tensor, "*n"], weight: float) -> Float64[Tensor, "*n"]:
+        """A sum over batches divided, in place, by the sum of their weights.
 
         Raises:
             NonFiniteError: The sum is not finite.
@@ -224,7 +224,7 @@ class CurvatureOperator:
                 "network compute something without a second derivative (a square root at zero), or forget values that "
                 "it computes again (torch.utils.checkpoint)?"
             )
-        return total.div_(examples)
+        return total.div_(weight)
 
     def flatten(self, state: State) -> Float[Tensor, " n"]:
         """The entries of a state, in its order, as one vector."""
@@ -261,8 +261,8 @@ class CurvatureOperator:
             "use products (H @ v, H.to_scipy()), a layer's block (H.block(layer)), or raise memory_gib.",
         )
         transposed = torch.zeros(columns, rows, dtype=torch.float64, device=self.device)
-        examples = add_columns(transposed, self._tensors(self.rows), self._tensors(self.columns), self._visit)
-        return self._mean_of(transposed, examples).T
+        weight = add_columns(transposed, self._tensors(self.rows), self._tensors(self.columns), self._visit)
+        return self._mean_of(transposed, weight).T
 
     def diagonal(self) -> Float64[Tensor, " n"]:
         """The diagonal, exactly: one product for each coordinate, one pass over the loader per 4,096; float64.

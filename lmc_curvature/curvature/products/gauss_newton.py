@@ -54,7 +54,7 @@ class BatchGaussNewton:
             self._cotangent = torch.zeros_like(self._output, requires_grad=True)
             self._pulled = gradients([self._output], self._leaves, [self._cotangent], create_graph=True)
         self.loss = loss.detach()
-        if batch.index == 0:
+        if batch.is_first:
             refuse_once_differentiable([loss, self._slope, self._output, *self._pulled.values()])
 
     @functools.cached_property

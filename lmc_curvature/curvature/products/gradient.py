@@ -52,7 +52,7 @@ class BatchGradient:
             self._gradient = gradients([loss], self._leaves, create_graph=True)
         self._graph = loss
         self.loss = loss.detach()
-        if batch.index == 0:
+        if batch.is_first:
             refuse_once_differentiable([self._graph, *self._gradient.values()])
 
     @functools.cached_property

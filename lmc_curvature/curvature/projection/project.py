@@ -83,6 +83,7 @@ def project_hessian_at(
     problem = Problem.of(objective, states, directions, memory_gib=memory_gib)
     project = project_by_products if method == "hvp" else project_by_sweep
     sizes: list[int] = []
+    weights: list[float] = []
     values: list[list[BatchValues]] = [[] for _ in problem.points]
     with objective.one_pass(progress=progress, description="curvature") as batches:
         for batch in batches:
@@ -100,6 +101,7 @@ def project_hessian_at(
                 project = project_by_products
                 found = [project(problem, point, batch) for point in problem.points]
             sizes.append(batch.size)
+            weights.append(batch.weight)
             for of_point, of_batch in zip(values, found, strict=True):
                 of_point.append(of_batch)
-    return [Projection.of(sizes, of_point) for of_point in values]
+    return [Projection.of(sizes, of_point, weights) for of_point in values]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from lmc_curvature.averages import standard_error, weighted_mean
 from lmc_curvature.curvature.problem import BatchValues
@@ -22,18 +22,28 @@ class Projection:
         batch_losses: Mean loss of each batch, (batches,).
         batch_slopes: Slopes of each batch's loss, (batches, k).
         batch_curvatures: Curvature of each batch's loss, (batches, k, k).
+        batch_weights: What each batch counts for in means, (batches,); None where that is its number of examples.
     """
 
     batch_sizes: Int[np.ndarray, " batches"]
     batch_losses: Float[np.ndarray, " batches"]
     batch_slopes: Float[np.ndarray, "batches k"]
     batch_curvatures: Float[np.ndarray, "batches k k"]
+    batch_weights: Float[np.ndarray, " batches"] | None = None
 
     @classmethod
-    def of(cls, sizes: Sequence[int], values: Sequence[BatchValues]) -> "Projection":
-        """The projection whose batches have the given sizes and values."""
+    def of(
+        cls, sizes: Sequence[int], values: Sequence[BatchValues], weights: Sequence[float] | None = None
+    ) -> "Projection":
+        """The projection whose batches have the given sizes, values and weights (by default the sizes)."""
         losses, slopes, curvatures = zip(*values, strict=True)
-        return cls(np.array(sizes), np.array(losses), np.stack(slopes), np.stack(curvatures))
+        own = None if weights is None or list(weights) == list(sizes) else np.array(weights, dtype=np.float64)
+        return cls(np.array(sizes), np.array(losses), np.stack(slopes), np.stack(curvatures), own)
+
+    @property
+    def weights(self) -> Real[np.ndarray, " batches"]:
+        """What each batch counts for in means over the data."""
+        return self.batch_sizes if self.batch_weights is None else self.batch_weights
 
     @property
     def examples(self) -> int:
@@ -42,30 +52,30 @@ class Projection:
 
     @cached_property
     def loss(self) -> float:
-        """Mean loss over the examples."""
-        return float(weighted_mean(self.batch_losses, self.batch_sizes))
+        """Mean loss over the data."""
+        return float(weighted_mean(self.batch_losses, self.weights))
 
     @cached_property
     def slopes(self) -> Float[np.ndarray, " k"]:
         """Directional derivatives of the mean loss."""
-        return weighted_mean(self.batch_slopes, self.batch_sizes)
+        return weighted_mean(self.batch_slopes, self.weights)
 
     @cached_property
     def curvature(self) -> Float[np.ndarray, "k k"]:
         """UᵀHU of the mean loss, symmetric."""
-        return weighted_mean(self.batch_curvatures, self.batch_sizes)
+        return weighted_mean(self.batch_curvatures, self.weights)
 
     @property
     def loss_se(self) -> float:
         """Standard error of `loss`, from the spread between batches; NaN for a single batch."""
-        return float(standard_error(self.batch_losses, self.batch_sizes))
+        return float(standard_error(self.batch_losses, self.weights))
 
     @property
     def slopes_se(self) -> Float[np.ndarray, " k"]:
         """Standard errors of `slopes`."""
-        return standard_error(self.batch_slopes, self.batch_sizes)
+        return standard_error(self.batch_slopes, self.weights)
 
     @property
     def curvature_se(self) -> Float[np.ndarray, "k k"]:
         """Standard errors of `curvature`."""
-        return standard_error(self.batch_curvatures, self.batch_sizes)
+        return standard_error(self.batch_curvatures, self.weights)

@@ -1,0 +1,139 @@
+"""Cross-entropy and its like: which losses these are, what a batch's targets weigh in them, and which they refuse."""
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from lmc_curvature.errors import LossError
+from lmc_curvature.objective.batches import describe
+
+_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
+    nn.CrossEntropyLoss.forward: F.cross_entropy,
+    nn.NLLLoss.forward: F.nll_loss,
+    nn.BCEWithLogitsLoss.forward: F.binary_cross_entropy_with_logits,
+    nn.BCELoss.forward: F.binary_cross_entropy,
+}
+
+
+def torch_function(loss_fn: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The function that a loss is, where torch's modules are functions, too, and the options that it is given."""
+    if isinstance(loss_fn, functools.partial):
+        # What is bound by its place is no option.
+        return None if loss_fn.args else loss_fn.func, loss_fn.keywords
+    function = _FUNCTIONS.get(getattr(type(loss_fn), "forward", None))
+    return (loss_fn, {}) if function is None else (function, {**vars(loss_fn), **vars(loss_fn)["_buffers"]})
+
+
+@dataclass(frozen=True, eq=False)
+class ClassLoss:
+    """A loss of torch between outputs (n, classes, …) and class indices (n, …), or class probabilities.
+
+    Attributes:
+        function: `F.cross_entropy` or `F.nll_loss`.
+        weights: The weight of each class, in float64 on the CPU; None where all weigh the same.
+        ignore_index: The label of positions that do not count.
+    """
+
+    function: Callable[..., Tensor]
+    weights: Tensor | None
+    ignore_index: int
+
+    @classmethod
+    def of(cls, loss_fn: Any) -> "ClassLoss | None":
+        """A loss as one of these; None for any other."""
+        function, options = torch_function(loss_fn)
+        if function not in (F.cross_entropy, F.nll_loss) or {"size_average", "reduce"} & options.keys():
+            return None
+        weights = options.get("weight")
+        weights = None if weights is None else weights.detach().double().cpu()
+        return cls(function, weights, options.get("ignore_index", -100))
+
+    def labels(self, target: Tensor) -> Int[Tensor, " counted"]:
+        """The class indices of the positions that count."""
+        # Of a small unsigned type, a label may equal the index that is left out, modulo 256.
+        labels = target.long()
+        return labels[labels != self.ignore_index]
+
+    def weight_of(self, target: Tensor) -> float:
+        """What torch divides by in the mean over targets: the sum of their classes' weights, without ignored ones.
+
+        Class probabilities count by their number, whatever the classes weigh.
+        """
+        if target.is_floating_point():
+            return float(target.numel() // target.shape[1]) if target.ndim > 1 else 1.0
+        labels = self.labels(target)
+        return float(labels.numel()) if self.weights is None else float(self.weights[labels.cpu()].sum())
+
+    def check_labels(self, target: Tensor, classes: int, index: int, *, of: str = "the network's output") -> None:
+        """Refuse class indices that are none of the classes of the network's output, or of something else.
+
+        Raises:
+            LossError: Names the label, its batch and the number of classes.
+        """
+        labels = self.labels(target)
+        if not labels.numel():
+            return
+        least, most = (int(label) for label in labels.aminmax())
+        if least < 0 or most >= classes:
+            label = least if least < 0 else most
+            raise LossError(
+                f"Batch {index} has the label {label}, which is none of the {classes} classes of {of} (0 to "
+                f"{classes - 1}). Correct the targets or the network's last layer; positions that should not count are "
+                f"left out by loss_fn=nn.CrossEntropyLoss(ignore_index={label})."
+            )
+
+    def check(self, output: Any, target: Any, index: int) -> int | None:
+        """Refuse outputs and targets that are not of classes.
+
+        Args:
+            output: The network's output.
+            target: The targets.
+            index: Place of the batch in the loader.
+
+        Returns:
+            The number of classes; None where it cannot be told (torch will say why), or may change with the batch.
+
+        Raises:
+            LossError: The output has one column, a target is no class, or no probability.
+        """
+        if not isinstance(output, Tensor) or not isinstance(target, Tensor) or output.ndim == 0:
+            return None
+        if output.ndim == 1 and target.ndim == 0:
+            return None
+        classes = output.shape[1] if output.ndim > 1 else 1
+        if classes == 1 and self.function is F.cross_entropy:
+            raise LossError(
+                f"Cross-entropy of one column is always 0: batch {index} has {describe(output)}, with targets "
+                f"{describe(target)}. For real-valued targets pass loss_fn=F.mse_loss, for targets 0 and 1 "
+                "loss_fn=F.binary_cross_entropy_with_logits."
+            )
+        if not target.is_floating_point():
+            if target.shape != (output.shape[0], *output.shape[2:]):
+                return None
+            self.check_labels(target, classes, index)
+            # As many classes as examples: the examples may be the classes, as in a contrastive loss.
+            return classes if output.shape[0] != classes else None
+        if target.shape == output.shape and not are_probabilities(target):
+            fault = (
+                f"Batch {index} has real-valued targets that are no class probabilities, of which cross-entropy is made"
+            )
+            remedy = "For regression pass loss_fn=F.mse_loss, for several labels F.binary_cross_entropy_with_logits."
+            if bool((target < 0).any()):
+                raise LossError(f"{fault}: some are negative. {remedy}")
+            warnings.warn(f"{fault}: they do not sum to 1. {remedy}", stacklevel=2)
+        return classes
+
+
+def are_probabilities(target: Tensor) -> bool:
+    """Whether a tensor (n, classes, …) holds probabilities of classes, up to the rounding of half precision."""
+    if not target.is_floating_point() or target.ndim < 2:
+        return False
+    sums = target.sum(dim=1)
+    return bool((target >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), rtol=1e-2)

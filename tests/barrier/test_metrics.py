@@ -1,0 +1,154 @@
+"""Claim: the error is the share of what counts and is decided wrongly, and what cannot be read so is refused."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmc_curvature import measure_barrier
+from lmc_curvature.errors import OptionError
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(20, 3, generator=GENERATOR)
+IMAGES = torch.randn(5, 3, 4, 6, generator=GENERATOR)
+BITS = (torch.arange(20) % 3 == 0).float()
+CLASSES = torch.arange(20) % 4
+
+
+class _LastAxis(nn.Module):
+    """Classes along the last axis, as language models have them."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.linear = nn.Linear(3, classes)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def _ends(make, batches, loss_fn, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nets = make(), make()
+    found = measure_barrier(*nets, batches, loss_fn=loss_fn, alphas=3, progress=False, **options)
+    return nets, found.ends("error")
+
+
+def _tokens_loss(output, target):
+    return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
+def _column():
+    return nn.Linear(3, 1)
+
+
+def _numbers():
+    return nn.Sequential(nn.Linear(3, 1), nn.Flatten(0))
+
+
+def _probabilities():
+    return nn.Sequential(nn.Linear(3, 1), nn.Sigmoid())
+
+
+READ = {
+    "logits, column": (_column, X, BITS[:, None], F.binary_cross_entropy_with_logits, lambda o: o > 0),
+    "logits, module": (_column, X, BITS[:, None], nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0)), lambda o: o > 0),
+    "logits, partial": (
+        _numbers,
+        X,
+        BITS,
+        functools.partial(F.binary_cross_entropy_with_logits, pos_weight=torch.tensor(3.0)),
+        lambda o: o > 0,
+    ),
+    "logits, all ones": (_column, X, torch.ones(20, 1), F.binary_cross_entropy_with_logits, lambda o: o > 0),
+    "probabilities": (_probabilities, X, BITS[:, None], nn.BCELoss(), lambda o: o > 0.5),
+    "probabilities, function": (_probabilities, X, BITS[:, None], F.binary_cross_entropy, lambda o: o > 0.5),
+    "binary pixels": (
+        lambda: nn.Conv2d(3, 1, 1),
+        IMAGES,
+        (IMAGES[:, :1] > 0).float(),
+        nn.BCEWithLogitsLoss(),
+        lambda o: o > 0,
+    ),
+    "classes": (lambda: nn.Linear(3, 4), X, CLASSES, None, lambda o: o.argmax(1)),
+    "pixels": (lambda: nn.Conv2d(3, 4, 1), IMAGES, IMAGES.argmax(1), None, lambda o: o.argmax(1)),
+    "pixels, any loss": (
+        lambda: nn.Conv2d(3, 4, 1),
+        IMAGES,
+        IMAGES.argmax(1),
+        lambda output, target: F.cross_entropy(output, target),
+        lambda o: o.argmax(1),
+    ),
+    "tokens": (lambda: _LastAxis(4), X.view(4, 5, 3), CLASSES.view(4, 5), _tokens_loss, lambda o: o.argmax(-1)),
+    "as many tokens as classes": (
+        lambda: _LastAxis(4),
+        X.view(5, 4, 3),
+        CLASSES.view(5, 4),
+        nn.CrossEntropyLoss(),
+        lambda o: o.argmax(1),
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "x", "target", "loss_fn", "decide"), READ.values(), ids=READ)
+def test_the_error_is_the_share_of_wrong_decisions(make, x, target, loss_fn, decide):
+    for batches in ([(x, target)], [(x[:1], target[:1]), (x[1:], target[1:])]):
+        nets, found = _ends(make, batches, loss_fn)
+        expected = [(decide(net(x)) != target).double().mean().item() for net in nets]
+        assert 0 < sum(expected) < 2
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def _no_sense(output, target):
+    return output.square().mean() + 0 * target.sum()
+
+
+REFUSED = {
+    "regression": (_column, X, torch.randn(20, 1, generator=GENERATOR), F.mse_loss),
+    "regression of 0 and 1": (_column, X, BITS[:, None], F.mse_loss),
+    "regression, more columns": (lambda: nn.Linear(3, 2), X, X[:, :2], F.mse_loss),
+    "soft bits": (_column, X, 0.8 * BITS[:, None] + 0.1, F.binary_cross_entropy_with_logits),
+    "several labels": (lambda: nn.Linear(3, 2), X, (X[:, :2] > 0).float(), F.binary_cross_entropy_with_logits),
+    "as many tokens as classes, unknown loss": (
+        lambda: _LastAxis(4),
+        X.view(5, 4, 3),
+        CLASSES.view(5, 4),
+        _tokens_loss,
+    ),
+    "targets beyond": (lambda: nn.Linear(3, 3), X, CLASSES, _no_sense),
+    "unknown labels left out": (
+        lambda: nn.Linear(3, 4),
+        X,
+        CLASSES.where(CLASSES > 0, -100),
+        lambda output, target: F.cross_entropy(output, target),
+    ),
+    "one class": (_column, X, torch.zeros(20, dtype=torch.long), _no_sense),
+    "one column of indices": (lambda: nn.Linear(3, 4), X, CLASSES[:, None], _no_sense),
+}
+
+
+@pytest.mark.parametrize("policy", ["interpolate", "recalibrate"])
+@pytest.mark.parametrize(("make", "x", "target", "loss_fn"), REFUSED.values(), ids=REFUSED)
+def test_what_it_does_not_understand_is_refused_at_once(make, x, target, loss_fn, policy):
+    calls = []
+
+    def counted(output, target):
+        calls.append(1)
+        return loss_fn(output, target)
+
+    batches = [(x, target)] * 6
+    for loss in (loss_fn, counted):
+        with pytest.raises(OptionError, match=r"class indices \(n, …\).*one column.*batch 0 has.*metrics=\('loss',\)"):
+            _ends(make, batches, loss, batch_norm=policy)
+    # The checks of the first batch, and one evaluation.
+    assert len(calls) <= 6
+    measure_barrier(make(), make(), batches, loss_fn=loss_fn, metrics=("loss",), alphas=3, progress=False)
+
+
+def test_a_later_batch_is_named():
+    batches = [(X, BITS[:, None]), (X, 0.5 * BITS[:, None])]
+    with pytest.raises(OptionError, match="batch 1 has"):
+        _ends(_column, batches, F.binary_cross_entropy_with_logits)
