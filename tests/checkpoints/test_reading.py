@@ -173,10 +173,13 @@ def test_files_without_a_state_dict(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match=r"list\.pt holds list; expected a state dict"):
         load_checkpoint(model, tmp_path / "list.pt")
-    torch.save({"net": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"2 not tensors \(net, epoch\).*under 'state_dict'"):
+    torch.save({"args": {"width": 2}, "epoch": 3}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"other\.pt holds no state dict.*at the top it has 'args', 'epoch'"):
         load_checkpoint(model, tmp_path / "other.pt")
+    torch.save({"net": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "strange.pt")
+    with pytest.raises(CheckpointError, match=r"strange\.pt \(read with key='net'\) does not fit.*1 unexpected \(a\)"):
+        load_checkpoint(model, tmp_path / "strange.pt")
     with pytest.raises(CheckpointError, match=r"none\.pt does not exist"):
         load_checkpoint(model, tmp_path / "none.pt")
-    with pytest.raises(CheckpointError, match="is a directory"):
+    with pytest.raises(CheckpointError, match=r"is a directory, and holds neither model\.safetensors nor"):
         load_checkpoint(model, tmp_path)
