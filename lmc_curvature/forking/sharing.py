@@ -11,10 +11,12 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import torch
@@ -105,31 +107,59 @@ def helpers(count: int, work: Callable[[], object]) -> Iterator[None]:
         work: A function that can be pickled.
     """
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_help, args=(os.getpid(), work)) for _ in range(count)]
-    for process in processes:
-        process.start()
+    reasons = context.SimpleQueue()
+    processes = [context.Process(target=_help, args=(os.getpid(), work, reasons)) for _ in range(count)]
+    with _interrupts_ignored():
+        for process in processes:
+            process.start()
     try:
         yield
         for process in processes:
             process.join()
         failed = [process.exitcode for process in processes if process.exitcode]
         if failed:
-            warnings.warn(
-                f"{len(failed)} of {count} helper processes ended early (exit codes {failed}); their work was done by "
-                "the others. Is there memory enough for so many workers?",
-                stacklevel=3,
-            )
+            _warn_of(failed, count, reasons)
     finally:
         for process in processes:
             process.terminate()
             process.join()
 
 
-def _help(parent: int, work: Callable[[], object]) -> None:
-    # Ctrl-C reaches every process of a terminal; the first one decides, and ends its helpers.
+def _warn_of(failed: Sequence[int], count: int, reasons: SimpleQueue) -> None:
+    reason, remedy = f"exit codes {list(failed)}", " Is there memory enough for so many workers?"
+    if not reasons.empty():
+        reason, remedy = reasons.get(), ""
+    warnings.warn(
+        f"{len(failed)} of {count} helper processes ended early ({reason}); their work was done by the others.{remedy}",
+        stacklevel=4,
+    )
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Within the block, Ctrl-C does nothing here, and never anything in the processes that are started.
+
+    Ctrl-C reaches every process of a terminal, also those that are still importing; the first one decides, and ends its
+    helpers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
+def _help(parent: int, work: Callable[[], object], reasons: SimpleQueue) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    work()
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the process that asked for help tells of it
+        reasons.put(f"{type(error).__name__}: {error}")
+        sys.exit(1)
 
 
 def _end_with(parent: int) -> None:

@@ -71,12 +71,24 @@ def visit(
         LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
     """
     index = -1
-    for index, data in enumerate(islice(loader, max_batches)):
+    for index, data in enumerate(_noting_place(islice(loader, max_batches))):
         yield Batch(index, count_examples(data, index, any_form=not pairs, size=size), map_tensors(place, data))
         bar.update()
     if index < 0:
         refuse_iterator(loader, "The loader yielded no batch: it may have been used up by an earlier pass")
         raise LoaderError("The loader yielded no batch; expected at least one.")
+
+
+def _noting_place(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches, and note on an error of the loader's own at which it was raised."""
+    count = 0
+    try:
+        for data in batches:
+            yield data
+            count += 1
+    except Exception as error:
+        error.add_note(f"batch {count} of the loader")
+        raise
 
 
 def count_examples(data: Any, index: int, *, any_form: bool = False, size: Callable[[Any], int] | None = None) -> int:
