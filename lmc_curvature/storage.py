@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import safetensors.numpy
 
+from lmc_curvature import __version__
 from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError, OptionError
 
 _HEADER = "lmc_curvature"
@@ -138,7 +139,7 @@ def make_header(kind: str, entries: Mapping[str, Any], metadata: Mapping[str, An
     It has one key: safetensors writes several in no fixed order, and the same result should give the same bytes.
     """
     contents = {"kind": kind, "version": _VERSION, "metadata": metadata, "checksum": _checksum(entries, metadata)}
-    return {_HEADER: json.dumps(contents)}
+    return {_HEADER: json.dumps({**contents, "release": __version__})}
 
 
 def read_safetensors(
@@ -164,7 +165,7 @@ def check_header(path: str | os.PathLike[str], header: Mapping[str, Any], entrie
         NewerVersionError: The file was written by another release.
         FileFormatError: The file is damaged.
     """
-    check_version(path, header.get("version"), _VERSION)
+    check_version(path, header.get("version"), _VERSION, release=header.get("release"))
     metadata = header.get("metadata", {})
     if header.get("checksum") != _checksum(entries, metadata):
         raise FileFormatError(f"{path} is damaged: its contents do not match its checksum.")
@@ -195,14 +196,22 @@ def read_json(path: str | os.PathLike[str], version: str) -> dict[str, Any]:
     return contents
 
 
-def check_version(path: str | os.PathLike[str], found: Any, known: str) -> None:
-    """Raise `NewerVersionError` unless a file is of the version that this release reads."""
+def check_version(path: str | os.PathLike[str], found: Any, known: str, *, release: str | None = None) -> None:
+    """Raise `NewerVersionError` unless a file is of the version that this release reads.
+
+    Args:
+        path: The file, for the error.
+        found: The version of its format.
+        known: The version that this release reads.
+        release: The release that wrote it, if it says so.
+    """
     if found == known:
         return
     older = isinstance(found, str) and found.isdecimal() and int(found) < int(known)
     age, remedy = ("an older", "Use that release") if older else ("a newer", "Upgrade lmc_curvature")
+    writer = f"{age} release" + (f", {release}" if release else "")
     raise NewerVersionError(
-        f"{path} has format version {found!r}, of {age} release; this release reads {known!r}. {remedy}."
+        f"{path} has format version {found!r}, of {writer}; this release reads {known!r}. {remedy}."
     )
 
 

@@ -96,6 +96,10 @@ def _rewritten(header):
             _rewritten({"kind": "test", "version": "2"}),
             "has format version '2', of a newer release; this release reads '1'. Upgrade lmc_curvature",
         ),
+        (
+            _rewritten({"kind": "test", "version": "2", "release": "3.1.0"}),
+            r"has format version '2', of a newer release, 3\.1\.0; this release reads '1'. Upgrade lmc_curvature",
+        ),
     ],
 )
 def test_strange_files_are_refused_by_name(tmp_path, damage, message):
