@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lmc_curvature.errors import CheckpointError
 from lmc_curvature.objective.normalization import is_batch_counter
@@ -23,9 +24,15 @@ def load_entries(model: nn.Module, entries: Mapping[str, Any], *, source: str) -
         source: What the entries came from, for the error.
 
     Raises:
-        CheckpointError: Entries are missing, unexpected, or of another shape.
+        CheckpointError: Entries are missing, unexpected, or of another shape, or the network holds no numbers.
     """
     own = model.state_dict()
+    absent = [name for name, tensor in own.items() if isinstance(tensor, Tensor) and tensor.is_meta]
+    if absent:
+        raise CheckpointError(
+            f"{source} cannot be loaded: entry {absent[0]!r} of the network is on the meta device, where there are no "
+            "numbers. Build the network on the CPU."
+        )
     found = "; ".join(summary(fault, names) for fault, names in faults(own, entries).items() if names)
     if found:
         raise CheckpointError(
@@ -44,18 +51,23 @@ def faults(own: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, list
         entries: The state dict.
     """
     tensors = {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
-    present = {tensors[name].data_ptr() for name in entries if name in tensors}
-    optional = {name for name, tensor in tensors.items() if is_batch_counter(name) or tensor.data_ptr() in present}
+    present = {_address(tensors[name]) for name in entries if name in tensors} - {0}
+    optional = {name for name, tensor in tensors.items() if is_batch_counter(name) or _address(tensor) in present}
     reshaped = [
         f"{name} {tuple(entries[name].shape)} instead of {tuple(tensor.shape)}"
         for name, tensor in tensors.items()
-        if isinstance(entries.get(name), Tensor) and entries[name].shape != tensor.shape
+        if isinstance(entries.get(name), Tensor) and not is_lazy(tensor) and entries[name].shape != tensor.shape
     ]
     return {
         "missing": [name for name in own if name not in entries and name not in optional],
         "unexpected": [name for name in entries if name not in own],
         "of another shape": reshaped,
     }
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the numbers of a tensor lie; 0 if it has none."""
+    return 0 if is_lazy(tensor) else tensor.data_ptr()
 
 
 def summary(fault: str, names: list[str]) -> str:

@@ -72,6 +72,8 @@ class Comparison:
             return
         if self.save.exists() and not self.save.is_file():
             raise OptionError(f"--save {self.save} is not a file; expected the name of a file to write.")
+        if self.save.resolve() in (self.a.resolve(), self.b.resolve()):
+            raise OptionError(f"--save {self.save} would replace a network; expected the name of another file.")
         check_writable(self.save.parent)
 
     def networks(self) -> "tuple[nn.Module, nn.Module]":

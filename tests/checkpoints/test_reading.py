@@ -97,6 +97,20 @@ def test_a_tied_parameter_may_be_stored_under_one_of_its_names(tmp_path, kept):
     assert model[1].weight is model[0].weight
 
 
+def test_networks_without_numbers(tmp_path):
+    source = nn.Linear(3, 2)
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    lazy = load_checkpoint(nn.LazyLinear(2), tmp_path / "a.pt")
+    assert torch.equal(lazy.weight, source.weight)
+    with pytest.raises(CheckpointError, match=r"a\.pt cannot be loaded: entry 'weight' .* meta device.*on the CPU"):
+        load_checkpoint(nn.Linear(3, 2, device="meta"), tmp_path / "a.pt")
+    # Nothing lies where nothing is, so two empty entries are not one.
+    torch.save({"0.weight": torch.zeros(0, 2)}, tmp_path / "b.pt")
+    empty = nn.Sequential(nn.Linear(2, 0, bias=False), nn.Linear(2, 0, bias=False))
+    with pytest.raises(CheckpointError, match=r"1 missing \(1\.weight\)"):
+        load_checkpoint(empty, tmp_path / "b.pt")
+
+
 def test_a_mismatch_lists_what_differs(source, tmp_path):
     entries = source.state_dict()
     for name in [name for name in entries if name.startswith("stage3.0.conv")]:

@@ -152,6 +152,13 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_read(run, tmp_path, 
     assert err.startswith(f"error: {unwritable}: ")
 
 
+def test_an_answer_does_not_replace_a_network(run, comparison, tmp_path):
+    before = (tmp_path / "b.pt").read_bytes()
+    status, out, err = run("measure", *comparison, f"{HERE}:loader", "--save", tmp_path / "." / "b.pt")
+    assert (status, out, "b.pt would replace a network" in err) == (2, "", True)
+    assert (tmp_path / "b.pt").read_bytes() == before
+
+
 def test_a_folder_that_is_not_there_is_made_for_an_answer(run, comparison, tmp_path):
     path = tmp_path / "new" / "folder" / "m.safetensors"
     status, _, _ = run("measure", *comparison, f"{HERE}:loader", "--save", path)
