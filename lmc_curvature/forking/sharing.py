@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.queues import SimpleQueue
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from lmc_curvature.objective.network import parse_device
 
 _PAUSE = 0.5
+_SHOWN = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +108,8 @@ def helpers(count: int, work: Callable[[], object]) -> Iterator[None]:
         work: A function that can be pickled.
     """
     context = multiprocessing.get_context("spawn")
-    reasons = context.SimpleQueue()
-    processes = [context.Process(target=_help, args=(os.getpid(), work, reasons)) for _ in range(count)]
+    receiver, sender = context.Pipe(duplex=False)
+    processes = [context.Process(target=_help, args=(os.getpid(), work, sender)) for _ in range(count)]
     with _interrupts_ignored():
         for process in processes:
             process.start()
@@ -118,21 +119,20 @@ def helpers(count: int, work: Callable[[], object]) -> Iterator[None]:
             process.join()
         failed = [process.exitcode for process in processes if process.exitcode]
         if failed:
-            _warn_of(failed, count, reasons)
+            _warn_of(failed, count, receiver.recv() if receiver.poll() else None)
     finally:
         for process in processes:
             process.terminate()
             process.join()
+        receiver.close()
+        sender.close()
 
 
-def _warn_of(failed: Sequence[int], count: int, reasons: SimpleQueue) -> None:
-    reason, remedy = f"exit codes {list(failed)}", " Is there memory enough for so many workers?"
-    if not reasons.empty():
-        reason, remedy = reasons.get(), ""
-    warnings.warn(
-        f"{len(failed)} of {count} helper processes ended early ({reason}); their work was done by the others.{remedy}",
-        stacklevel=4,
-    )
+def _warn_of(exit_codes: Sequence[int], count: int, error: str | None) -> None:
+    ended = f"{len(exit_codes)} of {count} helper processes ended early"
+    reason = error or f"exit codes {list(exit_codes)}"
+    remedy = "" if error else " Is there memory enough for so many workers?"
+    warnings.warn(f"{ended} ({reason}); their work was done by the others.{remedy}", stacklevel=4)
 
 
 @contextlib.contextmanager
@@ -152,13 +152,14 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
-def _help(parent: int, work: Callable[[], object], reasons: SimpleQueue) -> None:
+def _help(parent: int, work: Callable[[], object], errors: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         work()
     except Exception as error:  # noqa: BLE001 - whatever it is, the process that asked for help tells of it
-        reasons.put(f"{type(error).__name__}: {error}")
+        # So little is written at once, so that those of several processes do not mix.
+        errors.send(f"{type(error).__name__}: {error}"[:_SHOWN])
         sys.exit(1)
 
 

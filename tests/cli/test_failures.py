@@ -126,6 +126,7 @@ def unwritable(tmp_path):
     return tmp_path / "unwritable"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["predict", "measure"])
 def test_an_answer_that_cannot_be_saved_is_printed(run, comparison, tmp_path, small_files, command):
     path = tmp_path / "answer.safetensors"
@@ -194,6 +195,7 @@ def test_directories_that_cannot_be_written_are_refused_at_once(run, unwritable,
         ("no_loader", r"ConnectionError: no data base \(in .*test_failures.py, line \d+\)"),
     ],
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["predict", "measure"])
 def test_a_loader_that_fails_is_one_message(run, comparison, monkeypatch, source, message, command):
     monkeypatch.delenv(failures.TRACEBACK, raising=False)
@@ -279,6 +281,7 @@ def test_a_full_disk_is_one_message_however_many_work(run_with_helpers, config, 
     assert os.strerror(errno.EFBIG) in err
 
 
+@pytest.mark.slow
 def test_a_full_device_as_standard_output(comparison, tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("there is no device that is always full")
