@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +14,12 @@ from typing import Any, Literal
 import numpy as np
 import safetensors.numpy
 
-from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError
+from lmc_curvature import __version__
+from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError, OptionError
 
 _HEADER = "lmc_curvature"
 _VERSION = "1"
+_PARTIAL = ".partial"
 
 
 @contextlib.contextmanager
@@ -25,28 +28,62 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     A reader sees the old file or the new one, also when the process is killed or the disk fills up. Parent
     directories are made.
+
+    Raises:
+        OSError: The file cannot be written; the error has its name and the reason.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
-    temporary = Path(name)
+    with _named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            # mkstemp makes files private; give this one the permissions a plain open() would have given.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """Check that files can be written below a directory, which need not exist yet. Nothing is left behind.
+
+    Raises:
+        OptionError: It, or what it would lie in, is a file.
+        OSError: It may not be written; the error has its name and the reason.
+    """
+    directory = Path(directory)
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise OptionError(f"{existing} is a file; expected a directory, or the name of one to be made.")
+    with _named(existing), tempfile.TemporaryFile(dir=existing):
+        pass
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Within the block, let errors of the system about no file, or about a temporary one, name the path."""
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp makes files private; give this one the permissions a plain open() would have given.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        # safetensors has its own class for the errors of the system, with their numbers in the message.
+        number = re.search(r"os error (\d+)", str(error))
+        code = error.errno if isinstance(error, OSError) else number and int(number[1])
+        filename = getattr(error, "filename", None)
+        if code is None or not (filename is None or Path(filename).parent == path or str(filename).endswith(_PARTIAL)):
+            raise
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def remove_partial_files(directory: str | os.PathLike[str]) -> None:
     """Remove what `write_atomically` left in a directory when its process was killed."""
-    for path in Path(directory).glob(".*.partial"):
+    for path in Path(directory).glob(f".*{_PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
@@ -102,7 +139,7 @@ def make_header(kind: str, entries: Mapping[str, Any], metadata: Mapping[str, An
     It has one key: safetensors writes several in no fixed order, and the same result should give the same bytes.
     """
     contents = {"kind": kind, "version": _VERSION, "metadata": metadata, "checksum": _checksum(entries, metadata)}
-    return {_HEADER: json.dumps(contents)}
+    return {_HEADER: json.dumps({**contents, "release": __version__})}
 
 
 def read_safetensors(
@@ -128,7 +165,7 @@ def check_header(path: str | os.PathLike[str], header: Mapping[str, Any], entrie
         NewerVersionError: The file was written by another release.
         FileFormatError: The file is damaged.
     """
-    check_version(path, header.get("version"), _VERSION)
+    check_version(path, header.get("version"), _VERSION, release=header.get("release"))
     metadata = header.get("metadata", {})
     if header.get("checksum") != _checksum(entries, metadata):
         raise FileFormatError(f"{path} is damaged: its contents do not match its checksum.")
@@ -159,14 +196,22 @@ def read_json(path: str | os.PathLike[str], version: str) -> dict[str, Any]:
     return contents
 
 
-def check_version(path: str | os.PathLike[str], found: Any, known: str) -> None:
-    """Raise `NewerVersionError` unless a file is of the version that this release reads."""
+def check_version(path: str | os.PathLike[str], found: Any, known: str, *, release: str | None = None) -> None:
+    """Raise `NewerVersionError` unless a file is of the version that this release reads.
+
+    Args:
+        path: The file, for the error.
+        found: The version of its format.
+        known: The version that this release reads.
+        release: The release that wrote it, if it says so.
+    """
     if found == known:
         return
     older = isinstance(found, str) and found.isdecimal() and int(found) < int(known)
     age, remedy = ("an older", "Use that release") if older else ("a newer", "Upgrade lmc_curvature")
+    writer = f"{age} release" + (f", {release}" if release else "")
     raise NewerVersionError(
-        f"{path} has format version {found!r}, of {age} release; this release reads {known!r}. {remedy}."
+        f"{path} has format version {found!r}, of {writer}; this release reads {known!r}. {remedy}."
     )
 
 

@@ -1,13 +1,19 @@
 """Claim: files are written whole or not at all, come back bit for bit, and strange ones are refused."""
 
+import errno
 import json
+import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
-from lmc_curvature.errors import FileFormatError
-from lmc_curvature.storage import load_arrays, save_arrays, write_atomically
+from lmc_curvature.checkpoints import write_snapshot
+from lmc_curvature.errors import FileFormatError, OptionError
+from lmc_curvature.storage import check_writable, load_arrays, save_arrays, write_atomically, write_json
 
 _ARRAYS = {
     "scalar": np.array(3.5),
@@ -90,6 +96,10 @@ def _rewritten(header):
             _rewritten({"kind": "test", "version": "2"}),
             "has format version '2', of a newer release; this release reads '1'. Upgrade lmc_curvature",
         ),
+        (
+            _rewritten({"kind": "test", "version": "2", "release": "3.1.0"}),
+            r"has format version '2', of a newer release, 3\.1\.0; this release reads '1'. Upgrade lmc_curvature",
+        ),
     ],
 )
 def test_strange_files_are_refused_by_name(tmp_path, damage, message):
@@ -110,3 +120,64 @@ def test_the_same_result_gives_the_same_bytes(tmp_path):
     for name in ("first", "second"):
         save_arrays(tmp_path / name, "test", {"a": np.arange(3.0), "b": np.ones((2, 2))}, one=1, two=[2.5])
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
+
+
+@pytest.fixture
+def small_files():
+    """No file may be larger than it was told to be: the system then refuses as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _write_text(path):
+    with write_atomically(path) as temporary:
+        temporary.write_text("x" * 1000)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: save_arrays(path, "test", {"a": np.ones(1000)}),
+        lambda path: write_json(path, {"a": "x" * 1000}),
+        lambda path: write_snapshot(path, {"a": torch.ones(1000)}, {}, {}),
+        _write_text,
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named(tmp_path, small_files, write):
+    path = tmp_path / "file"
+    path.write_text("old")
+    small_files(100)
+    with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as caught:
+        write(path)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    for folder in (path, path / "folder"):
+        with pytest.raises(OSError, match=re.escape(str(path))):
+            write(folder / "file")
+
+
+def test_errors_that_are_not_of_writing_keep_their_names(tmp_path):
+    with pytest.raises(FileNotFoundError) as caught, write_atomically(tmp_path / "a"):
+        (tmp_path / "another").read_text()
+    assert caught.value.filename == str(tmp_path / "another")
+
+
+def test_directories_are_tried_and_left_as_they_are(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "new", tmp_path / "new" / "folder"):
+        check_writable(path)
+    for path in (tmp_path / "file", tmp_path / "file" / "folder"):
+        with pytest.raises(OptionError, match=rf"{re.escape(str(tmp_path / 'file'))} is a file; expected a directory"):
+            check_writable(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    if os.name == "posix":
+        # The superuser may write anywhere but where the system does.
+        (tmp_path / "closed").mkdir(mode=0o555)
+        closed = Path("/proc") if os.geteuid() == 0 else tmp_path / "closed"
+        for path in (closed, closed / "new" / "folder"):
+            with pytest.raises(OSError, match=re.escape(str(closed))) as caught:
+                check_writable(path)
+            assert caught.value.filename == str(closed)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmc_curvature import __version__
+from lmc_curvature.cli.failures import interruptible, one_message, saving
 from lmc_curvature.cli.options import Comparison, Device, ForkDir, OtherData, Progress, Workers, with_comparison
-from lmc_curvature.errors import LMCCurvatureError, OptionError
+from lmc_curvature.errors import OptionError
 
 if TYPE_CHECKING:
     from lmc_curvature import BarrierMeasurement, BarrierPrediction
@@ -28,14 +29,18 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+_CONTINUES = "the same command continues where it stopped"
+
 
 @app.command()
+@interruptible("the same command keeps the networks that are trained")
 def demo(
     out: Annotated[Path, typer.Option(help="Where networks, results and figures go.")] = Path("runs/demo"),
     device: Device = "cpu",
     progress: Progress = None,
 ) -> None:
     """Train siblings on the digits, predict and measure their barriers, and draw the figures."""
+    _check_writable(out)
     from lmc_curvature.cli.demo import run_demo
     from lmc_curvature.cli.tables import demo_tables
 
@@ -44,6 +49,7 @@ def demo(
 
 
 @app.command()
+@interruptible(_CONTINUES)
 def fork(
     config: Annotated[Path, typer.Argument(help="A YAML file; the project's are in configs/.")],
     out: Annotated[Path, typer.Option(help="Where networks go. The same directory continues what was stopped.")],
@@ -54,6 +60,7 @@ def fork(
     progress: Progress = None,
 ) -> None:
     """Train a parent, and children forked from it at several epochs."""
+    _check_writable(out, tensorboard)
     from lmc_curvature.forking import load_config, run_forks
 
     plan = load_config(config, **({} if data is None else {"data": data}))
@@ -62,10 +69,12 @@ def fork(
 
 
 @app.command()
+@interruptible(_CONTINUES)
 def trace(
     directory: ForkDir, data: OtherData = None, device: Device = "cpu", workers: Workers = 1, progress: Progress = None
 ) -> None:
     """Predict and measure the barriers between siblings, epoch by epoch."""
+    _check_writable(directory)
     from lmc_curvature.cli.tables import trace_tables
     from lmc_curvature.tracing import trace_forks
 
@@ -74,18 +83,22 @@ def trace(
 
 
 @app.command()
+@interruptible()
 def figures(
     directory: ForkDir,
     out: Annotated[Path | None, typer.Option(help="Where figures go; by default DIRECTORY/figures.")] = None,
     progress: Progress = None,
 ) -> None:
     """Draw every figure of the paper from what was traced."""
+    out = out or directory / "figures"
+    _check_writable(out)
     from lmc_curvature.figures.experiment import draw_all
 
-    _print(*(f"drawn: {path}" for path in draw_all(directory, out or directory / "figures", progress=progress)))
+    _print(*(f"drawn: {path}" for path in draw_all(directory, out, progress=progress)))
 
 
 @app.command()
+@interruptible()
 @with_comparison
 def predict(comparison: Comparison) -> None:
     """Predict the barrier between networks A and B from the curvature at each of them."""
@@ -103,6 +116,7 @@ def predict(comparison: Comparison) -> None:
 
 
 @app.command()
+@interruptible()
 @with_comparison
 def measure(
     comparison: Comparison,
@@ -144,28 +158,35 @@ def _common(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line on `sys.argv` or other arguments, and exit.
-
-    Errors that the library raises on purpose end it with one message and status 2.
-    """
+    """Run the command line on `sys.argv` or other arguments, and exit; see `failures` for messages and statuses."""
     # As `python -m` does, so that package.module:factory finds what lies in the current directory.
     sys.path.insert(0, str(Path.cwd()))
-    try:
+    with one_message():
         app(arguments)
-    except LMCCurvatureError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _answer(
     comparison: Comparison, result: "BarrierPrediction | BarrierMeasurement", record: dict[str, Any], *tables: Any
 ) -> None:
-    if comparison.save is not None:
-        result.save(comparison.save)
-    if comparison.as_json:
-        print(json.dumps(record, indent=2))
-    else:
-        _print(str(result), *tables)
+    """Print an answer, and save it whether or not it could be printed."""
+    try:
+        if comparison.as_json:
+            print(json.dumps(record, indent=2), flush=True)
+        else:
+            _print(str(result), *tables)
+    finally:
+        if comparison.save is not None:
+            with saving():
+                result.save(comparison.save)
+
+
+def _check_writable(*directories: Path | None) -> None:
+    """Refuse directories that cannot be written before anything is computed for them."""
+    from lmc_curvature.storage import check_writable
+
+    for directory in directories:
+        if directory is not None:
+            check_writable(directory)
 
 
 def _print(*things: Any) -> None:

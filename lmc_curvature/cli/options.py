@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal
 
@@ -17,7 +18,9 @@ from lmc_curvature.errors import DataError, OptionError
 if TYPE_CHECKING:
     from torch import nn
 
-Checkpoint = Annotated[Path, typer.Argument(help="A safetensors file, or a torch.save file that holds tensors only.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A safetensors file or a torch.save file that holds tensors only, or a folder of shards.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 ForkDir = Annotated[Path, typer.Argument(help="A directory that lmc-curvature fork wrote.")]
 OtherData = Annotated[str | None, typer.Option("--data", help="Instead of the configured data, for moved folders.")]
@@ -40,6 +43,12 @@ class Comparison:
     model_option: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE for the network's factory, such as num_classes=10. Repeatable.")
     ] = None
+    key: Annotated[
+        str | None, typer.Option(help="Where the state dict lies in both checkpoints, such as state_dict or ema.")
+    ] = None
+    strip_prefix: Annotated[
+        str | None, typer.Option(help="What the names of entries begin with in both checkpoints, such as net.")
+    ] = None
     layers: Annotated[str, typer.Option(help="The partition: fused, module, tensor, block or block:DEPTH.")] = "fused"
     set_: Annotated[list[str] | None, typer.Option("--set", help="Layers to move together: A,B. Repeatable.")] = None
     batch_norm: Annotated[
@@ -55,13 +64,26 @@ class Comparison:
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False
     progress: Progress = None
 
+    def check_save(self) -> None:
+        """Refuse a file that cannot be written before anything is computed for it."""
+        from lmc_curvature.storage import check_writable
+
+        if self.save is None:
+            return
+        if self.save.exists() and not self.save.is_file():
+            raise OptionError(f"--save {self.save} is not a file; expected the name of a file to write.")
+        if self.save.resolve() in (self.a.resolve(), self.b.resolve()):
+            raise OptionError(f"--save {self.save} would replace a network; expected the name of another file.")
+        check_writable(self.save.parent)
+
     def networks(self) -> "tuple[nn.Module, nn.Module]":
         """The two networks, with the weights of their checkpoints."""
         from lmc_curvature.checkpoints import load_checkpoint
         from lmc_curvature.sources import make_model
 
         options = dict(_key_and_value(option) for option in self.model_option or ())
-        first, second = (load_checkpoint(make_model(self.model, **options), path) for path in (self.a, self.b))
+        load = partial(load_checkpoint, key=self.key, strip_prefix=self.strip_prefix)
+        first, second = (load(make_model(self.model, **options), path) for path in (self.a, self.b))
         return first, second
 
     def batches(self) -> Iterable[Any]:
@@ -99,7 +121,9 @@ def with_comparison(command: Callable[Concatenate[Comparison, ...], None]) -> Ca
     _, *own = inspect.signature(command).parameters.values()
 
     def run(**options: Any) -> None:
-        command(Comparison(**{name: options.pop(name) for name in shared}), **options)
+        comparison = Comparison(**{name: options.pop(name) for name in shared})
+        comparison.check_save()
+        command(comparison, **options)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     # typer reads a command's options from its signature.

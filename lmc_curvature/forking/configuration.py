@@ -195,7 +195,8 @@ def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read ({error.strerror}); expected a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+        # Of several lines, with a picture of the place.
+        raise ConfigurationError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigurationError(
             f"{path} holds {type(values).__name__}; expected keys such as training and fork_epochs."

@@ -11,10 +11,12 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from tqdm.auto import tqdm
 from lmc_curvature.objective.network import parse_device
 
 _PAUSE = 0.5
+_SHOWN = 500
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,31 +108,59 @@ def helpers(count: int, work: Callable[[], object]) -> Iterator[None]:
         work: A function that can be pickled.
     """
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_help, args=(os.getpid(), work)) for _ in range(count)]
-    for process in processes:
-        process.start()
+    receiver, sender = context.Pipe(duplex=False)
+    processes = [context.Process(target=_help, args=(os.getpid(), work, sender)) for _ in range(count)]
+    with _interrupts_ignored():
+        for process in processes:
+            process.start()
     try:
         yield
         for process in processes:
             process.join()
         failed = [process.exitcode for process in processes if process.exitcode]
         if failed:
-            warnings.warn(
-                f"{len(failed)} of {count} helper processes ended early (exit codes {failed}); their work was done by "
-                "the others. Is there memory enough for so many workers?",
-                stacklevel=3,
-            )
+            _warn_of(failed, count, receiver.recv() if receiver.poll() else None)
     finally:
         for process in processes:
             process.terminate()
             process.join()
+        receiver.close()
+        sender.close()
 
 
-def _help(parent: int, work: Callable[[], object]) -> None:
-    # Ctrl-C reaches every process of a terminal; the first one decides, and ends its helpers.
+def _warn_of(exit_codes: Sequence[int], count: int, error: str | None) -> None:
+    ended = f"{len(exit_codes)} of {count} helper processes ended early"
+    reason = error or f"exit codes {list(exit_codes)}"
+    remedy = "" if error else " Is there memory enough for so many workers?"
+    warnings.warn(f"{ended} ({reason}); their work was done by the others.{remedy}", stacklevel=4)
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Within the block, Ctrl-C does nothing here, and never anything in the processes that are started.
+
+    Ctrl-C reaches every process of a terminal, also those that are still importing; the first one decides, and ends its
+    helpers.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+
+
+def _help(parent: int, work: Callable[[], object], errors: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    work()
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the process that asked for help tells of it
+        # So little is written at once, so that those of several processes do not mix.
+        errors.send(f"{type(error).__name__}: {error}"[:_SHOWN])
+        sys.exit(1)
 
 
 def _end_with(parent: int) -> None:

@@ -94,7 +94,7 @@ def visit(
             expects.
     """
     index, skipped = -1, 0
-    for index, data in enumerate(warn_of_sorted_data(islice(loader, max_batches))):
+    for index, data in enumerate(warn_of_sorted_data(_noting_place(islice(loader, max_batches)))):
         size, weight = count(data, index)
         if weight or weightless:
             yield Batch(index, size, map_tensors(place, data), weight, skipped)
@@ -107,6 +107,18 @@ def visit(
         raise LoaderError(
             "No target of the loader counts: each is left out by the loss (ignore_index) or of a class of weight zero."
         )
+
+
+def _noting_place(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches, and note on an error of the loader's own at which it was raised."""
+    count = 0
+    try:
+        for data in batches:
+            yield data
+            count += 1
+    except Exception as error:
+        error.add_note(f"batch {count} of the loader")
+        raise
 
 
 def count_examples(data: Any, index: int, *, any_form: bool = False) -> int:

@@ -97,6 +97,20 @@ def test_a_tied_parameter_may_be_stored_under_one_of_its_names(tmp_path, kept):
     assert model[1].weight is model[0].weight
 
 
+def test_networks_without_numbers(tmp_path):
+    source = nn.Linear(3, 2)
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    lazy = load_checkpoint(nn.LazyLinear(2), tmp_path / "a.pt")
+    assert torch.equal(lazy.weight, source.weight)
+    with pytest.raises(CheckpointError, match=r"a\.pt cannot be loaded: entry 'weight' .* meta device.*on the CPU"):
+        load_checkpoint(nn.Linear(3, 2, device="meta"), tmp_path / "a.pt")
+    # Nothing lies where nothing is, so two empty entries are not one.
+    torch.save({"0.weight": torch.zeros(0, 2)}, tmp_path / "b.pt")
+    empty = nn.Sequential(nn.Linear(2, 0, bias=False), nn.Linear(2, 0, bias=False))
+    with pytest.raises(CheckpointError, match=r"1 missing \(1\.weight\)"):
+        load_checkpoint(empty, tmp_path / "b.pt")
+
+
 def test_a_mismatch_lists_what_differs(source, tmp_path):
     entries = source.state_dict()
     for name in [name for name in entries if name.startswith("stage3.0.conv")]:
@@ -173,10 +187,13 @@ def test_files_without_a_state_dict(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(CheckpointError, match=r"list\.pt holds list; expected a state dict"):
         load_checkpoint(model, tmp_path / "list.pt")
-    torch.save({"net": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match=r"2 not tensors \(net, epoch\).*under 'state_dict'"):
+    torch.save({"args": {"width": 2}, "epoch": 3}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"other\.pt holds no state dict.*at the top it has 'args', 'epoch'"):
         load_checkpoint(model, tmp_path / "other.pt")
+    torch.save({"net": {"a": torch.zeros(1)}, "epoch": 3}, tmp_path / "strange.pt")
+    with pytest.raises(CheckpointError, match=r"strange\.pt \(read with key='net'\) does not fit.*1 unexpected \(a\)"):
+        load_checkpoint(model, tmp_path / "strange.pt")
     with pytest.raises(CheckpointError, match=r"none\.pt does not exist"):
         load_checkpoint(model, tmp_path / "none.pt")
-    with pytest.raises(CheckpointError, match="is a directory"):
+    with pytest.raises(CheckpointError, match=r"is a directory, and holds neither model\.safetensors nor"):
         load_checkpoint(model, tmp_path)

@@ -169,6 +169,21 @@ def test_a_missing_checkpoint_is_named(run, checkpoints):
     assert (status, "absent.pt does not exist" in err) == (2, True)
 
 
+def test_key_and_prefix_choose_among_state_dicts_of_both_checkpoints(run, networks, tmp_path):
+    for name, network in zip("ab", networks, strict=True):
+        kept = {f"net.{entry}": tensor for entry, tensor in network.state_dict().items()}
+        average = {f"ema.{entry}": torch.zeros_like(tensor) for entry, tensor in network.state_dict().items()}
+        torch.save({"state_dict": {**kept, **average}, "last": average, "epoch": 3}, tmp_path / name)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    status, out, err = run("measure", *paths, *COMMON, "--alphas", 3)
+    assert (status, out) == (2, "")
+    assert "strip_prefix='net.'; key='last' and strip_prefix='ema.' (--key, --strip-prefix on the command" in err
+    options = ["--key", "state_dict", "--strip-prefix", "net.", "--alphas", 3, "--json"]
+    status, out, _ = run("measure", *paths, *COMMON, *options)
+    expected = measure_barrier(*networks, _batches(), alphas=3, progress=False)
+    assert json.loads(out)["metrics"]["loss"]["curve"] == pytest.approx(expected.curve().tolist(), abs=1e-5)
+
+
 def test_sets_are_of_layers_of_the_partition(run, checkpoints):
     arguments = ["--layers", "module", "--set", "norm,linear", "--alphas", 3, "--json"]
     _, out, _ = run("measure", *checkpoints, *COMMON, *arguments)

@@ -51,7 +51,7 @@ def test_epochs_of_snapshots_are_a_list_or_a_step(file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("training: [", "is not YAML"),
+        ("training: [", "is not YAML: while parsing a flow node expected the node content"),
         ("- 1\n", "holds list; expected keys such as training"),
         ("", "holds NoneType; expected keys"),
         (TEXT + "1: 2\n", "1 is not a name"),

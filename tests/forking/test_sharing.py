@@ -1,5 +1,6 @@
 import functools
 import os
+import signal
 import time
 
 import pytest
@@ -86,6 +87,35 @@ def test_helpers_that_end_early_are_mentioned():
         helpers(1, functools.partial(os._exit, 3)),
     ):
         pass
+
+
+def fail():
+    raise ValueError("nothing to divide by")
+
+
+@pytest.mark.slow
+def test_why_helpers_end_early_is_told_by_who_asked_for_them(capfd):
+    message = r"2 of 2 helper processes ended early \(ValueError: nothing to divide by\); their work was done by the"
+    with pytest.warns(UserWarning, match=message), helpers(2, fail):
+        pass
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_interrupts_are_for_the_process_that_asked_for_help(tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyError), helpers(1, functools.partial(interrupt_and_write, tmp_path / "a")):
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "a").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        raise KeyError
+    assert (tmp_path / "a").read_text() == "still here"
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def interrupt_and_write(path):
+    os.kill(os.getpid(), signal.SIGINT)
+    path.write_text("still here")
 
 
 def test_the_first_rank_reports(monkeypatch):

@@ -1,0 +1,76 @@
+"""Entries of a state dict: whether they are those of a network, and how they get into it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lmc_curvature.errors import CheckpointError
+from lmc_curvature.objective.normalization import is_batch_counter
+
+_SHOWN = 3
+
+
+def load_entries(model: nn.Module, entries: Mapping[str, Any], *, source: str) -> None:
+    """Copy state-dict entries into a network, strictly.
+
+    Counters of batches that normalisation saw may be missing (files from before they existed), and so may the
+    other names of a tied parameter (safetensors stores it once).
+
+    Args:
+        model: The network; changed in place.
+        entries: Name to tensor; to anything for what modules keep beside their tensors (`_extra_state`).
+        source: What the entries came from, for the error.
+
+    Raises:
+        CheckpointError: Entries are missing, unexpected, or of another shape, or the network holds no numbers.
+    """
+    own = model.state_dict()
+    absent = [name for name, tensor in own.items() if isinstance(tensor, Tensor) and tensor.is_meta]
+    if absent:
+        raise CheckpointError(
+            f"{source} cannot be loaded: entry {absent[0]!r} of the network is on the meta device, where there are no "
+            "numbers. Build the network on the CPU."
+        )
+    found = "; ".join(summary(fault, names) for fault, names in faults(own, entries).items() if names)
+    if found:
+        raise CheckpointError(
+            f"{source} does not fit {type(model).__name__} ({len(own)} entries): {found}. Build the network that the "
+            "checkpoint was saved from."
+        )
+    # The entries of `own` share memory with the network, so loading a missing name from there changes nothing.
+    model.load_state_dict({**own, **entries}, strict=True)
+
+
+def faults(own: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of the entries that keep a state dict from being loaded into a network, by what is wrong with them.
+
+    Args:
+        own: The network's own state dict.
+        entries: The state dict.
+    """
+    tensors = {name: tensor for name, tensor in own.items() if isinstance(tensor, Tensor)}
+    present = {_address(tensors[name]) for name in entries if name in tensors} - {0}
+    optional = {name for name, tensor in tensors.items() if is_batch_counter(name) or _address(tensor) in present}
+    reshaped = [
+        f"{name} {tuple(entries[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if isinstance(entries.get(name), Tensor) and not is_lazy(tensor) and entries[name].shape != tensor.shape
+    ]
+    return {
+        "missing": [name for name in own if name not in entries and name not in optional],
+        "unexpected": [name for name in entries if name not in own],
+        "of another shape": reshaped,
+    }
+
+
+def _address(tensor: Tensor) -> int:
+    """Where the numbers of a tensor lie; 0 if it has none."""
+    return 0 if is_lazy(tensor) else tensor.data_ptr()
+
+
+def summary(fault: str, names: list[str]) -> str:
+    """The number of names, what is wrong with them, and the first of them."""
+    more = ", …" if len(names) > _SHOWN else ""
+    return f"{len(names)} {fault} ({', '.join(names[:_SHOWN])}{more})"

@@ -1,0 +1,122 @@
+"""The contents of checkpoint files of any origin, read without running code."""
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmc_curvature.checkpoints.pickles import code_in
+from lmc_curvature.checkpoints.snapshots import read_tensors, with_prefix
+from lmc_curvature.errors import CheckpointError
+
+# In the order in which they are looked for; libraries write the same weights as several of them.
+_IN_DIRECTORIES = tuple(f"*{kind}{index}" for kind in (".safetensors", ".bin") for index in (".index.json", ""))
+
+
+def read_contents(path: Path) -> Any:
+    """What a checkpoint holds: tensors by name, or mappings that have such mappings in them.
+
+    Args:
+        path: A safetensors file, one of our snapshots, what `torch.save` wrote of tensors, the index of a checkpoint
+            that is cut into shards, or a directory that holds one of these.
+
+    Raises:
+        CheckpointError: The file, or a shard, is missing, damaged, or would have to run code to be read.
+    """
+    if path.is_dir():
+        path = _file_of(path)
+    if not path.is_file():
+        raise CheckpointError(f"Checkpoint {path} does not exist.")
+    try:
+        if path.name.endswith(".index.json"):
+            return _read_shards(path)
+        return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
+    except PermissionError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _file_of(directory: Path) -> Path:
+    for pattern in _IN_DIRECTORIES:
+        found = sorted(directory.glob(pattern))
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found[:4])
+            raise CheckpointError(
+                f"{directory} is a directory with several checkpoints ({names}{', …' if len(found) > 4 else ''}), and "
+                "no index that joins them: name one."
+            )
+        if found:
+            return found[0]
+    raise CheckpointError(
+        f"Checkpoint {directory} is a directory, and holds neither model.safetensors nor pytorch_model.bin, nor the "
+        "index of their shards (model.safetensors.index.json): name a file."
+    )
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names_by_shard: dict[str, list[str]] = {}
+        for name, shard in places.items():
+            names_by_shard.setdefault(str(shard), []).append(name)
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{index} is damaged, or is not the index of a checkpoint: it has no weight_map from names to files."
+        ) from error
+    entries = {}
+    for shard, names in sorted(names_by_shard.items()):
+        path = index.parent / shard
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; {index} says that it holds {len(names)} entries.")
+        found = read_contents(path)
+        absent = [name for name in names if not (isinstance(found, Mapping) and name in found)]
+        if absent:
+            raise CheckpointError(f"{path} lacks {absent[0]!r}, which {index} says that it holds.")
+        entries |= {name: found[name] for name in names}
+    return entries
+
+
+def _is_safetensors(path: Path) -> bool:
+    # A safetensors file is an 8-byte length followed by a JSON object.
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    entries, metadata = read_tensors(path)
+    return entries if metadata is None else with_prefix(entries, "model.")
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings():
+            # Of protocols: what cannot be read is an error below.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    # torch reports damage as whatever the unpickler stumbled over.
+    except (
+        pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError,
+    ) as error:  # fmt: skip
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        code = code_in(path) or (named and named[1])
+        if code:
+            raise CheckpointError(
+                f"{path} is refused: it holds more than tensors, and reading it would run code that it names "
+                f"({code}). Save the state dict alone: torch.save(model.state_dict(), path)."
+            ) from error
+        if isinstance(error, pickle.UnpicklingError):
+            raise CheckpointError(
+                f"{path} cannot be read as a checkpoint: it is damaged, of another kind, or pickled by another "
+                "protocol than torch.save's own. Expected safetensors, or what torch.save(model.state_dict(), path) "
+                "writes."
+            ) from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = re.split(r"(?<=[a-z`])\. ", reason)[0].rstrip(".")
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}).") from error

@@ -1,0 +1,107 @@
+"""How a command ends other than with its answer: in one message on standard error, and a status.
+
+130 if it was interrupted; 2 for mistakes that the library finds in options, files, networks and data; 1 for all else,
+such as full disks, and errors in a network or a loader.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from lmc_curvature.errors import LMCCurvatureError
+
+TRACEBACK = "LMC_CURVATURE_TRACEBACK"
+"""The environment variable that shows the traceback of an error before its message."""
+
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+@contextlib.contextmanager
+def one_message() -> Iterator[None]:
+    """Within the block, let errors exit with one message and their status, and warnings be one message each."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    try:
+        yield
+    except LMCCurvatureError as error:
+        _exit(2, str(error), error)
+    except KeyboardInterrupt:
+        _exit_interrupted("")
+    except Exception as error:  # noqa: BLE001 - whatever a network, a loader or the system raises is told in one line
+        _exit(1, f"{reason(error)}. {TRACEBACK}=1 shows the traceback.", error)
+    finally:
+        warnings.formatwarning = before
+
+
+@contextlib.contextmanager
+def interruptible(advice: str = "") -> Iterator[None]:
+    """Within the block, or the function that it decorates, let an interrupt exit with one line.
+
+    Args:
+        advice: What can be done next.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _exit_interrupted(advice)
+
+
+@contextlib.contextmanager
+def saving() -> Iterator[None]:
+    """Within the block, in which an answer is saved that was printed before, let errors exit with a message of that."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the answer is there, whatever keeps it from being saved
+        _exit(1, f"the answer above was not saved: {reason(error)}.", error)
+
+
+def reason(error: Exception) -> str:
+    """One line for an error that the library does not know: what it is, and where the user's code raised it."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None and _user_frame(error) is None:
+        return f"{error.filename}: {error.strerror}"
+    lines = str(error).strip().splitlines() or [""]
+    # A loader's own processes pass on their traceback as text, which ends with the error.
+    if "Original Traceback" in str(error):
+        text = lines[-1]
+    else:
+        text = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
+    frame = _user_frame(error)
+    places = [*getattr(error, "__notes__", ()), *([f"in {frame.filename}, line {frame.lineno}"] if frame else ())]
+    return text.rstrip(".") + (f" ({', '.join(places)})" if places else "")
+
+
+def _user_frame(error: Exception) -> traceback.FrameSummary | None:
+    """The innermost frame of code that belongs neither to this library nor to an installed one."""
+    installed = (_PACKAGE, "<", *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")))
+    frames = traceback.extract_tb(error.__traceback__)
+    # What started the command line comes before its own frames.
+    called = itertools.dropwhile(lambda frame: not frame.filename.startswith(_PACKAGE), frames)
+    theirs = [frame for frame in called if not frame.filename.startswith(installed)]
+    return theirs[-1] if theirs else None
+
+
+def _exit_interrupted(advice: str) -> None:
+    print(f"interrupted{advice and f'; {advice}'}.", file=sys.stderr)
+    sys.exit(130)
+
+
+def _exit(status: int, message: str, error: BaseException) -> None:
+    _drop_unwritable_output()
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        traceback.print_exception(error)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _drop_unwritable_output() -> None:
+    # Python would try again to write it at its end, and complain of that, too.
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,305 @@
+"""Claim: whatever fails ends in one message and the right status, an answer is never lost, and nothing is raw."""
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from lmc_curvature.barrier.measurement import BarrierMeasurement
+from lmc_curvature.cli import failures, main
+from lmc_curvature.errors import OptionError
+from tests.support.configurations import SECONDS
+
+HERE = __name__
+
+
+class Network(nn.Module):
+    """A small network that fails at a call."""
+
+    def __init__(self, fails_at, error):
+        super().__init__()
+        self.linear, self.calls, self.fails_at, self.error = nn.Linear(4, 3), 0, fails_at, error
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise {"runtime": RuntimeError("a first line\nand more"), "interrupt": KeyboardInterrupt()}[self.error]
+        return self.linear(x)
+
+
+def network(fails_at=0, error="runtime"):
+    return Network(fails_at, error)
+
+
+class Files(Dataset):
+    """Examples of which one is missing."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", "5.png")
+        return torch.ones(4), index % 3
+
+
+def loader():
+    return [(torch.ones(4, 4), torch.tensor([0, 1, 2, 0]))] * 3
+
+
+def missing_file():
+    return DataLoader(Files(), batch_size=2)
+
+
+def missing_file_in_a_worker():
+    return DataLoader(Files(), batch_size=2, num_workers=1)
+
+
+def ends_early():
+    yield loader()[0]
+    raise ValueError
+
+
+def interrupted_loader():
+    yield loader()[0]
+    raise KeyboardInterrupt
+
+
+def no_loader():
+    raise ConnectionError("no data base")
+
+
+@pytest.fixture
+def comparison(tmp_path):
+    """Arguments that compare two networks; the data come last."""
+    torch.manual_seed(0)
+    for name in ("a.pt", "b.pt"):
+        torch.save(network().state_dict(), tmp_path / name)
+    return [tmp_path / "a.pt", tmp_path / "b.pt", "--no-progress", "--model", f"{HERE}:network", "--data"]
+
+
+def run_with(capture, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capture.readouterr()
+    return stop.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line; returns exit status, standard output and standard error."""
+    return lambda *arguments: run_with(capsys, arguments)
+
+
+@pytest.fixture
+def run_with_helpers(capfd):
+    """The same, with what other processes print."""
+    return lambda *arguments: run_with(capfd, arguments)
+
+
+@pytest.fixture
+def small_files():
+    """No file may be larger than it was told to be: the system then refuses as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def unwritable(tmp_path):
+    """A directory in which nobody may write."""
+    if os.name == "posix" and os.geteuid() == 0:
+        return Path("/proc")
+    (tmp_path / "unwritable").mkdir(mode=0o555)
+    return tmp_path / "unwritable"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["predict", "measure"])
+def test_an_answer_that_cannot_be_saved_is_printed(run, comparison, tmp_path, small_files, command):
+    path = tmp_path / "answer.safetensors"
+    small_files(100)
+    status, out, err = run(command, *comparison, f"{HERE}:loader", "--json", "--save", path)
+    assert (status, json.loads(out)["examples"]) == (1, 12)
+    assert err == f"error: the answer above was not saved: {path}: {os.strerror(errno.EFBIG)}.\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pt", "b.pt"]
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_read(run, tmp_path, unwritable):
+    (tmp_path / "file").write_text("")
+    absent = ["absent.pt", "absent.pt", "--model", "absent", "--data", "absent", "--save"]
+    for path, message in {
+        tmp_path / "file" / "a": f"error: {tmp_path / 'file'} is a file; expected a directory",
+        tmp_path / "file" / "b" / "a": f"error: {tmp_path / 'file'} is a file; expected a directory",
+        Path(os.devnull): f"error: --save {os.devnull} is not a file",
+    }.items():
+        status, out, err = run("predict", *absent, path)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(message)
+    status, out, err = run("measure", *absent, unwritable / "new" / "a")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"error: {unwritable}: ")
+
+
+def test_an_answer_does_not_replace_a_network(run, comparison, tmp_path):
+    before = (tmp_path / "b.pt").read_bytes()
+    status, out, err = run("measure", *comparison, f"{HERE}:loader", "--save", tmp_path / "." / "b.pt")
+    assert (status, out, "b.pt would replace a network" in err) == (2, "", True)
+    assert (tmp_path / "b.pt").read_bytes() == before
+
+
+def test_a_folder_that_is_not_there_is_made_for_an_answer(run, comparison, tmp_path):
+    path = tmp_path / "new" / "folder" / "m.safetensors"
+    status, _, _ = run("measure", *comparison, f"{HERE}:loader", "--save", path)
+    assert (status, BarrierMeasurement.load(path).examples) == (0, 12)
+    status, out, err = run("measure", "absent.pt", "absent.pt", *comparison[2:], f"{HERE}:loader", "--save", "x/y/m")
+    assert (status, out, Path("x").exists()) == (2, "", False)
+    assert "absent.pt does not exist" in err
+
+
+@pytest.mark.parametrize("command", ["fork", "trace", "figures", "demo"])
+def test_directories_that_cannot_be_written_are_refused_at_once(run, unwritable, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    arguments = {
+        "fork": ["fork", "absent.yaml", "--out"],
+        "trace": ["trace"],
+        "figures": ["figures", "absent", "--out"],
+        "demo": ["demo", "--out"],
+    }[command]
+    status, out, err = run(*arguments, unwritable)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"error: {unwritable}: ")
+    status, out, err = run(*arguments, tmp_path / "file")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert f"{tmp_path / 'file'} is a file" in err
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("missing_file", r"FileNotFoundError: \[Errno 2\] .*'5.png' \(batch 2 of the loader, in .*test_failures.py"),
+        ("missing_file_in_a_worker", r"FileNotFoundError: \[Errno 2\] .*'5.png' \(batch 2 of the loader\)"),
+        ("ends_early", r"ValueError \(batch 1 of the loader, in .*test_failures.py, line \d+\)"),
+        ("no_loader", r"ConnectionError: no data base \(in .*test_failures.py, line \d+\)"),
+    ],
+)
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["predict", "measure"])
+def test_a_loader_that_fails_is_one_message(run, comparison, monkeypatch, source, message, command):
+    monkeypatch.delenv(failures.TRACEBACK, raising=False)
+    status, out, err = run(command, *comparison, f"{HERE}:{source}")
+    assert (status, out) == (1, "")
+    assert re.fullmatch(rf"error: {message}.*\. LMC_CURVATURE_TRACEBACK=1 shows the traceback\.\n", err)
+
+
+@pytest.mark.parametrize("command", ["predict", "measure"])
+def test_a_network_that_fails_is_one_message(run, comparison, monkeypatch, command):
+    arguments = [command, *comparison, f"{HERE}:loader", "--model-option", "fails_at=1"]
+    status, out, err = run(*arguments)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("error: RuntimeError: a first line (in ")
+    monkeypatch.setenv(failures.TRACEBACK, "1")
+    status, out, err = run(*arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("Traceback (most recent call last)")
+    assert "error: RuntimeError: a first line (in " in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["predict", "measure"])
+@pytest.mark.parametrize("what", ["network", "loader"])
+def test_an_interrupt_is_one_line(run, comparison, command, what):
+    options = [f"{HERE}:interrupted_loader"]
+    if what == "network":
+        options = [f"{HERE}:loader", "--model-option", "fails_at=1", "--model-option", "error=interrupt"]
+    assert run(command, *comparison, *options) == (130, "", "interrupted.\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "line"),
+    [
+        (["demo"], "cli.demo.run_demo", "interrupted; the same command keeps the networks that are trained.\n"),
+        (["trace", "."], "tracing.trace_forks", "interrupted; the same command continues where it stopped.\n"),
+        (["figures", "."], "figures.experiment.draw_all", "interrupted.\n"),
+    ],
+)  # fmt: skip
+def test_an_interrupt_of_long_work_says_how_it_continues(run, monkeypatch, tmp_path, command, function, line):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(f"lmc_curvature.{function}", interrupt)
+    assert run(*command) == (130, "", line)
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "config.yaml").write_text(SECONDS.replace("epochs: 2", "epochs: 500"))
+    return tmp_path / "config.yaml"
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_several_processes_is_one_line(config, tmp_path):
+    # Ctrl-C reaches all processes of a terminal, at once: those that train, and those that are still importing.
+    for sent_after in (0.0, 4.0):
+        command = [sys.executable, "-m", "lmc_curvature", "fork", config, "--out", tmp_path / f"out{sent_after}"]
+        command += ["--workers", "3", "--no-progress"]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ) as process:
+            trains = tmp_path / f"out{sent_after}" / "parent" / "manifest.json"
+            deadline = time.monotonic() + 60
+            while not trains.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(sent_after)
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (130, "")
+        assert err == "interrupted; the same command continues where it stopped.\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_is_one_message_however_many_work(run_with_helpers, config, tmp_path, small_files, workers):
+    small_files(3000)
+    out = tmp_path / "out"
+    arguments = ["fork", config, "--out", out, "--workers", workers, "--no-progress"]
+    status, printed, err = run_with_helpers(*arguments)
+    assert (status, printed, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"error: {out}")
+    assert os.strerror(errno.EFBIG) in err
+
+
+@pytest.mark.slow
+def test_a_full_device_as_standard_output(comparison, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("there is no device that is always full")
+    command = [sys.executable, "-m", "lmc_curvature", "measure", *comparison, f"{HERE}:loader", "--json"]
+    command += ["--save", tmp_path / "m.safetensors"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: OSError: [Errno {errno.ENOSPC}] ")
+    assert done.stderr.count("\n") == 1
+    assert BarrierMeasurement.load(tmp_path / "m.safetensors").examples == 12
+
+
+def test_warnings_are_one_line_each(capsys):
+    before = warnings.formatwarning
+    with pytest.raises(SystemExit), failures.one_message():
+        message = UserWarning("slower than need be")
+        assert warnings.formatwarning(message, UserWarning, "file.py", 3, "code()") == "warning: slower than need be\n"
+        raise OptionError("no such option")
+    assert capsys.readouterr().err == "error: no such option\n"
+    assert warnings.formatwarning is before
