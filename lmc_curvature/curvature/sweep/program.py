@@ -69,6 +69,16 @@ class Program:
         body = Plan(second, active, [node for node in active if node in nonlinear])
         return cls(entries, prelude, body, given[0] if given else None, second.outputs[0])
 
+    @property
+    def operations(self) -> list[tuple[Any, type]]:
+        """Every operation that the directions reach, with the kind of its rule.
+
+        A function has the same for data of other sizes, unless it does something else with them.
+        """
+        return [
+            (node.target, type(rule)) for plan in (self.prelude, self.body) for node, rule in plan.rules.items()
+        ]
+
     @cached_property
     def constants(self) -> dict[fx.Node, Any]:
         """Values of the prelude of a function that has no state."""
