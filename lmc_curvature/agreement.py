@@ -70,7 +70,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "layout": Check(
             catches="A network that computes something else of images whose channels come last.",
-            runs="First product of an operator with a convolutional network, float32, on a CPU: such images are faster.",
+            runs="First product of an operator with a convolutional network in float32 on a CPU, where such images are faster.",
             cost=2.0,
             tolerance=Tolerance(0.4, most=1e-3),
         ),
@@ -82,8 +82,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "sweep": Check(
             catches="Slopes or curvature of the sweep that are not those of a Hessian-vector product.",
-            runs="First batch of every shape, on an eighth of its examples (16 at most; all, where there are fewer than "
-            "16, or where an eighth has no loss of its own or another graph).",
+            runs="First batch of every shape, on an eighth of its examples, 8 at most; on all where there are fewer "
+            "than 16, or where the eighth has no loss of its own, consists of other operations or disagrees.",
             cost=3.5,
             tolerance=Tolerance(0.4),
         ),

@@ -53,7 +53,9 @@ class _Watch:
             self.running.pop()
 
 
-def watched(run: Callable[[], Any], parts: list[Part], *, rest: str, clock: Clock = time.perf_counter) -> Mapping[str, float]:
+def watched(
+    run: Callable[[], Any], parts: list[Part], *, rest: str, clock: Clock = time.perf_counter
+) -> Mapping[str, float]:
     """What a call spends in each row, and in the `rest`, by a clock that only goes forward."""
     watch = _Watch(clock)
     with contextlib.ExitStack() as patches:

@@ -79,9 +79,7 @@ def _compare_values(
         )
 
 
-def _agrees_on_a_part(
-    problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, result: Tensor
-) -> bool:
+def _agrees_on_a_part(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, result: Tensor) -> bool:
     """Whether the sweep of a part, by the operations that sweep the whole, agrees with a product.
 
     Not if there is no loss of the part alone, or if that consists of other operations.

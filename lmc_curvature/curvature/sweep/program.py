@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lmc_curvature.curvature.sweep.capture import capture, dependents
-from lmc_curvature.curvature.sweep.plan import Plan
+from lmc_curvature.curvature.sweep.plan import Plan, bytes_of
 from lmc_curvature.curvature.sweep.tree import BatchTree
 from lmc_curvature.objective.network import State
 
@@ -75,14 +75,17 @@ class Program:
 
         A function has the same for data of other sizes, unless it does something else with them.
         """
-        return [
-            (node.target, type(rule)) for plan in (self.prelude, self.body) for node, rule in plan.rules.items()
-        ]
+        return [(node.target, type(rule)) for plan in (self.prelude, self.body) for node, rule in plan.rules.items()]
 
     @cached_property
     def constants(self) -> dict[fx.Node, Any]:
         """Values of the prelude of a function that has no state."""
         return self.prelude.run([])
+
+    @cached_property
+    def argument_bytes(self) -> int:
+        """Bytes of the data, at the shapes that were captured."""
+        return sum(bytes_of(node) for node in self.body.stage.inputs[len(self.prelude.stage.outputs) :])
 
     def operands(self, state: State) -> dict[fx.Node, Any]:
         """Values of the prelude at a state."""

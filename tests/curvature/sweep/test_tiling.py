@@ -115,7 +115,11 @@ def test_groups_hold_every_pair(count, together):
 
 def test_a_budget_is_what_is_asked_for():
     assert budget_bytes(_CPU, 0.5) == 2**29
-    assert budget_bytes(_CPU, None) == 4 * 2**30
+
+
+def test_by_default_a_budget_is_half_of_what_is_free(monkeypatch):
+    monkeypatch.setattr("lmc_curvature.curvature.sweep.tiling.free_bytes", lambda device: 6.0 * 2**30)
+    assert budget_bytes(_CPU, None) == 3 * 2**30
 
 
 def test_a_budget_too_small_for_one_example_says_how_much_it_takes():
