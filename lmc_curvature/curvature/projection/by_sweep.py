@@ -2,7 +2,15 @@
 
 from lmc_curvature.curvature.problem import BatchValues, Point, Problem, check_values
 from lmc_curvature.curvature.projection.verification import verify
-from lmc_curvature.curvature.sweep import CompiledBatch, batch_key, compile_batch, is_current, sweep_batch
+from lmc_curvature.curvature.sweep import (
+    CompiledBatch,
+    Evaluation,
+    batch_key,
+    compile_batch,
+    evaluate_batch,
+    is_current,
+    sweep_batch,
+)
 from lmc_curvature.errors import CaptureError, SweepError
 from lmc_curvature.objective.batches import Batch
 
@@ -24,10 +32,19 @@ def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValue
     whole = objective.memo("whole batches", lambda: not objective.has_output or objective.batch_norm != "interpolate")
     key = (*batch_key(problem, batch), whole)
 
+    # Only for as long as it is compared: it may be as large as all that the network puts out.
+    evaluations: dict[CompiledBatch, Evaluation] = {}
+
     def compile_now() -> CompiledBatch:
-        compiled = compile_batch(problem, batch, whole=whole)
+        evaluation = evaluate_batch(objective, point, batch)
+        compiled = compile_batch(problem, batch, evaluation, whole=whole)
+        evaluations[compiled] = evaluation
         problem.memo(compiled, lambda: True)
         return compiled
+
+    def verify_now() -> None:
+        evaluation = evaluations.get(compiled) or evaluate_batch(objective, point, batch)
+        verify(problem, compiled, point, batch, values, result, evaluation)
 
     compiled = objective.memo(key, compile_now)
     try:
@@ -36,7 +53,7 @@ def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValue
             compiled = objective.memo.replace(key, compile_now())
             values, result = sweep_batch(problem, compiled, point, batch)
         check_values(values, batch, point)
-        compiled.memo("verified", lambda: verify(problem, compiled, point, batch, values, result))
+        compiled.memo("verified", verify_now)
         return values
     except (CaptureError, SweepError):
         # The network may mix examples or insist on its batch size, or its inputs may not begin with the examples.

@@ -8,7 +8,7 @@ from lmc_curvature.curvature.problem import BatchValues, Method, Problem
 from lmc_curvature.curvature.projection.by_products import project_by_products
 from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
 from lmc_curvature.curvature.projection.projection import Projection
-from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError, check_choice
+from lmc_curvature.errors import CaptureError, FallbackWarning, MemoryBudgetError, SweepError, check_choice
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
 
@@ -29,13 +29,14 @@ def project_hessian(
         state: Where to differentiate.
         directions: k sparse states, by name or in order; each holds only the entries it moves.
         method: `"sweep"`: forward tangents and one adjoint (see `lmc_curvature.curvature.sweep`), compared with a
-            Hessian-vector product on the first batch. `"hvp"`: one exact Hessian-vector product a direction and
-            batch. `"auto"`: the sweep, and products with a `FallbackWarning` where it cannot go.
-        memory_gib: GiB that the sweep may take for values and tangents: examples and directions are cut to fit.
-            By default half of what a CUDA device has free, or 4 GiB of main memory. Beside it there are the directions,
-            folded weights and their tangents (about as large as state and directions), and for the first batch of
-            every shape a pass without gradients over all of it; the objective's own check of the first batch keeps a
-            graph of it for a moment.
+            Hessian-vector product on a part of the first batch. `"hvp"`: one exact Hessian-vector product a direction
+            and batch. `"auto"`: the sweep, and products with a `FallbackWarning` where it cannot go, or takes more
+            memory than it may.
+        memory_gib: GiB that the sweep may take for values, adjoints and tangents: examples and directions are cut to
+            fit. By default half of the memory that is free on the device. Beside it there are the directions, folded
+            weights and their tangents (about as large as state and directions), and for the first batch of every
+            shape a pass without gradients over all of it; the objective's own check of the first batch keeps a graph
+            of it for a moment, and products keep one of every batch, whatever they may take.
         progress: Show a progress bar over batches; by default where there is a terminal or a notebook.
 
     Returns:
@@ -46,7 +47,8 @@ def project_hessian(
             not finite, or there is no direction.
         NonFiniteError: The loss or the curvature of a batch is not finite.
         OptionError: `method` is not a choice, or `memory_gib` is not positive.
-        MemoryBudgetError: One example needs more than `memory_gib`.
+        MemoryBudgetError: With `method="sweep"`, two directions take more memory than it may use: with one example,
+            or with a whole batch where that cannot be cut.
         CaptureError: With `method="sweep"`, the loss cannot be captured; names the operation.
         SweepError: With `method="sweep"`, its answer disagrees with a Hessian-vector product.
     """
@@ -90,7 +92,7 @@ def project_hessian_at(
             objective.check_derivatives(problem.points[0].state, batch)
             try:
                 found = [project(problem, point, batch) for point in problem.points]
-            except (CaptureError, SweepError) as error:
+            except (CaptureError, SweepError, MemoryBudgetError) as error:
                 if method != "auto" or project is project_by_products:
                     raise
                 warnings.warn(

@@ -1,26 +1,40 @@
-"""The sweep's answer compared with a Hessian-vector product, and the question whether a batch may be cut into tiles."""
+"""The sweep's answer compared with the network and with a Hessian-vector product, and whether a batch may be cut."""
 
 import numpy as np
 from torch import Tensor
 
+from lmc_curvature.agreement import all_near, near
 from lmc_curvature.curvature.problem import BatchValues, Point, Problem, check_values
 from lmc_curvature.curvature.projection.by_products import product_of_combination
 from lmc_curvature.curvature.sweep import (
     BatchTree,
     CompiledBatch,
-    compile_tile,
-    copies_stay_apart,
+    Evaluation,
+    compile_batch,
+    compile_part,
+    evaluate_batch,
+    mixes_examples,
+    part_size,
     sweep_batch,
-    tiles_join,
 )
 from lmc_curvature.errors import SweepError
 from lmc_curvature.objective.batches import Batch
 
 
 def verify(
-    problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, values: BatchValues, result: Tensor
+    problem: Problem,
+    compiled: CompiledBatch,
+    point: Point,
+    batch: Batch,
+    values: BatchValues,
+    result: Tensor,
+    evaluation: Evaluation,
 ) -> None:
-    """Compare the values of graphs for a batch with a Hessian-vector product, and see whether the batch may be cut.
+    """Compare what the graphs make of a batch with what the network does, and see whether the batch may be cut.
+
+    Derivatives are compared with a Hessian-vector product on a part of the batch. That the whole is right as well
+    follows from two things that cost next to nothing: the graphs for the whole have the values of the network, and
+    consist of the same operations as those for the part, only for more examples.
 
     Args:
         problem: The objective and the directions.
@@ -29,33 +43,67 @@ def verify(
         batch: The batch.
         values: The answer of the graphs.
         result: The network's output, or the whole loss, on the way to it.
+        evaluation: What network and loss make of the batch.
 
     Raises:
         SweepError: They disagree, or the network mixes the examples that were cut into tiles.
     """
-    # A product holds the graph of all that it is of. Where memory is short, a tile has the derivatives, and the whole
-    # batch needs values only.
-    short = compiled.is_tiled and not compiled.tiling.keeps_values
-    if not (short and tiles_join(problem, compiled, point, batch) and _agrees(problem, compiled, point, batch, result)):
-        _compare(problem, point, batch, values)
-    if compiled.is_tiled and not copies_stay_apart(problem, compiled, point, batch):
+    _compare_values(problem, compiled, batch, values, result, evaluation)
+    if not _agrees_on_a_part(problem, compiled, point, batch, result):
+        _compare_derivatives(problem, point, batch, values)
+    if compiled.is_tiled and mixes_examples(problem, compiled, point, batch):
         raise SweepError("The network mixes the examples of a batch.")
 
 
-def _agrees(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, result: Tensor) -> bool:
-    """Whether the sweep of the first tile's examples agrees with a product; not if there is no loss of these alone."""
-    size = compiled.tiling.examples
-    tile = Batch(batch.index, size, BatchTree.of(batch.data).rows(0, size, batch.size).structure)
-    try:
-        values, _ = sweep_batch(problem, compile_tile(problem, compiled, tile, result[:size]), point, tile)
-        check_values(values, tile, point)
-        _compare(problem, point, tile, values)
-        return True
-    except Exception:  # noqa: BLE001 - what a loss makes of a tile is nobody's concern: the whole is compared
+def _compare_values(
+    problem: Problem,
+    compiled: CompiledBatch,
+    batch: Batch,
+    values: BatchValues,
+    result: Tensor,
+    evaluation: Evaluation,
+) -> None:
+    """Compare the graphs' output and loss with those of the network.
+
+    Raises:
+        SweepError: They disagree by more than rounding.
+    """
+    rounding = problem.objective.rounding
+    expected = evaluation.loss if compiled.loss is None else evaluation.output
+    loss = evaluation.loss.item()
+    same_loss = near("captured values", values[0], loss, rounding=rounding, scale=max(1.0, abs(loss)))
+    if not (same_loss and all_near("captured values", result, expected, rounding=rounding)):
+        raise SweepError(
+            f"The captured graph does not give the network's {'output' if same_loss else 'loss'} on batch "
+            f"{batch.index}: its loss is {values[0]:.6g} by the graph, and {loss:.6g} by the network."
+        )
+
+
+def _agrees_on_a_part(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, result: Tensor) -> bool:
+    """Whether the sweep of a part, by the operations that sweep the whole, agrees with a product.
+
+    Not if there is no loss of the part alone, or if that consists of other operations.
+    """
+    size = min(part_size(batch.size), compiled.tiling.examples)
+    if size == batch.size:
         return False
+    part = Batch(batch.index, size, BatchTree.of(batch.data).rows(0, size, batch.size).structure)
+    try:
+        if size in compiled.networks:
+            of_part = compile_part(problem, compiled, part, result[:size])
+        else:
+            of_part = compile_batch(problem, part, evaluate_batch(problem.objective, point, part), whole=True)
+        if of_part.operations != compiled.operations:
+            return False
+        values, _ = sweep_batch(problem, of_part, point, part)
+        check_values(values, part, point)
+        _compare_derivatives(problem, point, part, values)
+    except Exception:  # noqa: BLE001 - what a loss makes of a part is nobody's concern: the whole is compared
+        return False
+    return True
 
 
-def _compare(problem: Problem, point: Point, batch: Batch, values: BatchValues) -> None:
+def _compare_derivatives(problem: Problem, point: Point, batch: Batch, values: BatchValues) -> None:
     """Compare the sweep's values with all slopes and UᵀHUr for a random r.
 
     Raises:
@@ -63,8 +111,6 @@ def _compare(problem: Problem, point: Point, batch: Batch, values: BatchValues) 
     """
     loss, slopes, curvature = values
     precision = problem.objective.rounding
-    # Far above rounding, and what it does at the kinks of rectifiers; far below a forgotten term.
-    margin = precision**0.4
     # What cancels exactly comes out as rounding of what cancelled, which the loss gives the size of.
     rounding = 30 * precision * max(1.0, abs(loss))
     # Signs, scaled so that every direction has its say.
@@ -73,17 +119,16 @@ def _compare(problem: Problem, point: Point, batch: Batch, values: BatchValues) 
     slope, row = product_of_combination(problem, point, batch, coefficients)
     compared = {
         # In single precision a unit near a kink moves the slopes of all layers alike, small ones too.
-        "slope": (slopes, slope, size * (np.abs(slopes) / size).sum() + rounding / margin),
+        "slope": (slopes, slope, size * (np.abs(slopes) / size).sum(), rounding),
         "curvature": (
             curvature @ coefficients,
             row,
-            np.abs(curvature) @ np.abs(coefficients)
-            + size * np.sqrt(len(size))
-            + rounding / margin * np.abs(coefficients).sum(),
+            np.abs(curvature) @ np.abs(coefficients) + size * np.sqrt(len(size)),
+            rounding * np.abs(coefficients).sum(),
         ),
     }
-    for name, (swept, expected, scale) in compared.items():
-        wrong = np.flatnonzero(~(np.abs(swept - expected) <= margin * scale))
+    for name, (swept, expected, scale, floor) in compared.items():
+        wrong = np.flatnonzero(~near("sweep", swept, expected, rounding=precision, scale=scale, floor=floor))
         if len(wrong):
             along = f"direction {wrong[0]}" + (" and a random combination of all" if name == "curvature" else "")
             raise SweepError(

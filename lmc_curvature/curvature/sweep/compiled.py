@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmc_curvature.agreement import all_near
 from lmc_curvature.curvature.problem import Point, Problem, Tiling
 from lmc_curvature.curvature.sweep.program import Program
 from lmc_curvature.curvature.sweep.tiling import budget_bytes, choose_tiling
@@ -17,8 +18,10 @@ from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
 
-# Examples of the capture that a tile's memory is estimated from.
-_PROBE = 16
+# Examples of a part: products with more cost more, and find no more.
+_MOST_OF_A_PART = 8
+# Batches that are compared whole, because an eighth of them would be too few examples.
+_SMALL = 16
 # Sets of values that are no tensors, and that graphs were captured with: class names, yes; file names, no.
 _MOST_FRAMES = 32
 
@@ -30,9 +33,10 @@ class CompiledBatch:
     Attributes:
         size: Examples in the batch.
         tiling: The examples and directions that are swept together.
-        networks: Number of examples in a tile to the network's program, or to that of the whole loss.
+        networks: Number of examples to the network's program, or to that of the whole loss: for tiles, and for the
+            part, which is captured first.
         loss: The loss as a function of the network's output, if it is one.
-        alone: Examples that the network is known to take for themselves.
+        part: Examples, the first of the batch, that the network is known to take for themselves.
         memo: `memo(key, make)` keeps what is found out once about these graphs, and goes with them.
     """
 
@@ -40,7 +44,7 @@ class CompiledBatch:
     tiling: Tiling
     networks: Mapping[int, Program]
     loss: Program | None
-    alone: int
+    part: int
     memo: Memo = field(default_factory=Memo)
 
     @property
@@ -48,9 +52,34 @@ class CompiledBatch:
         """Whether the batch is cut into tiles."""
         return self.tiling.examples < self.size
 
+    @property
+    def operations(self) -> set[tuple[tuple[Any, type], ...]]:
+        """The operations of all programs, those of programs that differ in nothing else but shapes once."""
+        programs = [*self.networks.values(), *([] if self.loss is None else [self.loss])]
+        return {tuple(program.operations) for program in programs}
+
     def data_of(self, batch: Batch) -> BatchTree:
         """The data that the network's program takes: its inputs, or all of the batch for a whole loss."""
         return BatchTree.of(batch.data[0] if self.loss is not None else batch.data)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What the network and its loss make of a batch: `output` is anything, and None for a loss that has no network."""
+
+    loss: Tensor
+    output: Any
+
+
+def evaluate_batch(objective: Objective, point: Point, batch: Batch) -> Evaluation:
+    """Evaluate a batch as a whole; this is also where an unfit network is refused."""
+    with objective.differentiating_operations(), torch.no_grad():
+        return Evaluation(*objective.batch_evaluation(point.state, batch)[:2])
+
+
+def part_size(size: int) -> int:
+    """Examples of a batch that stand for it in comparisons: an eighth at most, all of a small batch."""
+    return size if size < _SMALL else min(size // 8, _MOST_OF_A_PART)
 
 
 def batch_key(problem: Problem, batch: Batch) -> tuple[Hashable, ...]:
@@ -66,23 +95,22 @@ def batch_key(problem: Problem, batch: Batch) -> tuple[Hashable, ...]:
     return ("compiled batch", *BatchTree.of(batch.data).signature, *size, entries, cast)
 
 
-def compile_batch(problem: Problem, batch: Batch, *, whole: bool) -> CompiledBatch:
+def compile_batch(problem: Problem, batch: Batch, evaluation: Evaluation, *, whole: bool) -> CompiledBatch:
     """Capture the graphs for batches of one shape.
 
     Args:
         problem: The states and directions.
         batch: A batch of that shape.
+        evaluation: What network and loss make of it.
         whole: Never cut the batch into tiles.
 
     Raises:
         CaptureError: Network or loss cannot be captured.
         MemoryBudgetError: As few examples as can be swept take more memory than allowed.
     """
-    objective, state = problem.objective, problem.points[0].state
+    objective = problem.objective
     _refuse_changing_frames(objective, BatchTree.of(batch.data).signature[1])
-    with objective.differentiating_operations(), torch.no_grad():
-        # Whole, and before anything is captured: this is also where an unfit network is refused.
-        output = objective.batch_evaluation(state, batch)[1]
+    output = evaluation.output
     loss = _loss_program(objective, output, batch) if isinstance(output, Tensor) else None
     tileable = loss is not None and not whole and output.ndim > 0 and output.shape[0] == batch.size
     inputs = BatchTree.of(batch.data[0] if loss is not None else batch.data)
@@ -90,34 +118,35 @@ def compile_batch(problem: Problem, batch: Batch, *, whole: bool) -> CompiledBat
     def network(size: int) -> Program:
         return _network_program(problem, inputs.rows(0, size, batch.size), size, whole_loss=loss is None)
 
-    probe = min(_PROBE, batch.size) if tileable else batch.size
+    part = part_size(batch.size) if tileable else batch.size
     try:
-        networks = {probe: network(probe)}
-        tiling = _tiling(problem, networks[probe], loss, probe=probe, size=batch.size, whole=not tileable)
-        sizes = {tiling.examples, batch.size % tiling.examples or tiling.examples}
-        networks = {size: networks[size] if size in networks else network(size) for size in sizes}
+        networks = {part: network(part)}
+        tiling = _tiling(problem, networks[part], loss, probe=part, size=batch.size, whole=not tileable)
+        for size in {tiling.examples, batch.size % tiling.examples or tiling.examples} - {part}:
+            networks[size] = network(size)
     except CaptureError:
         if not tileable:
             raise
         # A network may insist on its batch size.
-        return compile_batch(problem, batch, whole=True)
-    return CompiledBatch(batch.size, tiling, networks, loss, probe)
+        return compile_batch(problem, batch, evaluation, whole=True)
+    return CompiledBatch(batch.size, tiling, networks, loss, part)
 
 
-def compile_tile(problem: Problem, compiled: CompiledBatch, tile: Batch, output: Tensor) -> CompiledBatch:
-    """The graphs for a tile as a batch of its own: the network's as they are, and its own loss.
+def compile_part(problem: Problem, compiled: CompiledBatch, part: Batch, output: Tensor) -> CompiledBatch:
+    """The graphs for a part as a batch of its own: the network's as they are, and its own loss.
 
     Args:
         problem: The objective.
-        compiled: The graphs for the batch that the tile was cut from.
-        tile: The tile.
-        output: The network's output for it.
+        compiled: The graphs for the batch that the part was cut from, which hold its size.
+        part: The first examples of the batch.
+        output: The network's output for them.
 
     Raises:
-        CaptureError: The loss of the tile cannot be captured.
+        CaptureError: The loss of the part cannot be captured.
     """
-    loss = _loss_program(problem.objective, output, tile)
-    return CompiledBatch(tile.size, compiled.tiling, {tile.size: compiled.networks[tile.size]}, loss, tile.size)
+    loss = _loss_program(problem.objective, output, part)
+    tiling = replace(compiled.tiling, examples=part.size)
+    return CompiledBatch(part.size, tiling, {part.size: compiled.networks[part.size]}, loss, part.size)
 
 
 def _tiling(problem: Problem, network: Program, loss: Program | None, *, probe: int, size: int, whole: bool) -> Tiling:
@@ -177,34 +206,27 @@ def is_current(objective: Objective, compiled: CompiledBatch, point: Point, batc
     """
     if compiled.loss is None:
         with objective.differentiating(), torch.no_grad():
-            return _equal_up_to_rounding(objective, result, objective.batch_loss(point.state, batch))
+            loss = objective.batch_loss(point.state, batch)
+        return all_near("captured graphs", result, loss, rounding=objective.rounding)
     inputs = compiled.data_of(batch)
 
     def holds(size: int) -> bool:
         part = Batch(batch.index, size, (inputs.rows(0, size, batch.size).structure, None))
-        return is_output(objective, point.state, part, result[:size] if size < batch.size else result)
+        found = result[:size] if size < batch.size else result
+        output = network_output(objective, point.state, part)
+        return all_near("captured graphs", found, output, rounding=objective.rounding)
 
     # As few examples as the network is known to take, and all of them if it should mix them.
-    if not any(holds(size) for size in dict.fromkeys((compiled.alone, batch.size))):
+    if not any(holds(size) for size in dict.fromkeys((compiled.part, batch.size))):
         return False
     with objective.differentiating(), torch.no_grad():
         with torch.autocast(objective.device.type, enabled=False):
             values = compiled.loss.evaluate(compiled.loss.constants, BatchTree.of((result, batch.data[1])))
-        return _equal_up_to_rounding(objective, values[compiled.loss.result], objective.output_loss(result, batch))
+        found, loss = values[compiled.loss.result], objective.output_loss(result, batch)
+    return all_near("captured graphs", found, loss, rounding=objective.rounding)
 
 
-def is_output(objective: Objective, state: State, batch: Batch, output: Tensor) -> bool:
-    """Whether an output, up to rounding, is the network's for a batch as a whole."""
+def network_output(objective: Objective, state: State, batch: Batch) -> Any:
+    """The network's own output for a batch as a whole."""
     with objective.differentiating(), torch.no_grad():
-        return _equal_up_to_rounding(objective, output, objective.output(state, batch))
-
-
-def _equal_up_to_rounding(objective: Objective, found: Tensor, expected: Any) -> bool:
-    if not isinstance(expected, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    # Outputs may be masked with infinities.
-    finite = expected[expected.isfinite()].abs()
-    scale = finite.max() if finite.numel() else 0.0
-    rounding = max(torch.finfo(found.dtype).eps, objective.rounding)
-    near = (found - expected).abs() <= rounding**0.5 * scale
-    return bool((near | (found == expected) | (found.isnan() & expected.isnan())).all())
+        return objective.output(state, batch)

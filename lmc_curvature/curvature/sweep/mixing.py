@@ -1,11 +1,10 @@
 """Whether a network mixes the examples of a batch, so that the batch must not be cut into tiles."""
 
 import torch
-from torch import Tensor
 
+from lmc_curvature.agreement import all_near
 from lmc_curvature.curvature.problem import Point, Problem
-from lmc_curvature.curvature.sweep.compiled import CompiledBatch, is_output
-from lmc_curvature.curvature.sweep.tiles import Tile, tiles_of
+from lmc_curvature.curvature.sweep.compiled import CompiledBatch, network_output
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State
 
@@ -13,27 +12,37 @@ from lmc_curvature.objective.network import State
 _NEAR = 0.01
 
 
-def tiles_join(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch) -> bool:
-    """Whether the tiles' outputs are those of the network for the batch as a whole, near a state.
+def mixes_examples(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch) -> bool:
+    """Whether the first examples of a batch have another output in the company of others than for themselves.
 
-    Near it, because examples may be mixed with a weight that happens to be zero there.
+    Near the state, because examples may be mixed with a weight that happens to be zero there. And in the company of
+    copies of themselves, because examples may be mixed by what is in them, neighbours or members of a group, of which a
+    batch may have none.
+
+    Args:
+        problem: The objective and the directions.
+        compiled: The graphs.
+        point: The state.
+        batch: The batch, of more examples than that.
     """
-    near = _near(problem, point)
-    outputs = [_output(problem, near, tile) for tile in tiles_of(compiled, batch)]
-    return is_output(problem.objective, near, batch, torch.cat(outputs))
+    state, size = _near(problem, point), min(compiled.part, compiled.tiling.examples)
+    alone = _output(problem, compiled, state, batch, size)
+    company = _company(size, batch.size)
+    inputs = compiled.data_of(batch).chosen(company, batch.size).structure
+    together = network_output(problem.objective, state, Batch(batch.index, batch.size, (inputs, None)))
+    places = company < size
+    return not all_near("mixing", alone[company[places]], together[places], rounding=problem.objective.rounding)
 
 
-def copies_stay_apart(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch) -> bool:
-    """Whether examples that are alike have no part in each other's outputs, near a state.
+def _company(size: int, total: int) -> torch.Tensor:
+    """Numbers of examples: the first `size`, copies of them as half of the rest, and others, in another order.
 
-    A network may mix examples by what is in them, neighbours or members of a group, and a batch may have none: so the
-    first tile's examples are repeated until they fill a batch.
+    The first are neither first nor last any more where there are others, and have other neighbours.
     """
-    near, tile = _near(problem, point), tiles_of(compiled, batch)[0]
-    output = _output(problem, near, tile)
-    inputs = compiled.data_of(batch).repeated(tile.stop, batch.size).structure
-    expected = output[torch.arange(batch.size, device=output.device) % tile.stop]
-    return is_output(problem.objective, near, Batch(batch.index, batch.size, (inputs, None)), expected)
+    copies = min(size, (total - size + 1) // 2)
+    numbers = torch.cat([torch.arange(size), torch.arange(copies), torch.arange(size, total - copies)])
+    backwards = numbers.sort(descending=True).values
+    return backwards.roll(-1) if total - copies > size else backwards
 
 
 def _near(problem: Problem, point: Point) -> State:
@@ -44,8 +53,9 @@ def _near(problem: Problem, point: Point) -> State:
     return near
 
 
-def _output(problem: Problem, state: State, tile: Tile) -> Tensor:
-    """The tile's output at any state."""
-    device = problem.objective.device.type
-    with problem.objective.differentiating_operations(), torch.no_grad(), torch.autocast(device, enabled=False):
-        return tile.program.evaluate(tile.program.operands(state), tile.data)[tile.program.result]
+def _output(problem: Problem, compiled: CompiledBatch, state: State, batch: Batch, size: int) -> torch.Tensor:
+    """The graph's output for the first examples, at any state."""
+    objective, program = problem.objective, compiled.networks[size]
+    data = compiled.data_of(batch).rows(0, size, batch.size).laid_out()
+    with objective.differentiating_operations(), torch.no_grad(), torch.autocast(objective.device.type, enabled=False):
+        return program.evaluate(program.operands(state), data)[program.result]

@@ -62,25 +62,39 @@ class Plan:
             found[node] = frozenset().union(*(found.get(operand, frozenset()) for operand in node.all_input_nodes))
         return found
 
-    def tangent_bytes(self, inputs: Mapping[fx.Node, frozenset[int]], together: int) -> int:
+    def tangent_bytes(
+        self, inputs: Mapping[fx.Node, frozenset[int]], together: int, *, contracted: bool = False
+    ) -> int:
         """Most bytes that tangents of operations take at one time, at the shapes that were captured.
 
-        No more than `together` directions are carried at a time.
+        Args:
+            inputs: The directions that reach each input.
+            together: Most directions that are carried at a time.
+            contracted: Whether to count what operations contract with their tangents, too.
         """
         reached = {node: min(len(directions), together) for node, directions in self.reached(inputs).items()}
         alive = peak = 0
-        for node in self.rules:
-            alive += _bytes(node) * reached[node]
+        nonlinear = set(self.nonlinear)
+        for node, rule in self.rules.items():
+            if contracted and node in nonlinear:
+                copies = rule.copies(node, reached)
+                peak = max(peak, alive + sum(bytes_of(operand) * count for operand, count in copies.items()))
+            alive += bytes_of(node) * reached[node]
             peak = max(peak, alive)
             for operand in node.all_input_nodes:
                 if self.last_reader[operand] is node and operand in self.rules:
-                    alive -= _bytes(operand) * reached[operand]
+                    alive -= bytes_of(operand) * reached[operand]
         return peak
 
     @cached_property
     def value_bytes(self) -> int:
-        """Bytes of all values, at the shapes that were captured."""
-        return sum(_bytes(node) for node in self.stage.operations)
+        """Bytes of all values, at the shapes that were captured: what is a view of another takes none."""
+        return sum(bytes_of(node) for node in self.stage.operations if not _is_view(node))
+
+    @cached_property
+    def adjoint_bytes(self) -> int:
+        """Bytes of the adjoints of all operations that can contribute curvature, at the shapes that were captured."""
+        return sum(bytes_of(node) for node in self.nonlinear)
 
 
 @contextlib.contextmanager
@@ -113,7 +127,17 @@ def _is_real(value: Any) -> bool:
     return any(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
 
 
-def _bytes(node: fx.Node) -> int:
+def _is_view(node: fx.Node) -> bool:
+    """Whether a value takes no memory of its own: a part of another's, or a constant of the graph."""
+    schema: Any = getattr(node.target, "_schema", None)
+    if schema is None:
+        return True
+    # A reshape may have to copy.
+    return node.target is not aten.reshape.default and any(result.alias_info is not None for result in schema.returns)
+
+
+def bytes_of(node: fx.Node) -> int:
+    """Bytes of a value, at the shape that was captured."""
     value = value_of(node)
     parts = value if isinstance(value, (list, tuple)) else [value]
     return sum(part.numel() * part.element_size() for part in parts if isinstance(part, Tensor))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from lmc_curvature.curvature.sweep.capture import capture, dependents
-from lmc_curvature.curvature.sweep.plan import Plan
+from lmc_curvature.curvature.sweep.plan import Plan, bytes_of
 from lmc_curvature.curvature.sweep.tree import BatchTree
 from lmc_curvature.objective.network import State
 
@@ -69,10 +69,23 @@ class Program:
         body = Plan(second, active, [node for node in active if node in nonlinear])
         return cls(entries, prelude, body, given[0] if given else None, second.outputs[0])
 
+    @property
+    def operations(self) -> list[tuple[Any, type]]:
+        """Every operation that the directions reach, with the kind of its rule.
+
+        A function has the same for data of other sizes, unless it does something else with them.
+        """
+        return [(node.target, type(rule)) for plan in (self.prelude, self.body) for node, rule in plan.rules.items()]
+
     @cached_property
     def constants(self) -> dict[fx.Node, Any]:
         """Values of the prelude of a function that has no state."""
         return self.prelude.run([])
+
+    @cached_property
+    def argument_bytes(self) -> int:
+        """Bytes of the data, at the shapes that were captured."""
+        return sum(bytes_of(node) for node in self.body.stage.inputs[len(self.prelude.stage.outputs) :])
 
     def operands(self, state: State) -> dict[fx.Node, Any]:
         """Values of the prelude at a state."""

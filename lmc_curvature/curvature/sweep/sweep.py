@@ -56,7 +56,7 @@ def sweep_batch(problem: Problem, compiled: CompiledBatch, point: Point, batch: 
     loss, slopes, curvature = math.nan, np.empty(count), np.empty((count, count))
     # What autocast does is in the graph; what is computed from its values needs no rounding of its own.
     with problem.objective.differentiating_operations(), torch.autocast(problem.objective.device.type, enabled=False):
-        preludes = _preludes(problem, compiled, point)
+        preludes = _preludes(problem, compiled, point, tiles)
         values: dict[Tile, _Values] = {}
         result = _result(compiled, tiles, preludes, values)
         for group in groups(count, compiled.tiling.directions):
@@ -73,11 +73,13 @@ class _Prelude:
     tangents: Mapping[fx.Node, Tangents]
 
 
-def _preludes(problem: Problem, compiled: CompiledBatch, point: Point) -> Mapping[Program, _Prelude]:
+def _preludes(
+    problem: Problem, compiled: CompiledBatch, point: Point, tiles: Sequence[Tile]
+) -> Mapping[Program, _Prelude]:
     """The preludes at a state; kept for one shape of batch at a time, because they are as large as the network."""
 
     def make() -> tuple[CompiledBatch, dict[Program, _Prelude]]:
-        return compiled, {program: _prelude(problem, program, point) for program in compiled.networks.values()}
+        return compiled, {program: _prelude(problem, program, point) for program in {tile.program for tile in tiles}}
 
     owner, preludes = problem.memo(point, make)
     return preludes if owner is compiled else problem.memo.replace(point, make())[1]

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from lmc_curvature.curvature.problem import Tiling
 from lmc_curvature.curvature.sweep.capture import value_of
+from lmc_curvature.curvature.sweep.memory import free_bytes
 from lmc_curvature.curvature.sweep.program import Program
 from lmc_curvature.errors import MemoryBudgetError
 from lmc_curvature.objective.network import State
@@ -16,18 +18,11 @@ from lmc_curvature.objective.network import State
 # On a CPU, tangents in its last cache are several times faster to work on than those in main memory. Half of it is left
 # to values and weights; tiles larger than the most hardly save calls. The least is for where none is reported.
 _LEAST_CACHE_BYTES, _MOST_CACHE_BYTES = 32 * 2**20, 128 * 2**20
-_DEFAULT_BUDGET_GIB = 4.0
 
 
 def budget_bytes(device: torch.device, memory_gib: float | None) -> float:
-    """Bytes that values and tangents may take: by default half of a CUDA device's free memory, or 4 GiB."""
-    if memory_gib is not None:
-        return memory_gib * 2**30
-    if device.type == "cuda":
-        # What torch has taken and does not use is free, too.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return (torch.cuda.mem_get_info(device)[0] + unused) / 2
-    return _DEFAULT_BUDGET_GIB * 2**30
+    """Bytes that values and tangents may take: by default half of what is free."""
+    return free_bytes(device) / 2 if memory_gib is None else memory_gib * 2**30
 
 
 def choose_tiling(
@@ -56,50 +51,103 @@ def choose_tiling(
     Raises:
         MemoryBudgetError: Two directions of as few examples as possible need more than the budget.
     """
+    together = len(directions)
+    while True:
+        needs = needs_of(program, loss, directions, probe=probe, together=together)
+        keeps = needs.values * size <= budget / 2
+        least = Tiling(size if whole else 1, together, keeps)
+        if needs.total(least, size) <= budget:
+            break
+        if together <= 2:
+            taken = needs.total(replace(least, keeps_values=False), size)
+            raise MemoryBudgetError(
+                f"Sweeping {min(2, together)} of {len(directions)} directions, {least.examples} of {size} examples at "
+                f"a time, takes about {taken / 2**30:.3g} GiB, more than the budget of {budget / 2**30:.3g} GiB: raise "
+                "memory_gib, or use smaller batches."
+            )
+        together = max(2, together // 2)
+    if whole:
+        return least
+    # Nothing may be reached at all.
+    each = max(1.0, needs.total(replace(least, examples=2), size) - needs.total(least, size))
+    most = 1 + (budget - needs.total(least, size)) / each
+    if device.type == "cpu":
+        most = min(most, max(1.0, _cache_bytes() / max(needs.at_work, 1.0)))
+    # Of one size where that is possible: every size of tile is captured for itself.
+    tiles = -(-size // max(1, min(size, int(most))))
+    return Tiling(-(-size // tiles), together, keeps)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that the sweep of a batch takes for some directions together.
+
+    All values of a tile are kept for its adjoints, and both for the tangents, which meet them operation by operation.
+
+    Attributes:
+        values: Values, for an example.
+        adjoints: Adjoints of what can contribute curvature, for an example.
+        tangents: Tangents, and what is contracted with them, for an example.
+        at_work: Tangents alone, for an example.
+        data: Data, for an example: all images are laid out anew.
+        loss: The loss, which sees the outputs of all examples at once.
+    """
+
+    values: float
+    adjoints: float
+    tangents: float
+    at_work: float
+    data: float
+    loss: float
+
+    def total(self, tiling: Tiling, size: int) -> float:
+        """All bytes, in some tiles of a batch of `size`."""
+        kept = size if tiling.keeps_values else tiling.examples
+        return self.values * kept + (self.adjoints + self.tangents) * tiling.examples + self.data * size + self.loss
+
+
+def needs_of(
+    program: Program, loss: Program | None, directions: Sequence[State], *, probe: int, together: int
+) -> Needs:
+    """The bytes that a sweep takes, from programs that were captured.
+
+    Args:
+        program: The network, or the whole loss, captured for `probe` examples.
+        loss: The loss of an output, captured for the whole batch, if it is apart.
+        directions: All directions.
+        probe: Examples that memory is estimated from.
+        together: Most directions that are swept together.
+    """
+    body = program.body
     reach = program.prelude.reached(
         {
             node: frozenset(i for i, direction in enumerate(directions) if name in direction)
             for name, node in program.entries.items()
         }
     )
-    # The graph of a forward and backward pass holds about three times the values themselves.
-    values = 3 * program.body.value_bytes / probe
-    keeps = values * size <= budget / 2
-    least = size if whole else 1
-    together = len(directions)
-    while True:
-        tangents = program.body.tangent_bytes(reach, together) / probe
-        of_loss = _loss_bytes(loss, together)
-        each = tangents if keeps else tangents + values
-        left = budget - of_loss - (values * size if keeps else 0)
-        if each * least <= left:
-            break
-        if together <= 2:
-            raise MemoryBudgetError(
-                f"Sweeping {min(2, together)} of {len(directions)} directions, {size if whole else 1} of {size} "
-                f"examples at a time, takes about {((tangents + values) * least + of_loss) / 2**30:.3g} GiB, more than "
-                f"the budget of {budget / 2**30:.3g} GiB: raise memory_gib, or use smaller batches."
-            )
-        together = max(2, together // 2)
-    if whole:
-        return Tiling(size, together, keeps)
-    # Nothing may be reached at all.
-    most = left / max(each, 1.0)
-    if device.type == "cpu":
-        most = min(most, max(1.0, _cache_bytes() / max(tangents, 1.0)))
-    # Of one size where that is possible: every size of tile is captured for itself.
-    tiles = -(-size // max(1, min(size, int(most))))
-    return Tiling(-(-size // tiles), together, keeps)
+    return Needs(
+        values=body.value_bytes / probe,
+        adjoints=body.adjoint_bytes / probe,
+        tangents=body.tangent_bytes(reach, together, contracted=True) / probe,
+        at_work=body.tangent_bytes(reach, together) / probe,
+        data=program.argument_bytes / probe,
+        loss=float(_loss_bytes(loss, together)),
+    )
 
 
 def _loss_bytes(loss: Program | None, together: int) -> int:
-    """Bytes that the loss takes, which sees the outputs of all examples at once."""
     if loss is None or loss.argument is None:
         return 0
-    tangents = loss.body.tangent_bytes({loss.argument: frozenset(range(together))}, together)
+    reach = {loss.argument: frozenset(range(together))}
+    tangents = loss.body.tangent_bytes(reach, together, contracted=True)
     # Tangents of the output come in tiles, which are joined, so for a moment there are two of each.
     output = value_of(loss.argument)
-    return 3 * loss.body.value_bytes + tangents + 2 * together * output.numel() * output.element_size()
+    return (
+        loss.body.value_bytes
+        + loss.body.adjoint_bytes
+        + tangents
+        + 2 * together * output.numel() * output.element_size()
+    )
 
 
 def groups(count: int, together: int) -> list[list[int]]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from lmc_curvature.errors import CaptureError
@@ -52,9 +53,8 @@ class BatchTree:
             return self
         return self._mapped(lambda tensor: tensor[start:stop], size)
 
-    def repeated(self, count: int, size: int) -> "BatchTree":
-        """A batch of `size` examples that are the first `count` ones over and over."""
-        numbers = torch.arange(size) % count
+    def chosen(self, numbers: Int[Tensor, " examples"], size: int) -> "BatchTree":
+        """The examples of a batch of `size` that have the given numbers, in that order."""
         return self._mapped(lambda tensor: tensor[numbers.to(tensor.device)], size)
 
     def _mapped(self, function: Callable[[Tensor], Tensor], size: int) -> "BatchTree":

@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmc_curvature import Objective, project_hessian
+from lmc_curvature import BatchLoss, Objective, project_hessian
 from lmc_curvature.curvature.problem import Tiling
+from lmc_curvature.curvature.projection import by_sweep
 from lmc_curvature.curvature.sweep.rules.bilinear import Bilinear
 from lmc_curvature.curvature.sweep.rules.linear import Affine
 from lmc_curvature.curvature.sweep.rules.pointwise import Pointwise
@@ -165,7 +166,7 @@ def test_a_tenth_of_one_operation_is_missed_in_no_direction(place, monkeypatch):
     assert len(calls) > place
 
 
-def _products_where_memory_is_short(network, batches, layers="module", **options):
+def _compared(network, batches, layers="module", *, tiling=None, **options):
     """The sizes of the batches of which products were computed, to compare a sweep that agrees with them all."""
     watched = Watched(network)
     objective = Objective(watched, batches, **options)
@@ -173,15 +174,61 @@ def _products_where_memory_is_short(network, batches, layers="module", **options
     objective.loss({})
     watched.calls.clear()
     directions = layer_directions(objective, layers)
-    found = swept(objective, directions, tiling=_SHORT)
+    found = swept(objective, directions, tiling=tiling)
     sizes = watched.sizes("derivative")
     assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
     return sizes
 
 
-def test_where_memory_is_short_a_tile_is_compared():
+@pytest.mark.parametrize(("size", "part"), [(6, 6), (15, 15), (16, 2), (47, 5), (200, 8)])
+@pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch"])
+def test_products_are_of_an_eighth_of_a_batch_or_of_a_small_one(name, size, part):
+    case = CASES[name]
+    assert _compared(case.model(), case.batches((size, size)), **case.options) == [part]
+
+
+def test_a_loss_that_calls_the_network_is_compared_on_an_eighth():
+    loss = BatchLoss(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))
+    assert _compared(randomized(TwoLayers().double()), vectors(24, 24), loss_fn=loss) == [3]
+
+
+class _ForFew(TwoLayers):
+    """Computes something else for few examples."""
+
+    def forward(self, x):
+        activation = torch.sin if len(x) < 10 else torch.tanh
+        return self.second(activation(self.first(x)))
+
+
+@pytest.mark.parametrize("loss_fn", [None, BatchLoss(lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]))])
+def test_a_part_of_other_operations_does_not_stand_for_the_whole(loss_fn):
+    assert _compared(randomized(_ForFew().double()), vectors(24, 24), loss_fn=loss_fn) == [24]
+
+
+@pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch"])
+def test_a_broken_rule_is_found_out_in_an_eighth(name, monkeypatch):
+    monkeypatch.setattr(LogSoftmax, "contract", _nothing)
+    objective = _objective(name, (40,))
+    with pytest.raises(SweepError, match="curvature along direction"):
+        project_hessian(objective, {}, layer_directions(objective), method="sweep")
+
+
+def test_a_graph_of_other_values_is_found_out(monkeypatch):
+    objective = Objective(randomized(TwoLayers().double()), vectors(20))
+    graph = by_sweep.sweep_batch
+
+    def off(*arguments):
+        (loss, slopes, curvature), result = graph(*arguments)
+        return (loss, slopes, curvature), result * (1 + 1e-6)
+
+    monkeypatch.setattr(by_sweep, "sweep_batch", off)
+    with pytest.raises(SweepError, match="does not give the network's output on batch 0"):
+        project_hessian(objective, {}, layer_directions(objective), method="sweep")
+
+
+def test_where_tiles_are_small_a_tile_is_compared():
     case = CASES["conv, interpolate"]
-    assert _products_where_memory_is_short(case.model(), case.batches((6, 6))) == [2]
+    assert _compared(case.model(), case.batches((6, 6)), tiling=_SHORT) == [2]
 
 
 def test_a_broken_rule_is_found_out_in_a_tile(monkeypatch):
@@ -191,15 +238,17 @@ def test_a_broken_rule_is_found_out_in_a_tile(monkeypatch):
         swept(objective, layer_directions(objective), tiling=_SHORT)
 
 
-def test_a_network_that_mixes_examples_is_found_out_where_a_tile_is_compared():
-    # In tiles, and then as a whole.
-    assert _products_where_memory_is_short(randomized(ByTheMean().double()), vectors(6, 6)) == [6, 6]
+@pytest.mark.parametrize(("size", "part"), [(6, 6), (40, 5)])
+def test_a_network_that_mixes_examples_is_found_out_by_its_output(size, part):
+    # No product of a tile: the values tell. Then of the batch, or of an eighth of it, as a whole.
+    assert _compared(randomized(ByTheMean().double()), vectors(size, size), tiling=_SHORT) == [part]
 
 
-def test_mixing_by_a_weight_of_zero_is_found_out_where_a_tile_is_compared():
+@pytest.mark.parametrize(("size", "parts"), [(6, [2, 6]), (40, [2, 5])])
+def test_mixing_by_a_weight_of_zero_is_found_out_after_a_tile_agreed(size, parts):
     model = randomized(ByAGate().double())
     model.gate.data.zero_()
-    assert _products_where_memory_is_short(model, vectors(6, 6), "tensor") == [6, 6]
+    assert _compared(model, vectors(size, size), "tensor", tiling=_SHORT) == parts
 
 
 class _TimeFirst(TwoLayers):
@@ -256,4 +305,4 @@ _LOSSES = {
 @pytest.mark.parametrize("loss_fn", _LOSSES.values(), ids=_LOSSES)
 def test_where_a_part_has_no_loss_the_batch_is_compared(loss_fn):
     network = randomized(TwoLayers().double())
-    assert _products_where_memory_is_short(network, vectors(6, 6), loss_fn=loss_fn)[-1] == 6
+    assert _compared(network, vectors(6, 6), tiling=_SHORT, loss_fn=loss_fn)[-1] == 6

@@ -5,9 +5,9 @@ import torch
 
 from lmc_curvature import Objective
 from lmc_curvature.curvature.problem import Tiling
-from lmc_curvature.curvature.sweep import compile_batch, copies_stay_apart, tiles_join
+from lmc_curvature.curvature.sweep import compile_batch, evaluate_batch, mixes_examples
 from lmc_curvature.objective.batches import Batch
-from tests.support.mixing import ByAGate, ByMarks, ByNearness, ByTheMean
+from tests.support.mixing import ByAGate, ByCount, ByMarks, ByNearness, ByTheMean
 from tests.support.networks import randomized
 from tests.support.sweeping import TwoLayers, layer_directions, posed, vectors
 
@@ -19,26 +19,74 @@ class _ByTheFirst(TwoLayers):
         return self.second(torch.tanh(self.first(x) + x[:1, :1]))
 
 
+class _ByTheLast(TwoLayers):
+    """Adds the last example to all."""
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x) + x[-1:, :1]))
+
+
+class _ByThoseBefore(TwoLayers):
+    """Adds up all examples so far."""
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x).cumsum(0)))
+
+
+class _ByTheNeighbour(TwoLayers):
+    """Adds the next example to each."""
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x) + x.roll(1, 0)[:, :1]))
+
+
+class _ByHalves(TwoLayers):
+    """Adds the second half of a batch to its first, with a weight that is zero at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        half = len(x) // 2
+        other = torch.cat([x[half : 2 * half], 0 * x[half:]])
+        return self.second(torch.tanh(self.first(x) + self.gate * other[:, :1]))
+
+
+class _ByOrder(TwoLayers):
+    """Weighs the units of an example by how many examples are larger."""
+
+    def forward(self, x):
+        larger = (x[:, :1] > x[:, 0]).sum(1, keepdim=True)
+        return self.second(torch.tanh(self.first(x)) * (1 + larger))
+
+
+@pytest.mark.parametrize("size", [6, 9, 40])
 @pytest.mark.parametrize(
-    ("make", "joins", "stays_apart"),
+    "make",
     [
-        (TwoLayers, True, True),
-        (ByTheMean, False, True),
-        (ByAGate, False, True),
-        # No two examples of this batch are near each other.
-        (ByNearness, True, False),
-        (ByMarks, True, False),
-        (_ByTheFirst, False, True),
+        TwoLayers,
+        ByTheMean,
+        ByAGate,
+        ByCount,
+        # No two examples of this batch are near each other, or have the same mark.
+        ByNearness,
+        ByMarks,
+        _ByTheFirst,
+        _ByTheLast,
+        _ByThoseBefore,
+        _ByTheNeighbour,
+        _ByHalves,
+        _ByOrder,
     ],
 )
-def test_mixing_shows_between_tiles_or_among_copies(make, joins, stays_apart):
+def test_mixing_shows_in_the_company_of_others_and_of_copies(make, size):
     model = randomized(make().double())
-    if make is ByAGate:
+    if hasattr(model, "gate"):
         model.gate.data.zero_()
-    objective = Objective(model, vectors(6))
+    objective = Objective(model, vectors(size))
     problem = posed(objective, layer_directions(objective, "tensor"), tiling=Tiling(2, 99, keeps_values=True))
-    (point,), batch = problem.points, Batch(0, 6, objective.loader[0])
-    compiled = compile_batch(problem, batch, whole=False)
+    (point,), batch = problem.points, Batch(0, size, objective.loader[0])
+    compiled = compile_batch(problem, batch, evaluate_batch(objective, point, batch), whole=False)
     assert compiled.is_tiled
-    assert tiles_join(problem, compiled, point, batch) == joins
-    assert copies_stay_apart(problem, compiled, point, batch) == stays_apart
+    assert mixes_examples(problem, compiled, point, batch) == (make is not TwoLayers)

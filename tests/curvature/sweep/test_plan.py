@@ -43,12 +43,26 @@ def test_directions_reach_what_reads_them():
 
 
 def test_tangents_of_two_operations_are_alive_at_a_time():
-    plan = _plan(lambda a: a.sin().cos().tanh(), 4)
+    plan = _plan(lambda a: a.sin().relu().abs().relu(), 4)
     (given,) = plan.stage.inputs
     reach = {given: frozenset(range(5))}
-    assert plan.value_bytes == 3 * 4 * 8
+    assert plan.value_bytes == 4 * 4 * 8
+    assert plan.adjoint_bytes == 4 * 8
     assert plan.tangent_bytes(reach, 5) == 2 * 5 * 4 * 8
     assert plan.tangent_bytes(reach, 2) == 2 * 2 * 4 * 8
+
+
+def test_what_is_contracted_is_alive_beside_tangents():
+    plan = _plan(lambda a: a.relu().sin(), 4)
+    (given,) = plan.stage.inputs
+    reach = {given: frozenset(range(5))}
+    assert plan.tangent_bytes(reach, 5, contracted=True) == (1 + 2) * 5 * 4 * 8
+    assert plan.tangent_bytes(reach, 5) == 2 * 5 * 4 * 8
+
+
+def test_views_take_no_memory():
+    plan = _plan(lambda a: a.sin()[None].expand(3, 4)[:, :2].mT, 4)
+    assert plan.value_bytes == 4 * 8
 
 
 def test_tangents_and_curvature_of_a_function():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.curvature.sweep import compile_batch
+from lmc_curvature.curvature.sweep import compile_batch, evaluate_batch
 from lmc_curvature.curvature.sweep.tiling import budget_bytes, choose_tiling, groups
 from lmc_curvature.errors import MemoryBudgetError
 from lmc_curvature.objective.batches import Batch
@@ -30,7 +30,7 @@ def _objective(name, sizes):
 def _needed(objective, directions):
     """The least budget, in GiB, according to the refusal of a smaller one."""
     with pytest.raises(MemoryBudgetError) as refusal:
-        project_hessian(objective, {}, directions, memory_gib=1e-9)
+        project_hessian(objective, {}, directions, method="sweep", memory_gib=1e-9)
     return float(re.search(r"about ([\d.e+-]+) GiB", str(refusal.value))[1])
 
 
@@ -47,7 +47,8 @@ def layers():
     )
     state = objective.state()
     directions = [{name: torch.ones_like(tensor)} for name, tensor in state.items()] + [state, state]
-    compiled = compile_batch(posed(objective, directions), Batch(0, 2, objective.loader[0]), whole=False)
+    problem, batch = posed(objective, directions), Batch(0, 2, objective.loader[0])
+    compiled = compile_batch(problem, batch, evaluate_batch(objective, problem.points[0], batch), whole=False)
     return compiled.networks[2], compiled.loss, directions
 
 
@@ -114,7 +115,11 @@ def test_groups_hold_every_pair(count, together):
 
 def test_a_budget_is_what_is_asked_for():
     assert budget_bytes(_CPU, 0.5) == 2**29
-    assert budget_bytes(_CPU, None) == 4 * 2**30
+
+
+def test_by_default_a_budget_is_half_of_what_is_free(monkeypatch):
+    monkeypatch.setattr("lmc_curvature.curvature.sweep.tiling.free_bytes", lambda device: 6.0 * 2**30)
+    assert budget_bytes(_CPU, None) == 3 * 2**30
 
 
 def test_a_budget_too_small_for_one_example_says_how_much_it_takes():
@@ -124,12 +129,12 @@ def test_a_budget_too_small_for_one_example_says_how_much_it_takes():
         MemoryBudgetError,
         match=r"2 of 6 directions, 1 of 6 examples at a time, takes about \S+ GiB, more than the budget of 1e-09 GiB",
     ):
-        project_hessian(objective, {}, directions, memory_gib=1e-9)
+        project_hessian(objective, {}, directions, method="sweep", memory_gib=1e-9)
     least, whole = _needed(objective, directions), swept(objective, directions)
     assert_projections_agree(swept(objective, directions, memory_gib=1.01 * least), whole, relative=1e-12)
     assert compiled_batches(objective, directions, memory_gib=1.01 * least)[0].tiling.directions == 2
     with pytest.raises(MemoryBudgetError):
-        project_hessian(objective, {}, directions, memory_gib=0.9 * least)
+        project_hessian(objective, {}, directions, method="sweep", memory_gib=0.9 * least)
 
 
 def test_a_budget_too_small_for_a_batch_that_cannot_be_cut():
@@ -137,7 +142,7 @@ def test_a_budget_too_small_for_a_batch_that_cannot_be_cut():
     with pytest.raises(
         MemoryBudgetError, match="2 of 6 directions, 6 of 6 examples at a time, takes about .*, or use smaller batches"
     ):
-        project_hessian(objective, {}, layer_directions(objective), memory_gib=1e-9)
+        project_hessian(objective, {}, layer_directions(objective), method="sweep", memory_gib=1e-9)
 
 
 class _Image(nn.Module):

@@ -54,8 +54,8 @@ def test_all_rows_are_the_data_themselves():
     assert tree.rows(0, 4, 4) is tree
 
 
-def test_the_first_examples_may_be_repeated():
-    tree = BatchTree.of(_data(5)).repeated(2, 5)
+def test_examples_are_chosen_by_number():
+    tree = BatchTree.of(_data(5)).chosen(torch.tensor([0, 1, 0, 1, 0]), 5)
     assert torch.equal(tree.structure["x"], _data(5)["x"][[0, 1, 0, 1, 0]])
     assert torch.equal(tree.structure["more"][1], torch.arange(3))
 

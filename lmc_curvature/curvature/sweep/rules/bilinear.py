@@ -1,6 +1,6 @@
 """Operations that are linear in each of two arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,15 @@ class Bilinear(Rule):
     def has_curvature(self, node: fx.Node, active: set[fx.Node]) -> bool:
         """Whether both arguments depend on the directions."""
         return node.args[self.left] in active and node.args[self.right] in active
+
+    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+        """What g is contracted to with the rarer side, and where that is more than one, the stacks of both sides."""
+        left, right = node.args[self.left], node.args[self.right]
+        assert isinstance(left, fx.Node)
+        assert isinstance(right, fx.Node)
+        fewer, more = sorted((reached[left], reached[right]))
+        other = left if reached[right] == fewer else right
+        return {other: fewer + (fewer + more if fewer > 1 else 0)}
 
     def _sides(self, call: OpCall) -> tuple[Tangents, Tangents]:
         return call.tangents_of(call.node.args[self.left]), call.tangents_of(call.node.args[self.right])

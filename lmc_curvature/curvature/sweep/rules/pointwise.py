@@ -1,5 +1,7 @@
 """Functions of each element."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, fx
 
@@ -20,6 +22,11 @@ class Pointwise(Rule):
         """Whether the first argument alone depends on the directions, and has the shape of the result."""
         # Another argument may have more axes than the first one.
         return moved == [node.args[0]] and value_of(moved[0]).shape == value_of(node).shape
+
+    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+        """The stack of all tangents, and that times the weight."""
+        (operand,) = node.all_input_nodes
+        return {operand: 2 * reached[operand]}
 
     def push(self, call: OpCall) -> Tangents:
         """φ′ times each tangent."""

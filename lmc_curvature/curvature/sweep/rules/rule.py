@@ -107,6 +107,15 @@ class Rule:
         """
         return True
 
+    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+        """Tensors that `contract` makes for itself, beside the tangents: how many are as large as which argument.
+
+        Args:
+            node: The operation.
+            reached: The number of directions that have reached each node.
+        """
+        return {}
+
     def push(self, call: OpCall) -> Tangents:
         """Tangents of the operation's value, from those of its arguments."""
         raise NotImplementedError

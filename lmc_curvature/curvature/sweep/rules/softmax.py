@@ -1,12 +1,23 @@
 """Softmax and its logarithm along an axis; x̄ = Σ p x is the mean of x under the softmax p."""
 
-from torch import Tensor
+from collections.abc import Mapping
+
+from torch import Tensor, fx
 
 from lmc_curvature.curvature.sweep.rules.inner_products import weighted_gram
 from lmc_curvature.curvature.sweep.rules.rule import Contributions, OpCall, Rule, Tangents
 
 
-class Softmax(Rule):
+class _Centering(Rule):
+    """What subtracts a mean from its tangents."""
+
+    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+        """The centred tangents, their stack, and that times the weight."""
+        (operand,) = node.all_input_nodes
+        return {operand: 3 * reached[operand]}
+
+
+class Softmax(_Centering):
     """y = softmax(x):  Dy[u] = y (u − ū),  ⟨g, D²y[u, v]⟩ = Σ (g − ḡ) y (u − ū)(v − v̄)."""
 
     def push(self, call: OpCall) -> Tangents:
@@ -22,7 +33,7 @@ class Softmax(Rule):
         contributions.add(tangents, tangents, weighted_gram(weight, tangents) / 2)
 
 
-class LogSoftmax(Rule):
+class LogSoftmax(_Centering):
     """y = log softmax(x), p = softmax(x):  Dy[u] = u − ū,  ⟨g, D²y[u, v]⟩ = −(Σ g) Σ p (u − ū)(v − v̄)."""
 
     def push(self, call: OpCall) -> Tangents:

@@ -1,0 +1,168 @@
+"""One comparison of two results that should be equal, and one table of the checks that the library makes of itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The relative difference up to which two results count as equal; it follows the precision.
+
+        tolerance(ε) = min(ε^power, most),    ε the relative rounding error of one operation
+
+    Attributes:
+        power: Exponent of ε.
+        most: The tolerance of coarse precisions.
+    """
+
+    power: float
+    most: float = 1.0
+
+    def at(self, rounding: float) -> float:
+        """The tolerance for a relative rounding error of one operation."""
+        return min(rounding**self.power, self.most)
+
+    def __str__(self) -> str:
+        limit = f", at most {self.most:g}" if self.most < 1 else ""
+        return f"ε^{self.power:g}{limit}"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question that the library asks itself before it gives a number away.
+
+    Attributes:
+        catches: What it finds, in particular what no other check would.
+        runs: When, and on which examples.
+        cost: Forward passes of a whole batch (F) that it takes at most: operations counted on a ResNet-20, 128 images
+            of 32 × 32 pixels, 22 layers, under `"interpolate"`.
+        tolerance: The difference that it allows; None if it compares no numbers.
+    """
+
+    catches: str
+    runs: str
+    cost: float
+    tolerance: Tolerance | None = None
+
+
+CHECKS: Mapping[str, Check] = MappingProxyType(
+    {
+        "random numbers": Check(
+            catches="A module that draws random numbers in evaluation mode.",
+            runs="First batch of an objective.",
+            cost=1.0,
+        ),
+        "constants": Check(
+            catches="A network that changes its own entries, or uses parameters that are not those of the state.",
+            runs="First batch of an objective.",
+            cost=1.0,
+        ),
+        "two evaluations": Check(
+            catches="A network with a generator or a memory of its own: its two losses differ.",
+            runs="First batch of an objective, on what the two checks above have computed.",
+            cost=0.0,
+            tolerance=Tolerance(0.4, most=1e-3),
+        ),
+        "layout": Check(
+            catches="A network that computes something else of images whose channels come last.",
+            runs="First product of an operator with a convolutional network in float32 on a CPU, where such images are faster.",
+            cost=2.0,
+            tolerance=Tolerance(0.4, most=1e-3),
+        ),
+        "captured values": Check(
+            catches="A captured graph, or tiles of a batch, whose values are not those of the network and its loss.",
+            runs="First batch of every shape.",
+            cost=1.0,
+            tolerance=Tolerance(0.5),
+        ),
+        "sweep": Check(
+            catches="Slopes or curvature of the sweep that are not those of a Hessian-vector product.",
+            runs="First batch of every shape, on an eighth of its examples, 8 at most; on all where there are fewer "
+            "than 16, or where the eighth has no loss of its own, consists of other operations or disagrees.",
+            cost=3.5,
+            tolerance=Tolerance(0.4),
+        ),
+        "mixing": Check(
+            catches="A network in which an example has a part in another's output, near the state and for examples "
+            "that are alike, too: its batches must not be cut.",
+            runs="First batch of every shape that is cut into tiles, among copies of its first examples.",
+            cost=1.2,
+            tolerance=Tolerance(0.5),
+        ),
+        "captured graphs": Check(
+            catches="A network or a loss that has changed since its graph was captured.",
+            runs="Every pass, on the examples that the sweep is compared on.",
+            cost=0.2,
+            tolerance=Tolerance(0.5),
+        ),
+        "products at once": Check(
+            catches="An operation that `torch.func.vmap` maps wrongly.",
+            runs="First products that an operator makes several of at once.",
+            cost=0.0,
+            tolerance=Tolerance(0.5),
+        ),
+        "structured block": Check(
+            catches="A dense block put together from a layer's inputs whose weight has a part in the loss beside them.",
+            runs="First batch of every block.",
+            cost=9.0,
+            tolerance=Tolerance(0.5),
+        ),
+        "backend": Check(
+            catches="A product of another library that is not the Hessian's.",
+            runs="First product with every selection of entries.",
+            cost=9.0,
+            tolerance=Tolerance(0.25),
+        ),
+    }
+)
+"""The checks by name; docs/trust.md shows them."""
+
+
+def near(check: str, found: Any, expected: Any, *, rounding: float, scale: Any, floor: Any = 0.0) -> Any:
+    """Where two results are equal up to a check's tolerance.
+
+        |found − expected| ≤ tolerance(ε) · scale + floor
+
+    Infinities of one sign are equal, and so are values that are both not-a-number.
+
+    Args:
+        check: Name of the check.
+        found: Numbers: a float, a NumPy array or a tensor.
+        expected: Numbers of the same kind and shape.
+        rounding: ε, the relative rounding error of one operation.
+        scale: The size of what was added up to get these numbers.
+        floor: A difference that is always allowed: rounding of what cancels.
+
+    Returns:
+        True or False for every number, in the form of the results.
+
+    Raises:
+        LookupError: There is no such check, or it compares no numbers.
+    """
+    tolerance = CHECKS[check].tolerance
+    if tolerance is None:
+        raise LookupError(f"The check {check!r} compares no numbers.")
+    both_nan = (found != found) & (expected != expected)
+    return (found == expected) | both_nan | (abs(found - expected) <= tolerance.at(rounding) * scale + floor)
+
+
+def all_near(check: str, found: Tensor, expected: Any, *, rounding: float) -> bool:
+    """Whether two tensors are equal up to a check's tolerance, relative to the largest finite number expected.
+
+    Args:
+        check: Name of the check.
+        found: A tensor of floating-point numbers.
+        expected: What it should be; anything but a tensor of its shape and type is something else.
+        rounding: ε, the relative rounding error of one operation, if it is coarser than that of the tensors' type.
+    """
+    if not isinstance(expected, Tensor) or found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    rounding = max(rounding, torch.finfo(found.dtype).eps)
+    finite = expected[expected.isfinite()].abs()
+    scale = finite.max() if finite.numel() else 0.0
+    return bool(near(check, found, expected, rounding=rounding, scale=scale).all())
