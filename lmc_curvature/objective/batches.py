@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from lmc_curvature.errors import LoaderError
+from lmc_curvature.errors import LoaderError, OptionError
 from lmc_curvature.objective.sorting import warn_of_sorted_data
 
 
@@ -199,12 +199,15 @@ def describe(data: Any) -> str:
     return f"an object of type {type(data).__name__}"
 
 
-def check_loader(loader: Any) -> None:
+def check_loader(loader: Any, max_batches: int | None) -> None:
     """Refuse what does not yield batches.
 
     Raises:
         LoaderError: It cannot be iterated over, or is a data set of single examples.
+        OptionError: The number of batches to visit is not positive.
     """
+    if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
+        raise OptionError(f"max_batches={max_batches!r}: expected a whole number, at least 1 (or None for all).")
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise LoaderError(f"The loader is {describe(loader)}; expected an iterable of batches, such as a DataLoader.")
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):

@@ -2,14 +2,14 @@
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lmc_curvature.errors import NonFiniteError, OptionError, UnsupportedModelError
+from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError, UnsupportedModelError, suggest
 from lmc_curvature.objective.batches import describe
 from lmc_curvature.objective.normalization import BatchNormPolicy, statistic_names, tracked_modules
 
@@ -117,6 +117,31 @@ def check_finite(state: State, owner: str) -> None:
             raise NonFiniteError(
                 f"Entry {name!r} of {owner} has {bad} of {tensor.numel()} values that are infinite or not a number. "
                 "Has its training diverged?"
+            )
+
+
+def check_entries(state: State, entries: State, movable: Collection[str]) -> None:
+    """Refuse a state or direction that does not fit a network.
+
+    Args:
+        state: Entry name to tensor.
+        entries: All entries of the network.
+        movable: Names of those that move, to suggest.
+
+    Raises:
+        DirectionError: An entry is unknown, has another shape, or is not of a real floating-point type.
+    """
+    for name, tensor in state.items():
+        if name not in entries:
+            raise DirectionError(f"The network has no entry {name!r}: {suggest(name, movable)}")
+        if tensor.shape != entries[name].shape:
+            raise DirectionError(
+                f"Entry {name!r} has shape {tuple(tensor.shape)}; expected {tuple(entries[name].shape)}."
+            )
+        if not tensor.is_floating_point():
+            raise DirectionError(
+                f"Entry {name!r} has type {tensor.dtype}; expected real floating-point numbers. Leave out counters "
+                "and other buffers that do not move."
             )
 
 

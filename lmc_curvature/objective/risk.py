@@ -13,7 +13,7 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
-from lmc_curvature.errors import DirectionError, LossError, OptionError, check_choice, suggest
+from lmc_curvature.errors import LossError, OptionError, check_choice
 from lmc_curvature.objective.batches import Batch, check_loader, loader_length, refuse_iterator, to_device, visit
 from lmc_curvature.objective.losses import (
     BatchLoss,
@@ -29,6 +29,7 @@ from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import (
     State,
     as_leaves,
+    check_entries,
     check_finite,
     check_module,
     choose_device,
@@ -105,9 +106,7 @@ class Objective:
         for option, value in {"allow_tf32": allow_tf32, "witness": witness}.items():
             if not isinstance(value, bool):
                 raise OptionError(f"{option}={value!r}: expected True or False.")
-        if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
-            raise OptionError(f"max_batches={max_batches!r}: expected a whole number, at least 1 (or None for all).")
-        check_loader(loader)
+        check_loader(loader, max_batches)
         check_reduction(loss_fn)
         self._movable = movable_entries(model, batch_norm)
         self.loader, self.max_batches, self.allow_tf32 = loader, max_batches, allow_tf32
@@ -164,18 +163,7 @@ class Objective:
             DirectionError: An entry is unknown, has another shape, or is not of a real floating-point type.
         """
         state = {self._aliases.get(name, name): tensor for name, tensor in state.items() if not is_batch_counter(name)}
-        for name, tensor in state.items():
-            if name not in self._entries:
-                raise DirectionError(f"The network has no entry {name!r}: {suggest(name, self._movable)}")
-            if tensor.shape != self._entries[name].shape:
-                raise DirectionError(
-                    f"Entry {name!r} has shape {tuple(tensor.shape)}; expected {tuple(self._entries[name].shape)}."
-                )
-            if not tensor.is_floating_point():
-                raise DirectionError(
-                    f"Entry {name!r} has type {tensor.dtype}; expected real floating-point numbers. Leave out counters "
-                    "and other buffers that do not move."
-                )
+        check_entries(state, self._entries, self._movable)
         return {name: to_device(tensor.detach(), self.device, self.dtype) for name, tensor in state.items()}
 
     @contextlib.contextmanager

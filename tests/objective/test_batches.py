@@ -77,12 +77,12 @@ def test_tensors_are_found_in_their_order():
 )
 def test_what_yields_no_batches_is_no_loader(loader, message):
     with pytest.raises(LoaderError, match=message):
-        check_loader(loader)
+        check_loader(loader, None)
 
 
 @pytest.mark.parametrize("loader", [[X], (x for x in X), Stream(), DataLoader(TensorDataset(X))])
 def test_what_can_be_iterated_over_is_a_loader(loader):
-    check_loader(loader)
+    check_loader(loader, None)
 
 
 @pytest.mark.parametrize(
