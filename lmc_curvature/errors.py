@@ -13,7 +13,7 @@ class LMCCurvatureError(Exception):
 
 
 class ArchitectureMismatchError(LMCCurvatureError, ValueError):
-    """The two networks do not have the same modules, entries, shapes or fixed buffers.
+    """The two networks do not have the same entries, shapes or fixed buffers, or compute something else from them.
 
     Catch it to skip pairs of networks that cannot be averaged entry by entry.
     """
@@ -55,7 +55,7 @@ class NonFiniteError(LMCCurvatureError, ArithmeticError):
 
 
 class UnsupportedModelError(LMCCurvatureError, TypeError):
-    """The loss is no function of the state: the network is random, uninitialised, or cannot be copied.
+    """The loss is no function of the state: the network is random, uninitialised, cannot be copied or cannot move.
 
     Catch it to skip kinds of networks that the library cannot analyse, or to try another method.
     """

@@ -11,12 +11,14 @@ from jaxtyping import Float, Int, Real
 from torch import nn
 
 from lmc_curvature.averages import standard_error, weighted_mean
+from lmc_curvature.barrier.evaluation import evaluate_points
 from lmc_curvature.barrier.expansions import check_alphas
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
-from lmc_curvature.barrier.metrics import METRICS, Metric, Truth, check_metrics, metric_values, metric_weights
-from lmc_curvature.errors import NonFiniteError, OptionError, check_choice
-from lmc_curvature.objective import Batch, BatchNormPolicy, LossFunction, Objective
-from lmc_curvature.segment import PartitionSpec, Segment, SegmentPoints, layer_indices
+from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics
+from lmc_curvature.barrier.setup import segment_and_objective
+from lmc_curvature.errors import OptionError, check_choice
+from lmc_curvature.objective import BatchNormPolicy, LossFunction
+from lmc_curvature.segment import Frozen, PartitionSpec, SegmentPoints, layer_indices
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ def measure_barrier(
     *,
     loss_fn: LossFunction | None = None,
     layers: PartitionSpec = "fused",
+    frozen: Frozen = (),
+    base: Literal["a", "b"] = "a",
     sets: Sets = (),
     alphas: int | np.integer | Sequence[float] | np.ndarray = 11,
     batch_norm: BatchNormPolicy = "interpolate",
@@ -63,6 +67,9 @@ def measure_barrier(
         loader: Yields `(x, y)` batches, or what `loss_fn` expects.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
         layers: The partition into layers; see `LayerPartition.of`.
+        frozen: Layers that stay where they are, in both networks alike: their names, regular expressions for entries,
+            or `"requires_grad"` for what does not require gradients; see `Segment`.
+        base: The network at which they stay, `"a"` or `"b"`.
         sets: Sets of layers to measure besides the whole network: `"each"` layer of the partition alone, or a list of
             sets of layer names.
         alphas: Positions in [0, 1], or how many to space evenly from 0 to 1.
@@ -83,79 +90,31 @@ def measure_barrier(
     _refuse_former_options(layers, partition)
     positions = _positions(alphas)
     check_metrics(metrics, loss_fn)
-    segment = Segment(model_a, model_b, layers=layers, batch_norm=batch_norm)
-    members_of_sets = _resolve_sets(segment.layers, sets)
-    objective = Objective(
+    segment, objective = segment_and_objective(
         model_a,
+        model_b,
         loader,
-        loss_fn=loss_fn,
+        layers=layers,
         batch_norm=batch_norm,
+        frozen=frozen,
+        base=base,
+        loss_fn=loss_fn,
         max_batches=max_batches,
         device=device,
         dtype=dtype,
         allow_tf32=allow_tf32,
     )
-    points = SegmentPoints(segment.to(objective.device, objective.dtype))
+    members_of_sets = _resolve_sets(segment.layers, sets)
+    points = SegmentPoints(segment)
     curves = (segment.layers, *members_of_sets)
     pairs = np.array([[points.pair(members, alpha) for alpha in positions] for members in curves])
-    sizes, weights, values = _measure(objective, points, metrics, progress=progress)
+    sizes, weights, values = evaluate_points(objective, points, metrics, progress=progress)
     ends = values[:, :, [points.START, points.END]]
-    along = (1 - positions) * values[:, :, pairs[..., 0]] + positions * values[:, :, pairs[..., 1]]
-    return BarrierMeasurement(positions, members_of_sets, tuple(metrics), batch_norm, sizes, ends, along, weights)
-
-
-@torch.no_grad()
-def _measure(
-    objective: Objective, points: SegmentPoints, metrics: Sequence[Metric], *, progress: bool | None
-) -> tuple[
-    Int[np.ndarray, " batches"],
-    Float[np.ndarray, "batches metrics"] | None,
-    Float[np.ndarray, "batches metrics points"],
-]:
-    """Return batch sizes, weights (None where they are the sizes), and every metric of every batch at every point."""
-    statistics: Sequence[dict[str, torch.Tensor]] = [{}] * len(points)
-    if objective.batch_norm == "recalibrate":
-        if "error" in metrics:
-            # Before the long pass: what the error is of can be told from one evaluation.
-            with objective.measuring(), objective.one_pass(progress=False) as batches:
-                batch = next(batches)
-                Truth.of(objective.loss_fn, *objective.batch_evaluation(points[points.START], batch)[1:], batch)
-        statistics = objective.recalibrated(points, progress=progress)
-    sizes, weights, values = [], [], []
-    visit = objective.one_pass(progress=progress, description="measuring", weightless=True)
-    with objective.measuring(), visit as batches:
-        for batch in batches:
-            of_batch, of_metrics = _batch_values(objective, points, statistics, batch, metrics)
-            sizes.append(batch.size)
-            weights.append(of_metrics)
-            values.append(of_batch)
-    by_size = all(weight == size for size, row in zip(sizes, weights, strict=True) for weight in row)
-    return np.array(sizes), None if by_size else np.array(weights), np.stack(values)
-
-
-def _batch_values(
-    objective: Objective, points: SegmentPoints, statistics: Sequence[Any], batch: Batch, metrics: Sequence[Metric]
-) -> tuple[Float[np.ndarray, "metrics points"], list[float]]:
-    """Return every metric of one batch at every point, and what the batch counts for in the mean of each metric."""
-    columns, truth = [], None
-    for number, extra in enumerate(statistics):
-        loss, output, target = objective.batch_evaluation({**points[number], **extra}, batch)
-        if truth is None and "error" in metrics:
-            truth = Truth.of(objective.loss_fn, output, target, batch)
-        columns.append(metric_values(metrics, loss, output, truth))
-    # Copied to the host once a batch: each copy waits for the device.
-    values = torch.stack(columns, dim=1).double().cpu().numpy()
-    weights = metric_weights(metrics, batch, truth)
-    # The mean over no target is 0/0.
-    values[np.array(weights) == 0] = 0
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        metric, point = (int(position) for position in bad[0])
-        raise NonFiniteError(
-            f"The {metrics[metric]} is {values[metric, point]} at batch {batch.index} ({batch.size} examples), at "
-            f"{points.describe(point)}. Check the data of that batch and the scale of the networks' parameters."
-        )
-    return values, weights
+    along = _between(positions, values[:, :, pairs[..., 0]], values[:, :, pairs[..., 1]])
+    notes = objective.notes + segment.notes
+    return BarrierMeasurement(
+        positions, members_of_sets, tuple(metrics), batch_norm, sizes, ends, along, notes, batch_weights=weights
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +130,7 @@ class BarrierMeasurement:
         batch_ends: Metrics of each batch at the two networks, (batches, metrics, 2).
         batch_values: Metrics of each batch along the segment, (batches, metrics, 1 + sets, n): first for the whole
             network, then for each set (the weighted sum of its two sides).
+        notes: Sentences that belong beside the numbers, such as what is frozen.
         batch_weights: What each batch counts for in the mean of each metric, (batches, metrics); None where that is its
             number of examples.
     """
@@ -182,6 +142,7 @@ class BarrierMeasurement:
     batch_sizes: Int[np.ndarray, " batches"]
     batch_ends: Float[np.ndarray, "batches metrics 2"]
     batch_values: Float[np.ndarray, "batches metrics curves n"]
+    notes: tuple[str, ...] = ()
     batch_weights: Float[np.ndarray, "batches metrics"] | None = None
 
     @property
@@ -249,7 +210,7 @@ class BarrierMeasurement:
     def _batch_curves(self, metric: str) -> Float[np.ndarray, "batches curves n"]:
         index = self._metric(metric)
         ends = self.batch_ends[:, index]
-        chord = (1 - self.alphas) * ends[:, :1] + self.alphas * ends[:, 1:]
+        chord = _between(self.alphas, ends[:, :1], ends[:, 1:])
         return self.batch_values[:, index] - chord[:, None]
 
     def _standard_errors(self, metric: str) -> Float[np.ndarray, " curves"]:
@@ -270,7 +231,8 @@ class BarrierMeasurement:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the measurement to one safetensors file, without loss."""
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        save_arrays(path, _KIND, arrays, sets=self.sets, metrics=self.metrics, batch_norm=self.batch_norm)
+        metadata = {name: getattr(self, name) for name in ("sets", "metrics", "batch_norm", "notes")}
+        save_arrays(path, _KIND, arrays, **metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "BarrierMeasurement":
@@ -281,9 +243,10 @@ class BarrierMeasurement:
             FileFormatError: The file is damaged or holds something else.
         """
         arrays, metadata = load_arrays(path, _KIND)
-        # JSON has lists only.
+        # JSON has lists only, and files of earlier versions have no notes.
         sets, metrics = tuple(map(tuple, metadata["sets"])), tuple(metadata["metrics"])
-        return cls(**arrays, sets=sets, metrics=metrics, batch_norm=metadata["batch_norm"])
+        notes = tuple(metadata.get("notes", ()))
+        return cls(**arrays, sets=sets, metrics=metrics, batch_norm=metadata["batch_norm"], notes=notes)
 
     def plot(self) -> "Figure":
         """Draw the measured curves."""
@@ -301,7 +264,15 @@ class BarrierMeasurement:
                 f"  {metric:<6} {self.barrier(metric):.4g} ± {self.standard_error(metric):.2g} "
                 f"at alpha {self.alphas[self.curve(metric).argmax()]:.2f}; at the ends {first:.4g}, {second:.4g}"
             )
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def _between(
+    alphas: Float[np.ndarray, " n"], first: Float[np.ndarray, "*shape"], second: Float[np.ndarray, "*shape"]
+) -> np.ndarray:
+    """The chord (1−α) first + α second, without rounding at its ends and where they are equal."""
+    gap = second - first
+    return np.where(alphas < 0.5, first + alphas * gap, second - (1 - alphas) * gap)
 
 
 def _positions(alphas: int | np.integer | Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:

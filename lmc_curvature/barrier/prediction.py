@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -13,11 +13,12 @@ from torch import nn
 
 from lmc_curvature.averages import standard_error
 from lmc_curvature.barrier.expansions import EXPANSIONS, Endpoint, Expansion, check_alphas, coefficients, peak
+from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.curvature.problem import Method
 from lmc_curvature.curvature.projection import Projection, project_hessian_at
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective
-from lmc_curvature.segment import PartitionSpec, Segment, layer_indices
+from lmc_curvature.segment import Frozen, PartitionSpec, Segment, layer_indices
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def predict_barrier(
     *,
     loss_fn: LossFunction | None = None,
     layers: PartitionSpec = "fused",
+    frozen: Frozen = (),
+    base: Literal["a", "b"] = "a",
     batch_norm: BatchNormPolicy = "interpolate",
     method: Method = "auto",
     memory_gib: float | None = None,
@@ -42,6 +45,7 @@ def predict_barrier(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
+    witness: bool = True,
     progress: bool | None = None,
 ) -> "BarrierPrediction":
     """Predict the barrier between two networks, for all their layers and for any set of them, in one pass.
@@ -55,6 +59,9 @@ def predict_barrier(
         loader: Yields `(x, y)` batches, or what `loss_fn` expects; visited once.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
         layers: The partition into L layers; see `LayerPartition.of`.
+        frozen: Layers that stay where they are, in both networks alike: their names, regular expressions for entries,
+            or `"requires_grad"` for what does not require gradients; see `Segment`.
+        base: The network at which they stay, `"a"` or `"b"`.
         batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`. Under
             `"recalibrate"` the prediction differentiates through batch statistics, as under `"batch"`.
         method: Method to compute curvature; see `project_hessian`.
@@ -63,22 +70,27 @@ def predict_barrier(
         device: Device to compute on; `model_a`'s device by default.
         dtype: Floating-point type to compute in; `model_a`'s by default.
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
+        witness: Compare derivatives with differences of the loss first; see `Objective`.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
 
     Raises:
         LMCCurvatureError: The networks, the loader or an option are not what they should be; the subclasses of
             `lmc_curvature.errors` tell which.
     """
-    segment = Segment(model_a, model_b, layers=layers, batch_norm=batch_norm)
-    objective = Objective(
+    segment, objective = segment_and_objective(
         model_a,
+        model_b,
         loader,
-        loss_fn=loss_fn,
+        layers=layers,
         batch_norm=batch_norm,
+        frozen=frozen,
+        base=base,
+        loss_fn=loss_fn,
         max_batches=max_batches,
         device=device,
         dtype=dtype,
         allow_tf32=allow_tf32,
+        witness=witness,
     )
     return predict_on_segment(objective, segment, method=method, memory_gib=memory_gib, progress=progress)
 
@@ -112,7 +124,8 @@ def predict_on_segment(
         sum(float((tensor.double() ** 2).sum()) for name, tensor in direction.items() if name in parameters)
         for direction in directions.values()
     ]
-    return BarrierPrediction(segment.layers, (first, second), np.sqrt(np.array(squares)), objective.batch_norm)
+    notes = objective.notes + segment.notes
+    return BarrierPrediction(segment.layers, (first, second), np.sqrt(np.array(squares)), objective.batch_norm, notes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,12 +140,14 @@ class BarrierPrediction:
         endpoints: Projections onto the layers' directions Δ_ℓ at `model_a` and at `model_b`.
         distances: Norms of Δ_ℓ over parameters, (L,); running statistics have another scale, and are left out.
         batch_norm: The batch-normalisation policy.
+        notes: Sentences that belong beside the numbers, such as what is frozen.
     """
 
     layers: tuple[str, ...]
     endpoints: tuple[Projection, Projection]
     distances: Float[np.ndarray, " layers"]
     batch_norm: BatchNormPolicy
+    notes: tuple[str, ...] = ()
 
     @property
     def distance(self) -> float:
@@ -226,7 +241,8 @@ class BarrierPrediction:
         for number, projection in enumerate(self.endpoints):
             fields = {field: getattr(projection, field) for field in _FIELDS}
             arrays |= {f"endpoint_{number}.{field}": array for field, array in fields.items() if array is not None}
-        save_arrays(path, "barrier-prediction", arrays, layers=list(self.layers), batch_norm=self.batch_norm)
+        metadata = {"layers": self.layers, "batch_norm": self.batch_norm, "notes": self.notes}
+        save_arrays(path, "barrier-prediction", arrays, **metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "BarrierPrediction":
@@ -242,7 +258,9 @@ class BarrierPrediction:
         first, second = (
             Projection(**{field: arrays[name] for field, name in fields.items() if name in arrays}) for fields in names
         )
-        return cls(tuple(metadata["layers"]), (first, second), arrays["distances"], metadata["batch_norm"])
+        # Files of earlier versions have no notes.
+        layers, notes = tuple(metadata["layers"]), tuple(metadata.get("notes", ()))
+        return cls(layers, (first, second), arrays["distances"], metadata["batch_norm"], notes)
 
     def plot(self) -> "Figure":
         """Draw the predicted curves of the whole network and the barriers of its layers."""
@@ -264,6 +282,7 @@ class BarrierPrediction:
                 for expansion in ("second-order", "with-slopes", "shared-hessian", "hermite")
             ),
             "  highest layers     " + ", ".join(f"{self.layers[index]} {barriers[index]:.4g}" for index in highest),
+            *(f"  {note}" for note in self.notes),
         ]
         return "\n".join(lines)
 

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from lmc_curvature.errors import LoaderError
+from lmc_curvature.objective.sorting import warn_of_sorted_data
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def visit(
     place: Callable[[Tensor], Tensor],
     bar: tqdm,
 ) -> Iterator[Batch]:
-    """Yield the batches of a loader, placed on a device.
+    """Yield the batches of a loader, placed on a device; warn if its data come in the order of their classes.
 
     Args:
         loader: Yields the data of batches.
@@ -93,7 +94,7 @@ def visit(
             expects.
     """
     index, skipped = -1, 0
-    for index, data in enumerate(islice(loader, max_batches)):
+    for index, data in enumerate(warn_of_sorted_data(islice(loader, max_batches))):
         size, weight = count(data, index)
         if weight or weightless:
             yield Batch(index, size, map_tensors(place, data), weight, skipped)

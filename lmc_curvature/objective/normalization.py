@@ -9,6 +9,7 @@ A normalisation module that tracks running statistics is a different function un
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -110,6 +111,30 @@ class Normalization:
                     # A module called often counts by the mean of its calls.
                     total[entry] = total.get(entry, 0) + batch.size * torch.stack(values).double().mean(0)
         return [{entry: value / examples for entry, value in total.items()} for total in totals]
+
+    def warn_of_batch_statistics(self, loss: Callable[[], Float[Tensor, ""]]) -> None:
+        """Warn if the statistics of a batch make its loss far larger than the running ones do.
+
+        Far is by more than 0.5 and by more than the loss itself. Statistics that merely lack the training's
+        augmentation, or are of some twenty mixed examples, stay below.
+
+        Args:
+            loss: Evaluates the network on the batch.
+        """
+        values: dict[Statistics, float] = {}
+        with torch.no_grad():
+            for statistics in ("running", "batch"):
+                with self.by(statistics):
+                    values[statistics] = loss().item()
+        running, by_batch = values["running"], values["batch"]
+        if by_batch - running > max(0.5, abs(running)):
+            warnings.warn(
+                f"By batch statistics the loss of the first batch is {by_batch:.3g}, by the network's running "
+                f"statistics {running:.3g}: the batch is too small, or not like the data that the network was trained "
+                "on, for example of one class. Shuffle the data once, take larger batches, or choose "
+                "batch_norm='interpolate'.",
+                stacklevel=2,
+            )
 
     def _redirect(self, forward: Callable[..., Any], name: str) -> Callable[..., Any]:
         def redirected_forward(*args: Any, **kwargs: Any) -> Any:

@@ -43,8 +43,7 @@ from lmc_curvature.objective.network import (
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Normalization, is_batch_counter
 from lmc_curvature.objective.numerics import Numerics, channels_last, ignores_layout, prefers_channels_last
 from lmc_curvature.objective.randomness import global_rng_preserved
-from lmc_curvature.objective.soundness import check_soundness
-from lmc_curvature.objective.witness import WITHOUT_WITNESS, check_derivatives
+from lmc_curvature.objective.soundness import Soundness
 
 
 class Objective:
@@ -71,7 +70,7 @@ class Objective:
             of about 1e-3. Matrix products follow `torch.backends.cuda.matmul`, where it is off unless switched on.
         witness: Compare derivatives with differences of the loss before the first is used; see `Witness`.
         twins: Further networks of the same structure. On the first batch each must have the loss that this objective
-            has at its state.
+            has at its state (see `check_twin`).
 
     Attributes:
         network: The network's structure; its values come from a state.
@@ -111,14 +110,10 @@ class Objective:
         check_loader(loader)
         check_reduction(loss_fn)
         self._movable = movable_entries(model, batch_norm)
-        self.loader = loader
+        self.loader, self.max_batches, self.allow_tf32 = loader, max_batches, allow_tf32
         self.batch_norm: BatchNormPolicy = batch_norm
-        self.max_batches = max_batches
-        self.allow_tf32 = allow_tf32
-        self._witness = witness
         tensors = list(entries_of(model).values())
         self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
-        self._precision_note = precision_note(self.dtype, tensors)
         self.loss_fn = own_loss(loss_fn, self.device, self.dtype)
 
         self.network = skeleton_of(model)
@@ -127,13 +122,23 @@ class Objective:
         self._normalization = Normalization(self.network, "running" if batch_norm == "interpolate" else "batch")
         self._network_loss = NetworkLoss(self.network, self.loss_fn)
         self._entries = {
-            name: to_device(tensor.detach(), self.device, self.dtype).clone()
-            for name, tensor in entries_of(model).items()
+            name: to_device(t.detach(), self.device, self.dtype).clone() for name, t in entries_of(model).items()
         }
-        # Kept, because functional_call may leave another tensor in a module that the network holds twice.
-        self._placeholders = list(self.network.named_parameters())
-        self._originals = [(name, weakref.ref(tensor)) for name, tensor in model.named_parameters()]
         self._aliases = tied_names(model)
+        self._soundness = Soundness(
+            self._network_loss,
+            self._entries,
+            self._movable,
+            # Kept, because functional_call may leave another tensor in a module that the network holds twice.
+            placeholders=list(self.network.named_parameters()),
+            originals=[(name, weakref.ref(tensor)) for name, tensor in model.named_parameters()],
+            twins=tuple(twins),
+            normalization=self._normalization,
+            batch_norm=batch_norm,
+            numerics=self._numerics,
+            witness=witness,
+            note=precision_note(self.dtype, tensors),
+        )
         self.memo = Memo()
 
     @property
@@ -211,19 +216,9 @@ class Objective:
 
     def batch_evaluation(self, state: State, batch: Batch) -> tuple[Float[Tensor, ""], Any, Any]:
         """Loss, network output and target of one batch at `state`; the last two are None for a `BatchLoss`."""
-        return self._network_loss.at(self._sound_entries(state, batch), batch.data, batch.index)
-
-    def _sound_entries(self, state: State, batch: Batch) -> dict[str, Tensor]:
-        """All entries of the network at a state, after the checks of the first batch."""
         entries = {**self._entries, **state}
-        if batch.weight:
-            self.memo("is sound", lambda: self._check_soundness(entries, batch))
-        return entries
-
-    def _check_soundness(self, entries: State, batch: Batch) -> None:
-        originals = [(name, tensor) for name, reference in self._originals if (tensor := reference()) is not None]
-        parameters = (*self._placeholders, *originals)
-        check_soundness(self._network_loss, entries, batch.data, movable=self._movable, parameters=parameters)
+        self._soundness.check(entries, batch)
+        return self._network_loss.at(entries, batch.data, batch.index)
 
     def check_derivatives(self, state: State, batch: Batch, *, second: bool = True) -> None:
         """Before the first derivative is taken, compare it with differences of the loss on a few examples of a batch.
@@ -236,21 +231,12 @@ class Objective:
         Raises:
             UnsupportedModelError: They disagree; see `witness.check_derivatives`.
         """
-
-        def compare() -> str:
-            entries = self._sound_entries(state, batch)
-            return check_derivatives(
-                self._network_loss, entries, batch, movable=self._movable, numerics=self._numerics, second=second
-            )
-
-        if self._witness:
-            self.memo(("witness", second), compare)
+        self._soundness.check_derivatives({**self._entries, **state}, batch, second=second)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Sentences that belong beside every number computed so far, such as an unusual precision."""
-        witness = self.memo.get(("witness", True), "") if self._witness else WITHOUT_WITNESS
-        return tuple(note for note in (self._precision_note, witness) if note)
+        """A few words each that belong beside every number computed so far, such as an unusual precision."""
+        return self._soundness.notes
 
     def laid_out(self, batch: Batch) -> Batch:
         """The batch with its images laid out as the device convolves them fastest, if the network bears it."""

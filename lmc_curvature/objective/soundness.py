@@ -1,6 +1,7 @@
 """Refusals of networks whose loss is not a function of the state, found on one batch."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,90 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lmc_curvature.errors import UnsupportedModelError
+from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import NetworkLoss, warn_of_cuts
+from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
+from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization
+from lmc_curvature.objective.numerics import Numerics
 from lmc_curvature.objective.randomness import drawing_module
+from lmc_curvature.objective.twins import check_twin
+from lmc_curvature.objective.witness import WITHOUT_WITNESS, check_derivatives
+
+
+@dataclass(frozen=True, eq=False)
+class Soundness:
+    """The checks that an objective makes of itself on its first batch, each once.
+
+    Attributes:
+        network_loss: The network and its loss.
+        entries: All entries of the network.
+        movable: Names of those that move.
+        placeholders: Parameters that stand in the network's structure, which the loss must not reach for.
+        originals: Parameters of the network that the objective was made of, as long as it lives, likewise.
+        twins: Further networks, which must be of the same structure.
+        normalization: The statistics that the network's normalisation uses.
+        batch_norm: The policy that decides on them.
+        numerics: The precision and the kernels that the network is computed with.
+        witness: Whether derivatives are compared with differences of the loss.
+        note: A few words that belong beside every number in any case.
+    """
+
+    network_loss: NetworkLoss
+    entries: State
+    movable: Collection[str]
+    placeholders: Sequence[tuple[str, Tensor]]
+    originals: Sequence[tuple[str, Callable[[], Tensor | None]]]
+    twins: Sequence[nn.Module]
+    normalization: Normalization
+    batch_norm: BatchNormPolicy
+    numerics: Numerics
+    witness: bool
+    note: str
+    _memo: Memo = field(default_factory=Memo)
+
+    def check(self, state: State, batch: Batch) -> None:
+        """Refuse, on the first batch, a network whose loss is not a function of its state or not what it seems.
+
+        Raises:
+            UnsupportedModelError: The loss is not a function of the state; see `check_soundness`.
+            ArchitectureMismatchError: A twin computes something else; see `check_twin`.
+        """
+        if batch.weight:
+            self._memo("checks of the loss", lambda: self._check(state, batch))
+
+    def _check(self, state: State, batch: Batch) -> None:
+        originals = [(name, tensor) for name, reference in self.originals if (tensor := reference()) is not None]
+        parameters = (*self.placeholders, *originals)
+        check_soundness(self.network_loss, state, batch, movable=self.movable, parameters=parameters)
+        if self.batch_norm == "batch":
+            self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
+        policy, rounding = self.batch_norm, self.numerics.rounding
+        for twin in self.twins:
+            check_twin(twin, self.network_loss, self.entries, batch.data, self.normalization, policy, rounding)
+
+    def check_derivatives(self, state: State, batch: Batch, *, second: bool) -> None:
+        """Compare derivatives with differences of the loss; see `witness.check_derivatives`."""
+        self.check(state, batch)
+
+        def compare() -> str:
+            return check_derivatives(
+                self.network_loss, state, batch, movable=self.movable, numerics=self.numerics, second=second
+            )
+
+        if self.witness:
+            self._memo(second, compare)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """A few words each on what is unusual about numbers computed so far."""
+        return tuple(filter(None, (self.note, self._memo.get(True, "") if self.witness else WITHOUT_WITNESS)))
 
 
 def check_soundness(
     network_loss: NetworkLoss,
     state: State,
-    data: Any,
+    batch: Batch,
     *,
     movable: Collection[str],
     parameters: Iterable[tuple[str, Tensor]],
@@ -29,7 +105,7 @@ def check_soundness(
     Args:
         network_loss: The network and its loss.
         state: All entries of the network.
-        data: Data of the batch.
+        batch: The batch.
         movable: Names of the entries that move.
         parameters: Parameters that the loss must not depend on, being no part of the state, with their names.
 
@@ -46,7 +122,9 @@ def check_soundness(
     versions = {name: tensor._version for name, tensor in constants.items()}
     losses: list[Any] = []
     with torch.no_grad():
-        drawing = drawing_module(network_loss, lambda: losses.append(network_loss.at(constants, data)[0]))
+        drawing = drawing_module(
+            network_loss, lambda: losses.append(network_loss.at(constants, batch.data, batch.index)[0])
+        )
     if drawing is not None:
         _refuse_drawing(network_loss, drawing)
     for name, tensor in constants.items():
@@ -56,7 +134,7 @@ def check_soundness(
                 "evaluated before. Switch that off (max_norm of an embedding, running averages in evaluation mode)."
             )
     with torch.enable_grad():
-        again, output, target = network_loss.at({**constants, **leaves}, data)
+        again, output, target = network_loss.at({**constants, **leaves}, batch.data, batch.index)
     _refuse_dependence(again, parameters)
     _refuse_difference(losses[0].item(), again.item())
     warn_of_cuts(network_loss, output, target)

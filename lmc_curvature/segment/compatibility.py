@@ -1,6 +1,5 @@
 """Comparison of the architectures of two networks, whose entries can be averaged if they are the same."""
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,19 +9,23 @@ from torch import nn
 from lmc_curvature.errors import ArchitectureMismatchError
 from lmc_curvature.objective.network import entries_of, tied_names
 from lmc_curvature.objective.normalization import is_batch_counter, statistic_names, tracked_modules
+from lmc_curvature.objective.twins import module_differences
 
 
 def check_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
     """Refuse two networks between which there is no third.
 
     Raises:
-        ArchitectureMismatchError: They differ in modules, entries, shapes, types, ties, or in buffers that a segment
-            does not move; lists the differences.
+        ArchitectureMismatchError: They differ in entries, shapes, types, ties, or in buffers that a segment does not
+            move; lists the differences, and those between modules that may explain them.
     """
-    differences = [*_entry_differences(model_a, model_b), *_module_differences(model_a, model_b)]
-    if not differences:
-        differences = _tie_differences(model_a, model_b) or _fixed_buffer_differences(model_a, model_b)
+    differences = (
+        _entry_differences(model_a, model_b)
+        or _tie_differences(model_a, model_b)
+        or _fixed_buffer_differences(model_a, model_b)
+    )
     if differences:
+        differences += module_differences(model_a, model_b)
         shown = "\n".join(f"  {line}" for line in differences[:10])
         more = f"\n  … and {len(differences) - 10} more" if len(differences) > 10 else ""
         counts = [_count_weight_modules(model) for model in (model_a, model_b)]
@@ -56,23 +59,6 @@ def _entry_differences(*models: nn.Module) -> list[str]:
         else:
             differences.append(f"{name}: type {a[1]} in model_a, {b[1]} in model_b")
     return differences
-
-
-def _module_differences(*models: nn.Module) -> list[str]:
-    kinds = ({name: _describe_module(module) for name, module in model.named_modules()} for model in models)
-    return [
-        f"module {name or '(the network itself)'}: {a} in model_a, {b} in model_b" for name, a, b in _unequal(*kinds)
-    ]
-
-
-def _describe_module(module: nn.Module) -> str:
-    """Class and settings of a module: with its entries, they decide which function it is."""
-    kind = type(module).__qualname__
-    # Other packages may print anything there. Dropout is off, and momentum matters in training only.
-    if not type(module).__module__.startswith(("torch.", "torchvision.")) or "Dropout" in kind:
-        return kind
-    settings = re.sub(r"(, )?(momentum|dropout)=[^,)]*", "", module.extra_repr())
-    return f"{kind}({settings})" if settings else kind
 
 
 def _tie_differences(*models: nn.Module) -> list[str]:

@@ -2,15 +2,16 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lmc_curvature.errors import PartitionError, suggest
-from lmc_curvature.objective.network import movable_entries, tied_names
+from lmc_curvature.objective.network import movable_entries, tied_names, unwrap
 from lmc_curvature.objective.normalization import BatchNormPolicy
+from lmc_curvature.segment.frozen import Frozen, frozen_entries
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,12 @@ class LayerPartition:
 
     @classmethod
     def of(
-        cls, model: nn.Module, spec: "PartitionSpec" = "fused", *, batch_norm: BatchNormPolicy = "interpolate"
+        cls,
+        model: nn.Module,
+        spec: "PartitionSpec" = "fused",
+        *,
+        batch_norm: BatchNormPolicy = "interpolate",
+        frozen: Frozen = (),
     ) -> "LayerPartition":
         """Group the movable entries of a network into layers.
 
@@ -45,33 +51,27 @@ class LayerPartition:
                 - a function from entry name to layer name;
                 - a `LayerPartition`, which is checked against the network.
             batch_norm: The policy decides whether running statistics are among the entries.
+            frozen: Layers or entries that are left out, in no layer; see `frozen_entries`. The specification may
+                leave them out, too.
 
         Raises:
-            PartitionError: The specification is not understood, leaves an entry out, or has a layer without entries.
+            PartitionError: The specification is not understood, leaves an entry out, or has a layer without entries;
+                or `frozen` matches nothing.
+            OptionError: Every entry is frozen.
         """
+        model = unwrap(model)
         entries = movable_entries(model, batch_norm)
+        groups = _groups(spec, model, entries)
+        out = frozen_entries(frozen, model, entries, groups)
         if isinstance(spec, LayerPartition):
-            return cls(_check_cover(spec.groups, entries))
-        if isinstance(spec, str):
-            layer_of = _named_rule(spec, model)
-        elif isinstance(spec, Mapping):
-            layer_of = _pattern_rule(spec, entries, tied_names(model))
-        elif callable(spec):
-            layer_of = spec
-        else:
+            _check_cover(groups, entries, out)
+        elif left_out := [entry for entry in entries if entry not in out.union(*groups.values())]:
             raise PartitionError(
-                f"layers={spec!r} is not a partition: expected {_SPECS}, a mapping from layer name to regular "
-                "expressions, or a function from entry name to layer name."
+                f"No layer matches {_listing(left_out)}: a partition covers every entry. Add a last layer with the "
+                "pattern '.*' for the rest."
             )
-        groups: dict[str, list[str]] = {}
-        for entry in entries:
-            layer = layer_of(entry)
-            if not isinstance(layer, str):
-                raise PartitionError(
-                    f"The partition function returned {layer!r} for entry {entry!r}; expected a string."
-                )
-            groups.setdefault(layer, []).append(entry)
-        return cls({layer: tuple(members) for layer, members in groups.items()})
+        kept = {layer: tuple(entry for entry in members if entry not in out) for layer, members in groups.items()}
+        return cls({layer: members for layer, members in kept.items() if members})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,6 +121,30 @@ def layer_indices(names: Sequence[str], layers: Iterable[str] | str | None) -> l
 _SPECS = "'fused', 'module', 'tensor', 'block' or 'block:DEPTH'"
 
 
+def _groups(spec: PartitionSpec, model: nn.Module, entries: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    """Layer name to the names of its entries, before it is known whether they cover all."""
+    if isinstance(spec, LayerPartition):
+        return spec.groups
+    if isinstance(spec, str):
+        layer_of = _named_rule(spec, model)
+    elif isinstance(spec, Mapping):
+        return _pattern_groups(spec, entries, tied_names(model))
+    elif callable(spec):
+        layer_of = spec
+    else:
+        raise PartitionError(
+            f"layers={spec!r} is not a partition: expected {_SPECS}, a mapping from layer name to regular "
+            "expressions, or a function from entry name to layer name."
+        )
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        layer = layer_of(entry)
+        if not isinstance(layer, str):
+            raise PartitionError(f"The partition function returned {layer!r} for entry {entry!r}; expected a string.")
+        groups.setdefault(layer, []).append(entry)
+    return groups
+
+
 def _named_rule(spec: str, model: nn.Module) -> Callable[[str], str]:
     if spec == "tensor":
         return lambda entry: entry
@@ -165,9 +189,9 @@ def _is_normalization(module: nn.Module) -> bool:
     return named_so or isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm))
 
 
-def _pattern_rule(
+def _pattern_groups(
     patterns: Mapping[str, Sequence[str]], entries: Sequence[str], tied: Mapping[str, str]
-) -> Callable[[str], str]:
+) -> dict[str, list[str]]:
     compiled: dict[str, list[re.Pattern[str]]] = {}
     for layer, expressions in patterns.items():
         expressions = [expressions] if isinstance(expressions, str) else expressions
@@ -179,33 +203,30 @@ def _pattern_rule(
     def matches(layer: str, entry: str) -> bool:
         return any(pattern.search(entry) for pattern in compiled[layer])
 
-    owner = {entry: next((layer for layer in patterns if matches(layer, entry)), None) for entry in entries}
-    left_out = [entry for entry, layer in owner.items() if layer is None]
-    if left_out:
-        raise PartitionError(
-            f"No layer matches {_listing(left_out)}: a partition covers every entry. Add a last layer with the "
-            "pattern '.*' for the rest."
-        )
+    groups: dict[str, list[str]] = {}
+    for entry in entries:
+        layer = next((layer for layer in patterns if matches(layer, entry)), None)
+        if layer is not None:
+            groups.setdefault(layer, []).append(entry)
     for layer in patterns:
-        if layer not in owner.values():
+        if layer not in groups:
             aliases = [f"{name!r} is tied to {first!r}" for name, first in tied.items() if matches(layer, name)]
             reason = f" ({aliases[0]})" if aliases else ""
             raise PartitionError(f"Layer {layer!r} matches no entry that an earlier layer has not taken{reason}.")
-    return lambda entry: str(owner[entry])
+    return groups
 
 
-def _check_cover(groups: Mapping[str, Sequence[str]], entries: Sequence[str]) -> dict[str, tuple[str, ...]]:
+def _check_cover(groups: Mapping[str, Sequence[str]], entries: Sequence[str], frozen: Collection[str]) -> None:
     held = Counter(entry for members in groups.values() for entry in members)
     faults = {
         "holds twice": sorted(entry for entry, times in held.items() if times > 1),
         "has unknown": sorted(held.keys() - set(entries)),
-        "leaves out": [entry for entry in entries if entry not in held],
+        "leaves out": [entry for entry in entries if entry not in held and entry not in frozen],
         "has no entry in layer": [layer for layer, members in groups.items() if not members],
     }
     found = "; ".join(f"{fault} {_listing(names)}" for fault, names in faults.items() if names)
     if found:
         raise PartitionError(f"The partition {found}: it must cover each entry of the network once.")
-    return {name: tuple(members) for name, members in groups.items()}
 
 
 def _listing(names: Sequence[str], most: int = 5) -> str:

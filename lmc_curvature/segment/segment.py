@@ -1,14 +1,17 @@
 """The straight line between two networks, moved along as a whole or layer by layer."""
 
+import copy
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lmc_curvature.errors import OptionError, check_choice
-from lmc_curvature.objective.network import check_finite, check_module, entries_of, movable_entries
+from lmc_curvature.errors import OptionError, UnsupportedModelError, check_choice
+from lmc_curvature.objective.network import check_finite, check_module, entries_of, movable_entries, unwrap
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy
 from lmc_curvature.segment.compatibility import check_same_architecture
+from lmc_curvature.segment.frozen import REQUIRES_GRAD, Frozen, frozen_choices
 from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
 
 
@@ -21,16 +24,23 @@ class Segment:
         layers: How entries are grouped into layers; see `LayerPartition.of`.
         batch_norm: Under `"interpolate"` running statistics move with their layer; otherwise they are not part of
             the state.
+        frozen: What stays where it is, in no layer: names of layers, regular expressions for entries, or
+            `"requires_grad"` for what does not require gradients; see `frozen_entries`. Running statistics stay
+            under `"interpolate"` only: the other policies take those of the data everywhere.
+        base: The network at which it stays, `"a"` or `"b"`: both ends have the frozen entries of that one.
 
     Attributes:
-        partition: The `LayerPartition`.
+        partition: The `LayerPartition` of what moves.
         start, end: The states θ₁ and θ₂ (copies), on `model_a`'s device.
+        notes: Sentences that belong beside every number computed from it: what is frozen, and equal ends.
 
     Raises:
-        ArchitectureMismatchError: The networks differ in modules, entries, shapes, types, or in buffers that the
-            segment does not move; lists the differences.
+        ArchitectureMismatchError: The networks differ in entries, shapes, types, ties, or in buffers that the segment
+            does not move; lists the differences.
+        UnsupportedModelError: The networks have no entry that can move.
         NonFiniteError: A parameter or moved buffer is infinite or not a number; names it and its network.
-        PartitionError: `layers` is not a partition of the entries.
+        PartitionError: `layers` is not a partition of the entries, or `frozen` matches nothing.
+        OptionError: `batch_norm` or `base` is not a choice, or everything is frozen.
     """
 
     def __init__(
@@ -40,23 +50,46 @@ class Segment:
         *,
         layers: PartitionSpec = "fused",
         batch_norm: BatchNormPolicy = "interpolate",
+        frozen: Frozen = (),
+        base: Literal["a", "b"] = "a",
     ):
         check_choice("batch_norm", batch_norm, POLICIES)
+        check_choice("base", base, ("a", "b"))
         check_module("model_a", model_a)
         check_module("model_b", model_b)
+        model_a, model_b = unwrap(model_a), unwrap(model_b)
         names, _ = (movable_entries(model, batch_norm) for model in (model_a, model_b))
         check_same_architecture(model_a, model_b)
-        self.partition = LayerPartition.of(model_a, layers, batch_norm=batch_norm)
-        entries_a, entries_b = entries_of(model_a), entries_of(model_b)
-        self.start = {name: entries_a[name].detach().clone() for name in names}
-        self.end = {name: entries_b[name].detach().clone().to(entries_a[name].device) for name in names}
-        check_finite(self.start, "model_a")
-        check_finite(self.end, "model_b")
+        if not names:
+            raise UnsupportedModelError(
+                "Nothing can move between the two networks, which have no parameters. Quantised layers keep their "
+                "weights elsewhere: pass the networks as they were before quantisation."
+            )
+        choices = frozen_choices(frozen)
+        fixed = model_b if base == "b" else model_a
+        self.partition = LayerPartition.of(fixed, layers, batch_norm=batch_norm, frozen=choices)
+        moved = {entry for members in self.partition.groups.values() for entry in members}
+        entries, still = [entries_of(model) for model in (model_a, model_b)], entries_of(fixed)
+        self.start, self.end = (
+            {
+                name: (own if name in moved else still)[name].detach().clone().to(entries[0][name].device)
+                for name in names
+            }
+            for own in entries
+        )
+        for owner, state in {"a": self.start, "b": self.end}.items():
+            check_finite({n: t for n, t in state.items() if n in moved or owner == base}, f"model_{owner}")
+        self.notes = _notes(choices, base, len(names) - len(moved)) + ((EQUAL,) if self.is_point else ())
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers, in the order of the network."""
         return self.partition.names
+
+    @property
+    def is_point(self) -> bool:
+        """Whether both ends are one state, so that nothing moves."""
+        return all(torch.equal(tensor, self.end[name]) for name, tensor in self.start.items())
 
     def directions(self) -> dict[str, dict[str, Tensor]]:
         """Layer name to the direction Δ_ℓ = P_ℓ (θ₂ − θ₁): a sparse state with that layer's entries only."""
@@ -89,7 +122,7 @@ class Segment:
 
     def reversed(self) -> "Segment":
         """This segment walked from θ₂ to θ₁."""
-        return _SegmentOfStates(self.end, self.start, self.partition)
+        return self._between(self.end, self.start)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Segment":
         """This segment with its states on another device or of another floating-point type."""
@@ -97,11 +130,17 @@ class Segment:
             {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
             for state in (self.start, self.end)
         )
-        return _SegmentOfStates(start, end, self.partition)
+        return self._between(start, end)
+
+    def _between(self, start: dict[str, Tensor], end: dict[str, Tensor]) -> "Segment":
+        segment = copy.copy(self)
+        segment.start, segment.end = start, end
+        return segment
 
 
-class _SegmentOfStates(Segment):
-    """The segment between two states that are known to fit together."""
+EQUAL = "model_a and model_b are equal in every entry that moves"
 
-    def __init__(self, start: dict[str, Tensor], end: dict[str, Tensor], partition: LayerPartition):
-        self.start, self.end, self.partition = start, end, partition
+
+def _notes(frozen: tuple[str, ...], base: str, count: int) -> tuple[str, ...]:
+    names = ("what does not require gradients" if choice == REQUIRES_GRAD else choice for choice in frozen)
+    return (f"frozen at model_{base}: {', '.join(names)} ({count} entries)",) if frozen else ()

@@ -16,6 +16,7 @@ Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
 
 _SAMPLE_SEED = 0
+_ORDER_SEED = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,11 +89,19 @@ class ImageDataset:
     def batches(
         self, batch_size: int, *, order: Int64[Tensor, " selected"] | None = None, crops: Crops | None = None
     ) -> "Batches":
-        """Return a loader of normalised batches, in the order of the examples or of the indices in `order`.
+        """Return a loader of normalised batches.
 
-        With `crops`, images are augmented; these are drawn for as many positions as the loader has examples, and lie
-        on the device of the images.
+        Args:
+            batch_size: Examples a batch; the last one may have fewer.
+            order: Indices of the examples, in the order in which they are visited. By default all examples in a fixed
+                random order: in their own they would come class by class, where files lie in a folder for each class.
+            crops: Images are augmented by these, drawn for as many positions as the loader has examples, and on the
+                device of the images.
+
+        Raises:
+            OptionError: The batch size is not positive.
         """
+        order = _mixed_order(len(self)).to(self.images.device) if order is None else order
         return Batches(self, batch_size, order, crops)
 
     def subset(self, selection: int | Int64[Tensor, " selected"]) -> "ImageDataset":
@@ -113,9 +122,13 @@ class ImageDataset:
         return dataclasses.replace(self, images=self.images[selection], targets=self.targets[selection])
 
 
+def _mixed_order(count: int) -> Int64[Tensor, " examples"]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(_ORDER_SEED))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Batches:
-    """A loader over an `ImageDataset`: `(x, y)` batches, any number of times, the last one possibly short.
+    """A loader over an `ImageDataset`: `(x, y)` batches, the same in every pass, the last one possibly short.
 
     `x` is float32, (batch, channels, height, width), with zero mean and unit variance per channel over the
     training split; `y` is int64, (batch,).
@@ -126,7 +139,7 @@ class Batches:
 
     dataset: ImageDataset
     batch_size: int
-    order: Int64[Tensor, " selected"] | None = None
+    order: Int64[Tensor, " selected"]
     crops: Crops | None = None
 
     def __post_init__(self) -> None:
@@ -134,15 +147,13 @@ class Batches:
             raise OptionError(f"batch_size={self.batch_size} must be at least 1.")
 
     def __len__(self) -> int:
-        count = len(self.dataset) if self.order is None else len(self.order)
-        return -(-count // self.batch_size)
+        return -(-len(self.order) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         data = self.dataset
         mean, std = data.mean.view(-1, 1, 1), data.std.view(-1, 1, 1)
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            stop = start + self.batch_size
-            chosen = slice(start, stop) if self.order is None else self.order[start:stop]
+            chosen = self.order[start : start + self.batch_size]
             images = data.images[chosen]
             pixels = (images if self.crops is None else self.crops.apply(images, start)).to(torch.float32)
             yield pixels.div_(255).sub_(mean).div_(std), data.targets[chosen]

@@ -1,6 +1,7 @@
 """Claim: a measurement is the networks in between, evaluated plainly, for the whole and for sets of layers."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lmc_curvature import BarrierMeasurement, BatchLoss, measure_barrier
 from lmc_curvature.errors import LoaderError, NonFiniteError, OptionError, PartitionError
+from lmc_curvature.storage import load_arrays, save_arrays
 from tests.support.cases import CASES
+from tests.support.networks import in_float32
 
 CONV = CASES["conv, interpolate"]
 
@@ -170,6 +173,31 @@ def test_saving_and_loading_is_lossless(measurement, tmp_path):
         measurement.batch_norm,
     )
     assert str(again) == str(measurement)
+
+
+def test_notes_are_kept_and_files_without_them_are_read(measurement, tmp_path):
+    assert measurement.notes == ()
+    noted = dataclasses.replace(measurement, notes=("frozen at model_a: fc (2 entries)", "another"))
+    noted.save(tmp_path / "noted")
+    assert BarrierMeasurement.load(tmp_path / "noted").notes == noted.notes
+    assert str(noted) == f"{measurement}\n  frozen at model_a: fc (2 entries)\n  another"
+    arrays, metadata = load_arrays(tmp_path / "noted", "barrier-measurement")
+    del metadata["notes"]
+    save_arrays(tmp_path / "old", "barrier-measurement", arrays, **metadata)
+    assert str(BarrierMeasurement.load(tmp_path / "old")) == str(measurement)
+
+
+@pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
+def test_equal_networks_have_no_barrier_and_are_said_to_be_equal(policy):
+    model, batches = CONV.model().float(), in_float32(CONV.batches((7, 6, 5)))
+    with pytest.warns(UserWarning, match="model_a and model_b are equal in every entry that moves, .*same file"):
+        found = measure_barrier(model, copy.deepcopy(model), batches, sets="each", batch_norm=policy, progress=False)
+    for metric in found.metrics:
+        assert not found.curve(metric).any()
+        assert not found.layer_curves(metric).any()
+        assert found.standard_error(metric) == 0
+    assert found.notes == ("model_a and model_b are equal in every entry that moves",)
+    assert str(found).endswith(f"\n  {found.notes[0]}")
 
 
 def test_error_is_measured_for_soft_and_dense_targets():

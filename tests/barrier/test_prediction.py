@@ -1,6 +1,7 @@
 """Claim: a prediction is a function of its projections, does not depend on how data come, and survives the disk."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from lmc_curvature import (
     measure_barrier,
     predict_barrier,
 )
+from lmc_curvature.barrier import EXPANSIONS
 from lmc_curvature.errors import (
     ArchitectureMismatchError,
     FileFormatError,
@@ -24,6 +26,7 @@ from lmc_curvature.errors import (
     PartitionError,
 )
 from lmc_curvature.geometry import distance
+from lmc_curvature.storage import load_arrays, save_arrays
 from tests.support.cases import CASES
 
 CONV = CASES["conv, interpolate"]
@@ -122,12 +125,17 @@ def test_max_batches_uses_the_first_ones():
     _same(some, predict_barrier(*models, CONV.batches()[:2], progress=False), 1e-14)
 
 
-def test_identical_networks_have_no_barrier():
+def test_equal_networks_have_no_barrier_and_are_said_to_be_equal():
     model = CONV.model()
-    nothing = predict_barrier(model, copy.deepcopy(model), CONV.batches(), progress=False)
+    with pytest.warns(UserWarning, match="model_a and model_b are equal in every entry that moves, .*same file"):
+        nothing = predict_barrier(model, copy.deepcopy(model), CONV.batches(), progress=False)
     assert nothing.distance == 0
-    assert nothing.barrier() == 0
-    assert nothing.barrier(None, "hermite") == pytest.approx(0, abs=1e-12)
+    for expansion in EXPANSIONS:
+        assert not nothing.curve(ALPHAS, None, expansion).any()
+        assert nothing.standard_error(None, expansion) == 0
+    assert not nothing.layer_barriers().any()
+    assert nothing.notes == ("model_a and model_b are equal in every entry that moves",)
+    assert str(nothing).endswith(f"\n  {nothing.notes[0]}")
 
 
 @pytest.mark.slow
@@ -167,6 +175,18 @@ def test_saving_and_loading_is_lossless(prediction, tmp_path):
             np.testing.assert_array_equal(getattr(a, field), getattr(b, field))
             assert getattr(a, field).dtype == getattr(b, field).dtype
     assert str(again) == str(prediction)
+
+
+def test_notes_are_kept_and_files_without_them_are_read(prediction, tmp_path):
+    assert prediction.notes == ()
+    noted = dataclasses.replace(prediction, notes=("frozen at model_a: fc (2 entries)", "another"))
+    noted.save(tmp_path / "noted")
+    assert BarrierPrediction.load(tmp_path / "noted").notes == noted.notes
+    assert str(noted) == f"{prediction}\n  frozen at model_a: fc (2 entries)\n  another"
+    arrays, metadata = load_arrays(tmp_path / "noted", "barrier-prediction")
+    del metadata["notes"]
+    save_arrays(tmp_path / "old", "barrier-prediction", arrays, **metadata)
+    assert str(BarrierPrediction.load(tmp_path / "old")) == str(prediction)
 
 
 def test_loading_something_else_is_refused(prediction, tmp_path):
@@ -234,6 +254,13 @@ class _Untouchable:
         (CONV.model(1), {"batch_norm": "freeze"}, OptionError, "batch_norm='freeze' is not a choice"),
         (CONV.model(1), {"method": "magic"}, OptionError, "method='magic' is not a choice"),
         (CONV.model(1), {"max_batches": 0}, OptionError, "max_batches=0"),
+        (CONV.model(1), {"witness": 1}, OptionError, "witness=1: expected True or False"),
+        (
+            CONV.model(1),
+            {"frozen": "conv9"},
+            PartitionError,
+            "frozen='conv9' matches no layer and no entry: did you mean",
+        ),
         (CONV.model(1), {"allow_tf32": 1}, OptionError, "allow_tf32=1: expected True or False"),
     ],
 )

@@ -1,6 +1,8 @@
 """Claim: under each policy, normalisation is what torch does in evaluation, in training, or after `update_bn`."""
 
 import copy
+import math
+import warnings
 
 import pytest
 import torch
@@ -231,3 +233,45 @@ def test_a_batch_too_small_for_its_statistics_names_the_module(policy):
     batches = [(torch.ones(4, 2), torch.zeros(4, dtype=torch.long)), (torch.ones(1, 2), torch.zeros(1).long())]
     with pytest.raises(LoaderError, match=r"Module '1' has one value a channel \(input of shape \(1, 3\)\).*drop_last"):
         Objective(network, batches, batch_norm=policy).loss()
+
+
+_CORNERS = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+
+
+def _classifier_of_four():
+    """A network that knows four classes by the signs of two inputs, and their mean and variance."""
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 4))
+    model.load_state_dict(
+        {
+            "0.running_mean": torch.zeros(2),
+            "0.running_var": torch.ones(2),
+            "1.weight": 9 * _CORNERS,
+            "1.bias": torch.zeros(4),
+        },
+        strict=False,
+    )
+    return model.eval()
+
+
+def test_batch_statistics_of_one_class_are_warned_of():
+    # Centred by themselves, examples of one class have logits of zero.
+    batch = (_CORNERS[:1].repeat(20, 1), torch.zeros(20, dtype=torch.int64))
+    with pytest.warns(UserWarning, match=f"By batch statistics the loss .* {math.log(4):.3g}, by .* running") as caught:
+        objective = Objective(_classifier_of_four(), [batch, batch], batch_norm="batch")
+        assert objective.loss() == pytest.approx(math.log(4))
+        objective.loss()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("of", ["mixed classes", "running statistics", "an untracked module", "a worse state"])
+def test_of_healthy_batch_statistics_nothing_is_said(of):
+    labels = torch.arange(4).repeat(5) if of == "mixed classes" else torch.zeros(20, dtype=torch.int64)
+    batch = (_CORNERS[labels], labels)
+    model = _classifier_of_four()
+    if of == "an untracked module":
+        model[0] = nn.BatchNorm1d(2, track_running_stats=False)
+    if of == "a worse state":
+        model[0].running_mean.fill_(9.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Objective(model, [batch], batch_norm="interpolate" if of == "running statistics" else "batch").loss()

@@ -1,4 +1,4 @@
-"""Claim: two networks are of one architecture if no entry, module, tie or fixed buffer tells them apart."""
+"""Claim: a segment lies between two networks if no entry, tie or fixed buffer tells them apart."""
 
 import pytest
 import torch
@@ -53,13 +53,18 @@ def _untied():
         ),
         (_mlp(), _mlp(nn.Linear(2, 2)), ["model_b has 2", r"1.weight: only in model_b, with shape \(2, 2\)"]),
         (_mlp(), _mlp().double(), ["0.weight: type torch.float32 in model_a, torch.float64 in model_b"]),
-        (_mlp(nn.ReLU()), _mlp(nn.GELU()), ["module 1: ReLU in model_a, GELU.* in model_b"]),
-        (_mlp(nn.ReLU()), _mlp(), ["module 1: ReLU in model_a, None in model_b"]),
-        (_mlp(), _mlp(nn.ReLU()), ["module 1: None in model_a, ReLU in model_b"]),
         (
-            nn.Sequential(nn.Linear(2, 2)),
-            nn.ModuleList([nn.Linear(2, 2)]),
-            [r"module \(the network itself\): Sequential in model_a, ModuleList in model_b"],
+            _mlp(nn.ReLU(), nn.Linear(2, 3)),
+            _mlp(nn.GELU(), nn.Linear(2, 4)),
+            [r"2.weight: shape \(3, 2\)", "module 1: ReLU in model_a, GELU in model_b"],
+        ),
+        (
+            _mlp(nn.LeakyReLU(0.1), nn.Dropout(0.1)),
+            _mlp(nn.LeakyReLU(0.2), nn.Dropout(0.2)).double(),
+            [
+                "0.weight: type torch.float32 in model_a, torch.float64",
+                "1.negative_slope: 0.1 in model_a, 0.2 in model_b",
+            ],
         ),
         (_with_buffer(1.0), _with_buffer(2.0), ["buffer scale: its values differ.*equal in both, or a parameter"]),
         (TiedNet(), _untied(), [r"decoder.weight: only in model_b, with shape \(6, 6\)"]),
@@ -85,24 +90,16 @@ def test_equal_fixed_buffers_are_no_difference():
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "line"),
+    ("a", "b"),
     [
-        (nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, stride=2), r"stride=\(1, 1\)\) in model_a, .*stride=\(2, 2\)"),
-        (nn.LayerNorm(4), nn.LayerNorm(4, eps=1.0), "eps=1e-05.*eps=1.0"),
-        (nn.LeakyReLU(0.1), nn.LeakyReLU(0.9), "negative_slope=0.1.*negative_slope=0.9"),
+        (nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, stride=2)),
+        (nn.BatchNorm1d(3, momentum=0.1), nn.BatchNorm1d(3, eps=1.0, momentum=0.3)),
+        (nn.LSTM(3, 2, 2, dropout=0.1), nn.LSTM(3, 2, 2, dropout=0.3)),
+        (nn.Sequential(nn.Linear(2, 2), nn.ReLU()), nn.ModuleList([nn.Linear(2, 2), nn.Dropout()])),
     ],
 )
-def test_modules_with_other_settings_are_another_architecture(a, b, line):
-    with pytest.raises(ArchitectureMismatchError, match=f"module 0: .*{line}"):
-        Segment(nn.Sequential(a), nn.Sequential(b))
-
-
-def test_what_matters_in_training_only_may_differ():
-    ends = [
-        nn.Sequential(nn.BatchNorm1d(3, momentum=momentum), nn.Dropout(momentum), nn.LSTM(3, 2, 2, dropout=momentum))
-        for momentum in (0.1, 0.3)
-    ]
-    assert len(Segment(*ends).layers) == 2
+def test_modules_are_compared_by_losses_alone(a, b):
+    assert Segment(a, b).layers == Segment(a, a).layers
 
 
 def test_counters_of_batches_may_differ():

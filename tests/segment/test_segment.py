@@ -176,6 +176,36 @@ def test_unknown_layers_get_a_suggestion():
         Segment(*_networks()).point(0.5, ["fc", "conv12"])
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "make",
+    [
+        nn.ReLU,
+        lambda: nn.Sequential(nn.BatchNorm1d(3, affine=False, track_running_stats=False), nn.Softmax(1)),
+        lambda: torch.ao.quantization.quantize_dynamic(_mlp(), {nn.Linear}, dtype=torch.qint8),
+    ],
+)
+def test_networks_in_which_nothing_can_move_are_refused(make):
+    with pytest.raises(UnsupportedModelError, match="Nothing can move.*no parameters. Quantised layers"):
+        Segment(make(), make())
+
+
+def test_wrapped_networks_are_those_within():
+    a, b = _networks()
+    segment = Segment(nn.DataParallel(a), b, frozen="fc")
+    assert segment.layers == ("conv1", "conv2")
+    _assert_same(segment.start, state_of(a))
+
+
+def test_equal_networks_are_a_point():
+    a, b = _networks()
+    assert not Segment(a, b).is_point
+    segment = Segment(a, copy.deepcopy(a))
+    assert segment.is_point
+    assert segment.notes == ("model_a and model_b are equal in every entry that moves",)
+    assert segment.to(dtype=torch.float32).is_point
+
+
 def test_an_unknown_policy_gets_a_suggestion(untyped):
     with pytest.raises(OptionError, match="batch_norm='recalibrat'.*did you mean 'recalibrate'"):
         Segment(*_networks(), batch_norm="recalibrat")

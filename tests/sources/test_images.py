@@ -1,3 +1,4 @@
+import dataclasses
 import types
 
 import pytest
@@ -13,7 +14,7 @@ def test_batches_are_normalised_by_the_training_split():
     assert x.dtype == torch.float32
     assert x.mean().item() == pytest.approx(0, abs=1e-5)
     assert x.std(correction=0).item() == pytest.approx(1, abs=1e-5)
-    y, _ = next(iter(test.batches(len(test))))
+    y, _ = next(iter(test.batches(len(test), order=torch.arange(len(test)))))
     assert torch.allclose(y, (test.images / 255 - train.mean.item()) / train.std.item(), atol=1e-6)
 
 
@@ -24,7 +25,44 @@ def test_a_loader_can_be_iterated_again_and_knows_its_length():
     assert sizes == [100, 100, 100, 60]
     assert len(loader) == 4
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(loader, loader, strict=True))
-    assert torch.equal(torch.cat([y for _, y in loader]), data.targets)
+
+
+def sorted_by_class(data):
+    order = data.targets.argsort(stable=True)
+    return data.subset(order)
+
+
+def test_all_examples_come_once_in_a_random_order():
+    data = sorted_by_class(load_digits())
+    x, y = (torch.cat(parts) for parts in zip(*data.batches(256), strict=True))
+    everything, labels = next(iter(data.batches(len(data), order=torch.arange(len(data)))))
+    assert not torch.equal(y, labels)
+    # Every image once, with its own label.
+    rows = [torch.cat([y[:, None], x.flatten(1)], 1) for x, y in ((x, y), (everything, labels))]
+    assert torch.equal(*(torch.unique(each, dim=0) for each in rows))
+    for _, part in data.batches(256):
+        assert len(part.unique()) == 10
+
+
+def test_the_random_order_depends_on_the_number_of_examples_alone():
+    data = sorted_by_class(load_digits("test"))
+    one, other = data.subset(torch.arange(100)), data.subset(torch.arange(100, 200))
+    order = torch.cat(
+        [
+            y
+            for _, y in dataclasses.replace(
+                one, targets=torch.arange(100), class_names=(*map(str, range(100)),)
+            ).batches(7)
+        ]
+    )
+    assert torch.equal(torch.cat([y for _, y in one.batches(30)]), one.targets[order])
+    assert torch.equal(torch.cat([y for _, y in other.batches(30)]), other.targets[order])
+
+
+def test_a_limit_keeps_the_examples_in_their_order():
+    # Training on a limit goes by it: another order here would train other networks.
+    data = sorted_by_class(load_digits())
+    assert torch.equal(data.subset(300).targets, data.subset(300).targets.sort().values)
 
 
 def test_order_selects_and_sorts_the_examples():
@@ -32,7 +70,7 @@ def test_order_selects_and_sorts_the_examples():
     order = torch.tensor([5, 3, 3, 100])
     loader = data.batches(3, order=order)
     assert len(loader) == 2
-    everything, _ = next(iter(data.batches(len(data))))
+    everything, _ = next(iter(data.batches(len(data), order=torch.arange(len(data)))))
     assert torch.equal(torch.cat([x for x, _ in loader]), everything[order])
     assert torch.equal(torch.cat([y for _, y in loader]), data.targets[order])
 

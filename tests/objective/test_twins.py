@@ -1,0 +1,417 @@
+"""Claim: two networks are one architecture if equal entries give them equal losses; else what differs is named."""
+
+import functools
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmc_curvature import BatchLoss, Objective, measure_barrier, predict_barrier
+from lmc_curvature.errors import ArchitectureMismatchError, UnsupportedModelError
+from tests.support.cases import CASES
+from tests.support.networks import AlwaysDropout, normalized_net, randomized, rng_states, untouched
+
+CPU = torch.Generator().manual_seed(0)
+X, Y = torch.randn(12, 8, generator=CPU, dtype=torch.float64), torch.arange(12) % 3
+IMAGES = torch.randn(12, 2, 8, 8, generator=CPU, dtype=torch.float64)
+
+
+class Attributed(nn.Module):
+    """A linear layer whose outputs are changed by what its attributes say."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        h = self.linear(x * getattr(self, "mask", 1))
+        h = getattr(self, "activation", torch.tanh)(h) * getattr(self, "scale", 1.0)
+        for factor in getattr(self, "factors", ()):
+            h = h * factor
+        return h.softmax(-1) if getattr(self, "kind", None) == "softmax" else h
+
+
+def _mlp(*middle):
+    return nn.Sequential(nn.Linear(8, 8), *middle, nn.Linear(8, 3))
+
+
+def _convolution(channels=4, **options):
+    return nn.Sequential(
+        nn.Conv2d(2, channels, 3, **options), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 3)
+    )
+
+
+def _grouped(groups):
+    """A convolution whose weight has one shape for any number of groups."""
+
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.groups, self.weight = groups, nn.Parameter(torch.randn(4, 2, 3, 3))
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x):
+            x = torch.cat([x, x.flip(1)][: self.groups], dim=1)
+            return self.linear(F.conv2d(x, self.weight, groups=self.groups).mean((2, 3)))
+
+    return Grouped()
+
+
+def _encoder(heads=2, **options):
+    layer = nn.TransformerEncoderLayer(4, heads, 8, batch_first=True, **options)
+    return nn.Sequential(nn.Unflatten(1, (2, 4)), layer, nn.Flatten(), nn.Linear(8, 3))
+
+
+MASK = torch.ones(8, dtype=torch.float64)
+OTHER_MASK = torch.where(torch.arange(8) < 7, MASK, 0.0)
+
+DIFFERENT = {
+    "activation": (lambda: _mlp(nn.ReLU()), lambda: _mlp(nn.GELU()), ["module 1: ReLU in model_a, GELU in model_b"]),
+    "approximation": (
+        lambda: _mlp(nn.GELU()),
+        lambda: _mlp(nn.GELU(approximate="tanh")),
+        ["1.approximate: none in model_a, tanh in model_b"],
+    ),
+    "slope": (
+        lambda: _mlp(nn.LeakyReLU(0.1)),
+        lambda: _mlp(nn.LeakyReLU(0.11)),
+        ["1.negative_slope: 0.1 in model_a, 0.11 in model_b"],
+    ),
+    "a module more": (
+        lambda: nn.Sequential(nn.Linear(8, 3)),
+        lambda: nn.Sequential(nn.Linear(8, 3), nn.Tanh()),
+        ["module 1: nothing in model_a, Tanh in model_b"],
+    ),
+    "eps of LayerNorm": (
+        lambda: _mlp(nn.LayerNorm(8)),
+        lambda: _mlp(nn.LayerNorm(8, eps=1e-6)),
+        ["1.eps: 1e-05 in model_a, 1e-06 in model_b"],
+    ),
+    "groups of a normalisation": (
+        lambda: _mlp(nn.GroupNorm(2, 8)),
+        lambda: _mlp(nn.GroupNorm(4, 8)),
+        ["1.num_groups: 2 in model_a, 4 in model_b"],
+    ),
+    "eps of BatchNorm": (
+        lambda: _mlp(nn.BatchNorm1d(8)),
+        lambda: _mlp(nn.BatchNorm1d(8, eps=1e-3, momentum=0.5)),
+        ["1.eps: 1e-05 in model_a, 0.001 in model_b"],
+    ),
+    "heads": (_encoder, lambda: _encoder(heads=4), ["1.self_attn.num_heads: 2 in model_a, 4 in model_b"]),
+    "norm first": (_encoder, lambda: _encoder(norm_first=True), ["1.norm_first: False in model_a, True in model_b"]),
+    "function": (
+        _encoder,
+        lambda: _encoder(activation=F.gelu, dropout=0.7),
+        ["1.activation: relu in model_a, gelu in model_b"],
+    ),
+    "a number": (
+        lambda: Attributed(scale=1.0),
+        lambda: Attributed(scale=2),
+        ["scale: 1.0 in model_a, 2 in model_b"],
+    ),
+    "a number that is missing": (Attributed, lambda: Attributed(scale=3), ["scale: None in model_a, 3 in model_b"]),
+    "a word": (
+        lambda: Attributed(kind="plain"),
+        lambda: Attributed(kind="softmax"),
+        ["kind: plain in model_a, softmax in model_b"],
+    ),
+    "a tuple": (
+        lambda: Attributed(factors=(1.0, 2.0)),
+        lambda: Attributed(factors=[1.0, 3.0]),
+        [r"factors: \(1.0, 2.0\) in model_a, \(1.0, 3.0\) in model_b"],
+    ),
+    "a tensor": (lambda: Attributed(mask=MASK), lambda: Attributed(mask=OTHER_MASK), ["mask: its values differ"]),
+    "a tensor's shape": (
+        lambda: Attributed(mask=MASK),
+        lambda: Attributed(mask=OTHER_MASK.expand(1, 8)),
+        [r"mask: a tensor of shape \(8,\) in model_a, a tensor of shape \(1, 8\) in model_b"],
+    ),
+    "groups": (lambda: _grouped(1), lambda: _grouped(2), ["groups: 1 in model_a, 2 in model_b"]),
+    "stride": (
+        _convolution,
+        lambda: _convolution(stride=2),
+        [r"0.stride: \(1, 1\) in model_a, \(2, 2\) in model_b"],
+    ),
+    "padding": (
+        lambda: _convolution(padding=1),
+        lambda: _convolution(padding=1, padding_mode="circular"),
+        ["0.padding_mode: zeros in model_a, circular in model_b"],
+    ),
+    "dilation": (
+        _convolution,
+        lambda: _convolution(dilation=2),
+        [r"0.dilation: \(1, 1\) in model_a, \(2, 2\) in model_b"],
+    ),
+}  # fmt: skip
+IMAGE_CASES = {"groups", "stride", "padding", "dilation"}
+different = pytest.mark.parametrize("name", DIFFERENT)
+
+
+def _pair(name):
+    """Two networks and a batch, where the second has its own entries."""
+    make_a, make_b, lines = DIFFERENT[name]
+    x = IMAGES if name in IMAGE_CASES else X
+    a, b = randomized(make_a().double(), 1), randomized(make_b().double(), 2)
+    return a, b, [(x[:8], Y[:8])], lines
+
+
+def _own_loss(network, batches):
+    x, y = batches[0]
+    with torch.no_grad():
+        return F.cross_entropy(network.eval()(x), y).item()
+
+
+@different
+def test_another_setting_is_refused_with_its_name_and_both_losses(name):
+    a, b, batches, lines = _pair(name)
+    with untouched(a, b), pytest.raises(ArchitectureMismatchError) as caught:
+        Objective(a, batches, twins=[b]).loss()
+    for line in lines:
+        assert caught.match(f"\n  {line}\n")
+    assert "momentum" not in str(caught.value)
+    assert "dropout" not in str(caught.value)
+    other = randomized(DIFFERENT[name][0]().double(), 2)
+    own, shared = _own_loss(b, batches), _own_loss(other, batches)
+    assert own != shared
+    assert str(caught.value).startswith(
+        "model_b computes something else than model_a: with its own entries its loss on the first batch is "
+        f"{own:.8g}, and model_a's is {shared:.8g}. The two differ in\n"
+    )
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_one_network_may_be_silent_about_a_setting(silent):
+    networks = randomized(Attributed(scale=1.0), 1), randomized(Attributed(scale=2.0), 2)
+    torch.nn.init.zeros_(networks[silent].linear.weight)
+    torch.nn.init.zeros_(networks[silent].linear.bias)
+    owner = ("its own", "model_a's")[silent]
+    with pytest.raises(
+        ArchitectureMismatchError, match=f"(?s)with {owner} entries its loss .*scale: 1.0 in model_a, 2.0"
+    ):
+        Objective(networks[0], [(X.float(), Y)], twins=networks[1:]).loss()
+
+
+def test_what_a_network_writes_into_stays_as_it_was():
+    class Writing(nn.Embedding):
+        def forward(self, tokens):
+            return super().forward(tokens).flatten(1)
+
+    a, b = (randomized(nn.Sequential(Writing(7, 4, max_norm=norm), nn.Linear(8, 3)), 1) for norm in (None, 0.1))
+    batch = torch.randint(7, (9, 2), generator=CPU), torch.arange(9) % 3
+    objective = Objective(a, [batch], twins=[b])
+    before = {name: tensor.clone() for name, tensor in objective.state().items()}
+    with untouched(a, b), pytest.raises(ArchitectureMismatchError, match="0.max_norm: None in model_a, 0.1 in model_b"):
+        objective.loss()
+    torch.testing.assert_close(objective.state(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("compute", [predict_barrier, functools.partial(measure_barrier, alphas=3)])
+@pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
+def test_prediction_and_measurement_compare_under_every_policy(compute, policy):
+    a, b = (randomized(_mlp(nn.BatchNorm1d(8, eps=eps)).double(), seed) for seed, eps in enumerate((1e-5, 1e-2)))
+    batches = [(X[:8], Y[:8]), (X[8:], Y[8:])]
+    with pytest.raises(ArchitectureMismatchError, match="1.eps: 1e-05 in model_a, 0.01 in model_b"):
+        compute(a, b, batches, batch_norm=policy, progress=False)
+    with pytest.raises(ArchitectureMismatchError, match="1.eps"):
+        Objective(a, iter(batches[:1]), batch_norm="batch", twins=[b]).gradient()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_networks_of_one_architecture_have_equal_losses(case):
+    a, b = case.model(0), randomized(case.model(1), 3)
+    rng = rng_states()
+    with untouched(a, b):
+        found = Objective(a, case.batches(), **case.options, twins=[b]).loss()
+    assert rng_states() == rng
+    assert found == Objective(a, case.batches(), **case.options).loss()
+
+
+@pytest.mark.parametrize("norm", ["batch", "batch with activation", "instance"])
+def test_the_statistics_that_are_estimated_again_are_those_of_each_state(norm):
+    a, b = (randomized(normalized_net(norm).double(), seed) for seed in (1, 2))
+    batches = [(IMAGES[:8, :, :5, :5], Y[:8]), (IMAGES[8:, :, :5, :5], Y[8:])]
+    alone, with_twin = (Objective(a, batches, batch_norm="recalibrate", twins=twins) for twins in ((), (b,)))
+    states = [alone.state(), {name: tensor.detach() for name, tensor in b.named_parameters()}]
+    for expected, found in zip(alone.recalibrated(states), with_twin.recalibrated(states), strict=True):
+        assert expected
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+EQUIVALENT = {
+    "inplace": (lambda: _mlp(nn.ReLU()), lambda: _mlp(nn.ReLU(inplace=True))),
+    "p of dropout": (lambda: _mlp(nn.Dropout(0.1)), lambda: _mlp(nn.Dropout(0.9))),
+    "Identity for Dropout": (lambda: _mlp(nn.Dropout(0.1)), lambda: _mlp(nn.Identity())),
+    "class of a layer": (lambda: nn.Linear(8, 3), lambda: _renamed(nn.Linear(8, 3), "Head")),
+    "momentum": (lambda: _mlp(nn.BatchNorm1d(8)), lambda: _mlp(nn.BatchNorm1d(8, momentum=0.9))),
+    "dropout of attention": (_encoder, lambda: _encoder(dropout=0.9)),
+    "class of the network": (lambda: _mlp(nn.ReLU()), lambda: _renamed(_mlp(nn.ReLU()), "Net")),
+    "a label": (lambda: Attributed(label="first"), lambda: Attributed(label="second", notes=[1, 2])),
+    "a sum in another order": (lambda: _mlp(nn.Tanh()), lambda: _mlp(_OddTanh())),
+}  # fmt: skip
+
+
+class _OddTanh(nn.Module):
+    def forward(self, x):
+        return 1 - 2 / (torch.exp(2 * x) + 1)
+
+
+def _renamed(network, name):
+    network.__class__ = type(name, (type(network),), {})
+    return network
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", EQUIVALENT)
+def test_what_makes_no_difference_to_the_loss_is_nobodys_business(name, dtype):
+    make_a, make_b = EQUIVALENT[name]
+    a, b = randomized(make_a().to(dtype), 1), randomized(make_b().to(dtype), 2)
+    batches = [(X.to(dtype), Y)]
+    measured = measure_barrier(a, b, batches, alphas=3, progress=False)
+    assert measured.ends()[0] == pytest.approx(_own_loss(a, batches), rel=1e-5)
+    assert measured.ends()[1] == pytest.approx(_own_loss(b, batches), rel=1e-5)
+
+
+def test_a_loss_near_zero_rounds_as_its_outputs_do():
+    # Each example is classified with a margin of about 15: the loss is made of roundings of the logits.
+    networks = []
+    for seed, activation in enumerate((nn.Tanh(), _OddTanh())):
+        network = randomized(_mlp(activation), seed)
+        torch.nn.init.zeros_(network[2].weight)
+        network[2].bias.data = torch.tensor([15.0, 0, 0]) + network[2].bias.data
+        network[2].weight.data[0] = 0.1
+        networks.append(network)
+    batches = [(X.float(), torch.zeros(12, dtype=torch.long))]
+    assert 0 < Objective(networks[0], batches, twins=networks[1:]).loss() < 1e-4
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, -1e9])
+def test_outputs_that_stand_for_infinity_hide_nothing(fill):
+    class Masked(Attributed):
+        def forward(self, x):
+            return super().forward(x).masked_fill(torch.arange(3) == 2, fill)
+
+    a, b = randomized(Masked(scale=1.0).double(), 1), randomized(Masked(scale=1.1).double(), 2)
+    with pytest.raises(ArchitectureMismatchError, match="scale: 1.0 in model_a, 1.1 in model_b"):
+        Objective(a, [(X, Y % 2)], twins=[b]).loss()
+
+
+def test_a_small_loss_is_compared_by_its_own_measure():
+    a, b = randomized(Attributed(scale=1.0), 1), randomized(Attributed(scale=1.01), 2)
+    with torch.no_grad():
+        for network in (a, b):
+            network.linear.weight.mul_(1e-5)
+            network.linear.bias.mul_(1e-5)
+    batches = [(X.float(), torch.zeros(12, 3))]
+    with pytest.raises(ArchitectureMismatchError, match="scale"):
+        Objective(a, batches, loss_fn=F.mse_loss, twins=[b]).loss()
+
+
+def _quantized(seed, parts):
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    config = dict.fromkeys(parts, torch.ao.quantization.default_dynamic_qconfig)
+    return torch.ao.quantization.quantize_dynamic(network, config, dtype=torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_layers_must_be_equal():
+    batches = [(X.float(), Y)]
+    a, b = _quantized(0, ["0", "2"]), _quantized(1, ["0", "2"])
+    with pytest.raises(
+        ArchitectureMismatchError, match=r"0\._packed_params\._packed_params: its values differ"
+    ) as caught:
+        measure_barrier(a, b, batches, progress=False)
+    assert "2._packed_params" in str(caught.value)
+    assert "4" not in str(caught.value).split("differ in")[1]
+    same = _quantized(0, ["0", "2"])
+    randomized(same[4], 5)
+    assert measure_barrier(a, same, batches, alphas=3, progress=False).ends()[1] > 0
+
+
+class _Broken(Attributed):
+    def forward(self, x):
+        raise KeyError("tokens")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            _Broken,
+            r"\(KeyError: 'tokens'\). The two differ in\n  module \(the network itself\): Attributed in model_a, _B",
+        ),
+        (lambda: Attributed(mask=torch.ones(5)), r"\(RuntimeError: .*mask: 1 in model_a, a tensor of shape \(5,\)"),
+    ],
+)
+def test_a_network_that_cannot_be_evaluated_is_named(make, message):
+    a = Attributed(mask=1)
+    with pytest.raises(
+        ArchitectureMismatchError, match="(?s)model_b cannot be evaluated on the first batch, .*" + message
+    ):
+        measure_barrier(a, make(), [(X.float(), Y)], alphas=3, progress=False)
+
+
+def test_what_cannot_be_copied_is_named():
+    b = Attributed()
+    b.lock = threading.Lock()
+    with pytest.raises(UnsupportedModelError, match="^model_b: Attributed cannot be copied"):
+        measure_barrier(Attributed(), b, [(X.float(), Y)], alphas=3, progress=False)
+
+
+def test_without_a_setting_to_name_the_message_says_where_to_look():
+    a, b = Attributed(), Attributed()
+    b.linear.register_forward_hook(lambda _module, _args, output: 2 * output)
+    with pytest.raises(
+        ArchitectureMismatchError, match="No setting of their modules differs: look at forward, at hooks"
+    ):
+        Objective(a, [(X.float(), Y)], twins=[b]).loss()
+
+
+def test_a_network_that_draws_is_refused():
+    drawing = Attributed(activation=AlwaysDropout())
+    with pytest.raises(
+        ArchitectureMismatchError, match="module activation: nothing in model_a, AlwaysDropout in model_b"
+    ):
+        Objective(Attributed(), [(X.float(), Y)], twins=[drawing]).loss()
+
+
+def test_entries_of_another_network_are_named():
+    with pytest.raises(
+        ArchitectureMismatchError, match=r"model_b has an entry 'linear.weight' of shape \(3, 8\), which"
+    ):
+        Objective(nn.Linear(8, 3), [(X.float(), Y)], twins=[Attributed()]).loss()
+
+
+def test_networks_are_compared_once_and_a_loss_of_batches_too():
+    calls = []
+
+    def loss_fn(model, batch):
+        calls.append(torch.is_grad_enabled())
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    a, b = Attributed(), Attributed()
+    batches = [(X[:8].float(), Y[:8]), (X[8:].float(), Y[8:])]
+    objective = Objective(a, batches, loss_fn=BatchLoss(loss_fn), twins=[b])
+    counts = [(objective.loss(), len(calls))[1] for _ in range(2)]
+    assert counts == [8, 10], "two batches, the first one twice more, and each network at both states"
+    assert calls[2:6] == [False] * 4
+    b.scale = 3.0
+    objective.loss()
+    with pytest.raises(ArchitectureMismatchError, match="scale: None in model_a, 3.0 in model_b"):
+        Objective(a, batches, loss_fn=BatchLoss(loss_fn), twins=[b]).loss()
+
+
+def test_wrapped_networks_are_compared_by_what_they_wrap():
+    a, b = Attributed(scale=1.0), Attributed(scale=2.0)
+    with pytest.raises(ArchitectureMismatchError, match="scale: 1.0 in model_a, 2.0 in model_b"):
+        measure_barrier(a, nn.DataParallel(b), [(X.float(), Y)], alphas=3, progress=False)
+
+
+def test_a_list_has_ten_lines():
+    a, b = (nn.Sequential(nn.Linear(8, 3), *[nn.LeakyReLU(slope) for _ in range(12)]) for slope in (0.9, 0.95))
+    with pytest.raises(ArchitectureMismatchError, match=r"(?s)(  \d+\.negative_slope: [^\n]*\n){10}  … and 2 more"):
+        Objective(a, [(X.float(), Y)], twins=[b]).loss()
