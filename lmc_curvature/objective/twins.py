@@ -86,8 +86,8 @@ def _evaluate(own_loss: NetworkLoss, entries: State, data: Any, network_loss: Ne
         # What the network itself raised, which says more of it than where.
         reason = error.__cause__ or error
         raise ArchitectureMismatchError(
-            f"model_b cannot be evaluated on the first batch, although model_a can ({type(reason).__name__}: {reason}). "
-            f"{_causes(network_loss, own_loss)}"
+            f"model_b cannot be evaluated on the first batch, although model_a can ({type(reason).__name__}: {reason})"
+            f". {_causes(network_loss, own_loss)}"
         ) from error
 
 
