@@ -11,12 +11,13 @@ from jaxtyping import Float, Int, Real
 from torch import nn
 
 from lmc_curvature.averages import standard_error, weighted_mean
+from lmc_curvature.barrier.evaluation import evaluate_points
 from lmc_curvature.barrier.expansions import check_alphas
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
-from lmc_curvature.barrier.metrics import METRICS, Metric, Truth, check_metrics, metric_values, metric_weights
+from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics
 from lmc_curvature.barrier.setup import segment_and_objective
-from lmc_curvature.errors import NonFiniteError, OptionError, check_choice
-from lmc_curvature.objective import Batch, BatchNormPolicy, LossFunction, Objective
+from lmc_curvature.errors import OptionError, check_choice
+from lmc_curvature.objective import BatchNormPolicy, LossFunction
 from lmc_curvature.segment import Frozen, PartitionSpec, SegmentPoints, layer_indices
 from lmc_curvature.storage import load_arrays, save_arrays
 
@@ -107,74 +108,13 @@ def measure_barrier(
     points = SegmentPoints(segment)
     curves = (segment.layers, *members_of_sets)
     pairs = np.array([[points.pair(members, alpha) for alpha in positions] for members in curves])
-    sizes, weights, values = _measure(objective, points, metrics, progress=progress)
+    sizes, weights, values = evaluate_points(objective, points, metrics, progress=progress)
     ends = values[:, :, [points.START, points.END]]
     along = _between(positions, values[:, :, pairs[..., 0]], values[:, :, pairs[..., 1]])
+    notes = objective.notes + segment.notes
     return BarrierMeasurement(
-        positions,
-        members_of_sets,
-        tuple(metrics),
-        batch_norm,
-        sizes,
-        ends,
-        along,
-        notes=objective.notes + segment.notes,
-        batch_weights=weights,
+        positions, members_of_sets, tuple(metrics), batch_norm, sizes, ends, along, notes, batch_weights=weights
     )
-
-
-@torch.no_grad()
-def _measure(
-    objective: Objective, points: SegmentPoints, metrics: Sequence[Metric], *, progress: bool | None
-) -> tuple[
-    Int[np.ndarray, " batches"],
-    Float[np.ndarray, "batches metrics"] | None,
-    Float[np.ndarray, "batches metrics points"],
-]:
-    """Return batch sizes, weights (None where they are the sizes), and every metric of every batch at every point."""
-    statistics: Sequence[dict[str, torch.Tensor]] = [{}] * len(points)
-    if objective.batch_norm == "recalibrate":
-        if "error" in metrics:
-            # Before the long pass: what the error is of can be told from one evaluation.
-            with objective.measuring(), objective.one_pass(progress=False) as batches:
-                batch = next(batches)
-                Truth.of(objective.loss_fn, *objective.batch_evaluation(points[points.START], batch)[1:], batch)
-        statistics = objective.recalibrated(points, progress=progress)
-    sizes, weights, values = [], [], []
-    visit = objective.one_pass(progress=progress, description="measuring", weightless=True)
-    with objective.measuring(), visit as batches:
-        for batch in batches:
-            of_batch, of_metrics = _batch_values(objective, points, statistics, batch, metrics)
-            sizes.append(batch.size)
-            weights.append(of_metrics)
-            values.append(of_batch)
-    by_size = all(weight == size for size, row in zip(sizes, weights, strict=True) for weight in row)
-    return np.array(sizes), None if by_size else np.array(weights), np.stack(values)
-
-
-def _batch_values(
-    objective: Objective, points: SegmentPoints, statistics: Sequence[Any], batch: Batch, metrics: Sequence[Metric]
-) -> tuple[Float[np.ndarray, "metrics points"], list[float]]:
-    """Return every metric of one batch at every point, and what the batch counts for in the mean of each metric."""
-    columns, truth = [], None
-    for number, extra in enumerate(statistics):
-        loss, output, target = objective.batch_evaluation({**points[number], **extra}, batch)
-        if truth is None and "error" in metrics:
-            truth = Truth.of(objective.loss_fn, output, target, batch)
-        columns.append(metric_values(metrics, loss, output, truth))
-    # Copied to the host once a batch: each copy waits for the device.
-    values = torch.stack(columns, dim=1).double().cpu().numpy()
-    weights = metric_weights(metrics, batch, truth)
-    # The mean over no target is 0/0.
-    values[np.array(weights) == 0] = 0
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        metric, point = (int(position) for position in bad[0])
-        raise NonFiniteError(
-            f"The {metrics[metric]} is {values[metric, point]} at batch {batch.index} ({batch.size} examples), at "
-            f"{points.describe(point)}. Check the data of that batch and the scale of the networks' parameters."
-        )
-    return values, weights
 
 
 @dataclass(frozen=True, eq=False)

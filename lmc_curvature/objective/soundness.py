@@ -66,7 +66,7 @@ class Soundness:
     def _check(self, state: State, batch: Batch) -> None:
         originals = [(name, tensor) for name, reference in self.originals if (tensor := reference()) is not None]
         parameters = (*self.placeholders, *originals)
-        check_soundness(self.network_loss, state, batch.data, movable=self.movable, parameters=parameters)
+        check_soundness(self.network_loss, state, batch, movable=self.movable, parameters=parameters)
         if self.batch_norm == "batch":
             self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
         policy, rounding = self.batch_norm, self.numerics.rounding
@@ -94,7 +94,7 @@ class Soundness:
 def check_soundness(
     network_loss: NetworkLoss,
     state: State,
-    data: Any,
+    batch: Batch,
     *,
     movable: Collection[str],
     parameters: Iterable[tuple[str, Tensor]],
@@ -106,7 +106,7 @@ def check_soundness(
     Args:
         network_loss: The network and its loss.
         state: All entries of the network.
-        data: Data of the batch.
+        batch: The batch.
         movable: Names of the entries that move.
         parameters: Parameters that the loss must not depend on, being no part of the state, with their names.
 
@@ -123,7 +123,9 @@ def check_soundness(
     versions = {name: tensor._version for name, tensor in constants.items()}
     losses: list[Any] = []
     with torch.no_grad():
-        drawing = drawing_module(network_loss, lambda: losses.append(network_loss.at(constants, data)[0]))
+        drawing = drawing_module(
+            network_loss, lambda: losses.append(network_loss.at(constants, batch.data, batch.index)[0])
+        )
     if drawing is not None:
         _refuse_drawing(network_loss, drawing)
     for name, tensor in constants.items():
@@ -133,7 +135,7 @@ def check_soundness(
                 "evaluated before. Switch that off (max_norm of an embedding, running averages in evaluation mode)."
             )
     with torch.enable_grad():
-        again, output, target = network_loss.at({**constants, **leaves}, data)
+        again, output, target = network_loss.at({**constants, **leaves}, batch.data, batch.index)
     _refuse_dependence(again, parameters)
     _refuse_difference(losses[0].item(), again.item())
     warn_of_cuts(network_loss, output, target)

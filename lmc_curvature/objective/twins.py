@@ -83,9 +83,11 @@ def _evaluate(own_loss: NetworkLoss, entries: State, data: Any, network_loss: Ne
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        # What the network itself raised, which says more of it than where.
+        reason = error.__cause__ or error
         raise ArchitectureMismatchError(
-            f"model_b cannot be evaluated on the first batch, although model_a can ({type(error).__name__}: {error}). "
-            f"{_causes(network_loss, own_loss)}"
+            f"model_b cannot be evaluated on the first batch, although model_a can ({type(reason).__name__}: {reason})"
+            f". {_causes(network_loss, own_loss)}"
         ) from error
 
 

@@ -139,12 +139,13 @@ def test_what_it_does_not_understand_is_refused_at_once(make, x, target, loss_fn
         calls.append(1)
         return loss_fn(output, target)
 
-    batches = [(x, target)] * 6
+    batches = [(x, target)] * 20
     for loss in (loss_fn, counted):
         with pytest.raises(OptionError, match=r"class indices \(n, …\).*one column.*batch 0 has.*metrics=\('loss',\)"):
             _ends(make, batches, loss, batch_norm=policy)
-    # The checks of the first batch, and one evaluation.
-    assert len(calls) <= 6
+    batches = batches[:2]
+    # Those of the first batch alone.
+    assert len(calls) < 20
     measure_barrier(make(), make(), batches, loss_fn=loss_fn, metrics=("loss",), alphas=3, progress=False)
 
 

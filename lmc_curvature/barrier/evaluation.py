@@ -1,0 +1,81 @@
+"""The metrics of a measurement, evaluated batch by batch at all points of a segment."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from lmc_curvature.barrier.metrics import Metric, Truth, metric_values, metric_weights
+from lmc_curvature.errors import NonFiniteError
+from lmc_curvature.objective import Batch, Objective
+from lmc_curvature.segment import SegmentPoints
+
+
+@torch.no_grad()
+def evaluate_points(
+    objective: Objective, points: SegmentPoints, metrics: Sequence[Metric], *, progress: bool | None
+) -> tuple[
+    Int[np.ndarray, " batches"],
+    Float[np.ndarray, "batches metrics"] | None,
+    Float[np.ndarray, "batches metrics points"],
+]:
+    """Evaluate the metrics of every batch at every point, in one pass; `"recalibrate"` needs one more before.
+
+    Args:
+        objective: The loss.
+        points: The states.
+        metrics: What to evaluate.
+        progress: Show a progress bar over batches.
+
+    Returns:
+        The batches' sizes; what each counts for in the mean of each metric, None where that is its size; the values.
+
+    Raises:
+        OptionError: The error is asked for, and cannot be told from outputs and targets.
+        NonFiniteError: A value is infinite or not a number.
+    """
+    statistics: Sequence[dict[str, torch.Tensor]] = [{}] * len(points)
+    if objective.batch_norm == "recalibrate":
+        if "error" in metrics:
+            # Before the long pass: what the error is of can be told from one evaluation.
+            with objective.measuring(), objective.one_pass(progress=False) as batches:
+                batch = next(batches)
+                Truth.of(objective.loss_fn, *objective.batch_evaluation(points[points.START], batch)[1:], batch)
+        statistics = objective.recalibrated(points, progress=progress)
+    sizes, weights, values = [], [], []
+    visit = objective.one_pass(progress=progress, description="measuring", weightless=True)
+    with objective.measuring(), visit as batches:
+        for batch in batches:
+            of_batch, of_metrics = _batch_values(objective, points, statistics, batch, metrics)
+            sizes.append(batch.size)
+            weights.append(of_metrics)
+            values.append(of_batch)
+    by_size = all(weight == size for size, row in zip(sizes, weights, strict=True) for weight in row)
+    return np.array(sizes), None if by_size else np.array(weights), np.stack(values)
+
+
+def _batch_values(
+    objective: Objective, points: SegmentPoints, statistics: Sequence[Any], batch: Batch, metrics: Sequence[Metric]
+) -> tuple[Float[np.ndarray, "metrics points"], list[float]]:
+    """Return every metric of one batch at every point, and what the batch counts for in the mean of each metric."""
+    columns, truth = [], None
+    for number, extra in enumerate(statistics):
+        loss, output, target = objective.batch_evaluation({**points[number], **extra}, batch)
+        if truth is None and "error" in metrics:
+            truth = Truth.of(objective.loss_fn, output, target, batch)
+        columns.append(metric_values(metrics, loss, output, truth))
+    # Copied to the host once a batch: each copy waits for the device.
+    values = torch.stack(columns, dim=1).double().cpu().numpy()
+    weights = metric_weights(metrics, batch, truth)
+    # The mean over no target is 0/0.
+    values[np.array(weights) == 0] = 0
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        metric, point = (int(position) for position in bad[0])
+        raise NonFiniteError(
+            f"The {metrics[metric]} is {values[metric, point]} at batch {batch.index} ({batch.size} examples), at "
+            f"{points.describe(point)}. Check the data of that batch and the scale of the networks' parameters."
+        )
+    return values, weights
