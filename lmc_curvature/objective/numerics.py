@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch, map_tensors
 
@@ -115,7 +116,9 @@ def ignores_layout(loss: Callable[[Batch], Tensor], batch: Batch) -> bool:
     with torch.no_grad():
         expected = loss(batch)
         try:
-            return bool(torch.isclose(loss(channels_last(batch)), expected, rtol=1e-3, equal_nan=True))
+            found = loss(channels_last(batch))
+            rounding = torch.finfo(expected.dtype).eps
+            return bool(near("layout", found, expected, rounding=rounding, scale=expected.abs(), floor=1e-8))
         except (RuntimeError, UnsupportedModelError):
             return False
 

@@ -3,11 +3,11 @@
 from collections.abc import Collection, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
@@ -56,7 +56,7 @@ def check_soundness(
     with torch.enable_grad():
         again = network_loss.at({**constants, **leaves}, data)[0]
     _refuse_dependence(again, parameters)
-    _refuse_difference(losses[0].item(), again.item())
+    _refuse_difference(losses[0].item(), again.item(), torch.finfo(again.dtype).eps)
 
 
 def _refuse_drawing(network_loss: nn.Module, name: str) -> None:
@@ -80,9 +80,9 @@ def _refuse_dependence(loss: Float[Tensor, ""], parameters: Iterable[tuple[str, 
             )
 
 
-def _refuse_difference(first: float, second: float) -> None:
+def _refuse_difference(first: float, second: float, rounding: float) -> None:
     # Beyond what reordered sums on a GPU explain.
-    if not np.isclose(first, second, rtol=1e-3, atol=1e-6, equal_nan=True):
+    if not near("two evaluations", first, second, rounding=rounding, scale=abs(second), floor=1e-6):
         raise UnsupportedModelError(
             f"The network has losses {first:.6g} and {second:.6g} for one state and batch: a module draws from a "
             "generator of its own, or keeps something from call to call. Switch that off."
