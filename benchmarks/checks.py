@@ -102,10 +102,11 @@ def _timed(problem: Problem) -> tuple[Mapping[str, float], Mapping[str, float]]:
 def _first_and_later(
     problem: Problem, watch: Callable[..., Mapping[str, float]]
 ) -> tuple[Mapping[str, float], Mapping[str, float]]:
+    state, directions = problem.state, problem.directions
     objective = Objective(problem.model, list(problem.batches))
 
     def project() -> object:
-        return project_hessian(objective, problem.state, problem.directions, method="sweep")
+        return project_hessian(objective, state, directions, method="sweep")
 
     return watch(project, PARTS, rest=SWEEP), watch(project, PARTS, rest=SWEEP)
 

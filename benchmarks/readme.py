@@ -21,6 +21,7 @@ from benchmarks.support.tables import markdown_table, number_text
 FOLDER = Path(__file__).parent
 SCRIPTS = (
     "projection",
+    "checks",
     "hvp",
     "blocks",
     "hvp_vs_exact",

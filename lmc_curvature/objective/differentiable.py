@@ -127,7 +127,7 @@ def _linalg_norm(
     return _vector_norm(A, 2, dim, keepdim, dtype=dtype, out=out) if is_vector else NotImplemented
 
 
-def _normalize(input: Tensor, p: float = 2.0, dim: int | Sequence[int] = 1, eps: float = 1e-12, out: Any = None) -> Any:
+def _normalize(input: Tensor, p: Any = 2.0, dim: int | Sequence[int] = 1, eps: float = 1e-12, out: Any = None) -> Any:
     length = _vector_norm(input, p, dim, True, out=out)
     return length if length is NotImplemented else input / length.clamp_min(eps)
 

@@ -23,7 +23,6 @@ CALLS = {
     "norm, 3": lambda: torch.norm(A, p=3, dim=1),
     "norm, Frobenius": lambda: torch.norm(A, p="fro", dim=(1, 2)),
     "norm, nuclear": lambda: torch.norm(A[0], p="nuc"),
-    "norm, integers": lambda: torch.linalg.vector_norm(torch.arange(3), dtype=torch.float64),
     "linalg": lambda: torch.linalg.norm(A),
     "linalg, Frobenius": lambda: torch.linalg.norm(A, dim=(1, 2)),
     "linalg, spectral": lambda: torch.linalg.norm(A, ord=2, dim=(1, 2)),

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 import torch
 
+from lmc_curvature.agreement import near
 from lmc_curvature.curvature.backends.peers import PeerBatch, load_peer
 from lmc_curvature.curvature.operators import Curvature, CurvatureOperator, HessianOperator
 from lmc_curvature.curvature.products import BatchGradient
@@ -91,9 +92,9 @@ def _compare(peer: PeerBatch, native: BatchGradient, entries: State) -> None:
     except (RuntimeError, NotImplementedError, LMCCurvatureError) as error:
         raise BackendError(f"backend={peer.backend!r} cannot differentiate this loss: {error}") from error
     size, error = torch.linalg.norm(products[1]), torch.linalg.norm(products[0] - products[1])
-    # The relative difference beyond which it is no matter of rounding.
-    tolerance = max(torch.finfo(tensor.dtype).eps for tensor in entries.values()) ** 0.25
-    if not error <= tolerance * (size + tolerance**2 * _flat(vector).norm()):
+    rounding = max(torch.finfo(tensor.dtype).eps for tensor in entries.values())
+    floor = rounding**0.75 * _flat(vector).norm()
+    if not near("backend", error, torch.zeros_like(error), rounding=rounding, scale=size, floor=floor):
         raise BackendError(
             f"backend={peer.backend!r}: its product with a random vector is off by {float(error):.2g} from an exact "
             f"one of norm {float(size):.2g} on the first batch (torch's forward mode has wrong derivatives for some "

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lmc_curvature.agreement import near
 from lmc_curvature.curvature.products.directions import Directions
 from lmc_curvature.objective.network import State
 
@@ -118,7 +119,8 @@ class Vectorizer:
         sizes = torch.stack([torch.linalg.vector_norm(stacked) for stacked in found.values()])
         # Entry by entry: one that is wrong may be small beside others. Where a product cancels to nothing but rounding
         # of the others', it may differ; where all of them do, they are made alone.
-        return bool((off <= self._rounding**0.5 * sizes + 10 * self._rounding * sizes.norm()).all())
+        nothing, floor = torch.zeros_like(off), 10 * self._rounding * sizes.norm()
+        return bool(near("products at once", off, nothing, rounding=self._rounding, scale=sizes, floor=floor).all())
 
 
 def one_by_one(found: Iterator[tuple[slice, dict[str, Tensor]]]) -> Iterator[dict[str, Tensor]]:

@@ -54,12 +54,13 @@ def choose_tiling(
     together = len(directions)
     while True:
         needs = needs_of(program, loss, directions, probe=probe, together=together)
-        keeps = needs.values * size <= budget / 2
-        least = Tiling(size if whole else 1, together, keeps)
-        if needs.total(least, size) <= budget:
+        least = Tiling(size if whole else 1, together, keeps_values=needs.values * size <= budget / 2)
+        if needs.total(least, size) > budget:
+            least = replace(least, keeps_values=False)
+        taken = needs.total(least, size)
+        if taken <= budget:
             break
         if together <= 2:
-            taken = needs.total(replace(least, keeps_values=False), size)
             raise MemoryBudgetError(
                 f"Sweeping {min(2, together)} of {len(directions)} directions, {least.examples} of {size} examples at "
                 f"a time, takes about {taken / 2**30:.3g} GiB, more than the budget of {budget / 2**30:.3g} GiB: raise "
@@ -69,13 +70,13 @@ def choose_tiling(
     if whole:
         return least
     # Nothing may be reached at all.
-    each = max(1.0, needs.total(replace(least, examples=2), size) - needs.total(least, size))
-    most = 1 + (budget - needs.total(least, size)) / each
+    each = max(1.0, needs.total(replace(least, examples=2), size) - taken)
+    most = 1 + (budget - taken) / each
     if device.type == "cpu":
         most = min(most, max(1.0, _cache_bytes() / max(needs.at_work, 1.0)))
     # Of one size where that is possible: every size of tile is captured for itself.
     tiles = -(-size // max(1, min(size, int(most))))
-    return Tiling(-(-size // tiles), together, keeps)
+    return replace(least, examples=-(-size // tiles))
 
 
 @dataclass(frozen=True)

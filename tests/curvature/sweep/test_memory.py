@@ -145,7 +145,7 @@ def test_a_batch_that_fits_no_sweep_is_answered_by_products():
     models, batches = (resnet20(width=4), resnet20(width=4)), _images(32)
     objective = Objective(models[0], batches, batch_norm="batch")
     directions = Segment(*models, batch_norm="batch").directions()
-    with pytest.raises(MemoryBudgetError, match="2 of 20 directions, 32 of 32 examples at a time, takes about .* GiB"):
+    with pytest.raises(MemoryBudgetError, match="2 of 22 directions, 32 of 32 examples at a time, takes about .* GiB"):
         project_hessian(objective, {}, directions, method="sweep", memory_gib=0.01)
     with pytest.warns(FallbackWarning, match="more than the budget of 0.01 GiB.*one Hessian-vector product a dir"):
         found = project_hessian(objective, {}, directions, memory_gib=0.01)

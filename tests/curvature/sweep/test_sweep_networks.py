@@ -272,8 +272,8 @@ def test_networks_for_images_on_a_gpu(name):
     directions = layer_directions(objective, "fused", most=4)
     found = assert_sweep_agrees(objective, directions)
     assert not swept_by_autodiff(*compiled_batches(objective, directions))
-    # CUDA's hard swish multiplies by 1/6 in single precision, whatever its argument's type: MobileNet has 19 of them, so
-    # another device has another loss.
+    # CUDA's hard swish multiplies by 1/6 in single precision, whatever its argument's type, and MobileNet has 19 of
+    # them: on another device it has another loss.
     device = "cuda" if name == "mobilenet_v3_small" else "cpu"
     expected = project_hessian(Objective(model, [batch], device=device), {}, directions, method="hvp")
     assert_projections_agree(found, expected, relative=1e-7)

@@ -96,7 +96,7 @@ def test_tiles_are_of_one_size_where_that_is_possible(layers, size):
 
 
 def test_a_batch_that_cannot_be_cut_has_fewer_directions_at_a_time(layers):
-    budget = 1.3 * _MIB
+    budget = 1.6 * _MIB
     whole = _chosen(layers, 16, whole=True, budget=budget)
     assert whole.examples == 16
     assert whole.directions < 6
