@@ -10,12 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-<<<<<<< HEAD
-from lmc_curvature.errors import LMCCurvatureError
-=======
 from lmc_curvature.agreement import near
-from lmc_curvature.errors import UnsupportedModelError
->>>>>>> verify
+from lmc_curvature.errors import LMCCurvatureError
 from lmc_curvature.objective.batches import Batch, map_tensors
 from lmc_curvature.objective.differentiable import exactly_differentiable
 
@@ -107,15 +103,10 @@ def ignores_layout(loss: Callable[[Batch], Tensor], batch: Batch) -> bool:
     with torch.no_grad():
         expected = loss(batch)
         try:
-<<<<<<< HEAD
-            return bool(torch.isclose(loss(channels_last(batch)), expected, rtol=1e-3, equal_nan=True))
-        except (RuntimeError, LMCCurvatureError):
-=======
             found = loss(channels_last(batch))
             rounding = torch.finfo(expected.dtype).eps
             return bool(near("layout", found, expected, rounding=rounding, scale=expected.abs(), floor=1e-8))
-        except (RuntimeError, UnsupportedModelError):
->>>>>>> verify
+        except (RuntimeError, LMCCurvatureError):
             return False
 
 

@@ -290,14 +290,9 @@ def _check_product(total: BlockSum, block: CurvatureOperator, products: BatchPro
         for factor in (1.0, 1 / 3)
     )
     rounding, expected = (float(torch.linalg.norm(part)) for part in (product - scaled, product))
-<<<<<<< HEAD
     error = float(torch.linalg.norm(total.values @ vector.double() / products.batch.weight - product))
-    if not error <= 10 * rounding + block.objective.rounding**0.5 * expected:
-=======
-    error = float(torch.linalg.norm(total.values @ vector.double() / products.batch.size - product))
     precision = block.objective.rounding
     if not near("structured block", error, 0.0, rounding=precision, scale=expected, floor=10 * rounding):
->>>>>>> verify
         raise _MismatchError(
             f"the structured block times a random vector is off by {error:.2g} of {expected:.2g}: an affine module's "
             "weight has a part in the loss beside its output."
