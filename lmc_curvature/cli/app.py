@@ -100,18 +100,24 @@ def figures(
 @app.command()
 @interruptible()
 @with_comparison
-def predict(comparison: Comparison) -> None:
+def predict(
+    comparison: Comparison,
+    witness: Annotated[
+        bool, typer.Option("--witness/--no-witness", help="Compare derivatives with differences of the loss first.")
+    ] = True,
+) -> None:
     """Predict the barrier between networks A and B from the curvature at each of them."""
     from lmc_curvature import LayerPartition, predict_barrier
     from lmc_curvature.cli.tables import prediction_record, prediction_table
     from lmc_curvature.segment.partition import layer_indices
 
     first, second = comparison.networks()
-    partition = LayerPartition.of(first, comparison.layers, batch_norm=comparison.batch_norm)
+    options = comparison.computation()
+    partition = LayerPartition.of(first, comparison.layers, batch_norm=comparison.batch_norm, frozen=options["frozen"])
     sets = comparison.sets()
     for members in sets:
         layer_indices(partition.names, members)
-    prediction = predict_barrier(first, second, comparison.batches(), layers=partition, **comparison.computation())
+    prediction = predict_barrier(first, second, comparison.batches(), layers=partition, witness=witness, **options)
     _answer(comparison, prediction, prediction_record(prediction, sets), prediction_table(prediction, sets))
 
 

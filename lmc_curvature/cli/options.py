@@ -51,6 +51,10 @@ class Comparison:
     ] = None
     layers: Annotated[str, typer.Option(help="The partition: fused, module, tensor, block or block:DEPTH.")] = "fused"
     set_: Annotated[list[str] | None, typer.Option("--set", help="Layers to move together: A,B. Repeatable.")] = None
+    frozen: Annotated[
+        list[str] | None, typer.Option(help="A layer that stays, or a pattern of its entries' names. Repeatable.")
+    ] = None
+    base: Annotated[Literal["a", "b"], typer.Option(help="The network in which --frozen layers stay.")] = "a"
     batch_norm: Annotated[
         Literal["interpolate", "batch", "recalibrate"], typer.Option(help="Batch normalisation between the networks.")
     ] = "interpolate"
@@ -111,8 +115,9 @@ class Comparison:
         """Options of the computation, as `predict_barrier` and `measure_barrier` both take them."""
         import torch
 
-        names = ("batch_norm", "max_batches", "device", "progress")
-        return {name: getattr(self, name) for name in names} | {"dtype": getattr(torch, self.dtype)}
+        names = ("base", "batch_norm", "max_batches", "device", "progress")
+        options = {name: getattr(self, name) for name in names}
+        return options | {"frozen": tuple(self.frozen or ()), "dtype": getattr(torch, self.dtype)}
 
 
 def with_comparison(command: Callable[Concatenate[Comparison, ...], None]) -> Callable[..., None]:

@@ -33,6 +33,7 @@ def prediction_record(prediction: BarrierPrediction, sets: LayerSets) -> dict[st
         {
             "examples": prediction.examples,
             "batch_norm": prediction.batch_norm,
+            "notes": list(prediction.notes),
             "losses": [first.loss, second.loss],
             "distance": prediction.distance,
             "barrier": {
@@ -62,6 +63,7 @@ def measurement_record(measurement: BarrierMeasurement) -> dict[str, Any]:
         {
             "examples": measurement.examples,
             "batch_norm": measurement.batch_norm,
+            "notes": list(measurement.notes),
             "kind": measurement.kind if "loss" in measurement.metrics else None,
             "alphas": measurement.alphas.tolist(),
             "metrics": {

@@ -248,3 +248,17 @@ def test_the_three_commands_explain_what_is_missing(run, tmp_path):
     assert not (tmp_path / "out").exists()
     assert "config.json is missing; run_forks" in run("trace", tmp_path / "out", "--no-progress")[2]
     assert "config.json is missing; run_forks" in run("figures", tmp_path / "out", "--no-progress")[2]
+
+
+def test_layers_stay_where_they_are_and_notes_are_printed(run, networks, checkpoints):
+    options = ["--frozen", "stage2.0.conv1", "--frozen", "stage1.*", "--base", "b", "--batch-size", 60]
+    expected = measure_barrier(*networks, _batches(60), frozen=("stage2.0.conv1", "stage1.*"), base="b", alphas=3, progress=False)
+    status, out, err = run("measure", *checkpoints, *COMMON, *options, "--alphas", 3, "--json")
+    record = json.loads(out)
+    assert (status, err) == (0, "")
+    assert record["metrics"]["loss"]["curve"] == pytest.approx(expected.curve().tolist(), abs=1e-6)
+    assert record["notes"] == list(expected.notes)
+    status, out, _ = run("predict", *checkpoints, *COMMON, *options, "--no-witness")
+    assert status == 0
+    for note in (*expected.notes, "derivatives were not compared with differences of the loss (witness=False)"):
+        assert note in out
