@@ -69,6 +69,37 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             cost=0.0,
             tolerance=Tolerance(0.4, most=1e-3),
         ),
+        "two networks": Check(
+            catches="A model_b with a setting, a buffer or a module that makes it another function than model_a.",
+            runs="First batch of a prediction or measurement, with the entries of either network.",
+            cost=4.0,
+            tolerance=Tolerance(0.55, most=0.03),
+        ),
+        "halves of a batch": Check(
+            catches="A loss whose mean over the data depends on how they are cut into batches.",
+            runs="First batch of an objective, on one output of its network; not for cross-entropy and its like, which "
+            "are weighed by what they divide by.",
+            cost=0.0,
+            tolerance=Tolerance(0.5),
+        ),
+        "sorted labels": Check(
+            catches="Data in the order of their classes.",
+            runs="Every pass, after 2, 4, 8, … batches and at its end, on their labels.",
+            cost=0.0,
+        ),
+        "batch statistics": Check(
+            catches="Batch statistics that are not those that the network was trained with.",
+            runs='First batch of an objective under `"batch"`.',
+            cost=2.0,
+        ),
+        "witness": Check(
+            catches="Derivatives that are not those of the loss, whichever way through autograd they are computed: a "
+            "backward pass that is wrong or hidden from autograd, detached parts, straight-through estimators.",
+            runs="Before the first derivative, on four examples of the first batch (more of small networks, fewer "
+            "where kinks spoil differences), in float64; `witness=False` leaves it out.",
+            cost=2.0,
+            tolerance=Tolerance(0.4),
+        ),
         "layout": Check(
             catches="A network that computes something else of images whose channels come last.",
             runs="First product of an operator with a convolutional network in float32 on a CPU.",

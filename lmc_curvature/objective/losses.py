@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lmc_curvature.agreement import near
 from lmc_curvature.errors import LossError, NonFiniteError
 from lmc_curvature.objective.batches import (
     Batch,
@@ -244,9 +245,10 @@ def warn_of_cuts(network_loss: NetworkLoss, output: Any, target: Any) -> None:
     mean = (first * middle + second * (size - middle)) / size
     # In whatever precision a loss computes, it is at least that of float32, or says so by its type.
     rounding = max(torch.finfo(losses[0].dtype).eps, *_roundings(output))
-    difference = abs(whole - mean) - rounding**0.5 * max(map(abs, (whole, first, second)))
+    scale = max(map(abs, (whole, first, second)))
     # Terms of both signs, as large as the outputs, may cancel.
-    if difference > 0 and difference > 8 * rounding * _typical(output):
+    floor = 8 * rounding * _typical(output)
+    if not near("halves of a batch", whole, mean, rounding=rounding, scale=scale, floor=floor):
         warnings.warn(
             f"The loss of the first batch is {whole:.6g}, and the mean of its halves' losses {mean:.6g}: its value "
             "depends on how the data are cut into batches, because it is no mean over their examples (weights, ignored "

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from lmc_curvature.agreement import near
 from lmc_curvature.errors import ArchitectureMismatchError, UnsupportedModelError
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.network import State, check_module, entries_of, movable_entries, skeleton_of, unwrap
@@ -92,13 +92,11 @@ def _evaluate(own_loss: NetworkLoss, entries: State, data: Any, network_loss: Ne
 
 
 def _agree(own: float, expected: float, output: Any, rounding: float) -> bool:
-    # Modules of another kind may sum in another order.
-    relative = min(max(1e3 * rounding, 1e-9), 0.03)
     # A cross-entropy near zero rounds as logits do, a square as squares do; what stands for infinity does not count.
     plain = isinstance(output, Tensor) and output.is_floating_point() and output.numel() > 0
     largest = min(float(output.nan_to_num().abs().max()), 30.0) if plain else 0.0
-    scale = min(largest, largest**2)
-    return bool(np.isclose(own, expected, rtol=relative, atol=rounding * scale, equal_nan=True))
+    floor = rounding * min(largest, largest**2)
+    return near("two networks", own, expected, rounding=rounding, scale=abs(expected), floor=floor)
 
 
 def _causes(first: NetworkLoss, second: NetworkLoss) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch, map_tensors
 from lmc_curvature.objective.losses import NetworkLoss, own_loss
@@ -32,9 +33,9 @@ _SHIFT = 2.0**-5
 # How many times a fit's residual, in units of the spacing, its derivatives may be off: it is at most 6 for one kink
 # wherever it is, at most 5 for the terms of higher order, and over 50 once in three thousand for rounding.
 _ERRORS_PER_RESIDUAL = 50.0
-# Relative to the sum of the absolute values of an inner product's terms: what autograd may be off in float64; what
-# differences of losses may be off to be enough for slope and curvature; and what they may be off to say something.
-_AGREEMENT, _ENOUGH_FOR_SLOPE, _ENOUGH_FOR_CURVATURE, _LEAST = 1e-6, 1e-4, 1e-6, 1e-2
+# Relative to the sum of the absolute values of an inner product's terms: what differences of losses may be off to be
+# enough for slope and curvature, and what they may be off to say something.
+_ENOUGH_FOR_SLOPE, _ENOUGH_FOR_CURVATURE, _LEAST = 1e-4, 1e-6, 1e-2
 
 WITHOUT_WITNESS = "derivatives were not compared with differences of the loss (witness=False)"
 _SLOPES_ALONE = "of the derivatives, only the first was compared with differences of the loss"
@@ -135,11 +136,6 @@ class _Line:
     direction: State
     numerics: Numerics
     rounding: float
-
-    @property
-    def agreement(self) -> float:
-        """What autograd may be off, relative to the sum of the absolute values of a derivative's terms."""
-        return max(_AGREEMENT, 1e3 * self.rounding)
 
     def loss(self, position: float) -> float:
         """The loss, computed as a measurement does."""
@@ -259,7 +255,7 @@ def _compare(line: _Line, second: bool) -> _Verdict:
     by_slope, by_curvature = _from_losses(line, slope)
     if not _says_something(by_slope, slope):
         return _Verdict()
-    if not _agree(slope, by_slope, line.agreement):
+    if not _agree(slope, by_slope, line.rounding):
         return _Verdict(disagreement=_sentence(line, "slope", slope, by_slope))
     if not curvatures:
         return _Verdict(slope=True)
@@ -269,7 +265,7 @@ def _compare(line: _Line, second: bool) -> _Verdict:
         by_curvature = min(by_curvature, _from_slopes(line, curvature), key=lambda each: each.error)
     if not _says_something(by_curvature, curvature):
         return _Verdict(slope=True)
-    if not _agree(curvature, by_curvature, line.agreement):
+    if not _agree(curvature, by_curvature, line.rounding):
         return _Verdict(disagreement=_sentence(line, "curvature", curvature, by_curvature))
     return _Verdict(slope=True, curvature=True)
 
@@ -317,7 +313,8 @@ def _says_something(estimate: _Estimate, derivative: _Derivative) -> bool:
 
 
 def _agree(derivative: _Derivative, estimate: _Estimate, rounding: float) -> bool:
-    return abs(derivative.value - estimate.value) <= estimate.error + rounding * derivative.size
+    value, expected, floor = derivative.value, estimate.value, estimate.error
+    return near("witness", value, expected, rounding=rounding, scale=derivative.size, floor=floor)
 
 
 def _sentence(line: _Line, kind: str, derivative: _Derivative, estimate: _Estimate) -> str:

@@ -252,7 +252,9 @@ def test_the_three_commands_explain_what_is_missing(run, tmp_path):
 
 def test_layers_stay_where_they_are_and_notes_are_printed(run, networks, checkpoints):
     options = ["--frozen", "stage2.0.conv1", "--frozen", "stage1.*", "--base", "b", "--batch-size", 60]
-    expected = measure_barrier(*networks, _batches(60), frozen=("stage2.0.conv1", "stage1.*"), base="b", alphas=3, progress=False)
+    expected = measure_barrier(
+        *networks, _batches(60), frozen=("stage2.0.conv1", "stage1.*"), base="b", alphas=3, progress=False
+    )
     status, out, err = run("measure", *checkpoints, *COMMON, *options, "--alphas", 3, "--json")
     record = json.loads(out)
     assert (status, err) == (0, "")
