@@ -95,6 +95,7 @@ def project_hessian_at(
             except (CaptureError, SweepError, MemoryBudgetError) as error:
                 if method != "auto" or project is project_by_products:
                     raise
+                # Products are to be trusted: the sweep never stands against them alone (see docs/trust.md).
                 warnings.warn(
                     f"{error} Falling back on one Hessian-vector product a direction, which is slower.",
                     FallbackWarning,
