@@ -19,7 +19,7 @@ from lmc_curvature import Objective, project_hessian
 from lmc_curvature.agreement import CHECKS
 from lmc_curvature.curvature.projection import by_sweep, verification
 from lmc_curvature.curvature.sweep import compiled
-from lmc_curvature.objective import risk
+from lmc_curvature.objective import soundness
 
 SIZES = {
     "full": {"network": "resnet20", "batch": 128, "width": 16, "pixels": 32},
@@ -32,7 +32,9 @@ SWEEP = "the sweep"
 PARTS = [
     Part(compiled, "_network_program", CAPTURE),
     Part(compiled, "_loss_program", CAPTURE),
-    Part(risk, "check_soundness", "random numbers, constants, two evaluations"),
+    Part(soundness, "check_soundness", "random numbers, constants, two evaluations"),
+    Part(soundness, "check_twin", "two networks"),
+    Part(soundness, "check_derivatives", "witness"),
     Part(by_sweep, "evaluate_batch", "captured values"),
     Part(by_sweep, "verify", "sweep"),
     Part(by_sweep, "is_current", "captured graphs"),
@@ -103,7 +105,7 @@ def _first_and_later(
     problem: Problem, watch: Callable[..., Mapping[str, float]]
 ) -> tuple[Mapping[str, float], Mapping[str, float]]:
     state, directions = problem.state, problem.directions
-    objective = Objective(problem.model, list(problem.batches))
+    objective = Objective(problem.model, list(problem.batches), twins=[problem.model])
 
     def project() -> object:
         return project_hessian(objective, state, directions, method="sweep")

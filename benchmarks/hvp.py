@@ -105,7 +105,7 @@ def _peer_road(peer: str, problem: Problem, vectors: Tensor) -> Callable[[], Ten
 
 def _by_torch(problem: Problem, direction: dict[str, Tensor], *, forward: bool) -> dict[str, Tensor]:
     gradient = grad(lambda point: problem.objective.batch_loss(point, problem.batch))
-    with problem.objective.differentiating():
+    with problem.objective.numerics.differentiating():
         if forward:
             return jvp(gradient, (problem.state,), (direction,))[1]
         return vjp(gradient, problem.state)[1](direction)[0]

@@ -105,7 +105,7 @@ def _vmapped(problem: Problem, vectors: Tensor, at_once: int) -> Tensor:
     def product(vector: dict[str, Tensor]) -> dict[str, Tensor]:
         return jvp(gradient, (state,), (vector,))[1]
 
-    with problem.objective.differentiating():
+    with problem.objective.numerics.differentiating():
         products = vmap(product, chunk_size=at_once)(stacked)
         return vectors @ torch.cat([products[name].flatten(1) for name in state], dim=1).T
 

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -43,6 +43,11 @@ class Batch:
     def is_first(self) -> bool:
         """Whether it is the first in the loader that counts for anything."""
         return self.index == self.skipped
+
+    def rows(self, chosen: Sequence[int]) -> Any:
+        """Data of some of its examples: rows of every tensor that has as many as the batch has examples."""
+        rows = list(chosen)
+        return map_tensors(lambda t: t[rows] if t.ndim and len(t) == self.size else t, self.data)
 
     @property
     def kind(self) -> tuple[Any, ...]:

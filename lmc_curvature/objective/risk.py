@@ -77,6 +77,8 @@ class Objective:
         network: The network's structure; its values come from a state.
         loss_fn: The loss, a copy if it is a module.
         device, dtype: Where, and in which floating-point type, it computes.
+        numerics: The precision and the kernels that it computes with; derivatives are taken within
+            `numerics.differentiating()`.
         memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
 
     Raises:
@@ -117,7 +119,7 @@ class Objective:
 
         self.network = skeleton_of(model)
         recurrent = any(isinstance(module, nn.RNNBase) for module in self.network.modules())
-        self._numerics = Numerics(self.device, self.dtype, allow_tf32, recurrent)
+        self.numerics = Numerics(self.device, self.dtype, allow_tf32, recurrent)
         self._normalization = Normalization(self.network, "running" if batch_norm == "interpolate" else "batch")
         self._network_loss = NetworkLoss(self.network, self.loss_fn)
         self._entries = {
@@ -134,7 +136,7 @@ class Objective:
             twins=tuple(twins),
             normalization=self._normalization,
             batch_norm=batch_norm,
-            numerics=self._numerics,
+            numerics=self.numerics,
             witness=witness,
             note=precision_note(self.dtype, tensors),
         )
@@ -143,7 +145,7 @@ class Objective:
     @property
     def rounding(self) -> float:
         """Relative rounding error of one operation as things are: that of TF32 or of autocast where they are on."""
-        return self._numerics.rounding
+        return self.numerics.rounding
 
     def state(self) -> dict[str, Tensor]:
         """The network's state when the objective was made: entry name to tensor, what a segment may move."""
@@ -211,10 +213,7 @@ class Objective:
     def check_derivatives(self, state: State, batch: Batch, *, second: bool = True) -> None:
         """Before the first derivative is taken, compare it with differences of the loss on a few examples of a batch.
 
-        Args:
-            state: A complete state.
-            batch: The batch.
-            second: Compare the second derivative, too.
+        The state is a complete one; the second derivative is compared, too, if it will be taken.
 
         Raises:
             UnsupportedModelError: They disagree; see `witness.check_derivatives`.
@@ -299,7 +298,7 @@ class Objective:
         with self.one_pass(progress=False) as batches:
             for batch in batches:
                 self.check_derivatives(point, batch, second=False)
-                with self.differentiating():
+                with self.numerics.differentiating():
                     loss = self.batch_loss({**point, **leaves}, batch)
                 finite_loss(loss, batch)
                 check_differentiable(loss)
@@ -314,21 +313,10 @@ class Objective:
         check_finite(point, "the state")
         return point
 
-    def differentiating(self) -> contextlib.AbstractContextManager[None]:
-        """Within the block, all that the network calls has exact first and second derivatives, on a CUDA device too."""
-        return self._numerics.differentiating()
-
-    def differentiating_operations(self) -> contextlib.AbstractContextManager[None]:
-        """Within the block, operations of an existing graph have exact first and second derivatives.
-
-        It costs less than `differentiating`, which looks at every call on its way to torch.
-        """
-        return self._numerics.differentiating_operations()
-
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """Within the block, values are exact, and `"recalibrate"` normalises by the state (see `recalibrated`)."""
-        with self._numerics.exact(), self._normalization.by("batch" if self.batch_norm == "batch" else "running"):
+        with self.numerics.exact(), self._normalization.by("batch" if self.batch_norm == "batch" else "running"):
             yield
 
     def recalibrated(self, states: Sequence[State], *, progress: bool | None = None) -> list[dict[str, Tensor]]:

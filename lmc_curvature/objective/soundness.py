@@ -71,7 +71,7 @@ class Soundness:
             self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
         policy, rounding = self.batch_norm, self.numerics.rounding
         for twin in self.twins:
-            check_twin(twin, self.network_loss, self.entries, batch.data, self.normalization, policy, rounding)
+            check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
 
     def check_derivatives(self, state: State, batch: Batch, *, second: bool) -> None:
         """Compare derivatives with differences of the loss; see `witness.check_derivatives`."""

@@ -9,17 +9,20 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import ArchitectureMismatchError, UnsupportedModelError
+from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.network import State, check_module, entries_of, movable_entries, skeleton_of, unwrap
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, Statistics
 from lmc_curvature.objective.randomness import global_rng_preserved
+
+_LEAST_EXAMPLES = 16
 
 
 def check_twin(
     twin: nn.Module,
     network_loss: NetworkLoss,
     state: State,
-    data: Any,
+    batch: Batch,
     normalization: Normalization,
     batch_norm: BatchNormPolicy,
     rounding: float,
@@ -33,7 +36,8 @@ def check_twin(
         twin: The network.
         network_loss: model_a and its loss.
         state: All entries of model_a, on the device and of the type to compute with.
-        data: Data of the batch.
+        batch: The batch. With the entries of model_a, which most settings show at those of model_b, too, some of its
+            examples are enough.
         normalization: Decides which statistics model_a uses.
         batch_norm: Policy for batch normalisation; under `"recalibrate"` both use the statistics of the batch.
         rounding: Relative rounding error of one operation.
@@ -56,7 +60,8 @@ def check_twin(
     entries = {name: tensor.to(state[name]) if name in state else tensor for name, tensor in entries.items()}
     statistics: Statistics = "running" if batch_norm == "interpolate" else "batch"
     own_loss = _own_loss(twin, network_loss, statistics)
-    for owner, source in (("its own", entries), ("model_a's", state)):
+    few = batch.rows(range(min(batch.size, max(_LEAST_EXAMPLES, batch.size // 8))))
+    for owner, source, data in (("its own", entries, batch.data), ("model_a's", state, few)):
         point = {name: source[name].clone() for name in moved}
         with torch.no_grad(), global_rng_preserved(), normalization.by(statistics):
             expected, output, _ = network_loss.at({**state, **point}, data)

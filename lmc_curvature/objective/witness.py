@@ -1,6 +1,6 @@
 """The witness of derivatives: those of autograd against differences of the loss itself, on a few examples."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -83,7 +83,16 @@ def check_derivatives(
     for seed, (rows, dtype) in enumerate(trials):
         if rows is None and note != _NOTHING:
             break
-        make_line = partial(_line, network_loss, state, _rows_of(batch, rows), movable, numerics, dtype, seed)
+        make_line = partial(
+            _line,
+            network_loss,
+            state,
+            (batch.data if rows is None else batch.rows(rows)),
+            movable,
+            numerics,
+            dtype,
+            seed,
+        )
         verdict = _judge(make_line, second)
         disagreements += [verdict.disagreement] if verdict.disagreement else []
         # Not the first one alone, because the error of differences is an estimate.
@@ -102,13 +111,6 @@ def _selections(size: int, few: int) -> list[list[int]]:
     """A few of the examples of a batch from all over it; then others, fewer, which meet fewer kinks."""
     spread = np.linspace(0, size - 1, min(few, size)).round().astype(int).tolist()
     return [spread, [size // 3], [size // 2, (size // 2 + 1) % size], spread[1::2] or spread]
-
-
-def _rows_of(batch: Batch, rows: Sequence[int] | None) -> Any:
-    if rows is None:
-        return batch.data
-    chosen = list(rows)
-    return map_tensors(lambda t: t[chosen] if t.ndim and len(t) == batch.size else t, batch.data)
 
 
 @dataclass(frozen=True)

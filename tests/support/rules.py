@@ -78,7 +78,7 @@ class RuleTests:
         (compiled,) = compiled_batches(objective, directions)
         ((size, program),) = compiled.networks.items()
         problem = posed(objective, directions)
-        with objective.differentiating_operations():
+        with objective.numerics.differentiating_operations():
             operands = program.operands(problem.points[0].state)
             tangents = {
                 node: {i: direction[name] for i, direction in enumerate(problem.directions) if name in direction}

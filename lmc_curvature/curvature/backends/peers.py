@@ -102,7 +102,7 @@ class PeerBatch:
         self._entries = list(entries)
         self._module = LossModule(objective, state, batch, entries)
         library = {"curvlinops": _curvlinops, "pyhessian": _pyhessian, "backpack": _backpack}[backend]
-        with objective.differentiating():
+        with objective.numerics.differentiating():
             self.loss, self._multiply = library(self._module)
 
     def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class PeerBatch:
             direction[name] if name in direction else torch.zeros_like(parameter)
             for name, parameter in zip(self._entries, self._module.parameters(), strict=True)
         ]
-        with self._objective.differentiating():
+        with self._objective.numerics.differentiating():
             products = dict(zip(self._entries, self._multiply(vectors), strict=True))
         return {name: products[name].detach() for name in (self._entries if rows is None else rows)}
 

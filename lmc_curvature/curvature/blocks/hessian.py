@@ -212,7 +212,7 @@ def _add_structured(
         _StructureError: The layers are not what this road needs, or it is not the cheaper one, which `auto` asks for;
             nothing is added. At the first batch: the sum is not the Hessian's.
     """
-    with block.objective.differentiating_operations():
+    with block.objective.numerics.differentiating_operations():
         first, second = _pair(total, calls, products.vectorizer, auto=auto)
         side = _side_of(total, first)
         for unit, part in pair_blocks(first, second, products.vectorizer):

@@ -45,7 +45,7 @@ class BatchGaussNewton:
         with torch.no_grad():
             # Where it computes a loss, the objective refuses what is no function of the state: once is enough.
             objective.memo("loss before a Gauss-Newton matrix", lambda: objective.batch_loss(state, batch).item())
-        with objective.differentiating():
+        with objective.numerics.differentiating():
             with self._convolutions:
                 self._output = _single_tensor(objective.output({**state, **self._leaves}, batch))
             self._at = self._output.detach().requires_grad_()
@@ -66,7 +66,7 @@ class BatchGaussNewton:
         """G v for a sparse direction v: entry name to tensor, for the entries in `rows` (default: all)."""
         leaves = self._leaves if rows is None else {name: self._leaves[name] for name in rows}
         others = [leaf for name, leaf in self._leaves.items() if name not in leaves]
-        with self._objective.differentiating_operations():
+        with self._objective.numerics.differentiating_operations():
             pulled = [self._pulled[name] for name in direction]
             with self._convolutions.backward(linear=True):
                 tangent = gradients(pulled, {"output": self._cotangent}, list(direction.values()))["output"]

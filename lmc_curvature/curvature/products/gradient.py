@@ -43,7 +43,7 @@ class BatchGradient:
         self._objective = objective
         self._leaves = as_leaves({name: state[name] for name in (state if entries is None else entries)})
         self._convolutions = DifferentiableConvolutions()
-        with objective.differentiating():
+        with objective.numerics.differentiating():
             with self._convolutions:
                 loss = objective.batch_loss({**state, **self._leaves}, batch)
             # A few entries may well have no part in the loss.
@@ -73,7 +73,7 @@ class BatchGradient:
         active = [value for value in values if value.requires_grad and self._graph.requires_grad]
         if not active:
             return [None] * len(values)
-        with self._objective.differentiating():
+        with self._objective.numerics.differentiating():
             found = iter(torch.autograd.grad(self._graph, active, create_graph=True, allow_unused=True))
         return [next(found) if value.requires_grad else None for value in values]
 
@@ -82,7 +82,7 @@ class BatchGradient:
         leaves = self._leaves if rows is None else {name: self._leaves[name] for name in rows}
         others = [leaf for name, leaf in self._leaves.items() if name not in leaves]
         # A backward pass computes with the settings of the moment: what the objective asks for, not the user's.
-        with self._objective.differentiating_operations(), self._convolutions.backward(without=others):
+        with self._objective.numerics.differentiating_operations(), self._convolutions.backward(without=others):
             return gradients([self._gradient[name] for name in direction], leaves, list(direction.values()))
 
 

@@ -73,7 +73,7 @@ class Evaluation:
 
 def evaluate_batch(objective: Objective, point: Point, batch: Batch) -> Evaluation:
     """Evaluate a batch as a whole; this is also where an unfit network is refused."""
-    with objective.differentiating_operations(), torch.no_grad():
+    with objective.numerics.differentiating_operations(), torch.no_grad():
         return Evaluation(*objective.batch_evaluation(point.state, batch)[:2])
 
 
@@ -179,7 +179,7 @@ def _network_program(problem: Problem, data: BatchTree, size: int, *, whole_loss
     def loss(state: State, data: Any) -> Tensor:
         return objective.batch_loss(state, Batch(1, size, data))
 
-    with objective.differentiating():
+    with objective.numerics.differentiating():
         return Program.of(loss if whole_loss else output, problem.points[0].state, data, moved=problem.moved)
 
 
@@ -187,7 +187,7 @@ def _loss_program(objective: Objective, output: Tensor, batch: Batch) -> Program
     def loss(_: State, data: Any) -> Tensor:
         return objective.output_loss(data[0], Batch(1, batch.size, (None, data[1])))
 
-    with objective.differentiating():
+    with objective.numerics.differentiating():
         return Program.of(loss, {}, BatchTree.of((output, batch.data[1])), data_moves=True)
 
 
@@ -205,7 +205,7 @@ def is_current(objective: Objective, compiled: CompiledBatch, point: Point, batc
         result: The graphs' result for it: the network's output, or the whole loss.
     """
     if compiled.loss is None:
-        with objective.differentiating(), torch.no_grad():
+        with objective.numerics.differentiating(), torch.no_grad():
             loss = objective.batch_loss(point.state, batch)
         return all_near("captured graphs", result, loss, rounding=objective.rounding)
     inputs = compiled.data_of(batch)
@@ -219,7 +219,7 @@ def is_current(objective: Objective, compiled: CompiledBatch, point: Point, batc
     # As few examples as the network is known to take, and all of them if it should mix them.
     if not any(holds(size) for size in dict.fromkeys((compiled.part, batch.size))):
         return False
-    with objective.differentiating(), torch.no_grad():
+    with objective.numerics.differentiating(), torch.no_grad():
         with torch.autocast(objective.device.type, enabled=False):
             values = compiled.loss.evaluate(compiled.loss.constants, BatchTree.of((result, batch.data[1])))
         found, loss = values[compiled.loss.result], objective.output_loss(result, batch)
@@ -228,5 +228,5 @@ def is_current(objective: Objective, compiled: CompiledBatch, point: Point, batc
 
 def network_output(objective: Objective, state: State, batch: Batch) -> Any:
     """The network's own output for a batch as a whole."""
-    with objective.differentiating(), torch.no_grad():
+    with objective.numerics.differentiating(), torch.no_grad():
         return objective.output(state, batch)

@@ -57,5 +57,9 @@ def _output(problem: Problem, compiled: CompiledBatch, state: State, batch: Batc
     """The graph's output for the first examples, at any state."""
     objective, program = problem.objective, compiled.networks[size]
     data = compiled.data_of(batch).rows(0, size, batch.size).laid_out()
-    with objective.differentiating_operations(), torch.no_grad(), torch.autocast(objective.device.type, enabled=False):
+    with (
+        objective.numerics.differentiating_operations(),
+        torch.no_grad(),
+        torch.autocast(objective.device.type, enabled=False),
+    ):
         return program.evaluate(program.operands(state), data)[program.result]

@@ -55,7 +55,10 @@ def sweep_batch(problem: Problem, compiled: CompiledBatch, point: Point, batch: 
     tiles, count = tiles_of(compiled, batch), len(problem.directions)
     loss, slopes, curvature = math.nan, np.empty(count), np.empty((count, count))
     # What autocast does is in the graph; what is computed from its values needs no rounding of its own.
-    with problem.objective.differentiating_operations(), torch.autocast(problem.objective.device.type, enabled=False):
+    with (
+        problem.objective.numerics.differentiating_operations(),
+        torch.autocast(problem.objective.device.type, enabled=False),
+    ):
         preludes = _preludes(problem, compiled, point, tiles)
         values: dict[Tile, _Values] = {}
         result = _result(compiled, tiles, preludes, values)
