@@ -131,13 +131,23 @@ class _Estimate:
 
 @dataclass(frozen=True, eq=False)
 class _Line:
-    """The loss of a few examples along a line, with autograd and without."""
+    """The loss of a few examples along a line, with autograd and without.
+
+    Attributes:
+        loss_at: The loss where the moved entries are those of a state.
+        start: The moved entries at zero.
+        direction: The direction of the line.
+        numerics: The precision and the kernels that the network is computed with.
+        rounding: Relative rounding error of the coarsest operation on the way.
+        unit: Size of what the loss is put together from.
+    """
 
     loss_at: Callable[[State], Tensor]
     start: State
     direction: State
     numerics: Numerics
     rounding: float
+    unit: float
 
     def loss(self, position: float) -> float:
         """The loss, computed as a measurement does."""
@@ -209,8 +219,12 @@ def _line(
             return in_dtype.at({**constants, **moved}, placed_data)[0]
 
     with torch.no_grad(), numerics.exact(), _Precisions() as precisions:
-        loss_at(start)
-    return _Line(loss_at, start, direction, numerics, max(torch.finfo(each).eps for each in precisions.met))
+        loss, output, _ = in_dtype.at({**constants, **start}, placed_data)
+    # A cross-entropy near zero is rounded as its logarithm of one is.
+    plain = isinstance(output, Tensor) and output.is_floating_point()
+    unit = max(abs(loss.item()), min(1.0, output.abs().max().item()) if plain else 1.0)
+    rounding = max(torch.finfo(each).eps for each in precisions.met)
+    return _Line(loss_at, start, direction, numerics, rounding, unit)
 
 
 class _Precisions(TorchDispatchMode):
@@ -264,7 +278,7 @@ def _compare(line: _Line, second: bool) -> _Verdict:
     # A curvature may vanish that the slope says to be measurable.
     curvature = _Derivative(curvatures[0].value, curvatures[0].size + 0.1 * slope.size)
     if by_curvature.error > _ENOUGH_FOR_CURVATURE * curvature.size:
-        by_curvature = min(by_curvature, _from_slopes(line, curvature), key=lambda each: each.error)
+        by_curvature = min(by_curvature, _from_slopes(line, slope, curvature), key=lambda each: each.error)
     if not _says_something(by_curvature, curvature):
         return _Verdict(slope=True)
     if not _agree(curvature, by_curvature, line.rounding):
@@ -276,17 +290,17 @@ def _from_losses(line: _Line, slope: _Derivative) -> list[_Estimate]:
     """Slope and curvature by differences of losses, each at the distance that tells most."""
     found: list[list[_Estimate]] = []
     for spacing in _LOSS_SPACINGS:
-        found.append(_differences(line.loss, spacing, points=7, rounding=line.rounding))
+        found.append(_differences(line.loss, spacing, points=7, rounding=line.rounding * line.unit))
         if found[-1][0].error <= _ENOUGH_FOR_SLOPE * slope.size:
             break
     return [min(estimates, key=lambda each: each.error) for estimates in zip(*found, strict=True)]
 
 
-def _from_slopes(line: _Line, curvature: _Derivative) -> _Estimate:
+def _from_slopes(line: _Line, slope: _Derivative, curvature: _Derivative) -> _Estimate:
     """Curvature by differences of autograd's slopes, at the distance that tells most."""
     found: list[_Estimate] = []
     for spacing in _SLOPE_SPACINGS:
-        found.append(_differences(line.slope, spacing, points=5, rounding=line.rounding)[0])
+        found.append(_differences(line.slope, spacing, points=5, rounding=line.rounding * slope.size)[0])
         if found[-1].error <= _ENOUGH_FOR_CURVATURE * curvature.size:
             break
     return min(found, key=lambda each: each.error)
@@ -295,13 +309,16 @@ def _from_slopes(line: _Line, curvature: _Derivative) -> _Estimate:
 def _differences(
     function: Callable[[float], float], spacing: float, *, points: int, rounding: float
 ) -> list[_Estimate]:
-    """First and second derivative at zero, from a fit by a polynomial with two coefficients fewer than points."""
+    """First and second derivative at zero, from a fit by a polynomial with two coefficients fewer than points.
+
+    `rounding` is what values may be off at least.
+    """
     positions = np.arange(points) - points // 2
     values = np.array([function(spacing * position) for position in positions])
     powers = np.vander(positions, points - 2, increasing=True).astype(float)
     coefficients = np.linalg.lstsq(powers, values - values[points // 2])[0]
     residual = np.abs(powers @ coefficients - (values - values[points // 2])).max()
-    error = _ERRORS_PER_RESIDUAL * max(residual, rounding * np.abs(values).max())
+    error = _ERRORS_PER_RESIDUAL * max(residual, rounding)
     if not np.isfinite(error):
         error = np.inf
     return [

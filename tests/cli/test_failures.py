@@ -208,13 +208,15 @@ def test_a_loader_that_fails_is_one_message(run, comparison, monkeypatch, source
 def test_a_network_that_fails_is_one_message(run, comparison, monkeypatch, command):
     arguments = [command, *comparison, f"{HERE}:loader", "--model-option", "fails_at=1"]
     status, out, err = run(*arguments)
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert err.startswith("error: RuntimeError: a first line (in ")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert re.match(
+        "error: The network failed on batch [01], whose inputs are a tensor of shape .*: RuntimeError: a fi", err
+    )
     monkeypatch.setenv(failures.TRACEBACK, "1")
     status, out, err = run(*arguments)
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
     assert err.startswith("Traceback (most recent call last)")
-    assert "error: RuntimeError: a first line (in " in err.splitlines()[-1]
+    assert "RuntimeError: a first line" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("command", ["predict", "measure"])

@@ -91,7 +91,7 @@ _REFUSED = {
 
 @pytest.mark.parametrize(("function", "message"), _REFUSED.values(), ids=_REFUSED)
 def test_what_cannot_be_captured_is_named_with_its_line(function, message):
-    objective = around(function, (6,))
+    objective = around(function, (6,), witness=False)
     directions = layer_directions(objective)
     with pytest.raises(CaptureError, match=message):
         project_hessian(objective, {}, directions, method="sweep")
