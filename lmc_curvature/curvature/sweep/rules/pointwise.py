@@ -25,7 +25,7 @@ class Pointwise(Rule):
 
     def copies(self, node: fx.Node, reached: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
         """The stack of all tangents, and that times the weight."""
-        (operand,) = node.all_input_nodes
+        operand: Any = node.args[0]
         return {operand: 2 * reached[operand]}
 
     def push(self, call: OpCall) -> Tangents:
