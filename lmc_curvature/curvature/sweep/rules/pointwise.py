@@ -1,6 +1,7 @@
 """Functions of each element."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
