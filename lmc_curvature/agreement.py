@@ -78,9 +78,9 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "halves of a batch": Check(
             catches="A loss whose mean over the data depends on how they are cut into batches.",
-            runs="First batch of an objective, on one output of its network; not for cross-entropy and its like, which "
-            "are weighed by what they divide by.",
-            cost=0.0,
+            runs="First batch of an objective, on one output of its network or, for a `BatchLoss`, with the network; "
+            "not for cross-entropy and its like, which are weighed by what they divide by.",
+            cost=2.0,
             tolerance=Tolerance(0.5),
         ),
         "sorted labels": Check(

@@ -4,7 +4,6 @@ import copy
 import functools
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lmc_curvature.agreement import near
 from lmc_curvature.errors import LossError, NonFiniteError
 from lmc_curvature.objective.batches import (
     Batch,
@@ -216,54 +214,3 @@ def finite_loss(loss: float | Float[Tensor, ""], batch: Batch, where: str = "") 
             "Check the data of that batch and the scale of the networks' parameters."
         )
     return value
-
-
-def warn_of_cuts(network_loss: NetworkLoss, output: Any, target: Any) -> None:
-    """Warn if the loss of a batch is not the mean of its halves' losses, weighed by rows, on one output of the network.
-
-    Its value then depends on how the data are cut into batches. Nothing is said where output and targets have not one
-    row an example, or the loss takes no halves; cross-entropy and its like are weighed by what they divide by.
-    """
-    loss_fn, size = network_loss.loss_fn, next((len(tensor) for tensor in tensors_in(output) if tensor.ndim), 0)
-    if size < 2 or isinstance(loss_fn, BatchLoss) or network_loss.class_loss is not None:
-        return
-
-    def loss_of(start: int, stop: int) -> Tensor:
-        def rows(tensor: Tensor) -> Tensor:
-            # A copy: a loss may write into what it is given.
-            return (tensor[start:stop] if tensor.ndim and len(tensor) == size else tensor).detach().clone()
-
-        return loss_fn(map_tensors(rows, output), map_tensors(rows, target))
-
-    middle = size // 2
-    try:
-        with torch.no_grad():
-            losses = [loss_of(0, size), loss_of(0, middle), loss_of(middle, size)]
-            whole, first, second = (loss.item() for loss in losses)
-    except Exception:  # noqa: BLE001 - what a loss makes of a half is nobody's concern
-        return
-    mean = (first * middle + second * (size - middle)) / size
-    # In whatever precision a loss computes, it is at least that of float32, or says so by its type.
-    rounding = max(torch.finfo(losses[0].dtype).eps, *_roundings(output))
-    scale = max(map(abs, (whole, first, second)))
-    # Terms of both signs, as large as the outputs, may cancel.
-    floor = 8 * rounding * _typical(output)
-    if not near("halves of a batch", whole, mean, rounding=rounding, scale=scale, floor=floor):
-        warnings.warn(
-            f"The loss of the first batch is {whole:.6g}, and the mean of its halves' losses {mean:.6g}: its value "
-            "depends on how the data are cut into batches, because it is no mean over their examples (weights, ignored "
-            "targets, a sum, statistics of the batch?). Pass loss_fn=BatchLoss(fn, size=...) with what it divides by, "
-            "or torch's own cross-entropy with weight= or ignore_index=, which is weighed by that.",
-            stacklevel=2,
-        )
-
-
-def _roundings(output: Any) -> list[float]:
-    dtypes = {tensor.dtype for tensor in tensors_in(output) if tensor.is_floating_point()} | {torch.float32}
-    return [torch.finfo(dtype).eps for dtype in dtypes]
-
-
-def _typical(output: Any) -> float:
-    """A typical size of an output's numbers; some may be masked by very large ones."""
-    sizes = [tensor.detach().abs().double().flatten() for tensor in tensors_in(output) if tensor.is_floating_point()]
-    return float(torch.cat(sizes).nanmedian()) if sizes else 0.0

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.losses import NetworkLoss, warn_of_cuts
+from lmc_curvature.objective.cuts import warn_of_cuts
+from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization
@@ -138,7 +139,7 @@ def check_soundness(
         again, output, target = network_loss.at({**constants, **leaves}, batch.data, batch.index)
     _refuse_dependence(again, parameters)
     _refuse_difference(losses[0].item(), again.item(), torch.finfo(again.dtype).eps)
-    warn_of_cuts(network_loss, output, target)
+    warn_of_cuts(network_loss, constants, batch, output, target)
 
 
 def _refuse_drawing(network_loss: nn.Module, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -146,3 +147,28 @@ def test_entries_changed_in_place_are_named():
     batches = [(torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1]))]
     with untouched(model), pytest.raises(UnsupportedModelError, match="changes '0.weight' in place.*max_norm"):
         Objective(model, batches).loss(dict(model.named_parameters()))
+
+
+def _tokens_loss(divide_by_all):
+    def fn(model, batch):
+        losses = F.cross_entropy(model(batch["x"]), batch["y"], reduction="none") * (batch["y"] > 0)
+        return losses.mean() if divide_by_all else losses.sum() / (batch["y"] > 0).sum()
+
+    return fn
+
+
+def test_a_batch_loss_that_divides_by_what_its_size_does_not_count_is_warned_of():
+    torch.manual_seed(0)
+    network, batch = nn.Linear(4, 3), {"x": torch.randn(9, 4), "y": torch.tensor([0, 0, 0, 1, 2, 1, 2, 1, 2])}
+    counted = BatchLoss(_tokens_loss(False), size=lambda batch: (batch["y"] > 0).sum())
+    for loss_fn in (BatchLoss(_tokens_loss(True)), counted):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Objective(network, [batch], loss_fn=loss_fn).loss()
+    with pytest.warns(UserWarning, match="depends on how the data are cut into batches.*size="):
+        Objective(network, [batch], loss_fn=BatchLoss(_tokens_loss(False))).loss()
+    # By batch statistics, halves are another matter.
+    normalized = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Objective(normalized, [batch], loss_fn=BatchLoss(_tokens_loss(True)), batch_norm="batch").loss()
