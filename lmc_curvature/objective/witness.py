@@ -79,31 +79,27 @@ def check_derivatives(
     trials = [(rows, precise) for rows in _selections(batch.size, few)]
     # For networks that do not take a few examples, or no float64.
     trials += [(None, dtype) for dtype in dict.fromkeys((precise, numerics.dtype))]
-    note, disagreements = _NOTHING, []
+    note, doubts = _NOTHING, []
     for seed, (rows, dtype) in enumerate(trials):
         if rows is None and note != _NOTHING:
             break
-        make_line = partial(
-            _line,
-            network_loss,
-            state,
-            (batch.data if rows is None else batch.rows(rows)),
-            movable,
-            numerics,
-            dtype,
-            seed,
-        )
-        verdict = _judge(make_line, second)
-        disagreements += [verdict.disagreement] if verdict.disagreement else []
-        # Not the first one alone, because the error of differences is an estimate.
-        if len(disagreements) == 2:
+        data = batch.data if rows is None else batch.rows(rows)
+        make_line = partial(_line, network_loss, state, data, movable, numerics, dtype)
+        verdict = _judge(partial(make_line, seed), second)
+        if verdict.disagreement:
+            # Along another direction again, because the error of differences is an estimate.
+            doubts.append(verdict.disagreement)
+            verdict = _judge(partial(make_line, seed + len(trials)), second)
+            if verdict.disagreement or len(doubts) > 1:
+                break
+            if verdict.slope:
+                doubts.pop()
+        if verdict.curvature or (verdict.slope and not second):
+            note = ""
             break
-        if verdict.slope and not disagreements:
-            note = _SLOPES_ALONE
-            if verdict.curvature or not second:
-                return ""
-    if disagreements:
-        raise UnsupportedModelError(disagreements[0])
+        note = _SLOPES_ALONE if verdict.slope else note
+    if doubts:
+        raise UnsupportedModelError(doubts[0])
     return note
 
 
