@@ -18,7 +18,7 @@ class Tolerance:
 
     Attributes:
         power: Exponent of ε.
-        most: The tolerance of coarse precisions.
+        most: The largest tolerance, however coarse the precision is.
     """
 
     power: float
@@ -97,7 +97,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             catches="Derivatives that are not those of the loss, whichever way through autograd they are computed: a "
             "backward pass that is wrong or hidden from autograd, detached parts, straight-through estimators.",
             runs="Before the first derivative, on four examples of the first batch (more of small networks, fewer "
-            "where kinks spoil differences), in float64; `witness=False` leaves it out.",
+            "where kinks spoil differences), in float64 up to 50 M parameters; `witness=False` leaves it out.",
             cost=2.0,
             tolerance=Tolerance(0.4),
         ),
@@ -140,7 +140,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             tolerance=Tolerance(0.5),
         ),
         "structured block": Check(
-            catches="A dense block put together from a layer's inputs whose weight has a part in the loss beside them.",
+            catches="A dense block made of a layer's inputs, although the layer's weight has another part in the loss.",
             runs="First batch of every block.",
             cost=9.0,
             tolerance=Tolerance(0.5),

@@ -67,8 +67,9 @@ def measure_barrier(
         loader: Yields `(x, y)` batches, or what `loss_fn` expects.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
         layers: The partition into layers; see `LayerPartition.of`.
-        frozen: Layers that stay where they are, in both networks alike: their names, regular expressions for entries,
-            or `"requires_grad"` for what does not require gradients; see `Segment`.
+        frozen: Layers that stay at the entries of `model_a` in both networks, or of `model_b` with `base="b"`: their
+            names, regular expressions for entries, or `"requires_grad"` for what does not require gradients; see
+            `Segment`.
         base: The network at which they stay, `"a"` or `"b"`.
         sets: Sets of layers to measure besides the whole network: `"each"` layer of the partition alone, or a list of
             sets of layer names.
@@ -78,7 +79,7 @@ def measure_barrier(
             output is not the target's class; for one column with binary cross-entropy, whose sign is wrong).
         max_batches: Use only this many batches.
         device: Device to compute on; `model_a`'s device by default.
-        dtype: Floating-point type to compute in; `model_a`'s by default.
+        dtype: Floating-point type to compute in; by default `model_a`'s, float32 at least.
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
         partition: The former name of `layers`, which is refused.

@@ -59,8 +59,9 @@ def predict_barrier(
         loader: Yields `(x, y)` batches, or what `loss_fn` expects; visited once.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
         layers: The partition into L layers; see `LayerPartition.of`.
-        frozen: Layers that stay where they are, in both networks alike: their names, regular expressions for entries,
-            or `"requires_grad"` for what does not require gradients; see `Segment`.
+        frozen: Layers that stay at the entries of `model_a` in both networks, or of `model_b` with `base="b"`: their
+            names, regular expressions for entries, or `"requires_grad"` for what does not require gradients; see
+            `Segment`.
         base: The network at which they stay, `"a"` or `"b"`.
         batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`. Under
             `"recalibrate"` the prediction differentiates through batch statistics, as under `"batch"`.
@@ -68,7 +69,7 @@ def predict_barrier(
         memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
         max_batches: Use only this many batches; the standard errors say how far to trust the result.
         device: Device to compute on; `model_a`'s device by default.
-        dtype: Floating-point type to compute in; `model_a`'s by default.
+        dtype: Floating-point type to compute in; by default `model_a`'s, float32 at least.
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
         witness: Compare derivatives with differences of the loss first; see `Objective`.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.

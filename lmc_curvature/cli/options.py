@@ -6,6 +6,7 @@ Nothing of the library is imported before an option is used, so that help and mi
 import dataclasses
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal
 
 import typer
 
-from lmc_curvature.errors import DataError, OptionError
+from lmc_curvature.errors import CheckpointError, DataError, OptionError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -86,9 +87,23 @@ class Comparison:
         from lmc_curvature.sources import make_model
 
         options = dict(_key_and_value(option) for option in self.model_option or ())
-        load = partial(load_checkpoint, key=self.key, strip_prefix=self.strip_prefix)
-        first, second = (load(make_model(self.model, **options), path) for path in (self.a, self.b))
+        make = partial(make_model, self.model, **options)
+        first, second = (self._load(load_checkpoint, make, path) for path in (self.a, self.b))
         return first, second
+
+    def _load(self, load: "Callable[..., nn.Module]", make: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
+        if self.key is None and self.strip_prefix is None:
+            return load(make(), path)
+        try:
+            return load(make(), path, key=self.key, strip_prefix=self.strip_prefix)
+        except CheckpointError as error:
+            # The other file may need these options, and this one may hold a single state dict that fits as it is.
+            try:
+                model = load(make(), path)
+            except CheckpointError:
+                raise error from None
+            warnings.warn(f"{path} was read without --key and --strip-prefix, which do not fit it.", stacklevel=2)
+            return model
 
     def batches(self) -> Iterable[Any]:
         """The loader: of a data set known by name, or what a factory returns."""

@@ -19,11 +19,19 @@ _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     nn.NLLLoss.forward: F.nll_loss,
     nn.BCEWithLogitsLoss.forward: F.binary_cross_entropy_with_logits,
     nn.BCELoss.forward: F.binary_cross_entropy,
+    nn.MSELoss.forward: F.mse_loss,
+    nn.L1Loss.forward: F.l1_loss,
+    nn.SmoothL1Loss.forward: F.smooth_l1_loss,
+    nn.HuberLoss.forward: F.huber_loss,
 }
 
 
+# As segmentations mark what is of no class.
+_IGNORED_LABEL = 255
+
+
 def torch_function(loss_fn: Any) -> tuple[Any, Mapping[str, Any]]:
-    """The function that a loss is, where torch's modules are functions, too, and the options that it is given."""
+    """The function of torch that a loss calls, of a module as of a partial function, and the options it is given."""
     if isinstance(loss_fn, functools.partial):
         # What is bound by its place is no option.
         return None if loss_fn.args else loss_fn.func, loss_fn.keywords
@@ -57,7 +65,7 @@ class ClassLoss:
 
     def labels(self, target: Tensor) -> Int[Tensor, " counted"]:
         """The class indices of the positions that count."""
-        # Of a small unsigned type, a label may equal the index that is left out, modulo 256.
+        # Of an unsigned type, a label may equal the index that is left out modulo 256, as 156 does −100.
         labels = target.long()
         return labels[labels != self.ignore_index]
 
@@ -83,10 +91,12 @@ class ClassLoss:
         least, most = (int(label) for label in labels.aminmax())
         if least < 0 or most >= classes:
             label = least if least < 0 else most
+            remedy = f"Correct the targets (are they counted from 1?), or the length of {of}"
+            if label < 0 or label == _IGNORED_LABEL:
+                remedy += f"; what should not count is left out by loss_fn=nn.CrossEntropyLoss(ignore_index={label})"
             raise LossError(
                 f"Batch {index} has the label {label}, which is none of the {classes} classes of {of} (0 to "
-                f"{classes - 1}). Correct the targets or the network's last layer; positions that should not count are "
-                f"left out by loss_fn=nn.CrossEntropyLoss(ignore_index={label})."
+                f"{classes - 1}). {remedy}."
             )
 
     def check(self, output: Any, target: Any, index: int) -> int | None:
@@ -129,6 +139,27 @@ class ClassLoss:
                 raise LossError(f"{fault}: some are negative. {remedy}")
             warnings.warn(f"{fault}: they do not sum to 1. {remedy}", stacklevel=2)
         return classes
+
+
+_ELEMENTWISE = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss}
+
+
+def check_shapes(loss_fn: Any, output: Any, target: Any, index: int) -> None:
+    """Refuse outputs and targets of different shapes for a loss of their elements, which torch would broadcast.
+
+    Raises:
+        LossError: Names both shapes.
+    """
+    if torch_function(loss_fn)[0] not in _ELEMENTWISE or not (
+        isinstance(output, Tensor) and isinstance(target, Tensor)
+    ):
+        return
+    if output.shape != target.shape:
+        raise LossError(
+            f"Batch {index} has {describe(output)} with targets {describe(target)}: a loss of elements compares tensors "
+            "of one shape. Reshape one of them, as with loss_fn=lambda output, target: "
+            "F.mse_loss(output.squeeze(1), target)."
+        )
 
 
 def are_probabilities(target: Tensor) -> bool:

@@ -74,7 +74,7 @@ def _compare(evaluate: Callable[[int, int], tuple[Tensor, float]], size: int, ty
             f"The loss of the first batch is {whole:.6g}, and the mean of its halves' losses {mean:.6g}: its value "
             "depends on how the data are cut into batches, because it is no mean over their examples (weights, ignored "
             "targets, a sum, statistics of the batch?). Pass loss_fn=BatchLoss(fn, size=...) with what it divides by, "
-            "or torch's own cross-entropy with weight= or ignore_index=, which is weighed by that.",
+            "or torch's nn.CrossEntropyLoss(weight=..., ignore_index=...) itself, not inside a function.",
             stacklevel=2,
         )
 

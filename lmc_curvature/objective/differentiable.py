@@ -1,4 +1,7 @@
-"""What a network calls, written out where torch's own derivatives are not those of the function that it computes."""
+"""Plain calls while differentiating: no checkpoints, nothing compiled, and functions of torch that are written out.
+
+Those are the functions whose derivatives in torch are missing, not a number, or not those of what they compute.
+"""
 
 import contextlib
 import sys
@@ -14,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 @contextlib.contextmanager
 def exactly_differentiable() -> Iterator[None]:
-    """Within the block, all that a network calls has the first and second derivatives of what it computes."""
+    """Within the block, checkpoints and compiled functions are plain calls, and some functions are written out."""
     with _plain_checkpoints(), called_eagerly(), _WrittenOut():
         yield
 

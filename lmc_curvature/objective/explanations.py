@@ -23,7 +23,7 @@ def translate_errors(explain: Callable[[Exception], LMCCurvatureError]) -> Itera
         raise
     except Exception as error:
         if torch.compiler.is_compiling():
-            # Who records a graph names the line at fault.
+            # The capture of a graph names the line at fault itself.
             raise
         raise explain(error) from error
 
@@ -36,7 +36,7 @@ def network_error(error: Exception, inputs: Any, index: int) -> LMCCurvatureErro
 
 
 def loss_error(error: Exception, output: Any, target: Any, index: int, *, of_classes: bool) -> LossError:
-    """The error for what a loss raised; `of_classes` tells cross-entropy and its like."""
+    """The error for what a loss raised; `of_classes` if it is cross-entropy or `nll_loss`."""
     remedy = _output_remedy(output)
     if not remedy and of_classes:
         remedy = (

@@ -24,7 +24,7 @@ from lmc_curvature.objective.batches import (
     tensors_in,
     to_device,
 )
-from lmc_curvature.objective.classification import ClassLoss
+from lmc_curvature.objective.classification import ClassLoss, check_shapes
 from lmc_curvature.objective.explanations import batch_loss_error, loss_error, network_error, translate_errors
 
 
@@ -81,6 +81,7 @@ class NetworkLoss(nn.Module):
                 output = self.network(inputs)
             if self.class_loss is not None and self.classes is None:
                 self.classes = self.class_loss.check(output, target, index)
+            check_shapes(self.loss_fn, output, target, index)
             of_classes = self.class_loss is not None
             with translate_errors(lambda error: loss_error(error, output, target, index, of_classes=of_classes)):
                 loss = self.loss_fn(output, target)

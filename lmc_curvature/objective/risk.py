@@ -66,12 +66,12 @@ class Objective:
             under `"recalibrate"` are those of `"batch"`.
         max_batches: Use only this many batches of the loader.
         device: Where to compute; the model's device by default.
-        dtype: Floating-point type to compute in; by default the one that holds all of the model's.
+        dtype: Floating-point type to compute in; by default the one that holds all of the model's, float32 at least.
         allow_tf32: Let convolutions on a CUDA device round float32 to TF32's ten bits of mantissa: faster, with errors
             of about 1e-3. Matrix products follow `torch.backends.cuda.matmul`, where it is off unless switched on.
-        witness: Compare derivatives with differences of the loss before the first is used; see `Witness`.
+        witness: Compare derivatives with differences of the loss before the first is used; see `witness.py`.
         twins: Further networks of the same structure. On the first batch each must have the loss that this objective
-            has at its state (see `check_twin`).
+            has with the same entries (see `check_twin`).
 
     Attributes:
         network: The network's structure; its values come from a state.

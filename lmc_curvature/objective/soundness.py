@@ -1,4 +1,4 @@
-"""Refusals of networks whose loss is not a function of the state, found on one batch."""
+"""The checks that an objective makes of itself on its first batch: refusals, and warnings."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -31,13 +31,14 @@ class Soundness:
         entries: All entries of the network.
         movable: Names of those that move.
         placeholders: Parameters that stand in the network's structure, which the loss must not reach for.
-        originals: Parameters of the network that the objective was made of, as long as it lives, likewise.
+        originals: Parameters of the network that the objective was made of, as long as that network lives; the loss
+            must not reach for them, either.
         twins: Further networks, which must be of the same structure.
         normalization: The statistics that the network's normalisation uses.
         batch_norm: The policy that decides on them.
         numerics: The precision and the kernels that the network is computed with.
         witness: Whether derivatives are compared with differences of the loss.
-        note: A few words that belong beside every number in any case.
+        note: A few words on the precision, if that is unusual; one of the `notes`.
     """
 
     network_loss: NetworkLoss
@@ -84,12 +85,12 @@ class Soundness:
             )
 
         if self.witness:
-            self._memo(second, compare)
+            self._memo("derivatives" if second else "first derivatives", compare)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """A few words each on what is unusual about numbers computed so far."""
-        return tuple(filter(None, (self.note, self._memo.get(True, "") if self.witness else WITHOUT_WITNESS)))
+        return tuple(filter(None, (self.note, self._memo.get("derivatives", "") if self.witness else WITHOUT_WITNESS)))
 
 
 def check_soundness(

@@ -29,15 +29,15 @@ def check_twin(
 ) -> None:
     """Refuse a network, called model_b, that has another loss on a batch than model_a has with the same entries.
 
-    They are compared with the entries of model_b and with those of model_a: one may not depend on a setting where
-    another does, as with a last layer of zeros. Each is evaluated with its own modules, settings and fixed buffers.
+    They are compared with the entries of model_b and with those of model_a: with some entries, such as a last layer of
+    zeros, the loss does not depend on a setting that matters with others. Each is evaluated with its own modules,
+    settings and fixed buffers.
 
     Args:
         twin: The network.
         network_loss: model_a and its loss.
         state: All entries of model_a, on the device and of the type to compute with.
-        batch: The batch. With the entries of model_a, which most settings show at those of model_b, too, some of its
-            examples are enough.
+        batch: The batch; with the entries of model_a, which is the second look, some of its examples.
         normalization: Decides which statistics model_a uses.
         batch_norm: Policy for batch normalisation; under `"recalibrate"` both use the statistics of the batch.
         rounding: Relative rounding error of one operation.
@@ -97,7 +97,7 @@ def _evaluate(own_loss: NetworkLoss, entries: State, data: Any, network_loss: Ne
 
 
 def _agree(own: float, expected: float, output: Any, rounding: float) -> bool:
-    # A cross-entropy near zero rounds as logits do, a square as squares do; what stands for infinity does not count.
+    # A cross-entropy near zero rounds as logits do, a square as squares do. Logits may be masked by huge numbers.
     plain = isinstance(output, Tensor) and output.is_floating_point() and output.numel() > 0
     largest = min(float(output.nan_to_num().abs().max()), 30.0) if plain else 0.0
     floor = rounding * min(largest, largest**2)

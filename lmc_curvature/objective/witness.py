@@ -30,12 +30,12 @@ _SLOPE_SPACINGS = (2.0**-27, 2.0**-20, 2.0**-10)
 # How far from the state, relative to its entries: many units are at their kinks exactly at an initialisation.
 _SHIFT = 2.0**-5
 
-# How many times a fit's residual, in units of the spacing, its derivatives may be off: it is at most 6 for one kink
-# wherever it is, at most 5 for the terms of higher order, and over 50 once in three thousand for rounding.
+# How far a fit's derivatives may be off, over the residual and in units of the spacing. By trying out: at most 6 for
+# one kink wherever it lies, at most 5 for terms of higher order, and for rounding over 50 once in three thousand.
 _ERRORS_PER_RESIDUAL = 50.0
 # Relative to the sum of the absolute values of an inner product's terms: what differences of losses may be off to be
 # enough for slope and curvature, and what they may be off to say something.
-_ENOUGH_FOR_SLOPE, _ENOUGH_FOR_CURVATURE, _LEAST = 1e-4, 1e-6, 1e-2
+_ENOUGH_FOR_SLOPE, _ENOUGH_FOR_CURVATURE, _MOST_ERROR = 1e-4, 1e-6, 1e-2
 
 WITHOUT_WITNESS = "derivatives were not compared with differences of the loss (witness=False)"
 _SLOPES_ALONE = "of the derivatives, only the first was compared with differences of the loss"
@@ -55,9 +55,9 @@ def check_derivatives(
 
     This finds what all ways through autograd have in common: a backward pass that is not that of the function, or that
     autograd cannot see into. Seven losses at equal distances along the direction are fitted by a quartic, whose
-    residual says how far its derivatives can be trusted: the kinks of rectifiers do not vanish from second differences
-    as the distance does. Where they spoil the curvature, it is taken from differences of autograd's slopes, once the
-    slope has been found right.
+    residual says how far its derivatives can be trusted: between them the loss may have kinks, where a rectifier
+    switches, which no distance makes small in a second difference. Where they spoil the curvature, it is taken from
+    differences of autograd's slopes, once the slope has been found right.
 
     Args:
         network_loss: The network and its loss.
@@ -77,7 +77,7 @@ def check_derivatives(
     precise = torch.float64 if parameters <= _MOST_PARAMETERS else numerics.dtype
     few = min(max(_EXAMPLES_TIMES_PARAMETERS // max(parameters, 1), _LEAST_EXAMPLES), _MOST_EXAMPLES)
     trials = [(rows, precise) for rows in _selections(batch.size, few)]
-    # For networks that do not take a few examples, or no float64.
+    # For networks that do not take a few examples alone, or do not take float64.
     trials += [(None, dtype) for dtype in dict.fromkeys((precise, numerics.dtype))]
     note, doubts = _NOTHING, []
     for seed, (rows, dtype) in enumerate(trials):
@@ -135,7 +135,7 @@ class _Line:
         direction: The direction of the line.
         numerics: The precision and the kernels that the network is computed with.
         rounding: Relative rounding error of the coarsest operation on the way.
-        unit: Size of what the loss is put together from.
+        unit: Size of the numbers whose rounding the loss has: its own, or that of the outputs it is computed from.
     """
 
     loss_at: Callable[[State], Tensor]
@@ -207,7 +207,7 @@ def _line(
     for name in movable:
         shift, direction[name] = (_random_like(constants[name], generator) for _ in range(2))
         start[name] = constants[name] + _SHIFT * shift
-    # Its network stays as it is: all of its values are given.
+    # The network's own values have another precision, and are not used: all of them are given.
     in_dtype = NetworkLoss(network_loss.network, own_loss(network_loss.loss_fn, numerics.device, dtype))
 
     def loss_at(moved: State) -> Tensor:
@@ -216,7 +216,7 @@ def _line(
 
     with torch.no_grad(), numerics.exact(), _Precisions() as precisions:
         loss, output, _ = in_dtype.at({**constants, **start}, placed_data)
-    # A cross-entropy near zero is rounded as its logarithm of one is.
+    # A cross-entropy near zero is the logarithm of a number near one, and rounded like that.
     plain = isinstance(output, Tensor) and output.is_floating_point()
     unit = max(abs(loss.item()), min(1.0, output.abs().max().item()) if plain else 1.0)
     rounding = max(torch.finfo(each).eps for each in precisions.met)
@@ -324,7 +324,7 @@ def _differences(
 
 
 def _says_something(estimate: _Estimate, derivative: _Derivative) -> bool:
-    return estimate.error <= _LEAST * derivative.size
+    return estimate.error <= _MOST_ERROR * derivative.size
 
 
 def _agree(derivative: _Derivative, estimate: _Estimate, rounding: float) -> bool:

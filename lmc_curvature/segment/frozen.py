@@ -38,7 +38,7 @@ def frozen_entries(
         frozen: Each choice is the name of a layer; or a regular expression, searched in the entry's name; or
             `"requires_grad"`, for the parameters of the network that do not require gradients, with the running
             statistics of modules all of whose own parameters are among them.
-        network: The network whose entries stay.
+        network: The network whose entries stay, and whose requires_grad is read.
         entries: Names of all entries that could move.
         layers: Layer name to the names of its entries.
 
@@ -60,8 +60,8 @@ def _members(
         untrained = _untrained(network)
         if not untrained:
             raise PartitionError(
-                f"frozen={choice!r}: every parameter requires gradients. Name the layers that stay, or switch "
-                "their requires_grad off first."
+                f"frozen={choice!r}: every parameter of the network whose entries stay (model_a, or model_b with "
+                "base='b') requires gradients. Name the layers that stay, or switch their requires_grad off first."
             )
         return [entry for entry in entries if entry in untrained]
     if choice in layers:

@@ -79,7 +79,11 @@ class Segment:
         )
         for owner, state in {"a": self.start, "b": self.end}.items():
             check_finite({n: t for n, t in state.items() if n in moved or owner == base}, f"model_{owner}")
-        self.notes = _notes(choices, base, len(names) - len(moved)) + ((EQUAL,) if self.is_point else ())
+        others = [name for name in names if name not in moved]
+        differ = sum(
+            not torch.equal(*(own[name].detach().to(entries[0][name].device) for own in entries)) for name in others
+        )
+        self.notes = _notes(choices, base, len(others), differ) + ((EQUAL,) if self.is_point else ())
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -141,6 +145,8 @@ class Segment:
 EQUAL = "model_a and model_b are equal in every entry that moves"
 
 
-def _notes(frozen: tuple[str, ...], base: str, count: int) -> tuple[str, ...]:
+def _notes(frozen: tuple[str, ...], base: str, count: int, differ: int) -> tuple[str, ...]:
     names = ("what does not require gradients" if choice == REQUIRES_GRAD else choice for choice in frozen)
-    return (f"frozen at model_{base}: {', '.join(names)} ({count} entries)",) if frozen else ()
+    other = "a" if base == "b" else "b"
+    counts = f"{count} entries" + (f", {differ} of which are others in model_{other}" if differ else "")
+    return (f"frozen at model_{base}: {', '.join(names)} ({counts})",) if frozen else ()

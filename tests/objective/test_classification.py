@@ -177,3 +177,12 @@ def test_nothing_that_counts_in_all_the_data_is_said():
     for compute in COMPUTATIONS.values():
         with pytest.raises(LoaderError, match="No target of the loader counts"):
             compute(nn.Linear(5, 4), [(X, ignored), (X, ignored)], None)
+
+
+@pytest.mark.parametrize("loss_fn", [F.mse_loss, nn.L1Loss(), functools.partial(F.huber_loss, delta=0.5)])
+def test_elements_are_compared_with_as_many(loss_fn):
+    network, x = nn.Linear(3, 1), torch.randn(6, 3)
+    with pytest.raises(LossError, match=r"shape \(6, 1\).*targets a tensor of shape \(6,\).*squeeze"):
+        Objective(network, [(x, torch.randn(6))], loss_fn=loss_fn).loss()
+    y = torch.randn(6, 1)
+    assert Objective(network, [(x, y)], loss_fn=loss_fn).loss() == pytest.approx(loss_fn(network(x), y).item())
