@@ -169,6 +169,13 @@ def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
         raise OptionError(f"{option}={value!r} is not a choice: {suggest(str(value), choices)}")
 
 
+def check_flags(**options: bool) -> None:
+    """Raise `OptionError` unless every option is True or False, naming the one that is not."""
+    for option, value in options.items():
+        if not isinstance(value, bool):
+            raise OptionError(f"{option}={value!r}: expected True or False.")
+
+
 def check_memory(gib: float, memory_gib: float, what: str, remedy: str) -> None:
     """Raise `MemoryBudgetError` if something is too large, naming it and a remedy.
 

@@ -164,7 +164,8 @@ def count_examples(data: Any, index: int, *, any_form: bool = False) -> int:
 
 def _check_first_axes(pair: Any, index: int) -> None:
     first, second = (next(iter(tensors_in(part)), None) for part in pair)
-    if first is None or second is None or len(first) == (len(second) if second.ndim else 1):
+    # A target without axes belongs to all examples.
+    if first is None or second is None or not second.ndim or len(first) == len(second):
         return
     raise LoaderError(
         f"Batch {index} of the loader has x of shape {tuple(first.shape)} and y of shape {tuple(second.shape)}: their "

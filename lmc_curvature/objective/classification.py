@@ -156,8 +156,8 @@ def check_shapes(loss_fn: Any, output: Any, target: Any, index: int) -> None:
         return
     if output.shape != target.shape:
         raise LossError(
-            f"Batch {index} has {describe(output)} with targets {describe(target)}: a loss of elements compares tensors "
-            "of one shape. Reshape one of them, as with loss_fn=lambda output, target: "
+            f"Batch {index} has {describe(output)} with targets {describe(target)}: a loss of elements compares "
+            "tensors of one shape. Reshape one of them, as with loss_fn=lambda output, target: "
             "F.mse_loss(output.squeeze(1), target)."
         )
 

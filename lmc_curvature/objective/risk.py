@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
-from lmc_curvature.errors import LossError, OptionError, check_choice
+from lmc_curvature.errors import LossError, check_choice, check_flags
 from lmc_curvature.objective.batches import Batch, check_loader, loader_length, refuse_iterator, to_device, visit
 from lmc_curvature.objective.losses import (
     BatchLoss,
@@ -77,8 +77,7 @@ class Objective:
         network: The network's structure; its values come from a state.
         loss_fn: The loss, a copy if it is a module.
         device, dtype: Where, and in which floating-point type, it computes.
-        numerics: The precision and the kernels that it computes with; derivatives are taken within
-            `numerics.differentiating()`.
+        numerics: The precision and the kernels it computes with: derivatives within `numerics.differentiating()`.
         memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
 
     Raises:
@@ -105,9 +104,7 @@ class Objective:
         check_module("model", model)
         model = unwrap(model)
         check_choice("batch_norm", batch_norm, POLICIES)
-        for option, value in {"allow_tf32": allow_tf32, "witness": witness}.items():
-            if not isinstance(value, bool):
-                raise OptionError(f"{option}={value!r}: expected True or False.")
+        check_flags(allow_tf32=allow_tf32, witness=witness)
         check_loader(loader, max_batches)
         check_reduction(loss_fn)
         self._movable = movable_entries(model, batch_norm)
@@ -210,19 +207,21 @@ class Objective:
         self._soundness.check(entries, batch)
         return self._network_loss.at(entries, batch.data, batch.index)
 
-    def check_derivatives(self, state: State, batch: Batch, *, second: bool = True) -> None:
+    def check_derivatives(
+        self, state: State, batch: Batch, entries: Collection[str] = (), *, second: bool = True
+    ) -> None:
         """Before the first derivative is taken, compare it with differences of the loss on a few examples of a batch.
 
-        The state is a complete one; the second derivative is compared, too, if it will be taken.
+        The state is a complete one. Derivatives are in some of its `entries` or all; the second, too, if asked for.
 
         Raises:
-            UnsupportedModelError: They disagree; see `witness.check_derivatives`.
+            UnsupportedModelError: They disagree.
         """
-        self._soundness.check_derivatives({**self._entries, **state}, batch, second=second)
+        self._soundness.check_derivatives({**self._entries, **state}, batch, entries, second=second)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """A few words each that belong beside every number computed so far, such as an unusual precision."""
+        """A few words each on what is unusual about the numbers computed so far."""
         return self._soundness.notes
 
     def laid_out(self, batch: Batch) -> Batch:

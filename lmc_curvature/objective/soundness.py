@@ -75,22 +75,28 @@ class Soundness:
         for twin in self.twins:
             check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
 
-    def check_derivatives(self, state: State, batch: Batch, *, second: bool) -> None:
+    def check_derivatives(self, state: State, batch: Batch, entries: Collection[str], *, second: bool) -> None:
         """Compare derivatives with differences of the loss; see `witness.check_derivatives`."""
+        moved = tuple(sorted(entries or self.movable))
         self.check(state, batch)
 
         def compare() -> str:
             return check_derivatives(
-                self.network_loss, state, batch, movable=self.movable, numerics=self.numerics, second=second
+                self.network_loss, state, batch, movable=moved, numerics=self.numerics, second=second
             )
 
         if self.witness:
-            self._memo("derivatives" if second else "first derivatives", compare)
+            note = self._memo(("derivatives", moved, second), compare)
+            self._memo.replace("what could not be compared", note if second else "")
 
     @property
     def notes(self) -> tuple[str, ...]:
         """A few words each on what is unusual about numbers computed so far."""
-        return tuple(filter(None, (self.note, self._memo.get("derivatives", "") if self.witness else WITHOUT_WITNESS)))
+        return tuple(
+            filter(
+                None, (self.note, self._memo.get("what could not be compared", "") if self.witness else WITHOUT_WITNESS)
+            )
+        )
 
 
 def check_soundness(

@@ -54,14 +54,18 @@ def test_frozen_entries_are_those_of_the_base_at_both_ends(frozen, entries, laye
 def test_it_is_noted():
     a, b = _networks()
     # What can be read once is read once.
-    assert Segment(a, b, frozen=iter(["conv1", "fc"])).notes == ("frozen at model_a: conv1, fc (7 entries)",)
+    assert Segment(a, b, frozen=iter(["conv1", "fc"])).notes == (
+        "frozen at model_a: conv1, fc (7 entries, 7 of which are others in model_b)",
+    )
     assert Segment(a, b).notes == ()
     segment = Segment(a, b, frozen="fc")
-    assert segment.notes == ("frozen at model_a: fc (2 entries)",)
+    assert segment.notes == ("frozen at model_a: fc (2 entries, 2 of which are others in model_b)",)
     assert segment.reversed().to(dtype=torch.float32).notes == segment.notes
-    assert Segment(a, b, frozen=["fc", "bn1"], base="b").notes == ("frozen at model_b: fc, bn1 (6 entries)",)
+    assert Segment(a, b, frozen=["fc", "bn1"], base="b").notes == (
+        "frozen at model_b: fc, bn1 (6 entries, 6 of which are others in model_a)",
+    )
     b.fc.requires_grad_(False)
-    note = "frozen at model_b: what does not require gradients (2 entries)"
+    note = "frozen at model_b: what does not require gradients (2 entries, 2 of which are others in model_a)"
     assert Segment(a, b, frozen="requires_grad", base="b").notes == (note,)
 
 
@@ -77,7 +81,10 @@ def test_what_does_not_require_gradients_stays_with_its_statistics(policy, stati
     stays |= {"bn1.running_mean", "bn1.running_var"} if statistics else set()
     assert segment.start.keys() - moved == stays
     # Of the other network everything requires gradients.
-    with pytest.raises(PartitionError, match="every parameter requires gradients.*Name the layers that stay"):
+    with pytest.raises(
+        PartitionError,
+        match="every parameter of the network whose entries stay.*requires gradients.*Name the layers that stay",
+    ):
         Segment(a, b, frozen="requires_grad", base="b", batch_norm=policy)
 
 
@@ -177,6 +184,6 @@ def test_equal_ends_are_noted_where_nothing_that_moves_differs():
     segment = Segment(a, same, frozen="fc")
     assert segment.is_point
     assert segment.notes == (
-        "frozen at model_a: fc (2 entries)",
+        "frozen at model_a: fc (2 entries, 2 of which are others in model_b)",
         "model_a and model_b are equal in every entry that moves",
     )

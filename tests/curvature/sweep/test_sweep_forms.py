@@ -38,7 +38,7 @@ class _WithoutGraph(TwoLayers):
 
 @pytest.mark.parametrize("make", [_Detaching, _WithoutGraph])
 def test_what_torch_takes_for_a_constant_has_no_tangent(make):
-    assert_sweep_agrees(Objective(randomized(make().double()), vectors(4, 4, 3)))
+    assert_sweep_agrees(Objective(randomized(make().double()), vectors(4, 4, 3), witness=False))
 
 
 def test_a_network_may_be_a_feature_extractor_without_graph_and_a_head():
