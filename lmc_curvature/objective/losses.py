@@ -72,11 +72,13 @@ class NetworkLoss(nn.Module):
 
     def forward(self, data: Any, index: int = 0) -> tuple[Any, Any, Any]:
         """Loss, network output and target of a batch's data; the last two are None for a `BatchLoss`."""
+        # Inputs are copied: a network may write into them, and others are evaluated on them after it.
         if isinstance(self.loss_fn, BatchLoss):
+            data = map_tensors(torch.clone, data)
             with translate_errors(lambda error: batch_loss_error(error, data, index)):
                 loss, output, target = self.loss_fn.fn(self.network, data), None, None
         else:
-            inputs, target = data
+            inputs, target = map_tensors(torch.clone, data[0]), data[1]
             with translate_errors(lambda error: network_error(error, inputs, index)):
                 output = self.network(inputs)
             if self.class_loss is not None and self.classes is None:

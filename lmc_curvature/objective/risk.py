@@ -208,16 +208,17 @@ class Objective:
         return self._network_loss.at(entries, batch.data, batch.index)
 
     def check_derivatives(
-        self, state: State, batch: Batch, entries: Collection[str] = (), *, second: bool = True
+        self, state: State, batch: Batch, entries: Collection[str] = (), *, second: bool = True, place: str = ""
     ) -> None:
         """Before the first derivative is taken, compare it with differences of the loss on a few examples of a batch.
 
-        The state is a complete one. Derivatives are in some of its `entries` or all; the second, too, if asked for.
+        The state is a complete one. Derivatives are in some of its `entries` or all; the second, too, if asked for. It
+        is done once for every name of a place.
 
         Raises:
             UnsupportedModelError: They disagree.
         """
-        self._soundness.check_derivatives({**self._entries, **state}, batch, entries, second=second)
+        self._soundness.check_derivatives({**self._entries, **state}, batch, entries, second=second, place=place)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The checks that an objective makes of itself on its first batch: refusals, and warnings."""
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.cuts import warn_of_cuts
+from lmc_curvature.objective.differentiable import exactly_differentiable
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
@@ -64,6 +66,10 @@ class Soundness:
         # A batch in which nothing counts has no loss.
         if batch.weight:
             self._memo("checks of the loss", lambda: self._check(state, batch))
+            device = self.numerics.device.type
+            if torch.is_autocast_enabled(device):
+                dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+                self._memo.replace("autocast", f"computed under torch.autocast, in {dtype} where it chooses to")
 
     def _check(self, state: State, batch: Batch) -> None:
         originals = [(name, tensor) for name, reference in self.originals if (tensor := reference()) is not None]
@@ -75,28 +81,31 @@ class Soundness:
         for twin in self.twins:
             check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
 
-    def check_derivatives(self, state: State, batch: Batch, entries: Collection[str], *, second: bool) -> None:
+    def check_derivatives(
+        self, state: State, batch: Batch, entries: Collection[str], *, second: bool, place: str = ""
+    ) -> None:
         """Compare derivatives with differences of the loss; see `witness.check_derivatives`."""
         moved = tuple(sorted(entries or self.movable))
         self.check(state, batch)
 
         def compare() -> str:
-            return check_derivatives(
+            note = check_derivatives(
                 self.network_loss, state, batch, movable=moved, numerics=self.numerics, second=second
             )
+            if note:
+                # Many results have no place for notes.
+                warnings.warn(f"{note[0].upper()}{note[1:]}: see docs/trust.md, witness.", stacklevel=2)
+                self._memo.replace("what could not be compared", note)
+            return note
 
         if self.witness:
-            note = self._memo(("derivatives", moved, second), compare)
-            self._memo.replace("what could not be compared", note if second else "")
+            self._memo(("derivatives", moved, second, place), compare)
 
     @property
     def notes(self) -> tuple[str, ...]:
         """A few words each on what is unusual about numbers computed so far."""
-        return tuple(
-            filter(
-                None, (self.note, self._memo.get("what could not be compared", "") if self.witness else WITHOUT_WITNESS)
-            )
-        )
+        witness = self._memo.get("what could not be compared", "") if self.witness else WITHOUT_WITNESS
+        return tuple(note for note in (self.note, self._memo.get("autocast", ""), witness) if note)
 
 
 def check_soundness(
@@ -142,7 +151,7 @@ def check_soundness(
                 f"The network changes {name!r} in place while it is evaluated, so its loss depends on what was "
                 "evaluated before. Switch that off (max_norm of an embedding, running averages in evaluation mode)."
             )
-    with torch.enable_grad():
+    with torch.enable_grad(), exactly_differentiable():
         again, output, target = network_loss.at({**constants, **leaves}, batch.data, batch.index)
     _refuse_dependence(again, parameters)
     _refuse_difference(losses[0].item(), again.item(), torch.finfo(again.dtype).eps)

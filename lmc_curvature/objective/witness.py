@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch, map_tensors
-from lmc_curvature.objective.losses import NetworkLoss, own_loss
+from lmc_curvature.objective.losses import NetworkLoss, check_differentiable, own_loss
 from lmc_curvature.objective.network import State, as_leaves, graph_nodes
 from lmc_curvature.objective.numerics import Numerics
 
@@ -158,7 +158,9 @@ class _Line:
         """The first derivative by autograd, and the second if it is asked for."""
         with self.numerics.differentiating():
             leaves = as_leaves(self._moved(position))
-            slope, size = self._along(self.loss_at(leaves), leaves, create_graph=second)
+            loss = self.loss_at(leaves)
+            check_differentiable(loss)
+            slope, size = self._along(loss, leaves, create_graph=second)
             found = [_Derivative(slope.item(), size)]
             if second:
                 curvature, size = self._along(slope, leaves)
@@ -324,7 +326,8 @@ def _differences(
 
 
 def _says_something(estimate: _Estimate, derivative: _Derivative) -> bool:
-    return estimate.error <= _MOST_ERROR * derivative.size
+    # A derivative that autograd takes for nothing at all may be something.
+    return estimate.error <= _MOST_ERROR * max(derivative.size, abs(estimate.value))
 
 
 def _agree(derivative: _Derivative, estimate: _Estimate, rounding: float) -> bool:

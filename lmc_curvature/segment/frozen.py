@@ -35,7 +35,8 @@ def frozen_entries(
     """Names of the entries that some choices freeze.
 
     Args:
-        frozen: Each choice is the name of a layer; or a regular expression, searched in the entry's name; or
+        frozen: Each choice is the name of a layer, a module or an entry; or a regular expression, searched in the
+            entry's name; or
             `"requires_grad"`, for the parameters of the network that do not require gradients, with the running
             statistics of modules all of whose own parameters are among them.
         network: The network whose entries stay, and whose requires_grad is read.
@@ -66,6 +67,10 @@ def _members(
         return [entry for entry in entries if entry in untrained]
     if choice in layers:
         return layers[choice]
+    aliases = tied_names(network)
+    inside = {aliases.get(name, name) for name in (*entries, *aliases) if f"{name}.".startswith(f"{choice}.")}
+    if inside:
+        return [entry for entry in entries if entry in inside]
     try:
         pattern = re.compile(choice)
     except re.error as error:

@@ -162,7 +162,6 @@ def test_what_cannot_be_counted_is_described(data, message):
     [
         (torch.zeros(6, 11, 3), torch.zeros(11)),
         (X, torch.zeros(10)),
-        (X, torch.zeros(())),
         ({"mask": None, "ids": X}, {"y": torch.zeros(4, 2)}),
         ([torch.zeros(3, 8, 8), torch.zeros(3, 9, 9)], [{"boxes": torch.zeros(2, 4)}, {"boxes": torch.zeros(1, 4)}]),
         ((torch.zeros(2, 12), X), Y),

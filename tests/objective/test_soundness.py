@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from lmc_curvature import BatchLoss, Objective
+from lmc_curvature import BatchLoss, Objective, measure_barrier
 from lmc_curvature.errors import UnsupportedModelError
 from tests.support.networks import NETWORKS, AlwaysDropout, StubbornDropout, untouched
 
@@ -172,3 +173,49 @@ def test_a_batch_loss_that_divides_by_what_its_size_does_not_count_is_warned_of(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Objective(normalized, [batch], loss_fn=BatchLoss(_tokens_loss(True)), batch_norm="batch").loss()
+
+
+class Capping(nn.Module):
+    """Writes into its inputs where they are large."""
+
+    def forward(self, x):
+        x[x.abs() > 1] *= 0.5
+        return x
+
+
+def test_networks_may_write_into_their_inputs():
+    torch.manual_seed(0)
+    networks = [nn.Sequential(Capping(), nn.Linear(4, 3)) for _ in range(2)]
+    x, y = torch.randn(9, 4), torch.arange(9) % 3
+    batches = [(x.clamp(-1, 1), y), (2 * x, y)]
+    kept = [batch[0].clone() for batch in batches]
+    found = measure_barrier(*networks, batches, alphas=5, progress=False).values()
+    assert all(map(torch.equal, kept, (batch[0] for batch in batches)))
+    for alpha, value in zip((0, 0.25, 0.5, 0.75, 1), found, strict=True):
+        between = nn.Linear(4, 3)
+        with torch.no_grad():
+            for p, a, b in zip(between.parameters(), *(net[1].parameters() for net in networks), strict=True):
+                p.copy_(a.lerp(b, alpha))
+        expected = [F.cross_entropy(between(torch.where(z.abs() > 1, z / 2, z)), y).item() for z, _ in batches]
+        assert value == pytest.approx(sum(expected) / 2, rel=1e-5)
+
+
+def test_a_closure_behind_a_reentrant_checkpoint_is_found():
+    class Closed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.block = lambda h: torch.tanh(self.second(h))
+
+        def forward(self, x):
+            return checkpoint(self.block, self.first(x), use_reentrant=True)
+
+    with pytest.raises(UnsupportedModelError, match="uses parameter 'second.weight' of the network itself"):
+        Objective(Closed(), [(X, Y)]).gradient()
+
+
+def test_autocast_around_is_noted():
+    objective = Objective(nn.Linear(4, 3), [(X, Y)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        objective.loss()
+    assert objective.notes == ("computed under torch.autocast, in bfloat16 where it chooses to",)

@@ -192,3 +192,35 @@ def test_a_checkpointed_region_without_the_library_would_be_found():
         dense.append(HessianOperator(Objective(network, [BATCH])).to_dense())
     torch.testing.assert_close(dense[1], dense[0], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(dense[2], dense[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("nothing", [lambda h: h.detach() + 0 * h, lambda h: h + 0 * h.detach() - h + h.detach()])
+def test_a_derivative_of_nothing_is_something(nothing):
+    with pytest.raises(UnsupportedModelError, match="slope of the loss along a random direction is 0 by autograd"):
+        _check(Objective(nn.Sequential(nn.Linear(4, 3), _Function(nothing)).double(), [BATCH]))
+
+
+class _Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_both_ends_of_a_prediction_have_a_witness():
+    # What is rounded is reached at model_b alone.
+    def clamped(h):
+        return h + (h.clamp(-9, 9) - h).detach()
+
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(4, 5), _Function(clamped), nn.Tanh(), nn.Linear(5, 3)).double() for _ in range(2)]
+    with torch.no_grad():
+        nets[1][0].weight.mul_(40)
+        nets[1][3].weight.mul_(40)
+    HessianOperator(Objective(nets[0], [BATCH])).to_dense()
+    with pytest.raises(UnsupportedModelError, match="by autograd"):
+        HessianOperator(Objective(nets[1], [BATCH])).to_dense()
+    with pytest.raises(UnsupportedModelError, match="by autograd"):
+        predict_barrier(*nets, [BATCH], progress=False)

@@ -187,3 +187,16 @@ def test_equal_ends_are_noted_where_nothing_that_moves_differs():
         "frozen at model_a: fc (2 entries, 2 of which are others in model_b)",
         "model_a and model_b are equal in every entry that moves",
     )
+
+
+def test_a_module_is_meant_by_its_name_and_tied_ones_too():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.f, self.h = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
+            self.h.weight = self.e.weight
+
+    a, b = Tied(), Tied()
+    segment = Segment(a, b, frozen="h")
+    moved = {name for direction in segment.directions().values() for name in direction}
+    assert moved == {"e.bias", "f.weight", "f.bias"}

@@ -89,7 +89,8 @@ def project_hessian_at(
     values: list[list[BatchValues]] = [[] for _ in problem.points]
     with objective.one_pass(progress=progress, description="curvature") as batches:
         for batch in batches:
-            objective.check_derivatives(problem.points[0].state, batch, problem.moved)
+            for point in problem.points:
+                objective.check_derivatives(point.state, batch, problem.moved, place=point.place)
             try:
                 found = [project(problem, point, batch) for point in problem.points]
             except (CaptureError, SweepError, MemoryBudgetError) as error:

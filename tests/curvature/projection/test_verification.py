@@ -14,7 +14,7 @@ from lmc_curvature.curvature.sweep.rules.bilinear import Bilinear
 from lmc_curvature.curvature.sweep.rules.linear import Affine
 from lmc_curvature.curvature.sweep.rules.pointwise import Pointwise
 from lmc_curvature.curvature.sweep.rules.softmax import LogSoftmax
-from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError
+from lmc_curvature.errors import CaptureError, FallbackWarning, SweepError, UnsupportedModelError
 from tests.support.cases import CASES
 from tests.support.mixing import ByAGate, ByCount, ByMarks, ByNearness, ByTheMean
 from tests.support.networks import Watched, randomized
@@ -59,7 +59,12 @@ class _Binarized(TwoLayers):
 
 
 def test_a_gradient_of_its_own_is_left_to_autograd():
-    objective = Objective(randomized(_Binarized().double()), vectors(4, 4))
+    # A straight-through estimator, which is no derivative of the function.
+    with pytest.raises(UnsupportedModelError, match="by autograd, and .* by differences of the loss"):
+        project_hessian(
+            Objective(randomized(_Binarized().double()), vectors(4, 4)), {}, [{"first.bias": torch.ones(4)}]
+        )
+    objective = Objective(randomized(_Binarized().double()), vectors(4, 4), witness=False)
     directions = layer_directions(objective)
     with pytest.raises(
         CaptureError, match=r"autograd.Function has derivatives of its own.*in forward: return self.sec"

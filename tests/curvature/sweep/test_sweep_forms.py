@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
+from lmc_curvature.errors import UnsupportedModelError
 from tests.support.cases import CASES
 from tests.support.networks import NETWORKS, randomized
 from tests.support.sweeping import (
@@ -50,6 +51,11 @@ def test_a_network_may_be_a_feature_extractor_without_graph_and_a_head():
 
     objective = Objective(randomized(Headed().double()), vectors(4, 3))
     directions = layer_directions(objective)
+    with pytest.raises(UnsupportedModelError, match="slope of the loss.*no_grad"):
+        project_hessian(objective, {}, directions)
+    # Along the head alone nothing is left out.
+    project_hessian(objective, {}, {"second": directions["second"]})
+    objective = Objective(randomized(Headed().double()), vectors(4, 3), witness=False)
     found = swept(objective, directions)
     assert_projections_agree(found, project_hessian(objective, {}, directions, method="hvp"), relative=1e-9)
     np.testing.assert_array_equal(found.curvature[0], 0)
