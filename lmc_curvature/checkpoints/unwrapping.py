@@ -68,6 +68,10 @@ def unwrap(
         names = [name for found in chosen.values() for name in found]
         raise CheckpointError(f"{source} has no name that begins with {strip_prefix!r}; its names are {_list(names)}.")
     fits = [reading for reading in readings if not any(faults(own, reading.entries).values())]
+    if fits and key is None:
+        # Elsewhere there may be all of the network's entries and more, such as a criterion's beside a moving average.
+        needed = {name for name in own if not _is_bookkeeping(name)}
+        fits += [r for r in readings if r not in fits and r.key != fits[0].key and needed <= r.entries.keys()]
     if len(fits) > 1 or (fits and fits[0].others and strip_prefix is None):
         raise CheckpointError(_ambiguity(fits, source))
     nearest = fits[0] if fits else max(readings, key=lambda reading: len(reading.entries.keys() & own.keys()))

@@ -117,7 +117,9 @@ def predict(
     sets = comparison.sets()
     for members in sets:
         layer_indices(partition.names, members)
-    prediction = predict_barrier(first, second, comparison.batches(), layers=partition, witness=witness, **options)
+    prediction = predict_barrier(
+        first, second, comparison.batches(), layers=comparison.layers, witness=witness, **options
+    )
     _answer(comparison, prediction, prediction_record(prediction, sets), prediction_table(prediction, sets))
 
 

@@ -141,6 +141,27 @@ class ClassLoss:
         return classes
 
 
+def check_weights(loss_fn: Any) -> None:
+    """Refuse class weights of zero together with label smoothing.
+
+    Raises:
+        LossError: Examples of such a class have a loss, and no part in what the mean over a batch divides by.
+    """
+    function, options = torch_function(loss_fn)
+    weights = options.get("weight")
+    if (
+        function is F.cross_entropy
+        and weights is not None
+        and options.get("label_smoothing")
+        and bool((weights == 0).any())
+    ):
+        raise LossError(
+            "Class weights of zero with label smoothing: examples of such a class have a loss, but no part in what the "
+            "mean divides by, so that the mean over the data depends on how they are cut into batches. Use small weights "
+            "instead, or no label smoothing."
+        )
+
+
 _ELEMENTWISE = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss}
 
 

@@ -24,7 +24,7 @@ from lmc_curvature.objective.batches import (
     tensors_in,
     to_device,
 )
-from lmc_curvature.objective.classification import ClassLoss, check_shapes
+from lmc_curvature.objective.classification import ClassLoss, check_shapes, check_weights
 from lmc_curvature.objective.explanations import batch_loss_error, loss_error, network_error, translate_errors
 
 
@@ -165,6 +165,7 @@ def check_reduction(loss_fn: Any) -> None:
             f"loss_fn={loss_fn!r} is not a function of output and target: pass an instance such as "
             "torch.nn.CrossEntropyLoss(), a function, or a BatchLoss."
         )
+    check_weights(loss_fn)
     # functools.partial keeps what it binds in .keywords.
     bound = getattr(loss_fn, "keywords", {})
     reduction = getattr(loss_fn, "reduction", bound.get("reduction", "mean"))

@@ -16,6 +16,7 @@ from lmc_curvature.errors import DataError, OptionError, check_choice
 from lmc_curvature.sources.images import SPLITS, ImageDataset, Split
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torchvision.datasets import ImageFolder
 
 _DIGITS_TEST_EXAMPLES = 360
@@ -159,12 +160,28 @@ def _list_images(root: Path, split: Split) -> "ImageFolder":
             f"{root} has no {split!r} split; expected the directory {directory} with a directory per class."
         )
     try:
-        return ImageFolder(directory, transform=pil_to_tensor)
+        return ImageFolder(directory, transform=pil_to_tensor, loader=_open_image)
     except FileNotFoundError as error:
         raise DataError(
             f"{directory} is not a folder of images ({error}); expected {directory}/CLASS/*.png (or .jpg, …) with at "
             "least one image in the directory of each class."
         ) from error
+
+
+def _open_image(path: str) -> "Image":
+    """An image file in RGB.
+
+    Raises:
+        DataError: Its pixels are not of eight bits, which would all become the largest or the smallest value.
+    """
+    from PIL import Image
+
+    with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise DataError(
+                f"{path} has pixels of more than eight bits (mode {image.mode!r}); convert the images to eight bits."
+            )
+        return image.convert("RGB")
 
 
 def _decode(folder: "ImageFolder", *, progress: bool | None) -> UInt8[Tensor, "examples 3 height width"]:

@@ -60,7 +60,8 @@ def test_of_a_quadratic_both_are_the_closed_form(base):
     assert [end.loss for end in predicted.endpoints] == pytest.approx(losses, rel=1e-12)
     assert measured.ends() == pytest.approx(losses, rel=1e-12)
     assert predicted.distance == pytest.approx(float(delta.norm()))
-    note = f"frozen at model_{base}: first, third (2 entries)"
+    other = "b" if base == "a" else "a"
+    note = f"frozen at model_{base}: first, third (2 entries, 2 of which are others in model_{other})"
     assert predicted.notes == measured.notes == (note,)
     assert note in str(predicted)
     assert note in str(measured)
@@ -138,7 +139,9 @@ def test_a_backbone_without_gradients_is_left_alone():
     options = {"frozen": "requires_grad", "layers": {"head": ["fc"]}}
     predicted = predict_barrier(a, b, CONV.batches(), **options, progress=False)
     assert predicted.layers == ("head",)
-    assert predicted.notes == ("frozen at model_a: what does not require gradients (10 entries)",)
+    assert predicted.notes == (
+        "frozen at model_a: what does not require gradients (10 entries, 6 of which are others in model_b)",
+    )
     measured = measure_barrier(a, b, CONV.batches(), **options, **MEASURE)
     head_alone = measure_barrier(a, b, CONV.batches(), sets=[["fc"]], **MEASURE)
     between = _by_hand(a, b, 0.5, lambda name: "fc" in name, "a").eval()
@@ -188,7 +191,7 @@ def test_networks_that_differ_in_what_is_frozen_alone_are_equal(compute):
     with pytest.warns(UserWarning, match="equal in every entry that moves.*is the same file given twice"):
         found = compute(model, other, CONV.batches(), frozen="fc")
     assert found.notes == (
-        "frozen at model_a: fc (2 entries)",
+        "frozen at model_a: fc (2 entries, 2 of which are others in model_b)",
         "model_a and model_b are equal in every entry that moves",
     )
 

@@ -249,3 +249,12 @@ def test_damage_to_shards_is_named(source, tmp_path, kind):
         index.write_text(contents)
         with pytest.raises(CheckpointError, match=rf"{index.name} is damaged, or is not the index of a checkpoint"):
             load_checkpoint(network(), index)
+
+
+def test_what_fits_but_for_an_entry_too_many_is_not_passed_over(source, path):
+    other = network(3)
+    model = {**source.state_dict(), "criterion.weight": torch.ones(3)}
+    torch.save({"model": model, "ema": other.state_dict()}, path)
+    with pytest.raises(CheckpointError, match="in 2 places.*key='ema'.*key='model'"):
+        load_checkpoint(network(), path)
+    assert_same(load_checkpoint(network(), path, key="ema"), other)

@@ -262,5 +262,7 @@ def test_layers_stay_where_they_are_and_notes_are_printed(run, networks, checkpo
     assert record["notes"] == list(expected.notes)
     status, out, _ = run("predict", *checkpoints, *COMMON, *options, "--no-witness")
     assert status == 0
+    expected = predict_barrier(*networks, _batches(60), frozen=("stage2.0.conv1", "stage1.*"), base="b", progress=False)
+    assert list(expected.notes[-1:]) == record["notes"][-1:]
     for note in (*expected.notes, "derivatives were not compared with differences of the loss (witness=False)"):
         assert note in out

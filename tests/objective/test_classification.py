@@ -186,3 +186,9 @@ def test_elements_are_compared_with_as_many(loss_fn):
         Objective(network, [(x, torch.randn(6))], loss_fn=loss_fn).loss()
     y = torch.randn(6, 1)
     assert Objective(network, [(x, y)], loss_fn=loss_fn).loss() == pytest.approx(loss_fn(network(x), y).item())
+
+
+def test_smoothed_labels_of_classes_without_weight_are_refused():
+    loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.0, 2.0]), label_smoothing=0.1)
+    with pytest.raises(LossError, match="weights of zero with label smoothing"):
+        Objective(nn.Linear(3, 3), [(torch.randn(6, 3), torch.arange(6) % 3)], loss_fn=loss_fn)

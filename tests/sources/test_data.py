@@ -171,3 +171,12 @@ def test_cifar10_comes_through_torchvision(monkeypatch, tmp_path):
     assert test.class_names == FakeCIFAR10.classes
     with pytest.raises(DataError, match=r"CIFAR-10 is not in elsewhere and cannot be downloaded \(Dataset not found"):
         load_data("cifar10:elsewhere")
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_images_of_more_than_eight_bits_are_refused(tmp_path, mode):
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    path = tmp_path / "train" / "a" / ("0.png" if mode == "I;16" else "0.tiff")
+    Image.new(mode, (4, 4), 1000).save(path)
+    with pytest.raises(DataError, match="more than eight bits"):
+        load_data(tmp_path, progress=False)
