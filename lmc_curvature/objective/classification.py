@@ -157,8 +157,8 @@ def check_weights(loss_fn: Any) -> None:
     ):
         raise LossError(
             "Class weights of zero with label smoothing: examples of such a class have a loss, but no part in what the "
-            "mean divides by, so that the mean over the data depends on how they are cut into batches. Use small weights "
-            "instead, or no label smoothing."
+            "mean divides by, so that the mean over the data depends on how they are cut into batches. Use small "
+            "weights instead, or no label smoothing."
         )
 
 
