@@ -88,6 +88,9 @@ def _user_frame(error: Exception) -> traceback.FrameSummary | None:
 
 def _exit_interrupted(advice: str) -> None:
     print(f"interrupted{advice and f'; {advice}'}.", file=sys.stderr)
+    # Python dies of a signal at its end if the interrupt came within code that was executed from a string, as imports
+    # of dataclasses do; it forgets that when it executes the next.
+    exec("")
     sys.exit(130)
 
 

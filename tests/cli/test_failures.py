@@ -267,7 +267,7 @@ def test_an_interrupt_of_several_processes_is_one_line(config, tmp_path):
             time.sleep(sent_after)
             os.killpg(process.pid, signal.SIGINT)
             out, err = process.communicate(timeout=60)
-        assert (process.returncode, out) == (130, "")
+        assert (process.returncode, out) == (130, ""), err
         assert err == "interrupted; the same command continues where it stopped.\n"
 
 
