@@ -33,7 +33,7 @@ def test_networks_of_all_kinds_are_compared_in_full(case, dtype):
     assert objective.notes == ()
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @settings(max_examples=200, deadline=None)
 @given(random_networks)
 def test_random_networks_raise_no_alarm(network):
@@ -98,7 +98,7 @@ def test_a_network_without_second_derivatives_is_compared_in_slopes():
 # --- Catches
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @settings(max_examples=200, deadline=None)
 @given(random_networks, st.sampled_from(sorted(FAULTS)), st.integers(0, 3))
 def test_wrong_backward_passes_in_random_networks_are_found(network, fault, place):
