@@ -122,15 +122,6 @@ def test_the_same_result_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
-@pytest.fixture
-def small_files():
-    """No file may be larger than it was told to be: the system then refuses as a full disk does."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def _write_text(path):
     with write_atomically(path) as temporary:
         temporary.write_text("x" * 1000)

@@ -162,27 +162,6 @@ def check_weights(loss_fn: Any) -> None:
         )
 
 
-_ELEMENTWISE = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss}
-
-
-def check_shapes(loss_fn: Any, output: Any, target: Any, index: int) -> None:
-    """Refuse outputs and targets of different shapes for a loss of their elements, which torch would broadcast.
-
-    Raises:
-        LossError: Names both shapes.
-    """
-    if torch_function(loss_fn)[0] not in _ELEMENTWISE or not (
-        isinstance(output, Tensor) and isinstance(target, Tensor)
-    ):
-        return
-    if output.shape != target.shape:
-        raise LossError(
-            f"Batch {index} has {describe(output)} with targets {describe(target)}: a loss of elements compares "
-            "tensors of one shape. Reshape one of them, as with loss_fn=lambda output, target: "
-            "F.mse_loss(output.squeeze(1), target)."
-        )
-
-
 def are_probabilities(target: Tensor) -> bool:
     """Whether a tensor (n, classes, …) holds probabilities of classes, up to the rounding of half precision."""
     if not target.is_floating_point() or target.ndim < 2:

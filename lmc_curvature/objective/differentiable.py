@@ -16,14 +16,14 @@ from torch.overrides import TorchFunctionMode
 
 
 @contextlib.contextmanager
-def exactly_differentiable() -> Iterator[None]:
+def plain_calls() -> Iterator[None]:
     """Within the block, checkpoints and compiled functions are plain calls, and some functions are written out."""
-    with _plain_checkpoints(), called_eagerly(), _WrittenOut():
+    with _plain_checkpoints(), _eager_calls(), _FunctionReplacer():
         yield
 
 
 @contextlib.contextmanager
-def called_eagerly() -> Iterator[None]:
+def _eager_calls() -> Iterator[None]:
     """Within the block, functions made by `torch.compile` are called as they were before."""
     # Who has compiled something has imported the compiler, which takes seconds.
     if "torch._dynamo" not in sys.modules:
@@ -71,7 +71,7 @@ def _plain_checkpoints() -> Iterator[None]:
             setattr(module, name, value)
 
 
-class _WrittenOut(TorchFunctionMode):
+class _FunctionReplacer(TorchFunctionMode):
     """Replaces functions of torch whose derivatives are missing, not a number, or not those of the function."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -24,7 +24,7 @@ from lmc_curvature.objective.batches import (
     tensors_in,
     to_device,
 )
-from lmc_curvature.objective.classification import ClassLoss, check_shapes, check_weights
+from lmc_curvature.objective.classification import ClassLoss, check_weights, torch_function
 from lmc_curvature.objective.explanations import batch_loss_error, loss_error, network_error, translate_errors
 
 
@@ -190,6 +190,27 @@ def check_loss(loss: Any) -> None:
         )
     if not loss.is_floating_point():
         raise LossError(f"The loss has type {loss.dtype}; expected a real floating-point scalar.")
+
+
+_ELEMENTWISE = {F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss}
+
+
+def check_shapes(loss_fn: Any, output: Any, target: Any, index: int) -> None:
+    """Refuse outputs and targets of different shapes for a loss of their elements, which torch would broadcast.
+
+    Raises:
+        LossError: Names both shapes.
+    """
+    if torch_function(loss_fn)[0] not in _ELEMENTWISE or not (
+        isinstance(output, Tensor) and isinstance(target, Tensor)
+    ):
+        return
+    if output.shape != target.shape:
+        raise LossError(
+            f"Batch {index} has {describe(output)} with targets {describe(target)}: a loss of elements compares "
+            "tensors of one shape. Reshape one of them, as with loss_fn=lambda output, target: "
+            "F.mse_loss(output.squeeze(1), target)."
+        )
 
 
 def check_differentiable(loss: Float[Tensor, ""]) -> None:

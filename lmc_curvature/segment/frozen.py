@@ -77,10 +77,8 @@ def _members(
         raise PartitionError(f"frozen={choice!r} is neither a layer nor a regular expression: {error}.") from error
     found = [entry for entry in entries if pattern.search(entry)]
     if not found:
-        aliases = [
-            f"{name!r} is tied to {first!r}" for name, first in tied_names(network).items() if pattern.search(name)
-        ]
-        hint = f"{aliases[0]}." if aliases else suggest(choice, [*layers, *entries])
+        tied = [f"{name!r} is tied to {first!r}." for name, first in aliases.items() if pattern.search(name)]
+        hint = tied[0] if tied else suggest(choice, [*layers, *entries])
         raise PartitionError(f"frozen={choice!r} matches no layer and no entry: {hint}")
     return found
 

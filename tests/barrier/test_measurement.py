@@ -1,7 +1,6 @@
 """Claim: a measurement is the networks in between, evaluated plainly, for the whole and for sets of layers."""
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lmc_curvature import BarrierMeasurement, BatchLoss, measure_barrier
 from lmc_curvature.errors import LoaderError, NonFiniteError, OptionError, PartitionError
-from lmc_curvature.storage import load_arrays, save_arrays
 from tests.support.cases import CASES
 from tests.support.networks import in_float32
+from tests.support.notes import check_notes
 
 CONV = CASES["conv, interpolate"]
 
@@ -176,15 +175,7 @@ def test_saving_and_loading_is_lossless(measurement, tmp_path):
 
 
 def test_notes_are_kept_and_files_without_them_are_read(measurement, tmp_path):
-    assert measurement.notes == ()
-    noted = dataclasses.replace(measurement, notes=("frozen at model_a: fc (2 entries)", "another"))
-    noted.save(tmp_path / "noted")
-    assert BarrierMeasurement.load(tmp_path / "noted").notes == noted.notes
-    assert str(noted) == f"{measurement}\n  frozen at model_a: fc (2 entries)\n  another"
-    arrays, metadata = load_arrays(tmp_path / "noted", "barrier-measurement")
-    del metadata["notes"]
-    save_arrays(tmp_path / "old", "barrier-measurement", arrays, **metadata)
-    assert str(BarrierMeasurement.load(tmp_path / "old")) == str(measurement)
+    check_notes(measurement, "barrier-measurement", tmp_path)
 
 
 @pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])

@@ -1,7 +1,6 @@
 """Claim: a prediction is a function of its projections, does not depend on how data come, and survives the disk."""
 
 import copy
-import dataclasses
 
 import numpy as np
 import pandas as pd
@@ -26,8 +25,8 @@ from lmc_curvature.errors import (
     PartitionError,
 )
 from lmc_curvature.geometry import distance
-from lmc_curvature.storage import load_arrays, save_arrays
 from tests.support.cases import CASES
+from tests.support.notes import check_notes
 
 CONV = CASES["conv, interpolate"]
 ALPHAS = np.linspace(0, 1, 9)
@@ -178,15 +177,7 @@ def test_saving_and_loading_is_lossless(prediction, tmp_path):
 
 
 def test_notes_are_kept_and_files_without_them_are_read(prediction, tmp_path):
-    assert prediction.notes == ()
-    noted = dataclasses.replace(prediction, notes=("frozen at model_a: fc (2 entries)", "another"))
-    noted.save(tmp_path / "noted")
-    assert BarrierPrediction.load(tmp_path / "noted").notes == noted.notes
-    assert str(noted) == f"{prediction}\n  frozen at model_a: fc (2 entries)\n  another"
-    arrays, metadata = load_arrays(tmp_path / "noted", "barrier-prediction")
-    del metadata["notes"]
-    save_arrays(tmp_path / "old", "barrier-prediction", arrays, **metadata)
-    assert str(BarrierPrediction.load(tmp_path / "old")) == str(prediction)
+    check_notes(prediction, "barrier-prediction", tmp_path)
 
 
 def test_loading_something_else_is_refused(prediction, tmp_path):

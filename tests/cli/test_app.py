@@ -266,3 +266,14 @@ def test_layers_stay_where_they_are_and_notes_are_printed(run, networks, checkpo
     assert list(expected.notes[-1:]) == record["notes"][-1:]
     for note in (*expected.notes, "derivatives were not compared with differences of the loss (witness=False)"):
         assert note in out
+
+
+def test_key_and_prefix_are_for_the_file_that_needs_them(run, networks, checkpoints, tmp_path):
+    second = {f"net.{name}": tensor for name, tensor in networks[1].state_dict().items()}
+    torch.save({"state_dict": second | {"criterion.weight": torch.ones(3)}}, tmp_path / "lightning.ckpt")
+    expected = measure_barrier(*networks, _batches(60), alphas=3, progress=False)
+    options = ["--key", "state_dict", "--strip-prefix", "net", "--alphas", 3, "--batch-size", 60, "--json"]
+    with pytest.warns(UserWarning, match="a.safetensors was read without --key and --strip-prefix"):
+        status, out, _ = run("measure", checkpoints[0], tmp_path / "lightning.ckpt", *COMMON, *options)
+    assert status == 0
+    assert json.loads(out)["metrics"]["loss"]["curve"] == pytest.approx(expected.curve().tolist(), abs=1e-6)

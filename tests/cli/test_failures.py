@@ -109,15 +109,6 @@ def run_with_helpers(capfd):
 
 
 @pytest.fixture
-def small_files():
-    """No file may be larger than it was told to be: the system then refuses as a full disk does."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.fixture
 def unwritable(tmp_path):
     """A directory in which nobody may write."""
     if os.name == "posix" and os.geteuid() == 0:

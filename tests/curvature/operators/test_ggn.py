@@ -16,7 +16,7 @@ from lmc_curvature.errors import (
     UnsupportedModelError,
 )
 from tests.support.cases import CASES
-from tests.support.networks import untouched
+from tests.support.networks import OnceDifferentiable, untouched
 
 # All of them together take seconds.
 pytestmark = pytest.mark.slow
@@ -218,21 +218,11 @@ def test_a_network_that_draws_random_numbers_is_refused():
 
 @pytest.mark.parametrize("power", [1, 2], ids=["at the end", "before the end"])
 def test_an_operation_without_a_second_derivative_is_said_so(power):
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return x**2
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, gradient):
-            return 2 * ctx.saved_tensors[0] * gradient
+    def loss(output, target):
+        return OnceDifferentiable.apply(output).pow(power).mean()
 
     _, _, batches = _data((5,), "classes")
-    objective = Objective(
-        _classifier().double(), batches, loss_fn=lambda out, y: Once.apply(out).pow(power).mean(), witness=False
-    )
+    objective = Objective(_classifier().double(), batches, loss_fn=loss, witness=False)
     G = GGNOperator(objective)
     with pytest.raises(UnsupportedModelError, match="marked once_differentiable"):
         G @ torch.ones(G.shape[1])
