@@ -124,7 +124,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "mixing": Check(
             catches="A network in which an example has a part in another's output, near the state and for examples "
             "that are alike, too: its batches must not be cut.",
-            runs="First batch of every shape that is cut into tiles, among copies of its first examples.",
+            runs="First batch of every shape that is cut into tiles, among copies of its first examples; at further "
+            "states among a quarter of it.",
             cost=1.2,
             tolerance=Tolerance(0.5),
         ),

@@ -1,7 +1,7 @@
 """The projection of one batch by the sweep, believed only after one of its answers was compared with a product."""
 
 from lmc_curvature.curvature.problem import BatchValues, Point, Problem, check_values
-from lmc_curvature.curvature.projection.verification import verify
+from lmc_curvature.curvature.projection.verification import refuse_mixing, verify
 from lmc_curvature.curvature.sweep import (
     CompiledBatch,
     Evaluation,
@@ -45,6 +45,7 @@ def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValue
     def verify_now() -> None:
         evaluation = evaluations.get(compiled) or evaluate_batch(objective, point, batch)
         verify(problem, compiled, point, batch, values, result, evaluation)
+        problem.memo((compiled, point), lambda: None)
 
     compiled = objective.memo(key, compile_now)
     try:
@@ -54,6 +55,8 @@ def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValue
             values, result = sweep_batch(problem, compiled, point, batch)
         check_values(values, batch, point)
         compiled.memo("verified", verify_now)
+        # A weight that mixes examples may be zero at one state, and not at another.
+        problem.memo((compiled, point), lambda: refuse_mixing(problem, compiled, point, batch, among_few=True))
         return values
     except (CaptureError, SweepError):
         # The network may mix examples or insist on its batch size, or its inputs may not begin with the examples.

@@ -51,7 +51,16 @@ def verify(
     _compare_values(problem, compiled, batch, values, result, evaluation)
     if not _agrees_on_a_part(problem, compiled, point, batch, result):
         _compare_derivatives(problem, point, batch, values)
-    if compiled.is_tiled and mixes_examples(problem, compiled, point, batch):
+    refuse_mixing(problem, compiled, point, batch, among_few=False)
+
+
+def refuse_mixing(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, *, among_few: bool) -> None:
+    """See whether the examples that were cut into tiles are mixed by the network at a state; see `mixes_examples`.
+
+    Raises:
+        SweepError: They are.
+    """
+    if compiled.is_tiled and mixes_examples(problem, compiled, point, batch, among_few=among_few):
         raise SweepError("The network mixes the examples of a batch.")
 
 

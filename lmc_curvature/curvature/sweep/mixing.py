@@ -12,7 +12,13 @@ from lmc_curvature.objective.network import State
 _NEAR = 0.01
 
 
-def mixes_examples(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch) -> bool:
+# Times as many examples as are looked at: company enough where a larger one was seen at another state.
+_FEW = 4
+
+
+def mixes_examples(
+    problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, *, among_few: bool = False
+) -> bool:
     """Whether the first examples of a batch have another output in the company of others than for themselves.
 
     Near the state, because examples may be mixed with a weight that happens to be zero there. And in the company of
@@ -24,12 +30,13 @@ def mixes_examples(problem: Problem, compiled: CompiledBatch, point: Point, batc
         compiled: The graphs.
         point: The state.
         batch: The batch, of more examples than that.
+        among_few: Among a few of the other examples instead of all.
     """
     state, size = _near(problem, point), min(compiled.part, compiled.tiling.examples)
     alone = _output(problem, compiled, state, batch, size)
-    company = _company(size, batch.size)
+    company = _company(size, min(batch.size, _FEW * size) if among_few else batch.size)
     inputs = compiled.data_of(batch).chosen(company, batch.size).structure
-    together = network_output(problem.objective, state, Batch(batch.index, batch.size, (inputs, None)))
+    together = network_output(problem.objective, state, Batch(batch.index, len(company), (inputs, None)))
     places = company < size
     return not all_near("mixing", alone[company[places]], together[places], rounding=problem.objective.rounding)
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
-from lmc_curvature.curvature.problem import Tiling
-from lmc_curvature.curvature.projection import by_sweep
+from lmc_curvature.curvature.problem import Problem, Tiling
+from lmc_curvature.curvature.projection import by_sweep, project_hessian_at
 from lmc_curvature.curvature.sweep.rules.bilinear import Bilinear
 from lmc_curvature.curvature.sweep.rules.linear import Affine
 from lmc_curvature.curvature.sweep.rules.pointwise import Pointwise
@@ -254,6 +254,30 @@ def test_mixing_by_a_weight_of_zero_is_found_out_after_a_tile_agreed(size, parts
     model = randomized(ByAGate().double())
     model.gate.data.zero_()
     assert _compared(model, vectors(size, size), "tensor", tiling=_SHORT) == parts
+
+
+class _FromAThreshold(ByAGate):
+    """Mixes examples only where its gate is above a half."""
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        return self.second(x + torch.relu(self.gate - 0.5) * x.mean(0))
+
+
+def test_mixing_at_one_of_two_states_is_found_out():
+    model = randomized(_FromAThreshold().double())
+    model.gate.data.fill_(-1.0)
+    objective = Objective(model, vectors(40, 40))
+    there = {**objective.state(), "gate": torch.ones_like(model.gate)}
+    directions = layer_directions(objective, "tensor")
+    states = [objective.state(), there]
+    expected = project_hessian_at(objective, states, directions, method="hvp")
+    problem = dataclasses.replace(Problem.of(objective, states, directions), tiling=_IN_TWOS)
+    with objective.one_pass() as batches:
+        for batch in batches:
+            for point, projection in zip(problem.points, expected, strict=True):
+                _, _, curvature = by_sweep.project_by_sweep(problem, point, batch)
+                np.testing.assert_allclose(curvature, projection.batch_curvatures[batch.index], atol=1e-9)
 
 
 class _TimeFirst(TwoLayers):
