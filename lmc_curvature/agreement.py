@@ -96,7 +96,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "witness": Check(
             catches="Derivatives that are not those of the loss, whichever way through autograd they are computed: a "
             "backward pass that is wrong or hidden from autograd, detached parts, straight-through estimators.",
-            runs="Before the first derivative, at every state of a projection, on four examples of the first batch "
+            runs="Before derivatives at a state, along the entries that move, on four examples of the first batch "
             "(more of small networks, fewer where kinks spoil differences), in float64 up to 50 M parameters; "
             "`witness=False` leaves it out.",
             cost=2.0,

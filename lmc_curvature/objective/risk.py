@@ -208,17 +208,17 @@ class Objective:
         return self._network_loss.at(entries, batch.data, batch.index)
 
     def check_derivatives(
-        self, state: State, batch: Batch, entries: Collection[str] = (), *, second: bool = True, place: str = ""
+        self, state: State, batch: Batch, entries: Collection[str] = (), *, second: bool = True
     ) -> None:
-        """Before the first derivative is taken, compare it with differences of the loss on a few examples of a batch.
+        """Before derivatives are taken at a state, compare them with differences of the loss on a few examples.
 
         The state is a complete one. Derivatives are in some of its `entries` or all; the second, too, if asked for. It
-        is done once for every name of a place.
+        is done once for every state, on the first batch of a pass.
 
         Raises:
             UnsupportedModelError: They disagree.
         """
-        self._soundness.check_derivatives({**self._entries, **state}, batch, entries, second=second, place=place)
+        self._soundness.check_derivatives({**self._entries, **state}, batch, entries, second=second)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -209,16 +209,44 @@ class _Function(nn.Module):
         return self.function(x)
 
 
-def test_both_ends_of_a_prediction_have_a_witness():
-    # What is rounded is reached at model_b alone.
+def _wrong_at_the_second():
+    """Two networks; what is rounded is reached at the second alone."""
+
     def clamped(h):
-        return h + (h.clamp(-9, 9) - h).detach()
+        return h + (h.clamp(-3, 3) - h).detach()
 
     torch.manual_seed(0)
     nets = [nn.Sequential(nn.Linear(4, 5), _Function(clamped), nn.Tanh(), nn.Linear(5, 3)).double() for _ in range(2)]
     with torch.no_grad():
         nets[1][0].weight.mul_(40)
         nets[1][3].weight.mul_(40)
+    return nets
+
+
+def test_every_state_has_a_witness():
+    nets = _wrong_at_the_second()
+    objective, other = Objective(nets[0], [BATCH]), nets[1].state_dict()
+    HessianOperator(objective).to_dense()
+    objective.gradient()
+    with pytest.raises(UnsupportedModelError, match="by autograd"):
+        objective.gradient(other)
+    with pytest.raises(UnsupportedModelError, match="by autograd"):
+        HessianOperator(objective, state=other).to_dense()
+
+
+def test_a_layer_of_little_weight_has_a_witness():
+    # Beside the others' curvature, that of the first layer is nothing.
+    network = nn.Sequential(nn.Linear(4, 4), _Function(OutsideAutograd.apply), _Function(lambda h: 1e-6 * h))
+    network = nn.Sequential(network, nn.Linear(4, 3)).double()
+    with torch.no_grad():
+        network[1].bias.add_(torch.arange(3))
+    objective = Objective(network, [BATCH])
+    with pytest.raises(UnsupportedModelError, match="by autograd"):
+        HessianOperator(objective, layers="0.0", partition="module").to_dense()
+
+
+def test_both_ends_of_a_prediction_have_a_witness():
+    nets = _wrong_at_the_second()
     HessianOperator(Objective(nets[0], [BATCH])).to_dense()
     with pytest.raises(UnsupportedModelError, match="by autograd"):
         HessianOperator(Objective(nets[1], [BATCH])).to_dense()

@@ -205,7 +205,7 @@ class CurvatureOperator:
         with self.objective.one_pass(progress=False) as batches:
             for batch in batches:
                 data = self.objective.laid_out(batch) if self.curvature.native else batch
-                self.objective.check_derivatives(self.point, batch)
+                self.objective.check_derivatives(self.point, batch, entries)
                 matrix = self.curvature.of_batch(self.objective, self.point, data, entries)
                 finite_loss(matrix.loss, batch)
                 add(BatchProducts(matrix, batch, self._vectorizer))

@@ -90,7 +90,7 @@ def project_hessian_at(
     with objective.one_pass(progress=progress, description="curvature") as batches:
         for batch in batches:
             for point in problem.points:
-                objective.check_derivatives(point.state, batch, problem.moved, place=point.place)
+                objective.check_derivatives(point.state, batch, problem.moved)
             try:
                 found = [project(problem, point, batch) for point in problem.points]
             except (CaptureError, SweepError, MemoryBudgetError) as error:
