@@ -1,7 +1,7 @@
 from .barrier.measurement import BarrierMeasurement as BarrierMeasurement
 from .barrier.measurement import measure_barrier as measure_barrier
+from .barrier.predict import predict_barrier as predict_barrier
 from .barrier.prediction import BarrierPrediction as BarrierPrediction
-from .barrier.prediction import predict_barrier as predict_barrier
 from .curvature.backends import hessian_operator as hessian_operator
 from .curvature.blocks import cross_layer_hessian as cross_layer_hessian
 from .curvature.blocks import layer_hessian as layer_hessian

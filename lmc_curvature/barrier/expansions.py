@@ -1,67 +1,82 @@
-"""Barrier curves from the loss, its slope and its curvature at the two ends of a segment.
+"""Barrier curves from the loss, its slopes and its curvature at anchors on a segment.
 
-Every expansion is a polynomial in α whose coefficients are linear in the six endpoint values. So a curve's maximum
-is found among the roots of its derivative, and a value's standard error follows from the values of the batches.
+Every expansion is linear in what is known at the anchors, so a value's standard error follows from the values of the
+batches.
 """
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
-from numpy.polynomial.polynomial import polyder, polyroots, polytrim, polyval
 
+from lmc_curvature.barrier.blending import Positions, Weights, quintic_weights, set_weights
 from lmc_curvature.errors import OptionError
 
-Expansion = Literal["second-order", "shared-hessian", "with-slopes", "hermite"]
+Expansion = Literal["anchored", "second-order", "with-slopes", "shared-hessian", "hermite"]
+"""A formula for barrier curves; see `barrier_weights`."""
 EXPANSIONS: tuple[Expansion, ...] = get_args(Expansion)
 
-
-class Endpoint(NamedTuple):
-    """Loss L, slope ⟨∇L, P_S Δ⟩ and curvature (P_S Δ)ᵀ H (P_S Δ) at one end: numbers, or arrays over batches."""
-
-    loss: float | np.ndarray
-    slope: float | np.ndarray
-    curvature: float | np.ndarray
+# Positions of the first search for a maximum, and how often it is made finer by a factor of ten.
+_GRID, _REFINEMENTS = 101, 8
 
 
-def coefficients(expansion: Expansion, first: Endpoint, second: Endpoint) -> Float[np.ndarray, " powers *batches"]:
-    """Coefficients of the barrier curve B(α), the constant first.
+def barrier_weights(
+    expansion: Expansion,
+    positions: Positions,
+    alpha: Float[np.ndarray, "*#points"],
+    size: Float[np.ndarray, "*#points"],
+) -> Weights:
+    """Weights of the `Features` of sets of layers in their barriers B(α).
 
-    - `"second-order"`: α(1−α)/2 · (α c₁ + (1−α) c₂), Propositions 1 and 2 of Singh et al. 2024;
-    - `"shared-hessian"`: α(1−α)/2 · c₁, their eq. 19–21;
-    - `"with-slopes"`: second order + α(1−α)(g₁ − g₂), for endpoints that are not stationary;
-    - `"hermite"`: the quintic through L, L' and L'' at both ends, minus the chord; for the full segment only.
+    With the loss ℓ, the slope g and the curvature c along a set's displacement at the two ends, 0 and 1:
+
+    - `"anchored"`: blended from Taylor expansions at all anchors, see `blending`;
+    - `"second-order"`: α(1−α)/2 · (α c₀ + (1−α) c₁), Propositions 1 and 2 of Singh et al. 2024;
+    - `"with-slopes"`: second order + α(1−α)(g₀ − g₁), for ends that are not stationary;
+    - `"shared-hessian"`: α(1−α)/2 · c₀, their eq. 19–21;
+    - `"hermite"`: the quintic through ℓ, g and c at the anchors on either side of α, minus the chord; for the whole
+      network only, where `"anchored"` is the same.
+
+    Args:
+        expansion: The formula.
+        positions: The anchors, rising from 0 to 1.
+        alpha: α of each point.
+        size: What the set has of the layers' energy, Σ_{ℓ∈S} e_ℓ; `"anchored"` alone looks at it.
     """
-    (loss_1, slope_1, curvature_1), (loss_2, slope_2, curvature_2) = first, second
-    zero = np.zeros_like(np.asarray(curvature_1, dtype=np.float64))
+    if expansion == "anchored":
+        return set_weights(positions, alpha, size)
+    weights = np.zeros((6, len(positions), *np.broadcast_shapes(np.shape(alpha), np.shape(size))))
+    parabola = alpha * (1 - alpha)
     if expansion == "hermite":
-        rise = loss_2 - loss_1
-        return np.stack(
-            [
-                zero,
-                slope_1 - rise,
-                zero + curvature_1 / 2,
-                10 * rise - 6 * slope_1 - 4 * slope_2 - 1.5 * curvature_1 + 0.5 * curvature_2,
-                -15 * rise + 8 * slope_1 + 7 * slope_2 + 1.5 * curvature_1 - curvature_2,
-                6 * rise - 3 * slope_1 - 3 * slope_2 - 0.5 * curvature_1 + 0.5 * curvature_2,
-            ]
-        )
-    turn = slope_1 - slope_2 if expansion == "with-slopes" else zero
-    if expansion == "shared-hessian":
-        curvature_2 = curvature_1
-    square = curvature_1 / 2 - curvature_2 - turn
-    return np.stack([zero, turn + curvature_2 / 2, square, (curvature_2 - curvature_1) / 2])
+        weights[:3] = quintic_weights(positions, np.broadcast_to(alpha, weights.shape[2:]))
+        weights[0, 0] -= 1 - alpha
+        weights[0, -1] -= alpha
+    elif expansion == "shared-hessian":
+        weights[5, 0] = parabola / 2
+    else:
+        weights[5, 0], weights[5, -1] = parabola * alpha / 2, parabola * (1 - alpha) / 2
+        if expansion == "with-slopes":
+            weights[3, 0], weights[3, -1] = parabola, -parabola
+    return weights
 
 
-def peak(curve: Float[np.ndarray, " powers"]) -> float:
-    """Position of the maximum of a barrier curve over [0, 1]; 0 when the curve nowhere rises above the chord."""
-    slope = polyder(curve)
-    # A leading coefficient of rounding size would send the other roots astray.
-    roots = polyroots(polytrim(slope, 1e-14 * np.abs(slope).max()))
-    inside = [root.real for root in roots if abs(root.imag) < 1e-9 and 1e-9 < root.real < 1 - 1e-9]
-    # Barrier curves vanish at both ends; only what rises above them is a peak, and rounding at α = 1 is not.
-    candidates = np.array([0.0, *inside])
-    return float(candidates[np.argmax(polyval(candidates, curve))])
+def highest(
+    curves: Callable[[Float[np.ndarray, "n sets"]], Float[np.ndarray, "n sets"]], count: int
+) -> Float[np.ndarray, " sets"]:
+    """Positions of the maxima over [0, 1] of several barrier curves; 0 for those that nowhere rise above the chord.
+
+    Args:
+        curves: The curves' values at n positions each.
+        count: How many curves there are.
+    """
+    found, width = np.full(count, 0.5), 0.5
+    for points in (_GRID, *[21] * _REFINEMENTS):
+        grid = np.clip(found + np.linspace(-width, width, points)[:, None], 0.0, 1.0)
+        found = grid[curves(grid).argmax(axis=0), np.arange(count)]
+        width = 2 * width / (points - 1)
+    # Curves vanish at both ends.
+    return np.where(curves(found[None])[0] > 0, found, 0.0)
 
 
 def check_alphas(alphas: object) -> Float[np.ndarray, " n"]:
@@ -79,4 +94,27 @@ def check_alphas(alphas: object) -> Float[np.ndarray, " n"]:
     outside = positions[~((positions >= 0) & (positions <= 1))]
     if outside.size:
         raise OptionError(f"alpha={outside[0]} lies outside the segment; expected numbers in [0, 1].")
+    return positions
+
+
+def check_anchors(anchors: object) -> Positions:
+    """The anchors of a prediction: that many, evenly spaced, or the positions themselves, which include both ends.
+
+    Raises:
+        OptionError: They are not a number of at least 2, or positions that rise from 0 to 1.
+    """
+    if isinstance(anchors, (int, np.integer)) and not isinstance(anchors, bool):
+        if anchors < 2:
+            raise OptionError(f"anchors={anchors}: at least the two networks are needed, 2.")
+        return np.linspace(0.0, 1.0, int(anchors))
+    try:
+        positions = np.asarray(anchors, dtype=np.float64)
+        fit = positions.ndim == 1 and len(positions) > 1 and positions[0] == 0 and positions[-1] == 1
+        fit = bool(fit and (np.diff(positions) > 0).all())
+    except (TypeError, ValueError):
+        positions, fit = np.empty(0), False
+    if not fit:
+        raise OptionError(
+            f"anchors={anchors!r}: expected a number of anchors, or positions that rise from 0 to 1, as in [0, 0.3, 1]."
+        )
     return positions

@@ -2,23 +2,24 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from numpy.polynomial.polynomial import polyval
-from torch import nn
+from jaxtyping import Bool, Float
 
 from lmc_curvature.averages import standard_error
-from lmc_curvature.barrier.expansions import EXPANSIONS, Endpoint, Expansion, check_alphas, coefficients, peak
-from lmc_curvature.barrier.setup import segment_and_objective
-from lmc_curvature.curvature.problem import Method
-from lmc_curvature.curvature.projection import Projection, project_hessian_at
+from lmc_curvature.barrier.cube import Anchor, Cube, Sets
+from lmc_curvature.barrier.expansions import (
+    EXPANSIONS,
+    Expansion,
+    check_alphas,
+    highest,
+)
+from lmc_curvature.curvature.projection import Projection
 from lmc_curvature.errors import OptionError, check_choice
-from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective
-from lmc_curvature.segment import Frozen, PartitionSpec, Segment, layer_indices
+from lmc_curvature.objective import BatchNormPolicy
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:
@@ -28,127 +29,33 @@ if TYPE_CHECKING:
 _FIELDS = ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures", "batch_weights")
 
 
-@torch.inference_mode(False)
-def predict_barrier(
-    model_a: nn.Module,
-    model_b: nn.Module,
-    loader: Iterable[Any],
-    *,
-    loss_fn: LossFunction | None = None,
-    layers: PartitionSpec = "fused",
-    frozen: Frozen = (),
-    base: Literal["a", "b"] = "a",
-    batch_norm: BatchNormPolicy = "interpolate",
-    method: Method = "auto",
-    memory_gib: float | None = None,
-    max_batches: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    allow_tf32: bool = False,
-    witness: bool = True,
-    progress: bool | None = None,
-) -> "BarrierPrediction":
-    """Predict the barrier between two networks, for all their layers and for any set of them, in one pass.
-
-    Loss, slopes and the layer-by-layer curvature ΔᵀHΔ are computed exactly at both networks, on the same batches;
-    the barrier follows from them by Taylor expansion (Propositions 1 and 2 of Singh et al. 2024).
-
-    Args:
-        model_a: The network at α = 0; it is not modified.
-        model_b: The network at α = 1; it is not modified.
-        loader: Yields `(x, y)` batches, or what `loss_fn` expects; visited once.
-        loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
-        layers: The partition into L layers; see `LayerPartition.of`.
-        frozen: Layers that stay at the entries of `model_a` in both networks, or of `model_b` with `base="b"`: their
-            names, regular expressions for entries, or `"requires_grad"` for what does not require gradients; see
-            `Segment`.
-        base: The network at which they stay, `"a"` or `"b"`.
-        batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`. Under
-            `"recalibrate"` the prediction differentiates through batch statistics, as under `"batch"`.
-        method: Method to compute curvature; see `project_hessian`.
-        memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
-        max_batches: Use only this many batches; the standard errors say how far to trust the result.
-        device: Device to compute on; `model_a`'s device by default.
-        dtype: Floating-point type to compute in; by default `model_a`'s, float32 at least.
-        allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
-        witness: Compare derivatives with differences of the loss first; see `Objective`.
-        progress: Show a progress bar over batches; by default on a terminal and in notebooks.
-
-    Raises:
-        LMCCurvatureError: The networks, the loader or an option are not what they should be; the subclasses of
-            `lmc_curvature.errors` tell which.
-    """
-    segment, objective = segment_and_objective(
-        model_a,
-        model_b,
-        loader,
-        layers=layers,
-        batch_norm=batch_norm,
-        frozen=frozen,
-        base=base,
-        loss_fn=loss_fn,
-        max_batches=max_batches,
-        device=device,
-        dtype=dtype,
-        allow_tf32=allow_tf32,
-        witness=witness,
-    )
-    return predict_on_segment(objective, segment, method=method, memory_gib=memory_gib, progress=progress)
-
-
-def predict_on_segment(
-    objective: Objective,
-    segment: Segment,
-    *,
-    method: Method = "auto",
-    memory_gib: float | None = None,
-    progress: bool | None = None,
-) -> "BarrierPrediction":
-    """Predict the barrier along a segment, as `predict_barrier` does for two networks.
-
-    Several segments with one objective share what it keeps about its network, such as the graph of its operations.
-
-    Args:
-        objective: The loss, of a network of the segment's architecture and under its policy.
-        segment: The segment between the two networks.
-        method: Method to compute curvature; see `project_hessian`.
-        memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
-        progress: Show a progress bar over batches; by default on a terminal and in notebooks.
-    """
-    segment = segment.to(objective.device, objective.dtype)
-    ends, directions = [segment.start, segment.end], segment.directions()
-    first, second = project_hessian_at(
-        objective, ends, directions, method=method, memory_gib=memory_gib, progress=progress
-    )
-    parameters = {name for name, _ in objective.network.named_parameters()}
-    squares = [
-        sum(float((tensor.double() ** 2).sum()) for name, tensor in direction.items() if name in parameters)
-        for direction in directions.values()
-    ]
-    notes = objective.notes + segment.notes
-    return BarrierPrediction(segment.layers, (first, second), np.sqrt(np.array(squares)), objective.batch_norm, notes)
-
-
 @dataclass(frozen=True, eq=False)
 class BarrierPrediction:
     """A prediction of the barrier between two networks, for any set of layers.
 
     A set of layers is given by names; None means all of them, the whole network. Positions α run from `model_a` at 0
-    to `model_b` at 1. Barriers are in units of the loss.
+    to `model_b` at 1. Barriers are in units of the loss. An expansion is the formula that makes them of what is known
+    at the anchors, see `barrier_weights`; None means `"anchored"` where there are anchors between the ends, and
+    `"second-order"` where there are none.
 
     Attributes:
         layers: Names of the L layers.
-        endpoints: Projections onto the layers' directions Δ_ℓ at `model_a` and at `model_b`.
+        anchors: Positions α, rising from 0 to 1, each with the projection there.
         distances: Norms of Δ_ℓ over parameters, (L,); running statistics have another scale, and are left out.
         batch_norm: The batch-normalisation policy.
         notes: Sentences that belong beside the numbers, such as what is frozen.
     """
 
     layers: tuple[str, ...]
-    endpoints: tuple[Projection, Projection]
+    anchors: tuple[Anchor, ...]
     distances: Float[np.ndarray, " layers"]
     batch_norm: BatchNormPolicy
     notes: tuple[str, ...] = ()
+
+    @property
+    def endpoints(self) -> tuple[Projection, Projection]:
+        """Projections at `model_a` and at `model_b`."""
+        return self.anchors[0].projection, self.anchors[-1].projection
 
     @property
     def distance(self) -> float:
@@ -164,25 +71,64 @@ class BarrierPrediction:
         self,
         alphas: Sequence[float] | Float[np.ndarray, " n"],
         layers: Iterable[str] | str | None = None,
-        expansion: Expansion = "second-order",
+        expansion: Expansion | None = None,
     ) -> Float[np.ndarray, " n"]:
-        """Predicted barrier curve B_S(α) at positions in [0, 1]; see `expansions.coefficients` for the formulas.
+        """Predicted barrier curve B_S(α) at positions in [0, 1].
 
         Raises:
             OptionError: A position lies outside [0, 1].
             PartitionError: The set names an unknown layer.
             OptionError: `expansion` is not a choice, or is `"hermite"` for a set that is not the whole network.
         """
-        return polyval(check_alphas(alphas), self._coefficients(layers, expansion))
+        members = self._cube.sets([layers])
+        return self._cube.barriers(members, check_alphas(alphas)[:, None], self._chosen(expansion, members))[:, 0]
 
-    def barrier(self, layers: Iterable[str] | str | None = None, expansion: Expansion = "second-order") -> float:
+    def barrier(self, layers: Iterable[str] | str | None = None, expansion: Expansion | None = None) -> float:
         """Predicted barrier of a set of layers: the maximum of its curve over [0, 1], so 0 where no α rises."""
-        curve = self._coefficients(layers, expansion)
-        return float(polyval(peak(curve), curve))
+        return float(self._highest(self._cube.sets([layers]), expansion)[1][0])
 
-    def layer_barriers(self, expansion: Expansion = "second-order") -> Float[np.ndarray, " layers"]:
+    def layer_barriers(self, expansion: Expansion | None = None) -> Float[np.ndarray, " layers"]:
         """Predicted barrier of each layer alone (Proposition 2)."""
-        return np.array([self.barrier([layer], expansion) for layer in self.layers])
+        return self._highest(np.eye(len(self.layers), dtype=bool), expansion)[1]
+
+    def set_barriers(
+        self, sets: Sets, alphas: float | Sequence[float] = 0.5, expansion: Expansion | None = None
+    ) -> Float[np.ndarray, " sets *n"]:
+        """Predicted barriers of many sets of layers, with their signs: a million sets take seconds.
+
+        Args:
+            sets: Names of the layers of each set, or an array (sets, L) that is true where a set has a layer.
+            alphas: A position in [0, 1], or n of them.
+            expansion: The formula.
+
+        Returns:
+            B_S(α), (sets,) for one position and (sets, n) for several.
+
+        Raises:
+            OptionError: A position lies outside [0, 1], or `expansion` does not fit.
+            PartitionError: A set names an unknown layer.
+        """
+        positions, members = check_alphas(alphas), self._cube.sets(sets)
+        found = self._cube.barriers(members, positions[:, None], self._chosen(expansion, members)).T
+        return found[:, 0] if np.ndim(alphas) == 0 else found
+
+    def set_expansion_errors(self, sets: Sets, alphas: float | Sequence[float] = 0.5) -> Float[np.ndarray, " sets *n"]:
+        """How far the anchored `set_barriers` may be off, apart from sampling: nine in ten are off by less.
+
+        It is estimated from how far two ways to blend the anchors' expansions disagree, from what each anchor between
+        the ends changes, and from the barrier's size; `docs/results.md` shows on which networks that was tried.
+        """
+        positions, members = check_alphas(alphas), self._cube.sets(sets)
+        found = self._cube.expansion_errors(members, positions[:, None]).T
+        return found[:, 0] if np.ndim(alphas) == 0 else found
+
+    def loss_at(self, points: Float[np.ndarray, "n L"]) -> Float[np.ndarray, " n"]:
+        """Predicted loss at points of the cube of layers: θ(x) = θ₁ + Σ_ℓ x_ℓ Δ_ℓ.
+
+        Raises:
+            OptionError: The points are no array (n, L) of numbers in [0, 1].
+        """
+        return self._cube.losses(points)
 
     @property
     def interactions(self) -> Float[np.ndarray, "layers layers"]:
@@ -194,26 +140,51 @@ class BarrierPrediction:
         """Δ_ℓᵀ H Δ_ℓ of each layer, the mean of the two endpoints."""
         return np.mean([np.diag(end.curvature) for end in self.endpoints], axis=0)
 
-    def standard_error(self, layers: Iterable[str] | str | None = None, expansion: Expansion = "second-order") -> float:
+    def standard_error(self, layers: Iterable[str] | str | None = None, expansion: Expansion | None = None) -> float:
         """Standard error of `barrier`, from the spread between batches; NaN for a single batch.
 
         At a maximum the position's own uncertainty does not matter to first order, so it is the standard error of
-        the curve at the predicted position; 0 where the curve nowhere rises above the chord.
+        the curve at the predicted position, or at α = 1/2 where the curve nowhere rises above the chord.
         """
-        position = peak(self._coefficients(layers, expansion))
-        members = layer_indices(self.layers, layers)
-        curves = coefficients(expansion, *(_batch_values(end, members) for end in self.endpoints))
-        return float(standard_error(np.asarray(polyval(position, curves)), self.endpoints[0].weights))
+        members = self._cube.sets([layers])
+        positions, _ = self._highest(members, expansion)
+        alpha = np.where(positions > 0, positions, 0.5)[0]
+        batches = self._cube.batch_barriers(members[0], alpha, self._chosen(expansion, members))
+        return float(standard_error(batches, self.endpoints[0].weights))
 
-    def _coefficients(self, layers: Iterable[str] | str | None, expansion: Expansion) -> Float[np.ndarray, " powers"]:
+    def expansion_error(self, layers: Iterable[str] | str | None = None) -> float:
+        """How far the anchored `barrier` may be off, apart from sampling; see `set_expansion_errors`."""
+        members = self._cube.sets([layers])
+        positions, _ = self._highest(members, "anchored")
+        return float(self._cube.expansion_errors(members, np.where(positions > 0, positions, 0.5)[None])[0, 0])
+
+    @property
+    def expansion(self) -> Expansion:
+        """The formula that is meant by None."""
+        return "anchored" if len(self.anchors) > 2 else "second-order"
+
+    @cached_property
+    def _cube(self) -> Cube:
+        return Cube(self.layers, self.anchors)
+
+    def _chosen(self, expansion: Expansion | None, members: Bool[np.ndarray, "sets L"]) -> Expansion:
+        if expansion is None:
+            return self.expansion
         check_choice("expansion", expansion, EXPANSIONS)
-        members = layer_indices(self.layers, layers)
-        if expansion == "hermite" and len(members) < len(self.layers):
+        if expansion == "hermite" and not members.all():
             raise OptionError(
                 "expansion='hermite' holds for the whole network only: the slope along a set of layers changes with "
-                "the other layers. Use layers=None, or 'with-slopes' for a set."
+                "the other layers. Use layers=None, or 'anchored' for a set."
             )
-        return coefficients(expansion, *(_mean_values(end, members) for end in self.endpoints))
+        return expansion
+
+    def _highest(
+        self, members: Bool[np.ndarray, "sets L"], expansion: Expansion | None
+    ) -> tuple[Float[np.ndarray, " sets"], Float[np.ndarray, " sets"]]:
+        """Positions and values of the maxima."""
+        chosen = self._chosen(expansion, members)
+        positions = highest(lambda alpha: self._cube.barriers(members, alpha, chosen), len(members))
+        return positions, self._cube.barriers(members, positions[None], chosen)[0]
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A row a layer: distance, slopes and curvatures at both ends, and the layer's predicted barriers."""
@@ -239,10 +210,11 @@ class BarrierPrediction:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the prediction to one safetensors file, without loss."""
         arrays = {"distances": self.distances}
-        for number, projection in enumerate(self.endpoints):
+        for number, (_, projection) in enumerate(self.anchors):
             fields = {field: getattr(projection, field) for field in _FIELDS}
-            arrays |= {f"endpoint_{number}.{field}": array for field, array in fields.items() if array is not None}
-        metadata = {"layers": self.layers, "batch_norm": self.batch_norm, "notes": self.notes}
+            arrays |= {f"anchor_{number}.{field}": array for field, array in fields.items() if array is not None}
+        positions = [anchor.alpha for anchor in self.anchors]
+        metadata = {"layers": self.layers, "anchors": positions, "batch_norm": self.batch_norm, "notes": self.notes}
         save_arrays(path, "barrier-prediction", arrays, **metadata)
 
     @classmethod
@@ -254,14 +226,16 @@ class BarrierPrediction:
             FileFormatError: The file is damaged or holds something else.
         """
         arrays, metadata = load_arrays(path, "barrier-prediction")
-        # Weights are there where they are not the sizes.
-        names = [{field: f"endpoint_{number}.{field}" for field in _FIELDS} for number in (0, 1)]
-        first, second = (
-            Projection(**{field: arrays[name] for field, name in fields.items() if name in arrays}) for fields in names
-        )
-        # Files of earlier versions have no notes.
+        # Files of earlier versions have the two ends alone, and no notes.
+        word, positions = ("anchor", metadata["anchors"]) if "anchors" in metadata else ("endpoint", [0.0, 1.0])
+        anchors = []
+        for number, alpha in enumerate(positions):
+            # Weights are there where they are not the sizes.
+            names = {field: f"{word}_{number}.{field}" for field in _FIELDS}
+            projection = Projection(**{field: arrays[name] for field, name in names.items() if name in arrays})
+            anchors.append(Anchor(alpha, projection))
         layers, notes = tuple(metadata["layers"]), tuple(metadata.get("notes", ()))
-        return cls(layers, (first, second), arrays["distances"], metadata["batch_norm"], notes)
+        return cls(layers, tuple(anchors), arrays["distances"], metadata["batch_norm"], notes)
 
     def plot(self) -> "Figure":
         """Draw the predicted curves of the whole network and the barriers of its layers."""
@@ -286,13 +260,3 @@ class BarrierPrediction:
             *(f"  {note}" for note in self.notes),
         ]
         return "\n".join(lines)
-
-
-def _mean_values(end: Projection, members: list[int]) -> Endpoint:
-    curvature = end.curvature[np.ix_(members, members)]
-    return Endpoint(end.loss, float(end.slopes[members].sum()), float(curvature.sum()))
-
-
-def _batch_values(end: Projection, members: list[int]) -> Endpoint:
-    curvatures = end.batch_curvatures[:, members][:, :, members]
-    return Endpoint(end.batch_losses, end.batch_slopes[:, members].sum(axis=1), curvatures.sum(axis=(1, 2)))

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction, Objective, Segment, figures, forking, measure_barrier
 from lmc_curvature.averages import rank_correlation
-from lmc_curvature.barrier.prediction import predict_on_segment
+from lmc_curvature.barrier.predict import predict_on_segment
 
 CONFIG = forking.ForkConfig(
     data="digits",

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lmc_curvature.barrier.drawing import ALPHA_LABEL, ALPHAS, BARRIER_LABEL, alpha_axis
 from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
-from lmc_curvature.barrier.prediction import BarrierPrediction, predict_barrier
+from lmc_curvature.barrier.predict import predict_barrier
+from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.landscapes import QuadraticProduct, landscape_loss, origin
 from lmc_curvature.plotting.axes import heading, legend_line, plain_ticks
 from lmc_curvature.plotting.style import BLUE, GREEN, INK, TEXT_WIDTH, VERMILION, look, new_figure

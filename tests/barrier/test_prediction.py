@@ -47,7 +47,7 @@ def test_full_curve_is_proposition_1_with_the_whole_hessians(prediction):
         v = H.flatten({name: delta[name] for name in H.state})
         energies.append(float(v @ H.to_dense() @ v))
     expected = ALPHAS * (1 - ALPHAS) / 2 * (ALPHAS * energies[0] + (1 - ALPHAS) * energies[1])
-    np.testing.assert_allclose(prediction.curve(ALPHAS), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(prediction.curve(ALPHAS, None, "second-order"), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_layer_curve_is_proposition_2_with_the_layer_block(prediction):
@@ -59,8 +59,8 @@ def test_layer_curve_is_proposition_2_with_the_layer_block(prediction):
         v = block.flatten({name: direction[name] for name in block.columns})
         energies.append(float(v @ block.to_dense() @ v))
     expected = ALPHAS * (1 - ALPHAS) / 2 * (ALPHAS * energies[0] + (1 - ALPHAS) * energies[1])
-    np.testing.assert_allclose(prediction.curve(ALPHAS, ["conv2"]), expected, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(prediction.curve(ALPHAS, "conv2"), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(prediction.curve(ALPHAS, ["conv2"], "second-order"), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(prediction.curve(ALPHAS, "conv2", "second-order"), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_summaries_follow_from_the_curves(prediction):

@@ -1,0 +1,137 @@
+"""Predicted losses and barriers anywhere in the cube of layers, as arrays, from what is known at its anchors."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from lmc_curvature.barrier.blending import Features, combine, disagreement_weights, layer_shares, point_weights
+from lmc_curvature.barrier.expansions import Expansion, barrier_weights
+from lmc_curvature.curvature.projection import Projection
+from lmc_curvature.errors import OptionError
+from lmc_curvature.segment import layer_indices
+
+Sets = Sequence[Iterable[str] | str | None] | np.ndarray
+"""Sets of layers: names of each set's members, or an array (sets, L) that is true where a set has a layer."""
+
+# So many at once, or the weights of a million sets would take gigabytes.
+_SETS_AT_ONCE = 50_000
+
+# What the expansion error is made of, fitted in docs/results.md.
+_BETWEEN, _LEFT_OUT, _SIZE = 1.0, 0.5, 0.1
+
+
+class Anchor(NamedTuple):
+    """A position α on the segment, and the projection onto the layers' directions Δ_ℓ there."""
+
+    alpha: float
+    projection: Projection
+
+
+@dataclass(frozen=True, eq=False)
+class Cube:
+    """The cube θ₁ + Σ_ℓ x_ℓ Δ_ℓ of L layers, and what is known of the loss on its diagonal.
+
+    Attributes:
+        layers: Names of the layers.
+        anchors: What is known, from x = 0 to x = 1.
+    """
+
+    layers: tuple[str, ...]
+    anchors: tuple[Anchor, ...]
+
+    @cached_property
+    def positions(self) -> Float[np.ndarray, " anchors"]:
+        """Positions of the anchors."""
+        return np.array([anchor.alpha for anchor in self.anchors])
+
+    @cached_property
+    def shares(self) -> Float[np.ndarray, " L"]:
+        """What each layer has of the energy; see `layer_shares`."""
+        return layer_shares(np.stack([anchor.projection.curvature for anchor in self.anchors]))
+
+    def sets(self, sets: Sets) -> Bool[np.ndarray, "sets L"]:
+        """Sets of layers as rows that are true at their members; None is the set of all.
+
+        Raises:
+            OptionError: An array has another number of columns.
+            PartitionError: A set names an unknown layer.
+        """
+        if isinstance(sets, np.ndarray):
+            if sets.ndim != 2 or sets.shape[1] != len(self.layers):
+                raise OptionError(
+                    f"sets has shape {sets.shape}; expected an array (sets, {len(self.layers)}), a column a layer in "
+                    "the order of prediction.layers."
+                )
+            return sets.astype(bool)
+        members = np.zeros((len(sets), len(self.layers)), dtype=bool)
+        for row, names in zip(members, sets, strict=True):
+            row[layer_indices(self.layers, names)] = True
+        return members
+
+    def losses(self, points: Float[np.ndarray, "n L"]) -> Float[np.ndarray, " n"]:
+        """Predicted losses at points of the cube.
+
+        Raises:
+            OptionError: The points are no array (n, L) of numbers in [0, 1].
+        """
+        x = np.asarray(points, dtype=np.float64)
+        if x.ndim != 2 or x.shape[1] != len(self.layers) or not ((x >= 0) & (x <= 1)).all():
+            raise OptionError(
+                f"points: expected an array (n, {len(self.layers)}) of numbers in [0, 1], a column a layer in the "
+                f"order of prediction.layers; got one of shape {x.shape}."
+            )
+        return combine(point_weights(self.positions, x @ self.shares, x**2 @ self.shares), self._features(x))
+
+    def barriers(
+        self, members: Bool[np.ndarray, "sets L"], alpha: Float[np.ndarray, " n #sets"], expansion: Expansion
+    ) -> Float[np.ndarray, "n sets"]:
+        """Barriers of sets at n positions, the same for all sets or each its own."""
+        parts = []
+        for rows in np.array_split(np.arange(len(members)), len(members) // _SETS_AT_ONCE + 1):
+            along = alpha[:, rows] if alpha.shape[1] > 1 else alpha
+            weights = barrier_weights(expansion, self.positions, along, members[rows] @ self.shares)
+            parts.append(combine(weights, self._features(members[rows])))
+        return np.concatenate(parts, axis=1)
+
+    def batch_barriers(
+        self, members: Bool[np.ndarray, " L"], alpha: float, expansion: Expansion
+    ) -> Float[np.ndarray, " batches"]:
+        """The barrier of a set at a position by every batch, with the weights of them all."""
+        weights = barrier_weights(expansion, self.positions, np.array([alpha]), np.array([members @ self.shares]))
+        features = _stacked(
+            _features(each.batch_losses, each.batch_slopes, each.batch_curvatures, members) for _, each in self.anchors
+        )
+        return combine(weights, features)
+
+    def expansion_errors(
+        self, members: Bool[np.ndarray, "sets L"], alpha: Float[np.ndarray, " n #sets"]
+    ) -> Float[np.ndarray, "n sets"]:
+        """How far anchored barriers may be off, apart from sampling."""
+        features = self._features(members)
+        ways = disagreement_weights(self.positions, alpha, members @ self.shares)
+        between, *left_out = (np.abs(combine(weights, features)) for weights in ways)
+        size = np.abs(self.barriers(members, alpha, "anchored"))
+        return _BETWEEN * between + _LEFT_OUT * np.max([*left_out, np.zeros_like(between)], axis=0) + _SIZE * size
+
+    def _features(self, x: Float[np.ndarray, "n L"] | Bool[np.ndarray, "n L"]) -> Features:
+        return _stacked(_features(each.loss, each.slopes, each.curvature, x) for _, each in self.anchors)
+
+
+def _features(loss: float | np.ndarray, slopes: np.ndarray, curvature: np.ndarray, x: np.ndarray) -> Features:
+    """Features at one anchor: of n points and the mean over the data, or of one point and every batch."""
+    x = x.astype(np.float64)
+    along, own = curvature.sum(axis=-1), slopes @ x.T
+
+    def same(total: float | np.ndarray) -> np.ndarray:
+        return np.broadcast_to(total, own.shape)
+
+    totals = same(loss), same(slopes.sum(axis=-1)), same(along.sum(axis=-1))
+    return Features(*totals, own, along @ x.T, ((x @ curvature) * x).sum(axis=-1))
+
+
+def _stacked(anchors: Iterable[Features]) -> Features:
+    return Features(*(np.stack(column) for column in zip(*anchors, strict=True)))

@@ -1,0 +1,135 @@
+"""The curvature at anchors between two networks, and the prediction that is made of it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import nn
+
+from lmc_curvature.barrier.cube import Anchor
+from lmc_curvature.barrier.expansions import check_anchors
+from lmc_curvature.barrier.prediction import BarrierPrediction
+from lmc_curvature.barrier.setup import segment_and_objective
+from lmc_curvature.curvature.problem import Method
+from lmc_curvature.curvature.projection import project_hessian_at
+from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective
+from lmc_curvature.segment import Frozen, PartitionSpec, Segment
+
+
+@torch.inference_mode(False)
+def predict_barrier(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loader: Iterable[Any],
+    *,
+    loss_fn: LossFunction | None = None,
+    layers: PartitionSpec = "fused",
+    frozen: Frozen = (),
+    base: Literal["a", "b"] = "a",
+    anchors: int | Sequence[float] = 3,
+    batch_norm: BatchNormPolicy = "interpolate",
+    method: Method = "auto",
+    memory_gib: float | None = None,
+    max_batches: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    allow_tf32: bool = False,
+    witness: bool = True,
+    progress: bool | None = None,
+) -> "BarrierPrediction":
+    """Predict the barrier between two networks, for all their layers and for any set of them, in one pass.
+
+    Loss, slopes and the layer-by-layer curvature ΔᵀHΔ are computed exactly at both networks and at anchors between
+    them, on the same batches; barriers follow from Taylor expansions at all of them, see `blending`, or at the two
+    networks alone (Propositions 1 and 2 of Singh et al. 2024).
+
+    Args:
+        model_a: The network at α = 0; it is not modified.
+        model_b: The network at α = 1; it is not modified.
+        loader: Yields `(x, y)` batches, or what `loss_fn` expects; visited once.
+        loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
+        layers: The partition into L layers; see `LayerPartition.of`.
+        frozen: Layers that stay at the entries of `model_a` in both networks, or of `model_b` with `base="b"`: their
+            names, regular expressions for entries, or `"requires_grad"` for what does not require gradients; see
+            `Segment`.
+        base: The network at which they stay, `"a"` or `"b"`.
+        anchors: How many points of the segment to differentiate at, evenly spaced, or their positions α, which include
+            0 and 1. The work grows with their number. With the two ends alone, barriers are of second order.
+        batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`. Under
+            `"recalibrate"` the prediction differentiates through batch statistics, as under `"batch"`.
+        method: Method to compute curvature; see `project_hessian`.
+        memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
+        max_batches: Use only this many batches; the standard errors say how far to trust the result.
+        device: Device to compute on; `model_a`'s device by default.
+        dtype: Floating-point type to compute in; by default `model_a`'s, float32 at least.
+        allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
+        witness: Compare derivatives with differences of the loss first; see `Objective`.
+        progress: Show a progress bar over batches; by default on a terminal and in notebooks.
+
+    Raises:
+        LMCCurvatureError: The networks, the loader or an option are not what they should be; the subclasses of
+            `lmc_curvature.errors` tell which.
+    """
+    positions = check_anchors(anchors)
+    segment, objective = segment_and_objective(
+        model_a,
+        model_b,
+        loader,
+        layers=layers,
+        batch_norm=batch_norm,
+        frozen=frozen,
+        base=base,
+        loss_fn=loss_fn,
+        max_batches=max_batches,
+        device=device,
+        dtype=dtype,
+        allow_tf32=allow_tf32,
+        witness=witness,
+    )
+    return predict_on_segment(
+        objective, segment, anchors=positions, method=method, memory_gib=memory_gib, progress=progress
+    )
+
+
+def predict_on_segment(
+    objective: Objective,
+    segment: Segment,
+    *,
+    anchors: int | Sequence[float] | Float[np.ndarray, " anchors"] = 3,
+    method: Method = "auto",
+    memory_gib: float | None = None,
+    progress: bool | None = None,
+) -> "BarrierPrediction":
+    """Predict the barrier along a segment, as `predict_barrier` does for two networks.
+
+    Several segments with one objective share what it keeps about its network, such as the graph of its operations.
+
+    Args:
+        objective: The loss, of a network of the segment's architecture and under its policy.
+        segment: The segment between the two networks.
+        anchors: How many points to differentiate at, or their positions; see `predict_barrier`.
+        method: Method to compute curvature; see `project_hessian`.
+        memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
+        progress: Show a progress bar over batches; by default on a terminal and in notebooks.
+    """
+    positions = check_anchors(anchors)
+    segment = segment.to(objective.device, objective.dtype)
+    projections = project_hessian_at(
+        objective,
+        [segment.point(alpha) for alpha in positions],
+        segment.directions(),
+        method=method,
+        memory_gib=memory_gib,
+        progress=progress,
+    )
+    directions = segment.directions()
+    parameters = {name for name, _ in objective.network.named_parameters()}
+    squares = [
+        sum(float((tensor.double() ** 2).sum()) for name, tensor in direction.items() if name in parameters)
+        for direction in directions.values()
+    ]
+    notes = objective.notes + segment.notes
+    found = tuple(Anchor(*pair) for pair in zip(positions.tolist(), projections, strict=True))
+    return BarrierPrediction(segment.layers, found, np.sqrt(np.array(squares)), objective.batch_norm, notes)
