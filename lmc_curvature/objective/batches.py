@@ -110,7 +110,8 @@ def visit(
         raise LoaderError("The loader yielded no batch; expected at least one.")
     if skipped > index:
         raise LoaderError(
-            "No target of the loader counts: each is left out by the loss (ignore_index) or of a class of weight zero."
+            "No target of the loader counts: each is left out by the loss (ignore_index), of a class of weight zero, "
+            "or in a batch of which the size of the BatchLoss is 0."
         )
 
 
@@ -178,18 +179,18 @@ def check_size(size: Any, index: int) -> float:
     """What a user's function says that a batch counts for, as a number.
 
     Raises:
-        LoaderError: It is not a positive number.
+        LoaderError: It is not a number, negative, or not finite.
     """
     try:
         weight = float(size)
     except (TypeError, ValueError) as error:
         raise LoaderError(
-            f"The size of batch {index} of the loader is {describe(size)}; expected a positive number."
+            f"The size of batch {index} of the loader is {describe(size)}; expected a number, 0 or more."
         ) from error
-    if not (math.isfinite(weight) and weight > 0):
+    if not (math.isfinite(weight) and weight >= 0):
         raise LoaderError(
-            f"Batch {index} of the loader holds {weight:g} examples; expected at least one, or a positive sum of their "
-            "weights."
+            f"Batch {index} of the loader holds {weight:g} examples by the size of the BatchLoss; expected a number of "
+            "examples, or the sum of their weights: 0 or more."
         )
     return weight
 

@@ -1,0 +1,103 @@
+"""Passes over a loader that should yield the same data: compared by sums over all examples, and warned of."""
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lmc_curvature.agreement import near
+from lmc_curvature.objective.batches import Batch, tensors_in
+
+
+@dataclass
+class Fingerprint:
+    """Sums over all examples of a pass, which do not depend on their order nor on how they are cut into batches.
+
+    Attributes:
+        examples: Number of examples.
+        weight: Sum of the batches' weights.
+        moments: Of each tensor of a batch, by its place: how many numbers it has, their sum, and that of their squares,
+            in float64 on its own device.
+        shapes: Of each tensor, the shapes of an example.
+        integers: Places of tensors of whole numbers.
+    """
+
+    examples: int = 0
+    weight: float = 0.0
+    moments: dict[int, Tensor] = field(default_factory=dict)
+    shapes: dict[int, set[torch.Size]] = field(default_factory=dict)
+    integers: set[int] = field(default_factory=set)
+
+    def add(self, batch: Batch) -> None:
+        """Add the examples of a batch."""
+        self.examples += batch.size
+        self.weight += batch.weight
+        for place, tensor in enumerate(tensors_in(batch.data)):
+            # Of what belongs to a whole batch there are more, the more batches there are.
+            if tensor.layout is torch.strided and tensor.ndim and len(tensor) == batch.size:
+                found = _moments(tensor.detach())
+                self.moments[place] = self.moments[place] + found if place in self.moments else found
+                self.shapes.setdefault(place, set()).add(tensor.shape[1:])
+                if not tensor.is_floating_point():
+                    self.integers.add(place)
+
+    def agrees_with(self, other: "Fingerprint") -> bool:
+        """Whether two passes have had the same examples, as far as sums tell it, up to rounding."""
+        rounding = torch.finfo(torch.float64).eps
+        if self.examples != other.examples or not near(
+            "passes", self.weight, other.weight, rounding=rounding, scale=other.weight
+        ):
+            return False
+        for place in self.moments.keys() & other.moments.keys():
+            # Whole numbers of varying shape are padded ones: where, depends on the order.
+            if place in self.integers and len(self.shapes[place] | other.shapes[place]) > 1:
+                continue
+            (_, total, squares), (count, expected, scale) = (pass_.moments[place].tolist() for pass_ in (self, other))
+            # |Σx| ≤ √(n Σx²), so that rounding is relative to that.
+            sums = near("passes", total, expected, rounding=rounding, scale=(count * scale) ** 0.5)
+            if not (sums and near("passes", squares, scale, rounding=rounding, scale=scale)):
+                return False
+        return True
+
+
+def _moments(tensor: Tensor) -> Tensor:
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if not numbers.is_floating_point():
+        numbers = numbers.double()
+    norm = torch.linalg.vector_norm(numbers, dtype=torch.float64)
+    return torch.stack([norm.new_tensor(float(numbers.numel())), numbers.sum(dtype=torch.float64), norm * norm])
+
+
+class Passes:
+    """The passes over one loader: each complete one is compared with the first, and one that differs is warned of."""
+
+    def __init__(self) -> None:
+        self._first: Fingerprint | None = None
+        self._count = 0
+        self._warned = False
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass on the batches of one pass."""
+        if self._warned:
+            yield from batches
+            return
+        found = Fingerprint()
+        for batch in batches:
+            if batch.weight:
+                found.add(batch)
+            yield batch
+        self._count += 1
+        if self._first is None:
+            self._first = found
+        elif not found.agrees_with(self._first):
+            self._warned = True
+            warnings.warn(
+                f"Pass {self._count} over the loader has yielded other data than pass 1 (by {found.examples} and "
+                f"{self._first.examples} examples, and the sums of their numbers): what takes several passes, such as "
+                "products of an operator, their spectra or batch_norm='recalibrate', is then of no one function. Pass "
+                "a loader that yields the same examples every time, without random augmentation, sampling with "
+                "replacement, or shuffling with drop_last or max_batches; list(loader) is one.",
+                stacklevel=3,
+            )
