@@ -79,7 +79,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "halves of a batch": Check(
             catches="A loss whose mean over the data depends on how they are cut into batches.",
             runs="Every batch of an objective's first pass, on outputs of its first batch; for a `BatchLoss` on the "
-            "first alone, with the network; not for cross-entropy and its like, which are weighed by what they divide by.",
+            "first alone, with the network; not for torch's cross-entropy itself, weighed by what it divides by.",
             cost=2.0,
             tolerance=Tolerance(0.5),
         ),

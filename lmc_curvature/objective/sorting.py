@@ -74,7 +74,8 @@ def warn_of_sorted_data(batches: Iterable[Any]) -> Iterator[Any]:
     """Pass on the batches of one pass over a loader, and warn, once, if the data come in the order of their classes.
 
     It is told by the labels of (x, y) batches, or of batches that name them, with one label an example or class
-    probabilities, as soon as these are evidence enough: after 2, 4, 8, … batches, or at the end. That two or three examples of a rare class come together is not noticed.
+    probabilities, as soon as these are evidence enough: after 2, 4, 8, … batches, or at the end. That two or three
+    examples of a rare class come together is not noticed.
     """
     seen: list[Counter[Any]] = []
     warned = False
