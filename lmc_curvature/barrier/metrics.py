@@ -73,9 +73,9 @@ class Truth:
             if truth is not None:
                 return truth
         raise OptionError(
-            "Metric 'error' is that of torch's cross_entropy, nll_loss or multi_margin_loss between outputs "
-            "(n, classes, …) and class indices (n, …) or class probabilities, or of its binary cross-entropy between "
-            "one column and targets 0 and 1, as loss_fn or called once in it; here it is something else: "
+            "Metric 'error' needs a loss_fn that is, or calls once and no other, torch's cross_entropy, nll_loss or "
+            "multi_margin_loss of outputs (n, classes, …) with class indices (n, …) or class probabilities, or its "
+            "binary cross-entropy of one column with targets 0 and 1, to read outputs as it does; "
             f"batch {batch.index} has {describe(output)} with {describe(target)}. Pass metrics=('loss',)."
         )
 

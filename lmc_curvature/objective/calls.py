@@ -99,18 +99,17 @@ class LossCalls(TorchFunctionMode):
             self.calls.append(LossCall(func, bound.arguments, found, self._place(bound.arguments["target"])))
         elif func in _REARRANGEMENTS and args and isinstance(found, Tensor):
             place = self._place(args[0])
-            whole = place is not None and found.numel() == args[0].numel()
-            if whole and found.dtype in (args[0].dtype, torch.int64):
+            if place is not None and found.numel() == args[0].numel() and found.dtype in (args[0].dtype, torch.int64):
                 self._places[id(found)] = (place, found)
         return found
 
     def _place(self, tensor: Any) -> int | None:
-        place, _ = self._places.get(id(tensor), (None, None))
-        if place is not None and place < len(self._versions):
-            root, version = self._versions[place]
-            # Written into, it no longer holds what the loader yielded.
-            return place if root._version == version else None
-        return place
+        if id(tensor) not in self._places:
+            return None
+        place, _ = self._places[id(tensor)]
+        root, version = self._versions[place]
+        # Written into, it no longer holds what the loader yielded.
+        return place if root._version == version else None
 
 
 def only_call(calls: Sequence[LossCall]) -> LossCall | None:

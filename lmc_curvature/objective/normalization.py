@@ -113,9 +113,10 @@ class Normalization:
                     evaluate(states[number], batch)
                 for entry, calls in records.items():
                     # A module called often counts by the mean of its calls.
-                    share = 1 / len(calls)
-                    count[entry] = count.get(entry, 0) + share * sum(length for length, _ in calls)
-                    total[entry] = total.get(entry, 0) + share * sum(length * value.double() for length, value in calls)
+                    lengths, values = zip(*calls, strict=True)
+                    found = torch.stack([n * v.double() for n, v in zip(lengths, values, strict=True)]).mean(0)
+                    total[entry] = total.get(entry, 0) + found
+                    count[entry] = count.get(entry, 0) + sum(lengths) / len(calls)
         return [
             {entry: value / count[entry] for entry, value in total.items()}
             for total, count in zip(totals, rows, strict=True)
