@@ -78,9 +78,10 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "halves of a batch": Check(
             catches="A loss whose mean over the data depends on how they are cut into batches.",
-            runs="Every batch of an objective's first pass, on outputs of its first batch; for a `BatchLoss` on the "
-            "first alone, with the network; not for torch's cross-entropy itself, weighed by what it divides by.",
-            cost=2.0,
+            runs="Every batch of an objective's first pass, on outputs of its first batch; of a `BatchLoss`, "
+            "with the network, the first batch, and what the batches 1, 2, 4, 8, … are divided by; not for torch's "
+            "cross-entropy itself.",
+            cost=4.0,
             tolerance=Tolerance(0.5),
         ),
         "passes": Check(

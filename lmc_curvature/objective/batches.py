@@ -75,6 +75,11 @@ def tensors_in(data: Any) -> list[Tensor]:
     return tensors
 
 
+def first_rows(data: Any, examples: int, count: int) -> Any:
+    """The first rows of every tensor that has as many as there are examples, and of any other all."""
+    return map_tensors(lambda tensor: tensor[:count] if tensor.ndim and len(tensor) == examples else tensor, data)
+
+
 def visit(
     loader: Iterable[Any],
     *,

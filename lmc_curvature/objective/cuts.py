@@ -1,5 +1,6 @@
 """A loss whose mean over the data depends on how they are cut into batches: noticed by its halves, and warned of."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -48,17 +49,42 @@ def warn_of_cuts(network_loss: NetworkLoss, state: State, batch: Batch, output: 
         _compare(network_loss, evaluate, batch.size, 1.0, _rounding(batch.data), batch.index)
 
 
-def watch_cuts(network_loss: NetworkLoss, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Pass on the batches of one pass, and warn, once, of one whose loss is not the mean of its halves' losses.
+def watch_cuts(network_loss: NetworkLoss, state: State, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Pass on the batches of one pass, and warn, once, of one whose loss is not weighed by what it divides by.
 
-    A loss of an output is evaluated without the network: on rows of the output that its first examples had. Where the
-    targets of an example are more or fewer than those of the first, that is warned of instead.
+    A loss of an output is compared with its halves' without the network: on rows of the output that its first examples
+    had. Where the targets of an example are more or fewer than those of the first, that is warned of instead. Of a
+    `BatchLoss` it is seen, with the network, what the batches 0, 1, 2, 4, 8, … are divided by.
     """
+    ratio: float | None = None
     for batch in batches:
         sight = network_loss.sight
-        if sight is not None and sight.output is not None and not network_loss.is_cut:
-            _watch_batch(network_loss, sight, batch)
+        of_batch = isinstance(network_loss.loss_fn, BatchLoss)
+        if not (network_loss.is_cut or network_loss.class_loss is not None):
+            # What is seen within a function is what its batches weigh by.
+            if of_batch and (sight is None or sight.class_loss is None):
+                if batch.is_first or (ratio is not None and batch.index.bit_count() == 1):
+                    ratio = _watch_divisor(network_loss, state, batch, ratio)
+            elif sight is not None and sight.output is not None:
+                _watch_batch(network_loss, sight, batch)
         yield batch
+
+
+def _watch_divisor(network_loss: NetworkLoss, state: State, batch: Batch, before: float | None) -> float | None:
+    """What the loss of a batch divides by, relative to the batch's weight; it should be as before."""
+    divisor = network_loss.sight_of(state, batch.data, batch.size).divisor
+    if not divisor or not batch.weight:
+        return before
+    ratio = divisor / batch.weight
+    if before is not None and not math.isclose(ratio, before, rel_tol=1e-5):
+        network_loss.is_cut = True
+        warnings.warn(
+            f"The loss of batch {batch.index} divides by {divisor:.6g} where the batch weighs {batch.weight:.6g}, "
+            f"{ratio:.6g} to one, and the first batch {before:.6g} to one: its value depends on how the data are "
+            f"cut into batches. {_REMEDY}",
+            stacklevel=3,
+        )
+    return ratio
 
 
 def _watch_batch(network_loss: NetworkLoss, sight: Sight, batch: Batch) -> None:

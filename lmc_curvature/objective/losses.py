@@ -20,6 +20,7 @@ from lmc_curvature.objective.batches import (
     check_size,
     count_examples,
     describe,
+    first_rows,
     map_tensors,
     tensors_in,
     to_device,
@@ -124,14 +125,19 @@ class NetworkLoss(nn.Module):
         Raises:
             LossError: It calls cross-entropy with class weights by whose sum nothing can be divided.
         """
-        if self.sight is not None or self.class_loss is not None:
-            return
-        of_batch = isinstance(self.loss_fn, BatchLoss)
-        few = map_tensors(lambda t: place(t[:FEW] if t.ndim and len(t) == examples else t).clone(), data)
+        if self.sight is None and self.class_loss is None:
+            self.sight = Sight()
+            self.sight = self.sight_of(state, map_tensors(place, first_rows(data, examples, FEW)), min(examples, FEW))
+
+    def sight_of(self, state: Mapping[str, Tensor], data: Any, examples: int) -> Sight:
+        """What is seen within the loss of so many examples, whose data are on the state's device.
+
+        Raises:
+            LossError: It calls cross-entropy with class weights by whose sum nothing can be divided.
+        """
         # Copies: what is looked for may write into them.
-        copies = {name: tensor.detach().clone() for name, tensor in state.items()}
-        self.sight = Sight()
-        self.sight = see(lambda: self.at(copies, few), few if of_batch else few[1], min(examples, FEW))
+        data, state = map_tensors(torch.clone, data), {name: t.detach().clone() for name, t in state.items()}
+        return see(lambda: self.at(state, data), data if isinstance(self.loss_fn, BatchLoss) else data[1], examples)
 
     def count(
         self, data: Any, index: int, *, state: Mapping[str, Tensor] | None = None, place: Any = None

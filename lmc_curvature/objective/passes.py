@@ -1,6 +1,7 @@
 """Passes over a loader that should yield the same data: compared by sums over all examples, and warned of."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -18,14 +19,15 @@ class Fingerprint:
     Attributes:
         examples: Number of examples.
         weight: Sum of the batches' weights.
-        moments: Of each tensor of a batch, by its place: how many numbers it has, their sum, and that of their squares,
-            in float64 on its own device.
+        counts: Of each tensor of a batch, by its place, how many numbers it has.
+        moments: The sum of these numbers, and that of their squares, in float64 on their own device.
         shapes: Of each tensor, the shapes of an example.
         integers: Places of tensors of whole numbers.
     """
 
     examples: int = 0
     weight: float = 0.0
+    counts: Counter[int] = field(default_factory=Counter)
     moments: dict[int, Tensor] = field(default_factory=dict)
     shapes: dict[int, set[torch.Size]] = field(default_factory=dict)
     integers: set[int] = field(default_factory=set)
@@ -39,6 +41,7 @@ class Fingerprint:
             if tensor.layout is torch.strided and tensor.ndim and len(tensor) == batch.size:
                 found = _moments(tensor.detach())
                 self.moments[place] = self.moments[place] + found if place in self.moments else found
+                self.counts[place] += tensor.numel()
                 self.shapes.setdefault(place, set()).add(tensor.shape[1:])
                 if not tensor.is_floating_point():
                     self.integers.add(place)
@@ -54,9 +57,9 @@ class Fingerprint:
             # Whole numbers of varying shape are padded ones: where, depends on the order.
             if place in self.integers and len(self.shapes[place] | other.shapes[place]) > 1:
                 continue
-            (_, total, squares), (count, expected, scale) = (pass_.moments[place].tolist() for pass_ in (self, other))
+            (total, squares), (expected, scale) = (found.moments[place].tolist() for found in (self, other))
             # |Σx| ≤ √(n Σx²), so that rounding is relative to that.
-            sums = near("passes", total, expected, rounding=rounding, scale=(count * scale) ** 0.5)
+            sums = near("passes", total, expected, rounding=rounding, scale=(other.counts[place] * scale) ** 0.5)
             if not (sums and near("passes", squares, scale, rounding=rounding, scale=scale)):
                 return False
         return True
@@ -67,7 +70,7 @@ def _moments(tensor: Tensor) -> Tensor:
     if not numbers.is_floating_point():
         numbers = numbers.double()
     norm = torch.linalg.vector_norm(numbers, dtype=torch.float64)
-    return torch.stack([norm.new_tensor(float(numbers.numel())), numbers.sum(dtype=torch.float64), norm * norm])
+    return torch.stack([numbers.sum(dtype=torch.float64), norm * norm])
 
 
 class Passes:

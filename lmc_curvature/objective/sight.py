@@ -27,6 +27,7 @@ class Sight:
         output: The network's output for these examples; None for a `BatchLoss`, or where it has failed.
         target: Their targets, likewise.
         examples: Their number.
+        divisor: What the loss divides by for them, if it returns a mean that one of torch takes; None if unknown.
     """
 
     class_loss: ClassLoss | None = None
@@ -35,6 +36,7 @@ class Sight:
     output: Any = None
     target: Any = None
     examples: int = 0
+    divisor: float | None = None
 
     def weight_of(self, tensors: Any, examples: int) -> float:
         """What a batch of so many examples counts for, by its target or, for a `BatchLoss`, by its data."""
@@ -63,9 +65,13 @@ def see(evaluate: Callable[[], tuple[Any, Any, Any]], tensors: Any, examples: in
             return Sight()
     sight = Sight(output=output, target=target, examples=examples)
     call = only_call(seen.calls)
-    if call is None or call.root is None or call.result is not loss:
+    class_loss = None if call is None or call.result is not loss else ClassLoss.of_call(call)
+    if call is None or class_loss is None:
+        return sight
+    sight = dataclasses.replace(sight, divisor=class_loss.weight_of(call.target))
+    if call.root is None:
         return sight
     shape = call.input.shape
     # As many classes as examples: the examples may be the classes, as in a contrastive loss.
     classes = shape[1] if len(shape) > 1 and shape[0] != shape[1] else None
-    return dataclasses.replace(sight, class_loss=ClassLoss.of_call(call), root=call.root, classes=classes)
+    return dataclasses.replace(sight, class_loss=class_loss, root=call.root, classes=classes)

@@ -79,7 +79,7 @@ class Soundness:
         Every further pass is compared with it.
         """
         batches = self._passes.watch(batches)
-        yield from batches if self._memo.get("cuts", False) else watch_cuts(self.network_loss, batches)
+        yield from batches if self._memo.get("cuts", False) else watch_cuts(self.network_loss, self.entries, batches)
         self._memo("cuts", lambda: True)
 
     def _check(self, state: State, batch: Batch) -> None:

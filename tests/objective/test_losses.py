@@ -359,6 +359,68 @@ def test_tokens_of_varying_length_are_weighed_within_functions(recwarn):
     assert not recwarn
 
 
+def _shifted(net, batch):
+    """As language models take it from within."""
+    logits, labels = net(batch["x"]), F.pad(batch["y"], (0, 1), value=-100)[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def _named(batches):
+    return [{"x": x, "y": y} for x, y in batches]
+
+
+@pytest.mark.parametrize("size", [None, lambda batch: len(batch["x"]), lambda batch: batch["y"].numel()])
+@pytest.mark.parametrize("lengths", [(5, 9), (5, 5, 5, 5, 7)])
+def test_batch_losses_that_divide_by_more_or_less_are_warned_of(size, lengths):
+    loader = _named(_tokens(lengths))
+    with pytest.warns(UserWarning, match=rf"batch {len(lengths) - 1} divides by .*cut into batches.*size=") as caught:
+        objective = Objective(_Lines(), loader, loss_fn=BatchLoss(_shifted, size=size))
+        objective.loss()
+        objective.loss()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size"),
+    [
+        ((5, 9, 2, 4, 4), lambda batch: batch["y"][:, 1:].numel()),
+        ((5, 9, 2, 4, 4), lambda batch: 0.5 * batch["y"][:, 1:].numel()),
+        ((5, 5, 5), None),
+        ((5, 5, 5), lambda batch: len(batch["x"])),
+    ],
+)
+def test_batch_losses_that_divide_by_their_size_are_not_warned_of(lengths, size, recwarn):
+    loader, model = _named(_tokens(lengths)), _Lines()
+    found = Objective(model, loader, loss_fn=BatchLoss(_shifted, size=size)).loss()
+    logits = torch.cat([model(batch["x"])[:, :-1].flatten(0, 1) for batch in loader])
+    labels = torch.cat([batch["y"][:, 1:].flatten() for batch in loader])
+    assert found == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert not recwarn
+
+
+def test_a_target_that_is_written_into_is_not_what_the_loader_yields():
+    def loss_fn(output, target):
+        target = target.view(-1)
+        target[target == 2] = -100
+        return F.cross_entropy(output, target)
+
+    with pytest.warns(UserWarning, match="cut into batches"):
+        Objective(_Identity(), [(OUTPUTS, UNEVEN.clone())], loss_fn=loss_fn).loss()
+
+
+def test_labels_beyond_the_classes_are_named_within_functions():
+    batches = [(OUTPUTS, UNEVEN), (OUTPUTS, UNEVEN + 1)]
+    with pytest.raises(LossError, match="Batch 1 has the label 3, which is none of the 3 classes"):
+        Objective(_Identity(), batches, loss_fn=lambda o, t: F.cross_entropy(o, t)).loss()
+
+
+def test_batches_of_which_a_function_counts_nothing_are_left_out(recwarn):
+    batches = [(OUTPUTS, torch.full((9,), 7)), (OUTPUTS, UNEVEN), (OUTPUTS, torch.full((9,), 7))]
+    found = Objective(_Identity(), batches, loss_fn=lambda o, t: F.cross_entropy(o, t, ignore_index=7)).loss()
+    assert found == pytest.approx(F.cross_entropy(OUTPUTS, UNEVEN).item(), rel=1e-6)
+    assert not recwarn
+
+
 def test_means_over_many_examples_are_not_warned_of(recwarn):
     """Rounding of long sums, of large outputs and of saturated classes is no cut."""
     generator = torch.Generator().manual_seed(0)
