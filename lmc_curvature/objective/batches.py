@@ -75,9 +75,14 @@ def tensors_in(data: Any) -> list[Tensor]:
     return tensors
 
 
-def first_rows(data: Any, examples: int, count: int) -> Any:
-    """The first rows of every tensor that has as many as there are examples, and of any other all."""
-    return map_tensors(lambda tensor: tensor[:count] if tensor.ndim and len(tensor) == examples else tensor, data)
+def first_rows(data: Any, examples: int, count: int) -> tuple[Any, int]:
+    """A batch of the first examples alone, and their number; the whole batch where a tensor in it has other rows.
+
+    Such a tensor may hold indices into the others, as the edges of a graph do.
+    """
+    if not all(tensor.ndim and len(tensor) == examples for tensor in tensors_in(data)):
+        return data, examples
+    return map_tensors(lambda tensor: tensor[:count], data), min(examples, count)
 
 
 def visit(

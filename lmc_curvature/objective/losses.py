@@ -127,7 +127,8 @@ class NetworkLoss(nn.Module):
         """
         if self.sight is None and self.class_loss is None:
             self.sight = Sight()
-            self.sight = self.sight_of(state, map_tensors(place, first_rows(data, examples, FEW)), min(examples, FEW))
+            few, number = first_rows(data, examples, FEW)
+            self.sight = self.sight_of(state, map_tensors(place, few), number)
 
     def sight_of(self, state: Mapping[str, Tensor], data: Any, examples: int) -> Sight:
         """What is seen within the loss of so many examples, whose data are on the state's device.
