@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import SequenceKey, tree_flatten_with_path
 
 from lmc_curvature.agreement import near
 from lmc_curvature.objective.batches import Batch, tensors_in
@@ -27,24 +28,31 @@ class Fingerprint:
 
     examples: int = 0
     weight: float = 0.0
-    counts: Counter[int] = field(default_factory=Counter)
-    moments: dict[int, Tensor] = field(default_factory=dict)
-    shapes: dict[int, set[torch.Size]] = field(default_factory=dict)
-    integers: set[int] = field(default_factory=set)
+    counts: Counter[str] = field(default_factory=Counter)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, set[torch.Size]] = field(default_factory=dict)
+    integers: set[str] = field(default_factory=set)
 
     def add(self, batch: Batch) -> None:
         """Add the examples of a batch."""
         self.examples += batch.size
         self.weight += batch.weight
-        for place, tensor in enumerate(tensors_in(batch.data)):
-            # Of what belongs to a whole batch there are more, the more batches there are.
-            if tensor.layout is torch.strided and tensor.ndim and len(tensor) == batch.size:
-                found = _moments(tensor.detach())
-                self.moments[place] = self.moments[place] + found if place in self.moments else found
-                self.counts[place] += tensor.numel()
-                self.shapes.setdefault(place, set()).add(tensor.shape[1:])
-                if not tensor.is_floating_point():
-                    self.integers.add(place)
+        leading = next((len(tensor) for tensor in tensors_in(batch.data) if tensor.ndim), None)
+        for path, tensor in tree_flatten_with_path(batch.data)[0]:
+            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+                continue
+            of_examples = (tensor.ndim and len(tensor) == batch.size) or (tensor.ndim > 1 and len(tensor) == leading)
+            if not tensor.is_floating_point() and not of_examples:
+                # Indices into a batch, such as a graph's edges, depend on its order.
+                continue
+            # The parts of a list have no places of their own: they are as shuffled as batches are.
+            place = str(path[:1]) + "".join(str(key) for key in path[1:] if not isinstance(key, SequenceKey))
+            found = _moments(tensor.detach())
+            self.moments[place] = self.moments[place] + found if place in self.moments else found
+            self.counts[place] += tensor.numel()
+            self.shapes.setdefault(place, set()).add(tensor.shape[1:])
+            if not tensor.is_floating_point():
+                self.integers.add(place)
 
     def agrees_with(self, other: "Fingerprint") -> bool:
         """Whether two passes have had the same examples, as far as sums tell it, up to rounding."""

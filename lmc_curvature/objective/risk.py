@@ -60,7 +60,8 @@ class Objective:
 
     Args:
         model: Any module. Its parameters need not require gradients.
-        loader: Yields `(x, y)` batches, or what `loss_fn` expects. Visited once per evaluation.
+        loader: Yields `(x, y)` batches, or what `loss_fn` expects. Visited once per evaluation; passes with other data
+            than the first are warned of.
         loss_fn: `loss_fn(output, target)` returning the scalar mean over the batch (default: cross-entropy), or a
             `BatchLoss`.
         batch_norm: `"interpolate"`, `"batch"` or `"recalibrate"`; see `BatchNormPolicy`. Derivatives

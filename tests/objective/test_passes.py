@@ -158,6 +158,45 @@ def test_padding_depends_on_the_order():
         COMPUTATIONS["losses"](Objective(model, loader, loss_fn=loss_fn))
 
 
+def _jittered(x):
+    return x + 1e-3 * torch.randn(x.shape)
+
+
+LISTS = {
+    "images and boxes": lambda noise: (
+        lambda rows: ([noise(X[n : n + 1]) for n in rows], [{"boxes": X[n, :2], "labels": Y[: n % 3]} for n in rows])
+    ),
+    "several inputs": lambda noise: lambda rows: ((X[rows], noise(X[rows] + 1)), Y[rows]),
+    "named, weighed": lambda noise: lambda rows: {"x": noise(X[rows]), "ids": Y[rows][:, None], "one": torch.ones(())},
+    "graphs": lambda noise: (
+        lambda rows: {
+            "nodes": noise(torch.cat([X[:n] for n in rows])),
+            "of": torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)),
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("collate", LISTS.values(), ids=LISTS)
+def test_batches_of_any_form_are_compared(collate):
+    def loss(model, batch):
+        data = batch["x"] if "x" in batch else batch["nodes"] if "nodes" in batch else batch[0][0]
+        return model(data).square().mean() if isinstance(batch, dict) else model(X).square().mean()
+
+    # A whole number that is no number of rows.
+    loss_fn = BatchLoss(loss, size=lambda batch: 7)
+
+    def loader(noise):
+        rows = range(1, 40)
+        return DataLoader(rows, 13, shuffle=True, collate_fn=collate(noise), generator=_own_generator())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        COMPUTATIONS["losses"](Objective(nn.Linear(4, 3), loader(lambda x: x), loss_fn=loss_fn))
+    with pytest.warns(UserWarning, match=MESSAGE):
+        COMPUTATIONS["losses"](Objective(nn.Linear(4, 3), loader(_jittered), loss_fn=loss_fn))
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.integers(2, 200), st.floats(1e-3, 1e3), st.floats(-1e3, 1e3), st.integers(0, 2**31), st.data())
 def test_sums_tell_other_examples_but_not_another_order(examples, scale, shift, seed, data):
