@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import Batch, BatchLoss, LossFunction
-from lmc_curvature.objective.batches import describe, map_tensors
+from lmc_curvature.objective.batches import describe, map_tensors, tensors_in
 from lmc_curvature.objective.calls import LossCall, LossCalls, only_call
 from lmc_curvature.objective.classification import are_probabilities
 
@@ -60,13 +60,18 @@ class Truth:
         """
         copy = map_tensors(torch.clone, output)
         call = _call_within(loss_fn, copy, target)
-        if call is not None:
+        # What a loss has written into its output is no longer what the network said.
+        if call is not None and not any(tensor._version for tensor in tensors_in(copy)):
 
             def read(output: Any) -> Tensor:
                 if call.input is copy:
                     return output
                 again = _call_within(loss_fn, output, target)
-                assert again is not None
+                if again is None:
+                    raise OptionError(
+                        f"Metric 'error' is unknown: loss_fn calls one loss of torch on an output of batch "
+                        f"{batch.index}, and none or several on another. Pass metrics=('loss',)."
+                    )
                 return again.input
 
             truth = _read_signs(call, read) or _read_classes(call, read)
@@ -75,7 +80,8 @@ class Truth:
         raise OptionError(
             "Metric 'error' needs a loss_fn that is, or calls once and no other, torch's cross_entropy, nll_loss or "
             "multi_margin_loss of outputs (n, classes, …) with class indices (n, …) or class probabilities, or its "
-            "binary cross-entropy of one column with targets 0 and 1, to read outputs as it does; "
+            "binary cross-entropy of one column with targets 0 and 1, to read outputs as it does, and that writes into "
+            "none; "
             f"batch {batch.index} has {describe(output)} with {describe(target)}. Pass metrics=('loss',)."
         )
 

@@ -1,6 +1,5 @@
 """A loss whose mean over the data depends on how they are cut into batches: noticed by its halves, and warned of."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -76,7 +75,8 @@ def _watch_divisor(network_loss: NetworkLoss, state: State, batch: Batch, before
     if not divisor or not batch.weight:
         return before
     ratio = divisor / batch.weight
-    if before is not None and not math.isclose(ratio, before, rel_tol=1e-5):
+    rounding = torch.finfo(torch.float32).eps
+    if before is not None and not near("halves of a batch", ratio, before, rounding=rounding, scale=before):
         network_loss.is_cut = True
         warnings.warn(
             f"The loss of batch {batch.index} divides by {divisor:.6g} where the batch weighs {batch.weight:.6g}, "

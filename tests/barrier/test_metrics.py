@@ -111,13 +111,6 @@ READ = {
         lambda o, t: F.cross_entropy(o - 1e9 * (torch.arange(5) == 4), t),
         lambda o: o[:, :4].argmax(1),
     ),
-    "written into": (
-        lambda: nn.Linear(3, 4),
-        X,
-        CLASSES,
-        lambda o, t: F.cross_entropy(o.neg_(), t),
-        lambda o: o.argmin(1),
-    ),
     "as many tokens as classes": (
         lambda: _LastAxis(4),
         X.view(5, 4, 3),
@@ -156,6 +149,7 @@ REFUSED = {
         CLASSES,
         lambda o, t: (o.softmax(1) @ torch.arange(4.0) - t).square().mean(),
     ),
+    "written into": (lambda: nn.Linear(3, 4), X, CLASSES, lambda o, t: F.cross_entropy(2 * o.neg_(), t)),
     "two losses": (
         lambda: nn.Linear(3, 4),
         X,
@@ -240,6 +234,19 @@ def test_positions_that_do_not_count_may_be_no_numbers():
     _, expected = _ends(lambda: nn.Linear(3, 4), [(X, y)], None, metrics=("error",))
     _, found = _ends(lambda: nn.Linear(3, 4), [(x, y)], None, metrics=("error",))
     assert found == expected
+
+
+def test_a_loss_that_calls_something_else_in_between_is_refused():
+    def loss_fn(output, target):
+        # At the middle of these two networks outputs are zero.
+        if output.abs().max() > 1e-6:
+            return F.cross_entropy(2 * output, target)
+        return output.square().mean()
+
+    a, b = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
+    b.load_state_dict({"weight": -a.weight.detach()})
+    with pytest.raises(OptionError, match="one loss of torch on an output of batch 0, and none or several on another"):
+        measure_barrier(a, b, [(X, CLASSES)], loss_fn=loss_fn, alphas=3, progress=False)
 
 
 def test_a_later_batch_is_named():
