@@ -78,9 +78,18 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "halves of a batch": Check(
             catches="A loss whose mean over the data depends on how they are cut into batches.",
-            runs="First batch of an objective, on one output of its network or, for a `BatchLoss`, with the network; "
-            "not for cross-entropy and its like, which are weighed by what they divide by.",
-            cost=2.0,
+            runs="Every batch of an objective's first pass, on outputs of its first batch; of a `BatchLoss`, "
+            "with the network, the first batch, and what the batches 1, 2, 4, 8, … are divided by; not for torch's "
+            "cross-entropy itself.",
+            cost=4.0,
+            tolerance=Tolerance(0.5),
+        ),
+        "passes": Check(
+            catches="A loader that yields other data in every pass: augmentation, sampling with replacement, shuffling "
+            "with `drop_last`.",
+            runs="Every complete pass but the first of an objective, on sums of its inputs and targets and of their "
+            "squares.",
+            cost=0.0,
             tolerance=Tolerance(0.5),
         ),
         "sorted labels": Check(

@@ -1,6 +1,7 @@
 """The empirical risk of a network: a function of its state, averaged over the batches of a loader."""
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -59,7 +60,8 @@ class Objective:
 
     Args:
         model: Any module. Its parameters need not require gradients.
-        loader: Yields `(x, y)` batches, or what `loss_fn` expects. Visited once per evaluation.
+        loader: Yields `(x, y)` batches, or what `loss_fn` expects. Visited once per evaluation; passes with other data
+            than the first are warned of.
         loss_fn: `loss_fn(output, target)` returning the scalar mean over the batch (default: cross-entropy), or a
             `BatchLoss`.
         batch_norm: `"interpolate"`, `"batch"` or `"recalibrate"`; see `BatchNormPolicy`. Derivatives
@@ -177,19 +179,15 @@ class Objective:
         Raises:
             LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
         """
+        place = functools.partial(to_device, device=self.device, dtype=self.dtype)
         total = loader_length(self.loader, self.max_batches)
+        count = functools.partial(self._network_loss.count, state=self._entries, place=place)
         with (
             global_rng_preserved(),
             tqdm(total=total, desc=description, disable=None if progress is None else not progress, leave=False) as bar,
         ):
-            yield visit(
-                self.loader,
-                max_batches=self.max_batches,
-                count=self._network_loss.count,
-                weightless=weightless,
-                place=lambda tensor: to_device(tensor, self.device, self.dtype),
-                bar=bar,
-            )
+            options = {"max_batches": self.max_batches, "weightless": weightless}
+            yield self._soundness.watch(visit(self.loader, **options, count=count, place=place, bar=bar))
 
     def batch_loss(self, state: State, batch: Batch) -> Float[Tensor, ""]:
         """Mean loss over one batch at `state`: a scalar tensor, differentiable in the state.

@@ -1,7 +1,7 @@
 """The checks that an objective makes of itself on its first batch: refusals, and warnings."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.cuts import warn_of_cuts
+from lmc_curvature.objective.cuts import warn_of_cuts, watch_cuts
 from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization
 from lmc_curvature.objective.numerics import Numerics
+from lmc_curvature.objective.passes import Passes
 from lmc_curvature.objective.randomness import drawing_module
 from lmc_curvature.objective.twins import check_twin
 from lmc_curvature.objective.witness import WITHOUT_WITNESS, check_derivatives
@@ -55,6 +56,7 @@ class Soundness:
     witness: bool
     note: str
     _memo: Memo = field(default_factory=Memo)
+    _passes: Passes = field(default_factory=Passes)
 
     def check(self, state: State, batch: Batch) -> None:
         """Refuse, on the first batch, a network whose loss is not a function of its state or not what it seems.
@@ -70,6 +72,15 @@ class Soundness:
             if torch.is_autocast_enabled(device):
                 dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
                 self._memo.replace("autocast", f"computed under torch.autocast, in {dtype} where it chooses to")
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass on the batches of one pass; in the first complete one, each is looked at for how its loss is a mean.
+
+        Every further pass is compared with it.
+        """
+        batches = self._passes.watch(batches)
+        yield from batches if self._memo.get("cuts", False) else watch_cuts(self.network_loss, self.entries, batches)
+        self._memo("cuts", lambda: True)
 
     def _check(self, state: State, batch: Batch) -> None:
         originals = [(name, tensor) for name, reference in self.originals if (tensor := reference()) is not None]

@@ -244,7 +244,7 @@ def test_alphas_may_be_any_positions():
         ({"metrics": ("accuracy",)}, OptionError, "metrics='accuracy' is not a choice"),
         ({"metrics": ()}, OptionError, "No metric was asked for"),
         ({"loss_fn": BatchLoss(lambda m, b: m(b[0]).mean())}, OptionError, r"pass metrics=\('loss',\)"),
-        ({"loss_fn": F.mse_loss}, OptionError, r"'error' needs outputs.*batch 0.*Pass metrics=\('loss',\)"),
+        ({"loss_fn": F.mse_loss}, OptionError, r"'error' needs a loss_fn.*batch 0.*Pass metrics=\('loss',\)"),
     ],
 )
 def test_bad_input_is_named(options, error, message, untyped):
@@ -277,4 +277,6 @@ def test_a_loss_that_is_not_finite_names_point_and_batch():
     nn.init.constant_(b.weight, 1.0)
     data = [(torch.ones(2, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.long))]
     with pytest.raises(NonFiniteError, match=r"loss is inf at batch 0.*alpha=0.5 \(all layers moved from model_a\)"):
-        measure_barrier(a, b, data, alphas=5, loss_fn=lambda out, _: (1 / out**2).mean(), progress=False)
+        measure_barrier(
+            a, b, data, alphas=5, loss_fn=lambda out, _: (1 / out**2).mean(), metrics=("loss",), progress=False
+        )
