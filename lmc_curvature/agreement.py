@@ -71,7 +71,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "kept values": Check(
             catches="A network that keeps what it computed from its entries, and uses it where they are others.",
-            runs="First batch of an objective, at a state nearby, on an eighth of the examples (16 at least).",
+            runs="First batch of an objective, at a state nearby, on an eighth of the examples (16 at least); eight "
+            "times where modules hold tensors besides their entries.",
             cost=0.3,
             tolerance=Tolerance(0.7),
         ),

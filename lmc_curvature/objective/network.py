@@ -52,7 +52,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     wrapped = any(_inner(module) is not None or _compiled_functions(module) for module in model.modules())
     network = _unwrap(model, {}) if wrapped else model
-    return _copy_in_evaluation(network, {}) if _may_change_by_mode(network) else network
+    in_training = any(module.training for module in network.modules())
+    return _copy_in_evaluation(network, {}) if in_training and acts_on_modes(network) else network
 
 
 def _unwrap(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
@@ -69,7 +70,11 @@ def _unwrap(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
         vars(copied).update(functions, _modules=children)
         for name, method in vars(copied).items():
             if isinstance(method, MethodType) and id(method.__self__) in known:
-                vars(copied)[name] = MethodType(method.__func__, known[id(method.__self__)])
+                owner, same = (
+                    known[id(method.__self__)],
+                    known[id(method.__self__)].__class__ is method.__self__.__class__,
+                )
+                vars(copied)[name] = MethodType(method.__func__, owner) if same else getattr(owner, method.__name__)
     return known[id(model)]
 
 
@@ -91,10 +96,10 @@ def _uncompiled(value: Any) -> Any:
     return value
 
 
-def _may_change_by_mode(model: nn.Module) -> bool:
-    modules = list(model.modules())
-    own = (type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval for m in modules)
-    return any(own) and any(module.training for module in modules)
+def acts_on_modes(model: nn.Module) -> bool:
+    """Whether a module does something of its own where it is put into training or evaluation mode."""
+    kinds = [type(module) for module in model.modules()]
+    return any(kind.train is not nn.Module.train or kind.eval is not nn.Module.eval for kind in kinds)
 
 
 def entries_of(model: nn.Module) -> dict[str, Tensor]:
@@ -213,18 +218,23 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     """Copy a network's structure without its tensors, in evaluation mode.
 
     Parameters and buffers become placeholders: every value comes from the state at hand, and what reaches past it
-    finds not-a-number, or is found by `Objective` among the leaves of the graph.
+    finds not-a-number, or is found by `Objective` among the leaves of the graph. So does what modules hold that was
+    computed from parameters.
     """
     placeholders: dict[int, Any] = {id(buffer): _placeholder(buffer) for buffer in model.buffers()}
+    own = {id(parameter) for parameter in model.parameters()}
+    placeholders |= {
+        id(tensor): _placeholder(tensor)
+        for tensor in _computed_tensors(model)
+        if any(id(getattr(node, "variable", None)) in own for node in graph_nodes([tensor]))
+    }
     placeholders |= {id(parameter): nn.Parameter(_placeholder(parameter)) for parameter in model.parameters()}
     return _copy_in_evaluation(model, placeholders)
 
 
 def _copy_in_evaluation(model: nn.Module, replacements: dict[int, Any]) -> nn.Module:
     """A copy in evaluation mode, in which objects are replaced by others that are given by `id`."""
-    # Pruning and the older parametrisations leave what they compute in the module, until they compute it again.
-    held = (tensor for module in model.modules() for tensor in tensors_in(list(vars(module).values())))
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _computed_tensors(model)}
     try:
         copied = copy.deepcopy(model, memo | replacements)
     except (RuntimeError, TypeError, AttributeError) as error:
@@ -240,6 +250,12 @@ def _copy_in_evaluation(model: nn.Module, replacements: dict[int, Any]) -> nn.Mo
             "of its own must bear to be called again: call model.eval() first, and keep what is done in a flag."
         ) from error
     return copied
+
+
+def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors with a graph that modules hold: pruning and the older parametrisations leave what they compute there."""
+    for module in model.modules():
+        yield from (tensor for tensor in tensors_in(list(vars(module).values())) if not tensor.is_leaf)
 
 
 def _placeholder(tensor: Tensor) -> Tensor:
