@@ -32,7 +32,7 @@ class Segment:
 
     Attributes:
         partition: The `LayerPartition` of what moves.
-        start, end: The states θ₁ and θ₂ (copies), on `model_a`'s device.
+        start, end: The states θ₁ and θ₂ (copies), as the networks are in evaluation mode, on `model_a`'s device.
         notes: Sentences that belong beside every number computed from it: what is frozen, and equal ends.
 
     Raises:
