@@ -69,6 +69,13 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             cost=0.0,
             tolerance=Tolerance(0.4, most=1e-3),
         ),
+        "kept values": Check(
+            catches="A network that keeps what it computed from its entries, and uses it where they are others.",
+            runs="First batch of an objective, at a state nearby, on an eighth of the examples (16 at least); eight "
+            "times where modules hold tensors besides their entries.",
+            cost=0.3,
+            tolerance=Tolerance(0.7),
+        ),
         "two networks": Check(
             catches="A model_b with a setting, a buffer or a module that makes it another function than model_a.",
             runs="First batch of a prediction or measurement, with the entries of model_b, and with those of model_a "

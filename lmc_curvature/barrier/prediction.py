@@ -116,7 +116,7 @@ def predict_on_segment(
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
     """
     segment = segment.to(objective.device, objective.dtype)
-    ends, directions = [segment.start, segment.end], segment.directions()
+    ends, directions = {"model_a": segment.start, "model_b": segment.end}, segment.directions()
     first, second = project_hessian_at(
         objective, ends, directions, method=method, memory_gib=memory_gib, progress=progress
     )

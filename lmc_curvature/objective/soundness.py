@@ -14,11 +14,12 @@ from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.cuts import warn_of_cuts, watch_cuts
 from lmc_curvature.objective.differentiable import plain_calls
+from lmc_curvature.objective.kept_values import check_kept_values
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization
-from lmc_curvature.objective.numerics import Numerics
+from lmc_curvature.objective.numerics import Numerics, outside_inference
 from lmc_curvature.objective.passes import Passes
 from lmc_curvature.objective.randomness import drawing_module
 from lmc_curvature.objective.twins import check_twin
@@ -33,9 +34,11 @@ class Soundness:
         network_loss: The network and its loss.
         entries: All entries of the network.
         movable: Names of those that move.
-        placeholders: Parameters that stand in the network's structure, which the loss must not reach for.
+        placeholders: Parameters that stand in the network's structure, which the loss must not reach for. Kept here,
+            because functional_call may leave another tensor in a module that the network holds twice.
         originals: Parameters of the network that the objective was made of, as long as that network lives; the loss
             must not reach for them, either.
+        pristine: The network's structure in a copy that was never called.
         twins: Further networks, which must be of the same structure.
         normalization: The statistics that the network's normalisation uses.
         batch_norm: The policy that decides on them.
@@ -49,6 +52,7 @@ class Soundness:
     movable: Collection[str]
     placeholders: Sequence[tuple[str, Tensor]]
     originals: Sequence[tuple[str, Callable[[], Tensor | None]]]
+    pristine: nn.Module
     twins: Sequence[nn.Module]
     normalization: Normalization
     batch_norm: BatchNormPolicy
@@ -62,7 +66,8 @@ class Soundness:
         """Refuse, on the first batch, a network whose loss is not a function of its state or not what it seems.
 
         Raises:
-            UnsupportedModelError: The loss is not a function of the state; see `check_soundness`.
+            UnsupportedModelError: The loss is not a function of the state; see `check_soundness` and
+                `check_kept_values`.
             ArchitectureMismatchError: A twin computes something else; see `check_twin`.
         """
         # A batch in which nothing counts has no loss.
@@ -82,6 +87,7 @@ class Soundness:
         yield from batches if self._memo.get("cuts", False) else watch_cuts(self.network_loss, self.entries, batches)
         self._memo("cuts", lambda: True)
 
+    @outside_inference()
     def _check(self, state: State, batch: Batch) -> None:
         originals = [(name, tensor) for name, reference in self.originals if (tensor := reference()) is not None]
         parameters = (*self.placeholders, *originals)
@@ -89,6 +95,7 @@ class Soundness:
         if self.batch_norm == "batch":
             self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
         policy, rounding = self.batch_norm, self.numerics.rounding
+        check_kept_values(self.pristine, self.network_loss, self.entries, batch, self.movable, self.normalization)
         for twin in self.twins:
             check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lmc_curvature.errors import OptionError, UnsupportedModelError, check_choice
 from lmc_curvature.objective.network import check_finite, check_module, entries_of, movable_entries, unwrap
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy
+from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.segment.compatibility import check_same_architecture
 from lmc_curvature.segment.frozen import REQUIRES_GRAD, Frozen, frozen_choices
 from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
@@ -31,7 +32,7 @@ class Segment:
 
     Attributes:
         partition: The `LayerPartition` of what moves.
-        start, end: The states θ₁ and θ₂ (copies), on `model_a`'s device.
+        start, end: The states θ₁ and θ₂ (copies), as the networks are in evaluation mode, on `model_a`'s device.
         notes: Sentences that belong beside every number computed from it: what is frozen, and equal ends.
 
     Raises:
@@ -43,6 +44,7 @@ class Segment:
         OptionError: `batch_norm` or `base` is not a choice, or everything is frozen.
     """
 
+    @outside_inference()
     def __init__(
         self,
         model_a: nn.Module,
