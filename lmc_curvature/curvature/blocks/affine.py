@@ -161,4 +161,4 @@ def gradient_and_calls(
     # In one pass, so that an output's gradient is computed by way of the gradients in inputs that it feeds.
     slopes = gradient.at([tensor for _, input, output in values for tensor in (output, input)])
     found = zip(values, slopes[::2], slopes[1::2], direct, strict=True)
-    return gradient, [LayerCall(*value, slope, *others) for value, slope, *others in found if slope is not None]
+    return gradient, [LayerCall(*value, slope, inward, own) for value, slope, inward, own in found if slope is not None]

@@ -145,9 +145,7 @@ def cross_layer_hessian(
     weight = 0.0
     with objective.one_pass(progress=progress, description="Hessian block") as batches:
         for batch in batches:
-            # Each layer alone, too: along another's entries beside its own a loss may hardly depend on it.
-            for entries in {block.rows, block.columns, tuple(dict.fromkeys((*block.rows, *block.columns)))}:
-                objective.check_derivatives(block.point, batch, entries)
+            block.check_derivatives(batch)
             method = _add_batch(total, block, batch, method, vectorizer)
             weight += batch.weight
     _mirror(total)

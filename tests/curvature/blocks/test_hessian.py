@@ -434,6 +434,8 @@ def test_a_wrong_derivative_in_a_layer_that_hardly_counts_is_noticed(layers, cau
     if caught:
         with pytest.raises(UnsupportedModelError, match="The slope of the loss along a random direction"):
             cross_layer_hessian(Objective(model, batches), None, *layers)
+        with pytest.raises(UnsupportedModelError, match="The slope of the loss along a random direction"):
+            HessianOperator(Objective(model, batches)).block(*layers).to_dense()
     right = ScaledBranch(F.linear).double()
     right.load_state_dict(model.state_dict())
     expected = _dense(right, batches)["fc.weight", "fc.weight"]
