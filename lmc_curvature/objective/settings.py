@@ -88,17 +88,21 @@ def hidden_differences(first: nn.Module, second: nn.Module, loss_fn: Any) -> lis
     return [difference for difference in found if matters(difference)]
 
 
-_HARMLESS = {"training", "inplace", "momentum", "name", "padding_idx", "scale_grad_by_freq", "sparse", "use_cache"}
-_HARMLESS |= {"memory_efficient", "use_checkpoint", "gradient_checkpointing", "grad_checkpointing", "fused_attn"}
+_HARMLESS = {"training", "inplace", "momentum", "name", "use_cache", "memory_efficient", "fused_attn"}
+_HARMLESS |= {"use_checkpoint", "gradient_checkpointing", "grad_checkpointing"}
+_OF_GRADIENTS = {"padding_idx", "scale_grad_by_freq", "sparse"}
 
 
 def _is_harmless(module: nn.Module, name: str, value: Any) -> bool:
     """Whether evaluation computes the same whatever the value of an attribute."""
-    if name == "padding_idx" and not isinstance(module, nn.Embedding):
-        return False
-    # Rates of dropout have many names: drop_prob, attention_dropout, drop_path_rate, …
-    rate = "drop" in name or (name == "p" and isinstance(module, _DropoutNd))
-    return name in _HARMLESS or (rate and not isinstance(value, (str, bool)))
+    if name in _HARMLESS or "attn_implementation" in name:
+        return True
+    if isinstance(module, nn.Embedding) and name in _OF_GRADIENTS:
+        return True
+    # Rates of dropout have many names: drop_prob, attention_dropout, stochastic_depth_prob, …
+    kind = "dropout" if isinstance(module, _DropoutNd) else type(module).__name__.lower()
+    rate = re.search("drop|stochastic", f"{kind}.{name}" if name == "p" else name)
+    return rate is not None and not isinstance(value, (str, bool))
 
 
 def _attribute_differences(prefix: str, a: nn.Module, b: nn.Module, seen: set[tuple[int, int]]) -> Iterator[Difference]:

@@ -1,6 +1,5 @@
 """Comparison of two networks that are given as one architecture: equal entries must give them equal outputs."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -116,23 +115,17 @@ def _agree(own: float, expected: float, output: Any, rounding: float) -> bool:
     return near("two networks", own, expected, rounding=rounding, scale=abs(expected), floor=floor)
 
 
-def _same_outputs(own: Any, expected: Any, rounding: float) -> bool:
-    pairs = [list(_values_in(output)) for output in (own, expected)]
-    return len(pairs[0]) == len(pairs[1]) and all(
-        a.shape == b.shape
-        and (torch.equal(a, b) or bool(near("two networks", a, b, rounding=rounding, scale=_sizes(b)).all()))
-        for a, b in zip(*pairs, strict=True)
-    )
-
-
-def _values_in(output: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Floating-point tensors in an output of any form."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif depth:
-        for _, part in members(output):
-            yield from _values_in(part, depth - 1)
+def _same_outputs(own: Any, expected: Any, rounding: float, depth: int = 4) -> bool:
+    """Whether two outputs of any form agree, as far as both have floating-point tensors in the same places."""
+    if isinstance(own, Tensor) and isinstance(expected, Tensor):
+        if not own.is_floating_point() or torch.equal(own, expected):
+            return True
+        scale = _sizes(expected)
+        return own.shape == expected.shape and bool(
+            near("two networks", own, expected, rounding=rounding, scale=scale).all()
+        )
+    parts = dict(members(expected)) if depth else {}
+    return all(_same_outputs(part, parts.get(place), rounding, depth - 1) for place, part in members(own))
 
 
 def _sizes(values: Tensor) -> Tensor:
@@ -142,7 +135,9 @@ def _sizes(values: Tensor) -> Tensor:
 
 
 def _causes(first: NetworkLoss, second: NetworkLoss) -> str:
-    lines = [str(difference) for difference in setting_differences(first.network, second.network)]
+    likely = hidden_differences(first.network, second.network, first.loss_fn)
+    others = [found for found in setting_differences(first.network, second.network) if found not in likely]
+    lines = [str(difference) for difference in (*likely, *others)]
     if not lines:
         return "No setting of their modules differs: look at forward, at hooks, and at what is read from elsewhere."
     shown = "\n".join(f"  {line}" for line in lines[:10])
