@@ -3,7 +3,6 @@
 import dataclasses
 import dis
 import functools
-import inspect
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,7 +50,9 @@ def setting_differences(first: nn.Module, second: nn.Module) -> list[Difference]
         a, b = modules_a.get(name), modules_b.get(name)
         # By name: a notebook that runs a cell again has two classes of one name.
         if a is not None and b is not None and type(a).__qualname__ == type(b).__qualname__:
-            found += _attribute_differences(f"{name}." if name else "", a, b, seen)
+            prefix = f"{name}." if name else ""
+            found += _attribute_differences(prefix, a, b, seen)
+            found += _method_differences(prefix, type(a), type(b))
         elif not all(isinstance(module, (_DropoutNd, nn.Identity, type(None))) for module in (a, b)):
             kinds = ["nothing" if module is None else type(module).__qualname__ for module in (a, b)]
             found.append(Difference(name or "(the network itself)", (kinds[0], kinds[1]), kinds=True))
@@ -120,6 +121,15 @@ def _attribute_differences(prefix: str, a: nn.Module, b: nn.Module, seen: set[tu
             harmless = all(_is_harmless(a, re.findall(r"\w+", name)[-1], value) for value in values)
             if not harmless and not _equal(*values):
                 yield Difference(f"{prefix}{name}", (_shorten(values[0]), _shorten(values[1])))
+
+
+def _method_differences(prefix: str, a: type, b: type) -> Iterator[Difference]:
+    """Methods that are written otherwise in two classes of one name, such as those of a cell that was edited."""
+    for name, method in vars(a).items() if a is not b else ():
+        other = vars(b).get(name)
+        functions = isinstance(method, types.FunctionType) and isinstance(other, types.FunctionType)
+        if functions and name != "__init__" and not _equal(_body(method), _body(other)):
+            yield Difference(f"{prefix}{name}", ("one method", "another"))
 
 
 def _held(module: nn.Module) -> dict[str, Any]:
@@ -197,8 +207,16 @@ def _body(function: Any) -> tuple[Any, ...]:
     if not isinstance(code, types.CodeType) or (function.__module__ or "").partition(".")[0] == "torch":
         return ()
     constants = [part.co_code if isinstance(part, types.CodeType) else part for part in code.co_consts]
-    held = [*inspect.getclosurevars(function).nonlocals.values(), *(function.__defaults__ or ())]
+    held = [*map(_contents, function.__closure__ or ()), *(function.__defaults__ or ())]
     return (code.co_code, code.co_names, *constants, *(value for value in held if isinstance(value, _VALUES)))
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        # It is filled later, or never.
+        return None
 
 
 def _equal(a: Any, b: Any) -> bool:
@@ -227,7 +245,7 @@ def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[s
     for cls in classes - {nn.Module, object}:
         for name, member in vars(cls).items():
             methods.setdefault(name, []).append(member)
-    reads, writes = set[str](), set[str]()
+    reads, writes = {"forward"}, set[str]()
     pending: list[Any] = [*methods.get("forward", ()), getattr(loss_fn, "fn", loss_fn)]
     seen: set[int] = set()
     while pending:

@@ -559,6 +559,41 @@ def test_a_setting_that_does_not_show_is_said(make_a, make_b, line):
         objective.loss()
 
 
+def test_classes_of_one_name_are_told_apart_by_what_they_do():
+    def define(bound, rate):
+        class Edited(nn.Linear):
+            def forward(self, x):
+                return self.limit(super().forward(x))
+
+            def limit(self, x):
+                return x.clamp(max=bound)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=rate)
+
+        return Edited(8, 3)
+
+    a, same, b, narrow = (randomized(define(*args), 1) for args in ((70, 1), (70, 2), (80, 1), (0.1, 1)))
+    batches = [(X.float(), Y)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Objective(a, batches, twins=[same]).loss()
+    with pytest.warns(UserWarning, match="model_a: limit: one method in model_a, another in model_b"):
+        Objective(a, batches, twins=[b]).loss()
+    with pytest.raises(
+        ArchitectureMismatchError, match="differ in\n  limit: one method in model_a, another in model_b"
+    ):
+        Objective(a, batches, twins=[narrow]).loss()
+
+
+def test_a_method_of_one_network_alone_is_named():
+    a, b = randomized(Attributed(), 1), randomized(Attributed(), 1)
+    plain = b.forward
+    b.forward = lambda x: plain(x).clamp(max=99)
+    with pytest.warns(UserWarning, match="model_a: forward: None in model_a, <lambda> in model_b"):
+        Objective(a, [(X.float(), Y)], twins=[b]).loss()
+
+
 def test_only_the_first_settings_that_do_not_show_are_listed():
     a, b = (nn.Sequential(nn.Linear(8, 3), *[nn.Threshold(bound, 0) for _ in range(5)]) for bound in (-90, -80))
     with pytest.warns(UserWarning, match=r"model_b; 3.threshold: -90 in .*, … and 2 more \(no difference shows"):
