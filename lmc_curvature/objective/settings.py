@@ -3,6 +3,8 @@
 import dataclasses
 import dis
 import functools
+import inspect
+import itertools
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -49,11 +51,12 @@ def setting_differences(first: nn.Module, second: nn.Module) -> list[Difference]
     for name in {**modules_a, **modules_b}:
         a, b = modules_a.get(name), modules_b.get(name)
         # By name: a notebook that runs a cell again has two classes of one name.
-        if a is not None and b is not None and type(a).__qualname__ == type(b).__qualname__:
+        alike = a is not None and b is not None and type(a).__qualname__ == type(b).__qualname__
+        if a is not None and b is not None and (alike or type(a).forward is type(b).forward):
             prefix = f"{name}." if name else ""
             found += _attribute_differences(prefix, a, b, seen)
-            found += _method_differences(prefix, type(a), type(b))
-        elif not all(isinstance(module, (_DropoutNd, nn.Identity, type(None))) for module in (a, b)):
+            found += _class_differences(prefix, type(a), type(b)) if alike else ()
+        if not alike and not all(isinstance(module, (_DropoutNd, nn.Identity, type(None))) for module in (a, b)):
             kinds = ["nothing" if module is None else type(module).__qualname__ for module in (a, b)]
             found.append(Difference(name or "(the network itself)", (kinds[0], kinds[1]), kinds=True))
     return found
@@ -68,7 +71,7 @@ def hidden_differences(first: nn.Module, second: nn.Module, loss_fn: Any) -> lis
     Args:
         first: A network.
         second: Another one.
-        loss_fn: What else calls methods of the networks.
+        loss_fn: The loss; a `BatchLoss` may call other methods than `forward`.
     """
     found = setting_differences(first, second)
     if not found:
@@ -80,11 +83,12 @@ def hidden_differences(first: nn.Module, second: nn.Module, loss_fn: Any) -> lis
         if not difference.kinds:
             attribute = re.sub(r"\[.*?\]", "", difference.where).rpartition(".")[2]
             return attribute in reads - writes
-        pair = [m[difference.where] for m in modules if difference.where in m]
-        # A class may have another name and the same function, as its subclasses often have.
-        functions = {getattr(type(module).forward, "__code__", type(module)) for module in pair}
-        innermost = not any(True for module in pair for _ in module.children())
-        return innermost and (len(functions) > 1 or len(pair) == 1)
+        pair = [m.get(difference.where) for m in modules]
+        innermost = not any(True for module in pair if module is not None for _ in module.children())
+        # A class may have another name and the same function, as subclasses often have.
+        kinds = [None if module is None else type(module) for module in pair]
+        names = [name for name in reads if not name.startswith("__")]
+        return innermost and any(getattr(kinds[0], name, None) is not getattr(kinds[1], name, None) for name in names)
 
     return [difference for difference in found if matters(difference)]
 
@@ -123,18 +127,21 @@ def _attribute_differences(prefix: str, a: nn.Module, b: nn.Module, seen: set[tu
                 yield Difference(f"{prefix}{name}", (_shorten(values[0]), _shorten(values[1])))
 
 
-def _method_differences(prefix: str, a: type, b: type) -> Iterator[Difference]:
-    """Methods that are written otherwise in two classes of one name, such as those of a cell that was edited."""
-    for name, method in vars(a).items() if a is not b else ():
-        other = vars(b).get(name)
-        functions = isinstance(method, types.FunctionType) and isinstance(other, types.FunctionType)
-        if functions and name != "__init__" and not _equal(_body(method), _body(other)):
-            yield Difference(f"{prefix}{name}", ("one method", "another"))
+def _class_differences(prefix: str, a: type, b: type) -> Iterator[Difference]:
+    """Methods and values in which two classes of one name differ, such as those of a cell that was edited."""
+    for name in {**vars(a), **vars(b)} if a is not b else ():
+        values = _plain(vars(a).get(name)), _plain(vars(b).get(name))
+        if not name.startswith("__") and _OTHER not in values and not _equal(*values):
+            yield Difference(f"{prefix}{name}", (_shorten(values[0]), _shorten(values[1])))
+
+
+def _is_of_torch(defined: Any) -> bool:
+    return (defined.__module__ or "").partition(".")[0] == "torch"
 
 
 def _held(module: nn.Module) -> dict[str, Any]:
     """Name to value of what a module itself holds besides its entries and its children."""
-    own = type(module).__module__.partition(".")[0] != "torch"
+    own = not _is_of_torch(type(module))
     base = vars(nn.Module())
     # Private attributes of torch's modules are made of the public ones.
     found = {name: value for name, value in vars(module).items() if name not in base and (own or name[0] != "_")}
@@ -146,7 +153,7 @@ def _held(module: nn.Module) -> dict[str, Any]:
 
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, Tensor)
 _OTHER = object()
-_DEPTH = 3
+_DEPTH, _MOST = 3, 1000
 
 
 def _settings(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
@@ -157,7 +164,7 @@ def _settings(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str,
         return
     if callable(value):
         yield name, type(value).__name__
-    for place, member in members(value) if depth else ():
+    for place, member in itertools.islice(members(value), _MOST) if depth else ():
         yield from _settings(f"{name}{place}", member, depth - 1)
 
 
@@ -190,10 +197,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
         return torch.as_tensor(value)
     if isinstance(value, (set, frozenset)):
-        return tuple(sorted(map(repr, value)))
+        return _plain(sorted(value, key=repr))
     if isinstance(value, (list, tuple)):
-        members = tuple(map(_plain, value))
-        return _OTHER if any(member is _OTHER for member in members) else members
+        # Data that a module happens to hold are no settings.
+        plain = tuple(map(_plain, value)) if len(value) <= _MOST else (_OTHER,)
+        return _OTHER if any(part is _OTHER for part in plain) else plain
     if isinstance(value, functools.partial):
         keywords = tuple(sorted(value.keywords.items()))
         return _plain((value.func, value.args, keywords))
@@ -204,7 +212,7 @@ def _plain(value: Any) -> Any:
 def _body(function: Any) -> tuple[Any, ...]:
     code = getattr(function, "__code__", None)
     # Of one name torch has several functions that are the same.
-    if not isinstance(code, types.CodeType) or (function.__module__ or "").partition(".")[0] == "torch":
+    if not isinstance(code, types.CodeType) or _is_of_torch(function):
         return ()
     constants = [part.co_code if isinstance(part, types.CodeType) else part for part in code.co_consts]
     held = [*map(_contents, function.__closure__ or ()), *(function.__defaults__ or ())]
@@ -246,7 +254,7 @@ def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[s
         for name, member in vars(cls).items():
             methods.setdefault(name, []).append(member)
     reads, writes = {"forward"}, set[str]()
-    pending: list[Any] = [*methods.get("forward", ()), getattr(loss_fn, "fn", loss_fn)]
+    pending: list[Any] = [*methods.get("forward", ()), getattr(loss_fn, "fn", None)]
     seen: set[int] = set()
     while pending:
         function = _function_of(pending.pop())
@@ -256,15 +264,20 @@ def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[s
         read, written = _names_in(function.__code__)
         reads |= read
         writes |= written
+        known = {} if _is_of_torch(function) else function.__globals__
         for name in read:
-            pending += [*methods.get(name, ()), function.__globals__.get(name)]
+            pending += [*methods.get(name, ()), known.get(name)]
     return reads, writes
 
 
 def _function_of(member: Any) -> types.FunctionType | None:
-    for attribute in ("__func__", "fget", "func", "__wrapped__"):
-        member = getattr(member, attribute, member)
-    return member if isinstance(member, types.FunctionType) else None
+    if isinstance(member, (staticmethod, classmethod)):
+        member = member.__func__
+    elif isinstance(member, property):
+        member = member.fget
+    elif isinstance(member, functools.cached_property):
+        member = member.func
+    return inspect.unwrap(member) if isinstance(member, types.FunctionType) else None
 
 
 def _names_in(code: types.CodeType) -> tuple[set[str], set[str]]:

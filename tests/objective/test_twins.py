@@ -578,12 +578,49 @@ def test_classes_of_one_name_are_told_apart_by_what_they_do():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Objective(a, batches, twins=[same]).loss()
-    with pytest.warns(UserWarning, match="model_a: limit: one method in model_a, another in model_b"):
+    with pytest.warns(UserWarning, match="model_a: limit: its values differ"):
         Objective(a, batches, twins=[b]).loss()
-    with pytest.raises(
-        ArchitectureMismatchError, match="differ in\n  limit: one method in model_a, another in model_b"
-    ):
+    with pytest.raises(ArchitectureMismatchError, match="differ in\n  limit: its values differ"):
         Objective(a, batches, twins=[narrow]).loss()
+
+
+class Limited(nn.Linear):
+    most = 70
+
+    def forward(self, x):
+        return self.limit(super().forward(x)).clamp(min=getattr(self, "least", -70))
+
+    def limit(self, x):
+        return x.clamp(max=self.most)
+
+
+def _limited(**attributes):
+    return type("Other", (Limited,), attributes)(8, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: _limited(most=80), "module 1: Limited in model_a, Other in model_b"),
+        (lambda: _limited(limit=lambda self, x: x), "module 1: Limited in model_a, Other in model_b"),
+        (lambda: _set(_limited(), least=-80), "1.least: None in model_a, -80 in model_b"),
+        (lambda: _limited(configure_optimizers=print), None),
+    ],
+)
+def test_subclasses_differ_in_what_evaluation_reads(make, line):
+    a, b = (randomized(nn.Sequential(nn.Tanh(), layer), seed) for seed, layer in enumerate((Limited(8, 3), make())))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Objective(a, [(X.float(), Y)], twins=[b]).loss()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (line is not None)
+    assert not line or line in messages[0]
+
+
+def _set(module, **attributes):
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
 
 
 def test_a_method_of_one_network_alone_is_named():
