@@ -77,7 +77,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             tolerance=Tolerance(0.7),
         ),
         "two networks": Check(
-            catches="A model_b with a setting, a buffer or a module that makes it another function than model_a.",
+            catches="A model_b with a setting, a buffer or a module that makes it another function than model_a; "
+            "settings that differ although nothing is seen of them are named in a warning and a note.",
             runs="First batch of a prediction or measurement, with the entries of model_b, and with those of model_a "
             "on an eighth of the examples (16 at least).",
             cost=2.4,
@@ -159,7 +160,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "structured block": Check(
             catches="A dense block made of a layer's inputs, although the layer's weight has another part in the loss.",
-            runs="First batch of every block.",
+            runs="First batch of every block; that the layer's entries are used once, by their module, in every batch.",
             cost=9.0,
             tolerance=Tolerance(0.5),
         ),

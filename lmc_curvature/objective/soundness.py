@@ -97,7 +97,10 @@ class Soundness:
         policy, rounding = self.batch_norm, self.numerics.rounding
         check_kept_values(self.pristine, self.network_loss, self.entries, batch, self.movable, self.normalization)
         for twin in self.twins:
-            check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
+            note = check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
+            if note:
+                warnings.warn(f"{note}. If other data tell them apart, the numbers mix two functions.", stacklevel=2)
+                self._memo.replace("twins", note)
 
     def check_derivatives(self, state: State, batch: Batch, entries: Collection[str], *, second: bool) -> None:
         """Compare derivatives with differences of the loss; see `witness.check_derivatives`."""
@@ -122,7 +125,8 @@ class Soundness:
     def notes(self) -> tuple[str, ...]:
         """A few words each on what is unusual about numbers computed so far."""
         witness = self._memo.get("what could not be compared", "") if self.witness else WITHOUT_WITNESS
-        return tuple(note for note in (self.note, self._memo.get("autocast", ""), witness) if note)
+        found = self.note, self._memo.get("twins", ""), self._memo.get("autocast", ""), witness
+        return tuple(note for note in found if note)
 
 
 def check_soundness(

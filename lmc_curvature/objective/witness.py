@@ -12,7 +12,7 @@ from torch import Tensor
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch, map_tensors
-from lmc_curvature.objective.losses import NetworkLoss, check_differentiable, own_loss
+from lmc_curvature.objective.losses import NetworkLoss, own_loss
 from lmc_curvature.objective.network import State, as_leaves, graph_nodes
 from lmc_curvature.objective.numerics import Numerics
 from lmc_curvature.objective.precisions import precisions_met
@@ -96,7 +96,8 @@ def check_derivatives(
         if verdict.curvature or (verdict.slope and not second):
             note = ""
             break
-        note, reason = _SLOPES_ALONE if verdict.slope else note, verdict.reason or reason
+        note = _SLOPES_ALONE if verdict.slope else "" if verdict.idle and rows is None else note
+        reason = verdict.reason or reason
     if doubts:
         raise UnsupportedModelError(doubts[0])
     return f"{note} ({reason})" if note and reason else note
@@ -160,7 +161,6 @@ class _Line:
         with self.numerics.differentiating():
             leaves = as_leaves(self._moved(position))
             loss = self.loss_at(leaves)
-            check_differentiable(loss)
             slope, size = self._along(loss, leaves, create_graph=second)
             found = [_Derivative(slope.item(), size)]
             if second:
@@ -245,10 +245,11 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Whether slope and curvature were compared and agree, or how they disagree, or why they were not."""
+    """Whether slope and curvature agree, or the loss is constant; or how they disagree, or why nothing was compared."""
 
     slope: bool = False
     curvature: bool = False
+    idle: bool = False
     disagreement: str = ""
     reason: str = ""
 
@@ -265,6 +266,9 @@ def _judge(make_line: Callable[[], _Line], second: bool) -> _Verdict:
 
 def _compare(line: _Line, second: bool) -> _Verdict:
     slope, *curvatures = line.derivatives(second=second)
+    # A few entries may have no part in the loss, as those of units that are off.
+    if not any(each.size for each in (slope, *curvatures)) and line.loss(0.0) == line.loss(_LOSS_SPACINGS[0]):
+        return _Verdict(idle=True)
     by_slope, by_curvature = _from_losses(line, slope)
     if not _says_something(by_slope, slope):
         return _Verdict(reason=line.coarse_part)

@@ -9,7 +9,7 @@ from torch import nn
 from lmc_curvature.errors import ArchitectureMismatchError
 from lmc_curvature.objective.network import entries_of, tied_names
 from lmc_curvature.objective.normalization import is_batch_counter, statistic_names, tracked_modules
-from lmc_curvature.objective.twins import module_differences
+from lmc_curvature.objective.settings import setting_differences
 
 
 def check_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
@@ -25,7 +25,7 @@ def check_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
         or _fixed_buffer_differences(model_a, model_b)
     )
     if differences:
-        differences += module_differences(model_a, model_b)
+        differences += map(str, setting_differences(model_a, model_b))
         shown = "\n".join(f"  {line}" for line in differences[:10])
         more = f"\n  … and {len(differences) - 10} more" if len(differences) > 10 else ""
         counts = [_count_weight_modules(model) for model in (model_a, model_b)]

@@ -202,6 +202,17 @@ class CurvatureOperator:
 
         return self._mean_of(total, self._visit(add))
 
+    def check_derivatives(self, batch: Batch) -> None:
+        """Before the first derivative is taken, compare those in rows and columns with differences of the loss.
+
+        Both alone, too: a loss may depend on one layer so little that beside another one nothing is seen of it.
+
+        Raises:
+            UnsupportedModelError: They disagree.
+        """
+        for entries in dict.fromkeys((self.rows, self.columns, (*self.rows, *self.columns))):
+            self.objective.check_derivatives(self.point, batch, set(entries))
+
     def _visit(self, add: Callable[[BatchProducts], None]) -> float:
         """Visit the loader once, and call `add` with the products of each batch; returns the sum of their weights."""
         entries = [name for name in self.state if name in {*self.rows, *self.columns}]
@@ -209,7 +220,7 @@ class CurvatureOperator:
         with self.objective.one_pass(progress=False) as batches:
             for batch in batches:
                 data = self.objective.laid_out(batch) if self.curvature.native else batch
-                self.objective.check_derivatives(self.point, batch, entries)
+                self.check_derivatives(batch)
                 matrix = self.curvature.of_batch(self.objective, self.point, data, entries)
                 finite_loss(matrix.loss, batch)
                 add(BatchProducts(matrix, batch, self._vectorizer))
