@@ -139,9 +139,8 @@ def _check_archive(path: Path) -> None:
                             pass
     except PermissionError:
         raise
-    except (
-        zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, NotImplementedError, RuntimeError,
-    ) as error:  # fmt: skip
+    # NotImplementedError, of ways of compression that there are not, is a RuntimeError.
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} is damaged: its contents do not match their checksums.") from error
 
 

@@ -5,15 +5,13 @@ command answer without it.
 """
 
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lmc_curvature import __version__
-from lmc_curvature.cli.failures import interruptible, one_message, saving
+from lmc_curvature.cli.failures import interruptible, saving
 from lmc_curvature.cli.options import Comparison, Device, ForkDir, OtherData, Progress, Workers, with_comparison
 from lmc_curvature.errors import OptionError
 
@@ -163,14 +161,6 @@ def _common(
     ] = False,
 ) -> None:
     pass
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line on `sys.argv` or other arguments, and exit; see `failures` for messages and statuses."""
-    # As `python -m` does, so that package.module:factory finds what lies in the current directory.
-    sys.path.insert(0, str(Path.cwd()))
-    with one_message():
-        app(arguments)
 
 
 def _answer(

@@ -16,14 +16,15 @@ _CHANNELS = re.compile(r"expected input.* to have (\d+) channels, but got (\d+)"
 
 @contextlib.contextmanager
 def translate_errors(explain: Callable[[Exception], LMCCurvatureError]) -> Iterator[None]:
-    """Within the block, what is raised becomes an error of ours, but for our own and for want of memory."""
+    """Within the block, errors become ours, but for those that are, want of memory and a loader's death."""
     try:
         yield
     except (LMCCurvatureError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if torch.compiler.is_compiling():
-            # The capture of a graph names the line at fault itself.
+        # The capture of a graph names the line at fault itself; the death of a loader's own process is told wherever it
+        # becomes known.
+        if torch.compiler.is_compiling() or str(error).startswith("DataLoader worker (pid"):
             raise
         raise explain(error) from error
 

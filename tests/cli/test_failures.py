@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -56,6 +57,49 @@ class Files(Dataset):
 
 def loader():
     return [(torch.ones(4, 4), torch.tensor([0, 1, 2, 0]))] * 3
+
+
+class Deadly(Files):
+    """Examples of which one ends the process that reads it, once something has happened."""
+
+    def __init__(self, index, event):
+        self.index, self.event = index, event
+
+    def __getitem__(self, index):
+        if index == self.index:
+            self.event.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(4), index % 3
+
+
+NETWORK_IS_CALLED = multiprocessing.Event()
+
+
+class PatientNetwork(nn.Linear):
+    """A network that is called while a process of the loader dies."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, x):
+        NETWORK_IS_CALLED.set()
+        time.sleep(5)
+        return super().forward(x)
+
+
+def patient_network():
+    return PatientNetwork()
+
+
+def dies_while_waited_for():
+    event = multiprocessing.Event()
+    event.set()
+    return DataLoader(Deadly(1, event), batch_size=2, num_workers=1)
+
+
+def dies_while_the_network_is_called():
+    NETWORK_IS_CALLED.clear()
+    return DataLoader(Deadly(5, NETWORK_IS_CALLED), batch_size=2, num_workers=1)
 
 
 def missing_file():
@@ -132,16 +176,19 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_read(run, tmp_path, 
     (tmp_path / "file").write_text("")
     absent = ["absent.pt", "absent.pt", "--model", "absent", "--data", "absent", "--save"]
     for path, message in {
-        tmp_path / "file" / "a": f"error: {tmp_path / 'file'} is a file; expected a directory",
-        tmp_path / "file" / "b" / "a": f"error: {tmp_path / 'file'} is a file; expected a directory",
+        **{
+            path: f"error: --save {path} cannot be written: {tmp_path / 'file'} is a file; expected a directory"
+            for path in (tmp_path / "file" / "a", tmp_path / "file" / "b" / "a")
+        },
+        **{
+            path: f"error: --save {path} cannot be written: {unwritable}: "
+            for path in (unwritable / "a", unwritable / "new" / "a")
+        },
         Path(os.devnull): f"error: --save {os.devnull} is not a file",
     }.items():
         status, out, err = run("predict", *absent, path)
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert err.startswith(message)
-    status, out, err = run("measure", *absent, unwritable / "new" / "a")
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert err.startswith(f"error: {unwritable}: ")
 
 
 def test_an_answer_does_not_replace_a_network(run, comparison, tmp_path):
@@ -170,7 +217,7 @@ def test_directories_that_cannot_be_written_are_refused_at_once(run, unwritable,
         "demo": ["demo", "--out"],
     }[command]
     status, out, err = run(*arguments, unwritable)
-    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"error: {unwritable}: ")
     status, out, err = run(*arguments, tmp_path / "file")
     assert (status, out, err.count("\n")) == (2, "", 1)
@@ -193,6 +240,23 @@ def test_a_loader_that_fails_is_one_message(run, comparison, monkeypatch, source
     status, out, err = run(command, *comparison, f"{HERE}:{source}")
     assert (status, out) == (1, "")
     assert re.fullmatch(rf"error: {message}.*\. LMC_CURVATURE_TRACEBACK=1 shows the traceback\.\n", err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "source", "place"),
+    [
+        ("network", "dies_while_waited_for", r" \(batch 0 of the loader\)"),
+        ("patient_network", "dies_while_the_network_is_called", ".*"),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "measure"])
+def test_a_process_of_the_loader_that_dies_is_a_failure_of_the_loader(run, comparison, command, network, source, place):
+    arguments = [f"{HERE}:{network}" if each == f"{HERE}:network" else each for each in comparison]
+    status, out, err = run(command, *arguments, f"{HERE}:{source}")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert re.match(rf"error: RuntimeError: DataLoader worker \(pid.*\) .*{place}\. LMC_CURVATURE_TRACEBACK", err)
+    assert "network failed" not in err
 
 
 @pytest.mark.parametrize("command", ["predict", "measure"])
@@ -234,6 +298,24 @@ def test_an_interrupt_of_long_work_says_how_it_continues(run, monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(f"lmc_curvature.{function}", interrupt)
     assert run(*command) == (130, "", line)
+
+
+def test_an_interrupt_of_the_first_imports_is_one_line():
+    # What is imported before `main` runs is little: of the command line, what tells of interrupts.
+    program = """
+import signal, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from lmc_curvature.cli import main
+main(["--version"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted.\n")
 
 
 @pytest.fixture
