@@ -115,6 +115,11 @@ def ends_early():
     raise ValueError
 
 
+def cut_off():
+    yield loader()[0]
+    raise EOFError("Ran out of input")
+
+
 def interrupted_loader():
     yield loader()[0]
     raise KeyboardInterrupt
@@ -229,6 +234,7 @@ def test_directories_that_cannot_be_written_are_refused_at_once(run, unwritable,
     [
         ("missing_file", r"FileNotFoundError: \[Errno 2\] .*'5.png' \(batch 2 of the loader, in .*test_failures.py"),
         ("missing_file_in_a_worker", r"FileNotFoundError: \[Errno 2\] .*'5.png' \(batch 2 of the loader\)"),
+        ("cut_off", r"EOFError: Ran out of input \(batch 1 of the loader, in .*test_failures.py, line \d+\)"),
         ("ends_early", r"ValueError \(batch 1 of the loader, in .*test_failures.py, line \d+\)"),
         ("no_loader", r"ConnectionError: no data base \(in .*test_failures.py, line \d+\)"),
     ],
@@ -283,6 +289,14 @@ def test_an_interrupt_is_one_line(run, comparison, command, what):
     assert run(command, *comparison, *options) == (130, "", "interrupted.\n")
 
 
+def test_an_interrupt_before_a_command_begins_is_one_line(run, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.core.TyperGroup.invoke", interrupt)
+    assert run("demo") == (130, "", "interrupted.\n")
+
+
 @pytest.mark.parametrize(
     ("command", "function", "line"),
     [
@@ -300,19 +314,20 @@ def test_an_interrupt_of_long_work_says_how_it_continues(run, monkeypatch, tmp_p
     assert run(*command) == (130, "", line)
 
 
-def test_an_interrupt_of_the_first_imports_is_one_line():
+@pytest.mark.parametrize("module", ["typer", "lmc_curvature.cli.options", "torch"])
+def test_an_interrupt_of_the_first_imports_is_one_line(module):
     # What is imported before `main` runs is little: of the command line, what tells of interrupts.
-    program = """
+    program = f"""
 import signal, sys
 
 class Interrupt:
     def find_spec(self, name, *_):
-        if name == "typer":
+        if name == "{module}":
             signal.raise_signal(signal.SIGINT)
 
 sys.meta_path.insert(0, Interrupt())
 from lmc_curvature.cli import main
-main(["--version"])
+main(["measure", "a", "b", "--model", "resnet20", "--data", "digits"])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted.\n")
