@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lmc_curvature.errors import CheckpointError
+from lmc_curvature.errors import CheckpointError, counted
 from lmc_curvature.objective.normalization import is_batch_counter
 
 _SHOWN = 3
@@ -38,8 +38,8 @@ def load_entries(model: nn.Module, entries: Mapping[str, Any], *, source: str) -
     found = "; ".join(summary(fault, names) for fault, names in faults(own, entries).items() if names)
     if found:
         raise CheckpointError(
-            f"{source} does not fit {type(model).__name__} ({len(own)} entries): {found}. Build the network that the "
-            "checkpoint was saved from."
+            f"{source} does not fit {type(model).__name__} ({counted(len(own), 'entry')}): {found}. Build the network "
+            "that the checkpoint was saved from."
         )
     # The entries of `own` share memory with the network, so loading a missing name from there changes nothing.
     model.load_state_dict({**own, **entries}, strict=True)
@@ -71,7 +71,7 @@ def faults(own: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, list
         "of another shape": reshaped,
         "of another type": retyped,
         # Of what has another shape or type there is nothing to compare.
-        "unlike what the network ties them to": [] if reshaped or retyped else list(_untied(tensors, entries)),
+        "tied to another, with other numbers": [] if reshaped or retyped else list(_untied(tensors, entries)),
     }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmc_curvature.checkpoints.pickles import code_in
 from lmc_curvature.checkpoints.snapshots import read_tensors, with_prefix
-from lmc_curvature.errors import CheckpointError
+from lmc_curvature.errors import CheckpointError, counted
 
 # In the order in which they are looked for; libraries write the same weights as several of them.
 _IN_DIRECTORIES = tuple(f"*{kind}{index}" for kind in (".safetensors", ".bin") for index in (".index.json", ""))
@@ -77,7 +77,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard, names in sorted(names_by_shard.items()):
         path = index.parent / shard
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; {index} says that it holds {len(names)} entries.")
+            raise CheckpointError(f"{path} is missing; {index} says that it holds {counted(len(names), 'entry')}.")
         found = read_contents(path)
         absent = [name for name in names if not (isinstance(found, Mapping) and name in found)]
         if absent:

@@ -160,7 +160,7 @@ def _ambiguity(fits: list[_Reading], source: str) -> str:
     on_the_command_line = "(--key, --strip-prefix on the command line)"
     if len(fits) == 1:
         return (
-            f"{source} has the network's entries, and beside them {summary('others', fits[0].others)}. To leave those "
+            f"{source} has the network's entries, and beside them {summary('more', fits[0].others)}. To leave those "
             f"out, pass {fits[0]} {on_the_command_line}."
         )
     ways = "; ".join(map(str, fits[:_SHOWN])) + ("; …" if len(fits) > _SHOWN else "")

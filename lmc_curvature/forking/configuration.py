@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
-from lmc_curvature.errors import ConfigurationError, suggest
+from lmc_curvature.errors import ConfigurationError, counted, suggest
 from lmc_curvature.objective.normalization import BatchNormPolicy
 
 When = Literal["all", "last", "never"]
@@ -295,6 +295,7 @@ def _check_epochs(epochs: tuple[int, ...], schedule: int | None, *, first: int) 
     outside = [] if schedule is None else [epoch for epoch in epochs if not first <= epoch < schedule]
     if schedule is not None and outside:
         raise ValueError(
-            f"{outside[0]} is outside the schedule of {schedule} epochs; choose from {first} to {schedule - 1}."
+            f"{outside[0]} is outside the schedule of {counted(schedule, 'epoch')}; choose from {first} to "
+            f"{schedule - 1}."
         )
     return epochs

@@ -223,7 +223,7 @@ def test_one_parameter_has_one_value(tmp_path, name, first):
     for path, save in {"a.pt": torch.save, "a.safetensors": save_file}.items():
         save(entries, tmp_path / path)
         with pytest.raises(
-            CheckpointError, match=rf"1 unlike what the network ties them to \({name} is {first} in the network\)"
+            CheckpointError, match=rf"1 tied to another, with other numbers \({name} is {first} in the network\)"
         ):
             load_checkpoint(Tied(), tmp_path / path)
 

@@ -141,12 +141,12 @@ def test_two_prefixes_are_not_chosen_between(source, path):
 def test_nothing_is_left_out_without_a_word(source, path):
     entries = under("net.", source.state_dict()) | {"criterion.weight": torch.ones(3)}
     torch.save(entries, path)
-    with pytest.raises(CheckpointError, match=r"1 others \(criterion\.weight\)\. .* pass strip_prefix='net\.' \(--key"):
+    with pytest.raises(CheckpointError, match=r"1 more \(criterion\.weight\)\. .* pass strip_prefix='net\.' \(--key"):
         load_checkpoint(network(), path)
     assert_same(load_checkpoint(network(), path, strip_prefix="net."), source)
     # A part of another network is no checkpoint of this one.
     torch.save(source.state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"beside them 7 others .* pass strip_prefix='head\.'"):
+    with pytest.raises(CheckpointError, match=r"beside them 7 more .* pass strip_prefix='head\.'"):
         load_checkpoint(nn.Linear(2, 3), path)
 
 
@@ -292,7 +292,7 @@ def test_every_way_that_is_listed_is_one(source, path):
 def test_plain_names_with_a_part_of_another_network_beside_them(path):
     source = nn.Linear(2, 3)
     torch.save({**source.state_dict(), "critic.weight": torch.ones(1, 2)}, path)
-    with pytest.raises(CheckpointError, match=r"1 others \(critic\.weight\)\. .* pass key='' and strip_prefix=''"):
+    with pytest.raises(CheckpointError, match=r"1 more \(critic\.weight\)\. .* pass key='' and strip_prefix=''"):
         load_checkpoint(nn.Linear(2, 3), path)
     assert torch.equal(load_checkpoint(nn.Linear(2, 3), path, strip_prefix="").weight, source.weight)
 
