@@ -78,7 +78,7 @@ def faults(own: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, list
 def _casts(entry: Tensor, own: Tensor) -> bool:
     """Whether copying an entry into a tensor of the network leaves it the same but for rounding."""
     kinds = [(tensor.layout, tensor.is_quantized, tensor.is_complex()) for tensor in (entry, own)]
-    if kinds[0] != kinds[1]:
+    if kinds[0] != kinds[1] or entry.is_meta:
         return False
     if own.is_floating_point() or own.is_complex():
         return entry.is_floating_point() == own.is_floating_point()
@@ -86,7 +86,8 @@ def _casts(entry: Tensor, own: Tensor) -> bool:
 
 
 def _type(tensor: Tensor) -> str:
-    return str(tensor.dtype) if tensor.layout == torch.strided else f"{tensor.layout} of {tensor.dtype}"
+    layout = "" if tensor.layout == torch.strided else f"{tensor.layout} of "
+    return f"{layout}{tensor.dtype}{' without numbers' if tensor.is_meta else ''}"
 
 
 def _untied(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> Iterator[str]:

@@ -235,6 +235,7 @@ def test_one_parameter_has_one_value(tmp_path, name, first):
         (lambda w: w.to(torch.int8), "torch.int8"),
         (lambda w: w.to(torch.bool), "torch.bool"),
         (lambda w: w.to(torch.complex64), "torch.complex64"),
+        (lambda w: w.to("meta"), "torch.float32 without numbers"),
         (lambda w: w.to_sparse(), "torch.sparse_coo of torch.float32"),
         (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "torch.qint8"),
     ],
