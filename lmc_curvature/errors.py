@@ -163,6 +163,14 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     return f"choose from {shown}{', …' if len(choices) > 8 else ''}."
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words: 1 layer, 3 layers, 2 entries, 4 batches."""
+    if number == 1:
+        return f"1 {noun}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith(("s", "tch")) else f"{noun}s"
+    return f"{number} {plural}"
+
+
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     """Raise `OptionError` unless `value` is one of `choices`, naming the option and the nearest choice."""
     choices = list(choices)

@@ -11,12 +11,12 @@ from jaxtyping import Float
 from numpy.polynomial.polynomial import polyval
 from torch import nn
 
-from lmc_curvature.averages import standard_error
+from lmc_curvature.averages import standard_error, with_error
 from lmc_curvature.barrier.expansions import EXPANSIONS, Endpoint, Expansion, check_alphas, coefficients, peak
 from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.curvature.problem import Method
 from lmc_curvature.curvature.projection import Projection, project_hessian_at
-from lmc_curvature.errors import OptionError, check_choice
+from lmc_curvature.errors import OptionError, check_choice, counted
 from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective
 from lmc_curvature.segment import Frozen, PartitionSpec, Segment, layer_indices
 from lmc_curvature.storage import load_arrays, save_arrays
@@ -274,12 +274,12 @@ class BarrierPrediction:
         barriers = self.layer_barriers()
         highest = np.argsort(barriers, kind="stable")[::-1][:3]
         lines = [
-            f"Barrier predicted from {self.examples} examples, {len(self.layers)} layers, "
+            f"Barrier predicted from {counted(self.examples, 'example')}, {counted(len(self.layers), 'layer')}, "
             f"batch_norm={self.batch_norm!r}"
             + (" (differentiated through batch statistics)" if self.batch_norm == "recalibrate" else ""),
             f"  loss at the ends   {first.loss:.4g}, {second.loss:.4g}; distance {self.distance:.4g}",
             *(
-                f"  {expansion:<18} {self.barrier(None, expansion):.4g} ± {self.standard_error(None, expansion):.2g}"
+                f"  {expansion:<18} " + with_error(self.barrier(None, expansion), self.standard_error(None, expansion))
                 for expansion in ("second-order", "with-slopes", "shared-hessian", "hermite")
             ),
             "  highest layers     " + ", ".join(f"{self.layers[index]} {barriers[index]:.4g}" for index in highest),

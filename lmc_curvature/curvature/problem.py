@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from lmc_curvature.errors import DirectionError, NonFiniteError, check_budget
+from lmc_curvature.errors import DirectionError, NonFiniteError, check_budget, counted
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.memo import Memo
@@ -116,7 +116,8 @@ def check_values(values: BatchValues, batch: Batch, point: Point) -> None:
     finite_loss(loss, batch, point.place)
     if not (np.isfinite(slopes).all() and np.isfinite(curvature).all()):
         raise NonFiniteError(
-            f"The slopes or the curvature are not finite at batch {batch.index} ({batch.size} examples){point.place}. "
+            f"The slopes or the curvature are not finite at batch {batch.index} "
+            f"({counted(batch.size, 'example')}){point.place}. "
             "Does the network compute something without a second derivative, such as a square root at zero?"
         )
 

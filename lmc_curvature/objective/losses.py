@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lmc_curvature.errors import LossError, NonFiniteError
+from lmc_curvature.errors import LossError, NonFiniteError, counted
 from lmc_curvature.objective.batches import (
     Batch,
     check_size,
@@ -301,7 +301,7 @@ def finite_loss(loss: float | Float[Tensor, ""], batch: Batch, where: str = "") 
     value = loss.item() if isinstance(loss, Tensor) else loss
     if not math.isfinite(value):
         raise NonFiniteError(
-            f"The loss is {value} at batch {batch.index} ({batch.size} examples){where}. "
+            f"The loss is {value} at batch {batch.index} ({counted(batch.size, 'example')}){where}. "
             "Check the data of that batch and the scale of the networks' parameters."
         )
     return value

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lmc_curvature.errors import OptionError, PartitionError, suggest
+from lmc_curvature.errors import OptionError, PartitionError, counted, suggest
 from lmc_curvature.objective.network import tied_names
 from lmc_curvature.objective.normalization import statistic_names, tracked_modules
 
@@ -50,7 +50,9 @@ def frozen_entries(
     members = {choice: _members(choice, network, entries, layers) for choice in frozen_choices(frozen)}
     found = frozenset(entry for chosen in members.values() for entry in chosen)
     if found and len(found) == len(entries):
-        raise OptionError(f"frozen={frozen!r} freezes all {len(entries)} entries: leave at least one layer that moves.")
+        raise OptionError(
+            f"frozen={frozen!r} freezes all {counted(len(entries), 'entry')}: leave at least one layer that moves."
+        )
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lmc_curvature.errors import OptionError, UnsupportedModelError, check_choice
+from lmc_curvature.errors import OptionError, UnsupportedModelError, check_choice, counted
 from lmc_curvature.objective.network import check_finite, check_module, entries_of, movable_entries, unwrap
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy
 from lmc_curvature.objective.numerics import outside_inference
@@ -150,5 +150,5 @@ EQUAL = "model_a and model_b are equal in every entry that moves"
 def _notes(frozen: tuple[str, ...], base: str, count: int, differ: int) -> tuple[str, ...]:
     names = ("what does not require gradients" if choice == REQUIRES_GRAD else choice for choice in frozen)
     other = "a" if base == "b" else "b"
-    counts = f"{count} entries" + (f", {differ} of which are others in model_{other}" if differ else "")
+    counts = counted(count, "entry") + (f", {differ} of which are others in model_{other}" if differ else "")
     return (f"frozen at model_{base}: {', '.join(names)} ({counts})",) if frozen else ()

@@ -208,6 +208,16 @@ def test_text_shows_the_barrier_and_its_error(prediction):
     assert "differentiated through batch statistics" in str(recalibrated)
 
 
+def test_text_says_nothing_of_an_error_that_one_batch_does_not_tell():
+    one = predict_barrier(
+        CONV.model(0), CONV.model(1), CONV.batches((1,)), layers={"all": [".*"]}, witness=False, progress=False
+    )
+    text = str(one)
+    assert "1 example, 1 layer, batch_norm=" in text
+    assert ("nan" in text, "±" in text) == (False, False)
+    assert f"second-order       {one.barrier():.4g}\n" in text
+
+
 def test_progress_bars_are_shown_when_asked_and_silent_without_a_terminal(capsys):
     models = CONV.model(0), CONV.model(1)
     predict_barrier(*models, CONV.batches(), progress=True)

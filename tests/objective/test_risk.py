@@ -250,7 +250,7 @@ FLAWS = {
     "not finite": (
         lambda: (torch.full((1, 2, 5, 5), torch.nan), torch.tensor([0])),
         NonFiniteError,
-        r"loss is nan at batch 2 \(1 examples\)(\.|, while statistics are re-estimated\.) Check the data of that batch",
+        r"loss is nan at batch 2 \(1 example\)(\.|, while statistics are re-estimated\.) Check the data of that batch",
     ),
     "wrong shape": (lambda: (torch.ones(2, 9, 5, 5), torch.tensor([0, 1])), LoaderError, "images have 9"),
     "loader fails": (_raise, OSError, "the disk is gone"),
