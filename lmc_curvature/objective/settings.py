@@ -280,9 +280,20 @@ def _function_of(member: Any) -> types.FunctionType | None:
     return inspect.unwrap(member) if isinstance(member, types.FunctionType) else None
 
 
+_MUTATORS = {"append", "add", "extend", "insert", "update", "setdefault", "pop", "clear"}
+
+
 def _names_in(code: types.CodeType) -> tuple[set[str], set[str]]:
     read = {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
-    written = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+    written, attribute = set[str](), ""
+    for step in dis.get_instructions(code):
+        if step.opname == "STORE_ATTR":
+            written.add(step.argval)
+        elif step.opname == "STORE_SUBSCR" or step.argval in _MUTATORS:
+            # What was written into is what was loaded before.
+            written.add(attribute)
+        elif step.opname == "LOAD_ATTR":
+            attribute = step.argval
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _names_in(constant)

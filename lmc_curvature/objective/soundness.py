@@ -91,7 +91,8 @@ class Soundness:
     def _check(self, state: State, batch: Batch) -> None:
         originals = [(name, tensor) for name, reference in self.originals if (tensor := reference()) is not None]
         parameters = (*self.placeholders, *originals)
-        check_soundness(self.network_loss, state, batch, movable=self.movable, parameters=parameters)
+        loss = check_soundness(self.network_loss, state, batch, movable=self.movable, parameters=parameters)
+        self._memo.replace("has a graph", bool(loss.requires_grad))
         if self.batch_norm == "batch":
             self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
         policy, rounding = self.batch_norm, self.numerics.rounding
@@ -105,7 +106,8 @@ class Soundness:
     def check_derivatives(self, state: State, batch: Batch, entries: Collection[str], *, second: bool) -> None:
         """Compare derivatives with differences of the loss; see `witness.check_derivatives`."""
         self.check(state, batch)
-        if not (self.witness and batch.is_first):
+        # Of a loss without a graph, who differentiates it says more.
+        if not (self.witness and batch.is_first and self._memo.get("has a graph", True)):
             return
         moved = tuple(sorted(entries or self.movable))
 
@@ -136,7 +138,7 @@ def check_soundness(
     *,
     movable: Collection[str],
     parameters: Iterable[tuple[str, Tensor]],
-) -> None:
+) -> Tensor:
     """Refuse a network whose loss is not a function of its state; it is evaluated twice.
 
     A loss whose value depends on how the data are cut into batches is warned of.
@@ -147,6 +149,9 @@ def check_soundness(
         batch: The batch.
         movable: Names of the entries that move.
         parameters: Parameters that the loss must not depend on, being no part of the state, with their names.
+
+    Returns:
+        The loss, with the graph that it has to the entries that move.
 
     Raises:
         UnsupportedModelError: A module draws random numbers, an entry is changed in place, the loss reaches past the
@@ -177,6 +182,7 @@ def check_soundness(
     _refuse_dependence(again, parameters)
     _refuse_difference(losses[0].item(), again.item(), torch.finfo(again.dtype).eps)
     warn_of_cuts(network_loss, constants, batch, output, target)
+    return again
 
 
 def _fingerprint(state: State) -> tuple[float, ...]:

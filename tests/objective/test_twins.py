@@ -259,6 +259,7 @@ EQUIVALENT = {
     "a learning rate": (lambda: Trained(lr=0.1), lambda: Trained(lr=0.2)),
     "a counter": (lambda: Trained(steps=3), lambda: Trained(steps=700)),
     "a cache": (lambda: Trained(last=torch.zeros(2)), lambda: Trained(last=None)),
+    "a record of calls": (lambda: Recording(), lambda: Recording([(2, 8)], {"calls": 1})),
     "checkpointing": (lambda: Trained(gradient_checkpointing=True), lambda: Trained(gradient_checkpointing=False)),
     "a class defined again": (lambda: Trained(), lambda: _defined_again()),
     "functions of torch": (lambda: Attributed(activation=F.relu), lambda: Attributed(activation=torch.relu)),
@@ -286,6 +287,19 @@ class Trained(nn.Module):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Recording(nn.Module):
+    """A network that keeps a record of its calls."""
+
+    def __init__(self, shapes=(), counts=None):
+        super().__init__()
+        self.linear, self.shapes, self.counts = nn.Linear(8, 3), list(shapes), counts or {}
+
+    def forward(self, x):
+        self.shapes.append(tuple(x.shape))
+        self.counts["calls"] = 1 + self.counts.get("calls", 0)
+        return self.linear(x)
 
 
 def _defined_again():
