@@ -69,8 +69,16 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             cost=0.0,
             tolerance=Tolerance(0.4, most=1e-3),
         ),
+        "kept values": Check(
+            catches="A network that keeps what it computed from its entries, and uses it where they are others.",
+            runs="First batch of an objective, at a state nearby, on an eighth of the examples (16 at least); eight "
+            "times where modules hold tensors besides their entries.",
+            cost=0.3,
+            tolerance=Tolerance(0.7),
+        ),
         "two networks": Check(
-            catches="A model_b with a setting, a buffer or a module that makes it another function than model_a.",
+            catches="A model_b with a setting, a buffer or a module that makes it another function than model_a; "
+            "settings that differ although nothing is seen of them are named in a warning and a note.",
             runs="First batch of a prediction or measurement, with the entries of model_b, and with those of model_a "
             "on an eighth of the examples (16 at least).",
             cost=2.4,
@@ -78,9 +86,18 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "halves of a batch": Check(
             catches="A loss whose mean over the data depends on how they are cut into batches.",
-            runs="First batch of an objective, on one output of its network or, for a `BatchLoss`, with the network; "
-            "not for cross-entropy and its like, which are weighed by what they divide by.",
-            cost=2.0,
+            runs="Every batch of an objective's first pass, on outputs of its first batch; of a `BatchLoss`, "
+            "with the network, the first batch, and what the batches 1, 2, 4, 8, … are divided by; not for torch's "
+            "cross-entropy itself.",
+            cost=4.0,
+            tolerance=Tolerance(0.5),
+        ),
+        "passes": Check(
+            catches="A loader that yields other data in every pass: augmentation, sampling with replacement, shuffling "
+            "with `drop_last`.",
+            runs="Every complete pass but the first of an objective, on sums of its inputs and targets and of their "
+            "squares.",
+            cost=0.0,
             tolerance=Tolerance(0.5),
         ),
         "sorted labels": Check(
@@ -143,7 +160,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "structured block": Check(
             catches="A dense block made of a layer's inputs, although the layer's weight has another part in the loss.",
-            runs="First batch of every block.",
+            runs="First batch of every block; that the layer's entries are used once, by their module, in every batch.",
             cost=9.0,
             tolerance=Tolerance(0.5),
         ),

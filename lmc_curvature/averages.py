@@ -25,6 +25,11 @@ def standard_error(values: Float[np.ndarray, " batches *shape"], weights: Real[n
     return np.asarray(np.sqrt(batches / (batches - 1) * np.tensordot(shares**2, deviations**2, axes=1)))
 
 
+def with_error(value: float, error: float, digits: int = 4) -> str:
+    """A number and its standard error, where that is known: 0.1234 ± 0.012."""
+    return f"{value:.{digits}g}" + (f" ± {error:.2g}" if math.isfinite(error) else "")
+
+
 def rank_correlation(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) -> float:
     """Spearman's ρ over the pairs that are finite; NaN for fewer than three, or where one side is constant."""
     from scipy.stats import spearmanr

@@ -5,6 +5,7 @@ exception a caller would expect (`ValueError`, `KeyError`, …), so existing `ex
 """
 
 import difflib
+import numbers
 from collections.abc import Iterable
 
 
@@ -162,6 +163,14 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     return f"choose from {shown}{', …' if len(choices) > 8 else ''}."
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words: 1 layer, 3 layers, 2 entries, 4 batches."""
+    if number == 1:
+        return f"1 {noun}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith(("s", "tch")) else f"{noun}s"
+    return f"{number} {plural}"
+
+
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
     """Raise `OptionError` unless `value` is one of `choices`, naming the option and the nearest choice."""
     choices = list(choices)
@@ -176,6 +185,12 @@ def check_flags(**options: bool) -> None:
             raise OptionError(f"{option}={value!r}: expected True or False.")
 
 
+def check_budget(memory_gib: float) -> None:
+    """Raise `OptionError` unless the option `memory_gib` is a positive number."""
+    if isinstance(memory_gib, bool) or not isinstance(memory_gib, numbers.Real) or not memory_gib > 0:
+        raise OptionError(f"memory_gib={memory_gib!r}: expected a positive number of GiB.")
+
+
 def check_memory(gib: float, memory_gib: float, what: str, remedy: str) -> None:
     """Raise `MemoryBudgetError` if something is too large, naming it and a remedy.
 
@@ -185,5 +200,6 @@ def check_memory(gib: float, memory_gib: float, what: str, remedy: str) -> None:
         what: Its name, the subject of the message.
         remedy: A sentence that says what to do instead.
     """
+    check_budget(memory_gib)
     if gib > memory_gib:
         raise MemoryBudgetError(f"{what} takes {gib:.3g} GiB, more than memory_gib={memory_gib:g}: {remedy}")

@@ -51,19 +51,27 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def check_writable(directory: str | os.PathLike[str]) -> None:
+def check_writable(directory: str | os.PathLike[str], *, what: str | None = None) -> None:
     """Check that files can be written below a directory, which need not exist yet. Nothing is left behind.
 
+    Args:
+        directory: The directory.
+        what: The name that messages give to what is to be written; by default the directory's.
+
     Raises:
-        OptionError: It, or what it would lie in, is a file.
-        OSError: It may not be written; the error has its name and the reason.
+        OptionError: It, or what it would lie in, is a file, or may not be written.
     """
     directory = Path(directory)
     existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    named = what or str(directory)
+    subject = str(existing) if named == str(existing) else f"{named} cannot be written: {existing}"
     if not existing.is_dir():
-        raise OptionError(f"{existing} is a file; expected a directory, or the name of one to be made.")
-    with _named(existing), tempfile.TemporaryFile(dir=existing):
-        pass
+        raise OptionError(f"{subject} is a file; expected a directory, or the name of one to be made.")
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OptionError(f"{subject}: {error.strerror}.") from error
 
 
 @contextlib.contextmanager

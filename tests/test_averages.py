@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from lmc_curvature.averages import rank_correlation, standard_error, weighted_mean
+from lmc_curvature.averages import rank_correlation, standard_error, weighted_mean, with_error
 
 _batch = st.tuples(st.integers(1, 20), arrays(np.float64, (2, 3), elements=st.floats(-1e3, 1e3)))
 
@@ -72,3 +72,9 @@ def test_rank_correlation_by_hand_and_of_finite_pairs_alone():
 def test_ranks_of_few_or_equal_values_have_no_correlation(first, second, recwarn):
     assert math.isnan(rank_correlation(np.array(first, dtype=float), np.array(second, dtype=float)))
     assert not recwarn
+
+
+def test_an_error_is_shown_where_it_is_known():
+    assert with_error(0.123456, 0.0123) == "0.1235 ± 0.012"
+    assert with_error(-2e-7, 0.0, digits=3) == "-2e-07 ± 0"
+    assert with_error(0.5, math.nan) == with_error(0.5, math.inf) == "0.5"

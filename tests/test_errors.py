@@ -3,7 +3,7 @@
 import pytest
 
 from lmc_curvature import LMCCurvatureError, errors
-from lmc_curvature.errors import MemoryBudgetError, OptionError, check_choice, check_memory, suggest
+from lmc_curvature.errors import MemoryBudgetError, OptionError, check_choice, check_memory, counted, suggest
 
 _CLASSES = [kind for name, kind in vars(errors).items() if name.endswith("Error") and kind is not LMCCurvatureError]
 
@@ -24,6 +24,12 @@ def test_errors_derive_from_the_base_and_a_builtin(kind):
 )
 def test_hints(name, choices, hint):
     assert suggest(name, iter(choices)).endswith(hint)
+
+
+def test_one_thing_is_not_several():
+    numbers = {"layer": "layers", "entry": "entries", "batch": "batches", "class": "classes", "epoch": "epochs"}
+    for one, several in numbers.items():
+        assert (counted(1, one), counted(2, one), counted(0, one)) == (f"1 {one}", f"2 {several}", f"0 {several}")
 
 
 def test_a_choice_outside_is_named_with_the_nearest():

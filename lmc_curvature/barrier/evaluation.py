@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 
 from lmc_curvature.barrier.metrics import Metric, Truth, metric_values, metric_weights
-from lmc_curvature.errors import NonFiniteError
+from lmc_curvature.errors import NonFiniteError, counted
 from lmc_curvature.objective import Batch, Objective
 from lmc_curvature.segment import SegmentPoints
 
@@ -75,7 +75,8 @@ def _batch_values(
     if len(bad):
         metric, point = (int(position) for position in bad[0])
         raise NonFiniteError(
-            f"The {metrics[metric]} is {values[metric, point]} at batch {batch.index} ({batch.size} examples), at "
-            f"{points.describe(point)}. Check the data of that batch and the scale of the networks' parameters."
+            f"The {metrics[metric]} is {values[metric, point]} at batch {batch.index} "
+            f"({counted(batch.size, 'example')}), at {points.describe(point)}. "
+            "Check the data of that batch and the scale of the networks' parameters."
         )
     return values, weights

@@ -10,13 +10,13 @@ import torch
 from jaxtyping import Float, Int, Real
 from torch import nn
 
-from lmc_curvature.averages import standard_error, weighted_mean
+from lmc_curvature.averages import standard_error, weighted_mean, with_error
 from lmc_curvature.barrier.evaluation import evaluate_points
 from lmc_curvature.barrier.expansions import check_alphas
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
 from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics
 from lmc_curvature.barrier.setup import segment_and_objective
-from lmc_curvature.errors import OptionError, check_choice
+from lmc_curvature.errors import OptionError, check_choice, counted
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
 from lmc_curvature.segment import Frozen, PartitionSpec, SegmentPoints, layer_indices
 from lmc_curvature.storage import load_arrays, save_arrays
@@ -256,13 +256,13 @@ class BarrierMeasurement:
         return draw_measurement(self)
 
     def __str__(self) -> str:
-        lines = [f"Barrier measured on {self.examples} examples, batch_norm={self.batch_norm!r}"]
+        lines = [f"Barrier measured on {counted(self.examples, 'example')}, batch_norm={self.batch_norm!r}"]
         if "loss" in self.metrics:
             lines[0] += f": {self.kind}"
         for metric in self.metrics:
             first, second = self.ends(metric)
             lines.append(
-                f"  {metric:<6} {self.barrier(metric):.4g} ± {self.standard_error(metric):.2g} "
+                f"  {metric:<6} {with_error(self.barrier(metric), self.standard_error(metric))} "
                 f"at alpha {self.alphas[self.curve(metric).argmax()]:.2f}; at the ends {first:.4g}, {second:.4g}"
             )
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])

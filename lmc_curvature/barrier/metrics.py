@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import Batch, BatchLoss, LossFunction
-from lmc_curvature.objective.batches import describe
-from lmc_curvature.objective.classification import ClassLoss, are_probabilities, torch_function
+from lmc_curvature.objective.batches import describe, map_tensors, tensors_in
+from lmc_curvature.objective.calls import LossCall, LossCalls, only_call
+from lmc_curvature.objective.classification import are_probabilities
 
 Metric = Literal["loss", "error"]
 METRICS: tuple[Metric, ...] = get_args(Metric)
@@ -36,33 +37,51 @@ def check_metrics(metrics: Sequence[Metric], loss_fn: LossFunction | None) -> No
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What a batch's targets say is right, and how outputs are read.
+    """What a batch's targets say is right, and how outputs are read: as the loss does in its one call of torch.
 
     Attributes:
         classes: The right class of each position: an example, or a part of one.
         counted: Whether each position counts.
-        decide: From an output to the class that it says of each position.
+        read: From an output of the network to what the loss compares with the targets.
+        threshold: Above this, one column says class 1; None where the classes are along the second axis.
     """
 
     classes: Tensor
     counted: Tensor
-    decide: Callable[[Tensor], Tensor]
+    read: Callable[[Any], Tensor]
+    threshold: float | None = None
 
     @classmethod
     def of(cls, loss_fn: LossFunction, output: Any, target: Any, batch: Batch) -> "Truth":
-        """The truth of a batch, by the shapes of its outputs and targets and by what the loss takes them for.
+        """The truth of a batch, by the one classification loss of torch that its loss is or calls.
 
         Raises:
-            OptionError: They are not those of a classifier, or could be read in two ways.
+            OptionError: There is none or there are several, or it is not of one class for each position.
         """
-        if isinstance(output, Tensor) and isinstance(target, Tensor) and output.ndim:
-            for read in (_read_signs, _read_probabilities, _read_classes):
-                truth = read(loss_fn, output, target)
-                if truth is not None:
-                    return truth
+        copy = map_tensors(torch.clone, output)
+        call = _call_within(loss_fn, copy, target)
+        # What a loss has written into its output is no longer what the network said.
+        if call is not None and not any(tensor._version for tensor in tensors_in(copy)):
+
+            def read(output: Any) -> Tensor:
+                if call.input is copy:
+                    return output
+                again = _call_within(loss_fn, output, target)
+                if again is None:
+                    raise OptionError(
+                        f"Metric 'error' is unknown: loss_fn calls one loss of torch on an output of batch "
+                        f"{batch.index}, and none or several on another. Pass metrics=('loss',)."
+                    )
+                return again.input
+
+            truth = _read_signs(call, read) or _read_classes(call, read)
+            if truth is not None:
+                return truth
         raise OptionError(
-            "Metric 'error' needs outputs (n, classes, …) with class indices (n, …) below the number of classes, or "
-            "class probabilities, or one column of outputs with targets 0 and 1 and torch's binary cross-entropy; "
+            "Metric 'error' needs a loss_fn that is, or calls once and no other, torch's cross_entropy, nll_loss or "
+            "multi_margin_loss of outputs (n, classes, …) with class indices (n, …) or class probabilities, or its "
+            "binary cross-entropy of one column with targets 0 and 1, to read outputs as it does, and that writes into "
+            "none; "
             f"batch {batch.index} has {describe(output)} with {describe(target)}. Pass metrics=('loss',)."
         )
 
@@ -71,10 +90,19 @@ class Truth:
         """The number of positions that count."""
         return float(self.counted.sum())
 
-    def error(self, output: Tensor) -> Float[Tensor, ""]:
-        """Share of the positions that count of which an output says another class; 0 where none counts."""
-        wrong = (self.decide(output) != self.classes) & self.counted
-        return wrong.sum().double() / self.counted.sum().clamp(min=1)
+    def error(self, output: Any) -> Float[Tensor, ""]:
+        """Share of the positions that count of which an output says another class; 0 where none counts.
+
+        It is not a number if the output of such a position is none.
+        """
+        compared = self.read(output)
+        unknown, said = compared.isnan(), compared
+        if self.threshold is None:
+            unknown, said = unknown.any(1), compared.argmax(1)
+        else:
+            said = compared > self.threshold
+        share = ((said != self.classes) & self.counted).sum().double() / self.counted.sum().clamp(min=1)
+        return torch.where((unknown & self.counted).any(), torch.nan, share)
 
 
 def metric_values(
@@ -89,39 +117,35 @@ def metric_weights(metrics: Sequence[Metric], batch: Batch, truth: Truth | None)
     return [batch.weight if truth is None or name == "loss" else truth.weight for name in metrics]
 
 
-def _read_signs(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Truth | None:
+def _call_within(loss_fn: LossFunction, output: Any, target: Any) -> LossCall | None:
+    """The only call of a classification loss of torch that a loss makes; None if it makes none, or several."""
+    assert not isinstance(loss_fn, BatchLoss)
+    with torch.no_grad(), LossCalls() as seen:
+        # A copy: a loss may write into what it is given.
+        loss_fn(output, map_tensors(torch.clone, target))
+    return only_call(seen.calls)
+
+
+_THRESHOLDS = {F.binary_cross_entropy_with_logits: 0.0, F.binary_cross_entropy: 0.5}
+
+
+def _read_signs(call: LossCall, read: Callable[[Any], Tensor]) -> Truth | None:
     """One column under binary cross-entropy: a logit above 0, or a probability above ½, says 1."""
-    function, _ = torch_function(loss_fn)
-    threshold = 0.0 if function is F.binary_cross_entropy_with_logits else 0.5
-    of_signs = threshold == 0 or function is F.binary_cross_entropy
-    one_column = output.shape == target.shape and (output.ndim == 1 or output.shape[1] == 1)
-    if not of_signs or not one_column or not bool(((target == 0) | (target == 1)).all()):
+    input, target = call.input, call.target
+    one_column = input.shape == target.shape and (input.ndim == 1 or (input.ndim > 1 and input.shape[1] == 1))
+    if call.function not in _THRESHOLDS or not one_column or not bool(((target == 0) | (target == 1)).all()):
         return None
-    return Truth(target == 1, torch.ones_like(target, dtype=torch.bool), lambda output: output > threshold)
+    return Truth(target == 1, torch.ones_like(target, dtype=torch.bool), read, _THRESHOLDS[call.function])
 
 
-def _read_probabilities(_loss_fn: LossFunction, output: Tensor, target: Tensor) -> Truth | None:
-    if output.shape != target.shape or output.ndim < 2 or output.shape[1] == 1 or not are_probabilities(target):
+def _read_classes(call: LossCall, read: Callable[[Any], Tensor]) -> Truth | None:
+    """Class indices or probabilities, with the classes along the second axis."""
+    input, target = call.input, call.target
+    if call.function in _THRESHOLDS or input.ndim < 2 or input.shape[1] == 1:
+        return None
+    if not target.is_floating_point():
+        return Truth(target, target != call.arguments.get("ignore_index", torch.nan), read)
+    if target.shape != input.shape or not are_probabilities(target):
         return None
     classes = target.argmax(1)
-    return Truth(classes, torch.ones_like(classes, dtype=torch.bool), lambda output: output.argmax(1))
-
-
-def _read_classes(loss_fn: LossFunction, output: Tensor, target: Tensor) -> Truth | None:
-    """Class indices, with the classes along the second axis of the output or, where only that fits, the last."""
-    if target.is_floating_point() or target.is_complex() or output.ndim != target.ndim + 1:
-        return None
-    class_loss = ClassLoss.of(loss_fn)
-    axes = [axis for axis in {1, output.ndim - 1} if output.movedim(axis, -1).shape[:-1] == target.shape]
-    if class_loss is not None:
-        # torch takes them so, whatever else fits.
-        axes = [axis for axis in axes if axis == 1]
-    if len(axes) != 1:
-        return None
-    (axis,) = axes
-    classes = target.long()
-    counted = torch.ones_like(classes, dtype=torch.bool) if class_loss is None else classes != class_loss.ignore_index
-    beyond = counted & ((classes < 0) | (classes >= output.shape[axis]))
-    if output.shape[axis] == 1 or bool(beyond.any()):
-        return None
-    return Truth(classes, counted, lambda output: output.argmax(axis))
+    return Truth(classes, torch.ones_like(classes, dtype=torch.bool), read)

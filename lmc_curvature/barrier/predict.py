@@ -116,20 +116,24 @@ def predict_on_segment(
     """
     positions = check_anchors(anchors)
     segment = segment.to(objective.device, objective.dtype)
+    ends = {0.0: "model_a", 1.0: "model_b"}
+    states = {ends.get(alpha, f"alpha={alpha}"): segment.point(alpha) for alpha in positions.tolist()}
+    directions = segment.directions()
     projections = project_hessian_at(
         objective,
-        [segment.point(alpha) for alpha in positions],
-        segment.directions(),
+        states,
+        directions,
         method=method,
         memory_gib=memory_gib,
         progress=progress,
     )
-    directions = segment.directions()
-    parameters = {name for name, _ in objective.network.named_parameters()}
-    squares = [
-        sum(float((tensor.double() ** 2).sum()) for name, tensor in direction.items() if name in parameters)
-        for direction in directions.values()
-    ]
-    notes = objective.notes + segment.notes
-    found = tuple(Anchor(*pair) for pair in zip(positions.tolist(), projections, strict=True))
-    return BarrierPrediction(segment.layers, found, np.sqrt(np.array(squares)), objective.batch_norm, notes)
+    named = {name for name, _ in objective.network.named_parameters()}
+    moved = [[tensor for name, tensor in direction.items() if name in named] for direction in directions.values()]
+    return BarrierPrediction(
+        segment.layers,
+        tuple(Anchor(*pair) for pair in zip(positions.tolist(), projections, strict=True)),
+        np.sqrt([sum(float((tensor.double() ** 2).sum()) for tensor in tensors) for tensors in moved]),
+        objective.batch_norm,
+        objective.notes + segment.notes,
+        np.array([sum(tensor.numel() for tensor in tensors) for tensors in moved]),
+    )

@@ -7,9 +7,9 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from lmc_curvature.averages import standard_error
+from lmc_curvature.averages import standard_error, with_error
 from lmc_curvature.barrier.cube import Anchor, Cube, Sets
 from lmc_curvature.barrier.expansions import (
     EXPANSIONS,
@@ -18,7 +18,7 @@ from lmc_curvature.barrier.expansions import (
     highest,
 )
 from lmc_curvature.curvature.projection import Projection
-from lmc_curvature.errors import OptionError, check_choice
+from lmc_curvature.errors import OptionError, check_choice, counted
 from lmc_curvature.objective import BatchNormPolicy
 from lmc_curvature.storage import load_arrays, save_arrays
 
@@ -44,6 +44,7 @@ class BarrierPrediction:
         distances: Norms of Δ_ℓ over parameters, (L,); running statistics have another scale, and are left out.
         batch_norm: The batch-normalisation policy.
         notes: Sentences that belong beside the numbers, such as what is frozen.
+        parameters: Number of parameters of each layer, (L,); None in files of earlier versions.
     """
 
     layers: tuple[str, ...]
@@ -51,6 +52,7 @@ class BarrierPrediction:
     distances: Float[np.ndarray, " layers"]
     batch_norm: BatchNormPolicy
     notes: tuple[str, ...] = ()
+    parameters: Int[np.ndarray, " layers"] | None = None
 
     @property
     def endpoints(self) -> tuple[Projection, Projection]:
@@ -210,6 +212,8 @@ class BarrierPrediction:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the prediction to one safetensors file, without loss."""
         arrays = {"distances": self.distances}
+        if self.parameters is not None:
+            arrays["parameters"] = self.parameters
         for number, (_, projection) in enumerate(self.anchors):
             fields = {field: getattr(projection, field) for field in _FIELDS}
             arrays |= {f"anchor_{number}.{field}": array for field, array in fields.items() if array is not None}
@@ -235,7 +239,8 @@ class BarrierPrediction:
             projection = Projection(**{field: arrays[name] for field, name in names.items() if name in arrays})
             anchors.append(Anchor(alpha, projection))
         layers, notes = tuple(metadata["layers"]), tuple(metadata.get("notes", ()))
-        return cls(layers, tuple(anchors), arrays["distances"], metadata["batch_norm"], notes)
+        distances, parameters = arrays["distances"], arrays.get("parameters")
+        return cls(layers, tuple(anchors), distances, metadata["batch_norm"], notes, parameters)
 
     def plot(self) -> "Figure":
         """Draw the predicted curves of the whole network and the barriers of its layers."""
@@ -248,12 +253,12 @@ class BarrierPrediction:
         barriers = self.layer_barriers()
         highest = np.argsort(barriers, kind="stable")[::-1][:3]
         lines = [
-            f"Barrier predicted from {self.examples} examples, {len(self.layers)} layers, "
+            f"Barrier predicted from {counted(self.examples, 'example')}, {counted(len(self.layers), 'layer')}, "
             f"batch_norm={self.batch_norm!r}"
             + (" (differentiated through batch statistics)" if self.batch_norm == "recalibrate" else ""),
             f"  loss at the ends   {first.loss:.4g}, {second.loss:.4g}; distance {self.distance:.4g}",
             *(
-                f"  {expansion:<18} {self.barrier(None, expansion):.4g} ± {self.standard_error(None, expansion):.2g}"
+                f"  {expansion:<18} " + with_error(self.barrier(None, expansion), self.standard_error(None, expansion))
                 for expansion in ("second-order", "with-slopes", "shared-hessian", "hermite")
             ),
             "  highest layers     " + ", ".join(f"{self.layers[index]} {barriers[index]:.4g}" for index in highest),

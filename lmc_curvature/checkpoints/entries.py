@@ -1,12 +1,13 @@
 """Entries of a state dict: whether they are those of a network, and how they get into it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lmc_curvature.errors import CheckpointError
+from lmc_curvature.errors import CheckpointError, counted
 from lmc_curvature.objective.normalization import is_batch_counter
 
 _SHOWN = 3
@@ -24,7 +25,8 @@ def load_entries(model: nn.Module, entries: Mapping[str, Any], *, source: str) -
         source: What the entries came from, for the error.
 
     Raises:
-        CheckpointError: Entries are missing, unexpected, or of another shape, or the network holds no numbers.
+        CheckpointError: Entries are missing, unexpected, of another shape or kind of type (whole numbers where the
+            network computes with real ones), or differ where they are one parameter; or the network holds no numbers.
     """
     own = model.state_dict()
     absent = [name for name, tensor in own.items() if isinstance(tensor, Tensor) and tensor.is_meta]
@@ -36,8 +38,8 @@ def load_entries(model: nn.Module, entries: Mapping[str, Any], *, source: str) -
     found = "; ".join(summary(fault, names) for fault, names in faults(own, entries).items() if names)
     if found:
         raise CheckpointError(
-            f"{source} does not fit {type(model).__name__} ({len(own)} entries): {found}. Build the network that the "
-            "checkpoint was saved from."
+            f"{source} does not fit {type(model).__name__} ({counted(len(own), 'entry')}): {found}. Build the network "
+            "that the checkpoint was saved from."
         )
     # The entries of `own` share memory with the network, so loading a missing name from there changes nothing.
     model.load_state_dict({**own, **entries}, strict=True)
@@ -58,11 +60,45 @@ def faults(own: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, list
         for name, tensor in tensors.items()
         if isinstance(entries.get(name), Tensor) and not is_lazy(tensor) and entries[name].shape != tensor.shape
     ]
+    retyped = [
+        f"{name} {_type(entries[name])} instead of {_type(tensor)}"
+        for name, tensor in tensors.items()
+        if isinstance(entries.get(name), Tensor) and not is_batch_counter(name) and not _casts(entries[name], tensor)
+    ]
     return {
         "missing": [name for name in own if name not in entries and name not in optional],
         "unexpected": [name for name in entries if name not in own],
         "of another shape": reshaped,
+        "of another type": retyped,
+        # Of what has another shape or type there is nothing to compare.
+        "tied to another, with other numbers": [] if reshaped or retyped else list(_untied(tensors, entries)),
     }
+
+
+def _casts(entry: Tensor, own: Tensor) -> bool:
+    """Whether copying an entry into a tensor of the network leaves it the same but for rounding."""
+    kinds = [(tensor.layout, tensor.is_quantized, tensor.is_complex()) for tensor in (entry, own)]
+    if kinds[0] != kinds[1] or entry.is_meta:
+        return False
+    if own.is_floating_point() or own.is_complex():
+        return entry.is_floating_point() == own.is_floating_point()
+    return torch.equal(entry.to(own.dtype).to(entry.dtype), entry)
+
+
+def _type(tensor: Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f"{tensor.layout} of "
+    return f"{layout}{tensor.dtype}{' without numbers' if tensor.is_meta else ''}"
+
+
+def _untied(tensors: Mapping[str, Tensor], entries: Mapping[str, Any]) -> Iterator[str]:
+    """The entries that are one parameter of the network with an earlier one, and have other numbers."""
+    names: dict[tuple[Any, ...], str] = {}
+    for name, own in tensors.items():
+        if isinstance(entries.get(name), Tensor) and _address(own):
+            first = names.setdefault((_address(own), own.shape, own.stride()), name)
+            one, other = (entries[each].to(own.dtype) for each in (first, name))
+            if not bool(((one == other) | ((one != one) & (other != other))).all()):
+                yield f"{name} is {first} in the network"
 
 
 def _address(tensor: Tensor) -> int:

@@ -1,9 +1,12 @@
 """The contents of checkpoint files of any origin, read without running code."""
 
 import json
+import lzma
 import pickle
 import re
 import warnings
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,12 @@ from torch import Tensor
 
 from lmc_curvature.checkpoints.pickles import code_in
 from lmc_curvature.checkpoints.snapshots import read_tensors, with_prefix
-from lmc_curvature.errors import CheckpointError
+from lmc_curvature.errors import CheckpointError, counted
 
 # In the order in which they are looked for; libraries write the same weights as several of them.
 _IN_DIRECTORIES = tuple(f"*{kind}{index}" for kind in (".safetensors", ".bin") for index in (".index.json", ""))
+
+_EXPECTED = "Expected safetensors, or what torch.save(model.state_dict(), path) writes."
 
 
 def read_contents(path: Path) -> Any:
@@ -72,7 +77,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     for shard, names in sorted(names_by_shard.items()):
         path = index.parent / shard
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; {index} says that it holds {len(names)} entries.")
+            raise CheckpointError(f"{path} is missing; {index} says that it holds {counted(len(names), 'entry')}.")
         found = read_contents(path)
         absent = [name for name in names if not (isinstance(found, Mapping) and name in found)]
         if absent:
@@ -88,11 +93,13 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    _refuse_text(path)
     entries, metadata = read_tensors(path)
     return entries if metadata is None else with_prefix(entries, "model.")
 
 
 def _read_torch(path: Path) -> Any:
+    _check_archive(path)
     try:
         with warnings.catch_warnings():
             # Of protocols: what cannot be read is an error below.
@@ -111,12 +118,36 @@ def _read_torch(path: Path) -> Any:
                 f"{path} is refused: it holds more than tensors, and reading it would run code that it names "
                 f"({code}). Save the state dict alone: torch.save(model.state_dict(), path)."
             ) from error
-        if isinstance(error, pickle.UnpicklingError):
-            raise CheckpointError(
-                f"{path} cannot be read as a checkpoint: it is damaged, of another kind, or pickled by another "
-                "protocol than torch.save's own. Expected safetensors, or what torch.save(model.state_dict(), path) "
-                "writes."
-            ) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = re.split(r"(?<=[a-z`])\. ", reason)[0].rstrip(".")
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason}).") from error
+        _refuse_text(path)
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint: it is damaged, of another kind, or pickled by another protocol "
+            f"than torch.save's own. {_EXPECTED}"
+        ) from error
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose contents do not match their checksums, which torch writes and does not read."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                # Zero is also what torch writes if it is told not to compute checksums.
+                if member.CRC:
+                    with archive.open(member) as stream:
+                        while stream.read(1 << 20):
+                            pass
+    except PermissionError:
+        raise
+    # NotImplementedError, of ways of compression that there are not, is a RuntimeError.
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged: its contents do not match their checksums.") from error
+
+
+def _refuse_text(path: Path) -> None:
+    """Refuse a text, such as a web page or a pointer of Git LFS in place of the file that it stands for."""
+    with path.open("rb") as file:
+        start = file.read(400).decode("utf-8", "replace")
+    if start.strip() and "\ufffd" not in start[:-1] and all(char.isprintable() or char in "\n\r\t" for char in start):
+        first = start.strip().splitlines()[0][:60]
+        raise CheckpointError(f"{path} is a text, which begins with {first!r}. {_EXPECTED}")

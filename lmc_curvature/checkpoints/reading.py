@@ -27,7 +27,8 @@ def load_checkpoint(
         model: The network; changed in place.
         path: The file, or the directory with the shards.
         key: The key of the state dict, or keys joined by dots; `""` is the top.
-        strip_prefix: What the names of the network's entries begin with; entries that do not are left out.
+        strip_prefix: What the names of the network's entries begin with; entries that do not are left out. `""` leaves
+            out what stands under a prefix beside the network's own names.
 
     Returns:
         The same network.

@@ -36,6 +36,9 @@ class _Reading:
     others: list[str]
 
     def __str__(self) -> str:
+        if self.others and not self.prefix:
+            # Entries under other prefixes are left out for that alone.
+            return f"key={self.key!r} and strip_prefix=''"
         options = {"key": self.key, "strip_prefix": self.prefix}
         return " and ".join(f"{name}={value!r}" for name, value in options.items() if value) or "key=''"
 
@@ -95,20 +98,23 @@ def _state_dicts(contents: Any, key: str = "", depth: int = _DEPTH) -> Iterator[
 def _readings(
     key: str, found: Mapping[str, Any], own: Mapping[str, Any], strip_prefix: str | None
 ) -> Iterator[_Reading]:
-    """The ways to read a state dict: without each prefix under which it has names of the network."""
+    """The ways to read a state dict: without each prefix under which it has names of the network, and as it is."""
     own_names = {short: name for name, short in _short_names(own).items()}
     short_names = _short_names(found)
-    if strip_prefix is None:
-        prefixes = {
-            "",
-            *(head for short in short_names.values() for head in _heads(short) if short[len(head) :] in own_names),
-        }
-    else:
+    if any(map(_WRAPPER.search, short_names.values())):
+        # What wrappers inserted is all that tells two entries apart.
+        own_names = {name: name for name in own}
+    heads = {head for short in short_names.values() for head in _heads(short) if short[len(head) :] in own_names}
+    prefixes = {"", *heads}
+    if strip_prefix is not None:
         prefixes = {f"{strip_prefix.rstrip('.')}." if strip_prefix else ""}
     for prefix in sorted(prefixes):
         entries, others = {}, []
         for name, short in short_names.items():
             # A prefix may be given as it stands in the file, or without what wrappers inserted.
+            if not prefix and short not in own_names and short.startswith(tuple(heads)):
+                others.append(name)
+                continue
             if short.startswith(prefix):
                 rest = short.removeprefix(prefix)
             elif name.startswith(prefix):
@@ -154,7 +160,7 @@ def _ambiguity(fits: list[_Reading], source: str) -> str:
     on_the_command_line = "(--key, --strip-prefix on the command line)"
     if len(fits) == 1:
         return (
-            f"{source} has the network's entries, and beside them {summary('others', fits[0].others)}. To leave those "
+            f"{source} has the network's entries, and beside them {summary('more', fits[0].others)}. To leave those "
             f"out, pass {fits[0]} {on_the_command_line}."
         )
     ways = "; ".join(map(str, fits[:_SHOWN])) + ("; …" if len(fits) > _SHOWN else "")

@@ -1,5 +1,5 @@
 """The command line: it parses arguments, calls the library and prints."""
 
-from lmc_curvature.cli.app import main
+from lmc_curvature.cli.entry import main
 
 __all__ = ["main"]

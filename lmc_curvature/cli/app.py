@@ -5,15 +5,13 @@ command answer without it.
 """
 
 import json
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lmc_curvature import __version__
-from lmc_curvature.cli.failures import interruptible, one_message, saving
+from lmc_curvature.cli.failures import one_message, saving
 from lmc_curvature.cli.options import Comparison, Device, ForkDir, OtherData, Progress, Workers, with_comparison
 from lmc_curvature.errors import OptionError
 
@@ -33,7 +31,7 @@ _CONTINUES = "the same command continues where it stopped"
 
 
 @app.command()
-@interruptible("the same command keeps the networks that are trained")
+@one_message("the same command keeps the networks that are trained")
 def demo(
     out: Annotated[Path, typer.Option(help="Where networks, results and figures go.")] = Path("runs/demo"),
     device: Device = "cpu",
@@ -49,7 +47,7 @@ def demo(
 
 
 @app.command()
-@interruptible(_CONTINUES)
+@one_message(_CONTINUES)
 def fork(
     config: Annotated[Path, typer.Argument(help="A YAML file; the project's are in configs/.")],
     out: Annotated[Path, typer.Option(help="Where networks go. The same directory continues what was stopped.")],
@@ -69,7 +67,7 @@ def fork(
 
 
 @app.command()
-@interruptible(_CONTINUES)
+@one_message(_CONTINUES)
 def trace(
     directory: ForkDir, data: OtherData = None, device: Device = "cpu", workers: Workers = 1, progress: Progress = None
 ) -> None:
@@ -83,7 +81,7 @@ def trace(
 
 
 @app.command()
-@interruptible()
+@one_message()
 def figures(
     directory: ForkDir,
     out: Annotated[Path | None, typer.Option(help="Where figures go; by default DIRECTORY/figures.")] = None,
@@ -98,7 +96,7 @@ def figures(
 
 
 @app.command()
-@interruptible()
+@one_message()
 @with_comparison
 def predict(
     comparison: Comparison,
@@ -124,7 +122,7 @@ def predict(
 
 
 @app.command()
-@interruptible()
+@one_message()
 @with_comparison
 def measure(
     comparison: Comparison,
@@ -163,14 +161,6 @@ def _common(
     ] = False,
 ) -> None:
     pass
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line on `sys.argv` or other arguments, and exit; see `failures` for messages and statuses."""
-    # As `python -m` does, so that package.module:factory finds what lies in the current directory.
-    sys.path.insert(0, str(Path.cwd()))
-    with one_message():
-        app(arguments)
 
 
 def _answer(

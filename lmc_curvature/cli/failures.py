@@ -23,8 +23,14 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 @contextlib.contextmanager
-def one_message() -> Iterator[None]:
-    """Within the block, let errors exit with one message and their status, and warnings be one message each."""
+def one_message(advice: str = "") -> Iterator[None]:
+    """Within the block, or the function that it decorates, let what fails exit with one message and its status.
+
+    Warnings are one message each.
+
+    Args:
+        advice: What can be done after an interrupt.
+    """
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
@@ -32,24 +38,16 @@ def one_message() -> Iterator[None]:
     except LMCCurvatureError as error:
         _exit(2, str(error), error)
     except KeyboardInterrupt:
-        _exit_interrupted("")
+        _exit_interrupted(advice)
+    except SystemExit as stop:
+        # typer ends silently, or with a word of its own, what is interrupted before a command begins.
+        if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
+            _exit_interrupted(advice)
+        raise
     except Exception as error:  # noqa: BLE001 - whatever a network, a loader or the system raises is told in one line
         _exit(1, f"{reason(error)}. {TRACEBACK}=1 shows the traceback.", error)
     finally:
         warnings.formatwarning = before
-
-
-@contextlib.contextmanager
-def interruptible(advice: str = "") -> Iterator[None]:
-    """Within the block, or the function that it decorates, let an interrupt exit with one line.
-
-    Args:
-        advice: What can be done next.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        _exit_interrupted(advice)
 
 
 @contextlib.contextmanager

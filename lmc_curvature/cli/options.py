@@ -69,17 +69,20 @@ class Comparison:
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False
     progress: Progress = None
 
-    def check_save(self) -> None:
-        """Refuse a file that cannot be written before anything is computed for it."""
+    def check(self) -> None:
+        """Refuse sets without layers, and a file that cannot be written, before anything is read or computed."""
         from lmc_curvature.storage import check_writable
 
+        for named, members in zip(self.set_ or (), self.sets(), strict=True):
+            if not members:
+                raise OptionError(f"--set {named!r} names no layer; expected names with commas between them: A,B.")
         if self.save is None:
             return
         if self.save.exists() and not self.save.is_file():
             raise OptionError(f"--save {self.save} is not a file; expected the name of a file to write.")
         if self.save.resolve() in (self.a.resolve(), self.b.resolve()):
             raise OptionError(f"--save {self.save} would replace a network; expected the name of another file.")
-        check_writable(self.save.parent)
+        check_writable(self.save.parent, what=f"--save {self.save}")
 
     def networks(self) -> "tuple[nn.Module, nn.Module]":
         """The two networks, with the weights of their checkpoints."""
@@ -142,7 +145,7 @@ def with_comparison(command: Callable[Concatenate[Comparison, ...], None]) -> Ca
 
     def run(**options: Any) -> None:
         comparison = Comparison(**{name: options.pop(name) for name in shared})
-        comparison.check_save()
+        comparison.check()
         command(comparison, **options)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__

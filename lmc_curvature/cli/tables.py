@@ -10,6 +10,7 @@ import pandas as pd
 from rich.table import Column, Table
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction
+from lmc_curvature.averages import with_error
 from lmc_curvature.barrier.expansions import EXPANSIONS
 from lmc_curvature.cli.demo import DemoResult, layer_rank_correlations, layer_sets
 from lmc_curvature.figures.frames import at_epoch, numbers
@@ -198,7 +199,7 @@ def _cell(value: float, form: str = ".3g") -> str:
 
 
 def _with_error(value: float, error: float) -> str:
-    return f"{_cell(value)} ± {_cell(error, '.2g')}"
+    return _cell(value) if math.isnan(value) else with_error(value, error, digits=3)
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError
+from lmc_curvature.errors import DirectionError, NonFiniteError, check_budget, counted
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, check_finite
+from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.objective.risk import Objective
 
 Method = Literal["auto", "sweep", "hvp"]
@@ -66,10 +67,11 @@ class Problem:
     memo: Memo = field(default_factory=Memo)
 
     @classmethod
+    @outside_inference()
     def of(
         cls,
         objective: Objective,
-        states: Sequence[State],
+        states: Mapping[str, State] | Sequence[State],
         directions: Mapping[str, State] | Sequence[State],
         *,
         memory_gib: float | None = None,
@@ -82,17 +84,20 @@ class Problem:
             NonFiniteError: A state is not finite.
             OptionError: `memory_gib` is not positive.
         """
-        if memory_gib is not None and not memory_gib > 0:
-            raise OptionError(f"memory_gib={memory_gib!r}: expected a positive number of GiB (or None).")
+        if memory_gib is not None:
+            check_budget(memory_gib)
         named = dict(directions) if isinstance(directions, Mapping) else dict(enumerate(directions))
         if not named:
             raise DirectionError("There is no direction to project onto; expected at least one.")
         placed = [_place_direction(objective, name, direction) for name, direction in named.items()]
         points = []
-        for number, state in enumerate(states, 1):
+        if not isinstance(states, Mapping):
+            number = len(states)
+            states = {f"state {index} of {number}" if number > 1 else "": s for index, s in enumerate(states, 1)}
+        for name, state in states.items():
             complete = objective.complete(state)
-            check_finite(complete, "the state")
-            points.append(Point(complete, f" at state {number} of {len(states)}" if len(states) > 1 else ""))
+            check_finite(complete, name or "the state")
+            points.append(Point(complete, f" at {name}" if name else ""))
         return cls(objective, points, placed, memory_gib)
 
     @property
@@ -111,7 +116,8 @@ def check_values(values: BatchValues, batch: Batch, point: Point) -> None:
     finite_loss(loss, batch, point.place)
     if not (np.isfinite(slopes).all() and np.isfinite(curvature).all()):
         raise NonFiniteError(
-            f"The slopes or the curvature are not finite at batch {batch.index} ({batch.size} examples){point.place}. "
+            f"The slopes or the curvature are not finite at batch {batch.index} "
+            f"({counted(batch.size, 'example')}){point.place}. "
             "Does the network compute something without a second derivative, such as a square root at zero?"
         )
 

@@ -7,11 +7,11 @@ import json
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
-from lmc_curvature.errors import ConfigurationError, suggest
+from lmc_curvature.errors import ConfigurationError, counted, suggest
 from lmc_curvature.objective.normalization import BatchNormPolicy
 
 When = Literal["all", "last", "never"]
@@ -34,6 +34,15 @@ class Configuration(BaseModel):
             raise ConfigurationError(_describe_problems(error, type(self).model_fields)) from error
 
 
+def _no_truth_value(value: Any) -> Any:
+    # To pydantic they are zero and one; in YAML, yes, no, on and off are truth values, too.
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, got {str(value).lower()}.")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_no_truth_value)]
+Real = Annotated[float, BeforeValidator(_no_truth_value)]
 _Kind = TypeVar("_Kind", bound=Configuration)
 
 
@@ -55,14 +64,14 @@ class TrainingConfig(Configuration):
         ConfigurationError: A key is unknown, missing, or has a bad value.
     """
 
-    epochs: int = Field(ge=1)
-    learning_rate: float = Field(gt=0, allow_inf_nan=False)
-    milestones: tuple[int, ...] = ()
-    gamma: float = Field(default=0.1, gt=0, le=1)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    batch_size: int = Field(default=128, ge=1)
-    warmup_epochs: int = Field(default=0, ge=0)
+    epochs: Integer = Field(ge=1)
+    learning_rate: Real = Field(gt=0, allow_inf_nan=False)
+    milestones: tuple[Integer, ...] = ()
+    gamma: Real = Field(default=0.1, gt=0, le=1)
+    momentum: Real = Field(default=0.9, ge=0, lt=1)
+    weight_decay: Real = Field(default=0.0, ge=0, allow_inf_nan=False)
+    batch_size: Integer = Field(default=128, ge=1)
+    warmup_epochs: Integer = Field(default=0, ge=0)
     augmentation: Literal["none", "crop-flip"] = "none"
 
     @field_validator("milestones")
@@ -89,12 +98,12 @@ class TraceConfig(Configuration):
         ConfigurationError: A key is unknown, missing, or has a bad value.
     """
 
-    examples: int | None = Field(default=None, ge=1)
-    batch_size: int = Field(default=256, ge=1)
+    examples: Integer | None = Field(default=None, ge=1)
+    batch_size: Integer = Field(default=256, ge=1)
     batch_norm: BatchNormPolicy = "interpolate"
     partition: str = "fused"
-    alphas: int = Field(default=11, ge=3)
-    layer_alphas: int = Field(default=5, ge=3)
+    alphas: Integer = Field(default=11, ge=3)
+    layer_alphas: Integer = Field(default=5, ge=3)
     test: bool = True
     layers: When = "all"
     cumulative: When = "all"
@@ -125,16 +134,16 @@ class ForkConfig(Configuration):
     """
 
     training: TrainingConfig
-    fork_epochs: tuple[int, ...] = Field(min_length=1)
-    snapshot_epochs: tuple[int, ...] = ()
+    fork_epochs: tuple[Integer, ...] = Field(min_length=1)
+    snapshot_epochs: tuple[Integer, ...] = ()
     data: str = "digits"
-    limit: int | None = Field(default=None, ge=1)
+    limit: Integer | None = Field(default=None, ge=1)
     model: str = "digits-resnet"
     model_options: dict[str, JsonValue] = Field(default_factory=dict)
-    init_seed: int = Field(default=0, ge=0, lt=2**63)
-    order_seed: int = Field(default=0, ge=0, lt=2**63)
-    children: int = Field(default=2, ge=2)
-    threads: int | None = Field(default=None, ge=1)
+    init_seed: Integer = Field(default=0, ge=0, lt=2**63)
+    order_seed: Integer = Field(default=0, ge=0, lt=2**63)
+    children: Integer = Field(default=2, ge=2)
+    threads: Integer | None = Field(default=None, ge=1)
     trace: TraceConfig = Field(default_factory=TraceConfig)
 
     @field_validator("snapshot_epochs", mode="before")
@@ -191,12 +200,16 @@ def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
 
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        repeated = _repeated_key(yaml.compose(text, yaml.SafeLoader))
+        values = yaml.safe_load(text)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read ({error.strerror}); expected a YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         # Of several lines, with a picture of the place.
         raise ConfigurationError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if repeated is not None:
+        raise ConfigurationError(f"{path}: {repeated}; expected each key once.")
     if not isinstance(values, dict):
         raise ConfigurationError(
             f"{path} holds {type(values).__name__}; expected keys such as training and fork_epochs."
@@ -205,6 +218,21 @@ def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
     if strange:
         raise ConfigurationError(f"{path}: {strange[0]!r} is not a name; expected keys such as training.")
     return parse_config(ForkConfig, {**values, **changes}, source=str(path))
+
+
+def _repeated_key(node: Any) -> str | None:
+    """A key that a mapping in a YAML document has twice, and where; None if none has."""
+    lines: dict[str, int] = {}
+    for item in node.value if isinstance(getattr(node, "value", None), list) else ():
+        key, value = item if isinstance(item, tuple) else (None, item)
+        if key is not None and isinstance(key.value, str):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                return f"the key {key.value!r} is in line {lines[key.value]} and in line {line}"
+            lines[key.value] = line
+        if found := _repeated_key(value):
+            return found
+    return None
 
 
 def check_same(stored: Configuration, given: Configuration, *, held: str, remedy: str) -> None:
@@ -267,6 +295,7 @@ def _check_epochs(epochs: tuple[int, ...], schedule: int | None, *, first: int) 
     outside = [] if schedule is None else [epoch for epoch in epochs if not first <= epoch < schedule]
     if schedule is not None and outside:
         raise ValueError(
-            f"{outside[0]} is outside the schedule of {schedule} epochs; choose from {first} to {schedule - 1}."
+            f"{outside[0]} is outside the schedule of {counted(schedule, 'epoch')}; choose from {first} to "
+            f"{schedule - 1}."
         )
     return epochs

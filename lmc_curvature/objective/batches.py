@@ -75,6 +75,16 @@ def tensors_in(data: Any) -> list[Tensor]:
     return tensors
 
 
+def first_rows(data: Any, examples: int, count: int) -> tuple[Any, int]:
+    """A batch of the first examples alone, and their number; the whole batch where a tensor in it has other rows.
+
+    Such a tensor may hold indices into the others, as the edges of a graph do.
+    """
+    if not all(tensor.ndim and len(tensor) == examples for tensor in tensors_in(data)):
+        return data, examples
+    return map_tensors(lambda tensor: tensor[:count], data), min(examples, count)
+
+
 def visit(
     loader: Iterable[Any],
     *,
@@ -110,7 +120,8 @@ def visit(
         raise LoaderError("The loader yielded no batch; expected at least one.")
     if skipped > index:
         raise LoaderError(
-            "No target of the loader counts: each is left out by the loss (ignore_index) or of a class of weight zero."
+            "No target of the loader counts: each is left out by the loss (ignore_index), of a class of weight zero, "
+            "or in a batch of which the size of the BatchLoss is 0."
         )
 
 
@@ -178,18 +189,18 @@ def check_size(size: Any, index: int) -> float:
     """What a user's function says that a batch counts for, as a number.
 
     Raises:
-        LoaderError: It is not a positive number.
+        LoaderError: It is not a number, negative, or not finite.
     """
     try:
         weight = float(size)
     except (TypeError, ValueError) as error:
         raise LoaderError(
-            f"The size of batch {index} of the loader is {describe(size)}; expected a positive number."
+            f"The size of batch {index} of the loader is {describe(size)}; expected a number, 0 or more."
         ) from error
-    if not (math.isfinite(weight) and weight > 0):
+    if not (math.isfinite(weight) and weight >= 0):
         raise LoaderError(
-            f"Batch {index} of the loader holds {weight:g} examples; expected at least one, or a positive sum of their "
-            "weights."
+            f"Batch {index} of the loader holds {weight:g} examples by the size of the BatchLoss; expected a number of "
+            "examples, or the sum of their weights: 0 or more."
         )
     return weight
 

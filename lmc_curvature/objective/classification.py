@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lmc_curvature.errors import LossError
 from lmc_curvature.objective.batches import describe
+from lmc_curvature.objective.calls import LossCall
 
 _FUNCTIONS: dict[Any, Callable[..., Tensor]] = {
     nn.CrossEntropyLoss.forward: F.cross_entropy,
@@ -57,7 +58,23 @@ class ClassLoss:
     def of(cls, loss_fn: Any) -> "ClassLoss | None":
         """A loss as one of these; None for any other."""
         function, options = torch_function(loss_fn)
-        if function not in (F.cross_entropy, F.nll_loss) or {"size_average", "reduce"} & options.keys():
+        if {"size_average", "reduce"} & options.keys():
+            return None
+        return cls._of(function, options)
+
+    @classmethod
+    def of_call(cls, call: LossCall) -> "ClassLoss | None":
+        """The mean over class indices that a call takes; None for any other call."""
+        options = call.arguments
+        reduced = options["reduction"] == "mean" and options["size_average"] is options["reduce"] is None
+        if not reduced or call.target.is_floating_point():
+            return None
+        _check_options(call.function, options)
+        return cls._of(call.function, options)
+
+    @classmethod
+    def _of(cls, function: Any, options: Mapping[str, Any]) -> "ClassLoss | None":
+        if function not in (F.cross_entropy, F.nll_loss):
             return None
         weights = options.get("weight")
         weights = None if weights is None else weights.detach().double().cpu()
@@ -142,19 +159,25 @@ class ClassLoss:
 
 
 def check_weights(loss_fn: Any) -> None:
-    """Refuse class weights of zero together with label smoothing.
+    """Refuse class weights by whose sum a mean cannot be divided.
 
     Raises:
-        LossError: Examples of such a class have a loss, and no part in what the mean over a batch divides by.
+        LossError: Some are negative or not finite, so that their sum may vanish; or some are zero together with label
+            smoothing, so that examples of such a class have a loss, and no part in what the mean divides by.
     """
-    function, options = torch_function(loss_fn)
+    _check_options(*torch_function(loss_fn))
+
+
+def _check_options(function: Any, options: Mapping[str, Any]) -> None:
     weights = options.get("weight")
-    if (
-        function is F.cross_entropy
-        and weights is not None
-        and options.get("label_smoothing")
-        and bool((weights == 0).any())
-    ):
+    if function not in (F.cross_entropy, F.nll_loss) or not isinstance(weights, Tensor):
+        return
+    if not bool(((weights >= 0) & weights.isfinite()).all()):
+        raise LossError(
+            f"Class weights of {weights.tolist()}: the loss divides by the sum of the targets' weights, so they must "
+            "be finite, and none negative."
+        )
+    if options.get("label_smoothing") and bool((weights == 0).any()):
         raise LossError(
             "Class weights of zero with label smoothing: examples of such a class have a loss, but no part in what the "
             "mean divides by, so that the mean over the data depends on how they are cut into batches. Use small "

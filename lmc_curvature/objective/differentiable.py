@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 @contextlib.contextmanager
 def plain_calls() -> Iterator[None]:
     """Within the block, checkpoints and compiled functions are plain calls, and some functions are written out."""
-    with _plain_checkpoints(), _eager_calls(), _FunctionReplacer():
+    with plain_checkpoints(), _eager_calls(), _FunctionReplacer():
         yield
 
 
@@ -55,7 +55,7 @@ _CHECKPOINTS = {
 
 
 @contextlib.contextmanager
-def _plain_checkpoints() -> Iterator[None]:
+def plain_checkpoints() -> Iterator[None]:
     """Within the block, `torch.utils.checkpoint` calls regions and keeps their values.
 
     Values are computed again during the backward pass otherwise, when the state at hand is no longer in the network.

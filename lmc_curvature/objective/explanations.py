@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc_curvature.errors import LMCCurvatureError, LoaderError, LossError, UnsupportedModelError
+from lmc_curvature.errors import LMCCurvatureError, LoaderError, LossError, UnsupportedModelError, counted
 from lmc_curvature.objective.batches import describe
 
 _CHANNELS = re.compile(r"expected input.* to have (\d+) channels, but got (\d+)")
@@ -16,14 +16,15 @@ _CHANNELS = re.compile(r"expected input.* to have (\d+) channels, but got (\d+)"
 
 @contextlib.contextmanager
 def translate_errors(explain: Callable[[Exception], LMCCurvatureError]) -> Iterator[None]:
-    """Within the block, what is raised becomes an error of ours, but for our own and for want of memory."""
+    """Within the block, errors become ours, but for those that are, want of memory and a loader's death."""
     try:
         yield
     except (LMCCurvatureError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if torch.compiler.is_compiling():
-            # The capture of a graph names the line at fault itself.
+        # The capture of a graph names the line at fault itself; the death of a loader's own process is told wherever it
+        # becomes known.
+        if torch.compiler.is_compiling() or str(error).startswith("DataLoader worker (pid"):
             raise
         raise explain(error) from error
 
@@ -70,7 +71,7 @@ def _network_remedy(error: Exception, inputs: Any) -> str:
         needed, found = expected.groups()
         last = inputs.ndim == 4 and inputs.shape[-1] == int(needed)
         remedy = "move the channels to the front: x.permute(0, 3, 1, 2)" if last else "convert the images"
-        return f"A convolution takes {needed} channels, and the images have {found}: {remedy}."
+        return f"A convolution takes {counted(int(needed), 'channel')}, and the images have {found}: {remedy}."
     if inputs.dtype == torch.uint8:
         return "Images of type torch.uint8 are to be converted to floating-point numbers: x.float() / 255."
     if inputs.is_floating_point() or not inputs.numel():

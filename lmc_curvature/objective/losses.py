@@ -14,18 +14,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lmc_curvature.errors import LossError, NonFiniteError
+from lmc_curvature.errors import LossError, NonFiniteError, counted
 from lmc_curvature.objective.batches import (
     Batch,
     check_size,
     count_examples,
     describe,
+    first_rows,
     map_tensors,
     tensors_in,
     to_device,
 )
 from lmc_curvature.objective.classification import ClassLoss, check_weights, torch_function
 from lmc_curvature.objective.explanations import batch_loss_error, loss_error, network_error, translate_errors
+from lmc_curvature.objective.sight import FEW, Sight, see
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class BatchLoss:
         fn: `fn(model, batch)` returns the mean loss over the batch's examples, a scalar tensor.
         size: `size(batch)` is what `fn` divides by in that mean, and what the batch counts for in the mean over the
             data: a whole number of examples (or tokens, …), or any positive real number (the sum of their weights).
-            By default the leading dimension of the first tensor found.
+            Batches of size 0 are left out. By default what torch's `cross_entropy` or `nll_loss` divides by, if `fn`
+            returns its mean over one of the batch's tensors, else the leading dimension of the first tensor found.
 
     Example:
         `BatchLoss(lambda model, batch: model(**batch).loss)` for a Hugging Face model and its dict batches.
@@ -51,7 +54,8 @@ LossFunction = Callable[[Any, Any], Tensor] | BatchLoss
 
 A batch weighs by what its loss is a mean over, so that the mean over the data does not depend on how they are cut into
 batches: by its number of examples, by the `size` of a `BatchLoss`, and for torch's `cross_entropy` and `nll_loss`, as
-functions, partial functions or modules, by the positions that count (`ignore_index`) and their classes' `weight`.
+functions, partial functions or modules, by the positions that count (`ignore_index`) and their classes' `weight`. So it
+is for functions that return what one of these makes of their target, in whatever shape.
 """
 
 
@@ -61,6 +65,8 @@ class NetworkLoss(nn.Module):
     Attributes:
         class_loss: The loss, if it is cross-entropy or its like.
         classes: The number of classes, once a batch has been evaluated that tells it.
+        sight: What is seen within any other loss, once the first batch is counted.
+        is_cut: Whether it was warned of that the value depends on how the data are cut into batches.
     """
 
     def __init__(self, network: nn.Module, loss_fn: LossFunction):
@@ -69,6 +75,8 @@ class NetworkLoss(nn.Module):
         self.loss_fn = loss_fn
         self.class_loss = ClassLoss.of(loss_fn)
         self.classes: int | None = None
+        self.sight: Sight | None = None
+        self.is_cut = False
 
     def forward(self, data: Any, index: int = 0) -> tuple[Any, Any, Any]:
         """Loss, network output and target of a batch's data; the last two are None for a `BatchLoss`."""
@@ -105,29 +113,71 @@ class NetworkLoss(nn.Module):
         """
         return functional_call(self, {f"network.{name}": tensor for name, tensor in state.items()}, (data, index))
 
-    def count(self, data: Any, index: int) -> tuple[int, float]:
+    def look(self, state: Mapping[str, Tensor], data: Any, examples: int, place: Callable[[Tensor], Tensor]) -> None:
+        """See what a loss that is a function calls, on the first examples of a batch; only once.
+
+        Args:
+            state: Entries of the network.
+            data: Data of the batch, as the loader yields them.
+            examples: Their number.
+            place: Brings a tensor to the state's device.
+
+        Raises:
+            LossError: It calls cross-entropy with class weights by whose sum nothing can be divided.
+        """
+        if self.sight is None and self.class_loss is None:
+            self.sight = Sight()
+            few, number = first_rows(data, examples, FEW)
+            self.sight = self.sight_of(state, map_tensors(place, few), number)
+
+    def sight_of(self, state: Mapping[str, Tensor], data: Any, examples: int) -> Sight:
+        """What is seen within the loss of so many examples, whose data are on the state's device.
+
+        Raises:
+            LossError: It calls cross-entropy with class weights by whose sum nothing can be divided.
+        """
+        # Copies: what is looked for may write into them.
+        data, state = map_tensors(torch.clone, data), {name: t.detach().clone() for name, t in state.items()}
+        return see(lambda: self.at(state, data), data if isinstance(self.loss_fn, BatchLoss) else data[1], examples)
+
+    def count(
+        self, data: Any, index: int, *, state: Mapping[str, Tensor] | None = None, place: Any = None
+    ) -> tuple[int, float]:
         """Number of examples of a batch, and its weight in means over the data.
 
         Args:
             data: Data of the batch, as the loader yields them.
             index: Its place in the loader, for errors.
+            state: Entries of the network, for a look into the loss; None for no look.
+            place: Brings a tensor to their device.
 
         Raises:
             LoaderError: It cannot be counted.
             LossError: A target is none of the classes.
         """
+        of_batch = isinstance(self.loss_fn, BatchLoss)
         if isinstance(self.loss_fn, BatchLoss) and self.loss_fn.size is not None:
             return _sizes(self.loss_fn.size(data), data, index)
-        examples = count_examples(data, index, any_form=isinstance(self.loss_fn, BatchLoss))
+        examples = count_examples(data, index, any_form=of_batch)
+        if state is not None:
+            self.look(state, data, examples, place)
+        if self.sight is not None and self.sight.class_loss is not None:
+            tensors = data if of_batch else data[1]
+            labels = self.sight.labels_in(tensors)
+            return examples, _weight(self.sight.class_loss, labels, self.sight.classes, index)
         if self.class_loss is None or not isinstance(data[1], Tensor):
             return examples, float(examples)
-        if not data[1].is_floating_point():
-            # Here, because a label out of range ends the process's use of a CUDA device.
-            if self.classes is not None:
-                self.class_loss.check_labels(data[1], self.classes, index)
-            if self.class_loss.weights is not None:
-                self.class_loss.check_labels(data[1], len(self.class_loss.weights), index, of="the loss's weights")
-        return examples, self.class_loss.weight_of(data[1])
+        return examples, _weight(self.class_loss, data[1], self.classes, index)
+
+
+def _weight(class_loss: ClassLoss, target: Tensor, classes: int | None, index: int) -> float:
+    if not target.is_floating_point():
+        # Here, because a label out of range ends the process's use of a CUDA device.
+        if classes is not None:
+            class_loss.check_labels(target, classes, index)
+        if class_loss.weights is not None:
+            class_loss.check_labels(target, len(class_loss.weights), index, of="the loss's weights")
+    return class_loss.weight_of(target)
 
 
 def _sizes(size: Any, data: Any, index: int) -> tuple[int, float]:
@@ -153,12 +203,15 @@ def own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dt
 
 
 def check_reduction(loss_fn: Any) -> None:
-    """Refuse a torch loss that does not take the mean over the batch.
+    """Refuse what is no function, and a torch loss that does not take the mean over the batch.
 
     Raises:
-        LossError: It sums over the batch, or does not reduce.
+        LossError: It cannot be called, it sums over the batch, or does not reduce; or its class weights cannot be.
     """
-    if loss_fn is None or isinstance(loss_fn, BatchLoss):
+    if loss_fn is None:
+        return
+    if isinstance(loss_fn, BatchLoss):
+        _check_batch_loss(loss_fn)
         return
     if isinstance(loss_fn, type) or not callable(loss_fn):
         raise LossError(
@@ -167,12 +220,25 @@ def check_reduction(loss_fn: Any) -> None:
         )
     check_weights(loss_fn)
     # functools.partial keeps what it binds in .keywords.
-    bound = getattr(loss_fn, "keywords", {})
-    reduction = getattr(loss_fn, "reduction", bound.get("reduction", "mean"))
+    options = getattr(loss_fn, "keywords", {})
+    # What a module with a forward of its own makes of the option is its own business.
+    if getattr(getattr(type(loss_fn), "forward", None), "__module__", "").startswith("torch.nn."):
+        options = vars(loss_fn)
+    reduction = options.get("reduction", "mean")
     if reduction in ("sum", "none"):
         raise LossError(
             f"loss_fn={type(loss_fn).__name__}(reduction={reduction!r}): batches are weighted by their number of "
             "examples, so the loss must be their mean: use reduction='mean'."
+        )
+
+
+def _check_batch_loss(loss_fn: BatchLoss) -> None:
+    if not callable(loss_fn.fn):
+        raise LossError(f"BatchLoss(fn={loss_fn.fn!r}): expected a function of model and batch.")
+    if loss_fn.size is not None and not callable(loss_fn.size):
+        raise LossError(
+            f"BatchLoss(size={loss_fn.size!r}): expected a function of the batch, such as size=lambda batch: "
+            "len(batch[0]), or None to count the rows of its first tensor."
         )
 
 
@@ -235,7 +301,7 @@ def finite_loss(loss: float | Float[Tensor, ""], batch: Batch, where: str = "") 
     value = loss.item() if isinstance(loss, Tensor) else loss
     if not math.isfinite(value):
         raise NonFiniteError(
-            f"The loss is {value} at batch {batch.index} ({batch.size} examples){where}. "
+            f"The loss is {value} at batch {batch.index} ({counted(batch.size, 'example')}){where}. "
             "Check the data of that batch and the scale of the networks' parameters."
         )
     return value

@@ -3,6 +3,8 @@
 import copy
 import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError, UnsupportedModelError, suggest
-from lmc_curvature.objective.batches import describe
+from lmc_curvature.objective.batches import describe, tensors_in, to_device
 from lmc_curvature.objective.normalization import BatchNormPolicy, statistic_names, tracked_modules
 
 State = Mapping[str, Tensor]
@@ -36,13 +38,22 @@ _INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network itself, without modules around it or in it that change how it is evaluated and not its function.
+    """The network itself, as it is in evaluation mode.
 
-    These are `DataParallel`, `DistributedDataParallel`, `AveragedModel`, and what `torch.compile` and torch's wrapper
-    for checkpointing make of a module. The network is left as it is: where a part of it is wrapped, the result is a
-    copy of the modules around that part, with the same tensors.
+    Modules around it or in it are left out that change how it is evaluated and not its function: `DataParallel`,
+    `DistributedDataParallel`, `AveragedModel`, and what `torch.compile` and torch's wrapper for checkpointing make of a
+    module or of its methods. Some modules compute with other entries in evaluation mode than in training mode (an
+    update of low rank is merged into its weight, say): where there may be one, and the network is in training mode, the
+    result is a copy in evaluation mode. The network given is left as it is: where a part of it is wrapped, the result
+    is a copy of the modules around that part, with the same tensors.
+
+    Raises:
+        UnsupportedModelError: It has to be copied, and cannot be.
     """
-    return _unwrap(model, {}) if any(_inner(module) is not None for module in model.modules()) else model
+    wrapped = any(_inner(module) is not None or _compiled_functions(module) for module in model.modules())
+    network = _unwrap(model, {}) if wrapped else model
+    in_training = any(module.training for module in network.modules())
+    return _copy_in_evaluation(network, {}) if in_training and acts_on_modes(network) else network
 
 
 def _unwrap(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
@@ -52,11 +63,19 @@ def _unwrap(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     while (inner := _inner(found)) is not None:
         found = inner
     children = {n: None if child is None else _unwrap(child, known) for n, child in found._modules.items()}
-    if any(children[name] is not child for name, child in found._modules.items()):
-        found = copy.copy(found)
-        found._modules = children
-    known[id(model)] = found
-    return found
+    functions = _compiled_functions(found)
+    known[id(model)] = known[id(found)] = found
+    if functions or any(children[name] is not child for name, child in found._modules.items()):
+        known[id(model)] = known[id(found)] = copied = copy.copy(found)
+        vars(copied).update(functions, _modules=children)
+        for name, method in vars(copied).items():
+            if isinstance(method, MethodType) and id(method.__self__) in known:
+                owner, same = (
+                    known[id(method.__self__)],
+                    known[id(method.__self__)].__class__ is method.__self__.__class__,
+                )
+                vars(copied)[name] = MethodType(method.__func__, owner) if same else getattr(owner, method.__name__)
+    return known[id(model)]
 
 
 def _inner(model: nn.Module) -> nn.Module | None:
@@ -65,9 +84,32 @@ def _inner(model: nn.Module) -> nn.Module | None:
     return next((model._modules[name] for name in _INNER if name in model._modules), None)
 
 
+def _compiled_functions(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module that `torch.compile` made of functions (`model.forward`, say), as they were before."""
+    found = {name: _uncompiled(value) for name, value in vars(module).items()}
+    return {name: function for name, function in found.items() if function is not vars(module)[name]}
+
+
+def _uncompiled(value: Any) -> Any:
+    while isinstance(value, FunctionType) and "_dynamo" in Path(value.__code__.co_filename).parts:
+        value = getattr(value, "__wrapped__", None)
+    return value
+
+
+def acts_on_modes(model: nn.Module) -> bool:
+    """Whether a module does something of its own where it is put into training or evaluation mode."""
+    kinds = [type(module) for module in model.modules()]
+    return any(kind.train is not nn.Module.train or kind.eval is not nn.Module.eval for kind in kinds)
+
+
 def entries_of(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of a network by name, tied ones once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def placed_entries(model: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies of every parameter and buffer on a device, floating-point ones in the given type."""
+    return {name: to_device(t.detach(), device, dtype).clone() for name, t in entries_of(model).items()}
 
 
 def movable_entries(model: nn.Module, batch_norm: BatchNormPolicy) -> tuple[str, ...]:
@@ -105,8 +147,8 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
-def check_finite(state: State, owner: str) -> None:
-    """Refuse a state with values that are infinite or not a number.
+def check_finite(state: State, owner: str, question: str = "Has its training diverged?") -> None:
+    """Refuse a state with values that are infinite or not a number; the message ends with a question.
 
     Raises:
         NonFiniteError: Names the entry and its owner, and counts the values.
@@ -116,8 +158,18 @@ def check_finite(state: State, owner: str) -> None:
         if bad:
             raise NonFiniteError(
                 f"Entry {name!r} of {owner} has {bad} of {tensor.numel()} values that are infinite or not a number. "
-                "Has its training diverged?"
+                f"{question}"
             )
+
+
+def check_gradient(gradient: State) -> None:
+    """Refuse a gradient with values that are infinite or not a number.
+
+    Raises:
+        NonFiniteError: Names the entry, and counts the values.
+    """
+    question = "Does the network compute something without a derivative there, such as a square root at zero?"
+    check_finite(gradient, "the gradient", question)
 
 
 def check_entries(state: State, entries: State, movable: Collection[str]) -> None:
@@ -166,30 +218,44 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     """Copy a network's structure without its tensors, in evaluation mode.
 
     Parameters and buffers become placeholders: every value comes from the state at hand, and what reaches past it
-    finds not-a-number, or is found by `Objective` among the leaves of the graph.
+    finds not-a-number, or is found by `Objective` among the leaves of the graph. So does what modules hold that was
+    computed from parameters.
     """
-    # Pruning and the older parametrisations leave what they compute in the module, until they compute it again.
-    held = (tensor for module in model.modules() for tensor in _tensors_held(list(vars(module).values())))
-    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in held if not tensor.is_leaf}
-    memo |= {id(buffer): _placeholder(buffer) for buffer in model.buffers()}
-    memo |= {id(parameter): nn.Parameter(_placeholder(parameter)) for parameter in model.parameters()}
+    placeholders: dict[int, Any] = {id(buffer): _placeholder(buffer) for buffer in model.buffers()}
+    own = {id(parameter) for parameter in model.parameters()}
+    placeholders |= {
+        id(tensor): _placeholder(tensor)
+        for tensor in _computed_tensors(model)
+        if any(id(getattr(node, "variable", None)) in own for node in graph_nodes([tensor]))
+    }
+    placeholders |= {id(parameter): nn.Parameter(_placeholder(parameter)) for parameter in model.parameters()}
+    return _copy_in_evaluation(model, placeholders)
+
+
+def _copy_in_evaluation(model: nn.Module, replacements: dict[int, Any]) -> nn.Module:
+    """A copy in evaluation mode, in which objects are replaced by others that are given by `id`."""
+    memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _computed_tensors(model)}
     try:
-        skeleton = copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo | replacements)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be copied ({error}). Its modules must support copy.deepcopy."
         ) from error
-    # Not returned by the call: networks that override train() often forget to return themselves.
-    skeleton.eval()
-    return skeleton
+    try:
+        # Not returned by the call: networks that override train() often forget to return themselves.
+        copied.eval()
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be put into evaluation mode ({type(error).__name__}: {error}). A train() "
+            "of its own must bear to be called again: call model.eval() first, and keep what is done in a flag."
+        ) from error
+    return copied
 
 
-def _tensors_held(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (Mapping, list, tuple)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_held(part)
+def _computed_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors with a graph that modules hold: pruning and the older parametrisations leave what they compute there."""
+    for module in model.modules():
+        yield from (tensor for tensor in tensors_in(list(vars(module).values())) if not tensor.is_leaf)
 
 
 def _placeholder(tensor: Tensor) -> Tensor:

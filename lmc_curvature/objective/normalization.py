@@ -47,8 +47,11 @@ def is_batch_counter(entry: str) -> bool:
     return entry.rpartition(".")[2] == "num_batches_tracked"
 
 
-Records = dict[str, list[Tensor]]
-"""Entry name to the means, or the unbiased variances, of a module's input channels, one for each of its calls."""
+Records = dict[str, list[tuple[int, Tensor]]]
+"""Entry name to the means, or the unbiased variances, of a module's input channels, one for each of its calls.
+
+Each comes with the number of the input's rows: the examples of a batch, the nodes of its graphs, …
+"""
 
 
 class Normalization:
@@ -89,7 +92,9 @@ class Normalization:
     def mean_statistics(
         self, states: Sequence[Mapping[str, Tensor]], batches: Iterable[Batch], evaluate: Callable[[Any, Batch], Any]
     ) -> list[dict[str, Tensor]]:
-        """Running statistics at each state: means over all examples, in float64.
+        """Running statistics at each state: means over all examples that a module has seen, in float64.
+
+        They do not depend on what an example weighs in the loss.
 
         Args:
             states: The states; they are asked for anew with every batch.
@@ -100,17 +105,22 @@ class Normalization:
             For each state, entry name to statistic.
         """
         totals: list[dict[str, Tensor]] = [{} for _ in range(len(states))]
-        examples = 0
+        rows: list[dict[str, float]] = [{} for _ in range(len(states))]
         for batch in batches:
-            examples += batch.size
-            for number, total in enumerate(totals):
+            for number, (total, count) in enumerate(zip(totals, rows, strict=True)):
                 records: Records = {}
                 with self.by("batch", records):
                     evaluate(states[number], batch)
-                for entry, values in records.items():
+                for entry, calls in records.items():
                     # A module called often counts by the mean of its calls.
-                    total[entry] = total.get(entry, 0) + batch.size * torch.stack(values).double().mean(0)
-        return [{entry: value / examples for entry, value in total.items()} for total in totals]
+                    lengths, values = zip(*calls, strict=True)
+                    found = torch.stack([n * v.double() for n, v in zip(lengths, values, strict=True)]).mean(0)
+                    total[entry] = total.get(entry, 0) + found
+                    count[entry] = count.get(entry, 0) + sum(lengths) / len(calls)
+        return [
+            {entry: value / count[entry] for entry, value in total.items()}
+            for total, count in zip(totals, rows, strict=True)
+        ]
 
     def warn_of_batch_statistics(self, loss: Callable[[], Float[Tensor, ""]]) -> None:
         """Warn if the statistics of a batch make its loss far larger than the running ones do.
@@ -184,7 +194,7 @@ class _Redirection(TorchFunctionMode):
             examples = [0] if function is F.batch_norm else []
             found = torch.var_mean(input, dim=[*examples, *range(2, input.ndim)])
             for entry, statistic in zip(reversed(statistic_names(self._module_name)), found, strict=True):
-                records.setdefault(entry, []).append(statistic.reshape(-1, input.shape[1]).mean(0))
+                records.setdefault(entry, []).append((len(input), statistic.reshape(-1, input.shape[1]).mean(0)))
         return function(input, None, None, weight, bias, True, eps=eps)
 
 

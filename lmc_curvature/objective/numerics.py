@@ -16,6 +16,15 @@ from lmc_curvature.objective.batches import Batch, map_tensors
 from lmc_curvature.objective.differentiable import plain_calls
 
 
+@contextlib.contextmanager
+def outside_inference() -> Iterator[None]:
+    """Within the block, tensors can take part in differentiation, also under `torch.inference_mode()`."""
+    gradients = torch.is_grad_enabled()
+    # Leaving that mode would switch gradients on.
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+        yield
+
+
 @dataclass(frozen=True)
 class Numerics:
     """The precision and the kernels that a network is computed with.
@@ -31,6 +40,11 @@ class Numerics:
     dtype: torch.dtype
     allow_tf32: bool = False
     recurrent: bool = False
+
+    @classmethod
+    def of(cls, network: nn.Module, device: torch.device, dtype: torch.dtype, allow_tf32: bool) -> "Numerics":
+        """Those of a network."""
+        return cls(device, dtype, allow_tf32, any(isinstance(module, nn.RNNBase) for module in network.modules()))
 
     @property
     def rounding(self) -> float:
@@ -82,6 +96,11 @@ def channels_last(batch: Batch) -> Batch:
 def _channels_last(tensor: Tensor) -> Tensor:
     images = tensor.ndim == 4 and tensor.is_floating_point()
     return tensor.contiguous(memory_format=torch.channels_last) if images else tensor
+
+
+def bears_channels_last(network: nn.Module, numerics: Numerics, loss: Callable[[Batch], Tensor], batch: Batch) -> bool:
+    """Tell if images whose channels come last are convolved faster, and have the same loss, on some batch."""
+    return prefers_channels_last(network, numerics.device, numerics.dtype) and ignores_layout(loss, batch)
 
 
 def prefers_channels_last(network: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:

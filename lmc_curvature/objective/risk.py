@@ -1,6 +1,7 @@
 """The empirical risk of a network: a function of its state, averaged over the batches of a loader."""
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
 from lmc_curvature.objective.batches import Batch, check_loader, loader_length, refuse_iterator, to_device, visit
+from lmc_curvature.objective.differentiable import plain_checkpoints
 from lmc_curvature.objective.losses import (
     BatchLoss,
     LossFunction,
@@ -31,18 +33,19 @@ from lmc_curvature.objective.network import (
     as_leaves,
     check_entries,
     check_finite,
+    check_gradient,
     check_module,
     choose_device,
     choose_dtype,
-    entries_of,
     movable_entries,
+    placed_entries,
     precision_note,
     skeleton_of,
     tied_names,
     unwrap,
 )
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Normalization, is_batch_counter
-from lmc_curvature.objective.numerics import Numerics, channels_last, ignores_layout, prefers_channels_last
+from lmc_curvature.objective.numerics import Numerics, bears_channels_last, channels_last, outside_inference
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.soundness import Soundness
 
@@ -59,7 +62,8 @@ class Objective:
 
     Args:
         model: Any module. Its parameters need not require gradients.
-        loader: Yields `(x, y)` batches, or what `loss_fn` expects. Visited once per evaluation.
+        loader: Yields `(x, y)` batches, or what `loss_fn` expects. Visited once per evaluation; passes with other data
+            than the first are warned of.
         loss_fn: `loss_fn(output, target)` returning the scalar mean over the batch (default: cross-entropy), or a
             `BatchLoss`.
         batch_norm: `"interpolate"`, `"batch"` or `"recalibrate"`; see `BatchNormPolicy`. Derivatives
@@ -87,6 +91,7 @@ class Objective:
         UnsupportedModelError: `model` is no network, has parameters that cannot move, or cannot be copied.
     """
 
+    @outside_inference()
     def __init__(
         self,
         model: nn.Module,
@@ -102,7 +107,7 @@ class Objective:
         twins: Sequence[nn.Module] = (),
     ):
         check_module("model", model)
-        model = unwrap(model)
+        original, model = model, unwrap(model)
         check_choice("batch_norm", batch_norm, POLICIES)
         check_flags(allow_tf32=allow_tf32, witness=witness)
         check_loader(loader, max_batches)
@@ -110,26 +115,21 @@ class Objective:
         self._movable = movable_entries(model, batch_norm)
         self.loader, self.max_batches, self.allow_tf32 = loader, max_batches, allow_tf32
         self.batch_norm: BatchNormPolicy = batch_norm
-        tensors = list(entries_of(model).values())
+        tensors = [*model.parameters(), *model.buffers()]
         self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
         self.loss_fn = own_loss(loss_fn, self.device, self.dtype)
-
-        self.network = skeleton_of(model)
-        recurrent = any(isinstance(module, nn.RNNBase) for module in self.network.modules())
-        self.numerics = Numerics(self.device, self.dtype, allow_tf32, recurrent)
+        self.network, pristine = skeleton_of(model), skeleton_of(model)
+        self.numerics = Numerics.of(self.network, self.device, self.dtype, allow_tf32)
         self._normalization = Normalization(self.network, "running" if batch_norm == "interpolate" else "batch")
         self._network_loss = NetworkLoss(self.network, self.loss_fn)
-        self._entries = {
-            name: to_device(t.detach(), self.device, self.dtype).clone() for name, t in entries_of(model).items()
-        }
-        self._aliases = tied_names(model)
+        self._entries, self._aliases = placed_entries(model, self.device, self.dtype), tied_names(model)
         self._soundness = Soundness(
             self._network_loss,
             self._entries,
             self._movable,
-            # Kept, because functional_call may leave another tensor in a module that the network holds twice.
             placeholders=list(self.network.named_parameters()),
-            originals=[(name, weakref.ref(tensor)) for name, tensor in model.named_parameters()],
+            originals=[(name, weakref.ref(tensor)) for name, tensor in original.named_parameters()],
+            pristine=pristine,
             twins=tuple(twins),
             normalization=self._normalization,
             batch_norm=batch_norm,
@@ -177,19 +177,17 @@ class Objective:
         Raises:
             LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
         """
+        place = functools.partial(to_device, device=self.device, dtype=self.dtype)
         total = loader_length(self.loader, self.max_batches)
+        count = functools.partial(self._network_loss.count, state=self._entries, place=place)
         with (
+            outside_inference(),
+            plain_checkpoints(),
             global_rng_preserved(),
             tqdm(total=total, desc=description, disable=None if progress is None else not progress, leave=False) as bar,
         ):
-            yield visit(
-                self.loader,
-                max_batches=self.max_batches,
-                count=self._network_loss.count,
-                weightless=weightless,
-                place=lambda tensor: to_device(tensor, self.device, self.dtype),
-                bar=bar,
-            )
+            options = {"max_batches": self.max_batches, "weightless": weightless}
+            yield self._soundness.watch(visit(self.loader, **options, count=count, place=place, bar=bar))
 
     def batch_loss(self, state: State, batch: Batch) -> Float[Tensor, ""]:
         """Mean loss over one batch at `state`: a scalar tensor, differentiable in the state.
@@ -227,11 +225,8 @@ class Objective:
 
     def laid_out(self, batch: Batch) -> Batch:
         """The batch with its images laid out as the device convolves them fastest, if the network bears it."""
-
-        def bears_it() -> bool:
-            prefers = prefers_channels_last(self.network, self.device, self.dtype)
-            return prefers and ignores_layout(lambda batch: self.batch_loss(self.state(), batch), batch)
-
+        loss = functools.partial(self.batch_loss, self.state())
+        bears_it = functools.partial(bears_channels_last, self.network, self.numerics, loss, batch)
         return channels_last(batch) if self.memo("channels last", bears_it) else batch
 
     @property
@@ -284,11 +279,12 @@ class Objective:
                 weights.append(batch.weight)
         return float(weighted_mean(np.array(values), np.array(weights)))
 
+    @outside_inference()
     def gradient(self, state: State | None = None) -> dict[str, Tensor]:
         """Gradient of the mean loss at `state`: entry name to a tensor of the entry's shape and dtype.
 
         Raises:
-            NonFiniteError: The loss of a batch is infinite or not a number.
+            NonFiniteError: The loss of a batch or the gradient of an entry is infinite or not a number.
             LossError: The loss does not depend on the state.
         """
         point = self._point(state)
@@ -306,6 +302,7 @@ class Objective:
                 for accumulated, gradient in zip(total.values(), gradients, strict=True):
                     accumulated.add_(gradient, alpha=batch.weight)
                 weight += batch.weight
+        check_gradient(total)
         return {name: (tensor / weight).to(self.dtype) for name, tensor in total.items()}
 
     def _point(self, state: State | None) -> dict[str, Tensor]:

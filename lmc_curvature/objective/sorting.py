@@ -3,10 +3,11 @@
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -72,8 +73,9 @@ def _pairs_of_one_class(counts: Counter[Any]) -> int:
 def warn_of_sorted_data(batches: Iterable[Any]) -> Iterator[Any]:
     """Pass on the batches of one pass over a loader, and warn, once, if the data come in the order of their classes.
 
-    It is told by the labels of (x, y) batches with one label an example, as soon as these are evidence enough: after 2,
-    4, 8, … batches, or at the end. That two or three examples of a rare class come together is not noticed.
+    It is told by the labels of (x, y) batches, or of batches that name them, with one label an example or class
+    probabilities, as soon as these are evidence enough: after 2, 4, 8, … batches, or at the end. That two or three
+    examples of a rare class come together is not noticed.
     """
     seen: list[Counter[Any]] = []
     warned = False
@@ -88,13 +90,31 @@ def warn_of_sorted_data(batches: Iterable[Any]) -> Iterator[Any]:
         _warn_if_sorted(seen)
 
 
+# As batches of named tensors call their labels.
+_LABEL_NAMES = ("labels", "label", "targets", "target", "y")
+
+
 def _labels(data: Any) -> Tensor | None:
-    """The target of a pair, where it is one number an example."""
-    if not (isinstance(data, (tuple, list)) and len(data) == 2 and isinstance(data[1], Tensor)):
+    """The label of each example of a batch: its target, where that is one number or one class by its probabilities."""
+    if isinstance(data, (tuple, list)) and len(data) == 2:
+        inputs, target = data
+    elif isinstance(data, Mapping):
+        inputs, target = {key: value for key, value in data.items() if key not in _LABEL_NAMES}, data
+    else:
         return None
-    inputs, labels = data
+    if isinstance(target, Mapping):
+        target = next((target[name] for name in _LABEL_NAMES if name in target), None)
     leading = next((leaf.shape[:1] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
-    return labels if labels.ndim and leading == labels.shape[:1] and labels.numel() == len(labels) else None
+    if not isinstance(target, Tensor) or not target.ndim or leading != target.shape[:1] or target.is_complex():
+        return None
+    if target.numel() == len(target):
+        return target
+    # One-hot vectors, or the like with smoothed or mixed labels.
+    sums = target.double().sum(1)
+    of_classes = (
+        target.ndim == 2 and bool((target >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), rtol=1e-2)
+    )
+    return target.double().argmax(1) if of_classes else None
 
 
 def _warn_if_sorted(batches: Sequence[Counter[Any]]) -> bool:

@@ -1,7 +1,7 @@
 """The checks that an objective makes of itself on its first batch: refusals, and warnings."""
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.cuts import warn_of_cuts
+from lmc_curvature.objective.cuts import warn_of_cuts, watch_cuts
 from lmc_curvature.objective.differentiable import plain_calls
+from lmc_curvature.objective.kept_values import check_kept_values
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization
-from lmc_curvature.objective.numerics import Numerics
+from lmc_curvature.objective.numerics import Numerics, outside_inference
+from lmc_curvature.objective.passes import Passes
 from lmc_curvature.objective.randomness import drawing_module
 from lmc_curvature.objective.twins import check_twin
 from lmc_curvature.objective.witness import WITHOUT_WITNESS, check_derivatives
@@ -32,9 +34,11 @@ class Soundness:
         network_loss: The network and its loss.
         entries: All entries of the network.
         movable: Names of those that move.
-        placeholders: Parameters that stand in the network's structure, which the loss must not reach for.
+        placeholders: Parameters that stand in the network's structure, which the loss must not reach for. Kept here,
+            because functional_call may leave another tensor in a module that the network holds twice.
         originals: Parameters of the network that the objective was made of, as long as that network lives; the loss
             must not reach for them, either.
+        pristine: The network's structure in a copy that was never called.
         twins: Further networks, which must be of the same structure.
         normalization: The statistics that the network's normalisation uses.
         batch_norm: The policy that decides on them.
@@ -48,6 +52,7 @@ class Soundness:
     movable: Collection[str]
     placeholders: Sequence[tuple[str, Tensor]]
     originals: Sequence[tuple[str, Callable[[], Tensor | None]]]
+    pristine: nn.Module
     twins: Sequence[nn.Module]
     normalization: Normalization
     batch_norm: BatchNormPolicy
@@ -55,12 +60,14 @@ class Soundness:
     witness: bool
     note: str
     _memo: Memo = field(default_factory=Memo)
+    _passes: Passes = field(default_factory=Passes)
 
     def check(self, state: State, batch: Batch) -> None:
         """Refuse, on the first batch, a network whose loss is not a function of its state or not what it seems.
 
         Raises:
-            UnsupportedModelError: The loss is not a function of the state; see `check_soundness`.
+            UnsupportedModelError: The loss is not a function of the state; see `check_soundness` and
+                `check_kept_values`.
             ArchitectureMismatchError: A twin computes something else; see `check_twin`.
         """
         # A batch in which nothing counts has no loss.
@@ -71,20 +78,36 @@ class Soundness:
                 dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
                 self._memo.replace("autocast", f"computed under torch.autocast, in {dtype} where it chooses to")
 
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass on the batches of one pass; in the first complete one, each is looked at for how its loss is a mean.
+
+        Every further pass is compared with it.
+        """
+        batches = self._passes.watch(batches)
+        yield from batches if self._memo.get("cuts", False) else watch_cuts(self.network_loss, self.entries, batches)
+        self._memo("cuts", lambda: True)
+
+    @outside_inference()
     def _check(self, state: State, batch: Batch) -> None:
         originals = [(name, tensor) for name, reference in self.originals if (tensor := reference()) is not None]
         parameters = (*self.placeholders, *originals)
-        check_soundness(self.network_loss, state, batch, movable=self.movable, parameters=parameters)
+        loss = check_soundness(self.network_loss, state, batch, movable=self.movable, parameters=parameters)
+        self._memo.replace("has a graph", bool(loss.requires_grad))
         if self.batch_norm == "batch":
             self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
         policy, rounding = self.batch_norm, self.numerics.rounding
+        check_kept_values(self.pristine, self.network_loss, self.entries, batch, self.movable, self.normalization)
         for twin in self.twins:
-            check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
+            note = check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
+            if note:
+                warnings.warn(f"{note}. If other data tell them apart, the numbers mix two functions.", stacklevel=2)
+                self._memo.replace("twins", note)
 
     def check_derivatives(self, state: State, batch: Batch, entries: Collection[str], *, second: bool) -> None:
         """Compare derivatives with differences of the loss; see `witness.check_derivatives`."""
         self.check(state, batch)
-        if not (self.witness and batch.is_first):
+        # Of a loss without a graph, who differentiates it says more.
+        if not (self.witness and batch.is_first and self._memo.get("has a graph", True)):
             return
         moved = tuple(sorted(entries or self.movable))
 
@@ -104,7 +127,8 @@ class Soundness:
     def notes(self) -> tuple[str, ...]:
         """A few words each on what is unusual about numbers computed so far."""
         witness = self._memo.get("what could not be compared", "") if self.witness else WITHOUT_WITNESS
-        return tuple(note for note in (self.note, self._memo.get("autocast", ""), witness) if note)
+        found = self.note, self._memo.get("twins", ""), self._memo.get("autocast", ""), witness
+        return tuple(note for note in found if note)
 
 
 def check_soundness(
@@ -114,7 +138,7 @@ def check_soundness(
     *,
     movable: Collection[str],
     parameters: Iterable[tuple[str, Tensor]],
-) -> None:
+) -> Tensor:
     """Refuse a network whose loss is not a function of its state; it is evaluated twice.
 
     A loss whose value depends on how the data are cut into batches is warned of.
@@ -125,6 +149,9 @@ def check_soundness(
         batch: The batch.
         movable: Names of the entries that move.
         parameters: Parameters that the loss must not depend on, being no part of the state, with their names.
+
+    Returns:
+        The loss, with the graph that it has to the entries that move.
 
     Raises:
         UnsupportedModelError: A module draws random numbers, an entry is changed in place, the loss reaches past the
@@ -155,6 +182,7 @@ def check_soundness(
     _refuse_dependence(again, parameters)
     _refuse_difference(losses[0].item(), again.item(), torch.finfo(again.dtype).eps)
     warn_of_cuts(network_loss, constants, batch, output, target)
+    return again
 
 
 def _fingerprint(state: State) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
 """The witness of derivatives: those of autograd against differences of the loss itself, on a few examples."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch, map_tensors
-from lmc_curvature.objective.losses import NetworkLoss, check_differentiable, own_loss
+from lmc_curvature.objective.losses import NetworkLoss, own_loss
 from lmc_curvature.objective.network import State, as_leaves, graph_nodes
 from lmc_curvature.objective.numerics import Numerics
+from lmc_curvature.objective.precisions import precisions_met
 
 # Examples are few, because each meets kinks and takes time; of small networks, more.
 _LEAST_EXAMPLES, _MOST_EXAMPLES, _EXAMPLES_TIMES_PARAMETERS = 4, 32, 100_000
@@ -79,7 +78,7 @@ def check_derivatives(
     trials = [(rows, precise) for rows in _selections(batch.size, few)]
     # For networks that do not take a few examples alone, or do not take float64.
     trials += [(None, dtype) for dtype in dict.fromkeys((precise, numerics.dtype))]
-    note, doubts = _NOTHING, []
+    note, reason, doubts = _NOTHING, "", []
     for seed, (rows, dtype) in enumerate(trials):
         if rows is None and note != _NOTHING:
             break
@@ -97,10 +96,11 @@ def check_derivatives(
         if verdict.curvature or (verdict.slope and not second):
             note = ""
             break
-        note = _SLOPES_ALONE if verdict.slope else note
+        note = _SLOPES_ALONE if verdict.slope else "" if verdict.idle and rows is None else note
+        reason = verdict.reason or reason
     if doubts:
         raise UnsupportedModelError(doubts[0])
-    return note
+    return f"{note} ({reason})" if note and reason else note
 
 
 def _selections(size: int, few: int) -> list[list[int]]:
@@ -136,6 +136,7 @@ class _Line:
         numerics: The precision and the kernels that the network is computed with.
         rounding: Relative rounding error of the coarsest operation on the way.
         unit: Size of the numbers whose rounding the loss has: its own, or that of the outputs it is computed from.
+        coarse_part: A few words on what computes in lower precision than the rest; empty if nothing does.
     """
 
     loss_at: Callable[[State], Tensor]
@@ -144,6 +145,7 @@ class _Line:
     numerics: Numerics
     rounding: float
     unit: float
+    coarse_part: str
 
     def loss(self, position: float) -> float:
         """The loss, computed as a measurement does."""
@@ -159,7 +161,6 @@ class _Line:
         with self.numerics.differentiating():
             leaves = as_leaves(self._moved(position))
             loss = self.loss_at(leaves)
-            check_differentiable(loss)
             slope, size = self._along(loss, leaves, create_graph=second)
             found = [_Derivative(slope.item(), size)]
             if second:
@@ -216,26 +217,23 @@ def _line(
         with torch.autocast(numerics.device.type, enabled=False):
             return in_dtype.at({**constants, **moved}, placed_data)[0]
 
-    with torch.no_grad(), numerics.exact(), _Precisions() as precisions:
-        loss, output, _ = in_dtype.at({**constants, **start}, placed_data)
+    with torch.no_grad(), numerics.exact():
+        (loss, output, _), met = precisions_met(in_dtype, lambda: in_dtype.at({**constants, **start}, placed_data))
     # A cross-entropy near zero is the logarithm of a number near one, and rounded like that.
     plain = isinstance(output, Tensor) and output.is_floating_point()
     unit = max(abs(loss.item()), min(1.0, output.abs().max().item()) if plain else 1.0)
-    rounding = max(torch.finfo(each).eps for each in precisions.met)
-    return _Line(loss_at, start, direction, numerics, rounding, unit)
+    rounding = max(torch.finfo(each).eps for each in met)
+    return _Line(loss_at, start, direction, numerics, rounding, unit, _coarse_part(met, dtype))
 
 
-class _Precisions(TorchDispatchMode):
-    """Notes the floating-point types that are computed in: a network may round to a lower one on its way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.met: set[torch.dtype] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.met |= {t.dtype for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_floating_point()}
-        return result
+def _coarse_part(met: Mapping[torch.dtype, str], dtype: torch.dtype) -> str:
+    """A few words on the module that computes in the lowest precision, if that is lower than a network's own."""
+    lowest = max(met, key=lambda each: torch.finfo(each).eps)
+    if torch.finfo(lowest).eps <= torch.finfo(dtype).eps:
+        return ""
+    name = met[lowest]
+    part = f"module {name.removeprefix('network.')!r}" if "." in name else f"the {name or 'loss'}"
+    return f"{part} computes in {str(lowest).removeprefix('torch.')}"
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -247,11 +245,13 @@ def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """Whether slope and curvature were compared and agree, or a sentence that says how they disagree."""
+    """Whether slope and curvature agree, or the loss is constant; or how they disagree, or why nothing was compared."""
 
     slope: bool = False
     curvature: bool = False
+    idle: bool = False
     disagreement: str = ""
+    reason: str = ""
 
 
 def _judge(make_line: Callable[[], _Line], second: bool) -> _Verdict:
@@ -266,9 +266,12 @@ def _judge(make_line: Callable[[], _Line], second: bool) -> _Verdict:
 
 def _compare(line: _Line, second: bool) -> _Verdict:
     slope, *curvatures = line.derivatives(second=second)
+    # A few entries may have no part in the loss, as those of units that are off.
+    if not any(each.size for each in (slope, *curvatures)) and line.loss(0.0) == line.loss(_LOSS_SPACINGS[0]):
+        return _Verdict(idle=True)
     by_slope, by_curvature = _from_losses(line, slope)
     if not _says_something(by_slope, slope):
-        return _Verdict()
+        return _Verdict(reason=line.coarse_part)
     if not _agree(slope, by_slope, line.rounding):
         return _Verdict(disagreement=_sentence(line, "slope", slope, by_slope))
     if not curvatures:
@@ -278,7 +281,7 @@ def _compare(line: _Line, second: bool) -> _Verdict:
     if by_curvature.error > _ENOUGH_FOR_CURVATURE * curvature.size:
         by_curvature = min(by_curvature, _from_slopes(line, slope, curvature), key=lambda each: each.error)
     if not _says_something(by_curvature, curvature):
-        return _Verdict(slope=True)
+        return _Verdict(slope=True, reason=line.coarse_part)
     if not _agree(curvature, by_curvature, line.rounding):
         return _Verdict(disagreement=_sentence(line, "curvature", curvature, by_curvature))
     return _Verdict(slope=True, curvature=True)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmc_curvature.errors import ArchitectureMismatchError
+from lmc_curvature.errors import ArchitectureMismatchError, counted
 from lmc_curvature.objective.network import entries_of, tied_names
 from lmc_curvature.objective.normalization import is_batch_counter, statistic_names, tracked_modules
-from lmc_curvature.objective.twins import module_differences
+from lmc_curvature.objective.settings import setting_differences
 
 
 def check_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
@@ -25,12 +25,12 @@ def check_same_architecture(model_a: nn.Module, model_b: nn.Module) -> None:
         or _fixed_buffer_differences(model_a, model_b)
     )
     if differences:
-        differences += module_differences(model_a, model_b)
+        differences += map(str, setting_differences(model_a, model_b))
         shown = "\n".join(f"  {line}" for line in differences[:10])
         more = f"\n  … and {len(differences) - 10} more" if len(differences) > 10 else ""
-        counts = [_count_weight_modules(model) for model in (model_a, model_b)]
+        counts = [counted(_count_weight_modules(model), "module") for model in (model_a, model_b)]
         raise ArchitectureMismatchError(
-            f"The two networks are not of one architecture (model_a has {counts[0]} modules with parameters, model_b "
+            f"The two networks are not of one architecture (model_a has {counts[0]} with parameters, model_b "
             f"has {counts[1]}):\n{shown}{more}\nBoth must be built alike, so that their entries can be averaged."
         )
 

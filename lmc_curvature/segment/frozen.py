@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from lmc_curvature.errors import OptionError, PartitionError, suggest
+from lmc_curvature.errors import OptionError, PartitionError, counted, suggest
 from lmc_curvature.objective.network import tied_names
 from lmc_curvature.objective.normalization import statistic_names, tracked_modules
 
@@ -36,9 +36,9 @@ def frozen_entries(
 
     Args:
         frozen: Each choice is the name of a layer, a module or an entry; or a regular expression, searched in the
-            entry's name; or
-            `"requires_grad"`, for the parameters of the network that do not require gradients, with the running
-            statistics of modules all of whose own parameters are among them.
+            entry's name; or `"requires_grad"`, for the parameters of the network that do not require gradients, with
+            the running statistics of modules all of whose own parameters are among them. Tied parameters are meant by
+            each of their names.
         network: The network whose entries stay, and whose requires_grad is read.
         entries: Names of all entries that could move.
         layers: Layer name to the names of its entries.
@@ -50,7 +50,9 @@ def frozen_entries(
     members = {choice: _members(choice, network, entries, layers) for choice in frozen_choices(frozen)}
     found = frozenset(entry for chosen in members.values() for entry in chosen)
     if found and len(found) == len(entries):
-        raise OptionError(f"frozen={frozen!r} freezes all {len(entries)} entries: leave at least one layer that moves.")
+        raise OptionError(
+            f"frozen={frozen!r} freezes all {counted(len(entries), 'entry')}: leave at least one layer that moves."
+        )
     return found
 
 
@@ -65,21 +67,25 @@ def _members(
                 "base='b') requires gradients. Name the layers that stay, or switch their requires_grad off first."
             )
         return [entry for entry in entries if entry in untrained]
+    names = {entry: {entry} for entry in entries}
+    for alias, first in tied_names(network).items():
+        names[first].add(alias)
+    # A layer may be a module whose weight is tied to an earlier one's, which no partition counts among its entries.
+    inside = {
+        entry for entry, known in names.items() if any(f"{name}.".startswith(f"{choice}.") for name in known - {entry})
+    }
     if choice in layers:
-        return layers[choice]
-    aliases = tied_names(network)
-    inside = {aliases.get(name, name) for name in (*entries, *aliases) if f"{name}.".startswith(f"{choice}.")}
+        return [*layers[choice], *inside.difference(layers[choice])]
+    inside |= {entry for entry in entries if f"{entry}.".startswith(f"{choice}.")}
     if inside:
         return [entry for entry in entries if entry in inside]
     try:
         pattern = re.compile(choice)
     except re.error as error:
         raise PartitionError(f"frozen={choice!r} is neither a layer nor a regular expression: {error}.") from error
-    found = [entry for entry in entries if pattern.search(entry)]
+    found = [entry for entry, known in names.items() if any(map(pattern.search, known))]
     if not found:
-        tied = [f"{name!r} is tied to {first!r}." for name, first in aliases.items() if pattern.search(name)]
-        hint = tied[0] if tied else suggest(choice, [*layers, *entries])
-        raise PartitionError(f"frozen={choice!r} matches no layer and no entry: {hint}")
+        raise PartitionError(f"frozen={choice!r} matches no layer and no entry: {suggest(choice, [*layers, *entries])}")
     return found
 
 

@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lmc_curvature.errors import OptionError, UnsupportedModelError, check_choice
+from lmc_curvature.errors import OptionError, UnsupportedModelError, check_choice, counted
 from lmc_curvature.objective.network import check_finite, check_module, entries_of, movable_entries, unwrap
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy
+from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.segment.compatibility import check_same_architecture
 from lmc_curvature.segment.frozen import REQUIRES_GRAD, Frozen, frozen_choices
 from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
@@ -31,7 +32,7 @@ class Segment:
 
     Attributes:
         partition: The `LayerPartition` of what moves.
-        start, end: The states θ₁ and θ₂ (copies), on `model_a`'s device.
+        start, end: The states θ₁ and θ₂ (copies), as the networks are in evaluation mode, on `model_a`'s device.
         notes: Sentences that belong beside every number computed from it: what is frozen, and equal ends.
 
     Raises:
@@ -43,6 +44,7 @@ class Segment:
         OptionError: `batch_norm` or `base` is not a choice, or everything is frozen.
     """
 
+    @outside_inference()
     def __init__(
         self,
         model_a: nn.Module,
@@ -148,5 +150,5 @@ EQUAL = "model_a and model_b are equal in every entry that moves"
 def _notes(frozen: tuple[str, ...], base: str, count: int, differ: int) -> tuple[str, ...]:
     names = ("what does not require gradients" if choice == REQUIRES_GRAD else choice for choice in frozen)
     other = "a" if base == "b" else "b"
-    counts = f"{count} entries" + (f", {differ} of which are others in model_{other}" if differ else "")
+    counts = counted(count, "entry") + (f", {differ} of which are others in model_{other}" if differ else "")
     return (f"frozen at model_{base}: {', '.join(names)} ({counts})",) if frozen else ()

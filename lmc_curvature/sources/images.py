@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
-from lmc_curvature.errors import DataError, OptionError
+from lmc_curvature.errors import DataError, OptionError, counted
 from lmc_curvature.sources.augmentation import Crops
 
 Split = Literal["train", "test"]
@@ -116,7 +116,7 @@ class ImageDataset:
         """
         if isinstance(selection, int):
             if not 1 <= selection <= len(self):
-                raise DataError(f"A subset of {selection} examples was asked for; there are {len(self)}.")
+                raise DataError(f"A subset of {counted(selection, 'example')} was asked for; there are {len(self)}.")
             generator = torch.Generator().manual_seed(_SAMPLE_SEED)
             selection = torch.randperm(len(self), generator=generator)[:selection].sort().values
         return dataclasses.replace(self, images=self.images[selection], targets=self.targets[selection])

@@ -5,6 +5,8 @@ in nats, errors are shares of examples.
 """
 
 import dataclasses
+import hashlib
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,8 +19,9 @@ from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.errors import CheckpointError
 from lmc_curvature.forking import ForkDirectory, open_directory
+from lmc_curvature.forking.directory import explain_damage
 from lmc_curvature.geometry import SiblingGeometry
-from lmc_curvature.storage import write_atomically
+from lmc_curvature.storage import read_json, write_atomically, write_json
 from lmc_curvature.tracing.pair import Pair, cumulative_sets
 
 Row = dict[str, Any]
@@ -58,6 +61,7 @@ _COLUMNS = {
     "cumulative": "fork epoch side count measured predicted predicted_with_slopes predicted_shared",
     "geometry": "fork epoch distance cosine_origin cosine_fork cosine_final",
 }
+_VERSION = "1"
 _EXPANSIONS = ("second-order", "with-slopes", "shared-hessian", "hermite")
 
 
@@ -68,12 +72,18 @@ def read_traces(out_dir: str | os.PathLike[str]) -> Traces:
         CheckpointError: The directory has none, or one is damaged.
     """
     directory = open_directory(out_dir)
+    remedy = f"trace_forks({os.fspath(out_dir)!r}), or lmc-curvature trace {os.fspath(out_dir)}, makes it."
+    with explain_damage(remedy):
+        checksums = _read_checksums(directory)
     tables = {}
     for name, columns in _COLUMNS.items():
         path = _table_path(directory, name)
-        remedy = f"trace_forks({os.fspath(out_dir)!r}), or lmc-curvature trace {os.fspath(out_dir)}, makes it."
         try:
-            tables[name] = pd.read_csv(path)
+            contents = path.read_bytes()
+            whole = not contents or contents.endswith(b"\n")
+            if not whole or checksums.get(name, _checksum(contents)) != _checksum(contents):
+                raise ValueError("it is not as it was written")
+            tables[name] = pd.read_csv(io.BytesIO(contents))
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing; {remedy}") from error
         except (ValueError, UnicodeDecodeError) as error:
@@ -100,11 +110,27 @@ def write_tables(directory: ForkDirectory, pairs: Sequence[Pair]) -> Traces:
             for name, table in tables.items():
                 with write_atomically(_table_path(directory, name)) as temporary:
                     table.to_csv(temporary, index=False)
+            checksums = {name: _checksum(_table_path(directory, name).read_bytes()) for name in tables}
+            write_json(_checksums_path(directory), {"version": _VERSION, "sha256": checksums})
     return Traces(**tables)
 
 
 def _table_path(directory: ForkDirectory, name: str) -> Path:
     return directory.path / "traces" / f"{name}.csv"
+
+
+def _checksums_path(directory: ForkDirectory) -> Path:
+    return directory.path / "traces" / "checksums.json"
+
+
+def _checksum(contents: bytes) -> str:
+    return hashlib.sha256(contents).hexdigest()
+
+
+def _read_checksums(directory: ForkDirectory) -> dict[str, str]:
+    """The checksum of each table; none of experiments that were traced before there were checksums."""
+    path = _checksums_path(directory)
+    return dict(read_json(path, _VERSION).get("sha256", {})) if path.is_file() else {}
 
 
 def _rows_of(path: Path) -> dict[str, list[Row]]:

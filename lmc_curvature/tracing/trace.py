@@ -3,6 +3,7 @@
 traces/config.json                          what is traced
 traces/fork-0004/epoch-0010/*.safetensors   what is computed of one pair of siblings; see `pair`
 traces/*.csv                                all of it as tidy tables; see `tables`
+traces/checksums.json                       the checksums of the tables
 """
 
 import contextlib

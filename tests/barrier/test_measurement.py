@@ -174,6 +174,13 @@ def test_saving_and_loading_is_lossless(measurement, tmp_path):
     assert str(again) == str(measurement)
 
 
+def test_text_says_nothing_of_an_error_that_one_batch_does_not_tell(measurement):
+    assert f"{measurement.barrier():.4g} ± {measurement.standard_error():.2g} at alpha" in str(measurement)
+    text = str(measure_barrier(CONV.model(0), CONV.model(1), CONV.batches((1,)), progress=False))
+    assert text.startswith("Barrier measured on 1 example, ")
+    assert ("nan" in text, "±" in text) == (False, False)
+
+
 def test_notes_are_kept_and_files_without_them_are_read(measurement, tmp_path):
     check_notes(measurement, "barrier-measurement", tmp_path)
 
@@ -244,7 +251,7 @@ def test_alphas_may_be_any_positions():
         ({"metrics": ("accuracy",)}, OptionError, "metrics='accuracy' is not a choice"),
         ({"metrics": ()}, OptionError, "No metric was asked for"),
         ({"loss_fn": BatchLoss(lambda m, b: m(b[0]).mean())}, OptionError, r"pass metrics=\('loss',\)"),
-        ({"loss_fn": F.mse_loss}, OptionError, r"'error' needs outputs.*batch 0.*Pass metrics=\('loss',\)"),
+        ({"loss_fn": F.mse_loss}, OptionError, r"'error' needs a loss_fn.*batch 0.*Pass metrics=\('loss',\)"),
     ],
 )
 def test_bad_input_is_named(options, error, message, untyped):
@@ -277,4 +284,6 @@ def test_a_loss_that_is_not_finite_names_point_and_batch():
     nn.init.constant_(b.weight, 1.0)
     data = [(torch.ones(2, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.long))]
     with pytest.raises(NonFiniteError, match=r"loss is inf at batch 0.*alpha=0.5 \(all layers moved from model_a\)"):
-        measure_barrier(a, b, data, alphas=5, loss_fn=lambda out, _: (1 / out**2).mean(), progress=False)
+        measure_barrier(
+            a, b, data, alphas=5, loss_fn=lambda out, _: (1 / out**2).mean(), metrics=("loss",), progress=False
+        )

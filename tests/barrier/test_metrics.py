@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import measure_barrier
-from lmc_curvature.errors import OptionError
+from lmc_curvature.errors import NonFiniteError, OptionError
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(20, 3, generator=GENERATOR)
@@ -39,6 +39,11 @@ def _ends(make, batches, loss_fn, **options):
 
 def _tokens_loss(output, target):
     return F.cross_entropy(output.flatten(0, 1), target.flatten())
+
+
+def _focal(output, target):
+    loss = F.cross_entropy(output, target, reduction="none")
+    return ((1 - (-loss).exp()) ** 2 * loss).mean()
 
 
 def _column():
@@ -83,6 +88,29 @@ READ = {
         lambda o: o.argmax(1),
     ),
     "tokens": (lambda: _LastAxis(4), X.view(4, 5, 3), CLASSES.view(4, 5), _tokens_loss, lambda o: o.argmax(-1)),
+    "as many tokens as classes, within a function": (
+        lambda: _LastAxis(4),
+        X.view(5, 4, 3),
+        CLASSES.view(5, 4),
+        _tokens_loss,
+        lambda o: o.argmax(-1),
+    ),
+    "margins": (lambda: nn.Linear(3, 4), X, CLASSES, nn.MultiMarginLoss(), lambda o: o.argmax(1)),
+    "focal": (lambda: nn.Linear(3, 4), X, CLASSES, _focal, lambda o: o.argmax(1)),
+    "a penalty": (
+        lambda: nn.Linear(3, 4),
+        X,
+        CLASSES,
+        lambda o, t: F.cross_entropy(o, t) + 0.1 * o.square().mean(),
+        lambda o: o.argmax(1),
+    ),
+    "masked logits": (
+        lambda: nn.Linear(3, 5),
+        X,
+        CLASSES,
+        lambda o, t: F.cross_entropy(o - 1e9 * (torch.arange(5) == 4), t),
+        lambda o: o[:, :4].argmax(1),
+    ),
     "as many tokens as classes": (
         lambda: _LastAxis(4),
         X.view(5, 4, 3),
@@ -112,18 +140,27 @@ REFUSED = {
     "regression, more columns": (lambda: nn.Linear(3, 2), X, X[:, :2], F.mse_loss),
     "soft bits": (_column, X, 0.8 * BITS[:, None] + 0.1, F.binary_cross_entropy_with_logits),
     "several labels": (lambda: nn.Linear(3, 2), X, (X[:, :2] > 0).float(), F.binary_cross_entropy_with_logits),
-    "as many tokens as classes, unknown loss": (
-        lambda: _LastAxis(4),
-        X.view(5, 4, 3),
-        CLASSES.view(5, 4),
-        _tokens_loss,
-    ),
     "targets beyond": (lambda: nn.Linear(3, 3), X, CLASSES, _no_sense),
-    "unknown labels left out": (
+    "squares of probabilities": (lambda: nn.Linear(3, 2), X, F.one_hot(CLASSES % 2).float(), F.mse_loss),
+    "columns that sum to 1": (lambda: nn.Linear(3, 2), X, X[:, :2].softmax(1), lambda o, t: F.mse_loss(o, t)),
+    "ordinal": (
         lambda: nn.Linear(3, 4),
         X,
-        CLASSES.where(CLASSES > 0, -100),
-        lambda output, target: F.cross_entropy(output, target),
+        CLASSES,
+        lambda o, t: (o.softmax(1) @ torch.arange(4.0) - t).square().mean(),
+    ),
+    "written into": (lambda: nn.Linear(3, 4), X, CLASSES, lambda o, t: F.cross_entropy(2 * o.neg_(), t)),
+    "two losses": (
+        lambda: nn.Linear(3, 4),
+        X,
+        CLASSES,
+        lambda o, t: F.cross_entropy(o, t) + F.cross_entropy(o, t.flip(0)),
+    ),
+    "no loss of torch": (
+        lambda: nn.Linear(3, 4),
+        X,
+        CLASSES,
+        lambda o, t: -o.log_softmax(1).gather(1, t[:, None]).mean(),
     ),
     "one class": (_column, X, torch.zeros(20, dtype=torch.long), _no_sense),
     "one column of indices": (lambda: nn.Linear(3, 4), X, CLASSES[:, None], _no_sense),
@@ -147,6 +184,69 @@ def test_what_it_does_not_understand_is_refused_at_once(make, x, target, loss_fn
     # Those of the first batch alone.
     assert len(calls) < 20
     measure_barrier(make(), make(), batches, loss_fn=loss_fn, metrics=("loss",), alphas=3, progress=False)
+
+
+def _next_token(output, target):
+    return F.cross_entropy(output[:, :-1].flatten(0, 1), target[:, 1:].flatten(), ignore_index=3)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (5, 4)])
+def test_the_error_is_of_what_a_function_compares(shape):
+    """Next tokens of which one is padding, by hand."""
+    x, y = X.view(*shape, 3), CLASSES.view(shape)
+    for batches in ([(x, y)], [(x[:1], y[:1]), (x[1:], y[1:])]):
+        nets, found = _ends(lambda: _LastAxis(4), batches, _next_token)
+        counted = y[:, 1:] != 3
+        expected = [(net(x)[:, :-1].argmax(-1) != y[:, 1:])[counted].double().mean().item() for net in nets]
+        assert counted.any() and not counted.all() and sum(expected) > 0
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def test_outputs_of_any_form_are_read_as_the_loss_does():
+    class Both(nn.Linear):
+        def forward(self, input):
+            return {"features": input, "logits": super().forward(input)}
+
+    nets, found = _ends(lambda: Both(3, 4), [(X, CLASSES)], lambda o, t: F.cross_entropy(o["logits"], t))
+    expected = [(net(X)["logits"].argmax(1) != CLASSES).double().mean().item() for net in nets]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("make", "target", "loss_fn"),
+    [
+        (lambda: nn.Linear(3, 4), CLASSES, None),
+        (lambda: nn.Linear(3, 4), CLASSES, lambda o, t: F.cross_entropy(2 * o, t)),
+        (_column, BITS[:, None], F.binary_cross_entropy_with_logits),
+    ],
+)
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 4)])
+def test_outputs_that_are_no_numbers_have_no_error(make, target, loss_fn, rows):
+    x = X.clone()
+    x[rows] = torch.nan
+    with pytest.raises(NonFiniteError, match="error is nan at batch 1"):
+        _ends(make, [(X, target), (x, target)], loss_fn, metrics=("error",))
+
+
+def test_positions_that_do_not_count_may_be_no_numbers():
+    x, y = X.clone(), CLASSES.clone()
+    x[:3], y[:3] = torch.nan, -100
+    _, expected = _ends(lambda: nn.Linear(3, 4), [(X, y)], None, metrics=("error",))
+    _, found = _ends(lambda: nn.Linear(3, 4), [(x, y)], None, metrics=("error",))
+    assert found == expected
+
+
+def test_a_loss_that_calls_something_else_in_between_is_refused():
+    def loss_fn(output, target):
+        # At the middle of these two networks outputs are zero.
+        if output.abs().max() > 1e-6:
+            return F.cross_entropy(2 * output, target)
+        return output.square().mean()
+
+    a, b = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
+    b.load_state_dict({"weight": -a.weight.detach()})
+    with pytest.raises(OptionError, match="one loss of torch on an output of batch 0, and none or several on another"):
+        measure_barrier(a, b, [(X, CLASSES)], loss_fn=loss_fn, alphas=3, progress=False)
 
 
 def test_a_later_batch_is_named():

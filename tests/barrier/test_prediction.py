@@ -21,6 +21,7 @@ from lmc_curvature.errors import (
     ArchitectureMismatchError,
     FileFormatError,
     LoaderError,
+    NonFiniteError,
     OptionError,
     PartitionError,
 )
@@ -207,6 +208,16 @@ def test_text_shows_the_barrier_and_its_error(prediction):
     assert "differentiated through batch statistics" in str(recalibrated)
 
 
+def test_text_says_nothing_of_an_error_that_one_batch_does_not_tell():
+    one = predict_barrier(
+        CONV.model(0), CONV.model(1), CONV.batches((1,)), layers={"all": [".*"]}, witness=False, progress=False
+    )
+    text = str(one)
+    assert "1 example, 1 layer, batch_norm=" in text
+    assert ("nan" in text, "±" in text) == (False, False)
+    assert f"second-order       {one.barrier():.4g}\n" in text
+
+
 def test_progress_bars_are_shown_when_asked_and_silent_without_a_terminal(capsys):
     models = CONV.model(0), CONV.model(1)
     predict_barrier(*models, CONV.batches(), progress=True)
@@ -287,3 +298,17 @@ def test_networks_in_inference_mode_are_predicted(prediction):
         measured = measure_barrier(*models, CONV.batches(), alphas=3, progress=False)
     _same(prediction, again, 1e-10)
     assert measured.ends()[0] == pytest.approx(prediction.endpoints[0].loss)
+
+
+@pytest.mark.parametrize("method", ["sweep", "hvp"])
+@pytest.mark.parametrize("spoilt", ["model_a", "model_b"])
+def test_values_that_are_not_finite_name_their_network(method, spoilt):
+    torch.manual_seed(0)
+    models = {name: torch.nn.Linear(4, 3).double() for name in ("model_a", "model_b")}
+    torch.nn.init.zeros_(models[spoilt].weight)
+    torch.nn.init.zeros_(models[spoilt].bias)
+    batches = [(torch.ones(6, 4).double(), torch.ones(6, 3).double())]
+    loss_fns = {"curvature": lambda out, _: out.abs().pow(1.5).mean(), "loss": lambda out, _: (out / out).mean()}
+    for what, loss_fn in loss_fns.items():
+        with pytest.raises(NonFiniteError, match=rf"{what} .*at batch 0 \(6 examples\) at {spoilt}\."):
+            predict_barrier(*models.values(), batches, loss_fn=loss_fn, method=method, witness=False, progress=False)

@@ -3,6 +3,7 @@
 import collections
 import os
 import re
+import zipfile
 
 import pytest
 import torch
@@ -197,3 +198,128 @@ def test_files_without_a_state_dict(tmp_path):
         load_checkpoint(model, tmp_path / "none.pt")
     with pytest.raises(CheckpointError, match=r"is a directory, and holds neither model\.safetensors nor"):
         load_checkpoint(model, tmp_path)
+
+
+class Tied(nn.Module):
+    """An embedding, the head of the same weight, and a buffer under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("mask", torch.ones(4, dtype=torch.bool))
+        self.register_buffer("same_mask", self.mask)
+
+
+@pytest.mark.parametrize(("name", "first"), [("head.weight", "embedding.weight"), ("same_mask", "mask")])
+def test_one_parameter_has_one_value(tmp_path, name, first):
+    entries = {entry: value.clone() for entry, value in Tied().state_dict().items()}
+    entries["embedding.weight"][0, 0] = entries["head.weight"][0, 0] = float("nan")
+    torch.save(entries, tmp_path / "a.pt")
+    target = load_checkpoint(Tied(), tmp_path / "a.pt")
+    assert torch.equal(target.head.weight[1:], entries["head.weight"][1:])
+    entries[name] = entries[name].clone()
+    entries[name][-1] = 0
+    for path, save in {"a.pt": torch.save, "a.safetensors": save_file}.items():
+        save(entries, tmp_path / path)
+        with pytest.raises(
+            CheckpointError, match=rf"1 tied to another, with other numbers \({name} is {first} in the network\)"
+        ):
+            load_checkpoint(Tied(), tmp_path / path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda w: w.to(torch.int8), "torch.int8"),
+        (lambda w: w.to(torch.bool), "torch.bool"),
+        (lambda w: w.to(torch.complex64), "torch.complex64"),
+        (lambda w: w.to("meta"), "torch.float32 without numbers"),
+        (lambda w: w.to_sparse(), "torch.sparse_coo of torch.float32"),
+        (lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8), "torch.qint8"),
+    ],
+)
+def test_entries_of_another_kind_of_type_are_refused(tmp_path, change, found):
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    before = target.weight.clone()
+    torch.save({**source.state_dict(), "weight": change(source.weight.detach())}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=rf"1 of another type \(weight {found} instead of torch\.float32\)"):
+        load_checkpoint(target, tmp_path / "a.pt")
+    assert torch.equal(target.weight, before)
+
+
+def test_types_that_hold_the_same_are_cast(tmp_path):
+    source = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    source.register_buffer("mask", torch.tensor([True, False]))
+    source.register_buffer("phases", torch.tensor([1j, 2.0]))
+    source[1].num_batches_tracked += 100_000
+    kinds = {"mask": torch.uint8, "phases": torch.complex128}
+    for kind in (torch.float64, torch.bfloat16, torch.float16):
+        entries = {name: value.to(kinds.get(name, kind)) for name, value in source.state_dict().items()}
+        torch.save(entries, tmp_path / "a.pt")
+        target = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        target.register_buffer("mask", torch.zeros(2, dtype=torch.bool))
+        target.register_buffer("phases", torch.zeros(2, dtype=torch.complex64))
+        load_checkpoint(target, tmp_path / "a.pt")
+        assert torch.equal(target[0].weight, source[0].weight.to(kind).float())
+        assert (target.mask.tolist(), target.phases.tolist()) == ([True, False], [1j, 2.0])
+    torch.save({**entries, "mask": torch.tensor([2, 0])}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"mask torch\.int64 instead of torch\.bool"):
+        load_checkpoint(target, tmp_path / "a.pt")
+
+
+def places_of_numbers(path):
+    """Where a file that `torch.save` wrote holds its pickle and its tensors."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.filename.endswith("data.pkl") or "/data/" in member.filename:
+                contents = archive.read(member)
+                yield path.read_bytes().index(contents) + len(contents) // 2
+
+
+def test_a_flipped_bit_is_damage(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save(nn.Linear(40, 30).state_dict(), path)
+    whole = path.read_bytes()
+    places = list(places_of_numbers(path))
+    assert len(places) == 3
+    for place in places:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 8]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"a\.pt is damaged: its contents do not match their checksums"):
+            load_checkpoint(nn.Linear(40, 30), path)
+
+
+def test_files_without_checksums_are_read(tmp_path):
+    source, target = nn.Linear(4, 3), nn.Linear(4, 3)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(source.state_dict(), tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(load_checkpoint(target, tmp_path / "a.pt").weight, source.weight)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.bin"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n",
+        "<!DOCTYPE html>\n<title>Not found: für immer</title>\n",
+        "epoch,loss\n1,0.5\n",
+        "a note",
+        "é" * 300,
+    ],
+)
+def test_a_text_is_called_one(tmp_path, name, text):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    message = rf"{name} is a text, which begins with '{re.escape(text.splitlines()[0][:60])}'\. Expected safetensors"
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(nn.Linear(2, 2), tmp_path / name)
+
+
+@pytest.mark.parametrize("contents", [b"\x80\x02e.", b"\x00" * 50, b"K\x65h\x65\x00", bytes(range(128, 256))])
+def test_what_the_unpickler_stumbles_over_is_not_repeated(tmp_path, contents):
+    (tmp_path / "a.pt").write_bytes(contents)
+    with pytest.raises(CheckpointError, match=r"a\.pt cannot be read as a checkpoint: it is damaged, of another kind"):
+        load_checkpoint(nn.Linear(2, 2), tmp_path / "a.pt")

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 
 import pytest
 import torch
@@ -140,12 +141,12 @@ def test_two_prefixes_are_not_chosen_between(source, path):
 def test_nothing_is_left_out_without_a_word(source, path):
     entries = under("net.", source.state_dict()) | {"criterion.weight": torch.ones(3)}
     torch.save(entries, path)
-    with pytest.raises(CheckpointError, match=r"1 others \(criterion\.weight\)\. .* pass strip_prefix='net\.' \(--key"):
+    with pytest.raises(CheckpointError, match=r"1 more \(criterion\.weight\)\. .* pass strip_prefix='net\.' \(--key"):
         load_checkpoint(network(), path)
     assert_same(load_checkpoint(network(), path, strip_prefix="net."), source)
     # A part of another network is no checkpoint of this one.
     torch.save(source.state_dict(), path)
-    with pytest.raises(CheckpointError, match=r"beside them 7 others .* pass strip_prefix='head\.'"):
+    with pytest.raises(CheckpointError, match=r"beside them 7 more .* pass strip_prefix='head\.'"):
         load_checkpoint(nn.Linear(2, 3), path)
 
 
@@ -258,3 +259,53 @@ def test_what_fits_but_for_an_entry_too_many_is_not_passed_over(source, path):
     with pytest.raises(CheckpointError, match="in 2 places.*key='ema'.*key='model'"):
         load_checkpoint(network(), path)
     assert_same(load_checkpoint(network(), path, key="ema"), other)
+
+
+@pytest.mark.parametrize("prefix", ["ema.", "ema.module.", "teacher.backbone_ema."])
+def test_plain_names_beside_prefixed_ones_can_be_chosen(source, path, prefix):
+    other = network(6)
+    torch.save({**source.state_dict(), **under(prefix, other.state_dict())}, path)
+    short = prefix.replace("module.", "")
+    for options in ({}, {"key": ""}):
+        with pytest.raises(CheckpointError, match=rf"Choose one of key='' and strip_prefix=''; strip_prefix='{short}'"):
+            load_checkpoint(network(), path, **options)
+    for options in ({"strip_prefix": ""}, {"key": "", "strip_prefix": ""}):
+        assert_same(load_checkpoint(network(), path, **options), source)
+    assert_same(load_checkpoint(network(), path, strip_prefix=prefix), other)
+
+
+def test_every_way_that_is_listed_is_one(source, path):
+    networks = [source, network(6), network(7)]
+    plain, prefixed, nested = (each.state_dict() for each in networks)
+    torch.save({**plain, **under("ema.", prefixed), "best": nested}, path)
+    with pytest.raises(CheckpointError, match="in 3 places") as caught:
+        load_checkpoint(network(), path)
+    ways = re.search(r"Choose one of (.*) \(--key", str(caught.value))[1].split("; ")
+    assert len(ways) == 3
+    read = []
+    for way in ways:
+        options = dict(re.findall(r"(\w+)='([^']*)'", way))
+        read.append(load_checkpoint(network(), path, **options).head.weight)
+    assert all(any(torch.equal(weight, each.head.weight) for weight in read) for each in networks)
+
+
+def test_plain_names_with_a_part_of_another_network_beside_them(path):
+    source = nn.Linear(2, 3)
+    torch.save({**source.state_dict(), "critic.weight": torch.ones(1, 2)}, path)
+    with pytest.raises(CheckpointError, match=r"1 more \(critic\.weight\)\. .* pass key='' and strip_prefix=''"):
+        load_checkpoint(nn.Linear(2, 3), path)
+    assert torch.equal(load_checkpoint(nn.Linear(2, 3), path, strip_prefix="").weight, source.weight)
+
+
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_what_wrappers_inserted_tells_entries_apart(source, path, plain_first):
+    other = network(6)
+    both = [source.state_dict(), under("module.", other.state_dict())]
+    first, second = both if plain_first else reversed(both)
+    torch.save({**first, **second}, path)
+    with pytest.raises(CheckpointError, match=r"Choose one of key='' and strip_prefix=''; strip_prefix='module\."):
+        load_checkpoint(network(), path)
+    assert_same(load_checkpoint(network(), path, strip_prefix=""), source)
+    assert_same(load_checkpoint(network(), path, strip_prefix="module."), other)
+    with pytest.raises(CheckpointError, match=r"does not fit DataParallel .*: 9 unexpected \(backbone"):
+        load_checkpoint(nn.DataParallel(network()), path)

@@ -123,6 +123,11 @@ def test_measure_takes_sets_and_a_loader_of_ones_own(run, checkpoints):
     [
         (["--layers", "fusd"], "layers='fusd' is not a partition: did you mean 'fused'"),
         (["--set", "conv,convx"], "no layer 'convx'"),
+        (
+            ["--set", "conv,linear", "--set", " , "],
+            "--set ' , ' names no layer; expected names with commas",
+        ),
+        (["--set", ""], "--set '' names no layer"),
         (["--device", "tpu9"], "device='tpu9' is not a device"),
         (["--data", "json:loads"], "--data json:loads: loads() missing"),
         (["--model-option", "width"], "--model-option 'width': expected KEY=VALUE"),

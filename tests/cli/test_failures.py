@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -58,6 +59,49 @@ def loader():
     return [(torch.ones(4, 4), torch.tensor([0, 1, 2, 0]))] * 3
 
 
+class Deadly(Files):
+    """Examples of which one ends the process that reads it, once something has happened."""
+
+    def __init__(self, index, event):
+        self.index, self.event = index, event
+
+    def __getitem__(self, index):
+        if index == self.index:
+            self.event.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.ones(4), index % 3
+
+
+NETWORK_IS_CALLED = multiprocessing.Event()
+
+
+class PatientNetwork(nn.Linear):
+    """A network that is called while a process of the loader dies."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, x):
+        NETWORK_IS_CALLED.set()
+        time.sleep(5)
+        return super().forward(x)
+
+
+def patient_network():
+    return PatientNetwork()
+
+
+def dies_while_waited_for():
+    event = multiprocessing.Event()
+    event.set()
+    return DataLoader(Deadly(1, event), batch_size=2, num_workers=1)
+
+
+def dies_while_the_network_is_called():
+    NETWORK_IS_CALLED.clear()
+    return DataLoader(Deadly(5, NETWORK_IS_CALLED), batch_size=2, num_workers=1)
+
+
 def missing_file():
     return DataLoader(Files(), batch_size=2)
 
@@ -69,6 +113,11 @@ def missing_file_in_a_worker():
 def ends_early():
     yield loader()[0]
     raise ValueError
+
+
+def cut_off():
+    yield loader()[0]
+    raise EOFError("Ran out of input")
 
 
 def interrupted_loader():
@@ -132,16 +181,19 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_read(run, tmp_path, 
     (tmp_path / "file").write_text("")
     absent = ["absent.pt", "absent.pt", "--model", "absent", "--data", "absent", "--save"]
     for path, message in {
-        tmp_path / "file" / "a": f"error: {tmp_path / 'file'} is a file; expected a directory",
-        tmp_path / "file" / "b" / "a": f"error: {tmp_path / 'file'} is a file; expected a directory",
+        **{
+            path: f"error: --save {path} cannot be written: {tmp_path / 'file'} is a file; expected a directory"
+            for path in (tmp_path / "file" / "a", tmp_path / "file" / "b" / "a")
+        },
+        **{
+            path: f"error: --save {path} cannot be written: {unwritable}: "
+            for path in (unwritable / "a", unwritable / "new" / "a")
+        },
         Path(os.devnull): f"error: --save {os.devnull} is not a file",
     }.items():
         status, out, err = run("predict", *absent, path)
         assert (status, out, err.count("\n")) == (2, "", 1)
         assert err.startswith(message)
-    status, out, err = run("measure", *absent, unwritable / "new" / "a")
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert err.startswith(f"error: {unwritable}: ")
 
 
 def test_an_answer_does_not_replace_a_network(run, comparison, tmp_path):
@@ -170,7 +222,7 @@ def test_directories_that_cannot_be_written_are_refused_at_once(run, unwritable,
         "demo": ["demo", "--out"],
     }[command]
     status, out, err = run(*arguments, unwritable)
-    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"error: {unwritable}: ")
     status, out, err = run(*arguments, tmp_path / "file")
     assert (status, out, err.count("\n")) == (2, "", 1)
@@ -182,6 +234,7 @@ def test_directories_that_cannot_be_written_are_refused_at_once(run, unwritable,
     [
         ("missing_file", r"FileNotFoundError: \[Errno 2\] .*'5.png' \(batch 2 of the loader, in .*test_failures.py"),
         ("missing_file_in_a_worker", r"FileNotFoundError: \[Errno 2\] .*'5.png' \(batch 2 of the loader\)"),
+        ("cut_off", r"EOFError: Ran out of input \(batch 1 of the loader, in .*test_failures.py, line \d+\)"),
         ("ends_early", r"ValueError \(batch 1 of the loader, in .*test_failures.py, line \d+\)"),
         ("no_loader", r"ConnectionError: no data base \(in .*test_failures.py, line \d+\)"),
     ],
@@ -193,6 +246,23 @@ def test_a_loader_that_fails_is_one_message(run, comparison, monkeypatch, source
     status, out, err = run(command, *comparison, f"{HERE}:{source}")
     assert (status, out) == (1, "")
     assert re.fullmatch(rf"error: {message}.*\. LMC_CURVATURE_TRACEBACK=1 shows the traceback\.\n", err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "source", "place"),
+    [
+        ("network", "dies_while_waited_for", r" \(batch 0 of the loader\)"),
+        ("patient_network", "dies_while_the_network_is_called", ".*"),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "measure"])
+def test_a_process_of_the_loader_that_dies_is_a_failure_of_the_loader(run, comparison, command, network, source, place):
+    arguments = [f"{HERE}:{network}" if each == f"{HERE}:network" else each for each in comparison]
+    status, out, err = run(command, *arguments, f"{HERE}:{source}")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert re.match(rf"error: RuntimeError: DataLoader worker \(pid.*\) .*{place}\. LMC_CURVATURE_TRACEBACK", err)
+    assert "network failed" not in err
 
 
 @pytest.mark.parametrize("command", ["predict", "measure"])
@@ -219,6 +289,14 @@ def test_an_interrupt_is_one_line(run, comparison, command, what):
     assert run(command, *comparison, *options) == (130, "", "interrupted.\n")
 
 
+def test_an_interrupt_before_a_command_begins_is_one_line(run, monkeypatch):
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("typer.core.TyperGroup.invoke", interrupt)
+    assert run("demo") == (130, "", "interrupted.\n")
+
+
 @pytest.mark.parametrize(
     ("command", "function", "line"),
     [
@@ -234,6 +312,25 @@ def test_an_interrupt_of_long_work_says_how_it_continues(run, monkeypatch, tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(f"lmc_curvature.{function}", interrupt)
     assert run(*command) == (130, "", line)
+
+
+@pytest.mark.parametrize("module", ["typer", "lmc_curvature.cli.options", "torch"])
+def test_an_interrupt_of_the_first_imports_is_one_line(module):
+    # What is imported before `main` runs is little: of the command line, what tells of interrupts.
+    program = f"""
+import signal, sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "{module}":
+            signal.raise_signal(signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from lmc_curvature.cli import main
+main(["measure", "a", "b", "--model", "resnet20", "--data", "digits"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted.\n")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lmc_curvature import Objective, project_hessian
+from lmc_curvature import HessianOperator, Objective, project_hessian
 from lmc_curvature.curvature.problem import Point, Problem, check_values
 from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError
 from lmc_curvature.objective.batches import Batch
@@ -29,6 +29,14 @@ def test_states_are_completed_and_directions_take_the_type_of_the_objective():
     assert not first.state["0.bias"].any()
     assert torch.equal(first.state["0.weight"], second.state["0.weight"])
     assert (first.place, second.place) == (" at state 1 of 2", " at state 2 of 2")
+
+
+def test_states_with_names_are_called_by_them():
+    problem = Problem.of(_objective(), {"here": {}, "there": {}}, [{"0.bias": torch.ones(6)}])
+    assert [point.place for point in problem.points] == [" at here", " at there"]
+    with pytest.raises(NonFiniteError, match="Entry '0.bias' of there has 6 of 6 values"):
+        states = {"here": {}, "there": {"0.bias": torch.full((6,), math.nan)}}
+        Problem.of(_objective(), states, [{"0.bias": torch.ones(6)}])
 
 
 def test_a_single_state_has_no_place_to_name():
@@ -67,10 +75,18 @@ def test_a_direction_may_not_move_what_the_policy_keeps_fixed():
         Problem.of(objective, [{}], [{"bn1.running_mean": torch.ones(4)}])
 
 
-@pytest.mark.parametrize("budget", [0.0, -1.0, math.nan])
-def test_a_budget_is_a_positive_number(budget):
+@pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, "1", True, [2], np.float32(-1)])
+def test_a_budget_is_a_positive_number(budget, untyped):
     with pytest.raises(OptionError, match=r"memory_gib=.*: expected a positive number of GiB"):
         Problem.of(_objective(), [{}], [{"0.bias": torch.ones(6)}], memory_gib=budget)
+    with pytest.raises(OptionError, match=r"memory_gib=.*: expected a positive number of GiB"):
+        HessianOperator(_objective()).to_dense(memory_gib=budget)
+
+
+def test_a_budget_may_be_any_real_number(untyped):
+    for budget in (1, 0.5, np.float32(2), np.int64(3), math.inf):
+        problem = Problem.of(_objective(), [{}], [{"0.bias": torch.ones(6)}], memory_gib=budget)
+        assert problem.memory_gib == budget
 
 
 def test_bad_directions_are_refused_before_the_network_is_called():

@@ -14,6 +14,7 @@ from lmc_curvature.objective.batches import (
     check_loader,
     count_examples,
     describe,
+    first_rows,
     loader_length,
     map_tensors,
     refuse_iterator,
@@ -173,6 +174,15 @@ def test_first_axes_that_are_not_the_examples_are_refused(data):
     with pytest.raises(LoaderError, match=re.escape(message).replace(re.escape(".*"), ".*")):
         count_examples(data, 3)
     assert count_examples(data, 3, any_form=True) == x[0]
+
+
+def test_first_rows_are_those_of_a_batch_whose_tensors_have_as_many():
+    few, count = first_rows({"x": X, "pair": (Y, "text")}, 5, 3)
+    assert (len(few["x"]), len(few["pair"][0]), few["pair"][1], count) == (3, 3, "text", 3)
+    assert first_rows((X, Y), 5, 8)[1] == 5
+    # Edges would point to nodes that are not there.
+    graph = ({"nodes": X, "edges": torch.tensor([[0, 4], [4, 0]])}, Y)
+    assert first_rows(graph, 5, 3) == (graph, 5)
 
 
 def test_one_graph_with_one_target_is_a_batch_of_one():

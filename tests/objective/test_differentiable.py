@@ -1,6 +1,7 @@
 """Claim: what torch differentiates wrongly is written out: the same values, with the derivatives of the function."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from lmc_curvature import HessianOperator, Objective
+from lmc_curvature import HessianOperator, Objective, measure_barrier
 from lmc_curvature.objective.differentiable import plain_calls
 
 A = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -108,7 +109,14 @@ def test_a_checkpointed_network_is_that_network(way):
     network.load_state_dict(plain.state_dict())
     batch = (torch.randn(9, 4).double().requires_grad_(), torch.arange(9) % 3)
     expected = HessianOperator(Objective(plain, [batch])).to_dense()
-    torch.testing.assert_close(HessianOperator(Objective(network, [batch])).to_dense(), expected)
+    with warnings.catch_warnings():
+        # torch warns of reentrant checkpoints of what requires no gradient, as in every evaluation without.
+        warnings.simplefilter("error")
+        objective = Objective(network, [batch])
+        torch.testing.assert_close(HessianOperator(objective).to_dense(), expected)
+        assert objective.loss() == pytest.approx(Objective(plain, [batch]).loss())
+        measured = measure_barrier(network, Blocks(way).double(), [batch], alphas=3, progress=False)
+        assert measured.ends()[0] == pytest.approx(objective.loss())
     # torch's own are in place again.
     loss = F.cross_entropy(network(batch[0]), batch[1])
     names, pending = set(), [loss.grad_fn]

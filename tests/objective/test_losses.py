@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmc_curvature import BatchLoss, HessianOperator, Objective, project_hessian
+from lmc_curvature import BatchLoss, HessianOperator, Objective, measure_barrier, project_hessian
 from lmc_curvature.errors import LoaderError, LossError, NonFiniteError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import check_reduction, finite_loss
@@ -55,14 +55,69 @@ def test_batch_losses_weigh_by_their_size():
     loss_fn = BatchLoss(token_loss, size=lambda batch: (batch["labels"] != -100).sum())
     expected = token_loss(model, joined(batches)).item()
     assert Objective(model, batches, loss_fn=loss_fn).loss() == pytest.approx(expected, rel=1e-6)
-    assert Objective(model, batches, loss_fn=BatchLoss(token_loss)).loss() != pytest.approx(expected, rel=1e-3)
+    # What is seen within the function need not be said.
+    assert Objective(model, batches, loss_fn=BatchLoss(token_loss)).loss() == pytest.approx(expected, rel=1e-6)
+    hidden = BatchLoss(lambda model, batch: token_loss(model, batch) + 0)
+    assert Objective(model, batches, loss_fn=hidden).loss() != pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.parametrize("count", [0, -1])
-def test_a_batch_without_examples_by_its_own_size_is_refused(count):
-    loss_fn = BatchLoss(lambda model, batch: model(batch[0]).mean(), size=lambda batch: count)
-    with pytest.raises(LoaderError, match=f"Batch 0 of the loader holds {count} examples; expected at least one"):
+@pytest.mark.parametrize("nothing", [0, 0.0, torch.tensor(0)])
+def test_batches_of_size_zero_are_left_out(nothing):
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum") / (batch[1] >= 0).sum()
+
+    batches, model = VECTORS.batches(), VECTORS.model()
+    nobody = [(batches[0][0], torch.full_like(batches[0][1], -100))]
+    loss_fn = BatchLoss(loss, size=lambda batch: (batch[1] >= 0).sum() or nothing)
+    expected = plain_loss(model, joined(batches)).item()
+    for loader in (nobody + batches, batches + nobody):
+        objective = Objective(model, loader, loss_fn=loss_fn)
+        assert objective.loss() == pytest.approx(expected, rel=1e-12)
+        torch.testing.assert_close(objective.gradient(), Objective(model, batches).gradient())
+        other = randomized(VECTORS.model(), 1)
+        found = measure_barrier(model, other, loader, loss_fn=loss_fn, metrics=("loss",), alphas=3, progress=False)
+        assert found.ends()[0] == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(LoaderError, match="No target of the loader counts.*size of the BatchLoss is 0"):
+        Objective(model, nobody, loss_fn=loss_fn).loss()
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, -1.0, 0.5])), "none negative"),
+        (functools.partial(F.nll_loss, weight=torch.tensor([1.0, torch.inf, 0.5])), "must be finite"),
+        (lambda o, y: F.cross_entropy(o, y, weight=torch.tensor([1.0, -1.0, 1.0]).double()), "none negative"),
+        (
+            lambda o, y: F.cross_entropy(o, y, weight=torch.tensor([1.0, 0, 1.0]).double(), label_smoothing=0.1),
+            "weights of zero with label smoothing",
+        ),
+    ],
+)
+def test_what_cannot_be_divided_by_is_refused(loss_fn, message):
+    with pytest.raises(LossError, match=message):
         Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn).loss()
+
+
+@pytest.mark.parametrize("parts", [{"fn": 3}, {"fn": F.mse_loss, "size": 4}])
+def test_batch_losses_are_made_of_functions(untyped, parts):
+    message = "size=4.*expected a function of the batch" if "size" in parts else "fn=3.*expected a function of model"
+    with pytest.raises(LossError, match=message):
+        Objective(VECTORS.model(), VECTORS.batches(), loss_fn=BatchLoss(**parts))
+
+
+class _Focal(nn.CrossEntropyLoss):
+    """Takes the mean itself, of what its own option leaves as it is."""
+
+    def forward(self, input, target):
+        loss = super().forward(input, target)
+        return ((1 - (-loss).exp()) ** 2 * loss).mean()
+
+
+def test_a_mean_of_what_a_loss_of_torch_does_not_reduce_is_a_function(recwarn):
+    batches, model, loss_fn = VECTORS.batches(), VECTORS.model(), _Focal(reduction="none")
+    expected = plain_loss(model, joined(batches), loss_fn).item()
+    assert Objective(model, batches, loss_fn=loss_fn).loss() == pytest.approx(expected, rel=1e-12)
+    assert not recwarn
 
 
 @pytest.mark.parametrize(
@@ -144,6 +199,12 @@ def _in_place(output, target):
     return F.cross_entropy(output, target + 1)
 
 
+class _MaskedSquares(nn.Module):
+    def forward(self, output, target):
+        known = ~target.isnan()
+        return F.mse_loss(output[known, 0], target[known])
+
+
 MEANS = {
     "squares": (F.mse_loss, OUTPUTS.flip(1)),
     "squares, module": (nn.MSELoss(), OUTPUTS.flip(1)),
@@ -165,13 +226,15 @@ MEANS = {
     "in float32": (lambda output, target: F.cross_entropy(output.float(), target), UNEVEN),
     "in half precision": (lambda output, target: F.mse_loss(output.bfloat16(), target.bfloat16()), OUTPUTS.flip(1)),
     "masked": (lambda output, target: F.cross_entropy(output - 1e9 * torch.tensor([0, 1, 0]), target), UNEVEN),
+    "weights, within a function": (lambda output, target: F.cross_entropy(output, target, weight=WEIGHTS), UNEVEN),
+    "ignored, within a function": (lambda output, target: F.cross_entropy(output, target, ignore_index=2), UNEVEN),
     "a constant added": (lambda output, target: F.cross_entropy(output, target) + 3, UNEVEN),
     "of no batch": (lambda output, target: output.square().mean(), UNEVEN),
     "not for halves": (lambda output, target: (output.square() * torch.arange(9.0)[:, None]).mean(), UNEVEN),
 }
 NO_MEANS = {
-    "weights": (lambda output, target: F.cross_entropy(output, target, weight=WEIGHTS), UNEVEN),
-    "ignored": (lambda output, target: F.cross_entropy(output, target, ignore_index=0), UNEVEN),
+    "weights": (lambda output, target: 0.5 * F.cross_entropy(output, target, weight=WEIGHTS), UNEVEN),
+    "ignored": (lambda output, target: F.cross_entropy(output, target, ignore_index=0) + 0, UNEVEN),
     "a sum": (lambda output, target: F.cross_entropy(output, target, reduction="sum"), UNEVEN),
     "a constant divisor": (lambda output, target: F.mse_loss(output, target, reduction="sum") / 27, OUTPUTS.flip(1)),
     "a root": (lambda output, target: F.mse_loss(output, target).sqrt(), OUTPUTS.flip(1) * torch.arange(9.0)[:, None]),
@@ -209,6 +272,155 @@ def test_what_is_no_mean_is_warned_of_once(loss_fn, target, compute):
     assert len(caught) == 1
 
 
+BALANCED = torch.arange(9) % 3
+
+
+@pytest.mark.parametrize("place", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("loss_fn", "usual", "late"),
+    [
+        (lambda o, t: 1.0 * F.cross_entropy(o, t, ignore_index=-100), BALANCED, BALANCED.where(BALANCED != 2, -100)),
+        (lambda o, t: F.cross_entropy(o, t, weight=WEIGHTS) * 2, torch.zeros_like(BALANCED), UNEVEN),
+        (lambda o, t: F.cross_entropy(o, t.where(t != 2, -100)), BALANCED.clamp(max=1), BALANCED),
+        (_MaskedSquares(), OUTPUTS[:, 0], OUTPUTS[:, 0].where(BALANCED != 2, torch.nan)),
+    ],
+    ids=["ignored", "weights", "ignored by the function", "missing values"],
+)
+def test_later_batches_are_looked_at_too(loss_fn, usual, late, place):
+    batches = [(OUTPUTS, usual)] * 6
+    batches[place] = (OUTPUTS, late)
+    with pytest.warns(UserWarning, match=f"The loss of batch {place} is .*cut into batches.*BatchLoss") as caught:
+        objective = Objective(_Identity(), batches, loss_fn=loss_fn)
+        objective.loss()
+        objective.loss()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(("loss_fn", "target"), MEANS.values(), ids=MEANS)
+def test_means_are_not_warned_of_on_later_batches(loss_fn, target, recwarn):
+    batches = [
+        (OUTPUTS.roll(shift, 0)[:size], target.roll(shift, 0)[:size]) for shift, size in enumerate((9, 9, 4, 1, 9))
+    ]
+    with contextlib.suppress(LossError):
+        # One of them insists on nine examples.
+        Objective(_Identity(), batches, loss_fn=loss_fn).loss()
+    assert not [str(warning.message) for warning in recwarn if "cut into batches" in str(warning.message)]
+
+
+class _Lines(nn.Module):
+    """Two numbers of every token."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 3)
+
+    def forward(self, x):
+        return self.linear(x.unsqueeze(-1))
+
+
+def _tokens(lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(4, length, generator=generator), torch.randint(3, (4, length), generator=generator))
+        for length in lengths
+    ]
+
+
+VARYING = {
+    "squares": lambda o, t: F.mse_loss(o[..., 0], t.float()),
+    "squares, module": lambda o, t: nn.MSELoss()(o[..., 0], t.float()),
+    "next token": lambda o, t: F.cross_entropy(o[:, :-1].flatten(0, 1), t[:, 1:].flatten()),
+}
+
+
+@pytest.mark.parametrize("loss_fn", VARYING.values(), ids=VARYING)
+def test_targets_of_varying_length_are_warned_of(loss_fn, recwarn):
+    Objective(_Lines(), _tokens((5, 5, 5)), loss_fn=loss_fn).loss()
+    assert not recwarn
+    with pytest.warns(UserWarning, match=r"batch 2 has \[9\] targets, and of the first batch \[5\].*size=") as caught:
+        Objective(_Lines(), _tokens((5, 5, 9, 3)), loss_fn=loss_fn).loss()
+    assert len(caught) == 1
+
+
+def test_tokens_of_varying_length_are_weighed_within_functions(recwarn):
+    batches, model = _tokens((5, 9, 2)), _Lines()
+    batches[1][1][:, 3:] = -100
+    x, y = (torch.cat([part.flatten() for part in parts]) for parts in zip(*batches, strict=True))
+    expected = F.cross_entropy(model(x), y).item()
+    for loss_fn in (
+        lambda o, t: F.cross_entropy(o.transpose(1, 2), t),
+        lambda o, t: F.cross_entropy(o.flatten(0, 1), t.flatten()),
+        lambda o, t: F.cross_entropy(o.reshape(-1, 3), t.view(-1).long()),
+        lambda o, t: F.nll_loss(o.log_softmax(-1).flatten(0, 1), t.reshape(-1)),
+        lambda o, t: nn.CrossEntropyLoss()(o.flatten(0, 1), t.flatten()),
+        BatchLoss(lambda net, batch: F.cross_entropy(net(batch[0]).flatten(0, 1), batch[1].flatten())),
+    ):
+        assert Objective(model, batches, loss_fn=loss_fn).loss() == pytest.approx(expected, rel=1e-6)
+    assert not recwarn
+
+
+def _shifted(net, batch):
+    """As language models take it from within."""
+    logits, labels = net(batch["x"]), F.pad(batch["y"], (0, 1), value=-100)[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+def _named(batches):
+    return [{"x": x, "y": y} for x, y in batches]
+
+
+@pytest.mark.parametrize("size", [None, lambda batch: len(batch["x"]), lambda batch: batch["y"].numel()])
+@pytest.mark.parametrize("lengths", [(5, 9), (5, 5, 5, 5, 7)])
+def test_batch_losses_that_divide_by_more_or_less_are_warned_of(size, lengths):
+    loader = _named(_tokens(lengths))
+    with pytest.warns(UserWarning, match=rf"batch {len(lengths) - 1} divides by .*cut into batches.*size=") as caught:
+        objective = Objective(_Lines(), loader, loss_fn=BatchLoss(_shifted, size=size))
+        objective.loss()
+        objective.loss()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size"),
+    [
+        ((5, 9, 2, 4, 4), lambda batch: batch["y"][:, 1:].numel()),
+        ((5, 9, 2, 4, 4), lambda batch: 0.5 * batch["y"][:, 1:].numel()),
+        ((5, 5, 5), None),
+        ((5, 5, 5), lambda batch: len(batch["x"])),
+    ],
+)
+def test_batch_losses_that_divide_by_their_size_are_not_warned_of(lengths, size, recwarn):
+    loader, model = _named(_tokens(lengths)), _Lines()
+    found = Objective(model, loader, loss_fn=BatchLoss(_shifted, size=size)).loss()
+    logits = torch.cat([model(batch["x"])[:, :-1].flatten(0, 1) for batch in loader])
+    labels = torch.cat([batch["y"][:, 1:].flatten() for batch in loader])
+    assert found == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert not recwarn
+
+
+def test_a_target_that_is_written_into_is_not_what_the_loader_yields():
+    def loss_fn(output, target):
+        target = target.view(-1)
+        target[target == 2] = -100
+        return F.cross_entropy(output, target)
+
+    with pytest.warns(UserWarning, match="cut into batches"):
+        Objective(_Identity(), [(OUTPUTS, UNEVEN.clone())], loss_fn=loss_fn).loss()
+
+
+def test_labels_beyond_the_classes_are_named_within_functions():
+    batches = [(OUTPUTS, UNEVEN), (OUTPUTS, UNEVEN + 1)]
+    with pytest.raises(LossError, match="Batch 1 has the label 3, which is none of the 3 classes"):
+        Objective(_Identity(), batches, loss_fn=lambda o, t: F.cross_entropy(o, t)).loss()
+
+
+def test_batches_of_which_a_function_counts_nothing_are_left_out(recwarn):
+    batches = [(OUTPUTS, torch.full((9,), 7)), (OUTPUTS, UNEVEN), (OUTPUTS, torch.full((9,), 7))]
+    found = Objective(_Identity(), batches, loss_fn=lambda o, t: F.cross_entropy(o, t, ignore_index=7)).loss()
+    assert found == pytest.approx(F.cross_entropy(OUTPUTS, UNEVEN).item(), rel=1e-6)
+    assert not recwarn
+
+
 def test_means_over_many_examples_are_not_warned_of(recwarn):
     """Rounding of long sums, of large outputs and of saturated classes is no cut."""
     generator = torch.Generator().manual_seed(0)
@@ -222,14 +434,14 @@ def test_means_over_many_examples_are_not_warned_of(recwarn):
     assert not recwarn
 
 
-@pytest.mark.parametrize("size", [0.0, -0.5, float("nan"), float("inf"), torch.tensor(0.0)])
-def test_sizes_that_are_not_positive_are_refused(size):
+@pytest.mark.parametrize("size", [-1, -0.5, float("nan"), float("inf"), torch.tensor(-2.0)])
+def test_sizes_that_are_negative_or_not_finite_are_refused(size):
     loss_fn = BatchLoss(lambda model, batch: model(batch[0]).mean(), size=lambda batch: size)
-    with pytest.raises(LoaderError, match="Batch 0 .*expected at least one, or a positive sum of their weights"):
+    with pytest.raises(LoaderError, match="Batch 0 .*expected a number of examples, or the sum of their weights"):
         Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn).loss()
 
 
 def test_sizes_that_are_no_numbers_are_described():
     loss_fn = BatchLoss(lambda model, batch: model(batch[0]).mean(), size=lambda batch: batch[1])
-    with pytest.raises(LoaderError, match=r"size of batch 0 .* a tensor of shape \(6,\).*expected a positive number"):
+    with pytest.raises(LoaderError, match=r"size of batch 0 .* a tensor of shape \(6,\).*expected a number, 0 or more"):
         Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn).loss()

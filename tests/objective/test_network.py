@@ -1,5 +1,7 @@
 """Claim: a network is known by its entries and its structure, and one that cannot move is refused at once."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,11 +10,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
-from lmc_curvature import HessianOperator, Objective, Segment
+from lmc_curvature import HessianOperator, Objective, Segment, measure_barrier, predict_barrier
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.network import as_leaves, movable_entries, unwrap
 from tests.support.cases import TiedNet
-from tests.support.networks import NETWORKS, joined, plain_loss
+from tests.support.networks import NETWORKS, joined, plain_loss, untouched
 
 networks = pytest.mark.parametrize("case", NETWORKS.values(), ids=NETWORKS)
 IMAGES = NETWORKS["conv, interpolate"]
@@ -171,3 +173,192 @@ def test_half_precision_is_computed_in_single_precision_and_said():
     assert objective.notes == ("computed in float32, of entries in bfloat16",)
     assert Objective(network, [batch], dtype=torch.bfloat16).notes == ()
     assert Objective(network.double(), [batch]).notes == ()
+
+
+# --- Entries that differ between training and evaluation mode
+
+
+class Adapter(nn.Linear):
+    """An update of low rank, merged in place into the weight in evaluation mode, as loralib does."""
+
+    def __init__(self, inputs, outputs, scale=0.7):
+        super().__init__(inputs, outputs)
+        self.down = nn.Parameter(torch.randn(2, inputs) / 2)
+        self.up = nn.Parameter(torch.randn(outputs, 2) / 2)
+        self.scale, self.merged = scale, False
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.merged == mode:
+            self.weight.data += (-1 if mode else 1) * self.scale * self.up @ self.down
+            self.merged = not mode
+        return self
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out if self.merged else out + self.scale * x @ self.down.T @ self.up.T
+
+
+class Folded(nn.Module):
+    """A linear layer and a factor for its outputs, which is folded into its weight in evaluation mode."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.linear, self.factor = nn.Linear(inputs, outputs), nn.Parameter(1 + torch.rand(outputs, 1))
+
+    @torch.no_grad()
+    def train(self, mode=True):
+        if mode != self.training:
+            self.linear.weight *= 1 / self.factor if mode else self.factor
+        return super().train(mode)
+
+    def forward(self, x):
+        return F.linear(x, self.linear.weight * self.factor if self.training else self.linear.weight, self.linear.bias)
+
+
+def _by_mode(kind, seed, mode):
+    torch.manual_seed(seed)
+    network = nn.Sequential(kind(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).double().eval()
+    network(torch.randn(3, 4).double())
+    return network.train(mode)
+
+
+MERGED = pytest.mark.parametrize("kind", [Adapter, Folded])
+
+
+@MERGED
+@pytest.mark.parametrize("mode", [False, True])
+@pytest.mark.parametrize("wrap", [lambda network: network, nn.DataParallel, AveragedModel])
+def test_ends_are_the_networks_in_evaluation_mode(kind, mode, wrap):
+    x, y = torch.randn(12, 4).double(), torch.arange(12) % 3
+    models = [wrap(_by_mode(kind, seed, mode)) for seed in (0, 1)]
+    expected = [F.cross_entropy(_by_mode(kind, seed, False)(x), y).item() for seed in (0, 1)]
+    with untouched(*models):
+        prediction = predict_barrier(*models, [(x, y)], progress=False)
+        measurement = measure_barrier(*models, [(x, y)], alphas=3, progress=False)
+        segment = Segment(*models)
+    assert [end.loss for end in prediction.endpoints] == pytest.approx(expected, rel=1e-12)
+    assert measurement.ends() == pytest.approx(expected, rel=1e-12)
+    found = [Objective(models[0], [(x, y)]).loss(state) for state in (segment.start, segment.end)]
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+@MERGED
+@pytest.mark.parametrize("batch_norm", ["interpolate", "batch"])
+def test_derivatives_are_those_of_the_network_in_evaluation_mode(kind, batch_norm):
+    x, y = torch.randn(12, 4).double(), torch.arange(12) % 3
+    trained, evaluated = (_by_mode(kind, 0, mode) for mode in (True, False))
+    with untouched(trained):
+        found = HessianOperator(Objective(trained, [(x, y)], batch_norm=batch_norm)).to_dense()
+    evaluated[1].train(batch_norm == "batch")
+    names = list(Objective(evaluated, [], batch_norm=batch_norm).state())
+    state = {name: tensor.detach().clone() for name, tensor in evaluated.state_dict().items()}
+
+    def loss(*entries):
+        at = {**state, **dict(zip(names, entries, strict=True))}
+        mean, variance = (at[f"1.running_{kind}"] for kind in ("mean", "var"))
+        first = "0." if "0.weight" in at else "0.linear."
+        h = F.linear(x, at[f"{first}weight"], at[f"{first}bias"])
+        if batch_norm == "batch":
+            mean, variance = h.mean(0), h.var(0, unbiased=False)
+        h = torch.tanh((h - mean) / (variance + 1e-5).sqrt() * at["1.weight"] + at["1.bias"])
+        return F.cross_entropy(F.linear(h, at["3.weight"], at["3.bias"]), y)
+
+    blocks = torch.autograd.functional.hessian(loss, tuple(state[name] for name in names))
+    sizes = [state[name].numel() for name in names]
+    rows = [[b.reshape(n, m) for b, m in zip(row, sizes, strict=True)] for row, n in zip(blocks, sizes, strict=True)]
+    expected = torch.cat([torch.cat(row, 1) for row in rows])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@MERGED
+def test_a_network_in_evaluation_mode_is_not_copied(kind):
+    network = _by_mode(kind, 0, False)
+    assert unwrap(network) is network
+    assert unwrap(network.train()) is not network
+    plain = _plain().train()
+    assert unwrap(plain) is plain
+
+
+class Sums(nn.Linear):
+    """Merges again at every call of eval(), and cannot do so without values of its own."""
+
+    def train(self, mode=True):
+        self.weight.data += 1
+        return super().train(mode)
+
+
+def test_a_change_of_mode_that_does_not_bear_repetition_is_refused():
+    with pytest.raises(
+        UnsupportedModelError, match=r"Sums cannot be put into evaluation mode \(RuntimeError: .*a flag"
+    ):
+        Objective(Sums(4, 3), [])
+
+
+def test_a_closure_over_a_network_that_changes_by_mode_is_refused():
+    network = _by_mode(Adapter, 0, True)
+    inner = network[3].forward
+    network[3].forward = lambda x: inner(x)
+    with pytest.raises(UnsupportedModelError, match=r"parameter '3.(weight|bias)' of the network itself"):
+        Objective(network, [(torch.randn(9, 4).double(), torch.arange(9) % 3)]).loss()
+
+
+# --- Compiled methods
+
+
+def _compile_forward(network):
+    network.forward = torch.compile(network.forward, backend="eager")
+    return network
+
+
+def _compile_parts(network):
+    for part in (network[0], network[2]):
+        part.forward = torch.compile(part.forward, backend="eager")
+    return network
+
+
+def _compile_parts_and_whole(network):
+    return _compile_forward(_compile_parts(network))
+
+
+class Method(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.call = torch.compile(self.block, backend="eager")
+        self.inner = torch.compile(network.forward, backend="eager")
+
+    def block(self, x):
+        return self.inner(x)
+
+    def forward(self, x):
+        return self.call(x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        _compile_forward,
+        _compile_parts,
+        _compile_parts_and_whole,
+        Method,
+        lambda network: Method(nn.DataParallel(network)),
+        lambda network: _compile_forward(nn.Sequential(*_compile_parts(network), nn.DataParallel(nn.Identity()))),
+    ],
+)
+def test_compiled_methods_are_the_methods(wrap):
+    batch = (torch.randn(9, 4).double(), torch.arange(9) % 3)
+    plain, network = _plain(), wrap(_plain())
+    with untouched(network):
+        found = HessianOperator(Objective(network, [batch])).to_dense()
+    torch.testing.assert_close(found, HessianOperator(Objective(plain, [batch])).to_dense(), rtol=0, atol=0)
+    ends = measure_barrier(network, wrap(_plain()), [batch], progress=False).ends()
+    assert ends == pytest.approx([Objective(plain, [batch]).loss()] * 2)
+
+
+def test_a_function_around_a_compiled_one_is_kept():
+    network = _plain()
+    compiled = torch.compile(network.forward, backend="eager")
+    network.forward = functools.wraps(compiled)(lambda x: 2 * compiled(x))
+    with pytest.raises(UnsupportedModelError, match="of the network itself"):
+        Objective(network, [(torch.randn(9, 4).double(), torch.arange(9) % 3)]).loss()

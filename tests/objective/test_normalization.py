@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from lmc_curvature import Objective
+from lmc_curvature import BatchLoss, Objective
 from lmc_curvature.errors import LoaderError
 from lmc_curvature.objective.normalization import Normalization, normalize_by, statistic_names, tracked_modules
 from tests.support.cases import CASES
@@ -102,6 +102,25 @@ def test_recalibrated_statistics_are_means_over_examples(norm):
     calibrated = copy.deepcopy(model).eval()
     calibrated.load_state_dict(expected, strict=False)
     assert objective.loss() == pytest.approx(plain_loss(calibrated, joined(batches)).item(), rel=1e-10)
+
+
+@norms
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        BatchLoss(
+            lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), size=lambda batch: 100 // len(batch[0])
+        ),
+        BatchLoss(
+            lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), size=lambda batch: 0.5 / len(batch[0])
+        ),
+        nn.CrossEntropyLoss(weight=torch.tensor([9.0, 0.1, 0.0]).double()),
+    ],
+)
+def test_recalibrated_statistics_do_not_ask_what_an_example_weighs(norm, loss_fn):
+    model, batches = _model(norm), _batches()
+    found = Objective(model, batches, loss_fn=loss_fn, batch_norm="recalibrate").recalibrated([{}])
+    torch.testing.assert_close(found, [_statistics_by_torch(model, batches)], rtol=1e-10, atol=1e-12)
 
 
 def _with_shared_norm():

@@ -4,10 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from lmc_curvature import GGNOperator, HessianOperator, Objective, layer_hessian
+from lmc_curvature import (
+    GGNOperator,
+    HessianOperator,
+    Objective,
+    Segment,
+    layer_hessian,
+    project_hessian,
+    spectral_density,
+    top_eigenpairs,
+)
 from lmc_curvature.errors import NonFiniteError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.numerics import channels_last, ignores_layout, wide_dtype
+from lmc_curvature.objective.numerics import channels_last, ignores_layout, outside_inference, wide_dtype
 
 
 class Watching(nn.Module):
@@ -123,3 +132,62 @@ def test_only_images_change_their_layout():
 def test_half_precision_is_summed_in_single_precision():
     dtypes = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
     assert {dtype: wide_dtype(dtype) for dtype in dtypes} == dtypes
+
+
+# --- Under torch.inference_mode()
+
+
+def _pair():
+    torch.manual_seed(0)
+    return [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.BatchNorm1d(5), nn.Linear(5, 3)).double() for _ in range(2)]
+
+
+def _computed(objective, segment):
+    """Numbers of every kind, each a tensor."""
+    H, G = HessianOperator(objective), GGNOperator(objective)
+    vector = {name: tensor + 1 for name, tensor in objective.state().items()}
+    flat = torch.ones(H.shape[1], dtype=torch.float64)
+    middle = segment.point(0.5)
+    with objective.one_pass(progress=False) as batches:
+        batch = next(batches)
+    loss, *_ = objective.batch_evaluation(objective.state(), batch)
+    return {
+        "loss": torch.tensor(objective.loss(middle)),
+        "batch loss": loss.detach(),
+        "gradient": torch.cat([t.flatten() for t in objective.gradient(middle).values()]),
+        "product with a state": torch.cat([t.flatten() for t in (H @ vector).values()]),
+        "product": H @ flat,
+        "products": H.matmat(torch.eye(H.shape[1], 2, dtype=torch.float64) * flat[:, None]),
+        "GGN": G.to_dense(),
+        "diagonal": H.diagonal(),
+        "Hessian elsewhere": HessianOperator(objective, middle).to_dense(),
+        "block": layer_hessian(objective, middle, "3"),
+        "projection": torch.tensor(project_hessian(objective, middle, segment.directions()).curvature),
+        "eigenvalues": top_eigenpairs(H, 2).values,
+        "density": torch.tensor(spectral_density(H, probes=2, steps=4).nodes),
+    }
+
+
+def test_inference_mode_around_changes_nothing():
+    models, batches = _pair(), [(torch.randn(9, 4).double(), torch.arange(9) % 3)]
+    expected = _computed(Objective(models[0], batches), Segment(*models))
+    outside, segment = Objective(models[0], batches), Segment(*models)
+    with torch.inference_mode():
+        made = _pair(), [tuple(tensor.clone() for tensor in batches[0])]
+        inside = Objective(made[0][0], made[1]), Segment(*made[0])
+        found = {"all": _computed(*inside), "computed": _computed(outside, segment)}
+    found["made"] = _computed(*inside)
+    for way, values in found.items():
+        for name, value in values.items():
+            torch.testing.assert_close(value, expected[name], msg=lambda text, at=(way, name): f"{at}: {text}")
+
+
+def test_leaving_inference_mode_switches_no_gradients_on():
+    x = torch.ones(2, requires_grad=True)
+    with torch.no_grad(), outside_inference():
+        assert not (2 * x).requires_grad
+    with outside_inference():
+        assert (2 * x).requires_grad
+    with torch.inference_mode(), outside_inference():
+        assert not (2 * x).requires_grad
+        assert not torch.ones(2).is_inference()

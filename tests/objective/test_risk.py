@@ -250,7 +250,7 @@ FLAWS = {
     "not finite": (
         lambda: (torch.full((1, 2, 5, 5), torch.nan), torch.tensor([0])),
         NonFiniteError,
-        r"loss is nan at batch 2 \(1 examples\)(\.|, while statistics are re-estimated\.) Check the data of that batch",
+        r"loss is nan at batch 2 \(1 example\)(\.|, while statistics are re-estimated\.) Check the data of that batch",
     ),
     "wrong shape": (lambda: (torch.ones(2, 9, 5, 5), torch.tensor([0, 1])), LoaderError, "images have 9"),
     "loader fails": (_raise, OSError, "the disk is gone"),
@@ -358,3 +358,15 @@ def test_values_that_are_not_finite_name_their_entry():
     for compute in (Objective.loss, Objective.gradient):
         with pytest.raises(NonFiniteError, match=r"Entry '0.bias' of the (network|state) has 1 of 6 values"):
             compute(Objective(model, VECTORS.batches()))
+
+
+@pytest.mark.parametrize("function", [lambda h: h.abs().sqrt(), lambda h: (h * h).sum(1, keepdim=True).sqrt() + h])
+def test_a_gradient_that_is_not_finite_names_its_entry(function):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 3, bias=False), nn.Linear(3, 3))
+    torch.nn.init.zeros_(network[0].weight)
+    network.register_forward_hook(lambda net, args, _: net[1](function(net[0](*args))))
+    objective = Objective(network, [(torch.ones(6, 4), torch.arange(6) % 3)])
+    assert objective.loss() > 0
+    with pytest.raises(NonFiniteError, match=r"Entry '0.weight' of the gradient has 12 of 12 values.*a square root at"):
+        objective.gradient()

@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -128,6 +129,51 @@ def test_labels_of_every_form_are_seen(form):
     assert len(warnings_of([(x, form(y)) for x, y in batches_of(np.repeat([0, 1], 40), 20)])) == 1
     nested = [({"ids": x, "mask": x}, form(y)) for x, y in batches_of(np.repeat([0, 1], 40), 20)]
     assert len(warnings_of(nested)) == 1
+
+
+FORMS = {
+    "one-hot": lambda y: F.one_hot(y, 3),
+    "one-hot, real": lambda y: F.one_hot(y, 3).float(),
+    "smoothed": lambda y: 0.9 * F.one_hot(y, 3) + 0.1 / 3,
+    "smoothed, half": lambda y: (0.9 * F.one_hot(y, 3) + 0.1 / 3).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_class_probabilities_are_labels(form):
+    sorted_, mixed = np.repeat([0, 1, 2], 40), np.random.default_rng(0).permutation(np.repeat([0, 1, 2], 40))
+    assert len(warnings_of([(x, form(y)) for x, y in batches_of(sorted_, 20)])) == 1
+    assert not warnings_of([(x, form(y)) for x, y in batches_of(mixed, 20)])
+
+
+@pytest.mark.parametrize("name", ["labels", "label", "target", "y"])
+@pytest.mark.parametrize("form", [lambda y: y, *FORMS.values()])
+def test_labels_of_named_batches_are_seen(name, form):
+    batches = batches_of(np.repeat([0, 1, 2], 40), 20)
+    for made in (
+        [{"ids": x, name: form(y)} for x, y in batches],
+        [{name: form(y), "ids": x} for x, y in batches],
+        [({"ids": x}, {"boxes": x, name: form(y)}) for x, y in batches],
+    ):
+        assert len(warnings_of(made)) == 1
+
+
+@pytest.mark.parametrize(
+    "batch_of",
+    [
+        lambda x, y: {"ids": x, "lengths": y},
+        lambda x, y: {"ids": x[:1], "labels": y},
+        lambda x, y: {"labels": y},
+        lambda x, y: (x, torch.stack([y, y], 1)),
+        lambda x, y: (x, F.one_hot(y, 3).float() - 0.1),
+        lambda x, y: (x, torch.stack([y.float(), 0.5 - y.float()], 1)),
+        lambda x, y: (x, {"ids": y}),
+        lambda x, y: (x, F.one_hot(y, 3)[..., None].expand(-1, -1, 2)),
+    ],
+    ids=["lengths", "other axes", "no inputs", "two labels", "numbers", "negative", "no label", "labels of parts"],
+)
+def test_what_is_no_label_is_not_taken_for_one(batch_of):
+    assert not warnings_of([batch_of(x, y) for x, y in batches_of(np.repeat([0, 1, 2], 40), 20)])
 
 
 def test_a_tenth_of_the_data_in_random_places_hides_nothing():

@@ -93,7 +93,9 @@ def test_randomness_is_looked_for_once():
 
     objective = Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn)
     counts = [(objective.loss(), len(calls))[1] for _ in range(2)]
-    assert counts == [8, 11], "three batches, and the first one twice more, and as a whole and in halves"
+    assert counts == [17, 20], (
+        "three batches, a look, the first twice more and twice at a state nearby, and each as a whole and in halves"
+    )
 
 
 class _ListOfWeights(nn.Module):

@@ -1,7 +1,12 @@
 """Claim: two networks are one architecture if equal entries give them equal losses; else what differs is named."""
 
+import enum
 import functools
 import threading
+import warnings
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -250,8 +255,84 @@ EQUIVALENT = {
     "dropout of attention": (_encoder, lambda: _encoder(dropout=0.9)),
     "class of the network": (lambda: _mlp(nn.ReLU()), lambda: _renamed(_mlp(nn.ReLU()), "Net")),
     "a label": (lambda: Attributed(label="first"), lambda: Attributed(label="second", notes=[1, 2])),
-    "a sum in another order": (lambda: _mlp(nn.Tanh()), lambda: _mlp(_OddTanh())),
+    "padding of an embedding": (lambda: _token_net(padding_idx=0), lambda: _token_net(scale_grad_by_freq=True)),
+    "a learning rate": (lambda: Trained(lr=0.1), lambda: Trained(lr=0.2)),
+    "a counter": (lambda: Trained(steps=3), lambda: Trained(steps=700)),
+    "a cache": (lambda: Trained(last=torch.zeros(2)), lambda: Trained(last=None)),
+    "a record of calls": (lambda: Recording(), lambda: Recording([(2, 8)], {"calls": 1})),
+    "checkpointing": (lambda: Trained(gradient_checkpointing=True), lambda: Trained(gradient_checkpointing=False)),
+    "a class defined again": (lambda: Trained(), lambda: _defined_again()),
+    "functions of torch": (lambda: Attributed(activation=F.relu), lambda: Attributed(activation=torch.relu)),
+    "rates of dropout in a configuration": (
+        lambda: Configured(SimpleNamespace(factor=2.0, attention_dropout=0.1, name_or_path="one")),
+        lambda: Configured(SimpleNamespace(factor=2.0, attention_dropout=0.0, name_or_path="two")),
+    ),
 }  # fmt: skip
+
+
+class Trained(nn.Module):
+    """A network with what its training needs."""
+
+    def __init__(self, lr=1.0, steps=0, last=None, gradient_checkpointing=False):
+        super().__init__()
+        self.linear, self.lr, self.steps, self.last = nn.Linear(8, 3), lr, steps, last
+        self.gradient_checkpointing = gradient_checkpointing
+
+    def forward(self, x):
+        if self.training:
+            self.steps += 1
+        if self.last is None or self.gradient_checkpointing:
+            self.last = x
+        return self.linear(x)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+class Recording(nn.Module):
+    """A network that keeps a record of its calls."""
+
+    def __init__(self, shapes=(), counts=None):
+        super().__init__()
+        self.linear, self.shapes, self.counts = nn.Linear(8, 3), list(shapes), counts or {}
+
+    def forward(self, x):
+        self.shapes.append(tuple(x.shape))
+        self.counts["calls"] = 1 + self.counts.get("calls", 0)
+        return self.linear(x)
+
+
+def _defined_again():
+    network = Trained()
+    copied = {name: value for name, value in vars(Trained).items() if name not in ("__dict__", "__weakref__")}
+    network.__class__ = type("Trained", (nn.Module,), copied)
+    return network
+
+
+class Configured(nn.Module):
+    """A network, each of whose modules reads one configuration, by attribute or by key."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.linear = config, nn.Linear(8, 3)
+        self.block = nn.Identity()
+        self.block.config = config
+
+    def forward(self, x):
+        held = self.config
+        for name in ("inner", "rope"):
+            held = getattr(held, name, None) or held
+        factor = held["factor"] if isinstance(held, dict) else held.factor
+        return self.linear(x) * factor
+
+
+def _token_net(**options):
+    return nn.Sequential(_Tokens(), nn.Embedding(7, 4, **options), nn.Flatten(), nn.Linear(32, 3))
+
+
+class _Tokens(nn.Module):
+    def forward(self, x):
+        return (x * 10).long() % 7
 
 
 class _OddTanh(nn.Module):
@@ -270,9 +351,304 @@ def test_what_makes_no_difference_to_the_loss_is_nobodys_business(name, dtype):
     make_a, make_b = EQUIVALENT[name]
     a, b = randomized(make_a().to(dtype), 1), randomized(make_b().to(dtype), 2)
     batches = [(X.to(dtype), Y)]
-    measured = measure_barrier(a, b, batches, alphas=3, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measured = measure_barrier(a, b, batches, alphas=3, progress=False)
+    assert not measured.notes
     assert measured.ends()[0] == pytest.approx(_own_loss(a, batches), rel=1e-5)
     assert measured.ends()[1] == pytest.approx(_own_loss(b, batches), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_sum_in_another_order_is_said_to_show_nothing(dtype):
+    a, b = (randomized(_mlp(activation).to(dtype), seed) for seed, activation in enumerate((nn.Tanh(), _OddTanh())))
+    batches = [(X.to(dtype), Y)]
+    with pytest.warns(UserWarning, match="module 1: Tanh in model_a, _OddTanh in model_b"):
+        measured = measure_barrier(a, b, batches, alphas=3, progress=False)
+    assert measured.ends()[1] == pytest.approx(_own_loss(b, batches), rel=1e-5)
+
+
+class Kind(enum.Enum):
+    TANH, SINE = 1, 2
+
+
+@dataclass
+class Options:
+    factor: float = 1.0
+    rope: Any = None
+    more: dict = field(default_factory=dict)
+
+
+CONFIGURATIONS = {
+    "dict": (lambda factor: {"factor": factor}, r"config\['factor'\]"),
+    "namespace": (lambda factor: SimpleNamespace(factor=factor), r"config\.factor"),
+    "dataclass": (lambda factor: Options(factor=factor), r"config\.factor"),
+    "nested": (lambda factor: Options(rope={"factor": factor}), r"config\.rope\['factor'\]"),
+    "an object in an object": (lambda factor: SimpleNamespace(inner=Options(factor)), r"config\.inner\.factor"),
+}
+
+
+@pytest.mark.parametrize(("make", "where"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_configurations_are_looked_into(make, where):
+    a, b = randomized(Configured(make(2.0)), 1), randomized(Configured(make(3.0)), 2)
+    with pytest.raises(ArchitectureMismatchError, match=rf"differ in\n  {where}: 2.0 in model_a, 3.0 in model_b\nBoth"):
+        Objective(a, [(X.float(), Y)], twins=[b]).loss()
+
+
+FUNCTIONS = {
+    "anonymous ones": (lambda h: h * 2.0, lambda h: h * 3.0, "its values differ"),
+    "anonymous ones that call others": (lambda h: F.relu(h), lambda h: F.silu(h), "its values differ"),
+    "of other defaults": (lambda h, by=2.0: h * by, lambda h, by=3.0: h * by, "its values differ"),
+    "partial": (
+        functools.partial(F.leaky_relu, negative_slope=0.1),
+        functools.partial(F.leaky_relu, negative_slope=0.2),
+        r"\(leaky_relu, \(\), \(\(negative_slope, 0.1\)\)\) in model_a, .*0.2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "line"), FUNCTIONS.values(), ids=FUNCTIONS)
+def test_functions_are_told_apart(first, second, line):
+    a, b = randomized(Attributed(activation=first), 1), randomized(Attributed(activation=second), 2)
+    with pytest.raises(ArchitectureMismatchError, match=f"differ in\n  activation: {line}"):
+        Objective(a, [(X.float(), Y)], twins=[b]).loss()
+
+
+class Heads(Attributed):
+    """A network whose loss is of one of its outputs."""
+
+    def __init__(self, form, **attributes):
+        super().__init__(**attributes)
+        self.form = form
+
+    def forward(self, x):
+        return self.form(self.linear(x), super().forward(x))
+
+
+@dataclass
+class Output:
+    logits: Any
+    more: Any = None
+
+
+FORMS = {
+    "tuple": (lambda logits, more: (logits, more), lambda output, y: F.cross_entropy(output[0], y)),
+    "dict": (
+        lambda logits, more: {"logits": logits, "hidden": [more.argmax(1), more]},
+        lambda output, y: F.cross_entropy(output["logits"], y),
+    ),
+    "object": (lambda logits, more: Output(logits, more), lambda output, y: F.cross_entropy(output.logits, y)),
+}
+
+
+@pytest.mark.parametrize(("form", "loss_fn"), FORMS.values(), ids=FORMS)
+def test_outputs_that_the_loss_is_not_of_are_compared(form, loss_fn):
+    a, b = randomized(Heads(form, scale=2.0), 1), randomized(Heads(form, scale=3.0), 2)
+    batches = [(X.float(), Y)]
+    message = (
+        "(?s)its own entries its outputs on the first batch are others than model_a's, although both losses are .*\n"
+    )
+    with pytest.raises(ArchitectureMismatchError, match=message + "  scale: 2.0 in model_a, 3.0 in model_b"):
+        Objective(a, batches, loss_fn=loss_fn, twins=[b]).loss()
+    same = randomized(Heads(form, scale=2.0), 2)
+    assert Objective(a, batches, loss_fn=loss_fn, twins=[same]).loss() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_saturated_loss_hides_no_activation(dtype):
+    networks = []
+    for seed, activation in enumerate((nn.ReLU(), nn.SiLU())):
+        network = randomized(_mlp(activation), seed).to(dtype)
+        # The right class wins by a hundred: both losses are zero, or as good as.
+        network[2].bias.data = torch.tensor([100.0, 0, 0], dtype=dtype)
+        networks.append(network)
+    batches = [(X.to(dtype), torch.zeros(12, dtype=torch.long))]
+    with pytest.raises(ArchitectureMismatchError, match=r"its outputs .* differ in\n  module 1: ReLU in mod.*SiLU"):
+        Objective(networks[0], batches, twins=networks[1:]).loss()
+
+
+class Windowed(nn.Module):
+    """Tokens that look at some tokens before them, through a function of their own file."""
+
+    def __init__(self, window, kind=Kind.TANH):
+        super().__init__()
+        self.attn = nn.Module()
+        self.attn.window, self.linear, self.kind = window, nn.Linear(2, 3), kind
+
+    def forward(self, x):
+        return self.linear(_attend(self.attn, x)).mean(1)
+
+
+def _attend(module, x):
+    places = torch.arange(x.shape[1])
+    ages = places[:, None] - places
+    scores = (x @ x.mT).masked_fill((ages < 0) | (ages >= module.window), -torch.inf)
+    return scores.softmax(-1) @ x
+
+
+def test_a_window_longer_than_the_first_sequences_is_said():
+    a, b = randomized(Windowed(4), 1), randomized(Windowed(8, Kind.SINE), 2)
+    short, long = torch.randn(6, 4, 2, generator=CPU), torch.randn(6, 9, 2, generator=CPU)
+    differ = "attn.window: 4 in model_a, 8 in model_b"
+    note = f"model_b is not built as model_a: {differ} (no difference shows in the first batch)"
+    batches = [(short, Y[:6]), (long, Y[:6])]
+    with pytest.warns(UserWarning) as caught:
+        prediction = predict_barrier(a, b, batches, progress=False)
+    assert sum(str(warning.message).startswith(note) for warning in caught) == 1
+    assert prediction.notes == (note,)
+    with pytest.warns(UserWarning, match="attn.window"):
+        assert measure_barrier(a, b, batches, alphas=3, progress=False).notes == (note,)
+    with pytest.raises(ArchitectureMismatchError, match=differ):
+        Objective(a, batches[::-1], twins=[b]).loss()
+
+
+HIDDEN = {
+    "a bound that is not reached": (
+        lambda: _mlp(nn.ReLU()),
+        lambda: _mlp(nn.ReLU6()),
+        "module 1: ReLU in model_a, ReLU6",
+    ),
+    "an activation of what is positive": (
+        lambda: nn.Sequential(_Positive(), nn.ReLU(), nn.Linear(8, 3)),
+        lambda: nn.Sequential(_Positive(), nn.Identity(), nn.Linear(8, 3)),
+        "module 1: ReLU in model_a, Identity in model_b",
+    ),
+    "a threshold": (
+        lambda: _mlp(nn.Threshold(-9, 0)),
+        lambda: _mlp(nn.Threshold(-8, 0)),
+        "1.threshold: -9 in model_a, -8",
+    ),
+    "eps": (
+        lambda: nn.Sequential(nn.GroupNorm(1, 8, eps=1e-5), nn.Linear(8, 3)),
+        lambda: nn.Sequential(nn.GroupNorm(1, 8, eps=1.1e-5), nn.Linear(8, 3)),
+        "0.eps: 1e-05 in model_a, 1.1e-05 in model_b",
+    ),
+    "a configuration": (
+        lambda: Bounded(Options(more={"bound": 50})),
+        lambda: Bounded(Options(more={"bound": 60}, rope="unread")),
+        r"model_a: config.more\['bound'\]: 50 in model_a, 60 in model_b \(no",
+    ),
+    "a private attribute": (
+        lambda: Bounded(bound=50),
+        lambda: Bounded(bound=60),
+        "_bound: 50 in model_a, 60 in model_b",
+    ),
+    "an enumeration": (
+        lambda: Bounded(kind=Kind.TANH),
+        lambda: Bounded(kind=Kind.SINE),
+        "kind: Kind.TANH in model_a, Kind.S",
+    ),
+}
+
+
+class _Positive(nn.Module):
+    def forward(self, x):
+        return x.abs()
+
+
+class Bounded(nn.Module):
+    """Outputs that may not be beyond a bound, and may be of a kind that makes a difference beyond it."""
+
+    def __init__(self, config=None, bound=70, kind=None):
+        super().__init__()
+        self.linear, self.config, self._bound, self.kind = nn.Linear(8, 3), config or Options(), bound, kind
+
+    @property
+    def bound(self):
+        return self.config.more.get("bound", self._bound)
+
+    def forward(self, x):
+        return self.linear(x).clamp(max=self.bound + (self.kind is Kind.SINE))
+
+
+@pytest.mark.parametrize(("make_a", "make_b", "line"), HIDDEN.values(), ids=HIDDEN)
+def test_a_setting_that_does_not_show_is_said(make_a, make_b, line):
+    a, b = randomized(make_a(), 1), randomized(make_b(), 2)
+    objective = Objective(a, [(X.float(), Y)], twins=[b])
+    with untouched(a, b), pytest.warns(UserWarning, match=f"^model_b is not built as .*{line}"):
+        objective.loss()
+    assert len(objective.notes) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective.loss()
+
+
+def test_classes_of_one_name_are_told_apart_by_what_they_do():
+    def define(bound, rate):
+        class Edited(nn.Linear):
+            def forward(self, x):
+                return self.limit(super().forward(x))
+
+            def limit(self, x):
+                return x.clamp(max=bound)
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=rate)
+
+        return Edited(8, 3)
+
+    a, same, b, narrow = (randomized(define(*args), 1) for args in ((70, 1), (70, 2), (80, 1), (0.1, 1)))
+    batches = [(X.float(), Y)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Objective(a, batches, twins=[same]).loss()
+    with pytest.warns(UserWarning, match="model_a: limit: its values differ"):
+        Objective(a, batches, twins=[b]).loss()
+    with pytest.raises(ArchitectureMismatchError, match="differ in\n  limit: its values differ"):
+        Objective(a, batches, twins=[narrow]).loss()
+
+
+class Limited(nn.Linear):
+    most = 70
+
+    def forward(self, x):
+        return self.limit(super().forward(x)).clamp(min=getattr(self, "least", -70))
+
+    def limit(self, x):
+        return x.clamp(max=self.most)
+
+
+def _limited(**attributes):
+    return type("Other", (Limited,), attributes)(8, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (lambda: _limited(most=80), "module 1: Limited in model_a, Other in model_b"),
+        (lambda: _limited(limit=lambda self, x: x), "module 1: Limited in model_a, Other in model_b"),
+        (lambda: _set(_limited(), least=-80), "1.least: None in model_a, -80 in model_b"),
+        (lambda: _limited(configure_optimizers=print), None),
+    ],
+)
+def test_subclasses_differ_in_what_evaluation_reads(make, line):
+    a, b = (randomized(nn.Sequential(nn.Tanh(), layer), seed) for seed, layer in enumerate((Limited(8, 3), make())))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Objective(a, [(X.float(), Y)], twins=[b]).loss()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (line is not None)
+    assert not line or line in messages[0]
+
+
+def _set(module, **attributes):
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def test_a_method_of_one_network_alone_is_named():
+    a, b = randomized(Attributed(), 1), randomized(Attributed(), 1)
+    plain = b.forward
+    b.forward = lambda x: plain(x).clamp(max=99)
+    with pytest.warns(UserWarning, match="model_a: forward: None in model_a, <lambda> in model_b"):
+        Objective(a, [(X.float(), Y)], twins=[b]).loss()
+
+
+def test_only_the_first_settings_that_do_not_show_are_listed():
+    a, b = (nn.Sequential(nn.Linear(8, 3), *[nn.Threshold(bound, 0) for _ in range(5)]) for bound in (-90, -80))
+    with pytest.warns(UserWarning, match=r"model_b; 3.threshold: -90 in .*, … and 2 more \(no difference shows"):
+        Objective(a, [(X.float(), Y)], twins=[b]).loss()
 
 
 def test_a_loss_near_zero_rounds_as_its_outputs_do():
@@ -397,8 +773,10 @@ def test_networks_are_compared_once_and_a_loss_of_batches_too():
     batches = [(X[:8].float(), Y[:8]), (X[8:].float(), Y[8:])]
     objective = Objective(a, batches, loss_fn=BatchLoss(loss_fn), twins=[b])
     counts = [(objective.loss(), len(calls))[1] for _ in range(2)]
-    assert counts == [11, 13], "two batches, the first twice more, whole and in halves, each network at both states"
-    assert calls[2:9] == [False] * 7
+    assert counts == [14, 16], (
+        "a look, two batches, the first twice more, whole and in halves, twice nearby, each network at both states"
+    )
+    assert calls[3:12] == [False] * 9
     b.scale = 3.0
     objective.loss()
     with pytest.raises(ArchitectureMismatchError, match="scale: None in model_a, 3.0 in model_b"):

@@ -46,7 +46,7 @@ def _untied():
             _mlp(nn.Linear(2, 2)),
             _mlp(),
             [
-                "model_a has 2 modules with parameters, model_b has 1",
+                "model_a has 2 modules with parameters, model_b has 1 module\\)",
                 r"1.weight: only in model_a, with shape \(2, 2\)",
                 r"1.bias: only in model_a, with shape \(2,\)",
             ],

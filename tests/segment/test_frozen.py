@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
-from lmc_curvature import LayerPartition, Segment
+from lmc_curvature import LayerPartition, Segment, measure_barrier, predict_barrier
 from lmc_curvature.errors import ArchitectureMismatchError, NonFiniteError, OptionError, PartitionError
-from tests.support.cases import CASES, TiedNet
+from tests.support.cases import CASES
 from tests.support.networks import randomized, state_of, untouched
 
 CONV = CASES["conv, interpolate"]
@@ -154,11 +156,6 @@ def test_everything_without_gradients_is_everything(untyped):
         Segment(a, b, frozen="fc", base="c")
 
 
-def test_tied_names_are_explained():
-    with pytest.raises(PartitionError, match="matches no layer and no entry: 'decoder.weight' is tied to '"):
-        Segment(randomized(TiedNet(), 1), randomized(TiedNet(), 2), frozen=r"^decoder\.w")
-
-
 def test_other_shapes_are_refused_with_the_entry():
     a = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     b = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 5))
@@ -189,14 +186,124 @@ def test_equal_ends_are_noted_where_nothing_that_moves_differs():
     )
 
 
+class Tied(nn.Module):
+    """Tied layers, normalisations with and without entries, a parameter of its own, and buffers that stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.middle, self.plain_norm = nn.Linear(6, 6), nn.BatchNorm1d(6, affine=False)
+        self.decoder = nn.Linear(6, 6)
+        self.decoder.weight = self.encoder.weight
+        self.head = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3))
+        self.scale = nn.Parameter(torch.ones(3))
+        self.register_buffer("places", torch.tensor([2, 0, 1]))
+
+    def forward(self, x):
+        x = torch.tanh(self.plain_norm(self.middle(torch.tanh(self.norm(self.encoder(x))))))
+        return (self.head(self.decoder(x)) * self.scale)[:, self.places]
+
+
+def _tied_networks():
+    a, b = (randomized(Tied().double(), seed) for seed in (1, 2))
+    for part in (a.middle, a.norm, b.head, b.decoder.weight):
+        part.requires_grad_(False)
+    return a.eval(), b.eval()
+
+
+NORM = {"norm.weight", "norm.bias", "norm.running_mean", "norm.running_var"}
+PLAIN_NORM = {"plain_norm.running_mean", "plain_norm.running_var"}
+MIDDLE, HEAD = {"middle.weight", "middle.bias"}, {f"head.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")}
+DECODER = {"encoder.weight", "decoder.bias"}
+CHOICES = {
+    "a layer": ("encoder", {"encoder.weight", "encoder.bias", *NORM}),
+    "a layer whose weight is tied to another's": ("decoder", DECODER),
+    "a pattern for a tied layer": (r"^decoder\.", DECODER),
+    "a pattern for a tied name": (r"coder\.w", {"encoder.weight"}),
+    "a tied name": ("decoder.weight", {"encoder.weight"}),
+    "a layer with statistics": ("middle", MIDDLE | PLAIN_NORM),
+    "a container": ("head", HEAD),
+    "a module in it": ("head.0", {"head.0.weight", "head.0.bias"}),
+    "a normalisation": ("norm", NORM),
+    "a parameter of the network": ("scale", {"scale"}),
+    "some of everything": ("bias$", {f"{name}.bias" for name in ("encoder", "norm", "middle", "decoder")} | {
+        "head.0.bias", "head.2.bias"
+    }),
+    "what does not require gradients": ("requires_grad", {"a": MIDDLE | NORM, "b": HEAD | {"encoder.weight"}}),
+    "several": (["requires_grad", "decoder", "head.0"], {
+        "a": MIDDLE | NORM | DECODER | {"head.0.weight", "head.0.bias"},
+        "b": HEAD | DECODER,
+    }),
+}  # fmt: skip
+
+
+def _plain_loss(network, state, policy, batches):
+    """The mean loss of a network at a state, by torch's own modules."""
+    network = copy.deepcopy(network)
+    norms = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm1d)}
+    inputs = {name: [] for name in norms}
+    for name, module in norms.items():
+        module.train(policy != "interpolate")
+        module.register_forward_pre_hook(lambda _, args, name=name: inputs[name].append(args[0].detach()))
+
+    def total():
+        copies = lambda: {name: tensor.clone() for name, tensor in state.items()}  # noqa: E731
+        losses = [len(y) * F.cross_entropy(functional_call(network, copies(), x), y) for x, y in batches]
+        return sum(losses).item() / sum(len(y) for _, y in batches)
+
+    if policy == "recalibrate":
+        total()
+        for name, module in norms.items():
+            weights = torch.tensor([len(part) for part in inputs[name]]).double()
+            for kind, statistics in (
+                ("mean", [p.mean(0) for p in inputs[name]]),
+                ("var", [p.var(0) for p in inputs[name]]),
+            ):
+                state = {**state, f"{name}.running_{kind}": weights @ torch.stack(statistics) / weights.sum()}
+            module.eval()
+    return total()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["a", "b"])
+@pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
+@pytest.mark.parametrize(("frozen", "entries"), CHOICES.values(), ids=CHOICES)
+def test_losses_between_are_those_of_a_segment_made_by_hand(frozen, entries, policy, base):
+    a, b = _tied_networks()
+    stays = entries[base] if isinstance(entries, dict) else entries
+    states = [{**dict(net.named_parameters()), **dict(net.named_buffers())} for net in (a, b)]
+    fixed = states[0 if base == "a" else 1]
+
+    def at(alpha):
+        return {
+            name: fixed[name].detach() if name in stays or not start.is_floating_point()
+            else ((1 - alpha) * start + alpha * states[1][name]).detach()
+            for name, start in states[0].items()
+        }  # fmt: skip
+
+    generator = torch.Generator().manual_seed(3)
+    batches = [(torch.randn(n, 6, generator=generator, dtype=torch.float64), torch.arange(n) % 3) for n in (7, 5)]
+    alphas = [0.0, 0.3, 0.5, 1.0]
+    expected = [_plain_loss(a, at(alpha), policy, batches) for alpha in alphas]
+    options = {"frozen": frozen, "base": base, "batch_norm": policy, "progress": False}
+    with untouched(a, b):
+        found = measure_barrier(a, b, batches, alphas=alphas, **options)
+    assert found.values() == pytest.approx(expected, rel=1e-9)
+    if policy == "interpolate" and isinstance(entries, dict):
+        prediction = predict_barrier(a, b, batches, method="hvp", **options)
+        for alpha, end in enumerate(prediction.endpoints):
+            near = [_plain_loss(a, at(alpha + step * 1e-4), policy, batches) for step in (-1, 1)]
+            assert end.slopes.sum() == pytest.approx((near[1] - near[0]) / 2e-4, rel=1e-5)
+
+
 def test_a_module_is_meant_by_its_name_and_tied_ones_too():
-    class Tied(nn.Module):
+    class Net(nn.Module):
         def __init__(self):
             super().__init__()
             self.e, self.f, self.h = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3, bias=False)
             self.h.weight = self.e.weight
 
-    a, b = Tied(), Tied()
+    a, b = Net(), Net()
     segment = Segment(a, b, frozen="h")
     moved = {name for direction in segment.directions().values() for name in direction}
     assert moved == {"e.bias", "f.weight", "f.bias"}

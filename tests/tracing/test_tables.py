@@ -29,9 +29,42 @@ def test_tables_that_are_not_there_are_explained(config, tmp_path):
 
 
 def test_tables_of_other_columns_are_explained(copy):
+    # A release that has other columns has other checksums, too, or none.
+    (copy / "traces" / "checksums.json").unlink()
     (copy / "traces" / "layers.csv").write_text("fork,epoch\n")
     with pytest.raises(CheckpointError, match=r"layers\.csv has columns .*lmc-curvature trace .* makes it"):
         read_traces(copy)
     (copy / "traces" / "layers.csv").write_text("")
     with pytest.raises(CheckpointError, match=r"layers\.csv is damaged"):
+        read_traces(copy)
+
+
+@pytest.mark.parametrize("name", ["curves", "barriers", "predictions", "layers", "cumulative", "geometry"])
+def test_tables_that_are_cut_off_or_changed_are_damaged(copy, name):
+    path = copy / "traces" / f"{name}.csv"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    changed = whole.replace(b"0", b"1", 1)
+    for contents in (b"".join(lines[:-1]), b"".join(lines[:-2]), whole[:-1], whole[:-3], whole + lines[-1], changed):
+        path.write_bytes(contents)
+        with pytest.raises(
+            CheckpointError, match=rf"{name}\.csv is damaged \(it is not as it was written\); .*lmc-curvature trace"
+        ):
+            read_traces(copy)
+    path.write_bytes(whole)
+    read_traces(copy)
+
+
+def test_tables_of_earlier_versions_have_no_checksums(traced, copy):
+    (copy / "traces" / "checksums.json").unlink()
+    pd.testing.assert_frame_equal(read_traces(copy).layers, traced[1].layers)
+    path = copy / "traces" / "layers.csv"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"layers\.csv is damaged"):
+        read_traces(copy)
+
+
+def test_checksums_that_are_damaged_are_explained(copy):
+    (copy / "traces" / "checksums.json").write_text('{"sha256"')
+    with pytest.raises(CheckpointError, match=r"checksums\.json is damaged .*lmc-curvature trace .* makes it"):
         read_traces(copy)

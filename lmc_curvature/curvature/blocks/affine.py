@@ -103,6 +103,7 @@ class LayerCall:
         output: Its output, part of the graph.
         gradient: The loss's gradient in the output, part of the graph that differentiates it.
         input_gradient: The same in the input; None where that does not depend on what is differentiated.
+        direct: Whether the module computed with the entries themselves, and not with something made of them.
     """
 
     affine: AffineMap
@@ -110,6 +111,7 @@ class LayerCall:
     output: Tensor
     gradient: Tensor
     input_gradient: Tensor | None
+    direct: bool
 
     @property
     def examples(self) -> int:
@@ -140,11 +142,13 @@ def gradient_and_calls(
         affines: The modules.
     """
     values: list[tuple[AffineMap, Tensor, Tensor]] = []
+    direct: list[bool] = []
 
     def record(affine: AffineMap, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not output.requires_grad:
             return None
         values.append((affine, args[0] if args else kwargs["input"], output))
+        direct.append(all(entry.is_leaf for entry in module.parameters(recurse=False)))
         # A copy goes on, so that the network cannot change the recorded output in place.
         return output.clone()
 
@@ -156,5 +160,5 @@ def gradient_and_calls(
         gradient = BatchGradient(objective, state, batch, entries)
     # In one pass, so that an output's gradient is computed by way of the gradients in inputs that it feeds.
     slopes = gradient.at([tensor for _, input, output in values for tensor in (output, input)])
-    pairs = zip(values, slopes[::2], slopes[1::2], strict=True)
-    return gradient, [LayerCall(*value, slope, in_input) for value, slope, in_input in pairs if slope is not None]
+    found = zip(values, slopes[::2], slopes[1::2], direct, strict=True)
+    return gradient, [LayerCall(*value, slope, inward, own) for value, slope, inward, own in found if slope is not None]

@@ -15,7 +15,7 @@ from lmc_curvature.curvature.blocks.cost import road_costs
 from lmc_curvature.curvature.blocks.layer import BlockLayer, BlockSum
 from lmc_curvature.curvature.blocks.structured import examples_interact, pair_blocks
 from lmc_curvature.curvature.operators import CurvatureOperator, HessianOperator
-from lmc_curvature.curvature.products import BatchProducts, Vectorizer, unit_vectors
+from lmc_curvature.curvature.products import BatchGradient, BatchProducts, Vectorizer, unit_vectors
 from lmc_curvature.curvature.products.derivatives import all_finite
 from lmc_curvature.errors import FallbackWarning, NonFiniteError, OptionError, check_choice, check_memory
 from lmc_curvature.objective.batches import Batch
@@ -49,8 +49,8 @@ def layer_hessian(
     unit of z gives a column of the inner Hessian for every example at once: width × positions products, through the
     part of the network above the layer only, instead of one for every parameter. It asks for an `nn.Linear` or an
     ungrouped `nn.Conv2d` whose weight is used once, and for examples whose losses do not depend on each other above
-    it; entries that the layer has beside it (a normalisation) get a product each. The first batch is compared with an
-    exact product.
+    it, which is looked for in every batch; entries that the layer has beside it (a normalisation) get a product each.
+    The first batch is compared with an exact product.
 
     `"products"`: one exact Hessian-vector product for every parameter, on one graph a batch. Any layer.
 
@@ -145,7 +145,7 @@ def cross_layer_hessian(
     weight = 0.0
     with objective.one_pass(progress=progress, description="Hessian block") as batches:
         for batch in batches:
-            objective.check_derivatives(block.point, batch)
+            block.check_derivatives(batch)
             method = _add_batch(total, block, batch, method, vectorizer)
             weight += batch.weight
     _mirror(total)
@@ -177,6 +177,7 @@ def _add_batch(
     products = BatchProducts(gradient, batch, vectorizer)
     if method != "products":
         try:
+            _check_uses(total.affines, gradient, calls)
             _add_structured(total, block, products, calls, auto=method == "auto")
             return method
         except _StructureError as reason:
@@ -248,6 +249,20 @@ def _pair(
     if examples_interact(first, second, vectorizer):
         raise _StructureError("examples have a part in each other's loss above the layer (batch statistics?).")
     return first, second
+
+
+def _check_uses(affines: Sequence[AffineMap], gradient: BatchGradient, calls: Sequence[LayerCall]) -> None:
+    """Check of every batch, because a network may go other ways for other examples.
+
+    Raises:
+        _StructureError: The entries of an affine module have a part in the loss beside its one output.
+    """
+    for affine in affines:
+        if not _only_call(affine, calls).direct:
+            raise _StructureError(f"the module of {affine.entries[0]!r} computes with something made of its entries.")
+        for name, uses in gradient.uses(affine.entries).items():
+            if uses != 1:
+                raise _StructureError(f"{name!r} is used {uses} times, not once by its module.")
 
 
 def _only_call(affine: AffineMap, calls: Sequence[LayerCall]) -> LayerCall:

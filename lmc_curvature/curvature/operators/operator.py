@@ -21,9 +21,10 @@ from lmc_curvature.curvature.products import (
 )
 from lmc_curvature.curvature.products.derivatives import all_finite
 from lmc_curvature.errors import DirectionError, NonFiniteError, OperatorError, check_memory
-from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.batches import Batch, to_device
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State, check_finite
+from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
 
@@ -85,6 +86,7 @@ class CurvatureOperator:
         NonFiniteError: The state, a vector, the loss of a batch or a product is not finite; names the entry or batch.
     """
 
+    @outside_inference()
     def __init__(
         self,
         curvature: Curvature,
@@ -153,6 +155,7 @@ class CurvatureOperator:
     def __matmul__(self, other: Tensor) -> Tensor: ...
     @overload
     def __matmul__(self, other: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    @outside_inference()
     def __matmul__(self, other: Any) -> Any:
         """The product with a flat vector (columns,), a matrix (columns, k), or a direction; of the same kind and type.
 
@@ -175,6 +178,7 @@ class CurvatureOperator:
         vectors = other.unsqueeze(1) if other.ndim == 1 else other
         return self.matmat(vectors).reshape(self.shape[0], *other.shape[1:]).to(other.device, other.dtype)
 
+    @outside_inference()
     def matmat(self, matrix: Float[Tensor, "columns k"]) -> Float64[Tensor, "rows k"]:
         """The product with k vectors in one pass over the loader; float64, on the objective's device.
 
@@ -198,6 +202,17 @@ class CurvatureOperator:
 
         return self._mean_of(total, self._visit(add))
 
+    def check_derivatives(self, batch: Batch) -> None:
+        """Before the first derivative is taken, compare those in rows and columns with differences of the loss.
+
+        Both alone, too: a loss may depend on one layer so little that beside another one nothing is seen of it.
+
+        Raises:
+            UnsupportedModelError: They disagree.
+        """
+        for entries in dict.fromkeys((self.rows, self.columns, (*self.rows, *self.columns))):
+            self.objective.check_derivatives(self.point, batch, set(entries))
+
     def _visit(self, add: Callable[[BatchProducts], None]) -> float:
         """Visit the loader once, and call `add` with the products of each batch; returns the sum of their weights."""
         entries = [name for name in self.state if name in {*self.rows, *self.columns}]
@@ -205,7 +220,7 @@ class CurvatureOperator:
         with self.objective.one_pass(progress=False) as batches:
             for batch in batches:
                 data = self.objective.laid_out(batch) if self.curvature.native else batch
-                self.objective.check_derivatives(self.point, batch, entries)
+                self.check_derivatives(batch)
                 matrix = self.curvature.of_batch(self.objective, self.point, data, entries)
                 finite_loss(matrix.loss, batch)
                 add(BatchProducts(matrix, batch, self._vectorizer))
@@ -236,11 +251,12 @@ class CurvatureOperator:
         Of several vectors, as rows, the directions are stacked along a first axis.
         """
         entries = self.columns if entries is None else entries
-        vector = vector.to(self.device, self.objective.dtype).contiguous()
+        vector = to_device(vector, self.device, self.objective.dtype).contiguous()
         parts = torch.split(vector, [self.state[name].numel() for name in entries], dim=-1)
         leading = vector.shape[:-1]
         return {name: part.view((*leading, *self.state[name].shape)) for name, part in zip(entries, parts, strict=True)}
 
+    @outside_inference()
     def to_dense(self, *, memory_gib: float = 4.0) -> Float64[Tensor, "rows columns"]:
         """The dense matrix, float64, on the objective's device; one pass over the loader per 64 to 4,096 columns.
 
@@ -264,6 +280,7 @@ class CurvatureOperator:
         weight = add_columns(transposed, self._tensors(self.rows), self._tensors(self.columns), self._visit)
         return self._mean_of(transposed, weight).T
 
+    @outside_inference()
     def diagonal(self) -> Float64[Tensor, " n"]:
         """The diagonal, exactly: one product for each coordinate, one pass over the loader per 4,096; float64.
 

@@ -1,7 +1,9 @@
 """Loss and gradient of one batch, and its exact Hessian-vector products."""
 
 import functools
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +13,7 @@ from lmc_curvature.curvature.products.convolutions import DifferentiableConvolut
 from lmc_curvature.curvature.products.derivatives import gradients, operations, refuse_once_differentiable
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import check_differentiable
-from lmc_curvature.objective.network import State, as_leaves
+from lmc_curvature.objective.network import State, as_leaves, graph_nodes
 from lmc_curvature.objective.numerics import wide_dtype
 from lmc_curvature.objective.risk import Objective
 
@@ -59,6 +61,23 @@ class BatchGradient:
     def operations(self) -> Hashable:
         """A value that differs between batches whose loss is computed by other operations."""
         return operations([self._graph, *self._gradient.values()])
+
+    def uses(self, entries: Iterable[str]) -> dict[str, int]:
+        """Number of operations on the way to the loss that take an entry, or a copy of it in another type."""
+        takers: defaultdict[Any, list[Any]] = defaultdict(list)
+        for node in graph_nodes([self._graph]):
+            for following, _ in node.next_functions:
+                takers[following].append(node)
+        leaves = {id(node.variable): node for node in takers if hasattr(node, "variable")}
+
+        def count(name: str) -> int:
+            found = takers[leaves.get(id(self._leaves[name]))]
+            # Under autocast one copy serves all operations.
+            while len(found) == 1 and found[0].name() == "ToCopyBackward0":
+                found = takers[found[0]]
+            return len(found)
+
+        return {name: count(name) for name in entries}
 
     def slope(self, direction: State) -> Float[Tensor, ""]:
         """⟨∇L, v⟩ for a direction v."""

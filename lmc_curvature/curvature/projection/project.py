@@ -59,7 +59,7 @@ def project_hessian(
 
 def project_hessian_at(
     objective: Objective,
-    states: Sequence[State],
+    states: Mapping[str, State] | Sequence[State],
     directions: Mapping[str, State] | Sequence[State],
     *,
     method: Method = "auto",
@@ -68,11 +68,12 @@ def project_hessian_at(
 ) -> list[Projection]:
     """Project an objective at several states, on the same batches: still one pass over the loader.
 
-    Options and errors are those of `project_hessian`; values that are not finite are named with their state's number.
+    Options and errors are those of `project_hessian`; values that are not finite are named with their state's name or
+    number.
 
     Args:
         objective: The loss and its data.
-        states: Where to differentiate; every batch is visited at all of them.
+        states: Where to differentiate, by name or in order; every batch is visited at all of them.
         directions: k sparse states, the same at every state.
         method: The sweep, products, or the first that goes.
         memory_gib: GiB that the sweep may take.
@@ -98,7 +99,7 @@ def project_hessian_at(
                     raise
                 # Products are to be trusted: the sweep never stands against them alone (see docs/trust.md).
                 warnings.warn(
-                    f"{error} Falling back on one Hessian-vector product a direction, which is slower.",
+                    f"{_sentence(error)} Falling back on one Hessian-vector product a direction, which is slower.",
                     FallbackWarning,
                     stacklevel=3,
                 )
@@ -109,3 +110,8 @@ def project_hessian_at(
             for of_point, of_batch in zip(values, found, strict=True):
                 of_point.append(of_batch)
     return [Projection.of(sizes, of_point, weights) for of_point in values]
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).rstrip()
+    return text if text.endswith((".", "?", "!")) else f"{text}."

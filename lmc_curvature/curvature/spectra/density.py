@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from lmc_curvature.curvature.spectra.lanczos import Chains
 from lmc_curvature.curvature.spectra.symmetric import Distribution, Matrix, Operator, check_count_option
 from lmc_curvature.curvature.spectra.trace import Estimate
-from lmc_curvature.errors import OptionError, check_choice
+from lmc_curvature.errors import OptionError, check_budget, check_choice
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -156,6 +156,7 @@ def spectral_density(
     check_count_option("probes", probes)
     check_count_option("steps", steps)
     check_choice("distribution", distribution, get_args(Distribution))
+    check_budget(memory_gib)
     size = matrix.size
     if size <= probes * steps and matrix.gib(3 * size) <= memory_gib:
         values = torch.linalg.eigvalsh(matrix.dense()).cpu().numpy()

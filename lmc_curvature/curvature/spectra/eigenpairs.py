@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.curvature.spectra.ritz import SearchSpace
 from lmc_curvature.curvature.spectra.symmetric import Matrix, Operator, check_count_option
-from lmc_curvature.errors import ConvergenceWarning, OptionError, check_choice
+from lmc_curvature.errors import ConvergenceWarning, OptionError, check_choice, counted
 
 Which = Literal["largest", "smallest", "magnitude"]
 
@@ -269,7 +269,7 @@ def _warn_unless_converged(pairs: Eigenpairs, tolerance: float, max_products: in
     if lacking:
         warnings.warn(
             f"{lacking} of {len(pairs.values)} eigenpairs have not reached the relative residual {tolerance:g} after "
-            f"{pairs.products} products; the worst stands at {float(pairs.residuals.max()):.2g}. Raise "
+            f"{counted(pairs.products, 'product')}; the worst stands at {float(pairs.residuals.max()):.2g}. Raise "
             f"max_products={max_products}, or the tolerance if products are too inexact for it.",
             ConvergenceWarning,
             stacklevel=3,

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from lmc_curvature.errors import NonFiniteError, OperatorError, OptionError, check_memory
+from lmc_curvature.errors import NonFiniteError, OperatorError, OptionError, check_memory, counted
 
 Distribution = Literal["rademacher", "gaussian"]
 
@@ -164,7 +164,7 @@ class Matrix:
 
     def check_room(self, vectors: int, memory_gib: float, remedy: str) -> None:
         """Raise `MemoryBudgetError` if some vectors take more than the budget."""
-        what = f"Room for {vectors} vectors of {self.size} entries"
+        what = f"Room for {counted(vectors, 'vector')} of {counted(self.size, 'entry')}"
         check_memory(self.gib(vectors), memory_gib, what, f"{remedy}, take a layer's block, or raise memory_gib.")
 
 

@@ -11,8 +11,16 @@ from torch.func import functional_call, hessian
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective
 from lmc_curvature.curvature.blocks import METHODS, cross_layer_hessian, layer_hessian
+from lmc_curvature.curvature.blocks.affine import AffineMap
 from lmc_curvature.curvature.products import BatchGradient
-from lmc_curvature.errors import FallbackWarning, MemoryBudgetError, NonFiniteError, OptionError, PartitionError
+from lmc_curvature.errors import (
+    FallbackWarning,
+    MemoryBudgetError,
+    NonFiniteError,
+    OptionError,
+    PartitionError,
+    UnsupportedModelError,
+)
 from tests.support.cases import CASES
 from tests.support.networks import untouched
 
@@ -91,17 +99,6 @@ class InPlace(nn.Module):
     def forward(self, x):
         x = self.first(x).mul_(0.7).tanh()
         return self.third(self.second(x).add_(x).sigmoid())
-
-
-class Borrowed(nn.Module):
-    """A weight that is also used apart from its module."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.out(torch.tanh(self.fc(x)) + F.softplus(x @ self.fc.weight))
 
 
 def _mlp(bias=True):
@@ -332,18 +329,118 @@ def test_a_tied_weight_has_no_structure_and_the_biases_beside_it_have():
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_weight_used_beside_its_module_is_noticed():
+class Wayward(nn.Module):
+    """A layer that is used once, and in batches of four examples in some other way."""
+
+    def __init__(self, way=None):
+        super().__init__()
+        self.fc, self.out, self.way = nn.Linear(4, 4), nn.Linear(4, 3), way
+        nn.init.eye_(self.fc.weight)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.fc(x) if len(x) != 4 else self.way(self.fc, x)))
+
+
+WAYS = {
+    "beside its module": (lambda fc, x: fc(x) + F.softplus(x @ fc.weight), "'fc.weight' is used 2 times"),
+    "as a penalty at its minimum": (
+        lambda fc, x: fc(x) + (fc.weight - torch.eye(4)).square().sum(),
+        "'fc.weight' is used 2 times",
+    ),
+    "its bias beside its module": (lambda fc, x: fc(x) * fc.bias.exp(), "'fc.bias' is used 2 times"),
+    "twice": (lambda fc, x: fc(torch.tanh(fc(x))), "the module of 'fc.weight' is used 2 times"),
+    "without its module": (lambda fc, x: F.linear(x, fc.weight, fc.bias), "the module of 'fc.weight' is used 0 times"),
+    "with other entries": (
+        lambda fc, x: functional_call(fc, {"weight": 2 * fc.weight}, x),
+        "the module of 'fc.weight' computes with something made of its entries",
+    ),
+    "with entries made of them": (
+        lambda fc, x: functional_call(fc, {"weight": fc.weight.sin() + fc.weight}, x),
+        "the module of 'fc.weight' computes with something",
+    ),
+}
+
+
+@pytest.mark.parametrize(("way", "reason"), WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("sizes", [(4, 3), (3, 5, 4, 2)])
+@pytest.mark.parametrize("layers", [("fc", "fc"), ("fc", "out"), ("out", "fc")])
+def test_a_layer_used_in_another_way_in_any_batch_is_noticed(way, reason, sizes, layers):
     torch.manual_seed(0)
-    _, batches = _setting("mlp")
-    objective = Objective(Borrowed().double(), batches)
-    expected = HessianOperator(objective).block("fc").to_dense()
-    with pytest.warns(
-        FallbackWarning, match="At the first batch, the structured block .* is off by .* beside its output"
-    ):
-        found = layer_hessian(objective, None, "fc")
+    _, batches = _setting("mlp", sizes=sizes)
+    model = Wayward(way).double()
+    groups = {name: [f"{name}.weight", f"{name}.bias"] for name in ("fc", "out")}
+    expected = _assembled(_dense(model, batches), *(groups[layer] for layer in layers))
+    objective = Objective(model, batches)
+    for method in ("auto", "products"):
+        found = cross_layer_hessian(objective, None, *layers, method=method)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    with pytest.raises(OptionError, match=f"method='structured': at batch {sizes.index(4)}, {reason}"):
+        cross_layer_hessian(objective, None, *layers, method="structured")
+
+
+def test_a_weight_whose_copy_in_another_type_is_used_twice_is_noticed():
+    torch.manual_seed(0)
+    _, batches = _setting("mlp", sizes=(3, 4))
+    model = Wayward(lambda fc, x: fc(x) + F.softplus(F.linear(x, fc.weight)))
+    objective = Objective(model, [(x.float(), y) for x, y in batches])
+    with torch.autocast("cpu"), pytest.raises(OptionError, match="at batch 1, 'fc.weight' is used 2 times"):
+        layer_hessian(objective, None, "fc", method="structured")
+
+
+def test_a_wrong_block_is_noticed(monkeypatch):
+    model, batches = _setting("mlp")
+    objective = Objective(model, batches)
+    expected = HessianOperator(objective).block("2").to_dense()
+    features = AffineMap.features
+    monkeypatch.setattr(AffineMap, "features", lambda self, *args, **options: 2 * features(self, *args, **options))
+    with pytest.warns(FallbackWarning, match="At the first batch, the structured block .* is off by "):
+        found = layer_hessian(objective, None, "2")
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     with pytest.raises(OptionError, match="method='structured': at batch 0, .* is off by"):
-        layer_hessian(objective, None, "fc", method="structured")
+        layer_hessian(objective, None, "2", method="structured")
+
+
+class WrongProduct(torch.autograd.Function):
+    """A product whose backward pass is twice what it should be."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, w = ctx.saved_tensors
+        return gradient @ w, 2 * gradient.T @ x
+
+
+class ScaledBranch(nn.Module):
+    """A branch that counts for a millionth beside another one."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.branch, self.fc, self.product = nn.Linear(4, 4, bias=False), nn.Linear(4, 3), product
+
+    def forward(self, x):
+        return self.fc(x + 1e-6 * torch.tanh(self.product(x, self.branch.weight)))
+
+
+@pytest.mark.parametrize(
+    ("layers", "caught"), [(("branch", "branch"), True), (("fc", "branch"), True), (("fc",) * 2, False)]
+)
+def test_a_wrong_derivative_in_a_layer_that_hardly_counts_is_noticed(layers, caught):
+    _, batches = _setting("mlp")
+    model = ScaledBranch(WrongProduct.apply).double()
+    if caught:
+        with pytest.raises(UnsupportedModelError, match="The slope of the loss along a random direction"):
+            cross_layer_hessian(Objective(model, batches), None, *layers)
+        with pytest.raises(UnsupportedModelError, match="The slope of the loss along a random direction"):
+            HessianOperator(Objective(model, batches)).block(*layers).to_dense()
+    right = ScaledBranch(F.linear).double()
+    right.load_state_dict(model.state_dict())
+    expected = _dense(right, batches)["fc.weight", "fc.weight"]
+    found = cross_layer_hessian(Objective(right if caught else model, batches), None, "fc", "fc")
+    torch.testing.assert_close(found[:12, :12], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_network_that_a_loss_calls_twice():
@@ -423,8 +520,10 @@ def test_a_layer_without_a_part_in_the_loss_has_a_block_of_zeros():
 
     _, batches = _setting("mlp")
     objective = Objective(Idle().double(), batches)
-    assert not layer_hessian(objective, None, "idle").any()
-    assert not cross_layer_hessian(objective, None, "idle", "fc").any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not layer_hessian(objective, None, "idle").any()
+        assert not cross_layer_hessian(objective, None, "idle", "fc").any()
 
 
 @pytest.mark.filterwarnings("error::lmc_curvature.errors.FallbackWarning")

@@ -10,6 +10,7 @@ from scipy.sparse.linalg import eigsh
 from lmc_curvature import HessianOperator, Objective, Segment, project_hessian
 from lmc_curvature.errors import (
     DirectionError,
+    FallbackWarning,
     MemoryBudgetError,
     NonFiniteError,
     OperatorError,
@@ -273,7 +274,10 @@ def test_an_operation_without_a_second_derivative_is_said_so():
 
     bag = torch.nn.Sequential(torch.nn.EmbeddingBag(5, 3), torch.nn.Linear(3, 2))
     objective = Objective(bag, [(torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1]))])
-    with pytest.raises(UnsupportedModelError, match="cannot be differentiated twice: .*_embedding_bag"):
+    with (
+        pytest.raises(UnsupportedModelError, match="cannot be differentiated twice: .*_embedding_bag"),
+        pytest.warns(FallbackWarning, match=r"Long\. Falling back on one Hessian-vector product"),
+    ):
         project_hessian(objective, {}, [{"0.weight": torch.ones(5, 3)}])
 
 

@@ -172,6 +172,7 @@ def test_seeds_make_densities_repeatable():
     [
         ({"probes": 0}, OptionError, "probes=0: expected a whole number, at least 1"),
         ({"steps": 1.5}, OptionError, "steps=1.5: expected a whole number"),
+        ({"memory_gib": "1"}, OptionError, "memory_gib='1': expected a positive number"),
         ({"distribution": "normal"}, OptionError, "distribution='normal' is not a choice"),
         (
             {"memory_gib": 1e-9},

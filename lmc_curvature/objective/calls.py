@@ -1,0 +1,117 @@
+"""Calls of torch's classification losses within a function: what it compares, and what it divides by."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_LOSSES = {
+    function: inspect.signature(function)
+    for function in (
+        F.cross_entropy,
+        F.nll_loss,
+        F.multi_margin_loss,
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+    )
+}
+# What leaves a tensor's elements as they are, or widens their type; the number of them is looked at.
+_REARRANGEMENTS = {
+    torch.clone,
+    torch.flatten,
+    torch.reshape,
+    torch.squeeze,
+    torch.unsqueeze,
+    torch.transpose,
+    torch.permute,
+    Tensor.clone,
+    Tensor.contiguous,
+    Tensor.detach,
+    Tensor.flatten,
+    Tensor.long,
+    Tensor.permute,
+    Tensor.reshape,
+    Tensor.squeeze,
+    Tensor.t,
+    Tensor.to,
+    Tensor.transpose,
+    Tensor.unsqueeze,
+    Tensor.view,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LossCall:
+    """One call of a loss of torch.
+
+    Attributes:
+        function: The function of `torch.nn.functional`.
+        arguments: Its arguments by name, defaults among them.
+        result: What it returned.
+        root: Place, among the tensors that were followed, of the one whose elements its target holds, all of them and
+            in some order; None for any other target.
+    """
+
+    function: Callable[..., Tensor]
+    arguments: Mapping[str, Any]
+    result: Any
+    root: int | None
+
+    @property
+    def input(self) -> Tensor:
+        """What it took for outputs."""
+        return self.arguments["input"]
+
+    @property
+    def target(self) -> Tensor:
+        """What it took for targets."""
+        return self.arguments["target"]
+
+
+class LossCalls(TorchFunctionMode):
+    """Within the block, calls of torch's classification losses are written down.
+
+    Args:
+        roots: Tensors that are followed to where they are targets.
+
+    Attributes:
+        calls: The calls, in their order.
+    """
+
+    def __init__(self, roots: Sequence[Tensor] = ()):
+        super().__init__()
+        self.calls: list[LossCall] = []
+        # With the tensors themselves, so that no other gets the place of one in memory.
+        self._places = {id(root): (place, root) for place, root in enumerate(roots)}
+        self._versions = [(root, root._version) for root in roots]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        if func in _LOSSES:
+            bound = _LOSSES[func].bind(*args, **kwargs)
+            bound.apply_defaults()
+            self.calls.append(LossCall(func, bound.arguments, found, self._place(bound.arguments["target"])))
+        elif func in _REARRANGEMENTS and args and isinstance(found, Tensor):
+            place = self._place(args[0])
+            if place is not None and found.numel() == args[0].numel() and found.dtype in (args[0].dtype, torch.int64):
+                self._places[id(found)] = (place, found)
+        return found
+
+    def _place(self, tensor: Any) -> int | None:
+        if id(tensor) not in self._places:
+            return None
+        place, _ = self._places[id(tensor)]
+        root, version = self._versions[place]
+        # Written into, it no longer holds what the loader yielded.
+        return place if root._version == version else None
+
+
+def only_call(calls: Sequence[LossCall]) -> LossCall | None:
+    """The call, if there is one and no other."""
+    return calls[0] if len(calls) == 1 else None

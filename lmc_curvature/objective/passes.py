@@ -1,0 +1,114 @@
+"""Passes over a loader that should yield the same data: compared by sums over all examples, and warned of."""
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import SequenceKey, tree_flatten_with_path
+
+from lmc_curvature.agreement import near
+from lmc_curvature.objective.batches import Batch, tensors_in
+
+
+@dataclass
+class Fingerprint:
+    """Sums over all examples of a pass, which do not depend on their order nor on how they are cut into batches.
+
+    Attributes:
+        examples: Number of examples.
+        weight: Sum of the batches' weights.
+        counts: Of each tensor of a batch, by its place, how many numbers it has.
+        moments: The sum of these numbers, and that of their squares, in float64 on their own device.
+        shapes: Of each tensor, the shapes of an example.
+        integers: Places of tensors of whole numbers.
+    """
+
+    examples: int = 0
+    weight: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, set[torch.Size]] = field(default_factory=dict)
+    integers: set[str] = field(default_factory=set)
+
+    def add(self, batch: Batch) -> None:
+        """Add the examples of a batch."""
+        self.examples += batch.size
+        self.weight += batch.weight
+        leading = next((len(tensor) for tensor in tensors_in(batch.data) if tensor.ndim), None)
+        for path, tensor in tree_flatten_with_path(batch.data)[0]:
+            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+                continue
+            of_examples = (tensor.ndim and len(tensor) == batch.size) or (tensor.ndim > 1 and len(tensor) == leading)
+            if not tensor.is_floating_point() and not of_examples:
+                # Indices into a batch, such as a graph's edges, depend on its order.
+                continue
+            # The parts of a list have no places of their own: they are as shuffled as batches are.
+            place = str(path[:1]) + "".join(str(key) for key in path[1:] if not isinstance(key, SequenceKey))
+            found = _moments(tensor.detach())
+            self.moments[place] = self.moments[place] + found if place in self.moments else found
+            self.counts[place] += tensor.numel()
+            self.shapes.setdefault(place, set()).add(tensor.shape[1:])
+            if not tensor.is_floating_point():
+                self.integers.add(place)
+
+    def agrees_with(self, other: "Fingerprint") -> bool:
+        """Whether two passes have had the same examples, as far as sums tell it, up to rounding."""
+        rounding = torch.finfo(torch.float64).eps
+        if self.examples != other.examples or not near(
+            "passes", self.weight, other.weight, rounding=rounding, scale=other.weight
+        ):
+            return False
+        for place in self.moments.keys() & other.moments.keys():
+            # Whole numbers of varying shape are padded ones: where, depends on the order.
+            if place in self.integers and len(self.shapes[place] | other.shapes[place]) > 1:
+                continue
+            (total, squares), (expected, scale) = (found.moments[place].tolist() for found in (self, other))
+            # |Σx| ≤ √(n Σx²), so that rounding is relative to that.
+            sums = near("passes", total, expected, rounding=rounding, scale=(other.counts[place] * scale) ** 0.5)
+            if not (sums and near("passes", squares, scale, rounding=rounding, scale=scale)):
+                return False
+        return True
+
+
+def _moments(tensor: Tensor) -> Tensor:
+    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if not numbers.is_floating_point():
+        numbers = numbers.double()
+    norm = torch.linalg.vector_norm(numbers, dtype=torch.float64)
+    return torch.stack([numbers.sum(dtype=torch.float64), norm * norm])
+
+
+class Passes:
+    """The passes over one loader: each complete one is compared with the first, and one that differs is warned of."""
+
+    def __init__(self) -> None:
+        self._first: Fingerprint | None = None
+        self._count = 0
+        self._warned = False
+
+    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Pass on the batches of one pass."""
+        if self._warned:
+            yield from batches
+            return
+        found = Fingerprint()
+        for batch in batches:
+            if batch.weight:
+                found.add(batch)
+            yield batch
+        self._count += 1
+        if self._first is None:
+            self._first = found
+        elif not found.agrees_with(self._first):
+            self._warned = True
+            warnings.warn(
+                f"Pass {self._count} over the loader has yielded other data than pass 1 (by {found.examples} and "
+                f"{self._first.examples} examples, and the sums of their numbers): what takes several passes, such as "
+                "products of an operator, their spectra or batch_norm='recalibrate', is then of no one function. Pass "
+                "a loader that yields the same examples every time, without random augmentation, sampling with "
+                "replacement, or shuffling with drop_last or max_batches; list(loader) is one.",
+                stacklevel=3,
+            )

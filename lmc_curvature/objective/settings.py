@@ -1,0 +1,301 @@
+"""Settings of a network's modules: what they hold besides entries and children, and what of it evaluation reads."""
+
+import dataclasses
+import dis
+import functools
+import inspect
+import itertools
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+
+class Difference(NamedTuple):
+    """A setting in which two networks differ.
+
+    Attributes:
+        where: Its name: that of the module, and of the attribute in it.
+        values: What it is in model_a and in model_b, in a few words.
+        kinds: Whether the modules are of two kinds, and have no attributes that could be compared.
+    """
+
+    where: str
+    values: tuple[str, str]
+    kinds: bool = False
+
+    def __str__(self) -> str:
+        """A line that says both values."""
+        a, b = self.values
+        described = f"{a} in model_a, {b} in model_b" if a != b else "its values differ"
+        return f"{'module ' if self.kinds else ''}{self.where}: {described}"
+
+
+def setting_differences(first: nn.Module, second: nn.Module) -> list[Difference]:
+    """Settings in which the modules of two networks differ, besides their entries.
+
+    Compared are classes, public attributes that are plain values, functions or tensors, or that hold such (dicts,
+    dataclasses, configurations), and what modules keep in a state dict besides tensors, such as the weights of
+    quantised layers. Left out is what evaluation does not use.
+    """
+    modules_a, modules_b = dict(first.named_modules()), dict(second.named_modules())
+    found: list[Difference] = []
+    # One configuration may be held by every module.
+    seen: set[tuple[int, int]] = set()
+    for name in {**modules_a, **modules_b}:
+        a, b = modules_a.get(name), modules_b.get(name)
+        # By name: a notebook that runs a cell again has two classes of one name.
+        alike = a is not None and b is not None and type(a).__qualname__ == type(b).__qualname__
+        if a is not None and b is not None and (alike or type(a).forward is type(b).forward):
+            prefix = f"{name}." if name else ""
+            found += _attribute_differences(prefix, a, b, seen)
+            found += _class_differences(prefix, type(a), type(b)) if alike else ()
+        if not alike and not all(isinstance(module, (_DropoutNd, nn.Identity, type(None))) for module in (a, b)):
+            kinds = ["nothing" if module is None else type(module).__qualname__ for module in (a, b)]
+            found.append(Difference(name or "(the network itself)", (kinds[0], kinds[1]), kinds=True))
+    return found
+
+
+def hidden_differences(first: nn.Module, second: nn.Module, loss_fn: Any) -> list[Difference]:
+    """Those differences in settings that may matter for other data, although on some data nothing is seen of them.
+
+    They are in attributes that the code of `forward` reads and does not write, and between classes of innermost modules
+    that compute otherwise.
+
+    Args:
+        first: A network.
+        second: Another one.
+        loss_fn: The loss; a `BatchLoss` may call other methods than `forward`.
+    """
+    found = setting_differences(first, second)
+    if not found:
+        return []
+    reads, writes = _names_in_evaluation([first, second], loss_fn)
+    modules = dict(first.named_modules()), dict(second.named_modules())
+
+    def matters(difference: Difference) -> bool:
+        if not difference.kinds:
+            attribute = re.sub(r"\[.*?\]", "", difference.where).rpartition(".")[2]
+            return attribute in reads - writes
+        pair = [m.get(difference.where) for m in modules]
+        innermost = not any(True for module in pair if module is not None for _ in module.children())
+        # A class may have another name and the same function, as subclasses often have.
+        kinds = [None if module is None else type(module) for module in pair]
+        names = [name for name in reads if not name.startswith("__")]
+        return innermost and any(getattr(kinds[0], name, None) is not getattr(kinds[1], name, None) for name in names)
+
+    return [difference for difference in found if matters(difference)]
+
+
+_HARMLESS = {"training", "inplace", "momentum", "name", "use_cache", "memory_efficient", "fused_attn"}
+_HARMLESS |= {"use_checkpoint", "gradient_checkpointing", "grad_checkpointing"}
+_OF_GRADIENTS = {"padding_idx", "scale_grad_by_freq", "sparse"}
+
+
+def _is_harmless(module: nn.Module, name: str, value: Any) -> bool:
+    """Whether evaluation computes the same whatever the value of an attribute."""
+    if name in _HARMLESS or "attn_implementation" in name:
+        return True
+    if isinstance(module, nn.Embedding) and name in _OF_GRADIENTS:
+        return True
+    # Rates of dropout have many names: drop_prob, attention_dropout, stochastic_depth_prob, …
+    kind = "dropout" if isinstance(module, _DropoutNd) else type(module).__name__.lower()
+    rate = re.search("drop|stochastic", f"{kind}.{name}" if name == "p" else name)
+    return rate is not None and not isinstance(value, (str, bool))
+
+
+def _attribute_differences(prefix: str, a: nn.Module, b: nn.Module, seen: set[tuple[int, int]]) -> Iterator[Difference]:
+    held_a, held_b = _held(a), _held(b)
+    for attribute in {**held_a, **held_b}:
+        pair = held_a.get(attribute), held_b.get(attribute)
+        key = id(pair[0]), id(pair[1])
+        if _plain(pair[0]) is _OTHER and _plain(pair[1]) is _OTHER:
+            if key in seen:
+                continue
+            seen.add(key)
+        settings_a, settings_b = (dict(_settings(attribute, value)) for value in pair)
+        for name in {**settings_a, **settings_b}:
+            values = settings_a.get(name), settings_b.get(name)
+            harmless = all(_is_harmless(a, re.findall(r"\w+", name)[-1], value) for value in values)
+            if not harmless and not _equal(*values):
+                yield Difference(f"{prefix}{name}", (_shorten(values[0]), _shorten(values[1])))
+
+
+def _class_differences(prefix: str, a: type, b: type) -> Iterator[Difference]:
+    """Methods and values in which two classes of one name differ, such as those of a cell that was edited."""
+    for name in {**vars(a), **vars(b)} if a is not b else ():
+        values = _plain(vars(a).get(name)), _plain(vars(b).get(name))
+        if not name.startswith("__") and _OTHER not in values and not _equal(*values):
+            yield Difference(f"{prefix}{name}", (_shorten(values[0]), _shorten(values[1])))
+
+
+def _is_of_torch(defined: Any) -> bool:
+    return (defined.__module__ or "").partition(".")[0] == "torch"
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    """Name to value of what a module itself holds besides its entries and its children."""
+    own = not _is_of_torch(type(module))
+    base = vars(nn.Module())
+    # Private attributes of torch's modules are made of the public ones.
+    found = {name: value for name, value in vars(module).items() if name not in base and (own or name[0] != "_")}
+    kept: dict[str, Any] = {}
+    module._save_to_state_dict(kept, "", True)
+    entries = {*module._parameters, *module._buffers}
+    return found | {name: value for name, value in kept.items() if name not in entries}
+
+
+_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, Tensor)
+_OTHER = object()
+_DEPTH, _MOST = 3, 1000
+
+
+def _settings(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
+    """Names and values of what can be compared in an attribute: itself, or what an object holds, each by its place."""
+    plain = _plain(value)
+    if plain is not _OTHER:
+        yield name, plain
+        return
+    if callable(value):
+        yield name, type(value).__name__
+    for place, member in itertools.islice(members(value), _MOST) if depth else ():
+        yield from _settings(f"{name}{place}", member, depth - 1)
+
+
+def members(value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, with its place in it."""
+    if isinstance(value, (nn.Module, type, types.ModuleType)):
+        return
+    if isinstance(value, (Mapping, list, tuple)):
+        for key, member in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield f"[{key!r}]", member
+    fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else ()
+    for name in dict.fromkeys((*fields, *getattr(value, "__dict__", {}))):
+        if not name.startswith("_"):
+            yield f".{name}", getattr(value, name, None)
+
+
+class _Function(NamedTuple):
+    """A function, as far as another one can be told from it."""
+
+    name: str
+    body: tuple[Any, ...] = ()
+
+
+def _plain(value: Any) -> Any:
+    """A value that can be compared; `_OTHER` for what is not understood."""
+    if isinstance(value, Enum):
+        return str(value)
+    if isinstance(value, _VALUES):
+        return value
+    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
+        return torch.as_tensor(value)
+    if isinstance(value, (set, frozenset)):
+        return _plain(sorted(value, key=repr))
+    if isinstance(value, (list, tuple)):
+        # Data that a module happens to hold are no settings.
+        plain = tuple(map(_plain, value)) if len(value) <= _MOST else (_OTHER,)
+        return _OTHER if any(part is _OTHER for part in plain) else plain
+    if isinstance(value, functools.partial):
+        keywords = tuple(sorted(value.keywords.items()))
+        return _plain((value.func, value.args, keywords))
+    name = getattr(value, "__name__", None)
+    return _Function(name, _body(value)) if isinstance(name, str) else _OTHER
+
+
+def _body(function: Any) -> tuple[Any, ...]:
+    code = getattr(function, "__code__", None)
+    # Of one name torch has several functions that are the same.
+    if not isinstance(code, types.CodeType) or _is_of_torch(function):
+        return ()
+    constants = [part.co_code if isinstance(part, types.CodeType) else part for part in code.co_consts]
+    held = [*map(_contents, function.__closure__ or ()), *(function.__defaults__ or ())]
+    return (code.co_code, code.co_names, *constants, *(value for value in held if isinstance(value, _VALUES)))
+
+
+def _contents(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        # It is filled later, or never.
+        return None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+            return False
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return bool(a == b) or (a != a and b != b)
+
+
+def _shorten(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, _Function):
+        return value.name
+    shown = f"({', '.join(map(_shorten, value))})" if isinstance(value, tuple) else str(value)
+    return f"{shown[:57]}…" if len(shown) > 58 else shown
+
+
+def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[set[str], set[str]]:
+    """Names that code reads, and those of attributes that it writes, as far as `forward` may call that code."""
+    classes = {cls for network in networks for module in network.modules() for cls in type(module).__mro__}
+    methods: dict[str, list[Any]] = {}
+    for cls in classes - {nn.Module, object}:
+        for name, member in vars(cls).items():
+            methods.setdefault(name, []).append(member)
+    reads, writes = {"forward"}, set[str]()
+    pending: list[Any] = [*methods.get("forward", ()), getattr(loss_fn, "fn", None)]
+    seen: set[int] = set()
+    while pending:
+        function = _function_of(pending.pop())
+        if function is None or id(function) in seen:
+            continue
+        seen.add(id(function))
+        read, written = _names_in(function.__code__)
+        reads |= read
+        writes |= written
+        known = {} if _is_of_torch(function) else function.__globals__
+        for name in read:
+            pending += [*methods.get(name, ()), known.get(name)]
+    return reads, writes
+
+
+def _function_of(member: Any) -> types.FunctionType | None:
+    if isinstance(member, (staticmethod, classmethod)):
+        member = member.__func__
+    elif isinstance(member, property):
+        member = member.fget
+    elif isinstance(member, functools.cached_property):
+        member = member.func
+    return inspect.unwrap(member) if isinstance(member, types.FunctionType) else None
+
+
+_MUTATORS = {"append", "add", "extend", "insert", "update", "setdefault", "pop", "clear"}
+
+
+def _names_in(code: types.CodeType) -> tuple[set[str], set[str]]:
+    read = {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
+    written, attribute = set[str](), ""
+    for step in dis.get_instructions(code):
+        if step.opname == "STORE_ATTR":
+            written.add(step.argval)
+        elif step.opname == "STORE_SUBSCR" or step.argval in _MUTATORS:
+            # What was written into is what was loaded before.
+            written.add(attribute)
+        elif step.opname == "LOAD_ATTR":
+            attribute = step.argval
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner = _names_in(constant)
+            read, written = read | inner[0], written | inner[1]
+    return read, written

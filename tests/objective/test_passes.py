@@ -1,0 +1,218 @@
+"""Claim: passes over the data that differ are warned of, and the same data in another order are not."""
+
+import contextlib
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+from lmc_curvature import BatchLoss, HessianOperator, Objective, lanczos, measure_barrier
+from lmc_curvature.errors import OperatorError
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.passes import Fingerprint
+
+GENERATOR = torch.Generator().manual_seed(0)
+X = torch.randn(40, 4, generator=GENERATOR)
+Y = torch.randint(3, (40,), generator=GENERATOR)
+DATA = TensorDataset(X, Y)
+MESSAGE = "Pass 2 over the loader has yielded other data than pass 1"
+
+
+class Augmenting:
+    """Batches whose inputs change with every visit."""
+
+    def __init__(self, change):
+        self.change, self.visits = change, 0
+
+    def __iter__(self):
+        self.visits += 1
+        for x, y in DataLoader(DATA, 10):
+            yield self.change(x, y, self.visits)
+
+
+def _flip(x, y, visit):
+    return (x.flip(1) * (-1) ** visit, y)
+
+
+def _relabel(x, y, visit):
+    return (x, y.roll(1) if visit == 1 else (y + 1) % 3)
+
+
+def _jitter(x, y, visit):
+    return (x + 1e-4 * torch.randn(x.shape, generator=torch.Generator().manual_seed(visit)), y)
+
+
+def _own_generator():
+    return torch.Generator().manual_seed(0)
+
+
+OTHER = {
+    "augmentation": lambda: Augmenting(_flip),
+    "a little noise": lambda: Augmenting(_jitter),
+    "labels": lambda: Augmenting(_relabel),
+    "replacement": lambda: DataLoader(DATA, 10, sampler=RandomSampler(DATA, True, generator=_own_generator())),
+    "a part": lambda: DataLoader(DATA, 10, sampler=RandomSampler(DATA, num_samples=30, generator=_own_generator())),
+    "dropped": lambda: DataLoader(DATA, 12, shuffle=True, drop_last=True, generator=_own_generator()),
+    "cut short": lambda: Cut(DataLoader(DATA, 10, shuffle=True, generator=_own_generator())),
+}
+SAME = {
+    "a list": lambda: list(DataLoader(DATA, 12)),
+    "in order": lambda: DataLoader(DATA, 12),
+    "shuffled": lambda: DataLoader(DATA, 12, shuffle=True, generator=_own_generator()),
+    "shuffled by the global generator": lambda: DataLoader(DATA, 12, shuffle=True),
+    "dropped in order": lambda: DataLoader(DATA, 12, drop_last=True),
+    "nothing dropped": lambda: DataLoader(DATA, 10, shuffle=True, drop_last=True, generator=_own_generator()),
+    "fixed replacement": lambda: DataLoader(DATA, 10, sampler=RandomSampler(DATA, True)),
+}
+
+
+class Cut:
+    """The first two batches of a loader."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        for _, batch in zip(range(2), self.loader, strict=False):
+            yield batch
+
+
+COMPUTATIONS = {
+    "losses": lambda objective: [objective.loss() for _ in range(2)],
+    "gradient": lambda objective: (objective.gradient(), objective.loss()),
+    "Lanczos": lambda objective: lanczos(HessianOperator(objective), 3),
+    "dense": lambda objective: (HessianOperator(objective).to_dense(), HessianOperator(objective).diagonal()),
+}
+
+
+@pytest.mark.parametrize("compute", COMPUTATIONS.values(), ids=COMPUTATIONS)
+@pytest.mark.parametrize("make", OTHER.values(), ids=OTHER)
+def test_other_data_are_warned_of_once(make, compute):
+    objective = Objective(nn.Linear(4, 3), make())
+    with pytest.warns(UserWarning, match=rf"{MESSAGE}.*list\(loader\)") as caught:
+        # Lanczos may find that the products are those of no symmetric matrix.
+        with contextlib.suppress(OperatorError):
+            compute(objective)
+        objective.loss()
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("make", SAME.values(), ids=SAME)
+def test_the_same_data_are_not(make, dtype):
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective = Objective(nn.Linear(4, 3), make(), dtype=dtype)
+        for compute in COMPUTATIONS.values():
+            compute(objective)
+
+
+def test_the_two_passes_of_recalibration_are_compared():
+    torch.manual_seed(0)
+    a, b = (nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)) for _ in range(2))
+    with pytest.warns(UserWarning, match=MESSAGE):
+        measure_barrier(a, b, Augmenting(_flip), batch_norm="recalibrate", progress=False)
+    for loader, policy in ((Augmenting(_flip), "batch"), (SAME["shuffled"](), "recalibrate")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            measure_barrier(a, b, loader, batch_norm=policy, progress=False)
+
+
+def test_passes_that_are_not_complete_do_not_count():
+    objective = Objective(nn.Linear(4, 3), SAME["shuffled"]())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for stop in (1, 4, 2, 4):
+            with objective.one_pass() as batches:
+                for _ in zip(range(stop), batches, strict=False):
+                    pass
+        objective.loss()
+
+
+def test_more_batches_than_are_visited_of_a_shuffled_loader_are_warned_of():
+    objective = Objective(nn.Linear(4, 3), SAME["shuffled"](), max_batches=2)
+    with pytest.warns(UserWarning, match=f"{MESSAGE}.*max_batches"):
+        COMPUTATIONS["losses"](objective)
+
+
+def test_padding_depends_on_the_order():
+    """Sentences padded to the longest of their batch, as collating functions do."""
+    sentences = [torch.arange(1, 2 + n % 7) for n in range(40)]
+
+    def collate(chosen):
+        ids = nn.utils.rnn.pad_sequence([sentences[n] for n in chosen], batch_first=True)
+        labels = nn.utils.rnn.pad_sequence([sentences[n] for n in chosen], batch_first=True, padding_value=-100)
+        return {"ids": ids, "labels": labels}
+
+    loader = DataLoader(range(40), 6, shuffle=True, collate_fn=collate, generator=_own_generator())
+    model = nn.Embedding(9, 9)
+    loss_fn = BatchLoss(lambda net, batch: F.cross_entropy(net(batch["ids"]).transpose(1, 2), batch["labels"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        COMPUTATIONS["losses"](Objective(model, loader, loss_fn=loss_fn))
+
+
+def _jittered(x):
+    return x + 1e-3 * torch.randn(x.shape)
+
+
+LISTS = {
+    "images and boxes": lambda noise: (
+        lambda rows: ([noise(X[n : n + 1]) for n in rows], [{"boxes": X[n, :2], "labels": Y[: n % 3]} for n in rows])
+    ),
+    "several inputs": lambda noise: lambda rows: ((X[rows], noise(X[rows] + 1)), Y[rows]),
+    "named, weighed": lambda noise: lambda rows: {"x": noise(X[rows]), "ids": Y[rows][:, None], "one": torch.ones(())},
+    "graphs": lambda noise: (
+        lambda rows: {
+            "nodes": noise(torch.cat([X[:n] for n in rows])),
+            "of": torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)),
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("collate", LISTS.values(), ids=LISTS)
+def test_batches_of_any_form_are_compared(collate):
+    def loss(model, batch):
+        data = batch["x"] if "x" in batch else batch["nodes"] if "nodes" in batch else batch[0][0]
+        return model(data).square().mean() if isinstance(batch, dict) else model(X).square().mean()
+
+    # A whole number that is no number of rows.
+    loss_fn = BatchLoss(loss, size=lambda batch: 7)
+
+    def loader(noise):
+        rows = range(1, 40)
+        return DataLoader(rows, 13, shuffle=True, collate_fn=collate(noise), generator=_own_generator())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        COMPUTATIONS["losses"](Objective(nn.Linear(4, 3), loader(lambda x: x), loss_fn=loss_fn))
+    with pytest.warns(UserWarning, match=MESSAGE):
+        COMPUTATIONS["losses"](Objective(nn.Linear(4, 3), loader(_jittered), loss_fn=loss_fn))
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.integers(2, 200), st.floats(1e-3, 1e3), st.floats(-1e3, 1e3), st.integers(0, 2**31), st.data())
+def test_sums_tell_other_examples_but_not_another_order(examples, scale, shift, seed, data):
+    generator = torch.Generator().manual_seed(seed)
+    x = scale * (torch.randn(examples, 5, generator=generator) + shift)
+
+    def fingerprint(rows):
+        size = data.draw(st.integers(1, examples))
+        found = Fingerprint()
+        for index, part in enumerate(rows.split(size)):
+            found.add(Batch(index, len(part), {"x": part}))
+        return found
+
+    first = fingerprint(x)
+    assert fingerprint(x[torch.randperm(examples, generator=generator)]).agrees_with(first)
+    other = x.clone()
+    other[0] = scale * (torch.randn(5, generator=generator) + shift)
+    assert not fingerprint(other).agrees_with(first)
+    assert not fingerprint(torch.cat([x, x[:1]])).agrees_with(first)
