@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -30,6 +31,9 @@ from lmc_curvature import BarrierMeasurement, BarrierPrediction, forking, measur
 from lmc_curvature.averages import rank_correlation
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.cli.demo import CONFIG
+from lmc_curvature.figures import save_figure
+from lmc_curvature.plotting.axes import heading
+from lmc_curvature.plotting.style import GREY, TEXT_WIDTH, look, new_figure, sequential_colors
 from lmc_curvature.sources import load_data, make_model
 
 Networks = tuple[nn.Module, nn.Module]
@@ -57,6 +61,7 @@ def main(
     found = {name: results(out / name, make) for name, make in tqdm(pairs.items(), desc="pairs")}
     for title, table in tables(found).items():
         print(f"**{title}**\n\n{table}\n")
+    save_figure(draw_sets(found), out / "sets")
 
 
 def results(folder: Path, make: Callable[[], Pair]) -> tuple[BarrierPrediction, BarrierMeasurement, BarrierMeasurement]:
@@ -289,6 +294,35 @@ def tables(found: Results) -> dict[str, str]:
             errors, columns
         ),
     }
+
+
+@look()
+def draw_sets(found: Results) -> Figure:
+    """Predicted against measured barriers of sets at α = 1/2, a panel an expansion, relative to the largest of a pair.
+
+    Bars of the anchored panel are the stated expansion errors.
+    """
+    figure = new_figure(TEXT_WIDTH, 3.9)
+    panels = [("second order, two anchors", 2, "second-order"), ("anchored, three anchors", 3, "anchored")]
+    colors = sequential_colors(found)
+    for place, (title, count, expansion) in enumerate(panels, 1):
+        axes = figure.add_subplot(1, 2, place)
+        axes.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
+        pooled = []
+        for pair, (nine, measured, _) in found.items():
+            prediction, L = with_anchors(nine, count), len(nine.layers)
+            members, true = random_sets(L), measured.layer_curves()[L:, 1]
+            unit = np.abs(true).max()
+            predicted = prediction.set_barriers(members, 0.5, expansion) / unit
+            errors = prediction.set_expansion_errors(members) / unit if expansion == "anchored" else None
+            style = {"color": colors[pair], "alpha": 0.7, "linestyle": "none", "elinewidth": 0.4}
+            axes.errorbar(true / unit, predicted, errors, marker="o", markersize=2.5, label=pair, **style)
+            pooled.append(score(predicted * unit, true))
+        error, rank = np.mean(pooled, axis=0)
+        heading(axes, title, f"mean of medians of relative errors {error:.2f}, of Spearman's ρ {rank:.2f}")
+        axes.set(xlim=(-0.4, 1.1), ylim=(-0.6, 1.6), xlabel="measured barrier of a set", ylabel="predicted")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    return figure
 
 
 def table(rows: dict[str, dict[str, Any]], columns: list[str]) -> str:
