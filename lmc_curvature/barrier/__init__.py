@@ -1,4 +1,4 @@
-"""Barriers between networks: predicted from curvature at the ends, and measured in between."""
+"""Barriers between networks: predicted from curvature at anchors, and measured in between."""
 
 from lmc_curvature.barrier.expansions import EXPANSIONS, Expansion
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve

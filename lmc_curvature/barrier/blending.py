@@ -38,7 +38,7 @@ class Features(NamedTuple):
     """What ℓ̂ is linear in: an array each, anchors first; points, sets or batches may follow.
 
     Attributes:
-        loss: ℓ_a.
+        loss: ℓ_a; of barriers, less the first anchor's, so that equal losses make none, to the last bit.
         slope: 1ᵀs_a, along the diagonal.
         curvature: 1ᵀM_a1, along the diagonal.
         own_slope: xᵀs_a, of a point or of a set's indicator.
@@ -143,7 +143,7 @@ def disagreement_weights(
     return found
 
 
-def combine(weights: Weights, features: Features) -> Float[np.ndarray, "*points"]:
+def combine(weights: Float[np.ndarray, "features anchors *#points"], features: Features) -> np.ndarray:
     """Σ over features and anchors of weight times feature."""
     pairs = zip(weights, features, strict=True)
     return np.sum([np.einsum("a...,a...->...", weight, np.asarray(feature)) for weight, feature in pairs], axis=0)

@@ -21,7 +21,7 @@ Sets = Sequence[Iterable[str] | str | None] | np.ndarray
 _SETS_AT_ONCE = 50_000
 
 # What the expansion error is made of, fitted in docs/results.md.
-_BETWEEN, _LEFT_OUT, _SIZE = 1.0, 0.5, 0.1
+_BETWEEN, _LEFT_OUT, _SIZE = 0.6, 0.3, 0.25
 
 
 class Anchor(NamedTuple):
@@ -84,7 +84,8 @@ class Cube:
                 f"points: expected an array (n, {len(self.layers)}) of numbers in [0, 1], a column a layer in the "
                 f"order of prediction.layers; got one of shape {x.shape}."
             )
-        return combine(point_weights(self.positions, x @ self.shares, x**2 @ self.shares), self._features(x))
+        weights = point_weights(self.positions, x @ self.shares, x**2 @ self.shares)
+        return self.anchors[0].projection.loss + combine(weights, self._features(x))
 
     def barriers(
         self, members: Bool[np.ndarray, "sets L"], alpha: Float[np.ndarray, " n #sets"], expansion: Expansion
@@ -102,8 +103,10 @@ class Cube:
     ) -> Float[np.ndarray, " batches"]:
         """The barrier of a set at a position by every batch, with the weights of them all."""
         weights = barrier_weights(expansion, self.positions, np.array([alpha]), np.array([members @ self.shares]))
+        first = self.anchors[0].projection.batch_losses
         features = _stacked(
-            _features(each.batch_losses, each.batch_slopes, each.batch_curvatures, members) for _, each in self.anchors
+            _features(each.batch_losses - first, each.batch_slopes, each.batch_curvatures, members)
+            for _, each in self.anchors
         )
         return combine(weights, features)
 
@@ -118,7 +121,8 @@ class Cube:
         return _BETWEEN * between + _LEFT_OUT * np.max([*left_out, np.zeros_like(between)], axis=0) + _SIZE * size
 
     def _features(self, x: Float[np.ndarray, "n L"] | Bool[np.ndarray, "n L"]) -> Features:
-        return _stacked(_features(each.loss, each.slopes, each.curvature, x) for _, each in self.anchors)
+        first = self.anchors[0].projection.loss
+        return _stacked(_features(each.loss - first, each.slopes, each.curvature, x) for _, each in self.anchors)
 
 
 def _features(loss: float | np.ndarray, slopes: np.ndarray, curvature: np.ndarray, x: np.ndarray) -> Features:

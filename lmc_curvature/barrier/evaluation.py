@@ -7,9 +7,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from lmc_curvature.averages import weighted_mean
 from lmc_curvature.barrier.metrics import Metric, Truth, metric_values, metric_weights
-from lmc_curvature.errors import NonFiniteError, counted
+from lmc_curvature.errors import NonFiniteError, OptionError, counted
 from lmc_curvature.objective import Batch, Objective
+from lmc_curvature.objective.network import State
 from lmc_curvature.segment import SegmentPoints
 
 
@@ -80,3 +82,46 @@ def _batch_values(
             "Check the data of that batch and the scale of the networks' parameters."
         )
     return values, weights
+
+
+class ErrorWatch:
+    """Classification errors at several states, of every batch that it is called with; nothing for other losses.
+
+    The networks are normalised as they are differentiated, under `"recalibrate"` by the batch.
+
+    Args:
+        objective: The loss.
+        states: The states.
+    """
+
+    def __init__(self, objective: Objective, states: Sequence[State]):
+        self._objective, self._states = objective, states
+        self._errors: list[Float[np.ndarray, " states"]] | None = [] if objective.has_output else None
+        self._weights: list[float] = []
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> None:
+        """Evaluate a batch at all states."""
+        if self._errors is None:
+            return
+        values, weight = [], 0.0
+        with self._objective.numerics.exact():
+            for state in self._states:
+                _, output, target = self._objective.batch_evaluation(state, batch)
+                try:
+                    truth = Truth.of(self._objective.loss_fn, output, target, batch)
+                except OptionError:
+                    # It is no loss of classes.
+                    self._errors = None
+                    return
+                values.append(truth.error(output))
+                weight = truth.weight
+        self._errors.append(torch.stack(values).double().cpu().numpy())
+        self._weights.append(weight)
+
+    @property
+    def errors(self) -> Float[np.ndarray, " states"] | None:
+        """The share of examples, or of positions that count, that is classified wrongly at each state."""
+        if not self._errors or not sum(self._weights):
+            return None
+        return weighted_mean(np.stack(self._errors), np.array(self._weights))

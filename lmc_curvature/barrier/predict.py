@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import nn
 
 from lmc_curvature.barrier.cube import Anchor
+from lmc_curvature.barrier.evaluation import ErrorWatch
 from lmc_curvature.barrier.expansions import check_anchors
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.barrier.setup import segment_and_objective
@@ -125,6 +126,7 @@ def predict_on_segment(
         directions,
         method=method,
         memory_gib=memory_gib,
+        watch=(watch := ErrorWatch(objective, list(states.values()))),
         progress=progress,
     )
     named = {name for name, _ in objective.network.named_parameters()}
@@ -136,4 +138,17 @@ def predict_on_segment(
         objective.batch_norm,
         objective.notes + segment.notes,
         np.array([sum(tensor.numel() for tensor in tensors) for tensors in moved]),
+        watch.errors,
+        _cosine([name for direction in directions.values() for name in direction if name in named], segment),
     )
+
+
+def _cosine(moved: Iterable[str], segment: Segment) -> float | None:
+    """Cosine of the angle between two networks' weights, those of matrices and kernels."""
+    pairs = [(segment.start[name].flatten(), segment.end[name].flatten()) for name in moved]
+    pairs = [pair for pair, name in zip(pairs, moved, strict=True) if segment.start[name].ndim > 1]
+    products = [[float((a.double() * b.double()).sum()) for a, b in ((a, b), (a, a), (b, b))] for a, b in pairs]
+    if not products:
+        return None
+    dot, first, second = np.sum(products, axis=0)
+    return float(dot / np.sqrt(first * second)) if first * second > 0 else None

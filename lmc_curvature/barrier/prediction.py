@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lmc_curvature.averages import standard_error, with_error
+from lmc_curvature.averages import standard_error
 from lmc_curvature.barrier.cube import Anchor, Cube, Sets
 from lmc_curvature.barrier.expansions import (
     EXPANSIONS,
@@ -18,7 +18,7 @@ from lmc_curvature.barrier.expansions import (
     highest,
 )
 from lmc_curvature.curvature.projection import Projection
-from lmc_curvature.errors import OptionError, check_choice, counted
+from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import BatchNormPolicy
 from lmc_curvature.storage import load_arrays, save_arrays
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FIELDS = ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures", "batch_weights")
+_OPTIONAL = ("parameters", "errors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,10 @@ class BarrierPrediction:
         batch_norm: The batch-normalisation policy.
         notes: Sentences that belong beside the numbers, such as what is frozen.
         parameters: Number of parameters of each layer, (L,); None in files of earlier versions.
+        errors: Share of the examples, or of the positions that count, that is classified wrongly at each anchor,
+            (anchors,); None for other losses, and in files of earlier versions.
+        cosine: Cosine of the angle between the two networks' weights, those of matrices and kernels; None where there
+            are none.
     """
 
     layers: tuple[str, ...]
@@ -53,6 +58,8 @@ class BarrierPrediction:
     batch_norm: BatchNormPolicy
     notes: tuple[str, ...] = ()
     parameters: Int[np.ndarray, " layers"] | None = None
+    errors: Float[np.ndarray, " anchors"] | None = None
+    cosine: float | None = None
 
     @property
     def endpoints(self) -> tuple[Projection, Projection]:
@@ -142,23 +149,31 @@ class BarrierPrediction:
         """Δ_ℓᵀ H Δ_ℓ of each layer, the mean of the two endpoints."""
         return np.mean([np.diag(end.curvature) for end in self.endpoints], axis=0)
 
-    def standard_error(self, layers: Iterable[str] | str | None = None, expansion: Expansion | None = None) -> float:
-        """Standard error of `barrier`, from the spread between batches; NaN for a single batch.
+    def standard_error(
+        self,
+        layers: Iterable[str] | str | None = None,
+        expansion: Expansion | None = None,
+        *,
+        alpha: float | None = None,
+    ) -> float:
+        """Standard error of the curve, from the spread between batches; NaN for a single batch.
 
-        At a maximum the position's own uncertainty does not matter to first order, so it is the standard error of
-        the curve at the predicted position, or at α = 1/2 where the curve nowhere rises above the chord.
+        By default it is that of `barrier`: at the predicted position, whose own uncertainty does not matter to first
+        order, or at α = 1/2 where the curve nowhere rises above the chord.
         """
         members = self._cube.sets([layers])
-        positions, _ = self._highest(members, expansion)
-        alpha = np.where(positions > 0, positions, 0.5)[0]
-        batches = self._cube.batch_barriers(members[0], alpha, self._chosen(expansion, members))
+        position = self._position(members, expansion) if alpha is None else check_alphas(alpha)[0]
+        batches = self._cube.batch_barriers(members[0], position, self._chosen(expansion, members))
         return float(standard_error(batches, self.endpoints[0].weights))
 
-    def expansion_error(self, layers: Iterable[str] | str | None = None) -> float:
-        """How far the anchored `barrier` may be off, apart from sampling; see `set_expansion_errors`."""
+    def expansion_error(self, layers: Iterable[str] | str | None = None, *, alpha: float | None = None) -> float:
+        """How far the anchored curve may be off, apart from sampling, by default at its highest point.
+
+        See `set_expansion_errors`.
+        """
         members = self._cube.sets([layers])
-        positions, _ = self._highest(members, "anchored")
-        return float(self._cube.expansion_errors(members, np.where(positions > 0, positions, 0.5)[None])[0, 0])
+        position = self._position(members, "anchored") if alpha is None else check_alphas(alpha)[0]
+        return float(self._cube.expansion_errors(members, np.array([[position]]))[0, 0])
 
     @property
     def expansion(self) -> Expansion:
@@ -176,9 +191,13 @@ class BarrierPrediction:
         if expansion == "hermite" and not members.all():
             raise OptionError(
                 "expansion='hermite' holds for the whole network only: the slope along a set of layers changes with "
-                "the other layers. Use layers=None, or 'anchored' for a set."
+                "the other layers. Use layers=None, or 'anchored' or 'with-slopes' for a set."
             )
         return expansion
+
+    def _position(self, members: Bool[np.ndarray, "sets L"], expansion: Expansion | None) -> float:
+        """Where a set's curve is highest; 1/2 where it nowhere rises."""
+        return float(self._highest(members, expansion)[0][0]) or 0.5
 
     def _highest(
         self, members: Bool[np.ndarray, "sets L"], expansion: Expansion | None
@@ -212,13 +231,13 @@ class BarrierPrediction:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the prediction to one safetensors file, without loss."""
         arrays = {"distances": self.distances}
-        if self.parameters is not None:
-            arrays["parameters"] = self.parameters
+        arrays |= {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) is not None}
         for number, (_, projection) in enumerate(self.anchors):
             fields = {field: getattr(projection, field) for field in _FIELDS}
             arrays |= {f"anchor_{number}.{field}": array for field, array in fields.items() if array is not None}
         positions = [anchor.alpha for anchor in self.anchors]
-        metadata = {"layers": self.layers, "anchors": positions, "batch_norm": self.batch_norm, "notes": self.notes}
+        metadata = {name: getattr(self, name) for name in ("layers", "batch_norm", "notes", "cosine")}
+        metadata["anchors"] = positions
         save_arrays(path, "barrier-prediction", arrays, **metadata)
 
     @classmethod
@@ -239,8 +258,9 @@ class BarrierPrediction:
             projection = Projection(**{field: arrays[name] for field, name in names.items() if name in arrays})
             anchors.append(Anchor(alpha, projection))
         layers, notes = tuple(metadata["layers"]), tuple(metadata.get("notes", ()))
-        distances, parameters = arrays["distances"], arrays.get("parameters")
-        return cls(layers, tuple(anchors), distances, metadata["batch_norm"], notes, parameters)
+        optional = {name: arrays.get(name) for name in _OPTIONAL}
+        cosine, batch_norm = metadata.get("cosine"), metadata["batch_norm"]
+        return cls(layers, tuple(anchors), arrays["distances"], batch_norm, notes, **optional, cosine=cosine)
 
     def plot(self) -> "Figure":
         """Draw the predicted curves of the whole network and the barriers of its layers."""
@@ -249,19 +269,6 @@ class BarrierPrediction:
         return draw_prediction(self)
 
     def __str__(self) -> str:
-        first, second = self.endpoints
-        barriers = self.layer_barriers()
-        highest = np.argsort(barriers, kind="stable")[::-1][:3]
-        lines = [
-            f"Barrier predicted from {counted(self.examples, 'example')}, {counted(len(self.layers), 'layer')}, "
-            f"batch_norm={self.batch_norm!r}"
-            + (" (differentiated through batch statistics)" if self.batch_norm == "recalibrate" else ""),
-            f"  loss at the ends   {first.loss:.4g}, {second.loss:.4g}; distance {self.distance:.4g}",
-            *(
-                f"  {expansion:<18} " + with_error(self.barrier(None, expansion), self.standard_error(None, expansion))
-                for expansion in ("second-order", "with-slopes", "shared-hessian", "hermite")
-            ),
-            "  highest layers     " + ", ".join(f"{self.layers[index]} {barriers[index]:.4g}" for index in highest),
-            *(f"  {note}" for note in self.notes),
-        ]
-        return "\n".join(lines)
+        from lmc_curvature.barrier.verdict import summary
+
+        return summary(self)

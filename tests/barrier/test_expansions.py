@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import BPoly
 
@@ -45,6 +45,7 @@ def test_curves_of_the_whole_network_go_through_all_anchors(expansion):
     np.testing.assert_allclose(_curve(expansion, known, positions=positions), expected, atol=1e-12)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(EXPANSIONS), ends)
 def test_the_highest_point_is_the_maximum(expansion, known):
     (position,) = highest(lambda alpha: _curve(expansion, known, alpha), 1)

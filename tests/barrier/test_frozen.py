@@ -54,7 +54,9 @@ def test_of_a_quadratic_both_are_the_closed_form(base):
     # A quadratic lies below its chord by α(1−α)/2 ΔᵀAΔ.
     np.testing.assert_allclose(measured.curve(), -ALPHAS * (1 - ALPHAS) / 2 * energy, atol=1e-12)
     np.testing.assert_allclose(measured.layer_curves()[0], measured.curve(), atol=1e-12)
-    np.testing.assert_allclose(predicted.curve(ALPHAS), ALPHAS * (1 - ALPHAS) / 2 * energy, atol=1e-12)
+    np.testing.assert_allclose(
+        predicted.curve(ALPHAS, None, "second-order"), ALPHAS * (1 - ALPHAS) / 2 * energy, atol=1e-12
+    )
     np.testing.assert_allclose(predicted.curve(ALPHAS, None, "hermite"), measured.curve(), atol=1e-12)
     assert predicted.layers == ("second",)
     assert [end.loss for end in predicted.endpoints] == pytest.approx(losses, rel=1e-12)

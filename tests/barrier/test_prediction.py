@@ -135,7 +135,7 @@ def test_equal_networks_have_no_barrier_and_are_said_to_be_equal():
         assert nothing.standard_error(None, expansion) == 0
     assert not nothing.layer_barriers().any()
     assert nothing.notes == ("model_a and model_b are equal in every entry that moves",)
-    assert str(nothing).endswith(f"\n  {nothing.notes[0]}")
+    assert f"\n  {nothing.notes[0]}\n" in str(nothing)
 
 
 @pytest.mark.slow
@@ -200,7 +200,12 @@ def test_dataframe_has_a_row_a_layer(prediction):
 
 def test_text_shows_the_barrier_and_its_error(prediction):
     text = str(prediction)
-    assert f"{prediction.barrier():.4g} ± {prediction.standard_error():.2g}" in text
+    second = prediction.barrier(None, "second-order"), prediction.standard_error(None, "second-order")
+    assert "  second-order       {:.4g} ± {:.2g}\n".format(*second) in text
+    middle = prediction.curve([0.5])[0]
+    assert (prediction.barrier(), middle < 0) == (0, True), "nothing rises, and the sign is shown"
+    assert f"  anchored           {middle:.4g} ± {prediction.standard_error():.2g} (nowhere above the chord" in text
+    assert "\nVerdict: The averaged network has a loss of " in text
     assert "15 examples, 3 layers" in text
     recalibrated = predict_barrier(
         CONV.model(0), CONV.model(1), CONV.batches(), batch_norm="recalibrate", progress=False
@@ -213,9 +218,9 @@ def test_text_says_nothing_of_an_error_that_one_batch_does_not_tell():
         CONV.model(0), CONV.model(1), CONV.batches((1,)), layers={"all": [".*"]}, witness=False, progress=False
     )
     text = str(one)
-    assert "1 example, 1 layer, batch_norm=" in text
-    assert ("nan" in text, "±" in text) == (False, False)
-    assert f"second-order       {one.barrier():.4g}\n" in text
+    assert "1 example, 1 layer, anchors at 0, 0.5, 1, batch_norm=" in text
+    assert "nan" not in text
+    assert f"second-order       {one.barrier(None, 'second-order'):.4g}\n" in text
 
 
 def test_progress_bars_are_shown_when_asked_and_silent_without_a_terminal(capsys):

@@ -58,7 +58,9 @@ def test_curves_equal_their_closed_forms(drawn):
         # Proposition 1 (all layers) and 2 (one layer), and the truth, of which the slopes are the rest.
         second_order = ALPHAS * (1 - ALPHAS) / 2 * c
         truth = second_order + ALPHAS * (1 - ALPHAS) * (slopes[0] - slopes[1])
-        np.testing.assert_allclose(prediction.curve(ALPHAS, members), second_order, rtol=0, atol=1e-10 * scale)
+        np.testing.assert_allclose(
+            prediction.curve(ALPHAS, members, "second-order"), second_order, rtol=0, atol=1e-10 * scale
+        )
         np.testing.assert_allclose(curve, truth, rtol=0, atol=1e-10 * scale)
         np.testing.assert_allclose(prediction.curve(ALPHAS, members, "with-slopes"), truth, rtol=0, atol=1e-10 * scale)
         shared = ALPHAS * (1 - ALPHAS) / 2 * c
@@ -72,7 +74,9 @@ def test_curves_equal_their_closed_forms(drawn):
         prediction.curve(ALPHAS, None, "hermite"), measurement.curve(), rtol=0, atol=1e-9 * scale
     )
     # Along the whole segment ⟨∇L(θ₂) − ∇L(θ₁), Δ⟩ = ΔᵀAΔ, so truth and second order have opposite signs.
-    np.testing.assert_allclose(measurement.curve(), -prediction.curve(ALPHAS), rtol=0, atol=1e-10 * scale)
+    np.testing.assert_allclose(
+        measurement.curve(), -prediction.curve(ALPHAS, None, "second-order"), rtol=0, atol=1e-10 * scale
+    )
 
 
 def test_standard_error_is_that_of_the_barrier_over_batches():
@@ -102,7 +106,8 @@ def test_the_toy_barrier_has_its_closed_form():
     prediction = predict_barrier(*ends, origin(1), **options)
     measurement = measure_barrier(*ends, origin(1), metrics=("loss",), alphas=101, **options)
     assert measurement.barrier() == pytest.approx(0.25, abs=1e-12)
-    assert prediction.barrier() == pytest.approx(1.0, abs=1e-12)
+    assert prediction.barrier(None, "second-order") == pytest.approx(1.0, abs=1e-12)
+    assert prediction.barrier() == pytest.approx(0.25, abs=1e-12)
     np.testing.assert_allclose(
         measurement.curve(), 4 * measurement.alphas**2 * (1 - measurement.alphas) ** 2, atol=1e-12
     )
@@ -124,7 +129,7 @@ def test_the_toy_with_four_minima_has_its_closed_form(first, second, measured, p
     options = {"loss_fn": landscape_loss, "progress": False}
     found = measure_barrier(*ends, origin(1), metrics=("loss",), alphas=101, **options)
     assert found.barrier() == pytest.approx(measured, abs=1e-12)
-    assert predict_barrier(*ends, origin(1), **options).barrier() == pytest.approx(predicted, abs=1e-12)
+    assert predict_barrier(*ends, origin(1), anchors=2, **options).barrier() == pytest.approx(predicted, abs=1e-12)
     positions = first + found.alphas * (second - first)
     expected = np.prod([(positions - m) ** 2 / 2 for m in minima.squeeze().tolist()], axis=0)
     np.testing.assert_allclose(found.curve(), expected, atol=1e-12)

@@ -1,7 +1,7 @@
 """The projection of loss, gradient and Hessian onto a few directions: all that a barrier prediction needs."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import get_args
 
 from lmc_curvature.curvature.problem import BatchValues, Method, Problem
@@ -9,6 +9,7 @@ from lmc_curvature.curvature.projection.by_products import project_by_products
 from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
 from lmc_curvature.curvature.projection.projection import Projection
 from lmc_curvature.errors import CaptureError, FallbackWarning, MemoryBudgetError, SweepError, check_choice
+from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
 
@@ -64,6 +65,7 @@ def project_hessian_at(
     *,
     method: Method = "auto",
     memory_gib: float | None = None,
+    watch: Callable[[Batch], None] | None = None,
     progress: bool | None = None,
 ) -> list[Projection]:
     """Project an objective at several states, on the same batches: still one pass over the loader.
@@ -77,6 +79,7 @@ def project_hessian_at(
         directions: k sparse states, the same at every state.
         method: The sweep, products, or the first that goes.
         memory_gib: GiB that the sweep may take.
+        watch: Called with every batch, on the objective's device, before it is projected.
         progress: Show a progress bar over batches.
 
     Returns:
@@ -90,6 +93,8 @@ def project_hessian_at(
     values: list[list[BatchValues]] = [[] for _ in problem.points]
     with objective.one_pass(progress=progress, description="curvature") as batches:
         for batch in batches:
+            if watch is not None:
+                watch(batch)
             for point in problem.points:
                 objective.check_derivatives(point.state, batch, problem.moved)
             try:
