@@ -191,7 +191,8 @@ def _answer(
         if comparison.as_json:
             print(json.dumps(record, indent=2), flush=True)
         else:
-            _print(str(result), *tables)
+            # What a person reads last is the verdict.
+            _print(*tables, str(result))
     finally:
         with saving():
             if comparison.save is not None:

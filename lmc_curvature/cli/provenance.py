@@ -47,11 +47,11 @@ def checkpoint_record(path: Path) -> dict[str, Any]:
 
 def software_record() -> dict[str, Any]:
     """Versions, the commit of this library, and that of the directory in which its user stands."""
-    packages = ("lmc-curvature", "torch", "torchvision", "numpy")
-    own = {package: importlib.metadata.version(package) for package in packages}
+    installed = {package: importlib.metadata.version(package) for package in ("lmc-curvature", "torchvision", "numpy")}
     here = repository_of(Path.cwd())
     return {
-        "versions": {"python": platform.python_version(), **own},
+        # torch's own word says for which CUDA it was built, too.
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **installed},
         "commits": {
             "lmc-curvature": commit_of(Path(lmc_curvature.__file__).parents[1]),
             "working directory": {"commit": None, "dirty": None} if here is None else commit_of(here),

@@ -109,8 +109,7 @@ def prediction_table(prediction: BarrierPrediction, sets: LayerSets) -> Table:
     table = Table(
         "layers",
         *_right("distance", "ΔᵀHΔ", *columns, "with slopes"),
-        title="Predicted barriers at α = 1/2; below zero is convex",
-        title_justify="left",
+        title="Barriers at α = 1/2 (below zero: convex)",
     )
     for members in [*([name] for name in prediction.layers), *sets]:
         inside = np.isin(prediction.layers, members)

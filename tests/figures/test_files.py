@@ -4,6 +4,7 @@ import matplotlib as mpl
 import pytest
 
 from lmc_curvature.figures import save_figure
+from lmc_curvature.figures.files import figure_suffixes, write_figure
 from lmc_curvature.plotting.style import look, new_figure
 
 
@@ -47,3 +48,16 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_old_file(tmp_path):
         save_figure(broken, tmp_path / "figure")
     assert png.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.pdf", "figure.png"]
+
+
+def test_one_file_has_the_format_that_its_suffix_names(tmp_path):
+    png, pdf = save_figure(simple_figure(), tmp_path / "both")
+    for both in (png, pdf):
+        alone = tmp_path / "new folder" / f"alone{both.suffix}"
+        write_figure(simple_figure(), alone)
+        assert alone.read_bytes() == both.read_bytes()
+    write_figure(simple_figure(), tmp_path / "capitals.PNG")
+    assert (tmp_path / "capitals.PNG").read_bytes() == png.read_bytes()
+    write_figure(simple_figure(), tmp_path / "drawing.svg")
+    assert "<svg" in (tmp_path / "drawing.svg").read_text()
+    assert {".png", ".pdf", ".svg"} <= set(figure_suffixes())
