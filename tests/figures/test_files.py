@@ -51,13 +51,17 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_old_file(tmp_path):
 
 
 def test_one_file_has_the_format_that_its_suffix_names(tmp_path):
-    png, pdf = save_figure(simple_figure(), tmp_path / "both")
-    for both in (png, pdf):
-        alone = tmp_path / "new folder" / f"alone{both.suffix}"
-        write_figure(simple_figure(), alone)
-        assert alone.read_bytes() == both.read_bytes()
-    write_figure(simple_figure(), tmp_path / "capitals.PNG")
-    assert (tmp_path / "capitals.PNG").read_bytes() == png.read_bytes()
-    write_figure(simple_figure(), tmp_path / "drawing.svg")
-    assert "<svg" in (tmp_path / "drawing.svg").read_text()
-    assert {".png", ".pdf", ".svg"} <= set(figure_suffixes())
+    png, _ = save_figure(simple_figure(), tmp_path / "both")
+    for name in ("new folder/alone.png", "capitals.PNG"):
+        write_figure(simple_figure(), tmp_path / name)
+        assert (tmp_path / name).read_bytes() == png.read_bytes()
+    for name, beginning in (
+        ("one.pdf", b"%PDF"),
+        ("other.pdf", b"%PDF"),
+        ("one.svg", b"<?xml"),
+        ("one.jpg", b"\xff\xd8"),
+    ):
+        write_figure(simple_figure(), tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(beginning)
+    assert (tmp_path / "one.pdf").read_bytes() == (tmp_path / "other.pdf").read_bytes()
+    assert {".png", ".pdf", ".svg", ".jpg"} <= set(figure_suffixes())
