@@ -232,6 +232,7 @@ def test_help_the_version_and_mistakes_are_answered_without_torch():
     lines += [[command, "--help"] for command in ("demo", "fork", "trace", "figures", "predict", "measure")]
     program = f"""
 import sys
+from lmc_curvature.cli import main
 for line in {lines}:
     try:
         main(line)
