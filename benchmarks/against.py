@@ -20,7 +20,7 @@ import torch
 import lmc_curvature
 from benchmarks.support import options, sweep_once, timing
 from benchmarks.support.charts import draw_points
-from benchmarks.support.environment import commit_of
+from benchmarks.support.environment import short_commit
 from benchmarks.support.report import Bar, Report, new_report, publish
 from benchmarks.support.roads import relative_error
 from benchmarks.support.timing import Spread
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     chosen = options.parse_options(__file__, __doc__, argv, _add_options)
     size = options.chosen_size(chosen, SIZES)
     checkouts = {OURS: Path(lmc_curvature.__file__).parents[1], OTHER: chosen.other.resolve()}
-    commits = {name: commit_of(folder)["commit"] or "an unknown commit" for name, folder in checkouts.items()}
+    commits = {name: short_commit(folder)["commit"] or "an unknown commit" for name, folder in checkouts.items()}
     report = new_report(
         chosen,
         "How long does the sweep take, beside another checkout?",

@@ -1,13 +1,13 @@
 """The machine, the versions and the commit that a measurement belongs to."""
 
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lmc_curvature
+from lmc_curvature.cli.provenance import commit_of
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -19,26 +19,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **commit_of(Path(lmc_curvature.__file__).parents[1]),
+        **short_commit(Path(lmc_curvature.__file__).parents[1]),
     }
 
 
-def commit_of(folder: Path) -> dict[str, Any]:
-    """The commit that is checked out in a folder, and whether its files differ from it (`dirty`).
-
-    Both are None where the folder is not the root of a git repository.
-    """
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) == folder.resolve():
-            return {"commit": git("rev-parse", "--short", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        pass
-    return {"commit": None, "dirty": None}
+def short_commit(folder: Path) -> dict[str, Any]:
+    """The commit that is checked out in a folder, by seven digits, and whether its files differ from it (`dirty`)."""
+    found = commit_of(folder)
+    return found | {"commit": found["commit"] and found["commit"][:7]}
 
 
 def processor_name(table: Path = Path("/proc/cpuinfo")) -> str:

@@ -82,7 +82,8 @@ class Truth:
             "multi_margin_loss of outputs (n, classes, …) with class indices (n, …) or class probabilities, or its "
             "binary cross-entropy of one column with targets 0 and 1, to read outputs as it does, and that writes into "
             "none; "
-            f"batch {batch.index} has {describe(output)} with {describe(target)}. Pass metrics=('loss',)."
+            f"batch {batch.index} has {describe(output)} with {describe(target)}. Pass metrics=('loss',), or --metrics "
+            "loss on the command line."
         )
 
     @property

@@ -63,18 +63,32 @@ def _file_of(directory: Path) -> Path:
     )
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def files_of(path: Path) -> list[Path]:
+    """The files that a checkpoint is read from: itself, or an index and its shards.
+
+    Raises:
+        CheckpointError: It is a directory without a checkpoint, or the index is damaged.
+    """
+    path = _file_of(path) if path.is_dir() else path
+    shards = sorted(_names_by_shard(path)) if path.name.endswith(".index.json") else []
+    return [path, *(path.parent / shard for shard in shards)]
+
+
+def _names_by_shard(index: Path) -> dict[str, list[str]]:
+    names_by_shard: dict[str, list[str]] = {}
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names_by_shard: dict[str, list[str]] = {}
-        for name, shard in places.items():
+        for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
             names_by_shard.setdefault(str(shard), []).append(name)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"{index} is damaged, or is not the index of a checkpoint: it has no weight_map from names to files."
         ) from error
+    return names_by_shard
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
     entries = {}
-    for shard, names in sorted(names_by_shard.items()):
+    for shard, names in sorted(_names_by_shard(index).items()):
         path = index.parent / shard
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; {index} says that it holds {counted(len(names), 'entry')}.")

@@ -12,7 +12,17 @@ import typer
 
 from lmc_curvature import __version__
 from lmc_curvature.cli.failures import one_message, saving
-from lmc_curvature.cli.options import Comparison, Device, ForkDir, OtherData, Progress, Workers, with_comparison
+from lmc_curvature.cli.options import (
+    Anchors,
+    Comparison,
+    Device,
+    ForkDir,
+    OtherData,
+    Progress,
+    Workers,
+    with_comparison,
+)
+from lmc_curvature.cli.parsing import anchor_positions, metric_names
 from lmc_curvature.errors import OptionError
 
 if TYPE_CHECKING:
@@ -100,25 +110,28 @@ def figures(
 @with_comparison
 def predict(
     comparison: Comparison,
+    anchors: Anchors = "3",
     witness: Annotated[
         bool, typer.Option("--witness/--no-witness", help="Compare derivatives with differences of the loss first.")
     ] = True,
 ) -> None:
-    """Predict the barrier between networks A and B from the curvature at each of them."""
+    """Predict the barrier between networks A and B from the curvature at anchors from one to the other."""
     from lmc_curvature import LayerPartition, predict_barrier
     from lmc_curvature.cli.tables import prediction_record, prediction_table
     from lmc_curvature.segment.partition import layer_indices
 
+    positions, options = anchor_positions(anchors), comparison.computation()
     first, second = comparison.networks()
-    options = comparison.computation()
     partition = LayerPartition.of(first, comparison.layers, batch_norm=comparison.batch_norm, frozen=options["frozen"])
     sets = comparison.sets()
     for members in sets:
         layer_indices(partition.names, members)
-    prediction = predict_barrier(
-        first, second, comparison.batches(), layers=comparison.layers, witness=witness, **options
+    loader = comparison.batches()
+    provenance = comparison.provenance(loader)
+    prediction = predict_barrier(first, second, loader, anchors=positions, witness=witness, **options)
+    _answer(
+        comparison, prediction, prediction_record(prediction, sets) | provenance, prediction_table(prediction, sets)
     )
-    _answer(comparison, prediction, prediction_record(prediction, sets), prediction_table(prediction, sets))
 
 
 @app.command()
@@ -128,6 +141,9 @@ def measure(
     comparison: Comparison,
     each: Annotated[bool, typer.Option("--each", help="Measure each layer alone.")] = False,
     alphas: Annotated[int, typer.Option(help="Evenly spaced positions, the ends included.")] = 11,
+    metrics: Annotated[
+        str | None, typer.Option(help="loss, error, or both with a comma; by default the error, too, of classifiers.")
+    ] = None,
 ) -> None:
     """Measure the barrier between networks A and B by evaluating the networks in between."""
     from lmc_curvature import measure_barrier
@@ -135,16 +151,20 @@ def measure(
 
     if each and comparison.sets():
         raise OptionError("--each measures every layer alone, and --set the sets that it names: choose one of them.")
+    options = comparison.computation()
+    chosen = metric_names(metrics, options["loss_fn"])
+    networks, loader = comparison.networks(), comparison.batches()
+    provenance = comparison.provenance(loader)
     measurement = measure_barrier(
-        *comparison.networks(),
-        comparison.batches(),
-        layers=comparison.layers,
+        *networks,
+        loader,
         sets="each" if each else comparison.sets(),
         alphas=alphas,
-        **comparison.computation(),
+        metrics=chosen,
+        **options,
     )
     tables = [measurement_table(measurement)] if measurement.sets else []
-    _answer(comparison, measurement, measurement_record(measurement), *tables)
+    _answer(comparison, measurement, measurement_record(measurement) | provenance, *tables)
 
 
 def _print_version(asked: bool) -> bool:
@@ -166,16 +186,21 @@ def _common(
 def _answer(
     comparison: Comparison, result: "BarrierPrediction | BarrierMeasurement", record: dict[str, Any], *tables: Any
 ) -> None:
-    """Print an answer, and save it whether or not it could be printed."""
+    """Print an answer, and save and draw it whether or not it could be printed."""
     try:
         if comparison.as_json:
             print(json.dumps(record, indent=2), flush=True)
         else:
-            _print(str(result), *tables)
+            # What a person reads last is the verdict.
+            _print(*tables, str(result))
     finally:
-        if comparison.save is not None:
-            with saving():
+        with saving():
+            if comparison.save is not None:
                 result.save(comparison.save)
+            if comparison.plot is not None:
+                from lmc_curvature.figures.files import write_figure
+
+                write_figure(result.plot(), comparison.plot)
 
 
 def _check_writable(*directories: Path | None) -> None:

@@ -3,18 +3,19 @@
 Nothing of the library is imported before an option is used, so that help and mistyped commands answer at once.
 """
 
+import contextlib
 import dataclasses
 import inspect
-import json
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal
 
 import typer
 
-from lmc_curvature.errors import CheckpointError, DataError, OptionError
+from lmc_curvature.cli.parsing import image_options, key_and_value
+from lmc_curvature.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,6 +27,9 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 ForkDir = Annotated[Path, typer.Argument(help="A directory that lmc-curvature fork wrote.")]
 OtherData = Annotated[str | None, typer.Option("--data", help="Instead of the configured data, for moved folders.")]
 Workers = Annotated[int, typer.Option(help="Processes that share the work; more may be started from elsewhere.")]
+Anchors = Annotated[
+    str, typer.Option(help="Points to differentiate at: how many, evenly spaced, or their positions, such as 0,0.3,1.")
+]
 Progress = Annotated[
     bool | None, typer.Option("--progress/--no-progress", help="Progress on standard error; by default on a terminal.")
 ]
@@ -41,6 +45,9 @@ class Comparison:
     data: Annotated[
         str, typer.Option(help="digits; a folder (ROOT/train/CLASS/*.png); or package.module:factory giving a loader.")
     ]
+    loss: Annotated[str, typer.Option(help="cross-entropy, mse, bce (of logits); or package.module:name.")] = (
+        "cross-entropy"
+    )
     model_option: Annotated[
         list[str] | None, typer.Option(help="KEY=VALUE for the network's factory, such as num_classes=10. Repeatable.")
     ] = None
@@ -61,36 +68,63 @@ class Comparison:
     ] = "interpolate"
     split: Annotated[Literal["train", "test"], typer.Option(help="Of digits and folders.")] = "train"
     limit: Annotated[int | None, typer.Option(help="Use a fixed random sample of this many examples.")] = None
+    mean: Annotated[
+        str | None,
+        typer.Option(help="Of pixels from 0 to 1: 0.485,0.456,0.406; by default the data's own."),
+    ] = None
+    std: Annotated[str | None, typer.Option(help="Standard deviation, likewise.")] = None
+    resize: Annotated[
+        str | None, typer.Option(help="Scale images of a folder to SIZE pixels and cut out the middle: SIZE[,CROP].")
+    ] = None
+    transform: Annotated[
+        str | None, typer.Option(help="Instead: package.module:name of a function from a PIL image to a tensor.")
+    ] = None
     batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 256
     max_batches: Annotated[int | None, typer.Option(help="Use only this many batches.")] = None
     device: Device = "cpu"
     dtype: Annotated[Literal["float32", "float64"], typer.Option(help="Type to compute in.")] = "float32"
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as torch takes.")] = None
     save: Annotated[Path | None, typer.Option(dir_okay=False, help="Also save the result here, for Python.")] = None
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False
+    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw it: FILE.png, .pdf, .svg, …")] = None
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of tables, with what it was computed from.")
+    ] = False
     progress: Progress = None
 
     def check(self) -> None:
-        """Refuse sets without layers, and a file that cannot be written, before anything is read or computed."""
-        from lmc_curvature.storage import check_writable
-
+        """Refuse what can be seen to be wrong before anything is read or computed."""
         for named, members in zip(self.set_ or (), self.sets(), strict=True):
             if not members:
                 raise OptionError(f"--set {named!r} names no layer; expected names with commas between them: A,B.")
-        if self.save is None:
-            return
-        if self.save.exists() and not self.save.is_file():
-            raise OptionError(f"--save {self.save} is not a file; expected the name of a file to write.")
-        if self.save.resolve() in (self.a.resolve(), self.b.resolve()):
-            raise OptionError(f"--save {self.save} would replace a network; expected the name of another file.")
-        check_writable(self.save.parent, what=f"--save {self.save}")
+        image_options(self.mean, self.std, self.resize, self.transform)
+        for option in ("save", "plot"):
+            if getattr(self, option) is not None:
+                self._check_output(f"--{option}", getattr(self, option))
+        if self.plot is not None:
+            from lmc_curvature.figures.files import figure_suffixes
+
+            if self.plot.suffix.lower() not in figure_suffixes():
+                raise OptionError(
+                    f"--plot {self.plot}: expected a file name that ends in {', '.join(figure_suffixes())}."
+                )
+            if self.save is not None and self.save.resolve() == self.plot.resolve():
+                raise OptionError(f"--save and --plot would write one file, {self.plot}.")
+
+    def _check_output(self, option: str, path: Path) -> None:
+        from lmc_curvature.storage import check_writable
+
+        if path.exists() and not path.is_file():
+            raise OptionError(f"{option} {path} is not a file; expected the name of a file to write.")
+        if path.resolve() in (self.a.resolve(), self.b.resolve()):
+            raise OptionError(f"{option} {path} would replace a network; expected the name of another file.")
+        check_writable(path.parent, what=f"{option} {path}")
 
     def networks(self) -> "tuple[nn.Module, nn.Module]":
         """The two networks, with the weights of their checkpoints."""
         from lmc_curvature.checkpoints import load_checkpoint
         from lmc_curvature.sources import make_model
 
-        options = dict(_key_and_value(option) for option in self.model_option or ())
-        make = partial(make_model, self.model, **options)
+        make = partial(make_model, self.model, **self.model_options())
         first, second = (self._load(load_checkpoint, make, path) for path in (self.a, self.b))
         return first, second
 
@@ -108,22 +142,15 @@ class Comparison:
             warnings.warn(f"{path} was read without --key and --strip-prefix, which do not fit it.", stacklevel=2)
             return model
 
+    def model_options(self) -> dict[str, Any]:
+        """The options of the network's factory."""
+        return dict(key_and_value(option) for option in self.model_option or ())
+
     def batches(self) -> Iterable[Any]:
         """The loader: of a data set known by name, or what a factory returns."""
-        from lmc_curvature.sources.data import load_data
-        from lmc_curvature.sources.models import import_function
+        from lmc_curvature.cli.batches import make_batches
 
-        module, colon, _ = self.data.partition(":")
-        # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.
-        if not colon or module == "cifar10" or Path(self.data).exists():
-            return load_data(self.data, self.split, self.limit, progress=self.progress).batches(self.batch_size)
-        make_loader = import_function(self.data, what=f"--data {self.data}")
-        try:
-            return make_loader()
-        except TypeError as error:
-            raise DataError(
-                f"--data {self.data}: {error}. Expected a function without arguments that returns a loader."
-            ) from error
+        return make_batches(self)
 
     def sets(self) -> list[list[str]]:
         """The sets of layers that were named."""
@@ -133,9 +160,31 @@ class Comparison:
         """Options of the computation, as `predict_barrier` and `measure_barrier` both take them."""
         import torch
 
-        names = ("base", "batch_norm", "max_batches", "device", "progress")
+        from lmc_curvature.sources import find_loss
+
+        names = ("layers", "base", "batch_norm", "max_batches", "device", "progress")
         options = {name: getattr(self, name) for name in names}
-        return options | {"frozen": tuple(self.frozen or ()), "dtype": getattr(torch, self.dtype)}
+        frozen, dtype = tuple(self.frozen or ()), getattr(torch, self.dtype)
+        return options | {"loss_fn": find_loss(self.loss), "frozen": frozen, "dtype": dtype}
+
+    def provenance(self, loader: Iterable[Any]) -> dict[str, Any]:
+        """What belongs beside an answer in JSON: what it was computed from. Empty where tables are printed."""
+        if not self.as_json:
+            return {}
+        from lmc_curvature.cli.provenance import provenance
+
+        return {"provenance": provenance(self, loader)}
+
+    @contextlib.contextmanager
+    def with_threads(self) -> Iterator[None]:
+        """Within the block, let torch use as many CPU threads as were asked for."""
+        if self.threads is None:
+            yield
+            return
+        from lmc_curvature.forking import cpu_threads
+
+        with cpu_threads(self.threads):
+            yield
 
 
 def with_comparison(command: Callable[Concatenate[Comparison, ...], None]) -> Callable[..., None]:
@@ -146,19 +195,10 @@ def with_comparison(command: Callable[Concatenate[Comparison, ...], None]) -> Ca
     def run(**options: Any) -> None:
         comparison = Comparison(**{name: options.pop(name) for name in shared})
         comparison.check()
-        command(comparison, **options)
+        with comparison.with_threads():
+            command(comparison, **options)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     # typer reads a command's options from its signature.
     run.__signature__ = inspect.Signature([*shared.values(), *own])  # pyright: ignore[reportFunctionMemberAccess]
     return run
-
-
-def _key_and_value(option: str) -> tuple[str, Any]:
-    key, equals, value = option.partition("=")
-    if not equals or not key:
-        raise OptionError(f"--model-option {option!r}: expected KEY=VALUE, such as num_classes=10.")
-    try:
-        return key, json.loads(value)
-    except json.JSONDecodeError:
-        return key, value

@@ -11,7 +11,8 @@ from rich.table import Column, Table
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.averages import with_error
-from lmc_curvature.barrier.expansions import EXPANSIONS
+from lmc_curvature.barrier.expansions import EXPANSIONS, Expansion
+from lmc_curvature.barrier.verdict import verdict
 from lmc_curvature.cli.demo import DemoResult, layer_rank_correlations, layer_sets
 from lmc_curvature.figures.frames import at_epoch, numbers
 from lmc_curvature.figures.ranks import rank_correlations
@@ -37,23 +38,20 @@ def prediction_record(prediction: BarrierPrediction, sets: LayerSets) -> dict[st
             "notes": list(prediction.notes),
             "losses": [first.loss, second.loss],
             "distance": prediction.distance,
-            "barrier": {
-                expansion: {
-                    "value": prediction.barrier(None, expansion),
-                    "standard_error": prediction.standard_error(None, expansion),
-                }
-                for expansion in EXPANSIONS
-            },
+            "anchors": [{"alpha": alpha, "loss": projection.loss} for alpha, projection in prediction.anchors],
+            "expansion": prediction.expansion,
+            "barrier": {expansion: _barrier_record(prediction, None, expansion) for expansion in EXPANSIONS},
             "layers": prediction.to_dataframe().to_dict("records"),
             "sets": [
                 {
                     "layers": list(members),
-                    "barrier": prediction.barrier(members),
-                    "standard_error": prediction.standard_error(members),
+                    **_barrier_record(prediction, members, prediction.expansion, "barrier"),
+                    "barrier_second_order": prediction.barrier(members, "second-order"),
                     "barrier_with_slopes": prediction.barrier(members, "with-slopes"),
                 }
                 for members in sets
             ],
+            "verdict": verdict(prediction),
         }
     )
 
@@ -85,9 +83,34 @@ def measurement_record(measurement: BarrierMeasurement) -> dict[str, Any]:
     )
 
 
+def _barrier_record(
+    prediction: BarrierPrediction, members: Sequence[str] | None, expansion: Expansion, name: str = "value"
+) -> dict[str, float]:
+    """The highest point of a curve with its errors, and its value in the middle, which keeps its sign."""
+    record = {
+        name: prediction.barrier(members, expansion),
+        "standard_error": prediction.standard_error(members, expansion),
+        "at_half": _middle(prediction, members, expansion),
+        "standard_error_at_half": prediction.standard_error(members, expansion, alpha=0.5),
+    }
+    if expansion == "anchored":
+        record["expansion_error"] = prediction.expansion_error(members)
+        record["expansion_error_at_half"] = prediction.expansion_error(members, alpha=0.5)
+    return record
+
+
 def prediction_table(prediction: BarrierPrediction, sets: LayerSets) -> Table:
-    """A row a layer, then a row a set: distance, Hessian energy, predicted barriers."""
-    table = Table("layers", *_right("distance", "ΔᵀHΔ", "barrier", "±", "with slopes"))
+    """A row a layer, then a row a set: distance, Hessian energy, and predicted barriers at α = 1/2 with their signs.
+
+    Sampling and expansion errors have a column each: the spread between batches, and what blending anchors may miss.
+    """
+    anchored = prediction.expansion == "anchored"
+    columns = ("anchored", "± sampling", "± expansion", "second order") if anchored else ("second order", "± sampling")
+    table = Table(
+        "layers",
+        *_right("distance", "ΔᵀHΔ", *columns, "with slopes"),
+        title="Barriers at α = 1/2 (below zero: convex)",
+    )
     for members in [*([name] for name in prediction.layers), *sets]:
         inside = np.isin(prediction.layers, members)
         energies = [float(end.curvature[np.ix_(inside, inside)].sum()) for end in prediction.endpoints]
@@ -95,12 +118,24 @@ def prediction_table(prediction: BarrierPrediction, sets: LayerSets) -> Table:
             " + ".join(members),
             _cell(float(np.linalg.norm(prediction.distances[inside]))),
             _cell(sum(energies) / 2),
-            _cell(prediction.barrier(members)),
-            _cell(prediction.standard_error(members), ".2g"),
-            _cell(prediction.barrier(members, "with-slopes")),
+            _cell(_middle(prediction, members, prediction.expansion)),
+            _cell(prediction.standard_error(members, alpha=0.5), ".2g"),
+            *(
+                (
+                    _cell(prediction.expansion_error(members, alpha=0.5), ".2g"),
+                    _cell(_middle(prediction, members, "second-order")),
+                )
+                if anchored
+                else ()
+            ),
+            _cell(_middle(prediction, members, "with-slopes")),
             end_section=members == [prediction.layers[-1]],
         )
     return table
+
+
+def _middle(prediction: BarrierPrediction, members: Sequence[str] | None, expansion: Expansion) -> float:
+    return float(prediction.curve([0.5], members, expansion)[0])
 
 
 def measurement_table(measurement: BarrierMeasurement) -> Table:

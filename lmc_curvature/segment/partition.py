@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from lmc_curvature.errors import PartitionError, suggest
 from lmc_curvature.objective.network import movable_entries, tied_names, unwrap
 from lmc_curvature.objective.normalization import BatchNormPolicy
 from lmc_curvature.segment.frozen import Frozen, frozen_entries
+from lmc_curvature.segment.norms import weights_of_norms
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class LayerPartition:
             model: The network.
             spec: One of
 
-                - `"fused"`: each module that carries weights, with the normalisation module registered right
-                  after it;
+                - `"fused"`: each module that carries weights, with the normalisation that belongs to it: the one
+                  right after it, or the one that feeds it, as in blocks of pre-norm transformers; see
+                  `weights_of_norms`;
                 - `"module"`: each module that holds parameters itself;
                 - `"tensor"`: each entry;
                 - `"block"` or `"block:DEPTH"`: the first DEPTH components of the module's name (default 1);
@@ -151,7 +152,7 @@ def _named_rule(spec: str, model: nn.Module) -> Callable[[str], str]:
     if spec == "module":
         return _holder
     if spec == "fused":
-        joined = _norms_with_their_weights(model)
+        joined = weights_of_norms(model)
         return lambda entry: joined.get(_holder(entry), _holder(entry))
     if block := re.fullmatch(r"block(?::([1-9]\d*))?", spec):
         depth = int(block[1] or 1)
@@ -164,29 +165,6 @@ def _holder(entry: str) -> str:
     module, _, name = entry.rpartition(".")
     # A parametrised weight lives in a child of the module whose weight it is.
     return module.split(".parametrizations.")[0] or name
-
-
-def _norms_with_their_weights(model: nn.Module) -> dict[str, str]:
-    """Normalisation module to the weight-carrying module registered right before it."""
-    joined: dict[str, str] = {}
-    previous = None
-    for name, module in model.named_modules():
-        carries = next(module.parameters(recurse=False), None) is not None
-        if name == "" or ".parametrizations." in name:
-            continue
-        if _is_normalization(module):
-            if previous is not None:
-                joined[name] = previous
-            previous = None
-        elif carries or hasattr(module, "parametrizations"):
-            previous = name
-    return joined
-
-
-def _is_normalization(module: nn.Module) -> bool:
-    # Networks bring norms of their own (LlamaRMSNorm, LayerNorm2d): the name is what they have in common.
-    named_so = "norm" in type(module).__name__.lower() and not any(True for _ in module.children())
-    return named_so or isinstance(module, (_NormBase, nn.LayerNorm, nn.GroupNorm))
 
 
 def _pattern_groups(

@@ -11,6 +11,7 @@ from lmc_curvature.errors import OptionError, UnsupportedModelError, check_choic
 from lmc_curvature.objective.network import check_finite, check_module, entries_of, movable_entries, unwrap
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy
 from lmc_curvature.objective.numerics import outside_inference
+from lmc_curvature.segment.adapters import check_adapters
 from lmc_curvature.segment.compatibility import check_same_architecture
 from lmc_curvature.segment.frozen import REQUIRES_GRAD, Frozen, frozen_choices
 from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
@@ -38,7 +39,7 @@ class Segment:
     Raises:
         ArchitectureMismatchError: The networks differ in entries, shapes, types, ties, or in buffers that the segment
             does not move; lists the differences.
-        UnsupportedModelError: The networks have no entry that can move.
+        UnsupportedModelError: The networks have no entry that can move, or both factors of a low-rank adapter move.
         NonFiniteError: A parameter or moved buffer is infinite or not a number; names it and its network.
         PartitionError: `layers` is not a partition of the entries, or `frozen` matches nothing.
         OptionError: `batch_norm` or `base` is not a choice, or everything is frozen.
@@ -81,6 +82,7 @@ class Segment:
         )
         for owner, state in {"a": self.start, "b": self.end}.items():
             check_finite({n: t for n, t in state.items() if n in moved or owner == base}, f"model_{owner}")
+        check_adapters([name for name in names if name in moved and not torch.equal(self.start[name], self.end[name])])
         others = [name for name in names if name not in moved]
         differ = sum(
             not torch.equal(*(own[name].detach().to(entries[0][name].device) for own in entries)) for name in others

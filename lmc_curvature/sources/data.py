@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.errors import DataError, OptionError, check_choice
 from lmc_curvature.sources.images import SPLITS, ImageDataset, Split
+from lmc_curvature.sources.preparation import Size, Statistics, check_both, resizing, statistics
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -25,7 +27,14 @@ _CLASSES_SHOWN = 5
 
 
 def load_data(
-    spec: str | os.PathLike[str], split: Split = "train", limit: int | None = None, *, progress: bool | None = None
+    spec: str | os.PathLike[str],
+    split: Split = "train",
+    limit: int | None = None,
+    *,
+    mean: Statistics | None = None,
+    std: Statistics | None = None,
+    resize: Size | None = None,
+    progress: bool | None = None,
 ) -> ImageDataset:
     """Load a data set by name.
 
@@ -35,22 +44,34 @@ def load_data(
         split: `"train"` or `"test"`.
         limit: Keep at most this many examples, a fixed random sample. The normalisation is that of the whole
             training split all the same.
+        mean: Mean that images are normalised by, with `std`, each a number a channel or one for all, of pixels scaled
+            to [0, 1]: those that a network was trained with. By default those of the training split.
+        std: Standard deviation, likewise.
+        resize: Images of a folder are scaled; see `load_image_folder`.
         progress: Show a bar while images are decoded; by default on a terminal and in notebooks.
 
     Raises:
         DataError: There is no such data set, or it is not what it should be.
-        OptionError: The split is unknown, or the limit is not positive.
+        OptionError: The split is unknown, or another option is not what it should be.
     """
     if limit is not None and limit < 1:
         raise OptionError(f"limit={limit} must be at least 1.")
-    name, colon, root = os.fspath(spec).partition(":")
-    if spec == "digits":
-        data = load_digits(split)
-    elif name == "cifar10" and (colon or not Path(name).is_dir()):
-        data = load_cifar10(root or _CIFAR10_ROOT, split)
+    check_both(mean, std)
+    if is_image_folder(spec):
+        data = load_image_folder(spec, split, mean=mean, std=std, resize=resize, progress=progress)
+    elif resize is not None:
+        raise OptionError(f"resize={resize} is for folders of images; those of {os.fspath(spec)!r} have one size.")
     else:
-        data = load_image_folder(spec, split, progress=progress)
+        _, _, root = os.fspath(spec).partition(":")
+        data = load_digits(split) if spec == "digits" else load_cifar10(root or _CIFAR10_ROOT, split)
+        data = data if mean is None or std is None else data.normalized(mean, std)
     return data if limit is None or limit >= len(data) else data.subset(limit)
+
+
+def is_image_folder(spec: str | os.PathLike[str]) -> bool:
+    """Whether a data set's name is that of a folder, there or not, and not of one that the library knows."""
+    name, colon, _ = os.fspath(spec).partition(":")
+    return spec != "digits" and not (name == "cifar10" and (colon or not Path(name).is_dir()))
 
 
 def load_digits(split: Split = "train") -> ImageDataset:
@@ -106,27 +127,61 @@ def load_cifar10(root: str | os.PathLike[str] = _CIFAR10_ROOT, split: Split = "t
 
 
 def load_image_folder(
-    root: str | os.PathLike[str], split: Split = "train", *, progress: bool | None = None
+    root: str | os.PathLike[str],
+    split: Split = "train",
+    *,
+    mean: Statistics | None = None,
+    std: Statistics | None = None,
+    resize: Size | None = None,
+    progress: bool | None = None,
 ) -> ImageDataset:
     """Decode a folder of images in the layout of `torchvision.datasets.ImageFolder`.
 
     Images lie in `root/train/CLASS/` and `root/test/CLASS/`; a root with neither directory may hold the
-    classes of the training split itself. They are read as RGB and must be of one size. The normalisation is
-    that of the training split, which is therefore decoded for either split.
+    classes of the training split itself. They are read as RGB and must be of one size, or are resized to one.
 
     Args:
         root: The directory.
         split: `"train"` or `"test"`.
+        mean: Mean that images are normalised by, with `std`; see `load_data`. By default both are those of the training
+            split, which is then decoded for either split.
+        std: Standard deviation, likewise.
+        resize: Scale images, bilinearly, until their shorter side has this many pixels, and cut out the middle square;
+            two numbers are the shorter side and the side of the square, such as (256, 224).
         progress: Show a bar while images are decoded; by default on a terminal and in notebooks.
 
     Raises:
         DataError: The directory or its classes are missing, the test split has other classes than the
             training split, a file is not an image, or images differ in size.
-        OptionError: The split is unknown.
+        OptionError: The split is unknown, or another option is not what it should be.
     """
     check_choice("split", split, SPLITS)
-    listed = {each: _list_images(Path(root).expanduser(), each) for each in ("train", split)}
-    classes, known = listed[split].classes, listed["train"].classes
+    check_both(mean, std)
+    scaled = resizing(resize)
+    listed = list_images(root, split)
+    targets, classes = torch.tensor(listed.targets), tuple(listed.classes)
+    if mean is not None and std is not None:
+        means, stds = statistics(mean, std, channels=3)
+        return ImageDataset(_decode(listed, scaled, progress=progress), targets, classes, means, stds)
+    images = _decode(listed, scaled, progress=progress)
+    training = images if split == "train" else _decode(list_images(root, "train"), scaled, progress=progress)
+    return ImageDataset.normalized_by(training, images, targets, classes)
+
+
+def list_images(root: str | os.PathLike[str], split: Split) -> "ImageFolder":
+    """List the images of a split and their classes, which must be those of the training split if there is one.
+
+    Raises:
+        DataError: The directory or its classes are missing, or the splits have different classes.
+    """
+    root = Path(root).expanduser()
+    listed = _list_split(root, split)
+    if split == "test" and (root / "train").is_dir():
+        _check_same_classes(root, listed.classes, _list_split(root, "train").classes)
+    return listed
+
+
+def _check_same_classes(root: Path, classes: Sequence[str], known: Sequence[str]) -> None:
     if classes != known:
         strange = [
             f"{name!r} is only in the {'training' if name in known else 'test'} split"
@@ -137,15 +192,10 @@ def load_image_folder(
             f"The splits in {root} have different classes: {', '.join(strange[:_CLASSES_SHOWN])}{more}; expected the "
             "same directories in both."
         )
-    images = {each: _decode(folder, progress=progress) for each, folder in listed.items()}
-    targets = torch.tensor(listed[split].targets)
-    return ImageDataset.normalized_by(images["train"], images[split], targets, tuple(classes))
 
 
-def _list_images(root: Path, split: Split) -> "ImageFolder":
-    """List the images of a split and their classes; an image is decoded when it is taken."""
+def _list_split(root: Path, split: Split) -> "ImageFolder":
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms.functional import pil_to_tensor
 
     if not root.is_dir():
         raise DataError(
@@ -160,7 +210,7 @@ def _list_images(root: Path, split: Split) -> "ImageFolder":
             f"{root} has no {split!r} split; expected the directory {directory} with a directory per class."
         )
     try:
-        return ImageFolder(directory, transform=pil_to_tensor, loader=_open_image)
+        return ImageFolder(directory, loader=open_image)
     except FileNotFoundError as error:
         raise DataError(
             f"{directory} is not a folder of images ({error}); expected {directory}/CLASS/*.png (or .jpg, …) with at "
@@ -168,7 +218,7 @@ def _list_images(root: Path, split: Split) -> "ImageFolder":
         ) from error
 
 
-def _open_image(path: str) -> "Image":
+def open_image(path: str) -> "Image":
     """An image file in RGB.
 
     Raises:
@@ -184,13 +234,17 @@ def _open_image(path: str) -> "Image":
         return image.convert("RGB")
 
 
-def _decode(folder: "ImageFolder", *, progress: bool | None) -> UInt8[Tensor, "examples 3 height width"]:
+def _decode(
+    folder: "ImageFolder", scaled: "Callable[[Image], Image]", *, progress: bool | None
+) -> UInt8[Tensor, "examples 3 height width"]:
+    from torchvision.transforms.functional import pil_to_tensor
+
     paths = [path for path, _ in folder.samples]
     images = torch.empty(0, dtype=torch.uint8)
     off = None if progress is None else not progress
     for index, path in enumerate(tqdm(paths, desc=f"decoding {folder.root}", unit="image", disable=off)):
         try:
-            image, _ = folder[index]
+            image = pil_to_tensor(scaled(folder[index][0]))
         except (OSError, SyntaxError) as error:
             # Pillow reports some broken PNG files as a SyntaxError.
             raise DataError(f"{path} cannot be read as an image ({error}).") from error
@@ -199,8 +253,8 @@ def _decode(folder: "ImageFolder", *, progress: bool | None) -> UInt8[Tensor, "e
         if image.shape != images.shape[1:]:
             sizes = [f"{width}×{height}" for *_, height, width in (image.shape, images.shape)]
             raise DataError(
-                f"{path} is {sizes[0]} pixels but {paths[0]} is {sizes[1]}; all images must have one size, so resize "
-                "them first."
+                f"{path} is {sizes[0]} pixels but {paths[0]} is {sizes[1]}; all images must have one size, so "
+                "pass resize=SIZE (--resize on the command line)."
             )
         images[index] = image
     return images

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lmc_curvature.errors import DataError, OptionError, counted
 from lmc_curvature.sources.augmentation import Crops
+from lmc_curvature.sources.preparation import Statistics, statistics
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -27,8 +28,8 @@ class ImageDataset:
         images: Pixels, 0 to 255.
         targets: The index of each image's class.
         class_names: The name of each class.
-        mean: Mean of each channel over the training split, pixels scaled to [0, 1].
-        std: Standard deviation of each channel over the training split, likewise.
+        mean: What is subtracted from each channel, pixels scaled to [0, 1]; as a rule its mean over the training split.
+        std: What it is divided by then, likewise its standard deviation.
 
     Raises:
         DataError: There are no images, or labels are missing or out of range.
@@ -71,6 +72,19 @@ class ImageDataset:
         # A constant channel has no scale to divide by.
         return cls(images, targets, class_names, mean.float(), torch.where(std > 0, std, 1.0).float())
 
+    def normalized(self, mean: Statistics, std: Statistics) -> "ImageDataset":
+        """Return the data set with a mean and standard deviation of one's own: those that networks were trained with.
+
+        Args:
+            mean: A number a channel, or one for all, of pixels scaled to [0, 1].
+            std: Likewise.
+
+        Raises:
+            OptionError: They do not fit the channels, or are not those of pixels in [0, 1].
+        """
+        means, stds = statistics(mean, std, self.images.shape[1])
+        return dataclasses.replace(self, mean=means.to(self.images.device), std=stds.to(self.images.device))
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -101,7 +115,7 @@ class ImageDataset:
         Raises:
             OptionError: The batch size is not positive.
         """
-        order = _mixed_order(len(self)).to(self.images.device) if order is None else order
+        order = mixed_order(len(self)).to(self.images.device) if order is None else order
         return Batches(self, batch_size, order, crops)
 
     def subset(self, selection: int | Int64[Tensor, " selected"]) -> "ImageDataset":
@@ -117,12 +131,25 @@ class ImageDataset:
         if isinstance(selection, int):
             if not 1 <= selection <= len(self):
                 raise DataError(f"A subset of {counted(selection, 'example')} was asked for; there are {len(self)}.")
-            generator = torch.Generator().manual_seed(_SAMPLE_SEED)
-            selection = torch.randperm(len(self), generator=generator)[:selection].sort().values
+            selection = fixed_sample(len(self), selection)
         return dataclasses.replace(self, images=self.images[selection], targets=self.targets[selection])
 
 
-def _mixed_order(count: int) -> Int64[Tensor, " examples"]:
+def fixed_sample(count: int, limit: int | None) -> Int64[Tensor, " selected"]:
+    """Indices of at most `limit` of so many examples, rising; all of them for None.
+
+    Raises:
+        OptionError: The limit is not positive.
+    """
+    if limit is not None and limit < 1:
+        raise OptionError(f"limit={limit} must be at least 1.")
+    if limit is None or limit >= count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(_SAMPLE_SEED))[:limit].sort().values
+
+
+def mixed_order(count: int) -> Int64[Tensor, " examples"]:
+    """The fixed random order of so many examples."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(_ORDER_SEED))
 
 
@@ -130,8 +157,8 @@ def _mixed_order(count: int) -> Int64[Tensor, " examples"]:
 class Batches:
     """A loader over an `ImageDataset`: `(x, y)` batches, the same in every pass, the last one possibly short.
 
-    `x` is float32, (batch, channels, height, width), with zero mean and unit variance per channel over the
-    training split; `y` is int64, (batch,).
+    `x` is float32, (batch, channels, height, width), normalised by the data set's mean and standard deviation, so with
+    zero mean and unit variance per channel where these are the training split's; `y` is int64, (batch,).
 
     Raises:
         OptionError: The batch size is not positive.

@@ -75,12 +75,13 @@ def _torchvision_factory(name: str) -> Callable[..., nn.Module]:
     return functools.partial(models.get_model, name, weights=None)
 
 
-def import_function(spec: str, *, what: str) -> Callable[..., Any]:
+def import_function(spec: str, *, what: str, also: tuple[type, ...] = ()) -> Any:
     """Import a function or class.
 
     Args:
         spec: Its name, `package.module:factory`.
         what: The beginning of messages: the place where the name was given.
+        also: Types of what may be imported, too, though it cannot be called.
 
     Raises:
         ConfigurationError: The module cannot be imported, or has no such function.
@@ -93,7 +94,7 @@ def import_function(spec: str, *, what: str) -> Callable[..., Any]:
             f"{what}: the module {module_name!r} cannot be imported ({error}). Expected package.module:factory."
         ) from error
     function = getattr(module, name, None)
-    if not callable(function):
+    if not callable(function) and not isinstance(function, also):
         public = [entry for entry, value in vars(module).items() if callable(value) and not entry.startswith("_")]
         hint = suggest(name, public) if public else "the module defines no functions."
         raise ConfigurationError(f"{what}: the module {module_name!r} has no function {name!r}: {hint}")

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction, measure_barrier, predict_barrier
-from lmc_curvature.cli import main
 from lmc_curvature.sources.data import load_data
 from lmc_curvature.sources.resnets import digits_resnet
 from tests.support.configurations import SECONDS
@@ -40,19 +39,6 @@ def checkpoints(networks, tmp_path_factory):
     return [str(folder / "a.safetensors"), str(folder / "b.pt")]
 
 
-@pytest.fixture
-def run(capsys):
-    """Run the command line; returns exit status, standard output and standard error."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
-
-
 def _batches(size=256):
     return load_data("digits", limit=60).batches(size)
 
@@ -61,21 +47,32 @@ def _batches(size=256):
 def test_predict_prints_the_prediction_as_json(run, networks, checkpoints, tmp_path):
     expected = predict_barrier(*networks, _batches(25), progress=False)
     layers = expected.layers[:2]
-    status, out, _ = run(
+    status, out, err = run(
         "predict", *checkpoints, *COMMON, "--batch-size", 25, "--json", "--set", ",".join(layers),
         "--save", tmp_path / "p.safetensors",
     )  # fmt: skip
+    assert (status, err) == (0, "")
     record = json.loads(out)
-    assert status == 0
-    assert record["barrier"]["second-order"]["value"] == pytest.approx(expected.barrier(), rel=1e-5)
-    assert record["barrier"]["hermite"]["standard_error"] == pytest.approx(
-        expected.standard_error(None, "hermite"), rel=1e-3
-    )
+    assert [anchor["alpha"] for anchor in record["anchors"]] == [0.0, 0.5, 1.0]
+    assert record["expansion"] == "anchored"
+    for expansion in ("anchored", "second-order", "hermite"):
+        found = record["barrier"][expansion]
+        assert found["value"] == pytest.approx(expected.barrier(None, expansion), rel=1e-5)
+        assert found["at_half"] == pytest.approx(expected.curve([0.5], None, expansion)[0], rel=1e-5)
+        assert found["standard_error"] == pytest.approx(expected.standard_error(None, expansion), rel=1e-3)
+    assert "expansion_error" not in record["barrier"]["second-order"]
     assert [row["layer"] for row in record["layers"]] == list(expected.layers)
     assert record["sets"][0]["layers"] == list(layers)
-    assert record["sets"][0]["barrier"] == pytest.approx(expected.barrier(layers), rel=1e-5)
+    (found,) = record["sets"]
+    assert found["barrier"] == pytest.approx(expected.barrier(layers), rel=1e-5)
+    assert found["barrier_second_order"] == pytest.approx(expected.barrier(layers, "second-order"), rel=1e-5)
+    assert found["at_half"] == pytest.approx(float(expected.set_barriers([layers])[0]), rel=1e-5)
+    assert found["expansion_error_at_half"] == pytest.approx(
+        float(expected.set_expansion_errors([layers])[0]), rel=1e-4
+    )
+    assert len(record["verdict"]) > 1
     assert BarrierPrediction.load(tmp_path / "p.safetensors").barrier() == pytest.approx(
-        record["barrier"]["second-order"]["value"]
+        record["barrier"]["anchored"]["value"]
     )
 
 
@@ -84,12 +81,42 @@ def test_a_single_batch_has_no_error_in_json(run, checkpoints):
     assert json.loads(out)["barrier"]["second-order"]["standard_error"] is None
 
 
-def test_predict_prints_tables(run, networks, checkpoints):
-    expected = predict_barrier(*networks, _batches(), progress=False)
-    status, out, _ = run("predict", *checkpoints, *COMMON, "--layers", "block")
+def _rows(out):
+    """The rows of a printed table, as lists of cells."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[:1] == "│"]
+
+
+def test_predict_prints_tables_and_ends_with_a_verdict(run, networks, checkpoints):
+    expected = predict_barrier(*networks, _batches(25), layers="block", progress=False)
+    members = ["conv", "stage1"]
+    status, out, _ = run(
+        "predict", *checkpoints, *COMMON, "--layers", "block", "--batch-size", 25, "--set", ",".join(members)
+    )
     assert status == 0
-    assert f"second-order       {expected.barrier():.4g}" in out
-    assert "ΔᵀHΔ" in out
+    *layers, of_set = _rows(out)
+    assert [row[0] for row in layers] == list(expected.layers)
+    assert of_set[0] == "conv + stage1"
+    # Signed, and the errors apart.
+    anchored, sampling, expansion, second_order = map(float, of_set[3:7])
+    assert anchored == pytest.approx(float(expected.set_barriers([members])[0]), rel=0.01)
+    assert sampling == pytest.approx(expected.standard_error(members, alpha=0.5), rel=0.06)
+    assert expansion == pytest.approx(float(expected.set_expansion_errors([members])[0]), rel=0.06)
+    assert second_order == pytest.approx(float(expected.set_barriers([members], 0.5, "second-order")[0]), rel=0.01)
+    assert min(float(row[3]) for row in layers) < 0
+    assert out.index("± expansion") < out.index("Verdict: ") > out.index("conv + stage1")
+
+
+def test_anchors_are_counted_or_named(run, networks, checkpoints, tmp_path):
+    saved = tmp_path / "p.safetensors"
+    common = ["predict", *checkpoints, *COMMON, "--layers", "block", "--no-witness", "--save", saved]
+    status, out, _ = run(*common, "--anchors", 2)
+    assert status == 0
+    assert "± expansion" not in out
+    assert [anchor.alpha for anchor in BarrierPrediction.load(saved).anchors] == [0.0, 1.0]
+    expected = predict_barrier(*networks, _batches(), layers="block", anchors=2, progress=False)
+    assert float(_rows(out)[0][3]) == pytest.approx(float(expected.set_barriers([["conv"]])[0]), rel=0.01)
+    assert run(*common, "--anchors", "0,0.3,1")[0] == 0
+    assert [anchor.alpha for anchor in BarrierPrediction.load(saved).anchors] == [0.0, 0.3, 1.0]
 
 
 def test_measure_prints_the_measurement(run, networks, checkpoints, tmp_path):
@@ -128,6 +155,10 @@ def test_measure_takes_sets_and_a_loader_of_ones_own(run, checkpoints):
             "--set ' , ' names no layer; expected names with commas",
         ),
         (["--set", ""], "--set '' names no layer"),
+        (["--anchors", "1"], "anchors=1: at least the two networks are needed"),
+        (["--anchors", "three"], "--anchors 'three': expected a number of anchors, or positions"),
+        (["--anchors", "0,0.5"], "positions that rise from 0 to 1"),
+        (["--anchors", "0,,1"], "--anchors '0,,1': expected"),
         (["--device", "tpu9"], "device='tpu9' is not a device"),
         (["--data", "json:loads"], "--data json:loads: loads() missing"),
         (["--model-option", "width"], "--model-option 'width': expected KEY=VALUE"),

@@ -4,6 +4,7 @@ import matplotlib as mpl
 import pytest
 
 from lmc_curvature.figures import save_figure
+from lmc_curvature.figures.files import figure_suffixes, write_figure
 from lmc_curvature.plotting.style import look, new_figure
 
 
@@ -47,3 +48,20 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_old_file(tmp_path):
         save_figure(broken, tmp_path / "figure")
     assert png.read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.pdf", "figure.png"]
+
+
+def test_one_file_has_the_format_that_its_suffix_names(tmp_path):
+    png, _ = save_figure(simple_figure(), tmp_path / "both")
+    for name in ("new folder/alone.png", "capitals.PNG"):
+        write_figure(simple_figure(), tmp_path / name)
+        assert (tmp_path / name).read_bytes() == png.read_bytes()
+    for name, beginning in (
+        ("one.pdf", b"%PDF"),
+        ("other.pdf", b"%PDF"),
+        ("one.svg", b"<?xml"),
+        ("one.jpg", b"\xff\xd8"),
+    ):
+        write_figure(simple_figure(), tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(beginning)
+    assert (tmp_path / "one.pdf").read_bytes() == (tmp_path / "other.pdf").read_bytes()
+    assert {".png", ".pdf", ".svg", ".jpg"} <= set(figure_suffixes())

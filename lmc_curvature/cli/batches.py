@@ -1,0 +1,57 @@
+"""The loader that the options of a comparison stand for."""
+
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmc_curvature.cli.parsing import image_options
+from lmc_curvature.errors import DataError, OptionError
+from lmc_curvature.sources import transformed_folder
+from lmc_curvature.sources.data import is_image_folder, load_data
+from lmc_curvature.sources.models import import_function
+
+if TYPE_CHECKING:
+    from lmc_curvature.cli.options import Comparison
+
+
+def make_batches(comparison: "Comparison") -> Iterable[Any]:
+    """The loader of a data set known by name, or what a factory returns.
+
+    Raises:
+        LMCCurvatureError: There is no such data set or factory, or an option does not go with it.
+    """
+    module, colon, _ = comparison.data.partition(":")
+    # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.
+    if colon and module != "cifar10" and not Path(comparison.data).exists():
+        return _own_batches(comparison)
+    is_folder = is_image_folder(comparison.data)
+    if comparison.transform is not None:
+        if not is_folder:
+            raise OptionError(f"--transform is for folders of images; {comparison.data} takes --mean and --std.")
+        transform = import_function(comparison.transform, what=f"--transform {comparison.transform}")
+        options = {"split": comparison.split, "limit": comparison.limit}
+        return transformed_folder(comparison.data, transform, comparison.batch_size, **options)
+    prepared = image_options(comparison.mean, comparison.std, comparison.resize, None)
+    data = load_data(comparison.data, comparison.split, comparison.limit, **prepared, progress=comparison.progress)
+    if is_folder and comparison.mean is None:
+        mean, std = (",".join(f"{value:.3f}" for value in values.tolist()) for values in (data.mean, data.std))
+        warnings.warn(
+            f"{comparison.data}: images are normalised by the mean {mean} and standard deviation {std} of their own "
+            "training split; networks that were trained with others need --mean and --std, or --transform.",
+            stacklevel=2,
+        )
+    return data.batches(comparison.batch_size)
+
+
+def _own_batches(comparison: "Comparison") -> Iterable[Any]:
+    for name in ("mean", "std", "resize", "transform"):
+        if getattr(comparison, name) is not None:
+            raise OptionError(f"--{name} is for images known by name; {comparison.data} makes its own loader.")
+    make_loader = import_function(comparison.data, what=f"--data {comparison.data}")
+    try:
+        return make_loader()
+    except TypeError as error:
+        raise DataError(
+            f"--data {comparison.data}: {error}. Expected a function without arguments that returns a loader."
+        ) from error

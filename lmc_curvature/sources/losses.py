@@ -1,0 +1,42 @@
+"""Losses by name: those that most networks are trained with, or any importable one."""
+
+import torch.nn.functional as F
+
+from lmc_curvature.errors import ConfigurationError, suggest
+from lmc_curvature.objective import BatchLoss, LossFunction
+from lmc_curvature.sources.models import import_function
+
+_LOSSES: dict[str, LossFunction] = {
+    "cross-entropy": F.cross_entropy,
+    "mse": F.mse_loss,
+    "bce": F.binary_cross_entropy_with_logits,
+}
+
+
+def find_loss(spec: str) -> LossFunction:
+    """Return a loss by its name.
+
+    Args:
+        spec: `"cross-entropy"`, `"mse"`, `"bce"` (binary cross-entropy of logits); or `package.module:name` for any
+            importable function of output and target, a `BatchLoss`, or a class that is made without arguments, such as
+            `torch.nn:HuberLoss`.
+
+    Raises:
+        ConfigurationError: The name is unknown, or the class needs arguments.
+    """
+    if ":" not in spec:
+        if spec not in _LOSSES:
+            raise ConfigurationError(
+                f"loss {spec!r} is unknown: {suggest(spec, _LOSSES)} Losses from elsewhere are written "
+                "'package.module:name'."
+            )
+        return _LOSSES[spec]
+    loss = import_function(spec, what=f"loss {spec!r}", also=(BatchLoss,))
+    if not isinstance(loss, type):
+        return loss
+    try:
+        return loss()
+    except TypeError as error:
+        raise ConfigurationError(
+            f"loss {spec!r} is a class that cannot be made without arguments ({error}); name a function or an object."
+        ) from error
