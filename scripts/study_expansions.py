@@ -303,10 +303,13 @@ def draw_sets(found: Results) -> Figure:
     Bars of the anchored panel are the stated expansion errors.
     """
     figure = new_figure(TEXT_WIDTH, 3.9)
-    panels = [("second order, two anchors", 2, "second-order"), ("anchored, three anchors", 3, "anchored")]
+    panels: list[tuple[str, int, Expansion]] = [
+        ("second order, two anchors", 2, "second-order"),
+        ("anchored, three anchors", 3, "anchored"),
+    ]
     colors = sequential_colors(found)
-    for place, (title, count, expansion) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, 2, place)
+    cells = figure.subplots(1, 2)
+    for axes, (title, count, expansion) in zip(cells, panels, strict=True):
         axes.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
         pooled = []
         for pair, (nine, measured, _) in found.items():
@@ -321,7 +324,7 @@ def draw_sets(found: Results) -> Figure:
         error, rank = np.mean(pooled, axis=0)
         heading(axes, title, f"mean of medians of relative errors {error:.2f}, of Spearman's ρ {rank:.2f}")
         axes.set(xlim=(-0.4, 1.1), ylim=(-0.6, 1.6), xlabel="measured barrier of a set", ylabel="predicted")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    figure.legend(*cells[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return figure
 
 
