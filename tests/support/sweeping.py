@@ -52,7 +52,7 @@ def swept(objective: Objective, directions: Any, state: Any = None, **options: A
     with warnings.catch_warnings(), objective.one_pass() as batches:
         warnings.simplefilter("error")
         # Some losses are no means; the sweep does not mind.
-        warnings.filterwarnings("ignore", message="The loss of the first batch")
+        warnings.filterwarnings("ignore", message="The loss of batch")
         for batch in batches:
             sizes.append(batch.size)
             values.append(project_by_sweep(problem, problem.points[0], batch))
