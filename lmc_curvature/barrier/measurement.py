@@ -18,7 +18,10 @@ from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics
 from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.errors import OptionError, check_choice, counted
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
+from lmc_curvature.objective.network import unwrap
+from lmc_curvature.objective.recalibration import running_statistics
 from lmc_curvature.segment import Frozen, PartitionSpec, SegmentPoints, layer_indices
+from lmc_curvature.segment.frozen import frozen_choices
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ def measure_barrier(
     sets: Sets = (),
     alphas: int | np.integer | Sequence[float] | np.ndarray = 11,
     batch_norm: BatchNormPolicy = "interpolate",
+    recalibration: Iterable[Any] | None = None,
     metrics: Sequence[Metric] = METRICS,
     max_batches: int | None = None,
     device: torch.device | str | None = None,
@@ -75,6 +79,9 @@ def measure_barrier(
             sets of layer names.
         alphas: Positions in [0, 1], or how many to space evenly from 0 to 1.
         batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`.
+        recalibration: Under `"recalibrate"`, the loader on whose batches statistics are re-estimated, by default
+            `loader`. They should be those that the networks were trained on, augmentation included: if the loss of
+            either network rises, that is warned of.
         metrics: `"loss"`, and `"error"` (the share of examples, or of positions that are not ignored, whose largest
             output is not the target's class; for one column with binary cross-entropy, whose sign is wrong).
         max_batches: Use only this many batches.
@@ -100,6 +107,7 @@ def measure_barrier(
         frozen=frozen,
         base=base,
         loss_fn=loss_fn,
+        recalibration=recalibration,
         max_batches=max_batches,
         device=device,
         dtype=dtype,
@@ -109,7 +117,11 @@ def measure_barrier(
     points = SegmentPoints(segment)
     curves = (segment.layers, *members_of_sets)
     pairs = np.array([[points.pair(members, alpha) for alpha in positions] for members in curves])
-    sizes, weights, values = evaluate_points(objective, points, metrics, progress=progress)
+    # What is frozen makes other networks of the ends, to which their statistics do not belong.
+    own = [] if frozen_choices(frozen) else [running_statistics(unwrap(model)) for model in (model_a, model_b)]
+    sizes, weights, values = evaluate_points(
+        objective, points, metrics, own_statistics=[objective.place(each) for each in own], progress=progress
+    )
     ends = values[:, :, [points.START, points.END]]
     along = _between(positions, values[:, :, pairs[..., 0]], values[:, :, pairs[..., 1]])
     notes = objective.notes + segment.notes

@@ -45,8 +45,8 @@ class Recalibration:
         weights: Real[np.ndarray, " batches"],
     ) -> "Recalibration":
         """Compare the losses of each batch."""
-        means = (float(weighted_mean(values, weights)) for values in (before, after))
-        return cls(*means, float(standard_error(after - before, weights)))
+        first, second = (float(weighted_mean(values, weights)) for values in (before, after))
+        return cls(first, second, float(standard_error(after - before, weights)))
 
     @property
     def is_worse(self) -> bool:
@@ -132,15 +132,17 @@ def recalibrate(
         For each state, entry name to statistic; and what they do to the loss.
     """
     found = objective.recalibrated(states, progress=progress)
-    points = [point for state, statistics in zip(states, found, strict=True) for point in (state, {**state, **statistics})]
+    points = [
+        point for state, statistics in zip(states, found, strict=True) for point in (state, {**state, **statistics})
+    ]
     values, weights = [], []
     with torch.no_grad(), objective.measuring(), objective.one_pass(progress=progress) as batches:
         for batch in batches:
             values.append([finite_loss(objective.batch_loss(point, batch), batch) for point in points])
             weights.append(batch.weight)
     losses, counts = np.array(values), np.array(weights)
-    pairs = range(0, len(points), 2)
-    return found, [Recalibration.of(losses[:, first], losses[:, first + 1], counts) for first in pairs]
+    firsts = range(0, len(points), 2)
+    return found, [Recalibration.of(losses[:, first], losses[:, first + 1], counts) for first in firsts]
 
 
 def warn_of_worse(recalibration: Recalibration, owner: str, *, stacklevel: int) -> None:

@@ -69,7 +69,7 @@ class Objective:
             `BatchLoss`.
         batch_norm: `"interpolate"`, `"batch"` or `"recalibrate"`; see `BatchNormPolicy`. Derivatives
             under `"recalibrate"` are those of `"batch"`.
-        recalibration: Under `"recalibrate"`, the loader on whose batches statistics are re-estimated, by default `loader`.
+        recalibration: Under `"recalibrate"`, the loader to re-estimate statistics on, by default `loader`.
             They should be those that the network was trained on, augmentation included.
         max_batches: Use only this many batches of each loader.
         device: Where to compute; the model's device by default.
