@@ -8,7 +8,6 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal
 
@@ -59,6 +58,13 @@ class Comparison:
     batch_norm: Annotated[
         Literal["interpolate", "batch", "recalibrate"], typer.Option(help="Batch normalisation between the networks.")
     ] = "interpolate"
+    recalibration: Annotated[
+        str | None, typer.Option(help="Under recalibrate: data as for --data, of training; by default those of --data.")
+    ] = None
+    augmentation: Annotated[
+        Literal["none", "crop-flip"] | None,
+        typer.Option(help="Under recalibrate: how training augments images; by default crop-flip, none for digits."),
+    ] = None
     split: Annotated[Literal["train", "test"], typer.Option(help="Of digits and folders.")] = "train"
     limit: Annotated[int | None, typer.Option(help="Use a fixed random sample of this many examples.")] = None
     batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 256
@@ -87,12 +93,15 @@ class Comparison:
     def networks(self) -> "tuple[nn.Module, nn.Module]":
         """The two networks, with the weights of their checkpoints."""
         from lmc_curvature.checkpoints import load_checkpoint
+
+        first, second = (self._load(load_checkpoint, self.make_network, path) for path in (self.a, self.b))
+        return first, second
+
+    def make_network(self) -> "nn.Module":
+        """The network as its factory makes it, with fresh weights."""
         from lmc_curvature.sources import make_model
 
-        options = dict(_key_and_value(option) for option in self.model_option or ())
-        make = partial(make_model, self.model, **options)
-        first, second = (self._load(load_checkpoint, make, path) for path in (self.a, self.b))
-        return first, second
+        return make_model(self.model, **dict(_key_and_value(option) for option in self.model_option or ()))
 
     def _load(self, load: "Callable[..., nn.Module]", make: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
         if self.key is None and self.strip_prefix is None:
@@ -111,19 +120,32 @@ class Comparison:
     def batches(self) -> Iterable[Any]:
         """The loader: of a data set known by name, or what a factory returns."""
         from lmc_curvature.sources.data import load_data
-        from lmc_curvature.sources.models import import_function
 
-        module, colon, _ = self.data.partition(":")
-        # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.
-        if not colon or module == "cifar10" or Path(self.data).exists():
-            return load_data(self.data, self.split, self.limit, progress=self.progress).batches(self.batch_size)
-        make_loader = import_function(self.data, what=f"--data {self.data}")
-        try:
-            return make_loader()
-        except TypeError as error:
-            raise DataError(
-                f"--data {self.data}: {error}. Expected a function without arguments that returns a loader."
-            ) from error
+        if not _is_named(self.data):
+            return _made_loader("--data", self.data)
+        return load_data(self.data, self.split, self.limit, progress=self.progress).batches(self.batch_size)
+
+    def recalibration_batches(self) -> Iterable[Any] | None:
+        """Under `"recalibrate"`, the loader to re-estimate statistics on; None for that of `batches`.
+
+        Of a data set known by name it is the training split, with images augmented as in training.
+        """
+        import torch
+
+        from lmc_curvature.sources.augmentation import Crops
+        from lmc_curvature.sources.data import load_data
+
+        spec = self.recalibration or self.data
+        if self.batch_norm != "recalibrate":
+            if self.recalibration or self.augmentation:
+                raise OptionError("--recalibration and --augmentation are for --batch-norm recalibrate.")
+            return None
+        if not _is_named(spec):
+            return None if self.recalibration is None else _made_loader("--recalibration", spec)
+        data = load_data(spec, "train", self.limit, progress=self.progress)
+        augmentation = self.augmentation or ("none" if spec == "digits" else "crop-flip")
+        crops = None if augmentation == "none" else Crops.draw(len(data), torch.Generator().manual_seed(0))
+        return data.batches(self.batch_size, crops=crops)
 
     def sets(self) -> list[list[str]]:
         """The sets of layers that were named."""
@@ -135,7 +157,8 @@ class Comparison:
 
         names = ("base", "batch_norm", "max_batches", "device", "progress")
         options = {name: getattr(self, name) for name in names}
-        return options | {"frozen": tuple(self.frozen or ()), "dtype": getattr(torch, self.dtype)}
+        options |= {"frozen": tuple(self.frozen or ()), "dtype": getattr(torch, self.dtype)}
+        return options | {"recalibration": self.recalibration_batches()}
 
 
 def with_comparison(command: Callable[Concatenate[Comparison, ...], None]) -> Callable[..., None]:
@@ -152,6 +175,25 @@ def with_comparison(command: Callable[Concatenate[Comparison, ...], None]) -> Ca
     # typer reads a command's options from its signature.
     run.__signature__ = inspect.Signature([*shared.values(), *own])  # pyright: ignore[reportFunctionMemberAccess]
     return run
+
+
+def _is_named(data: str) -> bool:
+    """Whether data are a data set known by name, and not a function that makes a loader."""
+    module, colon, _ = data.partition(":")
+    # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.
+    return not colon or module == "cifar10" or Path(data).exists()
+
+
+def _made_loader(option: str, spec: str) -> Iterable[Any]:
+    from lmc_curvature.sources.models import import_function
+
+    make_loader = import_function(spec, what=f"{option} {spec}")
+    try:
+        return make_loader()
+    except TypeError as error:
+        raise DataError(
+            f"{option} {spec}: {error}. Expected a function without arguments that returns a loader."
+        ) from error
 
 
 def _key_and_value(option: str) -> tuple[str, Any]:

@@ -24,6 +24,7 @@ from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
 from lmc_curvature.merging.recipes import write_recipe
 from lmc_curvature.objective.network import movable_entries, skeleton_of, tied_names, unwrap
 from lmc_curvature.objective.normalization import is_batch_counter
+from lmc_curvature.objective.recalibration import running_statistics
 from lmc_curvature.segment import LayerPartition, PartitionSpec
 from lmc_curvature.segment.compatibility import entry_differences, refuse_differences
 from lmc_curvature.storage import make_header
@@ -196,7 +197,14 @@ def _refuse_fixed_differences(a: MappedCheckpoint, b: MappedCheckpoint, owners: 
             )
 
 
-def merge_checkpoints(plan: MergePlan, out: str | os.PathLike[str], *, mergekit: Path | None = None) -> dict[str, Any]:
+def merge_checkpoints(
+    plan: MergePlan,
+    out: str | os.PathLike[str],
+    *,
+    mergekit: Path | None = None,
+    recalibrated: nn.Module | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Write the merged checkpoint as a safetensors file, entry by entry.
 
     The file holds every entry of the base's state dict, of its type; those that move are averaged. In memory are no
@@ -206,6 +214,8 @@ def merge_checkpoints(plan: MergePlan, out: str | os.PathLike[str], *, mergekit:
         plan: What is averaged, and where.
         out: The file to write.
         mergekit: Also write the same there as a configuration of mergekit.
+        recalibrated: The merged network, if its running statistics were re-estimated: they come from here.
+        facts: What else to say of the provenance.
 
     Returns:
         What the file's metadata say of its provenance.
@@ -215,14 +225,19 @@ def merge_checkpoints(plan: MergePlan, out: str | os.PathLike[str], *, mergekit:
         NonFiniteError: An averaged entry is not finite.
         OSError: A file cannot be written.
     """
-    record = provenance(plan)
-    write_stream(out, plan.forms(), plan.parts, metadata_of_merge(plan.kept.path, record))
+    record = provenance(plan) | dict(facts or {})
+    forms, statistics = plan.forms(), {} if recalibrated is None else running_statistics(recalibrated)
+
+    def parts(name: str) -> Iterable[Tensor]:
+        return [statistics[name].cpu().to(forms[name].dtype)] if name in statistics else plan.parts(name)
+
+    write_stream(out, forms, parts, metadata_of_merge(plan.kept.path, record))
     if mergekit is not None:
         write_recipe(mergekit, plan.a.path, plan.b.path, plan.base, plan.entries)
     return record
 
 
-def provenance(plan: MergePlan, **more: Any) -> dict[str, Any]:
+def provenance(plan: MergePlan) -> dict[str, Any]:
     """Where a merged network comes from: files with their digests, coordinates of its layers, and versions."""
     versions = {
         "lmc_curvature": __version__,
@@ -234,7 +249,7 @@ def provenance(plan: MergePlan, **more: Any) -> dict[str, Any]:
         name: {"path": str(own.path), "sha256": digests_of(own.path)} for name, own in (("a", plan.a), ("b", plan.b))
     }
     layers = {"base": plan.base, "layers": list(plan.averaged), "alpha": dict(plan.coordinates)}
-    return {"files": files, **layers, "batch_norm": "interpolate", "versions": versions, **more}
+    return {"files": files, **layers, "batch_norm": "interpolate", "versions": versions}
 
 
 def metadata_of_merge(base: Path, record: Mapping[str, Any]) -> dict[str, str]:
