@@ -97,9 +97,10 @@ def check(
     found = check_checkpoints(files.a, files.b, model, partition=layers, distances=distances, **names)
     cost = None
     if files.model and files.data:
-        options = {
-            name: value for name, value in files.computation().items() if name not in ("recalibration", "progress")
-        }
+        from lmc_curvature.merging.cost import estimate_prediction
+
+        options = files.computation()
+        del options["recalibration"], options["progress"]
         cost = estimate_prediction(*files.networks(), files.batches(), layers=layers, **options)
     if files.as_json:
         record = None if cost is None else {**dataclasses.asdict(cost), "seconds": cost.seconds}
