@@ -2,6 +2,7 @@
 
 import os
 import platform
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from lmc_curvature.checkpoints.streaming import (
     metadata_of,
     write_stream,
 )
-from lmc_curvature.errors import ArchitectureMismatchError, NonFiniteError
+from lmc_curvature.errors import ArchitectureMismatchError, CheckpointError, NonFiniteError
 from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
 from lmc_curvature.merging.recipes import write_recipe
 from lmc_curvature.objective.network import movable_entries, skeleton_of, tied_names, unwrap
@@ -85,7 +86,7 @@ class MergePlan:
             pieces = [tensor[start : start + _CHUNK] for tensor in flat]
             if len(pieces) == 2:
                 # A mean of halves is taken in single precision, as torch does within one operation.
-                wide = torch.promote_types(torch.promote_types(*(piece.dtype for piece in pieces)), torch.float32)
+                wide = torch.float64 if torch.float64 in [piece.dtype for piece in pieces] else torch.float32
                 piece = torch.lerp(pieces[0].to(wide), pieces[1].to(wide), float(alpha or 0)).to(dtype)
             else:
                 piece = pieces[0].to(dtype)
@@ -171,7 +172,7 @@ def map_pair(
         structure = skeleton_of(unwrap(model))
         own, network, ties = structure.state_dict(), type(structure).__name__, tied_names(structure)
     options = {"network": network, "key": key, "strip_prefix": strip_prefix}
-    a, b = (MappedCheckpoint(path, own, **options) for path in (path_a, path_b))
+    a, b = (_mapped(path, own, **options) for path in (path_a, path_b))
     if model is None:
         refuse_differences(entry_differences(_wide(a), _wide(b), (str(a.path), str(b.path))), "checkpoints")
         ties = a.ties | b.ties
@@ -181,6 +182,22 @@ def map_pair(
     owners = {name: ties.get(name, name) for name in {**a.forms, **b.forms} if ties.get(name, name) in movable}
     _refuse_fixed_differences(a, b, owners)
     return a, b, owners
+
+
+def _mapped(path: str | os.PathLike[str], own: Mapping[str, Any] | None, **options: Any) -> MappedCheckpoint:
+    try:
+        return MappedCheckpoint(path, own, **options)
+    except CheckpointError as error:
+        # The other file may need these options, and this one may hold a single state dict that fits as it is.
+        given = [name for name in ("key", "strip_prefix") if options.pop(name) is not None]
+        try:
+            found = MappedCheckpoint(path, own, **options) if given else None
+        except CheckpointError:
+            found = None
+        if found is None:
+            raise error from None
+        warnings.warn(f"{path} was read without {' and '.join(given)}, which does not fit it.", stacklevel=5)
+        return found
 
 
 def _wide(checkpoint: MappedCheckpoint) -> dict[str, Tensor]:
