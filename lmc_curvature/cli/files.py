@@ -6,7 +6,7 @@ As in `app`, the library is imported inside the commands.
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,6 +23,9 @@ Partition = Annotated[
     str | None,
     typer.Option(help="fused, module, tensor, block or block:DEPTH; by default fused, and module without --model."),
 ]
+
+
+_OPTIONAL = ("model", "data")
 
 
 def register(app: typer.Typer) -> None:
@@ -64,13 +67,13 @@ def merge(
     from lmc_curvature.merging.files import merge_checkpoints, plan_merge
 
     files = dataclasses.replace(files, batch_norm=batch_norm)
-    model = _model(files)
+    recalibration, model = files.recalibration_batches(), _model(files)
     options: dict[str, Any] = {"alpha": coordinate, "layers": members, "base": base}
     options |= {"partition": _partition(partition, model)}
     plan = plan_merge(files.a, files.b, model, key=files.key, strip_prefix=files.strip_prefix, **options)
-    network, facts = None, {"model": files.model, "partition": options["partition"], "batch_norm": batch_norm}
+    network, facts = None, {"model": files.model or None, "partition": options["partition"], "batch_norm": batch_norm}
     if batch_norm == "recalibrate":
-        network, facts["losses"] = _recalibrated(files, options)
+        network, facts["losses"] = _recalibrated(files, recalibration, options)
     record = merge_checkpoints(plan, out, mergekit=mergekit, recalibrated=network, facts=facts)
     if files.as_json:
         print(json.dumps({"out": str(out), **record}, indent=2))
@@ -117,14 +120,16 @@ def _with_files(command: Callable[..., None], *left_out: str) -> Callable[..., N
     """The command with the options of `Comparison`, none of which but the two files is needed, before its own."""
     every = inspect.signature(Comparison).parameters
     shared = {name: parameter for name, parameter in every.items() if name not in left_out}
-    for name in ("model", "data"):
+    for name in _OPTIONAL:
         annotation = shared[name].annotation
         optional = Annotated[annotation.__origin__ | None, *annotation.__metadata__]
         shared[name] = shared[name].replace(default=None, annotation=optional)
     _, *own = inspect.signature(command).parameters.values()
 
     def run(**options: Any) -> None:
-        command(Comparison(**{name: options.pop(name) for name in shared}), **options)
+        given = {name: options.pop(name) for name in shared}
+        # What is not given has an empty name.
+        command(Comparison(**given | {name: given[name] or "" for name in _OPTIONAL}), **options)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     # typer reads a command's options from its signature, where those without a default may follow others by keyword.
@@ -169,7 +174,9 @@ def _check_output(option: str, path: Path | None, files: Comparison, *, force: b
     check_writable(path.parent, what=f"{option} {path}")
 
 
-def _recalibrated(files: Comparison, options: dict[str, Any]) -> "tuple[nn.Module, dict[str, float]]":
+def _recalibrated(
+    files: Comparison, recalibration: Iterable[Any] | None, options: dict[str, Any]
+) -> "tuple[nn.Module, dict[str, float]]":
     """The merged network with re-estimated statistics, and its losses before and after."""
     from lmc_curvature.merging import merge as merge_networks
 
@@ -179,7 +186,7 @@ def _recalibrated(files: Comparison, options: dict[str, Any]) -> "tuple[nn.Modul
         second,
         batch_norm="recalibrate",
         loader=files.batches(),
-        recalibration=files.recalibration_batches(),
+        recalibration=recalibration,
         max_batches=files.max_batches,
         progress=files.progress,
         **options,

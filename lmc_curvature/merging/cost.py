@@ -93,6 +93,8 @@ def estimate_prediction(
         LMCCurvatureError: What `predict_barrier` raises.
     """
     check_loader(loader, max_batches)
+    # An iterator says how many are left.
+    batches = loader_length(loader, max_batches)
     with global_rng_preserved():
         batch = list(itertools.islice(loader, 1))
     if not batch:
@@ -106,9 +108,7 @@ def estimate_prediction(
         predict_on_segment(objective, segment, anchors=anchors, method=method, memory_gib=memory_gib, progress=False)
         seconds.append(time.perf_counter() - start)
     count = len(check_anchors(anchors))
-    return PredictionCost(
-        loader_length(loader, max_batches), count, seconds[0], seconds[1], _peak_gib(objective.device)
-    )
+    return PredictionCost(batches, count, seconds[0], seconds[1], _peak_gib(objective.device))
 
 
 def _peak_gib(device: torch.device) -> float:

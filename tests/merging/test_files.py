@@ -93,7 +93,7 @@ def test_without_a_network_layers_are_told_by_names(pair, paths, tmp_path):
     merge_checkpoints(plan_merge(*paths, **options), tmp_path / "some")
     expected = merge(*pair, **options).state_dict()
     torch.testing.assert_close(load_file(tmp_path / "some"), expected, rtol=1e-6, atol=1e-7)
-    with pytest.raises(PartitionError, match="'fused' asks the network .* --model"):
+    with pytest.raises(PartitionError, match="'fused' asks the network .*--model"):
         plan_merge(*paths, layers=["linear"])
     with pytest.raises(PartitionError, match="no layer 'stage7'"):
         plan_merge(*paths, layers=["stage7"], partition="block")

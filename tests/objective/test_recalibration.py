@@ -73,12 +73,14 @@ def test_a_measurement_has_the_statistics_of_that_loader_at_every_point():
 @pytest.mark.parametrize("function", [measure_barrier, predict_barrier])
 def test_a_network_that_is_worse_by_them_is_named(function):
     batches = CONV.batches((6, 6, 6))
-    first, second = (_with_statistics_of(CONV.model(seed), batches) for seed in (0, 1))
+    first, second = CONV.model(0), CONV.model(1)
     optimizer = torch.optim.Adam(second.parameters(), 0.05)
     for _ in range(40):
         optimizer.zero_grad()
         torch.stack([plain_loss_of(second, batch) for batch in batches]).sum().backward()
         optimizer.step()
+    for model in (first, second):
+        _with_statistics_of(model, batches)
     strange = [(20 * x - 30, y) for x, y in batches]
     options = {"batch_norm": "recalibrate", "progress": False}
     with pytest.warns(UserWarning, match="make model_b worse: loss .* by its own statistics"):
@@ -98,15 +100,15 @@ def test_worse_is_by_more_than_a_tenth_and_than_batches_differ():
     assert Recalibration.of(before, before + 0.5, weights).is_worse
     assert not Recalibration.of(before, before + 0.1, weights).is_worse
     assert not Recalibration.of(before, before - 0.5, weights).is_worse
-    assert not Recalibration.of(before, before + [-2.0, 0.0, 3.0], weights).is_worse
-    found = Recalibration.of(before, before + [0.3, 0.6, 0.9], np.array([1.0, 1.0, 2.0]))
+    assert not Recalibration.of(before, before + np.array([-2.0, 0.0, 3.0]), weights).is_worse
+    found = Recalibration.of(before, before + np.array([0.3, 0.6, 0.9]), np.array([1.0, 1.0, 2.0]))
     assert (found.before, found.after) == pytest.approx((2.25, 2.25 + 0.675))
     # Of a single batch there is no spread.
     assert Recalibration.of(before[:1], before[:1] + 0.5, weights[:1]).is_worse
 
 
 @pytest.mark.parametrize("function", [measure_barrier, predict_barrier])
-def test_the_loader_is_for_its_policy(function):
+def test_the_loader_is_for_its_policy(function, untyped):
     pair = CONV.model(0), CONV.model(1)
     with pytest.raises(OptionError, match="recalibration is a loader for batch_norm='recalibrate' alone"):
         function(*pair, CONV.batches(), recalibration=CONV.batches())
