@@ -42,7 +42,7 @@ def measure_barrier(
     frozen: Frozen = (),
     base: Literal["a", "b"] = "a",
     sets: Sets = (),
-    points: Sequence[Mapping[str, float]] = (),
+    points: Sequence[Mapping[str, float | int]] = (),
     alphas: int | np.integer | Sequence[float] | np.ndarray = 11,
     batch_norm: BatchNormPolicy = "interpolate",
     metrics: Sequence[Metric] = METRICS,

@@ -178,14 +178,16 @@ def _measured(
 ) -> tuple[list[PointTrial], Correction]:
     """Measure points, all in one pass, and learn from it."""
     measurement = bench.measure(points, loader)
-    columns = (
-        measurement.points,
-        point_rises(bench.prediction, points).tolist(),
-        correction.at(points)[0].tolist(),
-        measurement.rises().tolist(),
-        measurement.rise_errors().tolist(),
-    )
-    names = ("alphas", "predicted", "expected", "rise", "standard_error")
-    trials = [PointTrial(**dict(zip(names, values, strict=True))) for values in zip(*columns, strict=True)]
-    noise = np.nan_to_num(measurement.rise_errors())
-    return trials, correction.extended(points, measurement.rises(), noise)
+    predicted, expected = point_rises(bench.prediction, points), correction.at(points)[0]
+    rises, errors = measurement.rises(), measurement.rise_errors()
+    trials = [
+        PointTrial(
+            alphas=measurement.points[number],
+            predicted=float(predicted[number]),
+            expected=float(expected[number]),
+            rise=float(rises[number]),
+            standard_error=float(errors[number]),
+        )
+        for number in range(len(points))
+    ]
+    return trials, correction.extended(points, rises, np.nan_to_num(errors))

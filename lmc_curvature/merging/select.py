@@ -22,21 +22,22 @@ if TYPE_CHECKING:
 
     from lmc_curvature.merging.verify import Verification
 
-Weight = Literal["parameters", "distance"] | Mapping[str, float]
+Weight = Literal["parameters", "distance"] | Mapping[str, float | int]
 """What a layer counts for: its parameters, the norm of its displacement, or a number for every layer."""
 
 # Up to so many layers, all their sets are looked at.
 _EXHAUSTIVE = 20
-_BUDGETS = 21
+# Where there are more, searches begin at so many random sets, too, and the curve is of so many budgets.
+_STARTS, _BUDGETS = 2, 21
 # Equal rises and weights that come by different sums differ by less, in units of the losses and of the total weight.
 _ROUNDING = 1e-12
 
 
 def select_layers(
     prediction: BarrierPrediction,
-    budget: float | None = None,
+    budget: float | int | None = None,
     *,
-    relative_budget: float | None = None,
+    relative_budget: float | int | None = None,
     base: Base | None = None,
     weight: Weight = "parameters",
     required: Iterable[str] | str = (),
@@ -76,8 +77,9 @@ def select_layers(
         raise PartitionError(f"Layer {name!r} is both required and excluded: leave it out of one of them.")
     bases: tuple[Base, ...] = ("a", "b") if base is None else (base,)
     choice = Choice(prediction, limit, bases, weights, inside, outside)
-    best = [(*choice.best(each, limit), each) for each in bases]
-    score, members, chosen = max(best, key=lambda entry: entry[0])
+    best: dict[Base, tuple[float, np.ndarray]] = {each: choice.best(each, limit) for each in bases}
+    chosen = max(best, key=lambda each: best[each][0])
+    score, members = best[chosen]
     if score < 0:
         least = float(set_rises(prediction, members[None], chosen)[0])
         raise OptionError(
@@ -141,7 +143,10 @@ class Choice:
     def best(self, base: Base, budget: float) -> tuple[float, Bool[np.ndarray, " L"]]:
         """The best set for a base, and its score: negative where it is not within the budget."""
         score = self._score(base, budget)
-        members = self.search(score)
+        starts = (
+            () if self.exact else self.required | (np.random.default_rng(0).random((_STARTS, len(self.weights))) < 0.5)
+        )
+        members = self.search(score, starts=[each & ~self.excluded for each in starts])
         return float(score(members[None])[0]), members
 
     def search(self, score: Score, *, starts: Sequence[Bool[np.ndarray, " L"]] = (), width: int = 12) -> np.ndarray:
@@ -156,8 +161,10 @@ class Choice:
             return _undominated(self, base, every_set(self.required, self.free))
         lowest = self.search(lambda members: -set_rises(self.prediction, members, base))
         ends = set_rises(self.prediction, np.stack([lowest, ~self.excluded]), base)
-        found = [self.best(base, float(budget))[1] for budget in np.linspace(*sorted(ends), _BUDGETS)]
-        return _undominated(self, base, [np.stack([lowest, *found])])
+        found = [lowest]
+        for budget in np.linspace(ends.min(), ends.max(), _BUDGETS):
+            found.append(self.search(self._score(base, float(budget)), starts=found[-1:]))
+        return _undominated(self, base, [np.stack(found)])
 
     def _score(self, base: Base, budget: float) -> Score:
         scale = max(abs(mean_loss(self.prediction)), *(abs(end.loss) for end in self.prediction.endpoints), 1e-300)
@@ -290,7 +297,7 @@ def _undominated(choice: Choice, base: Base, sets: Iterable[Bool[np.ndarray, "se
     return kept
 
 
-def _limit(prediction: BarrierPrediction, budget: float | None, relative_budget: float | None) -> float:
+def _limit(prediction: BarrierPrediction, budget: float | int | None, relative_budget: float | int | None) -> float:
     if (budget is None) == (relative_budget is None):
         given = "neither was given" if budget is None else f"got {budget!r} and {relative_budget!r}"
         raise OptionError(f"Give budget, in units of the loss, or relative_budget, a part of the mean loss; {given}.")

@@ -169,7 +169,7 @@ def _measured(
     loader: Iterable[Any],
 ) -> tuple[list[SetTrial], Correction]:
     """Measure sets with every base, all in one pass, and learn from it."""
-    pairs = [(members, base) for members in sets for base in choice.bases]
+    pairs: list[tuple[np.ndarray, Base]] = [(members, base) for members in sets for base in choice.bases]
     groups = [np.concatenate(points_of(members[None], base)) for members, base in pairs]
     points = np.concatenate(groups)
     measurement = bench.measure(points, loader)

@@ -85,7 +85,7 @@ class SegmentPoints(Sequence[dict[str, Tensor]]):
         return state
 
 
-def check_points(layers: Sequence[str], points: Sequence[Mapping[str, float]]) -> tuple[dict[str, float], ...]:
+def check_points(layers: Sequence[str], points: Sequence[Mapping[str, float | int]]) -> tuple[dict[str, float], ...]:
     """Points of the cube, a number for every layer each, with the layers in their own order.
 
     Raises:
