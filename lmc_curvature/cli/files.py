@@ -127,9 +127,10 @@ def _with_files(command: Callable[..., None], *left_out: str) -> Callable[..., N
     _, *own = inspect.signature(command).parameters.values()
 
     def run(**options: Any) -> None:
-        given = {name: options.pop(name) for name in shared}
+        given: dict[str, Any] = {name: options.pop(name) for name in shared}
         # What is not given has an empty name.
-        command(Comparison(**given | {name: given[name] or "" for name in _OPTIONAL}), **options)
+        given |= {name: given[name] or "" for name in _OPTIONAL}
+        command(Comparison(**given), **options)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     # typer reads a command's options from its signature, where those without a default may follow others by keyword.
