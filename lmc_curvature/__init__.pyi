@@ -18,6 +18,11 @@ from .curvature.spectra.lanczos import lanczos as lanczos
 from .curvature.spectra.trace import Estimate as Estimate
 from .curvature.spectra.trace import trace as trace
 from .errors import LMCCurvatureError as LMCCurvatureError
+from .merging.merge import merge as merge
+from .merging.point import BestPoint as BestPoint
+from .merging.point import best_point as best_point
+from .merging.select import Selection as Selection
+from .merging.select import select_layers as select_layers
 from .objective.losses import BatchLoss as BatchLoss
 from .objective.risk import Objective as Objective
 from .segment.partition import LayerPartition as LayerPartition

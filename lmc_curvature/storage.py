@@ -166,8 +166,10 @@ def read_safetensors(
         raise FileFormatError(f"{path} is damaged or is not a safetensors file ({error}).") from error
 
 
-def check_header(path: str | os.PathLike[str], header: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a file of ours, whose version and checksum must be right.
+def check_header(
+    path: str | os.PathLike[str], header: Mapping[str, Any], entries: Mapping[str, Any], *, verify: bool = True
+) -> dict[str, Any]:
+    """Return the metadata of a file of ours, whose version, and checksum if that is to be verified, must be right.
 
     Raises:
         NewerVersionError: The file was written by another release.
@@ -175,7 +177,7 @@ def check_header(path: str | os.PathLike[str], header: Mapping[str, Any], entrie
     """
     check_version(path, header.get("version"), _VERSION, release=header.get("release"))
     metadata = header.get("metadata", {})
-    if header.get("checksum") != _checksum(entries, metadata):
+    if verify and header.get("checksum") != _checksum(entries, metadata):
         raise FileFormatError(f"{path} is damaged: its contents do not match its checksum.")
     return metadata
 

@@ -20,6 +20,7 @@ So a set of layers, whose points are x = α 1_S and x = 1 − (1−α) 1_S, need
 values of batches give standard errors, with the weights held fixed.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -133,12 +134,23 @@ def disagreement_weights(
     The first is of the two ways from the diagonal, blended minus expanded; each other leaves one of the anchors between
     the ends out.
     """
-    found = [set_weights(positions, alpha, size, 1.0) - set_weights(positions, alpha, size, 0.0)]
-    whole = set_weights(positions, alpha, size)
+    return _disagreements(positions, lambda some, share: set_weights(some, alpha, size, share))
+
+
+def point_disagreement_weights(
+    positions: Positions, place: Float[np.ndarray, "*points"], square: Float[np.ndarray, "*points"]
+) -> list[Weights]:
+    """Weights of the `Features` in differences of losses, as `disagreement_weights` has them for barriers of sets."""
+    return _disagreements(positions, lambda some, share: point_weights(some, place, square, share))
+
+
+def _disagreements(positions: Positions, weights: Callable[[Positions, float | None], Weights]) -> list[Weights]:
+    found = [weights(positions, 1.0) - weights(positions, 0.0)]
+    whole = weights(positions, None)
     for left_out in range(1, len(positions) - 1):
         others = np.delete(np.arange(len(positions)), left_out)
         fewer = np.zeros_like(whole)
-        fewer[:, others] = set_weights(positions[others], alpha, size)
+        fewer[:, others] = weights(positions[others], None)
         found.append(whole - fewer)
     return found
 

@@ -8,7 +8,15 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
-from lmc_curvature.barrier.blending import Features, combine, disagreement_weights, layer_shares, point_weights
+from lmc_curvature.barrier.blending import (
+    Features,
+    Weights,
+    combine,
+    disagreement_weights,
+    layer_shares,
+    point_disagreement_weights,
+    point_weights,
+)
 from lmc_curvature.barrier.expansions import Expansion, barrier_weights
 from lmc_curvature.curvature.projection import Projection
 from lmc_curvature.errors import OptionError
@@ -78,14 +86,24 @@ class Cube:
         Raises:
             OptionError: The points are no array (n, L) of numbers in [0, 1].
         """
-        x = np.asarray(points, dtype=np.float64)
-        if x.ndim != 2 or x.shape[1] != len(self.layers) or not ((x >= 0) & (x <= 1)).all():
-            raise OptionError(
-                f"points: expected an array (n, {len(self.layers)}) of numbers in [0, 1], a column a layer in the "
-                f"order of prediction.layers; got one of shape {x.shape}."
-            )
+        x = self._points(points)
         weights = point_weights(self.positions, x @ self.shares, x**2 @ self.shares)
         return self.anchors[0].projection.loss + combine(weights, self._features(x))
+
+    def batch_losses(self, point: Float[np.ndarray, " L"]) -> Float[np.ndarray, " batches"]:
+        """The loss at a point by every batch, with the weights of them all."""
+        x = self._points(point[None])
+        weights = point_weights(self.positions, x @ self.shares, x**2 @ self.shares)
+        return self.anchors[0].projection.batch_losses + combine(weights, self._batch_features(x[0]))
+
+    def loss_errors(self, points: Float[np.ndarray, "n L"]) -> Float[np.ndarray, " n"]:
+        """How far `losses` may be off, apart from sampling; the size is that above the chord at the same place."""
+        x = self._points(points)
+        features, place = self._features(x), x @ self.shares
+        losses = combine(point_weights(self.positions, place, x**2 @ self.shares), features)
+        first, last = self.anchors[0].projection.loss, self.anchors[-1].projection.loss
+        ways = point_disagreement_weights(self.positions, place, x**2 @ self.shares)
+        return _error(ways, features, losses - place * (last - first))
 
     def barriers(
         self, members: Bool[np.ndarray, "sets L"], alpha: Float[np.ndarray, " n #sets"], expansion: Expansion
@@ -103,12 +121,7 @@ class Cube:
     ) -> Float[np.ndarray, " batches"]:
         """The barrier of a set at a position by every batch, with the weights of them all."""
         weights = barrier_weights(expansion, self.positions, np.array([alpha]), np.array([members @ self.shares]))
-        first = self.anchors[0].projection.batch_losses
-        features = _stacked(
-            _features(each.batch_losses - first, each.batch_slopes, each.batch_curvatures, members)
-            for _, each in self.anchors
-        )
-        return combine(weights, features)
+        return combine(weights, self._batch_features(members))
 
     def expansion_errors(
         self, members: Bool[np.ndarray, "sets L"], alpha: Float[np.ndarray, " n #sets"]
@@ -116,13 +129,33 @@ class Cube:
         """How far anchored barriers may be off, apart from sampling."""
         features = self._features(members)
         ways = disagreement_weights(self.positions, alpha, members @ self.shares)
-        between, *left_out = (np.abs(combine(weights, features)) for weights in ways)
-        size = np.abs(self.barriers(members, alpha, "anchored"))
-        return _BETWEEN * between + _LEFT_OUT * np.max([*left_out, np.zeros_like(between)], axis=0) + _SIZE * size
+        return _error(ways, features, self.barriers(members, alpha, "anchored"))
+
+    def _points(self, points: object) -> Float[np.ndarray, "n L"]:
+        x = np.asarray(points, dtype=np.float64)
+        if x.ndim != 2 or x.shape[1] != len(self.layers) or not ((x >= 0) & (x <= 1)).all():
+            raise OptionError(
+                f"points: expected an array (n, {len(self.layers)}) of numbers in [0, 1], a column a layer in the "
+                f"order of prediction.layers; got one of shape {x.shape}."
+            )
+        return x
 
     def _features(self, x: Float[np.ndarray, "n L"] | Bool[np.ndarray, "n L"]) -> Features:
         first = self.anchors[0].projection.loss
         return _stacked(_features(each.loss - first, each.slopes, each.curvature, x) for _, each in self.anchors)
+
+    def _batch_features(self, x: Float[np.ndarray, " L"] | Bool[np.ndarray, " L"]) -> Features:
+        first = self.anchors[0].projection.batch_losses
+        return _stacked(
+            _features(each.batch_losses - first, each.batch_slopes, each.batch_curvatures, x)
+            for _, each in self.anchors
+        )
+
+
+def _error(ways: Sequence[Weights], features: Features, values: np.ndarray) -> np.ndarray:
+    between, *left_out = (np.abs(combine(weights, features)) for weights in ways)
+    left_out = np.max([*left_out, np.zeros_like(between)], axis=0)
+    return _BETWEEN * between + _LEFT_OUT * left_out + _SIZE * np.abs(values)
 
 
 def _features(loss: float | np.ndarray, slopes: np.ndarray, curvature: np.ndarray, x: np.ndarray) -> Features:

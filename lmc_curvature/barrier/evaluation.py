@@ -1,7 +1,6 @@
 """The metrics of a measurement, evaluated batch by batch at all points of a segment."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,14 +9,19 @@ from jaxtyping import Float, Int
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.barrier.metrics import Metric, Truth, metric_values, metric_weights
 from lmc_curvature.errors import NonFiniteError, OptionError, counted
-from lmc_curvature.objective import Batch, Objective
-from lmc_curvature.objective.network import State
+from lmc_curvature.objective import Batch, Objective, State
+from lmc_curvature.objective.recalibration import Recalibration, warn_of_worse
 from lmc_curvature.segment import SegmentPoints
 
 
 @torch.no_grad()
 def evaluate_points(
-    objective: Objective, points: SegmentPoints, metrics: Sequence[Metric], *, progress: bool | None
+    objective: Objective,
+    points: SegmentPoints,
+    metrics: Sequence[Metric],
+    *,
+    own_statistics: Sequence[State] = (),
+    progress: bool | None,
 ) -> tuple[
     Int[np.ndarray, " batches"],
     Float[np.ndarray, "batches metrics"] | None,
@@ -29,6 +33,8 @@ def evaluate_points(
         objective: The loss.
         points: The states.
         metrics: What to evaluate.
+        own_statistics: Under `"recalibrate"`, the running statistics of the two networks themselves: if the loss of one
+            is larger by those re-estimated, it is warned of.
         progress: Show a progress bar over batches.
 
     Returns:
@@ -38,32 +44,46 @@ def evaluate_points(
         OptionError: The error is asked for, and cannot be told from outputs and targets.
         NonFiniteError: A value is infinite or not a number.
     """
-    statistics: Sequence[dict[str, torch.Tensor]] = [{}] * len(points)
+    ends = (points.START, points.END)
+    places: list[tuple[int, State]] = [(number, {}) for number in range(len(points))]
     if objective.batch_norm == "recalibrate":
         if "error" in metrics:
             # Before the long pass: what the error is of can be told from one evaluation.
             with objective.measuring(), objective.one_pass(progress=False) as batches:
                 batch = next(batches)
                 Truth.of(objective.loss_fn, *objective.batch_evaluation(points[points.START], batch)[1:], batch)
-        statistics = objective.recalibrated(points, progress=progress)
+        places = list(enumerate(objective.recalibrated(points, progress=progress)))
+        places += zip(ends, own_statistics, strict=False)
     sizes, weights, values = [], [], []
     visit = objective.one_pass(progress=progress, description="measuring", weightless=True)
     with objective.measuring(), visit as batches:
         for batch in batches:
-            of_batch, of_metrics = _batch_values(objective, points, statistics, batch, metrics)
+            of_batch, of_metrics = _batch_values(objective, points, places, batch, metrics)
             sizes.append(batch.size)
             weights.append(of_metrics)
             values.append(of_batch)
     by_size = all(weight == size for size, row in zip(sizes, weights, strict=True) for weight in row)
-    return np.array(sizes), None if by_size else np.array(weights), np.stack(values)
+    found, own = np.split(np.stack(values), [len(points)], axis=2)
+    if "loss" in metrics:
+        index = list(metrics).index("loss")
+        for number, before in zip(ends, np.moveaxis(own[:, index], 1, 0), strict=False):
+            after = found[:, index, number]
+            recalibration = Recalibration.of(before, after, np.array(weights)[:, index])
+            # Between here and the user is measure_barrier, with torch's wrappers around both.
+            warn_of_worse(recalibration, points.describe(number), stacklevel=5)
+    return np.array(sizes), None if by_size else np.array(weights), found
 
 
 def _batch_values(
-    objective: Objective, points: SegmentPoints, statistics: Sequence[Any], batch: Batch, metrics: Sequence[Metric]
-) -> tuple[Float[np.ndarray, "metrics points"], list[float]]:
-    """Return every metric of one batch at every point, and what the batch counts for in the mean of each metric."""
+    objective: Objective,
+    points: SegmentPoints,
+    places: Sequence[tuple[int, State]],
+    batch: Batch,
+    metrics: Sequence[Metric],
+) -> tuple[Float[np.ndarray, "metrics places"], list[float]]:
+    """Return every metric of one batch at points, each with statistics of its own, and its weight in each mean."""
     columns, truth = [], None
-    for number, extra in enumerate(statistics):
+    for number, extra in places:
         loss, output, target = objective.batch_evaluation({**points[number], **extra}, batch)
         if truth is None and "error" in metrics:
             truth = Truth.of(objective.loss_fn, output, target, batch)
@@ -78,7 +98,7 @@ def _batch_values(
         metric, point = (int(position) for position in bad[0])
         raise NonFiniteError(
             f"The {metrics[metric]} is {values[metric, point]} at batch {batch.index} "
-            f"({counted(batch.size, 'example')}), at {points.describe(point)}. "
+            f"({counted(batch.size, 'example')}), at {points.describe(places[point][0])}. "
             "Check the data of that batch and the scale of the networks' parameters."
         )
     return values, weights

@@ -1,6 +1,6 @@
 """Measurements of the barrier between two networks, by evaluating the networks in between."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,21 +12,21 @@ from torch import nn
 
 from lmc_curvature.averages import standard_error, weighted_mean, with_error
 from lmc_curvature.barrier.evaluation import evaluate_points
-from lmc_curvature.barrier.expansions import check_alphas
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
 from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics
+from lmc_curvature.barrier.requests import Sets, positions_of, refuse_former_options, resolve_sets
 from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.errors import OptionError, check_choice, counted
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
-from lmc_curvature.segment import Frozen, PartitionSpec, SegmentPoints, layer_indices
+from lmc_curvature.objective.network import unwrap
+from lmc_curvature.objective.recalibration import running_statistics
+from lmc_curvature.segment import Frozen, PartitionSpec, SegmentPoints, check_points
+from lmc_curvature.segment.frozen import frozen_choices
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-Sets = Literal["each"] | Sequence[Iterable[str]]
-"""Sets of layers: each layer alone, or a list of sets of names."""
 
 _KIND = "barrier-measurement"
 
@@ -42,8 +42,10 @@ def measure_barrier(
     frozen: Frozen = (),
     base: Literal["a", "b"] = "a",
     sets: Sets = (),
+    points: Sequence[Mapping[str, float | int]] = (),
     alphas: int | np.integer | Sequence[float] | np.ndarray = 11,
     batch_norm: BatchNormPolicy = "interpolate",
+    recalibration: Iterable[Any] | None = None,
     metrics: Sequence[Metric] = METRICS,
     max_batches: int | None = None,
     device: torch.device | str | None = None,
@@ -73,8 +75,12 @@ def measure_barrier(
         base: The network at which they stay, `"a"` or `"b"`.
         sets: Sets of layers to measure besides the whole network: `"each"` layer of the partition alone, or a list of
             sets of layer names.
+        points: Points of the cube of layers to measure besides, θ(x) = θ₁ + Σ_ℓ x_ℓ Δ_ℓ: every layer's x_ℓ in [0, 1].
         alphas: Positions in [0, 1], or how many to space evenly from 0 to 1.
         batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`.
+        recalibration: Under `"recalibrate"`, the loader on whose batches statistics are re-estimated, by default
+            `loader`. They should be those that the networks were trained on, augmentation included: if the loss of
+            either network rises, that is warned of.
         metrics: `"loss"`, and `"error"` (the share of examples, or of positions that are not ignored, whose largest
             output is not the target's class; for one column with binary cross-entropy, whose sign is wrong).
         max_batches: Use only this many batches.
@@ -88,8 +94,8 @@ def measure_barrier(
         LMCCurvatureError: The networks, the loader or an option are not what they should be; the subclasses of
             `lmc_curvature.errors` tell which.
     """
-    _refuse_former_options(layers, partition)
-    positions = _positions(alphas)
+    refuse_former_options(layers, partition)
+    positions = positions_of(alphas)
     check_metrics(metrics, loss_fn)
     segment, objective = segment_and_objective(
         model_a,
@@ -100,21 +106,36 @@ def measure_barrier(
         frozen=frozen,
         base=base,
         loss_fn=loss_fn,
+        recalibration=recalibration,
         max_batches=max_batches,
         device=device,
         dtype=dtype,
         allow_tf32=allow_tf32,
     )
-    members_of_sets = _resolve_sets(segment.layers, sets)
-    points = SegmentPoints(segment)
+    members_of_sets, places = resolve_sets(segment.layers, sets), check_points(segment.layers, points)
+    states = SegmentPoints(segment)
     curves = (segment.layers, *members_of_sets)
-    pairs = np.array([[points.pair(members, alpha) for alpha in positions] for members in curves])
-    sizes, weights, values = evaluate_points(objective, points, metrics, progress=progress)
-    ends = values[:, :, [points.START, points.END]]
-    along = _between(positions, values[:, :, pairs[..., 0]], values[:, :, pairs[..., 1]])
-    notes = objective.notes + segment.notes
+    pairs = np.array([[states.pair(members, alpha) for alpha in positions] for members in curves])
+    numbers = [states.at(list(place.values())) for place in places]
+    # What is frozen makes other networks of the ends, to which their statistics do not belong.
+    own = [] if frozen_choices(frozen) else [running_statistics(unwrap(model)) for model in (model_a, model_b)]
+    sizes, weights, values = evaluate_points(
+        objective, states, metrics, own_statistics=[objective.place(each) for each in own], progress=progress
+    )
+    ends, sides = values[:, :, [states.START, states.END]], values[:, :, pairs]
     return BarrierMeasurement(
-        positions, members_of_sets, tuple(metrics), batch_norm, sizes, ends, along, notes, batch_weights=weights
+        positions,
+        members_of_sets,
+        tuple(metrics),
+        batch_norm,
+        sizes,
+        ends,
+        _between(positions, sides[..., 0], sides[..., 1]),
+        objective.notes + segment.notes,
+        batch_weights=weights,
+        batch_sides=sides[:, :, 1:],
+        points=places,
+        batch_points=values[:, :, numbers],
     )
 
 
@@ -134,6 +155,10 @@ class BarrierMeasurement:
         notes: Sentences that belong beside the numbers, such as what is frozen.
         batch_weights: What each batch counts for in the mean of each metric, (batches, metrics); None where that is its
             number of examples.
+        batch_sides: Metrics of each batch at the two sides of each set, θ₁ + α P_S Δ and θ₂ − (1−α) P_S Δ,
+            (batches, metrics, sets, n, 2); None in files of earlier versions. At α = 0 and 1 both are the end.
+        points: The measured points of the cube, each a number for every layer.
+        batch_points: Metrics of each batch at these points, (batches, metrics, points); None in such files.
     """
 
     alphas: Float[np.ndarray, " n"]
@@ -145,6 +170,9 @@ class BarrierMeasurement:
     batch_values: Float[np.ndarray, "batches metrics curves n"]
     notes: tuple[str, ...] = ()
     batch_weights: Float[np.ndarray, "batches metrics"] | None = None
+    batch_sides: Float[np.ndarray, "batches metrics sets n 2"] | None = None
+    points: tuple[dict[str, float], ...] = ()
+    batch_points: Float[np.ndarray, "batches metrics points"] | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -181,6 +209,24 @@ class BarrierMeasurement:
         """Barrier curve of each measured set of layers."""
         return weighted_mean(self._batch_curves(metric)[:, 1:], self.weights(metric))
 
+    def sides(self, metric: str = "loss") -> Float[np.ndarray, "sets n 2"]:
+        """The metric at the two networks whose weighted sum makes up each set's curve: which one is the better base?
+
+        Raises:
+            OptionError: The measurement comes from a file of an earlier version, which has their sums alone.
+        """
+        if self.batch_sides is None:
+            raise OptionError("This measurement comes from an earlier version, without its sides: measure again.")
+        return weighted_mean(self.batch_sides[:, self._metric(metric)], self.weights(metric))
+
+    def rises(self, metric: str = "loss") -> Float[np.ndarray, " points"]:
+        """The metric at each of `points`, minus the mean of the two ends."""
+        return weighted_mean(self._batch_rises(metric), self.weights(metric))
+
+    def rise_errors(self, metric: str = "loss") -> Float[np.ndarray, " points"]:
+        """Standard errors of `rises`, from the spread between batches; NaN for a single batch."""
+        return standard_error(self._batch_rises(metric), self.weights(metric))
+
     def barrier(self, metric: str = "loss") -> float:
         """Barrier of the whole network: the maximum of its curve over the measured positions."""
         return float(self.curve(metric).max())
@@ -214,6 +260,12 @@ class BarrierMeasurement:
         chord = _between(self.alphas, ends[:, :1], ends[:, 1:])
         return self.batch_values[:, index] - chord[:, None]
 
+    def _batch_rises(self, metric: str) -> Float[np.ndarray, "batches points"]:
+        index = self._metric(metric)
+        if self.batch_points is None:
+            return np.zeros((len(self.batch_sizes), 0))
+        return self.batch_points[:, index] - self.batch_ends[:, index].mean(axis=1, keepdims=True)
+
     def _standard_errors(self, metric: str) -> Float[np.ndarray, " curves"]:
         curves = self._batch_curves(metric)
         peaks = weighted_mean(curves, self.weights(metric)).argmax(axis=1)
@@ -232,7 +284,7 @@ class BarrierMeasurement:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the measurement to one safetensors file, without loss."""
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        metadata = {name: getattr(self, name) for name in ("sets", "metrics", "batch_norm", "notes")}
+        metadata = {name: getattr(self, name) for name in ("sets", "points", "metrics", "batch_norm", "notes")}
         save_arrays(path, _KIND, arrays, **metadata)
 
     @classmethod
@@ -246,8 +298,8 @@ class BarrierMeasurement:
         arrays, metadata = load_arrays(path, _KIND)
         # JSON has lists only, and files of earlier versions have no notes.
         sets, metrics = tuple(map(tuple, metadata["sets"])), tuple(metadata["metrics"])
-        notes = tuple(metadata.get("notes", ()))
-        return cls(**arrays, sets=sets, metrics=metrics, batch_norm=metadata["batch_norm"], notes=notes)
+        notes, points = tuple(metadata.get("notes", ())), tuple(metadata.get("points", ()))
+        return cls(**arrays, sets=sets, points=points, metrics=metrics, batch_norm=metadata["batch_norm"], notes=notes)
 
     def plot(self) -> "Figure":
         """Draw the measured curves."""
@@ -274,32 +326,3 @@ def _between(
     """The chord (1−α) first + α second, without rounding at its ends and where they are equal."""
     gap = second - first
     return np.where(alphas < 0.5, first + alphas * gap, second - (1 - alphas) * gap)
-
-
-def _positions(alphas: int | np.integer | Sequence[float] | np.ndarray) -> Float[np.ndarray, " n"]:
-    if isinstance(alphas, (int, np.integer)):
-        if alphas < 3:
-            raise OptionError(f"alphas={alphas}: at least 3 positions are needed, the ends and one between them.")
-        return np.linspace(0.0, 1.0, int(alphas))
-    return np.sort(check_alphas(alphas))
-
-
-def _refuse_former_options(layers: object, partition: object) -> None:
-    if partition is not None:
-        raise OptionError(f"partition={partition!r} is now layers={partition!r}, and the sets to measure are sets=[…].")
-    if layers is None or isinstance(layers, (list, tuple)):
-        raise OptionError(
-            f"layers={layers!r}: layers is the partition, and the sets to measure are now sets={layers or ()!r}."
-        )
-
-
-def _resolve_sets(names: Sequence[str], sets: Sets) -> tuple[tuple[str, ...], ...]:
-    """Return the members of each set, in the order of the network."""
-    if sets == "each":
-        return tuple((name,) for name in names)
-    if isinstance(sets, str) or not isinstance(sets, Iterable) or not all(isinstance(s, Iterable) for s in sets):
-        raise OptionError(f"sets={sets!r}: expected 'each', or a list of sets of layer names, as in [['conv1', 'fc']].")
-    found = tuple(tuple(names[index] for index in layer_indices(names, members)) for members in sets)
-    if () in found:
-        raise OptionError(f"sets[{found.index(())}] is an empty set: name at least one layer.")
-    return found

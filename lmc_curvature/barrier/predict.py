@@ -16,6 +16,9 @@ from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.curvature.problem import Method
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective
+from lmc_curvature.objective.batches import refuse_iterator
+from lmc_curvature.objective.network import unwrap
+from lmc_curvature.objective.recalibration import recalibrate, running_statistics, warn_of_worse
 from lmc_curvature.segment import Frozen, PartitionSpec, Segment
 
 
@@ -31,6 +34,7 @@ def predict_barrier(
     base: Literal["a", "b"] = "a",
     anchors: int | Sequence[float] = 3,
     batch_norm: BatchNormPolicy = "interpolate",
+    recalibration: Iterable[Any] | None = None,
     method: Method = "auto",
     memory_gib: float | None = None,
     max_batches: int | None = None,
@@ -60,6 +64,9 @@ def predict_barrier(
             0 and 1. The work grows with their number. With the two ends alone, barriers are of second order.
         batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`. Under
             `"recalibrate"` the prediction differentiates through batch statistics, as under `"batch"`.
+        recalibration: Under `"recalibrate"`, the loader on whose batches a measurement or a merge would re-estimate
+            statistics. The prediction differentiates on `loader` alone; before it does, either network whose loss rises
+            by statistics of this one is warned of, which takes a pass over each.
         method: Method to compute curvature; see `project_hessian`.
         memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
         max_batches: Use only this many batches; the standard errors say how far to trust the result.
@@ -83,15 +90,31 @@ def predict_barrier(
         frozen=frozen,
         base=base,
         loss_fn=loss_fn,
+        recalibration=recalibration,
         max_batches=max_batches,
         device=device,
         dtype=dtype,
         allow_tf32=allow_tf32,
         witness=witness,
     )
+    if recalibration is not None:
+        _warn_of_statistics(objective, segment, (model_a, model_b), progress=progress)
     return predict_on_segment(
         objective, segment, anchors=positions, method=method, memory_gib=memory_gib, progress=progress
     )
+
+
+def _warn_of_statistics(
+    objective: Objective, segment: Segment, models: Sequence[nn.Module], *, progress: bool | None
+) -> None:
+    refuse_iterator(objective.loader, "recalibration=… visits the loader twice")
+    ends = (segment.start, segment.end)
+    own = [objective.place(running_statistics(unwrap(model))) for model in models]
+    states = [{**end, **statistics} for end, statistics in zip(ends, own, strict=True)]
+    _, found = recalibrate(objective, states, progress=progress)
+    for recalibration, name in zip(found, ("model_a", "model_b"), strict=True):
+        # Between here and the user are predict_barrier and torch's wrapper around it.
+        warn_of_worse(recalibration, name, stacklevel=4)
 
 
 def predict_on_segment(

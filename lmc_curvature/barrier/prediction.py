@@ -139,6 +139,14 @@ class BarrierPrediction:
         """
         return self._cube.losses(points)
 
+    def loss_errors(self, points: Float[np.ndarray, "n L"]) -> Float[np.ndarray, " n"]:
+        """How far `loss_at` may be off, apart from sampling; estimated as `set_expansion_errors` are."""
+        return self._cube.loss_errors(points)
+
+    def batch_losses(self, point: Float[np.ndarray, " L"]) -> Float[np.ndarray, " batches"]:
+        """Predicted loss of every batch at one point of the cube; `loss_at` is their mean."""
+        return self._cube.batch_losses(point)
+
     @property
     def interactions(self) -> Float[np.ndarray, "layers layers"]:
         """B[ℓ,ℓ'] = Δ_ℓᵀ H₁ Δ_ℓ' / 8 (eq. 20), summing to the shared-Hessian barrier curve at α = 1/2."""

@@ -35,14 +35,29 @@ def load_entries(model: nn.Module, entries: Mapping[str, Any], *, source: str) -
             f"{source} cannot be loaded: entry {absent[0]!r} of the network is on the meta device, where there are no "
             "numbers. Build the network on the CPU."
         )
+    check_fit(own, entries, source=source, network=type(model).__name__)
+    # The entries of `own` share memory with the network, so loading a missing name from there changes nothing.
+    model.load_state_dict({**own, **entries}, strict=True)
+
+
+def check_fit(own: Mapping[str, Any], entries: Mapping[str, Any], *, source: str, network: str) -> None:
+    """Refuse entries that are not those of a network.
+
+    Args:
+        own: The network's own state dict.
+        entries: The entries.
+        source: What they came from, for the error.
+        network: The name of the network's class, for the error.
+
+    Raises:
+        CheckpointError: They do not fit; see `load_entries`.
+    """
     found = "; ".join(summary(fault, names) for fault, names in faults(own, entries).items() if names)
     if found:
         raise CheckpointError(
-            f"{source} does not fit {type(model).__name__} ({counted(len(own), 'entry')}): {found}. Build the network "
+            f"{source} does not fit {network} ({counted(len(own), 'entry')}): {found}. Build the network "
             "that the checkpoint was saved from."
         )
-    # The entries of `own` share memory with the network, so loading a missing name from there changes nothing.
-    model.load_state_dict({**own, **entries}, strict=True)
 
 
 def faults(own: Mapping[str, Any], entries: Mapping[str, Any]) -> dict[str, list[str]]:

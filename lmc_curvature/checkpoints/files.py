@@ -24,29 +24,36 @@ _IN_DIRECTORIES = tuple(f"*{kind}{index}" for kind in (".safetensors", ".bin") f
 _EXPECTED = "Expected safetensors, or what torch.save(model.state_dict(), path) writes."
 
 
-def read_contents(path: Path) -> Any:
+def read_contents(path: Path, *, mapped: bool = False) -> Any:
     """What a checkpoint holds: tensors by name, or mappings that have such mappings in them.
 
     Args:
         path: A safetensors file, one of our snapshots, what `torch.save` wrote of tensors, the index of a checkpoint
             that is cut into shards, or a directory that holds one of these.
+        mapped: Map tensors into memory from the files, which are read where numbers are used. Checksums are left
+            unread, and what torch wrote before version 1.6 is read whole all the same.
 
     Raises:
         CheckpointError: The file, or a shard, is missing, damaged, or would have to run code to be read.
     """
     if path.is_dir():
-        path = _file_of(path)
+        path = file_of(path)
     if not path.is_file():
         raise CheckpointError(f"Checkpoint {path} does not exist.")
     try:
         if path.name.endswith(".index.json"):
-            return _read_shards(path)
-        return _read_safetensors(path) if _is_safetensors(path) else _read_torch(path)
+            return _read_shards(path, mapped=mapped)
+        return (_read_safetensors if is_safetensors(path) else _read_torch)(path, mapped=mapped)
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _file_of(directory: Path) -> Path:
+def file_of(directory: Path) -> Path:
+    """The checkpoint, or its index, in a directory.
+
+    Raises:
+        CheckpointError: There is none, or there are several and no index.
+    """
     for pattern in _IN_DIRECTORIES:
         found = sorted(directory.glob(pattern))
         if len(found) > 1:
@@ -69,12 +76,16 @@ def files_of(path: Path) -> list[Path]:
     Raises:
         CheckpointError: It is a directory without a checkpoint, or the index is damaged.
     """
-    path = _file_of(path) if path.is_dir() else path
-    shards = sorted(_names_by_shard(path)) if path.name.endswith(".index.json") else []
-    return [path, *(path.parent / shard for shard in shards)]
+    path = file_of(path) if path.is_dir() else path
+    return [path, *(shards_of(path) if path.name.endswith(".index.json") else ())]
 
 
-def _names_by_shard(index: Path) -> dict[str, list[str]]:
+def shards_of(index: Path) -> dict[Path, list[str]]:
+    """The files of a checkpoint in shards, each with the names of the entries that it holds.
+
+    Raises:
+        CheckpointError: The index is damaged.
+    """
     names_by_shard: dict[str, list[str]] = {}
     try:
         for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
@@ -83,16 +94,15 @@ def _names_by_shard(index: Path) -> dict[str, list[str]]:
         raise CheckpointError(
             f"{index} is damaged, or is not the index of a checkpoint: it has no weight_map from names to files."
         ) from error
-    return names_by_shard
+    return {index.parent / shard: names for shard, names in sorted(names_by_shard.items())}
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path, *, mapped: bool) -> dict[str, Tensor]:
     entries = {}
-    for shard, names in sorted(_names_by_shard(index).items()):
-        path = index.parent / shard
+    for path, names in shards_of(index).items():
         if not path.is_file():
             raise CheckpointError(f"{path} is missing; {index} says that it holds {counted(len(names), 'entry')}.")
-        found = read_contents(path)
+        found = read_contents(path, mapped=mapped)
         absent = [name for name in names if not (isinstance(found, Mapping) and name in found)]
         if absent:
             raise CheckpointError(f"{path} lacks {absent[0]!r}, which {index} says that it holds.")
@@ -100,25 +110,30 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     return entries
 
 
-def _is_safetensors(path: Path) -> bool:
+def is_safetensors(path: Path) -> bool:
+    """Tell a safetensors file from other checkpoints."""
     # A safetensors file is an 8-byte length followed by a JSON object.
     with path.open("rb") as file:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, *, mapped: bool) -> dict[str, Tensor]:
     _refuse_text(path)
-    entries, metadata = read_tensors(path)
+    # safetensors maps tensors into memory by itself.
+    entries, metadata = read_tensors(path, verify=not mapped)
     return entries if metadata is None else with_prefix(entries, "model.")
 
 
-def _read_torch(path: Path) -> Any:
-    _check_archive(path)
+def _read_torch(path: Path, *, mapped: bool) -> Any:
+    if not mapped:
+        check_archive(path)
     try:
         with warnings.catch_warnings():
             # Of protocols: what cannot be read is an error below.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # A file from before torch's archives cannot be mapped.
+            mmap = mapped and zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except PermissionError:
         raise
     # torch reports damage as whatever the unpickler stumbled over.
@@ -139,7 +154,7 @@ def _read_torch(path: Path) -> Any:
         ) from error
 
 
-def _check_archive(path: Path) -> None:
+def check_archive(path: Path) -> None:
     """Refuse an archive whose contents do not match their checksums, which torch writes and does not read."""
     if not zipfile.is_zipfile(path):
         return

@@ -52,15 +52,23 @@ def read_snapshot(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict
     return with_prefix(entries, "model."), with_prefix(entries, "optimizer."), metadata
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+def read_tensors(
+    path: str | os.PathLike[str], *, verify: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """The tensors of a safetensors file, and the metadata of a snapshot; None if it is another's file.
+
+    Args:
+        path: The file.
+        verify: Compare the contents of a snapshot with its checksum, for which it is read whole.
 
     Raises:
         CheckpointError: The file is damaged, or a snapshot from a newer version.
     """
     try:
         header, entries = read_safetensors(path, "pt")
-        return entries, check_header(path, header, entries) if header.get("kind") == _KIND else None
+        if header.get("kind") != _KIND:
+            return entries, None
+        return entries, check_header(path, header, entries, verify=verify)
     except NewerVersionError:
         raise
     except FileFormatError as error:

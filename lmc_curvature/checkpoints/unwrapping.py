@@ -82,6 +82,35 @@ def unwrap(
     return ({} if fits else dict.fromkeys(nearest.others)) | nearest.entries, place
 
 
+def unwrap_alone(contents: Any, *, key: str | None, strip_prefix: str | None, source: str) -> dict[str, Any]:
+    """The entries of the one state dict in what a checkpoint holds, without what wrappers insert into their names.
+
+    Args:
+        contents: What the checkpoint holds.
+        key: The keys that lead to the state dict, joined by dots; not needed if there is one.
+        strip_prefix: What the names lose, all others being left out.
+        source: The checkpoint's name, for errors.
+
+    Raises:
+        CheckpointError: There is no state dict, it is not under the key, no name has the prefix, or there are several.
+    """
+    candidates = dict(_state_dicts(contents))
+    if not candidates or (key is not None and key not in candidates):
+        raise CheckpointError(_absence(contents, candidates, key, source))
+    if key is None and len(candidates) > 1:
+        raise CheckpointError(
+            f"{source} has state dicts under {_list(candidates)}: choose one with key (--key on the command line), or "
+            "name the network (--model), which tells its own."
+        )
+    own = candidates[next(iter(candidates)) if key is None else key]
+    prefix = f"{strip_prefix.rstrip('.')}." if strip_prefix else ""
+    short = {name: own[full] for full, name in _short_names(own).items() if not _is_bookkeeping(name)}
+    entries = {name.removeprefix(prefix): entry for name, entry in short.items() if name.startswith(prefix)}
+    if not entries:
+        raise CheckpointError(f"{source} has no name that begins with {prefix!r}; its names are {_list(short)}.")
+    return entries
+
+
 def _state_dicts(contents: Any, key: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every mapping that has tensors in nested mappings, by its keys, without whatever else is in it."""
     if not isinstance(contents, Mapping):

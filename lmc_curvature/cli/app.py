@@ -12,6 +12,7 @@ import typer
 
 from lmc_curvature import __version__
 from lmc_curvature.cli.failures import one_message, saving
+from lmc_curvature.cli.files import register as register_file_commands
 from lmc_curvature.cli.options import (
     Anchors,
     Comparison,
@@ -165,6 +166,9 @@ def measure(
     )
     tables = [measurement_table(measurement)] if measurement.sets else []
     _answer(comparison, measurement, measurement_record(measurement) | provenance, *tables)
+
+
+register_file_commands(app)
 
 
 def _print_version(asked: bool) -> bool:

@@ -1,13 +1,17 @@
 """The loader that the options of a comparison stand for."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lmc_curvature.cli.parsing import image_options
 from lmc_curvature.errors import DataError, OptionError
 from lmc_curvature.sources import transformed_folder
+from lmc_curvature.sources.augmentation import Crops
 from lmc_curvature.sources.data import is_image_folder, load_data
 from lmc_curvature.sources.models import import_function
 
@@ -15,15 +19,17 @@ if TYPE_CHECKING:
     from lmc_curvature.cli.options import Comparison
 
 
-def make_batches(comparison: "Comparison") -> Iterable[Any]:
+def make_batches(comparison: "Comparison", *, augment: bool = False) -> Iterable[Any]:
     """The loader of a data set known by name, or what a factory returns.
+
+    Args:
+        comparison: The options.
+        augment: Crop and mirror the images of a data set known by name, as training does.
 
     Raises:
         LMCCurvatureError: There is no such data set or factory, or an option does not go with it.
     """
-    module, colon, _ = comparison.data.partition(":")
-    # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.
-    if colon and module != "cifar10" and not Path(comparison.data).exists():
+    if not _is_named(comparison.data):
         return _own_batches(comparison)
     is_folder = is_image_folder(comparison.data)
     if comparison.transform is not None:
@@ -41,7 +47,28 @@ def make_batches(comparison: "Comparison") -> Iterable[Any]:
             "training split; networks that were trained with others need --mean and --std, or --transform.",
             stacklevel=2,
         )
-    return data.batches(comparison.batch_size)
+    crops = Crops.draw(len(data), torch.Generator().manual_seed(0)) if augment else None
+    return data.batches(comparison.batch_size, crops=crops)
+
+
+def make_recalibration_batches(comparison: "Comparison") -> Iterable[Any] | None:
+    """The loader to re-estimate statistics on, of the training split; None for the loader of the data themselves.
+
+    Raises:
+        LMCCurvatureError: There is no such data set or factory, or an option does not go with it.
+    """
+    if comparison.recalibration is None and not _is_named(comparison.data):
+        return None
+    data = comparison.recalibration or comparison.data
+    augmentation = comparison.augmentation or ("none" if data == "digits" else "crop-flip")
+    return make_batches(dataclasses.replace(comparison, data=data, split="train"), augment=augmentation == "crop-flip")
+
+
+def _is_named(data: str) -> bool:
+    """Whether data are a data set known by name, and not a function that makes a loader."""
+    module, colon, _ = data.partition(":")
+    # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.
+    return not colon or module == "cifar10" or Path(data).exists()
 
 
 def _own_batches(comparison: "Comparison") -> Iterable[Any]:

@@ -8,7 +8,6 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal
 
@@ -66,6 +65,13 @@ class Comparison:
     batch_norm: Annotated[
         Literal["interpolate", "batch", "recalibrate"], typer.Option(help="Batch normalisation between the networks.")
     ] = "interpolate"
+    recalibration: Annotated[
+        str | None, typer.Option(help="Under recalibrate: data as for --data, of training; by default those of --data.")
+    ] = None
+    augmentation: Annotated[
+        Literal["none", "crop-flip"] | None,
+        typer.Option(help="Under recalibrate: how training augments images; by default crop-flip, none for digits."),
+    ] = None
     split: Annotated[Literal["train", "test"], typer.Option(help="Of digits and folders.")] = "train"
     limit: Annotated[int | None, typer.Option(help="Use a fixed random sample of this many examples.")] = None
     mean: Annotated[
@@ -122,11 +128,15 @@ class Comparison:
     def networks(self) -> "tuple[nn.Module, nn.Module]":
         """The two networks, with the weights of their checkpoints."""
         from lmc_curvature.checkpoints import load_checkpoint
+
+        first, second = (self._load(load_checkpoint, self.make_network, path) for path in (self.a, self.b))
+        return first, second
+
+    def make_network(self) -> "nn.Module":
+        """The network as its factory makes it, with fresh weights."""
         from lmc_curvature.sources import make_model
 
-        make = partial(make_model, self.model, **self.model_options())
-        first, second = (self._load(load_checkpoint, make, path) for path in (self.a, self.b))
-        return first, second
+        return make_model(self.model, **self.model_options())
 
     def _load(self, load: "Callable[..., nn.Module]", make: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
         if self.key is None and self.strip_prefix is None:
@@ -152,6 +162,19 @@ class Comparison:
 
         return make_batches(self)
 
+    def recalibration_batches(self) -> Iterable[Any] | None:
+        """Under `"recalibrate"`, the loader to re-estimate statistics on; None for that of `batches`.
+
+        Of a data set known by name it is the training split, with images augmented as in training.
+        """
+        from lmc_curvature.cli.batches import make_recalibration_batches
+
+        if self.batch_norm != "recalibrate":
+            if self.recalibration or self.augmentation:
+                raise OptionError("--recalibration and --augmentation are for --batch-norm recalibrate.")
+            return None
+        return make_recalibration_batches(self)
+
     def sets(self) -> list[list[str]]:
         """The sets of layers that were named."""
         return [[name.strip() for name in members.split(",") if name.strip()] for members in self.set_ or ()]
@@ -164,8 +187,8 @@ class Comparison:
 
         names = ("layers", "base", "batch_norm", "max_batches", "device", "progress")
         options = {name: getattr(self, name) for name in names}
-        frozen, dtype = tuple(self.frozen or ()), getattr(torch, self.dtype)
-        return options | {"loss_fn": find_loss(self.loss), "frozen": frozen, "dtype": dtype}
+        options |= {"recalibration": self.recalibration_batches(), "frozen": tuple(self.frozen or ())}
+        return options | {"loss_fn": find_loss(self.loss), "dtype": getattr(torch, self.dtype)}
 
     def provenance(self, loader: Iterable[Any]) -> dict[str, Any]:
         """What belongs beside an answer in JSON: what it was computed from. Empty where tables are printed."""

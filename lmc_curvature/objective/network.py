@@ -53,7 +53,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     wrapped = any(_inner(module) is not None or _compiled_functions(module) for module in model.modules())
     network = _unwrap(model, {}) if wrapped else model
     in_training = any(module.training for module in network.modules())
-    return _copy_in_evaluation(network, {}) if in_training and acts_on_modes(network) else network
+    return copy_in_evaluation(network) if in_training and acts_on_modes(network) else network
 
 
 def _unwrap(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
@@ -229,14 +229,18 @@ def skeleton_of(model: nn.Module) -> nn.Module:
         if any(id(getattr(node, "variable", None)) in own for node in graph_nodes([tensor]))
     }
     placeholders |= {id(parameter): nn.Parameter(_placeholder(parameter)) for parameter in model.parameters()}
-    return _copy_in_evaluation(model, placeholders)
+    return copy_in_evaluation(model, placeholders)
 
 
-def _copy_in_evaluation(model: nn.Module, replacements: dict[int, Any]) -> nn.Module:
-    """A copy in evaluation mode, in which objects are replaced by others that are given by `id`."""
+def copy_in_evaluation(model: nn.Module, replacements: Mapping[int, Any] | None = None) -> nn.Module:
+    """A copy in evaluation mode, in which objects are replaced by others that are given by `id`.
+
+    Raises:
+        UnsupportedModelError: The network cannot be copied, or put into evaluation mode.
+    """
     memo: dict[int, Any] = {id(tensor): tensor.detach().clone() for tensor in _computed_tensors(model)}
     try:
-        copied = copy.deepcopy(model, memo | replacements)
+        copied = copy.deepcopy(model, memo | dict(replacements or {}))
     except (RuntimeError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be copied ({error}). Its modules must support copy.deepcopy."

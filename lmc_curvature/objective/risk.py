@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
-from lmc_curvature.objective.batches import Batch, check_loader, loader_length, refuse_iterator, to_device, visit
+from lmc_curvature.objective.batches import Batch, check_loader, loader_length, to_device, visit
 from lmc_curvature.objective.differentiable import plain_checkpoints
 from lmc_curvature.objective.losses import (
     BatchLoss,
@@ -47,6 +47,7 @@ from lmc_curvature.objective.network import (
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Normalization, is_batch_counter
 from lmc_curvature.objective.numerics import Numerics, bears_channels_last, channels_last, outside_inference
 from lmc_curvature.objective.randomness import global_rng_preserved
+from lmc_curvature.objective.recalibration import check_recalibration, recalibrated_statistics
 from lmc_curvature.objective.soundness import Soundness
 
 
@@ -68,7 +69,9 @@ class Objective:
             `BatchLoss`.
         batch_norm: `"interpolate"`, `"batch"` or `"recalibrate"`; see `BatchNormPolicy`. Derivatives
             under `"recalibrate"` are those of `"batch"`.
-        max_batches: Use only this many batches of the loader.
+        recalibration: Under `"recalibrate"`, the loader to re-estimate statistics on, by default `loader`.
+            They should be those that the network was trained on, augmentation included.
+        max_batches: Use only this many batches of each loader.
         device: Where to compute; the model's device by default.
         dtype: Floating-point type to compute in; by default the one that holds all of the model's, float32 at least.
         allow_tf32: Let convolutions on a CUDA device round float32 to TF32's ten bits of mantissa: faster, with errors
@@ -85,8 +88,9 @@ class Objective:
         memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
 
     Raises:
-        OptionError: `batch_norm`, `max_batches`, `device`, `dtype` or `allow_tf32` has a bad value.
-        LoaderError: `loader` cannot be iterated over, or is a data set of single examples.
+        OptionError: `batch_norm`, `max_batches`, `device`, `dtype` or `allow_tf32` has a bad value, or `recalibration`
+            is given under another policy.
+        LoaderError: A loader cannot be iterated over, or is a data set of single examples.
         LossError: `loss_fn` is not a function, sums over the batch, or does not reduce.
         UnsupportedModelError: `model` is no network, has parameters that cannot move, or cannot be copied.
     """
@@ -99,6 +103,7 @@ class Objective:
         *,
         loss_fn: LossFunction | None = None,
         batch_norm: BatchNormPolicy = "interpolate",
+        recalibration: Iterable[Any] | None = None,
         max_batches: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -111,9 +116,11 @@ class Objective:
         check_choice("batch_norm", batch_norm, POLICIES)
         check_flags(allow_tf32=allow_tf32, witness=witness)
         check_loader(loader, max_batches)
+        check_recalibration(recalibration, batch_norm, max_batches)
         check_reduction(loss_fn)
         self._movable = movable_entries(model, batch_norm)
         self.loader, self.max_batches, self.allow_tf32 = loader, max_batches, allow_tf32
+        self.recalibration = recalibration
         self.batch_norm: BatchNormPolicy = batch_norm
         tensors = [*model.parameters(), *model.buffers()]
         self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
@@ -167,9 +174,14 @@ class Objective:
 
     @contextlib.contextmanager
     def one_pass(
-        self, *, progress: bool | None = None, description: str = "batches", weightless: bool = False
+        self,
+        *,
+        progress: bool | None = None,
+        description: str = "batches",
+        weightless: bool = False,
+        loader: Iterable[Any] | None = None,
     ) -> Iterator[Iterator[Batch]]:
-        """Visit the loader once: `with objective.one_pass() as batches: for batch in batches: …`.
+        """Visit the loader, or another, once: `with objective.one_pass() as batches: for batch in batches: …`.
 
         A shuffling or augmenting loader draws from the global random number generators; they are restored when
         the block ends, also by an exception. Batches without a target that counts come if `weightless`.
@@ -178,7 +190,8 @@ class Objective:
             LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
         """
         place = functools.partial(to_device, device=self.device, dtype=self.dtype)
-        total = loader_length(self.loader, self.max_batches)
+        visited = self.loader if loader is None else loader
+        total = loader_length(visited, self.max_batches)
         count = functools.partial(self._network_loss.count, state=self._entries, place=place)
         with (
             outside_inference(),
@@ -187,7 +200,9 @@ class Objective:
             tqdm(total=total, desc=description, disable=None if progress is None else not progress, leave=False) as bar,
         ):
             options = {"max_batches": self.max_batches, "weightless": weightless}
-            yield self._soundness.watch(visit(self.loader, **options, count=count, place=place, bar=bar))
+            batches = visit(visited, **options, count=count, place=place, bar=bar)
+            # Passes over the loader are compared with each other; another has other data.
+            yield self._soundness.watch(batches) if visited is self.loader else batches
 
     def batch_loss(self, state: State, batch: Batch) -> Float[Tensor, ""]:
         """Mean loss over one batch at `state`: a scalar tensor, differentiable in the state.
@@ -317,31 +332,5 @@ class Objective:
             yield
 
     def recalibrated(self, states: Sequence[State], *, progress: bool | None = None) -> list[dict[str, Tensor]]:
-        """Running statistics of the network at each state, re-estimated over the loader: one pass for all states.
-
-        A statistic is the mean over the batches, weighted by examples, of the batch's mean or unbiased variance
-        (what `torch.optim.swa_utils.update_bn` computes when all batches have one size).
-
-        Args:
-            states: The states; they are asked for anew with every batch, so they may be made on demand.
-            progress: Show a progress bar over batches; None shows it on a terminal and in notebooks.
-
-        Returns:
-            For each state, entry name to statistic.
-
-        Raises:
-            LoaderError: The loader is an iterator, which could not be visited again afterwards.
-            NonFiniteError: The loss of a batch is infinite or not a number.
-        """
-
-        def evaluate(state: State, batch: Batch) -> None:
-            # Statistics that are not finite would spoil the mean over all batches: here the batch is still known.
-            loss = self.batch_loss(state, batch)
-            if batch.weight:
-                finite_loss(loss, batch, ", while statistics are re-estimated")
-
-        refuse_iterator(self.loader, "batch_norm='recalibrate' visits the loader twice")
-        visit_all = self.one_pass(progress=progress, description="recalibrating", weightless=True)
-        with torch.no_grad(), visit_all as batches:
-            means = self._normalization.mean_statistics(states, batches, evaluate)
-        return [{entry: value.to(self.dtype) for entry, value in statistics.items()} for statistics in means]
+        """Running statistics of the network at each state, re-estimated in one pass; see `recalibrated_statistics`."""
+        return recalibrated_statistics(self, states, self._normalization, progress=progress)

@@ -2,7 +2,7 @@
 
 from lmc_curvature.segment.frozen import Frozen
 from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
-from lmc_curvature.segment.points import SegmentPoints
+from lmc_curvature.segment.points import SegmentPoints, check_points
 from lmc_curvature.segment.segment import Segment
 
-__all__ = ["Frozen", "LayerPartition", "PartitionSpec", "Segment", "SegmentPoints", "layer_indices"]
+__all__ = ["Frozen", "LayerPartition", "PartitionSpec", "Segment", "SegmentPoints", "check_points", "layer_indices"]

@@ -74,6 +74,27 @@ class LayerPartition:
         kept = {layer: tuple(entry for entry in members if entry not in out) for layer, members in groups.items()}
         return cls({layer: members for layer, members in kept.items() if members})
 
+    @classmethod
+    def of_names(cls, entries: Sequence[str], spec: "PartitionSpec") -> "LayerPartition":
+        """Group entries into layers by their names alone, without the network that they are of.
+
+        Args:
+            entries: Their names.
+            spec: As in `of`, but for `"fused"`, which asks the network for its normalisations.
+
+        Raises:
+            PartitionError: As in `of`; or the specification is `"fused"`.
+        """
+        if spec == "fused":
+            raise PartitionError(
+                "The partition 'fused' asks the network which normalisation belongs to which layer, and here are names "
+                "of entries alone: name the network (--model on the command line), or choose 'module', 'tensor' or "
+                "'block:DEPTH'."
+            )
+        groups = _groups(spec, nn.Module(), entries)
+        _check_cover(groups, entries, ())
+        return cls({layer: tuple(members) for layer, members in groups.items()})
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the layers, in the order of the network."""

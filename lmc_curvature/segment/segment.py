@@ -1,7 +1,8 @@
 """The straight line between two networks, moved along as a whole or layer by layer."""
 
 import copy
-from collections.abc import Iterable
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -121,9 +122,23 @@ class Segment:
         """
         if not 0.0 <= alpha <= 1.0:
             raise OptionError(f"alpha={alpha} lies outside the segment; expected a number in [0, 1].")
+        return self.at({self.layers[index]: alpha for index in layer_indices(self.layers, layers)})
+
+    def at(self, alphas: Mapping[str, float]) -> dict[str, Tensor]:
+        """The state θ₁ + Σ x_ℓ Δ_ℓ: each layer moved by a coordinate of its own.
+
+        Entries that do not move are shared with `start`, not copied.
+
+        Args:
+            alphas: Layer name to its coordinate in [0, 1]; layers without one are left at θ₁.
+
+        Raises:
+            OptionError: A coordinate lies outside [0, 1].
+            PartitionError: There is no such layer.
+        """
         state = dict(self.start)
-        for index in layer_indices(self.layers, layers):
-            for name in self.partition.entries(self.layers[index]):
+        for layer, alpha in check_coordinates(alphas, self.layers).items():
+            for name in self.partition.entries(layer):
                 # torch.lerp returns the end itself, bit for bit, at alpha = 1.
                 state[name] = torch.lerp(self.start[name], self.end[name], alpha)
         return state
@@ -144,6 +159,20 @@ class Segment:
         segment = copy.copy(self)
         segment.start, segment.end = start, end
         return segment
+
+
+def check_coordinates(alphas: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
+    """Coordinates of layers, each a number in [0, 1].
+
+    Raises:
+        OptionError: One is not; names the layer.
+        PartitionError: A layer is none of those given.
+    """
+    layer_indices(layers, alphas)
+    for layer, alpha in alphas.items():
+        if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not 0 <= alpha <= 1:
+            raise OptionError(f"alpha={alpha!r} of layer {layer!r} lies outside the cube; expected a number in [0, 1].")
+    return {layer: float(alpha) for layer, alpha in alphas.items()}
 
 
 EQUAL = "model_a and model_b are equal in every entry that moves"

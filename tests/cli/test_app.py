@@ -229,7 +229,9 @@ def test_sets_are_of_layers_of_the_partition(run, checkpoints):
 
 def test_help_the_version_and_mistakes_are_answered_without_torch():
     lines = [["--version"], ["--help"], ["predcit"], ["predict", "a", "b", "--modle", "x"]]
-    lines += [[command, "--help"] for command in ("demo", "fork", "trace", "figures", "predict", "measure")]
+    lines += [
+        [command, "--help"] for command in ("demo", "fork", "trace", "figures", "predict", "measure", "merge", "check")
+    ]
     program = f"""
 import sys
 from lmc_curvature.cli import main

@@ -1,0 +1,196 @@
+"""The commands on checkpoint files: `merge` writes the average of two, `check` compares them before all computation.
+
+As in `app`, the library is imported inside the commands.
+"""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from lmc_curvature.cli.failures import one_message
+from lmc_curvature.cli.options import Comparison
+from lmc_curvature.errors import OptionError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Partition = Annotated[
+    str | None,
+    typer.Option(help="fused, module, tensor, block or block:DEPTH; by default fused, and module without --model."),
+]
+
+
+_OPTIONAL = ("model", "data")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    left_out = ("layers", "set_", "save")
+    for command, more in ((merge, ("base", "frozen", "dtype", "batch_norm")), (check, ())):
+        app.command(name=command.__name__)(one_message()(_with_files(command, *left_out, *more)))
+
+
+def merge(
+    files: Comparison,
+    out: Annotated[Path, typer.Option(dir_okay=False, help="The safetensors file to write.")],
+    layers: Annotated[
+        str | None, typer.Option(help="The layers that are averaged: A,B. By default all, or those of --alpha.")
+    ] = None,
+    alpha: Annotated[
+        list[str] | None,
+        typer.Option(help="Where between A (0) and B (1): a number, by default 0.5, or LAYER=NUMBER. Repeatable."),
+    ] = None,
+    partition: Partition = None,
+    base: Annotated[Literal["a", "b"], typer.Option(help="The network whose entries all other layers keep.")] = "a",
+    batch_norm: Annotated[
+        Literal["interpolate", "recalibrate"], typer.Option(help="What becomes of running statistics.")
+    ] = "interpolate",
+    mergekit: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Also write the same as a configuration of mergekit.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+) -> None:
+    """Write the average of networks A and B, of all their layers or of some, to a safetensors file."""
+    for option, path in (("--out", out), ("--mergekit", mergekit)):
+        _check_output(option, path, files, force=force)
+    coordinate = _coordinates(alpha or [])
+    members = None if layers is None else [name.strip() for name in layers.split(",") if name.strip()]
+    if members == []:
+        raise OptionError(f"--layers {layers!r} names no layer; expected names with commas between them: A,B.")
+    if batch_norm == "recalibrate" and not (files.model and files.data):
+        raise OptionError("--batch-norm recalibrate evaluates the networks: give --model and --data.")
+    from lmc_curvature.merging.files import merge_checkpoints, plan_merge
+
+    files = dataclasses.replace(files, batch_norm=batch_norm)
+    recalibration, model = files.recalibration_batches(), _model(files)
+    options: dict[str, Any] = {"alpha": coordinate, "layers": members, "base": base}
+    options |= {"partition": _partition(partition, model)}
+    plan = plan_merge(files.a, files.b, model, key=files.key, strip_prefix=files.strip_prefix, **options)
+    network, facts = None, {"model": files.model or None, "partition": options["partition"], "batch_norm": batch_norm}
+    if batch_norm == "recalibrate":
+        network, facts["losses"] = _recalibrated(files, recalibration, options)
+    record = merge_checkpoints(plan, out, mergekit=mergekit, recalibrated=network, facts=facts)
+    if files.as_json:
+        print(json.dumps({"out": str(out), **record}, indent=2))
+        return
+    shown = ", ".join(plan.averaged[:6]) + (", …" if len(plan.averaged) > 6 else "")
+    print(f"merged: {out}; moved from {base.upper()}: {len(plan.averaged)} of {len(plan.coordinates)} ({shown})")
+    if losses := facts.get("losses"):
+        print(f"loss {losses['before']:.4g} by averaged statistics, {losses['after']:.4g} by re-estimated ones")
+    if mergekit is not None:
+        print(f"for mergekit: {mergekit}")
+
+
+def check(
+    files: Comparison,
+    partition: Partition = None,
+    distances: Annotated[bool, typer.Option("--distances", help="Also read the numbers: distances by layer.")] = False,
+) -> None:
+    """Compare networks A and B by the headers of their files; with --model and --data, say what a prediction costs."""
+    from lmc_curvature.merging.checking import check_checkpoints
+
+    model = _model(files)
+    layers = _partition(partition, model)
+    names = {"key": files.key, "strip_prefix": files.strip_prefix}
+    found = check_checkpoints(files.a, files.b, model, partition=layers, distances=distances, **names)
+    cost = None
+    if files.model and files.data:
+        from lmc_curvature.merging.cost import estimate_prediction
+
+        options = files.computation()
+        del options["recalibration"], options["progress"]
+        cost = estimate_prediction(*files.networks(), files.batches(), layers=layers, **options)
+    if files.as_json:
+        record = None if cost is None else {**dataclasses.asdict(cost), "seconds": cost.seconds}
+        print(json.dumps({**dataclasses.asdict(found), "distance": found.distance, "cost": record}, indent=2))
+        return
+    print(found)
+    for layer, distance in zip(found.layers, found.distances or (), strict=False):
+        print(f"  {distance:>10.4g}  {layer}")
+    if cost is not None:
+        print(cost)
+
+
+def _with_files(command: Callable[..., None], *left_out: str) -> Callable[..., None]:
+    """The command with the options of `Comparison`, none of which but the two files is needed, before its own."""
+    every = inspect.signature(Comparison).parameters
+    shared = {name: parameter for name, parameter in every.items() if name not in left_out}
+    for name in _OPTIONAL:
+        annotation = shared[name].annotation
+        optional = Annotated[annotation.__origin__ | None, *annotation.__metadata__]
+        shared[name] = shared[name].replace(default=None, annotation=optional)
+    _, *own = inspect.signature(command).parameters.values()
+
+    def run(**options: Any) -> None:
+        given: dict[str, Any] = {name: options.pop(name) for name in shared}
+        # What is not given has an empty name.
+        given |= {name: given[name] or "" for name in _OPTIONAL}
+        command(Comparison(**given), **options)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    # typer reads a command's options from its signature, where those without a default may follow others by keyword.
+    parameters = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in (*shared.values(), *own)]
+    run.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return run
+
+
+def _model(files: Comparison) -> "nn.Module | None":
+    return files.make_network() if files.model else None
+
+
+def _partition(partition: str | None, model: "nn.Module | None") -> str:
+    return partition or ("module" if model is None else "fused")
+
+
+def _coordinates(alphas: list[str]) -> float | dict[str, float]:
+    """The number, or the numbers by layer, that --alpha gives."""
+    found: dict[str, float] = {}
+    for text in alphas or ["0.5"]:
+        layer, _, number = text.rpartition("=")
+        try:
+            found[layer] = float(number)
+        except ValueError:
+            raise OptionError(f"--alpha {text!r}: expected a number in [0, 1], or LAYER=NUMBER.") from None
+    if "" in found and len(alphas) > 1:
+        raise OptionError(f"--alpha {' --alpha '.join(alphas)}: give one number, or LAYER=NUMBER for each layer.")
+    return found.get("", found)
+
+
+def _check_output(option: str, path: Path | None, files: Comparison, *, force: bool) -> None:
+    """Refuse a file that exists, that would replace a network, or that cannot be written."""
+    from lmc_curvature.storage import check_writable
+
+    if path is None:
+        return
+    if path.resolve() in (files.a.resolve(), files.b.resolve()):
+        raise OptionError(f"{option} {path} would replace a network; expected the name of another file.")
+    if path.exists() and not (path.is_file() and force):
+        remedy = "pass --force to replace it" if path.is_file() else "it is not a file"
+        raise OptionError(f"{option} {path} exists already: {remedy}, or name another.")
+    check_writable(path.parent, what=f"{option} {path}")
+
+
+def _recalibrated(
+    files: Comparison, recalibration: Iterable[Any] | None, options: dict[str, Any]
+) -> "tuple[nn.Module, dict[str, float]]":
+    """The merged network with re-estimated statistics, and its losses before and after."""
+    from lmc_curvature.merging import merge as merge_networks
+
+    first, second = (network.to(files.device) for network in files.networks())
+    network = merge_networks(
+        first,
+        second,
+        batch_norm="recalibrate",
+        loader=files.batches(),
+        recalibration=recalibration,
+        max_batches=files.max_batches,
+        progress=files.progress,
+        **options,
+    )
+    losses = vars(network)["recalibration"]
+    return network, {"before": losses.before, "after": losses.after}

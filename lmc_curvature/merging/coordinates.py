@@ -1,0 +1,47 @@
+"""The point of the cube that a merge takes: a coordinate for every layer, 0 at one network and 1 at the other."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from lmc_curvature.errors import OptionError, PartitionError, check_choice
+from lmc_curvature.segment import layer_indices
+from lmc_curvature.segment.segment import check_coordinates
+
+Alpha = float | Mapping[str, float]
+"""One coordinate for all layers that are averaged, or layer name to coordinate."""
+
+
+def merge_coordinates(
+    names: Sequence[str], alpha: Alpha, layers: Iterable[str] | str | None, base: Literal["a", "b"]
+) -> dict[str, float]:
+    """Coordinates of every layer: `alpha` for those that are averaged, the base's for the others.
+
+    Args:
+        names: Names of all layers.
+        alpha: The coordinate of the averaged layers, or a coordinate for each of them by name.
+        layers: Names of the averaged layers; None for all, or for those that `alpha` names.
+        base: The network whose entries the other layers keep, `"a"` (coordinate 0) or `"b"` (1).
+
+    Raises:
+        OptionError: A coordinate is no number in [0, 1], `alpha` and `layers` name different layers, or `base` is no
+            choice.
+        PartitionError: There is no such layer.
+    """
+    check_choice("base", base, ("a", "b"))
+    try:
+        chosen = [names[index] for index in layer_indices(names, layers)]
+    except PartitionError as error:
+        raise PartitionError(f"{error} The rule that cuts networks into layers is partition, another option.") from None
+    if isinstance(alpha, Mapping):
+        moved = check_coordinates(alpha, names)
+        differing = set() if layers is None else set(chosen).symmetric_difference(moved)
+        if differing:
+            name = min(differing, key=names.index)
+            known, other = ("alpha", "layers") if name in moved else ("layers", "alpha")
+            raise OptionError(
+                f"Layer {name!r} is in {known} and not in {other}: give every averaged layer a coordinate in alpha, or "
+                "leave layers out."
+            )
+    else:
+        moved = check_coordinates(dict.fromkeys(chosen, alpha), names)
+    return dict.fromkeys(names, 1.0 if base == "b" else 0.0) | moved

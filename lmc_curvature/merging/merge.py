@@ -1,0 +1,128 @@
+"""The average of two networks, of all their layers or some, as a network."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lmc_curvature.errors import OptionError, check_choice
+from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
+from lmc_curvature.objective import LossFunction, Objective
+from lmc_curvature.objective.network import copy_in_evaluation, entries_of, unwrap
+from lmc_curvature.objective.normalization import is_batch_counter
+from lmc_curvature.objective.numerics import outside_inference
+from lmc_curvature.objective.recalibration import recalibrate, warn_of_worse
+from lmc_curvature.segment import PartitionSpec, Segment
+
+MergePolicy = Literal["interpolate", "recalibrate"]
+"""What becomes of running statistics: interpolated with their layers, or estimated anew for the averaged network."""
+
+
+@torch.inference_mode(False)
+def merge(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    *,
+    alpha: Alpha = 0.5,
+    layers: Iterable[str] | str | None = None,
+    partition: PartitionSpec = "fused",
+    base: Literal["a", "b"] = "a",
+    batch_norm: MergePolicy = "interpolate",
+    loader: Iterable[Any] | None = None,
+    recalibration: Iterable[Any] | None = None,
+    loss_fn: LossFunction | None = None,
+    max_batches: int | None = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Average two networks, or some layers of them, into one.
+
+    The result has the entries θ₁ + Σ x_ℓ Δ_ℓ: averaged layers at x_ℓ = `alpha`, the others at those of the base. Here
+    `layers` is a set of layers, as in `BarrierPrediction.barrier` and `Segment.point`; the rule that cuts networks into
+    layers, which `predict_barrier` is told as `layers`, is `partition`.
+
+    Args:
+        model_a: The network at α = 0; it is not modified.
+        model_b: The network at α = 1; it is not modified, and may be on another device.
+        alpha: The coordinate in [0, 1] of the averaged layers, or layer name to a coordinate of its own: any point of
+            the cube.
+        layers: Names of the layers that are averaged; by default all, or those that `alpha` names.
+        partition: How entries are grouped into layers; see `LayerPartition.of`.
+        base: The network, `"a"` or `"b"`, whose entries the other layers keep.
+        batch_norm: What becomes of running statistics: `"interpolate"` averages them with their layers,
+            `"recalibrate"` estimates them anew.
+        loader: Under `"recalibrate"`, the data on which losses are evaluated.
+        recalibration: Under `"recalibrate"`, the data on which statistics are estimated, by default `loader`. They
+            should be those that the networks were trained on, augmentation included: if the loss of either network
+            rises, that is warned of.
+        loss_fn: Under `"recalibrate"`, the loss; see `Objective`.
+        max_batches: Under `"recalibrate"`, use only this many batches.
+        progress: Show progress bars over batches; by default on a terminal and in notebooks.
+
+    Returns:
+        A copy of `model_a`, without wrappers such as DataParallel, in evaluation mode, with the averaged entries. What
+        moves nowhere, such as counters of batches, is that of the base. Under `"recalibrate"` its attribute
+        `recalibration` holds the losses before and after; see `Recalibration`.
+
+    Raises:
+        LMCCurvatureError: The networks, the loaders or an option are not what they should be; the subclasses of
+            `lmc_curvature.errors` tell which.
+    """
+    check_choice("batch_norm", batch_norm, ("interpolate", "recalibrate"))
+    _check_loaders(batch_norm, loader=loader, recalibration=recalibration, loss_fn=loss_fn, max_batches=max_batches)
+    segment = Segment(model_a, model_b, layers=partition, base=base)
+    state = segment.at(merge_coordinates(segment.layers, alpha, layers, base))
+    merged = _with_entries(model_a, model_b if base == "b" else model_a, state)
+    if loader is not None:
+        objective = Objective(
+            merged,
+            loader,
+            loss_fn=loss_fn,
+            batch_norm=batch_norm,
+            recalibration=recalibration,
+            max_batches=max_batches,
+            twins=[model_a, model_b],
+        )
+        states = [objective.place(each) for each in (state, segment.start, segment.end)]
+        statistics, found = recalibrate(objective, states, progress=progress)
+        _copy_into(merged, statistics[0])
+        vars(merged)["recalibration"] = found[0]
+        for each, owner in zip(found[1:], ("model_a", "model_b"), strict=True):
+            warn_of_worse(each, owner, stacklevel=3)
+        if found[0].is_worse and not any(each.is_worse for each in found[1:]):
+            warnings.warn(
+                f"Re-estimated statistics make the merged network worse: {found[0]}. Choose batch_norm='interpolate'.",
+                stacklevel=3,
+            )
+    return merged
+
+
+def _check_loaders(batch_norm: str, **options: Any) -> None:
+    if batch_norm == "recalibrate":
+        if options["loader"] is None:
+            raise OptionError(
+                "batch_norm='recalibrate' needs data: pass loader=…, and recalibration=… if the networks were trained "
+                "on augmented images."
+            )
+        return
+    for name, value in options.items():
+        if value is not None:
+            raise OptionError(
+                f"{name} is for batch_norm='recalibrate'; with batch_norm={batch_norm!r} a merge looks at no data."
+            )
+
+
+@outside_inference()
+def _with_entries(model: nn.Module, base: nn.Module, state: dict[str, torch.Tensor]) -> nn.Module:
+    merged = copy_in_evaluation(unwrap(model))
+    counters = {name: entry for name, entry in entries_of(unwrap(base)).items() if is_batch_counter(name)}
+    _copy_into(merged, {**counters, **state})
+    return merged
+
+
+@torch.no_grad()
+def _copy_into(network: nn.Module, entries: dict[str, torch.Tensor]) -> None:
+    own = entries_of(network)
+    for name, tensor in entries.items():
+        own[name].copy_(tensor)

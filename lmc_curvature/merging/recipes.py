@@ -1,0 +1,53 @@
+"""Merges as configurations of mergekit (Goddard et al. 2024), which merges the same from directories of checkpoints."""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from lmc_curvature.storage import write_atomically
+
+_HEAD = """# Written by lmc_curvature: the weighted mean of two checkpoints, entry by entry.
+# mergekit takes an entry's weight from the first filter that is a part of its name.
+"""
+
+
+def recipe(a: Path, b: Path, base: Literal["a", "b"], coordinates: Mapping[str, float]) -> dict[str, Any]:
+    """A merge as a configuration of mergekit, by its method `linear`.
+
+    Args:
+        a: The checkpoint at coordinate 0.
+        b: The checkpoint at coordinate 1.
+        base: The one whose configuration and tokenizer mergekit copies.
+        coordinates: Entry name to coordinate.
+    """
+    paths = [str(_directory(path)) for path in (a, b)]
+    # A filter of one entry may be a part of another's name: the longest is looked at first, and names its own.
+    default = Counter(coordinates.values()).most_common(1)[0][0]
+    filters = {name: alpha for name, alpha in coordinates.items() if alpha != default}
+    filters |= {n: alpha for n, alpha in coordinates.items() if alpha == default and any(f in n for f in filters)}
+    ordered = sorted(filters, key=len, reverse=True)
+
+    def weights(of_b: bool) -> Any:
+        def weight(alpha: float) -> float:
+            return alpha if of_b else 1 - alpha
+
+        listed = [{"filter": name, "value": weight(filters[name])} for name in ordered]
+        return [*listed, {"value": weight(default)}] if listed else weight(default)
+
+    models = [{"model": path, "parameters": {"weight": weights(path is paths[1])}} for path in paths]
+    return {"models": models, "merge_method": "linear", "base_model": paths[1 if base == "b" else 0]}
+
+
+def write_recipe(path: Path, a: Path, b: Path, base: Literal["a", "b"], coordinates: Mapping[str, float]) -> None:
+    """Write a merge as a configuration of mergekit; see `recipe`."""
+    text = yaml.safe_dump(recipe(a, b, base, coordinates), sort_keys=False)
+    with write_atomically(path) as temporary:
+        temporary.write_text(_HEAD + text, encoding="utf-8")
+
+
+def _directory(path: Path) -> Path:
+    """The directory of a model for mergekit, which has a configuration beside its weights; else the path itself."""
+    return path.parent if path.is_file() and (path.parent / "config.json").is_file() else path

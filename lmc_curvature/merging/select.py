@@ -1,0 +1,328 @@
+"""The heaviest set of layers that can be averaged within a budget, as predicted."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+from torch import nn
+
+from lmc_curvature.averages import with_error
+from lmc_curvature.barrier import BarrierPrediction
+from lmc_curvature.errors import OptionError, PartitionError, check_choice, counted
+from lmc_curvature.merging.rises import BASES, Base, mean_loss, points_of, sampling_error, set_errors, set_rises
+from lmc_curvature.merging.search import Score, every_set, search_sets
+from lmc_curvature.segment import layer_indices
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from lmc_curvature.merging.verify import Verification
+
+Weight = Literal["parameters", "distance"] | Mapping[str, float | int]
+"""What a layer counts for: its parameters, the norm of its displacement, or a number for every layer."""
+
+# Up to so many layers, all their sets are looked at.
+_EXHAUSTIVE = 20
+# Where there are more, searches begin at so many random sets, too, and the curve is of so many budgets.
+_STARTS, _BUDGETS = 2, 21
+# Equal rises and weights that come by different sums differ by less, in units of the losses and of the total weight.
+_ROUNDING = 1e-12
+
+
+def select_layers(
+    prediction: BarrierPrediction,
+    budget: float | int | None = None,
+    *,
+    relative_budget: float | int | None = None,
+    base: Base | None = None,
+    weight: Weight = "parameters",
+    required: Iterable[str] | str = (),
+    excluded: Iterable[str] | str = (),
+) -> "Selection":
+    """Select the heaviest set of layers to average whose predicted rise of the loss stays within a budget.
+
+    A merge makes one network: the selected layers halfway between both, the others those of its base. Its rise is its
+    loss minus the mean loss of the two networks. Rises are not monotone in the set. With up to 20 layers to choose
+    from, every set is looked at, so the selection is exact under the prediction; with more, a search is made, see
+    `search_sets`. Of sets of one weight, that with the least rise is taken.
+
+    Args:
+        prediction: The prediction.
+        budget: The largest rise, in units of the loss.
+        relative_budget: The largest rise as a part of the mean loss of the two networks, instead of `budget`.
+        base: Whose the other layers are, `"a"` or `"b"`; `"mean"` bounds the mean rise of both merges, the barrier
+            B_S(½). By default, the base of the two that lets more be averaged.
+        weight: What makes a set heavy: the sum of its layers' `"parameters"`, of their `"distance"` (the norms of their
+            displacements), or of a number for every layer.
+        required: Layers that are in the set.
+        excluded: Layers that are not.
+
+    Raises:
+        OptionError: An option is not what it should be, or no set stays within the budget.
+        PartitionError: A layer is unknown, both required and excluded, or without a weight.
+    """
+    limit = _limit(prediction, budget, relative_budget)
+    if base is not None:
+        check_choice("base", base, BASES)
+    weights = _weights(prediction, weight)
+    inside, outside = (np.zeros(len(weights), dtype=bool) for _ in range(2))
+    inside[layer_indices(prediction.layers, required)] = True
+    outside[layer_indices(prediction.layers, excluded)] = True
+    if (inside & outside).any():
+        name = prediction.layers[int((inside & outside).argmax())]
+        raise PartitionError(f"Layer {name!r} is both required and excluded: leave it out of one of them.")
+    bases: tuple[Base, ...] = ("a", "b") if base is None else (base,)
+    choice = Choice(prediction, limit, bases, weights, inside, outside)
+    best: dict[Base, tuple[float, np.ndarray]] = {each: choice.best(each, limit) for each in bases}
+    chosen = max(best, key=lambda each: best[each][0])
+    score, members = best[chosen]
+    if score < 0:
+        least = float(set_rises(prediction, members[None], chosen)[0])
+        raise OptionError(
+            f"budget={limit:.4g}: no set of layers stays within it, with base {' or '.join(bases)}; the least rise "
+            f"found is {least:.4g}, by averaging {choice.describe(members)}. Give a larger budget, or require less."
+        )
+    return Selection.of(choice, members, chosen)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a selection is made from, and what it has to satisfy.
+
+    Attributes:
+        prediction: The prediction.
+        budget: The largest rise, in units of the loss.
+        bases: The bases to choose from.
+        weights: What each layer counts for, (L,).
+        required, excluded: True at the layers that are in, or not in, every set, (L,).
+    """
+
+    prediction: BarrierPrediction
+    budget: float
+    bases: tuple[Base, ...]
+    weights: Float[np.ndarray, " L"]
+    required: Bool[np.ndarray, " L"]
+    excluded: Bool[np.ndarray, " L"]
+
+    @property
+    def free(self) -> np.ndarray:
+        """Indices of the layers to choose from."""
+        return np.flatnonzero(~self.required & ~self.excluded)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every set is looked at."""
+        return len(self.free) <= _EXHAUSTIVE
+
+    @property
+    def total(self) -> float:
+        """Weight of all layers; 1 if that is zero, to divide by."""
+        return float(self.weights.sum()) or 1.0
+
+    @property
+    def starts(self) -> list[Bool[np.ndarray, " L"]]:
+        """The lightest and the heaviest set, where searches begin."""
+        return [self.required, ~self.excluded]
+
+    def names(self, members: Bool[np.ndarray, " L"]) -> tuple[str, ...]:
+        """Names of a set's layers."""
+        return tuple(name for name, member in zip(self.prediction.layers, members, strict=True) if member)
+
+    def members(self, names: Iterable[str]) -> Bool[np.ndarray, " L"]:
+        """The set of the layers of these names."""
+        return np.isin(np.arange(len(self.weights)), layer_indices(self.prediction.layers, names))
+
+    def describe(self, members: Bool[np.ndarray, " L"]) -> str:
+        """Names of a set's layers, in words."""
+        return "all layers" if members.all() else ", ".join(self.names(members)) or "no layer"
+
+    def best(self, base: Base, budget: float) -> tuple[float, Bool[np.ndarray, " L"]]:
+        """The best set for a base, and its score: negative where it is not within the budget."""
+        score = self._score(base, budget)
+        starts = (
+            () if self.exact else self.required | (np.random.default_rng(0).random((_STARTS, len(self.weights))) < 0.5)
+        )
+        members = self.search(score, starts=[each & ~self.excluded for each in starts])
+        return float(score(members[None])[0]), members
+
+    def search(self, score: Score, *, starts: Sequence[Bool[np.ndarray, " L"]] = (), width: int = 12) -> np.ndarray:
+        """The set with the highest score: exact where every set is looked at."""
+        if self.exact and not starts:
+            return search_sets(score, [self.required], self.free, width=_EXHAUSTIVE)
+        return search_sets(score, [*starts, *self.starts], self.free, width=width)
+
+    def front(self, base: Base) -> Bool[np.ndarray, "sets L"]:
+        """Sets of which none is lighter than another with as little a rise, from light to heavy."""
+        if self.exact:
+            return _undominated(self, base, every_set(self.required, self.free))
+        lowest = self.search(lambda members: -set_rises(self.prediction, members, base))
+        ends = set_rises(self.prediction, np.stack([lowest, ~self.excluded]), base)
+        found = [lowest]
+        for budget in np.linspace(ends.min(), ends.max(), _BUDGETS):
+            found.append(self.search(self._score(base, float(budget)), starts=found[-1:]))
+        return _undominated(self, base, [np.stack(found)])
+
+    def _score(self, base: Base, budget: float) -> Score:
+        scale = max(abs(mean_loss(self.prediction)), *(abs(end.loss) for end in self.prediction.endpoints), 1e-300)
+
+        def score(members: np.ndarray) -> np.ndarray:
+            rises = set_rises(self.prediction, members, base)
+            over = rises - budget
+            # Rises decide between sets of one weight alone.
+            within = 1 + members @ self.weights / self.total - _ROUNDING * rises / (np.abs(rises) + scale)
+            return np.where(over <= _ROUNDING * scale, within, -np.abs(over) / (np.abs(over) + scale))
+
+        return score
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A set of layers to average, with its predicted rise of the loss.
+
+    Attributes:
+        members: Names of the layers that are averaged, in the order of the network.
+        base: Whose the others are: `"a"`, `"b"`, or `"mean"` where the rise is the mean of both merges.
+        rise: Predicted loss of the merged network, minus the mean loss of the two.
+        expansion_error: How far the rise may be off, apart from sampling.
+        standard_error: Sampling error of the rise; NaN for a single batch.
+        weight: Weight of the set.
+        budget: The largest rise, in units of the loss.
+        exact: Whether every set was looked at, or a search was made.
+        choice: What the selection was made from.
+    """
+
+    members: tuple[str, ...]
+    base: Base
+    rise: float
+    expansion_error: float
+    standard_error: float
+    weight: float
+    budget: float
+    exact: bool
+    choice: Choice = field(repr=False)
+
+    @classmethod
+    def of(cls, choice: Choice, members: Bool[np.ndarray, " L"], base: Base) -> "Selection":
+        """The selection of a set, with what is predicted of it."""
+        return cls(
+            members=choice.names(members),
+            base=base,
+            rise=float(set_rises(choice.prediction, members[None], base)[0]),
+            expansion_error=float(set_errors(choice.prediction, members[None], base)[0]),
+            standard_error=sampling_error(choice.prediction, [each[0] for each in points_of(members[None], base)]),
+            weight=float(members @ choice.weights),
+            budget=choice.budget,
+            exact=choice.exact,
+            choice=choice,
+        )
+
+    @property
+    def share(self) -> float:
+        """Weight of the set as a part of that of all layers."""
+        return self.weight / self.choice.total
+
+    def curve(self) -> "pd.DataFrame":
+        """The trade-off between weight and rise for the selection's base, whatever the budget.
+
+        Returns:
+            A row a set, from light to heavy: `weight`, `share`, `rise`, `expansion_error` and `layers`. No set is
+            lighter than another with as little a rise; of more than 20 layers there are the best sets found for 21
+            budgets.
+        """
+        import pandas as pd
+
+        sets, prediction = self.choice.front(self.base), self.choice.prediction
+        weights = sets @ self.choice.weights
+        return pd.DataFrame(
+            {
+                "weight": weights,
+                "share": weights / self.choice.total,
+                "rise": set_rises(prediction, sets, self.base),
+                "expansion_error": set_errors(prediction, sets, self.base),
+                "layers": [self.choice.names(members) for members in sets],
+            }
+        )
+
+    def verify(
+        self,
+        model_a: nn.Module,
+        model_b: nn.Module,
+        loader: Iterable[Any],
+        *,
+        measurements: int = 10,
+        held_out: Iterable[Any] | None = None,
+        caution: float = 1.0,
+        **options: Any,
+    ) -> "Verification":
+        """Measure the selected set, and repair the selection by what is learned; see `verify_selection`."""
+        from lmc_curvature.merging.verify import verify_selection
+
+        return verify_selection(
+            self,
+            model_a,
+            model_b,
+            loader,
+            measurements=measurements,
+            held_out=held_out,
+            caution=caution,
+            options=options,
+        )
+
+    def __str__(self) -> str:
+        others = {"a": "model_a", "b": "model_b", "mean": "either network (the mean of both merges)"}[self.base]
+        layers = counted(len(self.choice.weights), "layer")
+        return "\n".join(
+            [
+                f"Average {len(self.members)} of {layers}, {self.share:.1%} of the weight; the others from {others}",
+                f"  layers          {', '.join(self.members) or 'none'}",
+                f"  predicted rise  {with_error(self.rise, self.standard_error)} (sampling), off by up to "
+                f"{self.expansion_error:.2g} (expansion); budget {self.budget:.4g}",
+                "  every set was looked at" if self.exact else "  the best set that a search found",
+            ]
+        )
+
+
+def _undominated(choice: Choice, base: Base, sets: Iterable[Bool[np.ndarray, "sets L"]]) -> np.ndarray:
+    kept = np.zeros((0, len(choice.weights)), dtype=bool)
+    for part in sets:
+        kept = np.concatenate([kept, part])
+        weights, rises = kept @ choice.weights, set_rises(choice.prediction, kept, base)
+        order = np.lexsort((rises, -weights))
+        below = np.minimum.accumulate(np.append(math.inf, rises[order][:-1]))
+        kept = kept[order[rises[order] < below][::-1]]
+    return kept
+
+
+def _limit(prediction: BarrierPrediction, budget: float | int | None, relative_budget: float | int | None) -> float:
+    if (budget is None) == (relative_budget is None):
+        given = "neither was given" if budget is None else f"got {budget!r} and {relative_budget!r}"
+        raise OptionError(f"Give budget, in units of the loss, or relative_budget, a part of the mean loss; {given}.")
+    name, value = ("budget", budget) if budget is not None else ("relative_budget", relative_budget)
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise OptionError(f"{name}={value!r}: expected a number that is not negative.")
+    return float(value) * (1.0 if name == "budget" else mean_loss(prediction))
+
+
+def _weights(prediction: BarrierPrediction, weight: Weight) -> Float[np.ndarray, " L"]:
+    if isinstance(weight, Mapping):
+        layer_indices(prediction.layers, weight)
+        missing = next((layer for layer in prediction.layers if layer not in weight), None)
+        if missing is not None:
+            raise PartitionError(f"weight has no number for layer {missing!r}: name every layer.")
+        for layer, value in weight.items():
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+                raise OptionError(f"weight[{layer!r}]={value!r}: expected a number that is not negative.")
+        return np.array([weight[layer] for layer in prediction.layers], dtype=np.float64)
+    check_choice("weight", weight, ("parameters", "distance"))
+    if weight == "distance":
+        return np.asarray(prediction.distances, dtype=np.float64)
+    if prediction.parameters is None:
+        raise OptionError(
+            "weight='parameters': this prediction comes from a file of an earlier version, which has no numbers of "
+            "parameters. Use weight='distance' or numbers of your own, or predict again."
+        )
+    return prediction.parameters.astype(np.float64)

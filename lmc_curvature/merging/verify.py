@@ -1,0 +1,191 @@
+"""A selection of layers, measured and repaired until the measured rise stays within the budget."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from torch import nn
+
+from lmc_curvature.averages import with_error
+from lmc_curvature.merging.residuals import Correction
+from lmc_curvature.merging.rises import Base, point_rises, points_of
+from lmc_curvature.merging.search import Score
+from lmc_curvature.merging.select import Choice, Selection
+from lmc_curvature.merging.trials import Bench, SetTrial, check_trials
+
+# Trials end where the next one is expected to add less than this part of the weight; searches look at 2^10 sets a time.
+_LEAST_GAIN, _WIDTH = 1e-4, 10
+
+
+@dataclass(frozen=True, eq=False)
+class Verification:
+    """A selection that was measured, and repaired by what was learned.
+
+    Attributes:
+        selection: The selection in the end: the heaviest measured set within the budget or, where there is none, the
+            one least above it.
+        trials: Every measured set, in order.
+        chosen: What was measured of the selection.
+        held_out: What was measured of it on the held-out data; None without such data.
+    """
+
+    selection: Selection
+    trials: tuple[SetTrial, ...]
+    chosen: SetTrial
+    held_out: SetTrial | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the measured rise is within the budget: the one on held-out data if there is one."""
+        return (self.held_out or self.chosen).rise <= self.selection.budget
+
+    def __str__(self) -> str:
+        choice, found = self.selection.choice, self.chosen
+        inside = "within" if found.rise <= self.selection.budget else "above"
+        lines = [
+            str(self.selection),
+            f"  measured rise   {with_error(found.rise, found.standard_error)}, {inside} the budget",
+        ]
+        if self.held_out is not None:
+            inside = "within" if self.holds else "above"
+            lines.append(
+                f"  on held-out     {with_error(self.held_out.rise, self.held_out.standard_error)}, {inside} the budget"
+            )
+        shown = (
+            f"  {number:>3}. base {trial.base}, {trial.weight / choice.total:6.1%} of the weight: {trial}"
+            for number, trial in enumerate(self.trials, 1)
+        )
+        return "\n".join([*lines, "  all measured sets:", *shown])
+
+
+def verify_selection(
+    selection: Selection,
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loader: Iterable[Any],
+    *,
+    measurements: int,
+    held_out: Iterable[Any] | None,
+    caution: float,
+    options: Mapping[str, Any],
+) -> Verification:
+    """Measure sets of layers, and choose the heaviest that stays within the budget.
+
+    Each trial measures the set with the largest expected gain: how much heavier it is than the best so far, times the
+    probability that it stays within the budget. That follows from the prediction corrected by all trials so far, see
+    `Correction`. Trials end when that gain is negligible. No layer at all and all layers are measured beside the first
+    set, at no cost.
+
+    Args:
+        selection: The selection.
+        model_a: The network at α = 0.
+        model_b: The network at α = 1.
+        loader: Yields batches; every trial visits it once.
+        measurements: The largest number of trials.
+        held_out: Other data, on which the selection is measured in the end.
+        caution: How many standard errors a measured rise has to stay below the budget.
+        options: Options of `measure_barrier`, the same as those of the prediction.
+
+    Raises:
+        LMCCurvatureError: The networks, a loader or an option are not what they should be; the subclasses of
+            `lmc_curvature.errors` tell which.
+    """
+    check_trials(measurements, loader, options)
+    choice, bench = selection.choice, Bench(selection.choice.prediction, model_a, model_b, options)
+    correction, trials, found = Correction.of(choice.prediction), [], []
+    incumbent, margin = None, 0.0
+    while len(trials) < measurements:
+        proposal = _proposal(choice, correction, incumbent, margin, found)
+        if proposal is None:
+            break
+        sets = [proposal[0], *(() if trials else _at_no_cost(choice))]
+        measured, correction = _measured(choice, bench, sets, correction, loader)
+        trials.append(next(trial for trial in measured if trial.base == proposal[1]))
+        found += measured
+        margin = caution * trials[-1].known_error
+        within = [each for each in found if each.rise + caution * each.known_error <= choice.budget]
+        incumbent = max(within, key=lambda each: (each.weight, -each.rise), default=None)
+    chosen = incumbent or min(found, key=lambda each: each.rise)
+    members = choice.members(chosen.members)
+    final = Selection.of(choice, members, chosen.base)
+    if held_out is None:
+        return Verification(final, tuple(trials), chosen)
+    again, _ = _measured(dataclasses.replace(choice, bases=(chosen.base,)), bench, [members], correction, held_out)
+    return Verification(final, tuple(trials), chosen, again[0])
+
+
+def _proposal(
+    choice: Choice, correction: Correction, incumbent: SetTrial | None, margin: float, found: Sequence[SetTrial]
+) -> tuple[Bool[np.ndarray, " L"], Base] | None:
+    """The set and the base that promise the largest gain; None where that is negligible."""
+    best = []
+    for base in choice.bases:
+        known = [choice.members(each.members) for each in found if each.base == base]
+        score = _gain(choice, correction, base, incumbent, margin, known)
+        members = choice.search(score, starts=[choice.best(base, choice.budget)[1], *known[-2:]], width=_WIDTH)
+        best.append((float(score(members[None])[0]), members, base))
+    gain, members, base = max(best, key=lambda entry: entry[0])
+    return (members, base) if gain > np.log(_LEAST_GAIN) else None
+
+
+def _gain(
+    choice: Choice,
+    correction: Correction,
+    base: Base,
+    incumbent: SetTrial | None,
+    margin: float,
+    known: Sequence[Bool[np.ndarray, " L"]],
+) -> Score:
+    """Logarithm of the expected gain in weight; far below for sets that are no heavier, or known."""
+    from scipy.special import log_ndtr
+
+    # Without a set within the budget the lightest one is a gain, too.
+    reached = (choice.weights[choice.required].sum() if incumbent is None else incumbent.weight) / choice.total
+    reached -= 0.01 if incumbent is None else 0.0
+
+    def score(members: np.ndarray) -> np.ndarray:
+        rises, deviations = np.mean([correction.at(points) for points in points_of(members, base)], axis=0)
+        more = members @ choice.weights / choice.total - reached
+        room = (choice.budget - margin - rises) / np.maximum(deviations, 1e-12 * (1 + np.abs(rises)))
+        out = np.any([more <= 0, *((members == each).all(axis=1) for each in known)], axis=0)
+        return np.where(out, -1e12 + more, np.log(np.maximum(more, 1e-300)) + log_ndtr(room))
+
+    return score
+
+
+def _at_no_cost(choice: Choice) -> list[Bool[np.ndarray, " L"]]:
+    """No layer and all layers, where they may be chosen: every measurement visits these points."""
+    return [members for members in choice.starts if members.all() or not members.any()]
+
+
+def _measured(
+    choice: Choice,
+    bench: Bench,
+    sets: Sequence[Bool[np.ndarray, " L"]],
+    correction: Correction,
+    loader: Iterable[Any],
+) -> tuple[list[SetTrial], Correction]:
+    """Measure sets with every base, all in one pass, and learn from it."""
+    pairs: list[tuple[np.ndarray, Base]] = [(members, base) for members in sets for base in choice.bases]
+    groups = [np.concatenate(points_of(members[None], base)) for members, base in pairs]
+    points = np.concatenate(groups)
+    measurement = bench.measure(points, loader)
+    rises, errors = measurement.rises(), measurement.rise_errors()
+    trials, start = [], 0
+    for (members, base), group in zip(pairs, groups, strict=True):
+        own = slice(start, start := start + len(group))
+        trials.append(
+            SetTrial(
+                members=choice.names(members),
+                base=base,
+                weight=float(members @ choice.weights),
+                predicted=float(point_rises(choice.prediction, group).mean()),
+                expected=float(correction.at(group)[0].mean()),
+                rise=float(rises[own].mean()),
+                standard_error=float(errors[own].mean()),
+            )
+        )
+    return trials, correction.extended(points, rises, np.nan_to_num(errors))

@@ -1,0 +1,188 @@
+"""Claim: the merged network is the point of the cube that was asked for, and nothing else changes."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import update_bn
+
+from lmc_curvature import LayerPartition, measure_barrier, merge
+from lmc_curvature.errors import ArchitectureMismatchError, NonFiniteError, OptionError, PartitionError
+from tests.support.cases import CASES
+from tests.support.networks import joined, plain_loss, randomized
+
+CONV = CASES["conv, batch"]
+LAYERS = ("conv1", "conv2", "fc")
+
+
+@pytest.fixture
+def pair():
+    first, second = (randomized(CONV.model(0), seed) for seed in (1, 2))
+    for count, model in ((3, first), (5, second)):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked.fill_(count)
+    return first, second
+
+
+def _expected(first, second, coordinates, counters):
+    """The entries by the formula, layer by layer, with the counters of one of the networks."""
+    layer_of = LayerPartition.of(first).layer_of
+    entries = {}
+    for name, a in first.state_dict().items():
+        b = second.state_dict()[name]
+        entries[name] = (
+            counters.state_dict()[name]
+            if name.endswith("num_batches_tracked")
+            else a + coordinates[layer_of(name)] * (b - a)
+        )
+    return entries
+
+
+@pytest.mark.parametrize(
+    ("options", "coordinates"),
+    [
+        ({}, (0.5, 0.5, 0.5)),
+        ({"alpha": 0.3, "layers": ["conv2"]}, (0, 0.3, 0)),
+        ({"alpha": 0.3, "layers": "conv2", "base": "b"}, (1, 0.3, 1)),
+        ({"alpha": {"conv1": 1.0, "fc": 0.125}}, (1, 0, 0.125)),
+        ({"alpha": {"conv1": 0.75}, "layers": ["conv1"], "base": "b"}, (0.75, 1, 1)),
+        ({"alpha": 0.25, "layers": []}, (0, 0, 0)),
+    ],
+)
+def test_entries_are_those_of_the_point_and_of_the_base(pair, options, coordinates):
+    merged = merge(*pair, **options)
+    base = pair[1] if options.get("base") == "b" else pair[0]
+    expected = _expected(*pair, dict(zip(LAYERS, coordinates, strict=True)), base)
+    torch.testing.assert_close(merged.state_dict(), expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("case", [case for name, case in CASES.items()], ids=list(CASES))
+def test_networks_of_every_kind_are_averaged_and_left_alone(case):
+    first, second = case.model(0), case.model(1)
+    before = [copy.deepcopy(model.state_dict()) for model in (first, second)]
+    merged = merge(first, second, alpha=0.25)
+    for model, state in zip((first, second), before, strict=True):
+        torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+    for name, entry in merged.state_dict().items():
+        if entry.is_floating_point():
+            torch.testing.assert_close(entry, 0.75 * before[0][name] + 0.25 * before[1][name], rtol=1e-6, atol=1e-9)
+    # Tied entries are one parameter still.
+    assert len(list(merged.parameters())) == len(list(first.parameters()))
+    assert not any(module.training for module in merged.modules())
+
+
+def test_losses_are_those_that_a_measurement_finds(pair):
+    batches = CONV.batches((6, 5))
+    measured = measure_barrier(*pair, batches, sets=[["conv1", "fc"]], alphas=[0.0, 0.25, 1.0], progress=False)
+    data = joined(batches)
+    whole, of_a, of_b = (
+        plain_loss(merge(*pair, alpha=0.25, layers=layers, base=base), data).item()
+        for layers, base in ((None, "a"), (["conv1", "fc"], "a"), (["conv1", "fc"], "b"))
+    )
+    assert measured.values()[1] == pytest.approx(whole, rel=1e-10)
+    chord = 0.75 * measured.ends()[0] + 0.25 * measured.ends()[1]
+    assert measured.layer_curves()[0, 1] == pytest.approx(0.75 * of_a + 0.25 * of_b - chord, rel=1e-9)
+
+
+def test_another_partition_names_other_layers(pair):
+    merged = merge(*pair, layers=["bn1"], partition="module")
+    for name, entry in merged.state_dict().items():
+        moved = name.startswith("bn1") and entry.is_floating_point()
+        assert torch.equal(entry, pair[0].state_dict()[name]) != moved, name
+
+
+def test_wrappers_are_left_out_and_modes_stay(pair):
+    pair[0].train()
+    merged = merge(nn.DataParallel(pair[0]), pair[1])
+    assert type(merged) is type(pair[0])
+    assert pair[0].training
+    with torch.inference_mode():
+        inside = merge(*pair)
+    torch.testing.assert_close(inside.state_dict(), merged.state_dict(), rtol=0, atol=0)
+    next(inside.parameters()).sum().backward()
+
+
+def _mean_loss(model, batches):
+    data = joined(batches)
+    with torch.no_grad():
+        return F.cross_entropy(model(data[0]), data[1]).item()
+
+
+def _trained_like(seed, batches):
+    """A network whose running statistics are those of some data."""
+    model = CONV.model(seed)
+    update_bn([x for x, _ in batches], model)
+    return model.eval()
+
+
+def test_statistics_are_estimated_anew_and_both_losses_reported():
+    batches, others = CONV.batches((6, 6)), [(3 * x + 1, y) for x, y in CONV.batches((8, 8), seed=5)]
+    pair = [_trained_like(seed, others) for seed in (0, 1)]
+    with warnings.catch_warnings():
+        # Of data that the statistics of both networks are those of, there is nothing to warn.
+        warnings.simplefilter("error")
+        merged = merge(*pair, alpha=0.5, batch_norm="recalibrate", loader=others, recalibration=others, progress=False)
+    interpolated = merge(*pair)
+    assert merged.recalibration.before == pytest.approx(_mean_loss(interpolated, others), rel=1e-10)
+    update_bn([x for x, _ in others], interpolated)
+    interpolated.eval()
+    for name, entry in interpolated.state_dict().items():
+        if not name.endswith("num_batches_tracked"):
+            torch.testing.assert_close(merged.state_dict()[name], entry, rtol=1e-9, atol=1e-12)
+    assert merged.recalibration.after == pytest.approx(_mean_loss(interpolated, others), rel=1e-9)
+    again = merge(*pair, batch_norm="recalibrate", loader=batches, recalibration=others, progress=False)
+    torch.testing.assert_close(again.state_dict(), merged.state_dict(), rtol=1e-12, atol=1e-12)
+    assert again.recalibration.after == pytest.approx(_mean_loss(merged, batches), rel=1e-9)
+
+
+def test_data_that_make_a_network_itself_worse_are_warned_of():
+    batches = CONV.batches((6, 6))
+    pair = []
+    for seed in (0, 1):
+        model = _trained_like(seed, batches)
+        # Trained on these batches: every other choice of statistics is worse.
+        optimizer = torch.optim.Adam(model.parameters(), 0.05)
+        for _ in range(60):
+            optimizer.zero_grad()
+            sum(F.cross_entropy(model(x), y) for x, y in batches).backward()
+            optimizer.step()
+        pair.append(model)
+    strange = [(20 * x - 30, y) for x, y in batches]
+    with pytest.warns(UserWarning, match="make model_a worse: loss .* by its own statistics.*recalibration=") as caught:
+        merge(*pair, batch_norm="recalibrate", loader=batches, recalibration=strange, progress=False)
+    assert any("make model_b worse" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alpha": 1.5}, OptionError, "alpha=1.5 of layer 'conv1' lies outside the cube"),
+        ({"alpha": {"conv2": "half"}}, OptionError, "alpha='half' of layer 'conv2'"),
+        ({"alpha": {"conv3": 0.5}}, PartitionError, "no layer 'conv3': did you mean 'conv"),
+        ({"layers": "fused"}, PartitionError, "no layer 'fused'.*is partition, another option"),
+        ({"layers": ["conv1"], "alpha": {"conv2": 0.5}}, OptionError, "'conv1' is in layers and not in alpha"),
+        ({"layers": ["fc"], "alpha": {"fc": 0.5, "conv2": 0}}, OptionError, "'conv2' is in alpha and not in layers"),
+        ({"base": "c"}, OptionError, "base='c' is not a choice"),
+        ({"batch_norm": "batch"}, OptionError, "batch_norm='batch' is not a choice"),
+        ({"batch_norm": "recalibrate"}, OptionError, "needs data: pass loader="),
+        ({"loader": []}, OptionError, "loader is for batch_norm='recalibrate'"),
+        ({"recalibration": []}, OptionError, "recalibration is for batch_norm='recalibrate'"),
+        ({"partition": "fusd"}, PartitionError, "did you mean 'fused'"),
+    ],
+)
+def test_bad_options_are_named(pair, options, error, message, untyped):
+    with pytest.raises(error, match=message):
+        merge(*pair, **options)
+
+
+def test_networks_that_cannot_be_averaged_are_named(pair):
+    with pytest.raises(ArchitectureMismatchError, match="not of one architecture"):
+        merge(pair[0], nn.Linear(2, 2))
+    with torch.no_grad():
+        pair[1].fc.bias[0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"fc\.bias.*model_b"):
+        merge(*pair, layers=["conv1"])
