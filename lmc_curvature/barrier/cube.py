@@ -30,6 +30,8 @@ _SETS_AT_ONCE = 50_000
 
 # What the expansion error is made of, fitted in docs/results.md.
 _BETWEEN, _LEFT_OUT, _SIZE = 1.0, 0.5, 0.1
+# The squared distance from an anchor, in shares of the energy, at which half of the error of a loss sets in.
+_NEAR = 0.003
 
 
 class Anchor(NamedTuple):
@@ -96,13 +98,14 @@ class Cube:
         return combine(weights, self._batch_features(x[0]))
 
     def loss_errors(self, points: Float[np.ndarray, "n L"]) -> Float[np.ndarray, " n"]:
-        """How far `losses` may be off, apart from sampling; the size is that above the chord at the same place."""
+        """How far `losses` may be off, apart from sampling; zero at anchors. The size is that above the chord."""
         x = self._points(points)
-        features, place = self._features(x), x @ self.shares
-        losses = combine(point_weights(self.positions, place, x**2 @ self.shares), features)
+        features, place, square = self._features(x), x @ self.shares, x**2 @ self.shares
+        losses = combine(point_weights(self.positions, place, square), features)
         first, last = self.anchors[0].projection.loss, self.anchors[-1].projection.loss
-        ways = point_disagreement_weights(self.positions, place, x**2 @ self.shares)
-        return _error(ways, features, losses - first - place * (last - first))
+        ways = point_disagreement_weights(self.positions, place, square)
+        near = np.abs(square - 2 * np.outer(self.positions, place) + self.positions[:, None] ** 2).min(axis=0)
+        return near / (near + _NEAR) * _error(ways, features, losses - first - place * (last - first))
 
     def barriers(
         self, members: Bool[np.ndarray, "sets L"], alpha: Float[np.ndarray, " n #sets"], expansion: Expansion

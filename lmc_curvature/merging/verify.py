@@ -13,11 +13,11 @@ from lmc_curvature.averages import with_error
 from lmc_curvature.merging.residuals import Correction
 from lmc_curvature.merging.rises import Base, point_rises, points_of
 from lmc_curvature.merging.search import Score
-from lmc_curvature.merging.select import Choice, Selection
+from lmc_curvature.merging.select import Choice, Selection, check_not_negative
 from lmc_curvature.merging.trials import Bench, SetTrial, check_trials
 
-# Trials end where the next one is expected to add less than this part of the weight; searches look at 2^10 sets a time.
-_LEAST_GAIN, _WIDTH = 1e-4, 10
+# Trials end where the next promises less than this part of the weight; searches look at 2^10 sets at a time.
+_LEAST_GAIN, _WIDTH = 1e-7, 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,15 +69,15 @@ def verify_selection(
     *,
     measurements: int,
     held_out: Iterable[Any] | None,
-    caution: float,
+    caution: float | int,
     options: Mapping[str, Any],
 ) -> Verification:
     """Measure sets of layers, and choose the heaviest that stays within the budget.
 
-    Each trial measures the set with the largest expected gain: how much heavier it is than the best so far, times the
-    probability that it stays within the budget. That follows from the prediction corrected by all trials so far, see
-    `Correction`. Trials end when that gain is negligible. No layer at all and all layers are measured beside the first
-    set, at no cost.
+    Each trial measures the set that promises the largest gain: how much heavier it is than the best so far, times the
+    square of the probability that it stays within the budget; trials are few, and one that fails is spent. That
+    probability follows from the prediction corrected by all trials so far, see `Correction`. Trials end when the gain
+    is negligible. No layer at all and all layers are measured beside the first set, at no cost.
 
     Args:
         selection: The selection.
@@ -94,6 +94,7 @@ def verify_selection(
             `lmc_curvature.errors` tell which.
     """
     check_trials(measurements, loader, options)
+    check_not_negative("caution", caution)
     choice, bench = selection.choice, Bench(selection.choice.prediction, model_a, model_b, options)
     correction, trials, found = Correction.of(choice.prediction), [], []
     incumbent, margin = None, 0.0
@@ -139,7 +140,7 @@ def _gain(
     margin: float,
     known: Sequence[Bool[np.ndarray, " L"]],
 ) -> Score:
-    """Logarithm of the expected gain in weight; far below for sets that are no heavier, or known."""
+    """Logarithm of the gain in weight that sets promise; far below for sets that are no heavier, or known."""
     from scipy.special import log_ndtr
 
     # Without a set within the budget the lightest one is a gain, too.
@@ -151,7 +152,7 @@ def _gain(
         more = members @ choice.weights / choice.total - reached
         room = (choice.budget - margin - rises) / np.maximum(deviations, 1e-12 * (1 + np.abs(rises)))
         out = np.any([more <= 0, *((members == each).all(axis=1) for each in known)], axis=0)
-        return np.where(out, -1e12 + more, np.log(np.maximum(more, 1e-300)) + log_ndtr(room))
+        return np.where(out, -1e12 + more, np.log(np.maximum(more, 1e-300)) + 2 * log_ndtr(room))
 
     return score
 

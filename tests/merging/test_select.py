@@ -71,7 +71,8 @@ def questions(draw):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
 @given(questions())
 def test_the_selection_is_that_of_brute_force(drawn):
     prediction, budget, base, required, excluded, weight, numbers = drawn
