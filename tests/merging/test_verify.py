@@ -16,7 +16,6 @@ from tests.support.cases import CASES
 from tests.support.networks import untouched
 from tests.support.predictions import random_prediction
 
-
 pytestmark = pytest.mark.slow
 
 
