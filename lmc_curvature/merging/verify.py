@@ -74,10 +74,11 @@ def verify_selection(
 ) -> Verification:
     """Measure sets of layers, and choose the heaviest that stays within the budget.
 
-    Each trial measures the set that promises the largest gain: how much heavier it is than the best so far, times the
-    square of the probability that it stays within the budget; trials are few, and one that fails is spent. That
-    probability follows from the prediction corrected by all trials so far, see `Correction`. Trials end when the gain
-    is negligible. No layer at all and all layers are measured beside the first set, at no cost.
+    The selected set is measured first. Each further trial measures the set that promises the largest gain: how much
+    heavier it is than the best so far, times the square of the probability that it stays within the budget; trials are
+    few, and one that fails is spent. That probability follows from the prediction corrected by all trials so far, see
+    `Correction`. Trials end when the gain is negligible. No layer at all and all layers are measured beside the first
+    set, at no cost.
 
     Args:
         selection: The selection.
@@ -97,11 +98,9 @@ def verify_selection(
     check_not_negative("caution", caution)
     choice, bench = selection.choice, Bench(selection.choice.prediction, model_a, model_b, options)
     correction, trials, found = Correction.of(choice.prediction), [], []
-    incumbent, margin = None, 0.0
-    while len(trials) < measurements:
-        proposal = _proposal(choice, correction, incumbent, margin, found)
-        if proposal is None:
-            break
+    first = choice.members(selection.members), selection.base
+    incumbent, margin, proposal = None, 0.0, first
+    while len(trials) < measurements and proposal is not None:
         sets = [proposal[0], *(() if trials else _at_no_cost(choice))]
         measured, correction = _measured(choice, bench, sets, correction, loader)
         trials.append(next(trial for trial in measured if trial.base == proposal[1]))
@@ -109,6 +108,7 @@ def verify_selection(
         margin = caution * trials[-1].known_error
         within = [each for each in found if each.rise + caution * each.known_error <= choice.budget]
         incumbent = max(within, key=lambda each: (each.weight, -each.rise), default=None)
+        proposal = _proposal(choice, correction, incumbent, margin, found)
     chosen = incumbent or min(found, key=lambda each: each.rise)
     members = choice.members(chosen.members)
     final = Selection.of(choice, members, chosen.base)
@@ -126,7 +126,7 @@ def _proposal(
     for base in choice.bases:
         known = [choice.members(each.members) for each in found if each.base == base]
         score = _gain(choice, correction, base, incumbent, margin, known)
-        members = choice.search(score, starts=[choice.best(base, choice.budget)[1], *known[-2:]], width=_WIDTH)
+        members = choice.search(score, starts=[known[0], *known[-2:]], width=_WIDTH)
         best.append((float(score(members[None])[0]), members, base))
     gain, members, base = max(best, key=lambda entry: entry[0])
     return (members, base) if gain > np.log(_LEAST_GAIN) else None

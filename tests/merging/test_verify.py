@@ -1,6 +1,7 @@
 """Claim: what a verification reports is what the merged networks have, and the budget holds as measured."""
 
 import copy
+import dataclasses
 import itertools
 
 import numpy as np
@@ -79,6 +80,8 @@ def test_reported_rises_are_those_of_plain_networks_and_the_budget_holds(predict
     selection = select_layers(prediction, budget, base=base)
     found = selection.verify(*MODELS, LOADER, measurements=5, held_out=OTHERS, progress=False)
     assert 1 <= len(found.trials) <= 5
+    assert (found.trials[0].members, found.trials[0].base) == (selection.members, selection.base)
+    assert found.trials[0].predicted == found.trials[0].expected == pytest.approx(selection.rise, abs=1e-12)
 
     def plain(trial, batches):
         sides = ["a", "b"] if trial.base == "mean" else [trial.base]
@@ -117,6 +120,17 @@ def test_one_measurement_is_enough_where_everything_may_be_averaged(prediction):
     found = select_layers(prediction, 1e3).verify(*MODELS, LOADER, progress=False)
     assert (len(found.trials), found.selection.members) == (1, prediction.layers)
     assert found.holds
+
+
+def test_where_nothing_stays_within_the_budget_the_least_rise_is_told(prediction):
+    x, y = (torch.cat(parts) for parts in zip(*LOADER, strict=True))
+    # The ends have no loss on their own classes; on these a required layer has to rise.
+    selection = select_layers(prediction, 100.0, required="4")
+    strict = dataclasses.replace(selection, choice=dataclasses.replace(selection.choice, budget=1e-9), budget=1e-9)
+    found = strict.verify(*MODELS, [(x, y)], measurements=3, progress=False)
+    assert found.chosen.rise == min(trial.rise for trial in found.trials)
+    assert not found.holds
+    assert "above the budget" in str(found)
 
 
 def test_the_text_has_every_measurement(prediction):
