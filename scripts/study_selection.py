@@ -9,7 +9,7 @@ Hessian energy, or by the least increase of the second-order barrier. All their 
 the heaviest within the budget is taken, as carefully as ours. Shares of the parameters are printed in Markdown.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from lmc_curvature.merging import Verification
 from lmc_curvature.merging.rises import points_of
 
 BUDGETS = (0.1, 0.25, 0.5)
-MEASUREMENTS, CAUTION = 10, 1.5
+MEASUREMENTS, CAUTION, BATCH = 10, 1.5, 32
 # Whole networks with a lower barrier than this part of the mean loss have nothing to choose.
 LEAST = 0.01
 
@@ -72,17 +72,32 @@ def ours(found: Verification) -> dict[str, Any]:
 
 
 def halves(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """The two halves of every batch, tensors or dictionaries and tuples of them."""
+    """The two halves of every batch, in parts of few examples, so that their spread tells a standard error.
 
-    def part(batch: Any, second: bool) -> Any:
-        if isinstance(batch, torch.Tensor):
-            middle = len(batch) // 2
-            return batch[middle:] if second else batch[:middle]
-        if isinstance(batch, dict):
-            return {key: part(each, second) for key, each in batch.items()}
-        return tuple(part(each, second) for each in batch)
+    A batch is a tensor, or a dictionary or a tuple of them.
+    """
+    found: tuple[list[Any], list[Any]] = [], []
+    for batch in batches:
+        size = next(len(each) for each in _tensors(batch))
+        for half, first, end in ((found[0], 0, size // 2), (found[1], size // 2, size)):
+            half += [_part(batch, slice(start, min(start + BATCH, end))) for start in range(first, end, BATCH)]
+    return found
 
-    return [part(batch, False) for batch in batches], [part(batch, True) for batch in batches]
+
+def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    else:
+        for each in batch.values() if isinstance(batch, dict) else batch:
+            yield from _tensors(each)
+
+
+def _part(batch: Any, rows: slice) -> Any:
+    if isinstance(batch, torch.Tensor):
+        return batch[rows]
+    if isinstance(batch, dict):
+        return {key: _part(each, rows) for key, each in batch.items()}
+    return tuple(_part(each, rows) for each in batch)
 
 
 def orders(prediction: BarrierPrediction) -> dict[str, Int[np.ndarray, " L"]]:
