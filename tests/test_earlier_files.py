@@ -9,6 +9,7 @@ from torch import nn
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.checkpoints import load_checkpoint
+from lmc_curvature.errors import OptionError
 from lmc_curvature.forking import TraceConfig, open_directory
 from lmc_curvature.forking.training import EpochMetrics, TrainingState
 from lmc_curvature.geometry import SiblingGeometry
@@ -31,6 +32,9 @@ def test_measurements():
     assert measurement.barrier() == pytest.approx(0.005067865053812663)
     assert measurement.barrier("error") == pytest.approx(0.09722222222222222)
     np.testing.assert_allclose(measurement.layer_barriers(), [0.015739917755126953, 0.013615449269612629])
+    assert (measurement.points, measurement.rises().shape) == ((), (0,))
+    with pytest.raises(OptionError, match="earlier version, without its sides: measure again"):
+        measurement.sides()
 
 
 def test_geometries():

@@ -30,6 +30,8 @@ _SETS_AT_ONCE = 50_000
 
 # What the expansion error is made of, fitted in docs/results.md.
 _BETWEEN, _LEFT_OUT, _SIZE = 0.7, 0.2, 0.2
+# The squared distance from an anchor, in shares of the energy, at which half of the error of a loss sets in.
+_NEAR = 0.003
 
 
 class Anchor(NamedTuple):
@@ -97,13 +99,13 @@ class Cube:
         return self.anchors[0].projection.batch_losses + combine(weights, self._batch_features(x[0]))
 
     def loss_errors(self, points: Float[np.ndarray, "n L"]) -> Float[np.ndarray, " n"]:
-        """How far `losses` may be off, apart from sampling; the size is that above the chord at the same place."""
+        """How far `losses` may be off, apart from sampling; zero at anchors. The size is that above the chord."""
         x = self._points(points)
-        features, place = self._features(x), x @ self.shares
-        losses = combine(point_weights(self.positions, place, x**2 @ self.shares), features)
+        features, place, square = self._features(x), x @ self.shares, x**2 @ self.shares
+        losses = combine(point_weights(self.positions, place, square), features)
         first, last = self.anchors[0].projection.loss, self.anchors[-1].projection.loss
-        ways = point_disagreement_weights(self.positions, place, x**2 @ self.shares)
-        return _error(ways, features, losses - place * (last - first))
+        ways = point_disagreement_weights(self.positions, place, square)
+        return self._far(place, square) * _error(ways, features, losses - place * (last - first))
 
     def barriers(
         self, members: Bool[np.ndarray, "sets L"], alpha: Float[np.ndarray, " n #sets"], expansion: Expansion
@@ -128,8 +130,18 @@ class Cube:
     ) -> Float[np.ndarray, "n sets"]:
         """How far anchored barriers may be off, apart from sampling."""
         features = self._features(members)
-        ways = disagreement_weights(self.positions, alpha, members @ self.shares)
-        return _error(ways, features, self.barriers(members, alpha, "anchored"))
+        size, rest = members @ self.shares, 1 - alpha
+        ways = disagreement_weights(self.positions, alpha, size)
+        # Of the whole network at an anchor, the barrier is known.
+        far = rest * self._far(alpha * size, alpha**2 * size)
+        far = far + alpha * self._far(1 - rest * size, 1 - (1 - alpha**2) * size)
+        return far * _error(ways, features, self.barriers(members, alpha, "anchored"))
+
+    def _far(self, place: np.ndarray, square: np.ndarray) -> np.ndarray:
+        """How much of its error a loss has: none at an anchor, all far from them."""
+        anchors = self.positions.reshape(-1, *[1] * place.ndim)
+        distance = np.abs(square - 2 * anchors * place + anchors**2).min(axis=0)
+        return distance / (distance + _NEAR)
 
     def _points(self, points: object) -> Float[np.ndarray, "n L"]:
         x = np.asarray(points, dtype=np.float64)

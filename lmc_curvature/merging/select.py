@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -255,7 +254,7 @@ class Selection:
         *,
         measurements: int = 10,
         held_out: Iterable[Any] | None = None,
-        caution: float = 1.0,
+        caution: float | int = 1.5,
         **options: Any,
     ) -> "Verification":
         """Measure the selected set, and repair the selection by what is learned; see `verify_selection`."""
@@ -302,9 +301,14 @@ def _limit(prediction: BarrierPrediction, budget: float | int | None, relative_b
         given = "neither was given" if budget is None else f"got {budget!r} and {relative_budget!r}"
         raise OptionError(f"Give budget, in units of the loss, or relative_budget, a part of the mean loss; {given}.")
     name, value = ("budget", budget) if budget is not None else ("relative_budget", relative_budget)
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
+    return check_not_negative(name, value) * (1.0 if name == "budget" else mean_loss(prediction))
+
+
+def check_not_negative(name: str, value: object) -> float:
+    """A number that is not negative; raise `OptionError` for anything else, with the option's name."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 <= value < math.inf:
         raise OptionError(f"{name}={value!r}: expected a number that is not negative.")
-    return float(value) * (1.0 if name == "budget" else mean_loss(prediction))
+    return float(value)
 
 
 def _weights(prediction: BarrierPrediction, weight: Weight) -> Float[np.ndarray, " L"]:
@@ -313,10 +317,7 @@ def _weights(prediction: BarrierPrediction, weight: Weight) -> Float[np.ndarray,
         missing = next((layer for layer in prediction.layers if layer not in weight), None)
         if missing is not None:
             raise PartitionError(f"weight has no number for layer {missing!r}: name every layer.")
-        for layer, value in weight.items():
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-                raise OptionError(f"weight[{layer!r}]={value!r}: expected a number that is not negative.")
-        return np.array([weight[layer] for layer in prediction.layers], dtype=np.float64)
+        return np.array([check_not_negative(f"weight[{layer!r}]", weight[layer]) for layer in prediction.layers])
     check_choice("weight", weight, ("parameters", "distance"))
     if weight == "distance":
         return np.asarray(prediction.distances, dtype=np.float64)

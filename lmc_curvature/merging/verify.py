@@ -13,11 +13,11 @@ from lmc_curvature.averages import with_error
 from lmc_curvature.merging.residuals import Correction
 from lmc_curvature.merging.rises import Base, point_rises, points_of
 from lmc_curvature.merging.search import Score
-from lmc_curvature.merging.select import Choice, Selection
+from lmc_curvature.merging.select import Choice, Selection, check_not_negative
 from lmc_curvature.merging.trials import Bench, SetTrial, check_trials
 
-# Trials end where the next one is expected to add less than this part of the weight; searches look at 2^10 sets a time.
-_LEAST_GAIN, _WIDTH = 1e-4, 10
+# Trials end where the next promises less than this part of the weight; searches look at 2^10 sets at a time.
+_LEAST_GAIN, _WIDTH = 1e-7, 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +69,15 @@ def verify_selection(
     *,
     measurements: int,
     held_out: Iterable[Any] | None,
-    caution: float,
+    caution: float | int,
     options: Mapping[str, Any],
 ) -> Verification:
     """Measure sets of layers, and choose the heaviest that stays within the budget.
 
-    Each trial measures the set with the largest expected gain: how much heavier it is than the best so far, times the
-    probability that it stays within the budget. That follows from the prediction corrected by all trials so far, see
-    `Correction`. Trials end when that gain is negligible. No layer at all and all layers are measured beside the first
+    The selected set is measured first. Each further trial measures the set that promises the largest gain: how much
+    heavier it is than the best so far, times the square of the probability that it stays within the budget; trials are
+    few, and one that fails is spent. That probability follows from the prediction corrected by all trials so far, see
+    `Correction`. Trials end when the gain is negligible. No layer at all and all layers are measured beside the first
     set, at no cost.
 
     Args:
@@ -94,13 +95,12 @@ def verify_selection(
             `lmc_curvature.errors` tell which.
     """
     check_trials(measurements, loader, options)
+    check_not_negative("caution", caution)
     choice, bench = selection.choice, Bench(selection.choice.prediction, model_a, model_b, options)
     correction, trials, found = Correction.of(choice.prediction), [], []
-    incumbent, margin = None, 0.0
-    while len(trials) < measurements:
-        proposal = _proposal(choice, correction, incumbent, margin, found)
-        if proposal is None:
-            break
+    first = choice.members(selection.members), selection.base
+    incumbent, margin, proposal = None, 0.0, first
+    while len(trials) < measurements and proposal is not None:
         sets = [proposal[0], *(() if trials else _at_no_cost(choice))]
         measured, correction = _measured(choice, bench, sets, correction, loader)
         trials.append(next(trial for trial in measured if trial.base == proposal[1]))
@@ -108,6 +108,7 @@ def verify_selection(
         margin = caution * trials[-1].known_error
         within = [each for each in found if each.rise + caution * each.known_error <= choice.budget]
         incumbent = max(within, key=lambda each: (each.weight, -each.rise), default=None)
+        proposal = _proposal(choice, correction, incumbent, margin, found)
     chosen = incumbent or min(found, key=lambda each: each.rise)
     members = choice.members(chosen.members)
     final = Selection.of(choice, members, chosen.base)
@@ -125,7 +126,7 @@ def _proposal(
     for base in choice.bases:
         known = [choice.members(each.members) for each in found if each.base == base]
         score = _gain(choice, correction, base, incumbent, margin, known)
-        members = choice.search(score, starts=[choice.best(base, choice.budget)[1], *known[-2:]], width=_WIDTH)
+        members = choice.search(score, starts=[known[0], *known[-2:]], width=_WIDTH)
         best.append((float(score(members[None])[0]), members, base))
     gain, members, base = max(best, key=lambda entry: entry[0])
     return (members, base) if gain > np.log(_LEAST_GAIN) else None
@@ -139,7 +140,7 @@ def _gain(
     margin: float,
     known: Sequence[Bool[np.ndarray, " L"]],
 ) -> Score:
-    """Logarithm of the expected gain in weight; far below for sets that are no heavier, or known."""
+    """Logarithm of the gain in weight that sets promise; far below for sets that are no heavier, or known."""
     from scipy.special import log_ndtr
 
     # Without a set within the budget the lightest one is a gain, too.
@@ -151,7 +152,7 @@ def _gain(
         more = members @ choice.weights / choice.total - reached
         room = (choice.budget - margin - rises) / np.maximum(deviations, 1e-12 * (1 + np.abs(rises)))
         out = np.any([more <= 0, *((members == each).all(axis=1) for each in known)], axis=0)
-        return np.where(out, -1e12 + more, np.log(np.maximum(more, 1e-300)) + log_ndtr(room))
+        return np.where(out, -1e12 + more, np.log(np.maximum(more, 1e-300)) + 2 * log_ndtr(room))
 
     return score
 

@@ -72,6 +72,44 @@ def test_a_set_moves_from_either_end(measurement, index, moved):
         assert found == pytest.approx(expected, abs=1e-12)
 
 
+def test_both_sides_of_a_set_are_kept(measurement):
+    for index, moved in enumerate((("conv1", "bn1"), ("conv2", "bn2", "fc"))):
+        rest = tuple(name for name in EVERY if name not in moved)
+        for number, metric in enumerate(measurement.metrics):
+            near, far = measurement.sides(metric)[index, 2]
+            assert near == pytest.approx(_loss_and_error(_mixed(0.5, moved))[number], abs=1e-12)
+            model = _mixed(1, rest)
+            for name, tensor in _mixed(0.5, moved).state_dict().items():
+                if name.startswith(moved):
+                    model.state_dict()[name].copy_(tensor)
+            assert far == pytest.approx(_loss_and_error(model)[number], abs=1e-12)
+            chord = sum(measurement.ends(metric)) / 2
+            assert (near + far) / 2 - chord == pytest.approx(measurement.layer_curves(metric)[index, 2], abs=1e-12)
+
+
+def test_any_point_of_the_cube_may_be_measured(tmp_path):
+    points = [{"fc": 1, "conv1": 0.25, "conv2": 0.7}, dict.fromkeys(("conv1", "conv2", "fc"), 0.5)]
+    options = {"alphas": [0.5], "progress": False}
+    found = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches(), points=points, **options)
+    model = CONV.model(0)
+    with torch.no_grad():
+        for moved, alpha in ((("conv1", "bn1"), 0.25), (("conv2", "bn2"), 0.7), (("fc",), 1)):
+            for name, tensor in _mixed(alpha, moved).state_dict().items():
+                if name.startswith(moved):
+                    model.state_dict()[name].copy_(tensor)
+    for number, metric in enumerate(found.metrics):
+        first, second = found.rises(metric)
+        ends = sum(found.ends(metric)) / 2
+        assert first == pytest.approx(_loss_and_error(model)[number] - ends, abs=1e-12)
+        assert second == pytest.approx(found.curve(metric)[0], abs=1e-12)
+        assert found.rise_errors(metric)[1] == pytest.approx(found.standard_error(metric))
+    assert found.points == ({"conv1": 0.25, "conv2": 0.7, "fc": 1.0}, dict.fromkeys(("conv1", "conv2", "fc"), 0.5))
+    found.save(tmp_path / "measured")
+    again = BarrierMeasurement.load(tmp_path / "measured")
+    assert again.points == found.points
+    np.testing.assert_array_equal(again.rises(), found.rises())
+
+
 def test_sets_are_named_and_a_partition_measures_each_layer(measurement):
     assert measurement.sets == (("conv1",), ("conv2", "fc"))
     assert measurement.layers == ("conv1", "conv2 + fc")
@@ -244,6 +282,10 @@ def test_alphas_may_be_any_positions():
         ({"sets": "fused"}, OptionError, "sets='fused': expected 'each', or a list of sets"),
         ({"sets": None}, OptionError, "sets=None: expected 'each', or a list of sets"),
         ({"sets": [0]}, OptionError, r"sets=\[0\]: expected 'each', or a list of sets"),
+        ({"points": [[0.5] * 3]}, OptionError, r"points\[0\]=\[.*: expected a mapping from every layer to a number"),
+        ({"points": [{"conv1": 0.5, "fc": 1}]}, PartitionError, r"points\[0\] has no number for layer 'conv2'"),
+        ({"points": [{"conv9": 0.5}]}, PartitionError, "no layer 'conv9'"),
+        ({"points": [{"conv1": 2, "conv2": 0, "fc": 0}]}, OptionError, r"points\[0\]\['conv1'\]=2 lies outside"),
         ({"layers": [["conv1"]]}, OptionError, r"layers is the partition, and .* are now sets=\[\['conv1'\]\]"),
         ({"layers": None}, OptionError, r"layers=None: layers is the partition, and .* are now sets=\(\)"),
         ({"partition": "module"}, OptionError, "partition='module' is now layers='module'.*sets="),
@@ -263,6 +305,17 @@ def test_bad_input_is_named(options, error, message, untyped):
         loader = [(x, x[:, :1])]
     with pytest.raises(error, match=message):
         measure_barrier(case.model(0), case.model(1), loader, progress=False, **options)
+
+
+def test_a_point_where_the_loss_is_not_finite_is_named():
+    first, second = nn.Linear(1, 2).double(), nn.Linear(1, 2).double()
+    for layer, value in ((first, -1.0), (second, 3.0)):
+        nn.init.constant_(layer.weight, value)
+        nn.init.constant_(layer.bias, 0.0)
+    data = [(torch.ones(2, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.long))]
+    options = {"metrics": ("loss",), "loss_fn": lambda out, _: (1 / out**2).mean(), "layers": "tensor", "alphas": [0.5]}
+    with pytest.raises(NonFiniteError, match=r"loss is inf .* at alpha=\{'weight': 0.25, 'bias': 0.5\}"):
+        measure_barrier(first, second, data, points=[{"weight": 0.25, "bias": 0.5}], progress=False, **options)
 
 
 def test_layer_barriers_need_sets():

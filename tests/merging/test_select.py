@@ -71,7 +71,8 @@ def questions(draw):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
 @given(questions())
 def test_the_selection_is_that_of_brute_force(drawn):
     prediction, budget, base, required, excluded, weight, numbers = drawn
@@ -124,7 +125,7 @@ def knapsack(weights, energies, most):
     return int(np.flatnonzero(least <= most + 1e-12).max())
 
 
-@pytest.mark.parametrize(("count", "base"), [(18, "a"), (24, "b"), (40, "mean")])
+@pytest.mark.parametrize(("count", "base"), [(18, "a"), (24, "b"), pytest.param(40, "mean", marks=pytest.mark.slow)])
 def test_where_rises_add_up_the_selection_is_that_of_a_knapsack(count, base):
     rng = np.random.default_rng(count)
     weights, energies = rng.integers(1, 30, count), rng.integers(1, 50, count) / 100
