@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lmc_curvature.barrier import drawing
+from lmc_curvature.barrier.expansions import Expansion
+from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.figures.panels import Measurements, Predictions, fork_title, paired_forks
 from lmc_curvature.plotting.axes import heading, legend_line, zero_line
 from lmc_curvature.plotting.grids import label_panels, panel_cells, share_scale
@@ -21,8 +25,9 @@ _TIGHT_LEGEND: dict[str, Any] = {"borderaxespad": 0, "borderpad": 0.2, "handlele
 def draw_barrier_curves(predictions: Predictions, measurements: Measurements) -> Figure:
     """Draw the barrier curves between the children of each fork, a panel a fork: measured, and predicted.
 
-    Above each panel stand the barriers, the maxima of its curves, and the distance. Panels have one scale
-    when their curves are of one order of magnitude, and a scale each otherwise.
+    Where there are anchors between the ends, predictions are anchored, with the anchors and the expansion error, and of
+    second order; else of second order, and with slopes. Above each panel stand the barriers, the maxima of its curves,
+    and the distance. Panels have one scale when their curves are of one order of magnitude, and a scale each otherwise.
 
     Args:
         predictions: Fork epoch, or any label, to the prediction for its two children.
@@ -34,24 +39,46 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
     pairs = paired_forks(predictions, measurements)
     figure, cells = panel_cells(len(pairs), 1.9, margin=_margin(len(pairs)))
     panels = [figure.add_subplot(cell) for cell in cells]
+    handles = {"measured": legend_line("measured", **drawing.MEASURED)}
     for (fork, (prediction, measurement)), axes in zip(pairs.items(), panels, strict=True):
         drawing.alpha_axis(axes)
         zero_line(axes)
         measured = short_number(measurement.barrier())
         axes.plot(measurement.alphas, measurement.curve(), label=measured, **drawing.MEASURED)
-        drawing.draw_expansion(axes, prediction, "second-order", label=short_number(prediction.barrier()))
+        first, second = _compared(prediction)
+        _draw_predicted(axes, prediction, first)
         # The legend fills its columns downwards: this stands beside the measured barrier.
         axes.plot([], [], linestyle="none", label=f"‖Δ‖ = {short_number(prediction.distance, 3)}")
-        slopes = prediction.barrier(None, "with-slopes")
-        drawing.draw_expansion(axes, prediction, "with-slopes", label=short_number(slopes))
+        _draw_predicted(axes, prediction, second)
+        if first == "anchored":
+            drawing.draw_expansion_error(axes, prediction, label="_expansion error")
+            drawing.draw_anchors(axes, prediction)
         axes.set_title(fork_title(fork), loc="left", pad=29)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.02), ncols=2, **_TIGHT_LEGEND)
+        handles |= {expansion: _handle(expansion) for expansion in (first, second)}
     share_scale(panels)
     label_panels(figure, drawing.ALPHA_LABEL, drawing.BARRIER_LABEL)
-    pens = drawing.EXPANSION_PENS["second-order"], drawing.EXPANSION_PENS["with-slopes"]
-    predicted = [legend_line(f"predicted, {pen.label}", **pen.style) for pen in pens]
-    _legend_above(figure, [legend_line("measured", **drawing.MEASURED), *predicted])
+    _legend_above(figure, list(handles.values()))
     return figure
+
+
+def _compared(prediction: BarrierPrediction) -> tuple[Expansion, Expansion]:
+    """The expansion that a prediction means, and one to compare it with."""
+    return ("anchored", "second-order") if prediction.expansion == "anchored" else ("second-order", "with-slopes")
+
+
+def _draw_predicted(axes: Axes, prediction: BarrierPrediction, expansion: Expansion) -> None:
+    label = short_number(prediction.barrier(None, expansion))
+    drawing.draw_expansion(axes, prediction, expansion, label=label)
+
+
+def _handle(expansion: Expansion) -> Line2D:
+    pen = drawing.EXPANSION_PENS[expansion]
+    marker = drawing.ANCHOR["marker"] if expansion == "anchored" else ""
+    anchors = " (diamonds: anchors; pale: expansion error)" if expansion == "anchored" else ""
+    face = drawing.ANCHOR["markerfacecolor"]
+    options = {"marker": marker, "markersize": 4, "markerfacecolor": face, **pen.style}
+    return legend_line(f"predicted, {pen.label}{anchors}", **options)
 
 
 @look()
@@ -60,7 +87,8 @@ def draw_layer_bars(
 ) -> Figure:
     """Draw the barrier of each layer alone, measured and predicted, a panel a fork, in the order of the network.
 
-    Bars are measured, and predicted to second order with standard errors; diamonds are predicted with slopes. Every
+    Where there are anchors between the ends, predicted bars are anchored, with standard errors, and broad and pale the
+    expansion errors, and diamonds are of second order; else bars are of second order, and diamonds with slopes. Every
     panel has its own scale.
 
     Args:
@@ -79,19 +107,22 @@ def draw_layer_bars(
         for _, measurement in pairs.values()
     ]
     height = rows_height(max(map(len, names)), 0.19) + 0.55
-    figure, cells = panel_cells(len(pairs), height, margin=_margin(len(pairs)))
-    handles: list[Any] = []
+    anchored = any(prediction.expansion == "anchored" for prediction, _ in pairs.values())
+    figure, cells = panel_cells(len(pairs), height, margin=_margin(len(pairs)) + 0.2 * anchored)
+    handles: dict[str, Any] = {}
     for (fork, (prediction, measurement)), rows, cell in zip(pairs.items(), names, cells, strict=True):
         axes = figure.add_subplot(cell)
-        bars = [drawing.measured_bars(measurement), drawing.predicted_bars(prediction, measurement.sets)]
-        marks = drawing.predicted_bars(prediction, measurement.sets, "with-slopes")
+        first, second = _compared(prediction)
+        bars = [drawing.measured_bars(measurement), drawing.predicted_bars(prediction, measurement.sets, first)]
+        marks = drawing.predicted_bars(prediction, measurement.sets, second)
         label_rows = cell.is_first_col() or any(rows != others for others in names)
         draw_rows(axes, rows, bars, marks=marks, label_rows=label_rows)
         heading(axes, fork_title(fork), drawing.distance_text(prediction))
+        handles |= {group.label: Patch(color=group.color, label=group.label) for group in bars}
         diamond = legend_line(marks.label, color=marks.color, marker="D", markersize=3, linestyle="none")
-        handles = [*(Patch(color=group.color, label=group.label) for group in bars), diamond]
+        handles[f"{marks.label}, diamond"] = diamond
     label_panels(figure, drawing.BARRIER_LABEL)
-    _legend_above(figure, handles)
+    _legend_above(figure, [*handles.values(), *(drawing.error_lines() if anchored else [])])
     return figure
 
 
