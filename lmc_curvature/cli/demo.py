@@ -94,6 +94,7 @@ def layer_rank_correlations(prediction: BarrierPrediction, measurement: BarrierM
     """Spearman correlation, over layers, of what is known before measuring with the measured layer barriers."""
     measured = measurement.layer_barriers()[: len(prediction.layers)]
     rankings = {
+        "predicted_anchored": prediction.layer_barriers("anchored"),
         "predicted": prediction.layer_barriers("second-order"),
         "predicted_with_slopes": prediction.layer_barriers("with-slopes"),
         "distance": prediction.distances,

@@ -20,6 +20,7 @@ from lmc_curvature.tracing import Traces
 LayerSets = Sequence[Sequence[str]]
 
 _RANKINGS = {
+    "predicted_anchored": "predicted (anchored)",
     "predicted": "predicted (second order)",
     "predicted_with_slopes": "predicted (with slopes)",
     "distance": "distance alone",
@@ -122,19 +123,20 @@ def demo_tables(result: DemoResult) -> list[Table]:
             str(fork),
             _cell(predicted.distance),
             _with_error(measured.barrier(), measured.standard_error()),
-            _with_error(predicted.barrier(), predicted.standard_error()),
-            _cell(predicted.barrier(None, "with-slopes")),
+            _with_error(predicted.barrier(None, "anchored"), predicted.standard_error(None, "anchored")),
+            _cell(predicted.expansion_error(), ".2g"),
+            _with_error(predicted.barrier(None, "second-order"), predicted.standard_error(None, "second-order")),
             _cell(measured.barrier("error"), ".1%"),
             measured.kind,
         )
     sets = Table(
         "layers moved",
         *_right(*(f"fork {fork}" for fork in pairs)),
-        title="Barriers of single layers and of sets, measured | predicted",
+        title="Barriers of single layers and of sets, measured | predicted (anchored)",
     )
     names = next(iter(result.predictions.values())).layers
     for row, label in enumerate([*names, *layer_sets(names)]):
-        barriers = ((m.layer_barriers()[row], p.barrier(m.sets[row])) for p, m in pairs.values())
+        barriers = ((m.layer_barriers()[row], p.barrier(m.sets[row], "anchored")) for p, m in pairs.values())
         cells = (f"{_cell(measured, '.2g')} | {_cell(predicted, '.2g')}" for measured, predicted in barriers)
         sets.add_row(label, *cells, end_section=label == names[-1])
     return [whole, sets, _rank_table({fork: layer_rank_correlations(*pair) for fork, pair in pairs.items()})]
@@ -147,13 +149,16 @@ def trace_tables(traces: Traces) -> list[Table]:
     predicted = _last_by(traces.predictions, "fork", "expansion")
     for (fork,), geometry in _last_by(traces.geometry, "fork").items():
         loss, second_order = measured[fork, "train", "loss"], predicted[fork, "second-order"]
+        # Tables of earlier versions have none.
+        anchored = predicted.get((fork, "anchored"), dict.fromkeys(second_order, math.nan))
         errors = (measured.get((fork, split, "error"), {}) for split in ("train", "test"))
         whole.add_row(
             str(fork),
             _cell(geometry["distance"]),
             _with_error(loss["barrier"], loss["standard_error"]),
+            _with_error(anchored["barrier"], anchored["standard_error"]),
+            _cell(anchored["expansion_error"], ".2g"),
             _with_error(second_order["barrier"], second_order["standard_error"]),
-            _cell(predicted[fork, "with-slopes"]["barrier"]),
             *(_cell(row.get("barrier", math.nan), ".1%") for row in errors),
         )
     ranked = bool(np.isfinite(numbers(traces.layers, "measured")).any())
@@ -169,7 +174,7 @@ def _last_by(rows: pd.DataFrame, *columns: str) -> dict[tuple[Any, ...], dict[An
 def _whole_table(title: str, *more: str) -> Table:
     return Table(
         "fork at epoch",
-        *_right("distance", "measured", "predicted", "with slopes", *more),
+        *_right("distance", "measured", "anchored", "± expansion", "second order", *more),
         title=f"{title} (nats; mean ± standard error over batches)",
     )
 
