@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from lmc_curvature import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier.expansions import EXPANSIONS
-from lmc_curvature.cli.demo import DemoResult, layer_rank_correlations, layer_sets
+from lmc_curvature.cli.demo import DemoResult, layer_rank_correlations, layer_sets, median_errors
 from lmc_curvature.figures.frames import at_epoch, numbers
 from lmc_curvature.figures.ranks import rank_correlations
 from lmc_curvature.tracing import Traces
@@ -114,7 +114,7 @@ def measurement_table(measurement: BarrierMeasurement) -> Table:
 
 
 def demo_tables(result: DemoResult) -> list[Table]:
-    """Predicted beside measured barriers of the demo: of whole networks, of layers and of sets, and their ranks."""
+    """Predicted beside measured barriers of the demo, of whole networks, layers and sets; their errors and ranks."""
     pairs = {fork: (prediction, result.measurements[fork]) for fork, prediction in result.predictions.items()}
     whole = _whole_table("Barrier between the two children of each fork", "error barrier")
     whole.add_column("kind")
@@ -139,7 +139,10 @@ def demo_tables(result: DemoResult) -> list[Table]:
         barriers = ((m.layer_barriers()[row], p.barrier(m.sets[row], "anchored")) for p, m in pairs.values())
         cells = (f"{_cell(measured, '.2g')} | {_cell(predicted, '.2g')}" for measured, predicted in barriers)
         sets.add_row(label, *cells, end_section=label == names[-1])
-    return [whole, sets, _rank_table({fork: layer_rank_correlations(*pair) for fork, pair in pairs.items()})]
+    errors = Table("predicted", *_right("layers", "sets"), title="Median error, as a part of the measured barrier")
+    for expansion in ("anchored", "second-order", "with-slopes"):
+        errors.add_row(expansion, *(_cell(error, ".0%") for error in median_errors(result, expansion)))
+    return [whole, sets, errors, _rank_table({fork: layer_rank_correlations(*pair) for fork, pair in pairs.items()})]
 
 
 def trace_tables(traces: Traces) -> list[Table]:

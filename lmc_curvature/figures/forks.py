@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lmc_curvature.barrier.drawing import BARRIER_LABEL, EXPANSION_PENS
 from lmc_curvature.barrier.expansions import Expansion
@@ -19,7 +20,7 @@ from lmc_curvature.plotting.decades import Decades, decades, decades_axis
 from lmc_curvature.plotting.grids import label_panels, panel_cells
 from lmc_curvature.plotting.style import COLUMN_WIDTH, INK, Color, look, new_figure
 
-_MARKERS: dict[Expansion, str] = {"anchored": "P", "second-order": "s", "with-slopes": "D", "hermite": "^"}
+_MARKERS: dict[Expansion, str] = {"anchored": "v", "second-order": "s", "with-slopes": "D", "hermite": "^"}
 
 
 class Kind(NamedTuple):
@@ -88,7 +89,7 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     axes.grid(axis="y")
     axes.set_xticks(range(len(times)), [f"{fork:.0f}" for fork in times["fork"]])
     axes.set(xlim=(-0.6, len(times) - 0.4), xlabel="fork at epoch", ylabel=BARRIER_LABEL)
-    handles = [legend_line(kind.label, color=kind.color, marker=kind.marker, **unjoined) for kind in kinds]
+    handles = [_handle(kind, **unjoined) for kind in kinds]
     figure.legend(handles=handles, loc="outside upper left", ncols=1, borderaxespad=0.2)
     return figure
 
@@ -140,8 +141,9 @@ def draw_barrier_growth(barriers: pd.DataFrame, predictions: pd.DataFrame) -> Fi
         count_axis(axes, "")
         axes.set_title(fork_title(fork), loc="left")
     label_panels(figure, EPOCH_LABEL, BARRIER_LABEL)
-    handles = [legend_line(kind.label, color=kind.color, marker=kind.marker, markersize=3) for kind in kinds[::-1]]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3 if figure.get_figwidth() > 4 else 1)
+    handles = [_handle(kind, markersize=3) for kind in kinds[::-1]]
+    columns = 1 + (figure.get_figwidth() > 4) + (figure.get_figwidth() > 6)
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
     return figure
 
 
@@ -160,6 +162,11 @@ def _predicted(predictions: pd.DataFrame, expansion: Expansion, name: str = "pre
         checked(predictions, "predictions", ["expansion_error"])
     rows = having(predictions, "expansion", expansion)
     return Kind(rows, f"{name}, {pen.label}", pen.color, _MARKERS[expansion], share)
+
+
+def _handle(kind: Kind, **style: Any) -> Line2D:
+    broad = " (pale: expansion error)" if np.isfinite(_expansion_errors(kind.rows)).any() else ""
+    return legend_line(f"{kind.label}{broad}", color=kind.color, marker=kind.marker, **style)
 
 
 def _scale(tables: Iterable[pd.DataFrame]) -> Decades:

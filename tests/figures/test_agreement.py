@@ -40,7 +40,7 @@ def test_by_default_it_is_the_second_order_unless_all_have_anchors(predictions, 
         for axes in draw_predicted_against_measured(made, measurements).axes:
             assert axes.get_ylabel() == "predicted barrier, second order\n(units of the loss)"
         whole = draw_predicted_against_measured(made, measurements).axes[0]
-        assert lines(whole)["_8"][1] == predictions[8].barrier(None, "second-order")
+        assert lines(whole)["_0"][1] == [predictions[0].barrier(None, "second-order")]
 
 
 def test_the_rank_correlation_is_that_of_scipy(predictions, measurements):

@@ -64,7 +64,7 @@ def test_anchored_barriers_stand_beside_the_second_order(anchored, saved, uncut)
     assert_allclose(ends.T, [0.85 * barriers, 1.35 * barriers])
     assert broad.get_alpha() < 0.5
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == ["measured, train", ANCHORED, SECOND_ORDER]
+    assert texts == ["measured, train", f"{ANCHORED} (pale: expansion error)", SECOND_ORDER]
     assert axes.get_ylim()[1] > ends.max()
 
 
@@ -174,7 +174,7 @@ def test_growth_of_anchored_barriers_is_in_a_band_of_their_expansion_errors(anch
             heights = corners[corners[:, 0] == epoch, 1]
             assert_allclose([heights.min(), heights.max()], [barrier - error, barrier + error])
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == ["measured", ANCHORED, SECOND_ORDER]
+    assert texts == ["measured", f"{ANCHORED} (pale: expansion error)", SECOND_ORDER]
 
 
 def test_in_the_strip_every_kind_has_a_row(traces, lines):
