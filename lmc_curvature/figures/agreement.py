@@ -49,8 +49,9 @@ def draw_predicted_against_measured(
         PartitionError: A measured layer is not one of the prediction's: their partitions differ.
     """
     forks = paired_forks(predictions, measurements)
-    meant = {prediction.expansion for prediction, _ in forks.values()}
-    expansion = expansion or (meant.pop() if len(meant) == 1 else "second-order")
+    anchored = all(prediction.expansion == "anchored" for prediction, _ in forks.values())
+    by_default: Expansion = "anchored" if anchored else "second-order"
+    expansion = by_default if expansion is None else expansion
     epochs = all(isinstance(fork, int) for fork in forks)
     colors = sequential_colors(forks)
     panels: dict[str, dict[Fork, Barriers]] = {
