@@ -1,11 +1,11 @@
 """Barriers between the children of each fork, a panel a fork: curves of the whole network, and bars of its layers."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from lmc_curvature.barrier import drawing
@@ -15,7 +15,7 @@ from lmc_curvature.figures.panels import Measurements, Predictions, fork_title, 
 from lmc_curvature.plotting.axes import heading, legend_line, zero_line
 from lmc_curvature.plotting.grids import label_panels, panel_cells, share_scale
 from lmc_curvature.plotting.rows import draw_rows, rows_height
-from lmc_curvature.plotting.style import COLUMN_WIDTH, look
+from lmc_curvature.plotting.style import look
 from lmc_curvature.plotting.text import short_number
 
 _TIGHT_LEGEND: dict[str, Any] = {"borderaxespad": 0, "borderpad": 0.2, "handlelength": 1.5, "columnspacing": 0.8}
@@ -37,9 +37,9 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
         OptionError: The two do not have the same forks, or a loss was not measured.
     """
     pairs = paired_forks(predictions, measurements)
-    figure, cells = panel_cells(len(pairs), 1.9, margin=_margin(len(pairs)))
+    handles = _curve_handles([prediction for prediction, _ in pairs.values()])
+    figure, cells = panel_cells(len(pairs), 1.9, margin=_margin(len(pairs), len(handles)))
     panels = [figure.add_subplot(cell) for cell in cells]
-    handles = {"measured": legend_line("measured", **drawing.MEASURED)}
     for (fork, (prediction, measurement)), axes in zip(pairs.items(), panels, strict=True):
         drawing.alpha_axis(axes)
         zero_line(axes)
@@ -55,10 +55,9 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
             drawing.draw_anchors(axes, prediction)
         axes.set_title(fork_title(fork), loc="left", pad=29)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.02), ncols=2, **_TIGHT_LEGEND)
-        handles |= {expansion: _handle(expansion) for expansion in (first, second)}
     share_scale(panels)
     label_panels(figure, drawing.ALPHA_LABEL, drawing.BARRIER_LABEL)
-    _legend_above(figure, list(handles.values()))
+    _legend_above(figure, handles, len(pairs))
     return figure
 
 
@@ -72,13 +71,16 @@ def _draw_predicted(axes: Axes, prediction: BarrierPrediction, expansion: Expans
     drawing.draw_expansion(axes, prediction, expansion, label=label)
 
 
-def _handle(expansion: Expansion) -> Line2D:
-    pen = drawing.EXPANSION_PENS[expansion]
-    marker = drawing.ANCHOR["marker"] if expansion == "anchored" else ""
-    anchors = " (diamonds: anchors; pale: expansion error)" if expansion == "anchored" else ""
-    face = drawing.ANCHOR["markerfacecolor"]
-    options = {"marker": marker, "markersize": 4, "markerfacecolor": face, **pen.style}
-    return legend_line(f"predicted, {pen.label}{anchors}", **options)
+def _curve_handles(predictions: Sequence[BarrierPrediction]) -> list[Any]:
+    drawn = dict.fromkeys(expansion for prediction in predictions for expansion in _compared(prediction))
+    pens = [drawing.EXPANSION_PENS[expansion] for expansion in drawn]
+    handles: list[Any] = [legend_line("measured", **drawing.MEASURED)]
+    handles += [legend_line(f"predicted, {pen.label}", **pen.style) for pen in pens]
+    if "anchored" in drawn:
+        color = drawing.EXPANSION_PENS["anchored"].color
+        handles.append(legend_line("anchors", color=color, **drawing.ANCHOR))
+        handles.append(Patch(label="expansion error", color=color, alpha=0.18, linewidth=0))
+    return handles
 
 
 @look()
@@ -108,7 +110,10 @@ def draw_layer_bars(
     ]
     height = rows_height(max(map(len, names)), 0.19) + 0.55
     anchored = any(prediction.expansion == "anchored" for prediction, _ in pairs.values())
-    figure, cells = panel_cells(len(pairs), height, margin=_margin(len(pairs)) + 0.2 * anchored)
+    errors = drawing.error_lines() if anchored else []
+    expected = {expansion for prediction, _ in pairs.values() for expansion in _compared(prediction)}
+    margin = _margin(len(pairs), 1 + len(expected) + len(errors))
+    figure, cells = panel_cells(len(pairs), height, margin=margin)
     handles: dict[str, Any] = {}
     for (fork, (prediction, measurement)), rows, cell in zip(pairs.items(), names, cells, strict=True):
         axes = figure.add_subplot(cell)
@@ -122,15 +127,19 @@ def draw_layer_bars(
         diamond = legend_line(marks.label, color=marks.color, marker="D", markersize=3, linestyle="none")
         handles[f"{marks.label}, diamond"] = diamond
     label_panels(figure, drawing.BARRIER_LABEL)
-    _legend_above(figure, [*handles.values(), *(drawing.error_lines() if anchored else [])])
+    _legend_above(figure, [*handles.values(), *errors], len(pairs))
     return figure
 
 
-def _margin(panels: int) -> float:
-    """Inches for the legend, whose entries stand over one another above a single panel."""
-    return 0.5 if panels > 1 else 0.85
+def _legend_columns(panels: int) -> int:
+    """Entries in a row of the legend: as many as fit over one column of panels, over two, or over three."""
+    return {1: 1, 2: 3, 4: 3}.get(panels, 5)
 
 
-def _legend_above(figure: Figure, handles: list[Any]) -> None:
-    columns = 3 if figure.get_figwidth() > COLUMN_WIDTH else 1
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+def _margin(panels: int, entries: int) -> float:
+    """Inches for the legend, and for the label below the panels."""
+    return 0.33 + 0.17 * math.ceil(entries / _legend_columns(panels))
+
+
+def _legend_above(figure: Figure, handles: list[Any], panels: int) -> None:
+    figure.legend(handles=handles, loc="outside upper left", ncols=_legend_columns(panels))

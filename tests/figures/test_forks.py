@@ -177,6 +177,15 @@ def test_growth_of_anchored_barriers_is_in_a_band_of_their_expansion_errors(anch
     assert texts == ["measured", f"{ANCHORED} (pale: expansion error)", SECOND_ORDER]
 
 
+@pytest.mark.parametrize("forks", [[0], [0, 2]])
+@pytest.mark.parametrize("made", ["anchored", "traces"])
+def test_legends_have_room_over_few_panels(made, forks, request, uncut):
+    tables = request.getfixturevalue(made)
+    few = [table[table["fork"].isin(forks)] for table in (tables.barriers, tables.predictions)]
+    uncut(draw_barrier_growth(*few))
+    uncut(draw_barriers_by_fork(*few))
+
+
 def test_in_the_strip_every_kind_has_a_row(traces, lines):
     predictions = changed(traces.predictions, 0.0, epoch=4)
     panels = growth(draw_barrier_growth(changed(traces.barriers, 0.0, epoch=4), predictions))
