@@ -19,7 +19,7 @@ from jaxtyping import Float64
 
 from lmc_curvature.averages import rank_correlation
 from lmc_curvature.barrier.measurement import BarrierMeasurement
-from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, known, numbers
+from lmc_curvature.figures.frames import any_known, at_epoch, by_fork, checked, having, known, numbers
 from lmc_curvature.figures.ranks import rank_correlations
 from lmc_curvature.forking import open_directory
 from lmc_curvature.tracing import Traces, read_traces
@@ -120,7 +120,7 @@ def whole_networks(traces: Traces) -> list[Row]:
     }
     predicted = {
         expansion: at_epoch(checked(traces.predictions, "predictions", ["barrier"], expansion=expansion), "", None)
-        for expansion in ("second-order", "with-slopes", "hermite")
+        for expansion in _expansions(traces)
     }
     measured = numbers(of_loss["train"], "barrier")
     values = {expansion: numbers(rows, "barrier") for expansion, rows in predicted.items()}
@@ -131,13 +131,19 @@ def whole_networks(traces: Traces) -> list[Row]:
             **{expansion: _with_error(rows, k) for expansion, rows in predicted.items()},
             **{
                 f"{expansion} / measured": values[expansion][k] / measured[k] if measured[k] > 0 else math.nan
-                for expansion in ("second-order", "hermite")
+                for expansion in ("second-order", _expansions(traces)[-1])
             },
         }
         for k, fork in enumerate(of_loss["train"]["fork"])
     ]
     ranks = {expansion: rank_correlation(measured, each) for expansion, each in values.items()}
     return [*found, {"fork": "Spearman over forks", **ranks}]
+
+
+def _expansions(traces: Traces) -> tuple[str, ...]:
+    """Those of whole networks; with anchors between the ends, Hermite's is the anchored one."""
+    anchored = (traces.predictions["expansion"] == "anchored").any()
+    return ("second-order", "with-slopes", "anchored" if anchored else "hermite")
 
 
 def _with_error(rows: pd.DataFrame, k: int) -> str:
@@ -152,7 +158,7 @@ def under_way(traces: Traces) -> list[Row]:
     curves = by_fork(checked(traces.curves, "curves", ["barrier"], split="train", metric="loss"))
     tables = {
         name: by_fork(checked(traces.predictions, "predictions", ["barrier"], expansion=name))
-        for name in ("second-order", "with-slopes", "hermite")
+        for name in _expansions(traces)
     }
     rows = []
     for fork, each in by_fork(measured).items():
@@ -183,7 +189,11 @@ def layers(traces: Traces) -> list[Row]:
     correlations = rank_correlations(traces.layers)
     rows = at_epoch(known(checked(traces.layers, "layers", []), "layers", "measured"), "layers", None)
     found: list[Row] = [
-        {"fork": fork, **correlations[fork], "median of predicted / measured": _median_ratio(each)}
+        {
+            "fork": fork,
+            **correlations[fork],
+            **{f"median of {name} / measured": _median_ratio(each, name) for name in _predicted(rows)},
+        }
         for fork, each in by_fork(rows).items()
     ]
     means = {name: _mean([row[name] for row in found]) for name in found[0] if name != "fork"}
@@ -216,8 +226,13 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(finite)) if finite else math.nan
 
 
-def _median_ratio(rows: pd.DataFrame) -> float:
-    measured, predicted = numbers(rows, "measured"), numbers(rows, "predicted")
+def _predicted(rows: pd.DataFrame) -> list[str]:
+    """Columns of predictions: to second order, and the anchored ones where there are some."""
+    return ["predicted", *(["predicted_anchored"] if any_known(rows, "predicted_anchored") else [])]
+
+
+def _median_ratio(rows: pd.DataFrame, column: str) -> float:
+    measured, predicted = numbers(rows, "measured"), numbers(rows, column)
     clear = measured > RATIO_SHARE * measured.max()
     return float(np.median(predicted[clear] / measured[clear])) if clear.any() else math.nan
 
@@ -226,12 +241,14 @@ def growing_sets(traces: Traces) -> list[Row]:
     """Cumulative barriers of the first and of the last k layers: Spearman's ρ over k, and the ratio for all layers."""
     if traces.cumulative.empty:
         return []
+    names = {"predicted_shared": "eq. 21", "predicted": "second order", "predicted_anchored": "anchored"}
+    names = {column: name for column, name in names.items() if any_known(traces.cumulative, column)}
     rows = []
     for fork, each in by_fork(at_epoch(checked(traces.cumulative, "cumulative barriers", []), "", None)).items():
         row: Row = {"fork": fork}
         for side in ("first", "last"):
             part = each[each["side"] == side]
-            for column, name in (("predicted_shared", "eq. 21"), ("predicted", "second order")):
+            for column, name in names.items():
                 row[f"ρ, {side} k, {name}"] = rank_correlation(numbers(part, "measured"), numbers(part, column))
         whole = having(each, "count", numbers(each, "count").max())
         row["all layers, second order / measured"] = _ratio(whole)

@@ -1,8 +1,10 @@
 """Claim: files of every kind that release 0.1.0 wrote, which lie in `tests/files`, are read as they were meant."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -11,9 +13,11 @@ from lmc_curvature import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.checkpoints import load_checkpoint
 from lmc_curvature.errors import OptionError
 from lmc_curvature.forking import TraceConfig, open_directory
+from lmc_curvature.forking.configuration import stored_trace
 from lmc_curvature.forking.training import EpochMetrics, TrainingState
 from lmc_curvature.geometry import SiblingGeometry
 from lmc_curvature.storage import read_json
+from lmc_curvature.tracing import read_traces
 
 FILES = Path(__file__).parent / "files"
 
@@ -55,12 +59,20 @@ def test_training_states_and_the_networks_in_them():
 def test_directories_of_forks_and_their_traces():
     config = open_directory(FILES / "forks").config
     assert (config.fork_epochs, config.training.epochs, config.model_options) == ((0,), 2, {"width": 2})
-    assert TraceConfig.model_validate(read_json(FILES / "forks" / "traces" / "config.json", "1")) == config.trace
+    traced = stored_trace(read_json(FILES / "forks" / "traces" / "config.json", "1"))
+    assert TraceConfig.model_validate(traced) == config.trace
+    # Of the two ends alone: there were no others.
+    assert (config.trace.anchors, TraceConfig().anchors) == (2, 3)
 
 
-def test_tables_of_stored_results_have_the_columns_of_today():
-    from lmc_curvature.tracing.tables import _COLUMNS
-
+def test_tables_of_stored_results_are_read(tmp_path):
     stored = FILES.parents[1] / "docs" / "results" / "cifar10-small"
-    for name, columns in _COLUMNS.items():
-        assert (stored / f"{name}.csv").read_text().splitlines()[0].split(",") == columns.split()
+    shutil.copytree(FILES / "forks", tmp_path / "forks")
+    for path in stored.glob("*.csv"):
+        shutil.copy(path, tmp_path / "forks" / "traces")
+    for name, table in vars(read_traces(tmp_path / "forks")).items():
+        written = pd.read_csv(stored / f"{name}.csv")
+        pd.testing.assert_frame_equal(table[written.columns], written)
+        later = table.columns.difference(written.columns)
+        assert set(later) <= {"predicted_anchored", "expansion_error"}
+        assert table[later].isna().all(axis=None)

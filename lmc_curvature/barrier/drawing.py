@@ -6,12 +6,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
-from lmc_curvature.plotting.axes import heading, plain_ticks, zero_line
-from lmc_curvature.plotting.rows import Bars, draw_rows, rows_height
+from lmc_curvature.plotting.axes import heading, legend_line, plain_ticks, zero_line
+from lmc_curvature.plotting.rows import BROAD_ERROR, THIN_ERROR, Bars, draw_rows, rows_height
 from lmc_curvature.plotting.style import COLUMN_WIDTH, GREY, INK, TEXT_WIDTH, VERMILION, look, new_figure, pens
 from lmc_curvature.plotting.text import number_with_error, short_number
 
@@ -19,12 +20,14 @@ ALPHAS = np.linspace(0.0, 1.0, 201)
 ALPHA_LABEL = "position α on the segment"
 BARRIER_LABEL = "barrier (units of the loss)"
 _EXPANSION_NAMES: dict[Expansion, str] = {
+    "anchored": "anchored",
     "second-order": "second order",
     "with-slopes": "with slopes",
     "shared-hessian": "shared Hessian",
     "hermite": "Hermite",
 }
 EXPANSION_PENS = pens(_EXPANSION_NAMES)
+ANCHOR: dict[str, Any] = {"marker": "D", "markersize": 4, "linestyle": "none", "markerfacecolor": "white"}
 MEASURED: dict[str, Any] = {"color": INK, "marker": "o", "markersize": 3, "linewidth": 1}
 
 _METRIC_UNITS = {"loss": "units of the loss", "error": "share of examples"}
@@ -37,30 +40,40 @@ _ROW_HEIGHT = 0.15
 def draw_prediction(prediction: BarrierPrediction) -> Figure:
     """Draw a prediction: the barrier curve of the whole network by every expansion, and the barrier of each layer.
 
-    Bars are second-order barriers, with their standard errors where there was more than one batch.
+    Where there are anchors between the ends, they are marked on the anchored curve, bars are anchored, and what is
+    broad and pale is the expansion error; else bars are of second order. Thin lines are standard errors, where there
+    was more than one batch.
 
     Args:
         prediction: A result of `predict_barrier`.
     """
-    # The legend below the curves takes 0.85 inches.
-    height = max(rows_height(len(prediction.layers), _ROW_HEIGHT) + 0.6, _CURVE_HEIGHT + 0.85)
+    expansions = drawn_expansions(prediction)
+    anchored = "anchored" in expansions
+    # The legend below the curves takes 0.85 inches, and 0.6 more for anchors and errors.
+    below = 0.85 + 0.6 * anchored
+    height = max(rows_height(len(prediction.layers), _ROW_HEIGHT) + 0.6, _CURVE_HEIGHT + below)
     figure = new_figure(TEXT_WIDTH, height)
     grid = figure.add_gridspec(2, 2, height_ratios=[_CURVE_HEIGHT, height - _CURVE_HEIGHT])
     curves, legend, layers = (figure.add_subplot(cell) for cell in (grid[0, 0], grid[1, 0], grid[:, 1]))
 
     alpha_axis(curves)
     zero_line(curves)
-    for expansion, pen in EXPANSION_PENS.items():
+    for expansion in expansions:
         barrier = number_with_error(prediction.barrier(None, expansion), prediction.standard_error(None, expansion))
-        draw_expansion(curves, prediction, expansion, label=f"{pen.label}: barrier {barrier}")
+        draw_expansion(curves, prediction, expansion, label=f"{EXPANSION_PENS[expansion].label}: barrier {barrier}")
+    if anchored:
+        error = short_number(prediction.expansion_error())
+        draw_expansion_error(curves, prediction, label=f"expansion error: ± {error} at the highest")
+        draw_anchors(curves, prediction, label="anchors")
     curves.set(xlabel=ALPHA_LABEL, ylabel=BARRIER_LABEL)
     heading(curves, "whole network, predicted", distance_text(prediction))
+    handles = [*curves.get_legend_handles_labels()[0], *(error_lines("of a layer") if anchored else [])]
     legend.set_axis_off()
-    legend.legend(*curves.get_legend_handles_labels(), loc="upper left", borderaxespad=0)
+    legend.legend(handles=handles, loc="upper left", borderaxespad=0)
 
     draw_rows(layers, prediction.layers, [predicted_bars(prediction, [(name,) for name in prediction.layers])])
     layers.set_xlabel(BARRIER_LABEL)
-    heading(layers, "each layer alone, predicted", "second order")
+    heading(layers, "each layer alone, predicted", EXPANSION_PENS[prediction.expansion].label)
     return figure
 
 
@@ -107,19 +120,52 @@ def draw_expansion(axes: Axes, prediction: BarrierPrediction, expansion: Expansi
     axes.plot(ALPHAS, prediction.curve(ALPHAS, None, expansion), label=label, **EXPANSION_PENS[expansion].style)
 
 
+def draw_expansion_error(axes: Axes, prediction: BarrierPrediction, *, label: str) -> None:
+    """How far the anchored curve of the whole network may be off, as a pale band about it."""
+    curve, error = prediction.curve(ALPHAS, None, "anchored"), prediction.set_expansion_errors([None], ALPHAS)[0]
+    color = EXPANSION_PENS["anchored"].color
+    axes.fill_between(ALPHAS, curve - error, curve + error, color=color, alpha=0.18, linewidth=0, label=label)
+
+
+def draw_anchors(axes: Axes, prediction: BarrierPrediction, *, label: str = "_anchors") -> None:
+    """The anchors, on the anchored curve of the whole network."""
+    alphas = [anchor.alpha for anchor in prediction.anchors]
+    color = EXPANSION_PENS["anchored"].color
+    # Those at the ends are whole.
+    points: dict[str, Any] = {"color": color, "label": label, "clip_on": False, "zorder": 3, **ANCHOR}
+    axes.plot(alphas, prediction.curve(alphas, None, "anchored"), **points)
+
+
+def error_lines(what: str = "") -> list[Line2D]:
+    """Entries of a legend for the errors on anchored bars."""
+    kinds = {"standard error": THIN_ERROR, "expansion error": BROAD_ERROR}
+    return [
+        legend_line(f"{name} {what}".strip(), color=style["ecolor"], linewidth=style["elinewidth"])
+        for name, style in kinds.items()
+    ]
+
+
+def drawn_expansions(prediction: BarrierPrediction) -> list[Expansion]:
+    """The expansions of the whole network that differ: through anchors between the ends, two are the same curve."""
+    left_out = "hermite" if prediction.expansion == "anchored" else "anchored"
+    return [expansion for expansion in EXPANSION_PENS if expansion != left_out]
+
+
 def measured_bars(measurement: BarrierMeasurement, metric: str = "loss") -> Bars:
     """Measured barriers of sets of layers, as bars."""
     return Bars("measured", measurement.layer_barriers(metric), _BAR_GREY)
 
 
 def predicted_bars(
-    prediction: BarrierPrediction, sets: Sequence[Sequence[str]], expansion: Expansion = "second-order"
+    prediction: BarrierPrediction, sets: Sequence[Sequence[str]], expansion: Expansion | None = None
 ) -> Bars:
-    """Predicted barriers of sets of layers, as bars with standard errors."""
+    """Predicted barriers of sets of layers, as bars with standard errors, and anchored ones with expansion errors."""
+    expansion = expansion or prediction.expansion
     values = np.array([prediction.barrier(members, expansion) for members in sets])
     errors = np.array([prediction.standard_error(members, expansion) for members in sets])
+    broad = np.array([prediction.expansion_error(members) for members in sets]) if expansion == "anchored" else None
     pen = EXPANSION_PENS[expansion]
-    return Bars(f"predicted, {pen.label}", values, pen.color, errors)
+    return Bars(f"predicted, {pen.label}", values, pen.color, errors, broad)
 
 
 def sets_title(sets: Iterable[Sequence[str]]) -> str:

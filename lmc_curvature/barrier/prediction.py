@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 _FIELDS = ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures", "batch_weights")
 _OPTIONAL = ("parameters", "errors")
 
+Alphas = float | Sequence[float] | Float[np.ndarray, " n"]
+
 
 @dataclass(frozen=True, eq=False)
 class BarrierPrediction:
@@ -101,7 +103,7 @@ class BarrierPrediction:
         return self._highest(np.eye(len(self.layers), dtype=bool), expansion)[1]
 
     def set_barriers(
-        self, sets: Sets, alphas: float | Sequence[float] = 0.5, expansion: Expansion | None = None
+        self, sets: Sets, alphas: Alphas = 0.5, expansion: Expansion | None = None
     ) -> Float[np.ndarray, " sets *n"]:
         """Predicted barriers of many sets of layers, with their signs: a million sets take seconds.
 
@@ -121,7 +123,7 @@ class BarrierPrediction:
         found = self._cube.barriers(members, positions[:, None], self._chosen(expansion, members)).T
         return found[:, 0] if np.ndim(alphas) == 0 else found
 
-    def set_expansion_errors(self, sets: Sets, alphas: float | Sequence[float] = 0.5) -> Float[np.ndarray, " sets *n"]:
+    def set_expansion_errors(self, sets: Sets, alphas: Alphas = 0.5) -> Float[np.ndarray, " sets *n"]:
         """How far the anchored `set_barriers` may be off, apart from sampling: nine in ten are off by less.
 
         It is estimated from how far two ways to blend the anchors' expansions disagree, from what each anchor between

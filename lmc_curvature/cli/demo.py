@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction, Objective, Segment, figures, forking, measure_barrier
 from lmc_curvature.averages import rank_correlation
+from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.barrier.predict import predict_on_segment
 
 CONFIG = forking.ForkConfig(
@@ -28,6 +30,8 @@ CONFIG = forking.ForkConfig(
 """A parent trained for 16 epochs on 1,437 digits, and two children from each of five of its epochs."""
 
 _BATCH_SIZE = 256
+# Errors are relative to no less, in nats: a barrier of zero has no relative error.
+_LEAST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,23 @@ def layer_rank_correlations(prediction: BarrierPrediction, measurement: BarrierM
     """Spearman correlation, over layers, of what is known before measuring with the measured layer barriers."""
     measured = measurement.layer_barriers()[: len(prediction.layers)]
     rankings = {
+        "predicted_anchored": prediction.layer_barriers("anchored"),
         "predicted": prediction.layer_barriers("second-order"),
         "predicted_with_slopes": prediction.layer_barriers("with-slopes"),
         "distance": prediction.distances,
     }
     return {name: rank_correlation(ranking, measured) for name, ranking in rankings.items()}
+
+
+def median_errors(result: DemoResult, expansion: Expansion) -> tuple[float, float]:
+    """Median |predicted − measured| / measured barrier, over forks, of single layers and of the demo's other sets."""
+    single, several = [], []
+    for fork, prediction in result.predictions.items():
+        measurement = result.measurements[fork]
+        for members, measured in zip(measurement.sets, measurement.layer_barriers(), strict=True):
+            error = abs(prediction.barrier(members, expansion) - measured) / max(measured, _LEAST)
+            (single if len(members) == 1 else several).append(error)
+    return float(np.median(single)), float(np.median(several))
 
 
 def _draw(

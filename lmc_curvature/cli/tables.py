@@ -13,7 +13,7 @@ from lmc_curvature import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier.expansions import EXPANSIONS, Expansion
 from lmc_curvature.barrier.verdict import verdict
-from lmc_curvature.cli.demo import DemoResult, layer_rank_correlations, layer_sets
+from lmc_curvature.cli.demo import DemoResult, layer_rank_correlations, layer_sets, median_errors
 from lmc_curvature.figures.frames import at_epoch, numbers
 from lmc_curvature.figures.ranks import rank_correlations
 from lmc_curvature.tracing import Traces
@@ -21,6 +21,7 @@ from lmc_curvature.tracing import Traces
 LayerSets = Sequence[Sequence[str]]
 
 _RANKINGS = {
+    "predicted_anchored": "predicted (anchored)",
     "predicted": "predicted (second order)",
     "predicted_with_slopes": "predicted (with slopes)",
     "distance": "distance alone",
@@ -148,7 +149,7 @@ def measurement_table(measurement: BarrierMeasurement) -> Table:
 
 
 def demo_tables(result: DemoResult) -> list[Table]:
-    """Predicted beside measured barriers of the demo: of whole networks, of layers and of sets, and their ranks."""
+    """Predicted beside measured barriers of the demo, of whole networks, layers and sets; their errors and ranks."""
     pairs = {fork: (prediction, result.measurements[fork]) for fork, prediction in result.predictions.items()}
     whole = _whole_table("Barrier between the two children of each fork", "error barrier")
     whole.add_column("kind")
@@ -157,22 +158,26 @@ def demo_tables(result: DemoResult) -> list[Table]:
             str(fork),
             _cell(predicted.distance),
             _with_error(measured.barrier(), measured.standard_error()),
-            _with_error(predicted.barrier(), predicted.standard_error()),
-            _cell(predicted.barrier(None, "with-slopes")),
+            _with_error(predicted.barrier(None, "anchored"), predicted.standard_error(None, "anchored")),
+            _cell(predicted.expansion_error(), ".2g"),
+            _with_error(predicted.barrier(None, "second-order"), predicted.standard_error(None, "second-order")),
             _cell(measured.barrier("error"), ".1%"),
             measured.kind,
         )
     sets = Table(
         "layers moved",
         *_right(*(f"fork {fork}" for fork in pairs)),
-        title="Barriers of single layers and of sets, measured | predicted",
+        title="Barriers of single layers and of sets, measured | predicted (anchored)",
     )
     names = next(iter(result.predictions.values())).layers
     for row, label in enumerate([*names, *layer_sets(names)]):
-        barriers = ((m.layer_barriers()[row], p.barrier(m.sets[row])) for p, m in pairs.values())
+        barriers = ((m.layer_barriers()[row], p.barrier(m.sets[row], "anchored")) for p, m in pairs.values())
         cells = (f"{_cell(measured, '.2g')} | {_cell(predicted, '.2g')}" for measured, predicted in barriers)
         sets.add_row(label, *cells, end_section=label == names[-1])
-    return [whole, sets, _rank_table({fork: layer_rank_correlations(*pair) for fork, pair in pairs.items()})]
+    errors = Table("predicted", *_right("layers", "sets"), title="Median error, as a part of the measured barrier")
+    for expansion in ("anchored", "second-order", "with-slopes"):
+        errors.add_row(expansion, *(_cell(error, ".0%") for error in median_errors(result, expansion)))
+    return [whole, sets, errors, _rank_table({fork: layer_rank_correlations(*pair) for fork, pair in pairs.items()})]
 
 
 def trace_tables(traces: Traces) -> list[Table]:
@@ -182,13 +187,16 @@ def trace_tables(traces: Traces) -> list[Table]:
     predicted = _last_by(traces.predictions, "fork", "expansion")
     for (fork,), geometry in _last_by(traces.geometry, "fork").items():
         loss, second_order = measured[fork, "train", "loss"], predicted[fork, "second-order"]
+        # Tables of earlier versions have none.
+        anchored = predicted.get((fork, "anchored"), dict.fromkeys(second_order, math.nan))
         errors = (measured.get((fork, split, "error"), {}) for split in ("train", "test"))
         whole.add_row(
             str(fork),
             _cell(geometry["distance"]),
             _with_error(loss["barrier"], loss["standard_error"]),
+            _with_error(anchored["barrier"], anchored["standard_error"]),
+            _cell(anchored["expansion_error"], ".2g"),
             _with_error(second_order["barrier"], second_order["standard_error"]),
-            _cell(predicted[fork, "with-slopes"]["barrier"]),
             *(_cell(row.get("barrier", math.nan), ".1%") for row in errors),
         )
     ranked = bool(np.isfinite(numbers(traces.layers, "measured")).any())
@@ -204,7 +212,7 @@ def _last_by(rows: pd.DataFrame, *columns: str) -> dict[tuple[Any, ...], dict[An
 def _whole_table(title: str, *more: str) -> Table:
     return Table(
         "fork at epoch",
-        *_right("distance", "measured", "predicted", "with slopes", *more),
+        *_right("distance", "measured", "anchored", "± expansion", "second order", *more),
         title=f"{title} (nats; mean ± standard error over batches)",
     )
 

@@ -29,7 +29,7 @@ _IDENTITY: dict[str, Any] = {"color": GREY, "linewidth": 0.8}
 
 @look()
 def draw_predicted_against_measured(
-    predictions: Predictions, measurements: Measurements, *, expansion: Expansion = "second-order"
+    predictions: Predictions, measurements: Measurements, *, expansion: Expansion | None = None
 ) -> Figure:
     """Draw predicted against measured barriers: of the whole network, a point a fork; of each layer, a point a layer.
 
@@ -40,7 +40,8 @@ def draw_predicted_against_measured(
     Args:
         predictions: Fork epoch, or any label, to the prediction for its two children.
         measurements: The same for measurements. Without sets of layers there is no panel of layers.
-        expansion: The prediction to draw.
+        expansion: The prediction to draw; by default the anchored one where every prediction has anchors between the
+            ends, and that of second order otherwise.
 
     Raises:
         OptionError: The two do not have the same forks, a loss was not measured, or `expansion` is `"hermite"`
@@ -48,6 +49,9 @@ def draw_predicted_against_measured(
         PartitionError: A measured layer is not one of the prediction's: their partitions differ.
     """
     forks = paired_forks(predictions, measurements)
+    anchored = all(prediction.expansion == "anchored" for prediction, _ in forks.values())
+    by_default: Expansion = "anchored" if anchored else "second-order"
+    expansion = by_default if expansion is None else expansion
     epochs = all(isinstance(fork, int) for fork in forks)
     colors = sequential_colors(forks)
     panels: dict[str, dict[Fork, Barriers]] = {

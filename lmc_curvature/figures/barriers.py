@@ -1,17 +1,21 @@
 """Barriers between the children of each fork, a panel a fork: curves of the whole network, and bars of its layers."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from lmc_curvature.barrier import drawing
+from lmc_curvature.barrier.expansions import Expansion
+from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.figures.panels import Measurements, Predictions, fork_title, paired_forks
 from lmc_curvature.plotting.axes import heading, legend_line, zero_line
 from lmc_curvature.plotting.grids import label_panels, panel_cells, share_scale
 from lmc_curvature.plotting.rows import draw_rows, rows_height
-from lmc_curvature.plotting.style import COLUMN_WIDTH, look
+from lmc_curvature.plotting.style import look
 from lmc_curvature.plotting.text import short_number
 
 _TIGHT_LEGEND: dict[str, Any] = {"borderaxespad": 0, "borderpad": 0.2, "handlelength": 1.5, "columnspacing": 0.8}
@@ -21,8 +25,9 @@ _TIGHT_LEGEND: dict[str, Any] = {"borderaxespad": 0, "borderpad": 0.2, "handlele
 def draw_barrier_curves(predictions: Predictions, measurements: Measurements) -> Figure:
     """Draw the barrier curves between the children of each fork, a panel a fork: measured, and predicted.
 
-    Above each panel stand the barriers, the maxima of its curves, and the distance. Panels have one scale
-    when their curves are of one order of magnitude, and a scale each otherwise.
+    Where there are anchors between the ends, predictions are anchored, with the anchors and the expansion error, and of
+    second order; else of second order, and with slopes. Above each panel stand the barriers, the maxima of its curves,
+    and the distance. Panels have one scale when their curves are of one order of magnitude, and a scale each otherwise.
 
     Args:
         predictions: Fork epoch, or any label, to the prediction for its two children.
@@ -32,26 +37,50 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
         OptionError: The two do not have the same forks, or a loss was not measured.
     """
     pairs = paired_forks(predictions, measurements)
-    figure, cells = panel_cells(len(pairs), 1.9, margin=_margin(len(pairs)))
+    handles = _curve_handles([prediction for prediction, _ in pairs.values()])
+    figure, cells = panel_cells(len(pairs), 1.9, margin=_margin(len(pairs), len(handles)))
     panels = [figure.add_subplot(cell) for cell in cells]
     for (fork, (prediction, measurement)), axes in zip(pairs.items(), panels, strict=True):
         drawing.alpha_axis(axes)
         zero_line(axes)
         measured = short_number(measurement.barrier())
         axes.plot(measurement.alphas, measurement.curve(), label=measured, **drawing.MEASURED)
-        drawing.draw_expansion(axes, prediction, "second-order", label=short_number(prediction.barrier()))
+        first, second = _compared(prediction)
+        _draw_predicted(axes, prediction, first)
         # The legend fills its columns downwards: this stands beside the measured barrier.
         axes.plot([], [], linestyle="none", label=f"‖Δ‖ = {short_number(prediction.distance, 3)}")
-        slopes = prediction.barrier(None, "with-slopes")
-        drawing.draw_expansion(axes, prediction, "with-slopes", label=short_number(slopes))
+        _draw_predicted(axes, prediction, second)
+        if first == "anchored":
+            drawing.draw_expansion_error(axes, prediction, label="_expansion error")
+            drawing.draw_anchors(axes, prediction)
         axes.set_title(fork_title(fork), loc="left", pad=29)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.02), ncols=2, **_TIGHT_LEGEND)
     share_scale(panels)
     label_panels(figure, drawing.ALPHA_LABEL, drawing.BARRIER_LABEL)
-    pens = drawing.EXPANSION_PENS["second-order"], drawing.EXPANSION_PENS["with-slopes"]
-    predicted = [legend_line(f"predicted, {pen.label}", **pen.style) for pen in pens]
-    _legend_above(figure, [legend_line("measured", **drawing.MEASURED), *predicted])
+    _legend_above(figure, handles, len(pairs))
     return figure
+
+
+def _compared(prediction: BarrierPrediction) -> tuple[Expansion, Expansion]:
+    """The expansion that a prediction means, and one to compare it with."""
+    return ("anchored", "second-order") if prediction.expansion == "anchored" else ("second-order", "with-slopes")
+
+
+def _draw_predicted(axes: Axes, prediction: BarrierPrediction, expansion: Expansion) -> None:
+    label = short_number(prediction.barrier(None, expansion))
+    drawing.draw_expansion(axes, prediction, expansion, label=label)
+
+
+def _curve_handles(predictions: Sequence[BarrierPrediction]) -> list[Any]:
+    drawn = dict.fromkeys(expansion for prediction in predictions for expansion in _compared(prediction))
+    pens = [drawing.EXPANSION_PENS[expansion] for expansion in drawn]
+    handles: list[Any] = [legend_line("measured", **drawing.MEASURED)]
+    handles += [legend_line(f"predicted, {pen.label}", **pen.style) for pen in pens]
+    if "anchored" in drawn:
+        color = drawing.EXPANSION_PENS["anchored"].color
+        handles.append(legend_line("anchors", color=color, **drawing.ANCHOR))
+        handles.append(Patch(label="expansion error", color=color, alpha=0.18, linewidth=0))
+    return handles
 
 
 @look()
@@ -60,7 +89,8 @@ def draw_layer_bars(
 ) -> Figure:
     """Draw the barrier of each layer alone, measured and predicted, a panel a fork, in the order of the network.
 
-    Bars are measured, and predicted to second order with standard errors; diamonds are predicted with slopes. Every
+    Where there are anchors between the ends, predicted bars are anchored, with standard errors, and broad and pale the
+    expansion errors, and diamonds are of second order; else bars are of second order, and diamonds with slopes. Every
     panel has its own scale.
 
     Args:
@@ -79,27 +109,37 @@ def draw_layer_bars(
         for _, measurement in pairs.values()
     ]
     height = rows_height(max(map(len, names)), 0.19) + 0.55
-    figure, cells = panel_cells(len(pairs), height, margin=_margin(len(pairs)))
-    handles: list[Any] = []
+    anchored = any(prediction.expansion == "anchored" for prediction, _ in pairs.values())
+    errors = drawing.error_lines() if anchored else []
+    expected = {expansion for prediction, _ in pairs.values() for expansion in _compared(prediction)}
+    margin = _margin(len(pairs), 1 + len(expected) + len(errors))
+    figure, cells = panel_cells(len(pairs), height, margin=margin)
+    handles: dict[str, Any] = {}
     for (fork, (prediction, measurement)), rows, cell in zip(pairs.items(), names, cells, strict=True):
         axes = figure.add_subplot(cell)
-        bars = [drawing.measured_bars(measurement), drawing.predicted_bars(prediction, measurement.sets)]
-        marks = drawing.predicted_bars(prediction, measurement.sets, "with-slopes")
+        first, second = _compared(prediction)
+        bars = [drawing.measured_bars(measurement), drawing.predicted_bars(prediction, measurement.sets, first)]
+        marks = drawing.predicted_bars(prediction, measurement.sets, second)
         label_rows = cell.is_first_col() or any(rows != others for others in names)
         draw_rows(axes, rows, bars, marks=marks, label_rows=label_rows)
         heading(axes, fork_title(fork), drawing.distance_text(prediction))
+        handles |= {group.label: Patch(color=group.color, label=group.label) for group in bars}
         diamond = legend_line(marks.label, color=marks.color, marker="D", markersize=3, linestyle="none")
-        handles = [*(Patch(color=group.color, label=group.label) for group in bars), diamond]
+        handles[f"{marks.label}, diamond"] = diamond
     label_panels(figure, drawing.BARRIER_LABEL)
-    _legend_above(figure, handles)
+    _legend_above(figure, [*handles.values(), *errors], len(pairs))
     return figure
 
 
-def _margin(panels: int) -> float:
-    """Inches for the legend, whose entries stand over one another above a single panel."""
-    return 0.5 if panels > 1 else 0.85
+def _legend_columns(panels: int) -> int:
+    """Entries in a row of the legend: as many as fit over one column of panels, over two, or over three."""
+    return {1: 1, 2: 3, 4: 3}.get(panels, 5)
 
 
-def _legend_above(figure: Figure, handles: list[Any]) -> None:
-    columns = 3 if figure.get_figwidth() > COLUMN_WIDTH else 1
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+def _margin(panels: int, entries: int) -> float:
+    """Inches for the legend, and for the label below the panels."""
+    return 0.33 + 0.17 * math.ceil(entries / _legend_columns(panels))
+
+
+def _legend_above(figure: Figure, handles: list[Any], panels: int) -> None:
+    figure.legend(handles=handles, loc="outside upper left", ncols=_legend_columns(panels))

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lmc_curvature.barrier.drawing import BARRIER_LABEL, EXPANSION_PENS
 from lmc_curvature.barrier.expansions import Expansion
@@ -19,7 +20,7 @@ from lmc_curvature.plotting.decades import Decades, decades, decades_axis
 from lmc_curvature.plotting.grids import label_panels, panel_cells
 from lmc_curvature.plotting.style import COLUMN_WIDTH, INK, Color, look, new_figure
 
-_MARKERS: dict[Expansion, str] = {"second-order": "s", "with-slopes": "D", "hermite": "^"}
+_MARKERS: dict[Expansion, str] = {"anchored": "v", "second-order": "s", "with-slopes": "D", "hermite": "^"}
 
 
 class Kind(NamedTuple):
@@ -46,12 +47,14 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
 
     Figure 4 of Singh et al. 2024. The axis is logarithmic; hollow points in the grey strip at its foot are barriers of
     zero or below, or over 1e5 times below the largest. Bars are standard errors; where one reaches into the strip, zero
-    is within it. Predictions are to second order, with slopes, and of Hermite's quintic. They are always of the loss on
+    is within it. Predictions are anchored, with broad pale bars for the expansion error, and to second order; where
+    none is anchored, they are to second order, with slopes, and of Hermite's quintic. They are always of the loss on
     the training data, whatever the split.
 
     Args:
         barriers: A row a fork, epoch, split and metric, with the columns `barrier` and `standard_error`.
-        predictions: A row a fork, epoch and expansion, with the columns `barrier` and `standard_error`.
+        predictions: A row a fork, epoch and expansion, with the columns `barrier` and `standard_error`, and
+            `expansion_error` where some are anchored.
         split: The data on which barriers were measured: `"train"` or `"test"`.
 
     Raises:
@@ -61,7 +64,8 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     times = measured[["fork", "epoch"]]
     predicted = checked(predictions, "predictions", ["expansion", "barrier", "standard_error"])
     kinds = [Kind(measured, f"measured, {split}", INK, "o")]
-    for expansion in _MARKERS:
+    expansions: tuple[Expansion, ...] = ("second-order", "with-slopes", "hermite")
+    for expansion in ("anchored", "second-order") if _has_anchored(predicted) else expansions:
         kind = _predicted(predicted, expansion, "predicted" if split == "train" else "predicted (train)")
         # Where a fork has no prediction, its row has no numbers.
         kind = kind._replace(rows=times.merge(kind.rows, how="left"))
@@ -77,6 +81,7 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     for number, kind in enumerate(kinds):
         positions = np.arange(len(times)) + 0.16 * (number - (len(kinds) - 1) / 2)
         _draw_barriers(axes, positions, kind, scale, elinewidth=0.8, **unjoined)
+        _draw_expansion_errors(axes, positions, kind, scale)
         # Faint, since there is nothing between two forks: it leads the eye.
         shown = scale.above(numbers(kind.rows, "barrier"))
         axes.plot(positions, shown, color=kind.color, linewidth=0.6, alpha=0.5, label="_guide")
@@ -84,7 +89,7 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     axes.grid(axis="y")
     axes.set_xticks(range(len(times)), [f"{fork:.0f}" for fork in times["fork"]])
     axes.set(xlim=(-0.6, len(times) - 0.4), xlabel="fork at epoch", ylabel=BARRIER_LABEL)
-    handles = [legend_line(kind.label, color=kind.color, marker=kind.marker, **unjoined) for kind in kinds]
+    handles = [_handle(kind, **unjoined) for kind in kinds]
     figure.legend(handles=handles, loc="outside upper left", ncols=1, borderaxespad=0.2)
     return figure
 
@@ -94,12 +99,14 @@ def draw_barrier_growth(barriers: pd.DataFrame, predictions: pd.DataFrame) -> Fi
     """Draw the loss barrier between siblings over training, a panel a fork: measured, and predicted beside it.
 
     Panels have one logarithmic axis; hollow points in the grey strip at its foot are barriers of zero or below, or over
-    1e5 times below the largest. Predictions are to second order, and of Hermite's quintic. Bars, pale ones for
-    predictions, are standard errors; where one reaches into the strip, zero is within it.
+    1e5 times below the largest. Predictions are anchored, in a pale band of the expansion error, and to second order;
+    where none is anchored, they are to second order, and of Hermite's quintic. Bars, pale ones for predictions, are
+    standard errors; where one reaches into the strip, zero is within it.
 
     Args:
         barriers: A row a fork, epoch, split and metric, with the columns `barrier` and `standard_error`.
-        predictions: A row a fork, epoch and expansion, with the columns `barrier` and `standard_error`.
+        predictions: A row a fork, epoch and expansion, with the columns `barrier` and `standard_error`, and
+            `expansion_error` where some are anchored.
 
     Raises:
         OptionError: A column is missing, or no row is of the training loss, or of the second order.
@@ -110,7 +117,8 @@ def draw_barrier_growth(barriers: pd.DataFrame, predictions: pd.DataFrame) -> Fi
     checked(predicted, "predictions", [], expansion="second-order")
     predicted = known(predicted, "predictions", "barrier")
     # With slopes, a line would hide the second order.
-    kinds = [_predicted(predicted, "second-order"), _predicted(predicted, "hermite", share=0.25), measured]
+    other = "anchored" if _has_anchored(predicted) else "hermite"
+    kinds = [_predicted(predicted, "second-order"), _predicted(predicted, other, share=0.25), measured]
     kinds = [kind for kind in kinds if len(kind.rows)]
     scale = _scale(rows for kind in kinds for rows in by_fork(kind.rows).values())
     forks = sorted({int(fork) for kind in kinds for fork in kind.rows["fork"]})
@@ -125,14 +133,17 @@ def draw_barrier_growth(barriers: pd.DataFrame, predictions: pd.DataFrame) -> Fi
             thickness, opacity = (0.8, 1.0) if kind is measured else (3.0, 0.3)
             style = {"linewidth": 1, "elinewidth": thickness, "ecolor": to_rgba(kind.color, opacity)}
             if len(each.rows):
-                _draw_barriers(axes, numbers(each.rows, "epoch"), each, scale, markersize=2.5, **style)
+                epochs = numbers(each.rows, "epoch")
+                _draw_barriers(axes, epochs, each, scale, markersize=2.5, **style)
+                _draw_expansion_errors(axes, epochs, each, scale, joined=len(epochs) > 1)
         decades_axis(axes, scale)
         axes.grid(axis="y")
         count_axis(axes, "")
         axes.set_title(fork_title(fork), loc="left")
     label_panels(figure, EPOCH_LABEL, BARRIER_LABEL)
-    handles = [legend_line(kind.label, color=kind.color, marker=kind.marker, markersize=3) for kind in kinds[::-1]]
-    figure.legend(handles=handles, loc="outside upper left", ncols=3 if figure.get_figwidth() > 4 else 1)
+    handles = [_handle(kind, markersize=3) for kind in kinds[::-1]]
+    columns = 1 + (figure.get_figwidth() > 4) + (figure.get_figwidth() > 6)
+    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
     return figure
 
 
@@ -141,10 +152,21 @@ def _loss_barriers(barriers: pd.DataFrame, split: str) -> pd.DataFrame:
     return known(rows, "barriers", "barrier")
 
 
+def _has_anchored(predictions: pd.DataFrame) -> bool:
+    return bool((predictions["expansion"] == "anchored").any())
+
+
 def _predicted(predictions: pd.DataFrame, expansion: Expansion, name: str = "predicted", share: float = 0.5) -> Kind:
     pen = EXPANSION_PENS[expansion]
+    if expansion == "anchored":
+        checked(predictions, "predictions", ["expansion_error"])
     rows = having(predictions, "expansion", expansion)
     return Kind(rows, f"{name}, {pen.label}", pen.color, _MARKERS[expansion], share)
+
+
+def _handle(kind: Kind, **style: Any) -> Line2D:
+    broad = " (pale: expansion error)" if np.isfinite(_expansion_errors(kind.rows)).any() else ""
+    return legend_line(f"{kind.label}{broad}", color=kind.color, marker=kind.marker, **style)
 
 
 def _scale(tables: Iterable[pd.DataFrame]) -> Decades:
@@ -155,6 +177,7 @@ def _scale(tables: Iterable[pd.DataFrame]) -> Decades:
     reached = []
     for rows in tables:
         barriers, errors = numbers(rows, "barrier"), numbers(rows, "standard_error")
+        errors = np.fmax(errors, _expansion_errors(rows))
         positive = barriers > 0
         lower, upper = (barriers - errors)[positive], (barriers + errors)[positive]
         least = 0.1 * barriers[positive].min(initial=np.inf)
@@ -171,3 +194,25 @@ def _draw_barriers(axes: Axes, positions: np.ndarray, kind: Kind, scale: Decades
     axes.errorbar(positions, shown, yerr=np.stack([below, errors]), label=f"_{kind.label}", **point, **style)
     point |= {"markersize": style["markersize"], "linestyle": "none", "markerfacecolor": "none"}
     axes.plot(positions, scale.below(barriers, kind.share), label=f"_{kind.label}, small", **point)
+
+
+def _draw_expansion_errors(
+    axes: Axes, positions: np.ndarray, kind: Kind, scale: Decades, *, joined: bool = False
+) -> None:
+    """How far predictions may be off, apart from sampling: broad pale bars, or a band through them."""
+    errors = _expansion_errors(kind.rows)
+    if not np.isfinite(errors).any():
+        return
+    shown = scale.above(numbers(kind.rows, "barrier"))
+    lower = shown - errors
+    low, high = np.where(lower < scale.floor, scale.strip, lower), shown + errors
+    style: dict[str, Any] = {"color": kind.color, "zorder": 1.5, "label": f"_{kind.label}, expansion error"}
+    if joined:
+        axes.fill_between(positions, low, high, alpha=0.15, linewidth=0, **style)
+    else:
+        axes.vlines(positions, low, high, alpha=0.25, linewidth=4, **style)
+
+
+def _expansion_errors(rows: pd.DataFrame) -> np.ndarray:
+    """Of kinds that have none, such as measurements, they are not numbers."""
+    return numbers(rows, "expansion_error") if "expansion_error" in rows else np.full(len(rows), np.nan)

@@ -47,6 +47,11 @@ def known(rows: pd.DataFrame, name: str, column: str) -> pd.DataFrame:
     return _where(rows, finite)
 
 
+def any_known(rows: pd.DataFrame, column: str) -> bool:
+    """Whether there is a column, and a number in it."""
+    return column in rows and bool(np.isfinite(numbers(rows, column)).any())
+
+
 def having(rows: pd.DataFrame, column: str, value: object, *, by: str | None = None) -> pd.DataFrame:
     """The rows with a value in a column, in increasing order of another column if one is named."""
     chosen = _where(rows, np.asarray(rows[column] == value))

@@ -21,6 +21,7 @@ from lmc_curvature.plotting.axes import heading, legend_line, plain_ticks
 from lmc_curvature.plotting.style import BLUE, GREEN, INK, TEXT_WIDTH, VERMILION, look, new_figure
 from lmc_curvature.plotting.text import short_number
 
+_PROPOSITION = "second-order"
 _FAINT = LinearSegmentedColormap.from_list("faint", ["white", "#8a8a8a"])
 
 
@@ -55,7 +56,8 @@ class Toy:
         networks = self.at(self.minima[first]), self.at(self.minima[second])
         loader = origin(self.minima.shape[1])
         return (
-            predict_barrier(*networks, loader, loss_fn=landscape_loss, progress=False),
+            # The proposition knows the two minima alone.
+            predict_barrier(*networks, loader, loss_fn=landscape_loss, anchors=2, progress=False),
             measure_barrier(*networks, loader, loss_fn=landscape_loss, metrics=("loss",), alphas=101, progress=False),
         )
 
@@ -133,11 +135,13 @@ def _draw_plane(axes: Axes, toy: Toy) -> None:
 def _draw_curves(axes: Axes, barriers: Mapping[str, tuple[BarrierPrediction, BarrierMeasurement]]) -> None:
     """The measured and the predicted barrier curve of each segment, on a logarithmic scale."""
     for color, (prediction, measurement) in barriers.items():
-        label = f"{short_number(measurement.barrier())}, predicted {short_number(prediction.barrier())}"
+        highest = short_number(prediction.barrier(None, _PROPOSITION))
+        label = f"{short_number(measurement.barrier())}, predicted {highest}"
         # The logarithm of the zeros at the ends is left out.
         inside = slice(1, -1)
         axes.plot(measurement.alphas[inside], measurement.curve()[inside], color=color, label=label)
-        axes.plot(ALPHAS[inside], prediction.curve(ALPHAS[inside]), color=color, linestyle="--", label="_Proposition 1")
+        predicted = prediction.curve(ALPHAS[inside], None, _PROPOSITION)
+        axes.plot(ALPHAS[inside], predicted, color=color, linestyle="--", label="_Proposition 1")
     alpha_axis(axes)
     axes.set(xlabel=ALPHA_LABEL, ylabel=BARRIER_LABEL, yscale="log")
     axes.set_ylim(bottom=min(measurement.barrier() for _, measurement in barriers.values()) / 10)

@@ -7,18 +7,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lmc_curvature.averages import rank_correlation
-from lmc_curvature.figures.frames import at_epoch, by_fork, checked, known, numbers
+from lmc_curvature.barrier.drawing import EXPANSION_PENS
+from lmc_curvature.figures.frames import any_known, at_epoch, by_fork, checked, known, numbers
 from lmc_curvature.plotting.axes import legend_line, zero_line
-from lmc_curvature.plotting.style import BLUE, GREEN, GREY, PURPLE, TEXT_WIDTH, VERMILION, look, new_figure
+from lmc_curvature.plotting.style import GREY, PURPLE, SKY, TEXT_WIDTH, look, new_figure
 from lmc_curvature.plotting.text import correlation_text
 
 # Ways to rank layers: the name in the legend, the colour and the marker.
 _RANKINGS = {
-    "predicted": ("second order", BLUE, "s"),
-    "predicted_with_slopes": ("with slopes", VERMILION, "D"),
+    "predicted_anchored": ("anchored", EXPANSION_PENS["anchored"].color, "P"),
+    "predicted": ("second order", EXPANSION_PENS["second-order"].color, "s"),
+    "predicted_with_slopes": ("with slopes", EXPANSION_PENS["with-slopes"].color, "D"),
     "hessian_energy": ("Hessian energy ΔᵀHΔ", GREY, "o"),
-    "distance": ("distance ‖Δ‖ alone", GREEN, "^"),
-    "curvature": ("curvature ΔᵀHΔ / ‖Δ‖² alone", PURPLE, "v"),
+    "distance": ("distance ‖Δ‖ alone", PURPLE, "^"),
+    "curvature": ("curvature ΔᵀHΔ / ‖Δ‖² alone", SKY, "v"),
 }
 
 
@@ -32,7 +34,7 @@ def draw_rank_correlations(layers: pd.DataFrame) -> Figure:
 
     Args:
         layers: A row a fork, epoch and layer, with the columns `measured`, `predicted`, `predicted_with_slopes`,
-            `hessian_energy` and `distance`.
+            `hessian_energy` and `distance`, and `predicted_anchored` where that is known.
 
     Raises:
         OptionError: A column is missing, or no layer was measured.
@@ -44,8 +46,9 @@ def draw_rank_correlations(layers: pd.DataFrame) -> Figure:
     figure = new_figure(min(0.45 * len(forks) + 3.6, TEXT_WIDTH), 2.6)
     axes = figure.add_subplot()
     handles = []
-    offsets = np.linspace(-0.34, 0.34, len(_RANKINGS))
-    for offset, (name, (label, color, marker)) in zip(offsets, _RANKINGS.items(), strict=True):
+    offsets = np.linspace(-0.34, 0.34, correlations.shape[1])
+    for offset, name in zip(offsets, correlations.columns, strict=True):
+        label, color, marker = _RANKINGS[name]
         pen: dict[str, Any] = {"color": color, "marker": marker, "markersize": 4.5, "linestyle": "none"}
         axes.plot(np.arange(len(forks)) + offset, correlations[name], label=f"_{name}", **pen)
         axes.plot([len(forks) + offset], [means[name]], label=f"_{name}, mean", **pen)
@@ -63,12 +66,14 @@ def draw_rank_correlations(layers: pd.DataFrame) -> Figure:
 
 def rank_correlations(layers: pd.DataFrame) -> dict[int, dict[str, float]]:
     """Fork to way of ranking to Spearman's ρ with the measured barriers; NaN where it is undefined."""
-    columns = [column for column in _RANKINGS if column != "curvature"]
+    columns = [column for column in _RANKINGS if column not in ("curvature", "predicted_anchored")]
     rows = known(checked(layers, "layers", ["measured", *columns]), "layers", "measured")
+    # Tables of earlier versions, and predictions from the two ends alone, have none that are anchored.
+    rankings = [name for name in _RANKINGS if name != "predicted_anchored" or any_known(rows, name)]
     squares, energy = numbers(rows, "distance") ** 2, numbers(rows, "hessian_energy")
     # A layer that does not move has no barrier, and no curvature along its way.
     rows = rows.assign(curvature=np.divide(energy, squares, out=np.zeros_like(energy), where=squares > 0))
     return {
-        fork: {name: rank_correlation(numbers(each, "measured"), numbers(each, name)) for name in _RANKINGS}
+        fork: {name: rank_correlation(numbers(each, "measured"), numbers(each, name)) for name in rankings}
         for fork, each in by_fork(at_epoch(rows, "layers", None)).items()
     }

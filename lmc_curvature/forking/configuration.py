@@ -87,6 +87,8 @@ class TraceConfig(Configuration):
         examples: How many examples are taken, a fixed random sample; null for all.
         batch_size: Examples a batch.
         batch_norm: What batch normalisation does between siblings; see `measure_barrier`.
+        anchors: How many points of the segment predictions are made from, evenly spaced; see `predict_barrier`. With
+            the two ends alone, 2, they are of second order.
         partition: The partition into layers; see `measure_barrier`.
         alphas: Positions on the segment, for the whole network.
         layer_alphas: Positions on the segment, for sets of layers, which cost two evaluations a position.
@@ -101,6 +103,7 @@ class TraceConfig(Configuration):
     examples: Integer | None = Field(default=None, ge=1)
     batch_size: Integer = Field(default=256, ge=1)
     batch_norm: BatchNormPolicy = "interpolate"
+    anchors: Integer = Field(default=3, ge=2)
     partition: str = "fused"
     alphas: Integer = Field(default=11, ge=3)
     layer_alphas: Integer = Field(default=5, ge=3)
@@ -183,6 +186,11 @@ def parse_config(kind: type[_Kind], values: dict[str, Any], *, source: str) -> _
         return kind(**values)
     except ConfigurationError as error:
         raise ConfigurationError(f"{source}:\n{error}") from error
+
+
+def stored_trace(values: dict[str, Any]) -> dict[str, Any]:
+    """What a file says is traced, of whichever release: earlier ones knew no anchors but the two ends."""
+    return {"anchors": 2, **values}
 
 
 def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:

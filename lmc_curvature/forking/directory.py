@@ -20,7 +20,7 @@ from torch import nn
 
 from lmc_curvature.checkpoints import load_entries
 from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError
-from lmc_curvature.forking.configuration import ForkConfig, check_same, parse_config
+from lmc_curvature.forking.configuration import ForkConfig, check_same, parse_config, stored_trace
 from lmc_curvature.forking.orders import order_seed
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.training import TrainingState
@@ -123,6 +123,8 @@ def open_directory(out_dir: str | os.PathLike[str]) -> ForkDirectory:
         values = read_json(path, _VERSION).get("config")
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is damaged: it holds no configuration. {remedy}")
+    if isinstance(values.get("trace"), dict):
+        values = {**values, "trace": stored_trace(values["trace"])}
     return ForkDirectory(Path(out_dir), parse_config(ForkConfig, values, source=str(path)))
 
 

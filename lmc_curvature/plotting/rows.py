@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 
 from lmc_curvature.plotting.axes import plain_ticks
 from lmc_curvature.plotting.style import GREY, INK, Color
@@ -17,23 +18,27 @@ from lmc_curvature.plotting.text import short_name
 _MOST_ROWS = 60
 # Below this many, rows are as thick as if there were as many.
 _FEWEST_ROWS = 4
+THIN_ERROR: dict[str, Any] = {"ecolor": INK, "elinewidth": 0.7}
+BROAD_ERROR: dict[str, Any] = {"ecolor": to_rgba(INK, 0.25), "elinewidth": 3.0}
 
 
 @dataclass(frozen=True)
 class Bars:
-    """One horizontal bar a row, with standard errors where they are finite.
+    """One horizontal bar a row, with errors of one or two kinds where they are finite.
 
     Attributes:
         label: Their name in the legend; a leading underscore keeps them out of it.
         values: Lengths, (rows,).
         color: The colour of the bars.
-        errors: Standard errors, (rows,), or None.
+        errors: Errors drawn as thin lines, (rows,), or None.
+        broad_errors: Errors drawn as broad pale lines behind these, (rows,), or None.
     """
 
     label: str
     values: Float[np.ndarray, " rows"]
     color: str | Color
     errors: Float[np.ndarray, " rows"] | None = None
+    broad_errors: Float[np.ndarray, " rows"] | None = None
 
 
 def rows_height(count: int, per_row: float) -> float:
@@ -65,9 +70,9 @@ def draw_rows(
     for number, group in enumerate(bars):
         middles = rows - 0.4 + thickness * (number + 0.5)
         axes.barh(middles, group.values, height=0.92 * thickness, color=group.color, label=group.label)
-        if group.errors is not None and np.isfinite(group.errors).any():
-            style: dict[str, Any] = {"fmt": "none", "ecolor": INK, "elinewidth": 0.7, "label": "_standard error"}
-            axes.errorbar(group.values, middles, xerr=group.errors, **style)
+        for errors, style in ((group.broad_errors, BROAD_ERROR), (group.errors, THIN_ERROR)):
+            if errors is not None and np.isfinite(errors).any():
+                axes.errorbar(group.values, middles, xerr=errors, fmt="none", label="_error", **style)
     if marks is not None:
         middles = rows + 0.4 - thickness / 2
         axes.plot(marks.values, middles, "D", color=marks.color, markersize=3, clip_on=False, label=marks.label)

@@ -23,7 +23,11 @@ PALE = "#e6e6e6"
 GREY = "#777777"
 INK = "#222222"
 # Hues of Okabe and Ito, told apart with every common colour blindness.
-_HUES = BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_HUES = BLUE, VERMILION, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
+
+# As matplotlib writes it: a name, or where it begins and the lengths of strokes and gaps.
+LineStyle = str | tuple[float, tuple[float, ...]]
+_STYLES: tuple[LineStyle, ...] = ("-", "--", "-.", ":", (0.0, (7, 1.5, 1, 1.5, 1, 1.5)))
 
 
 class Pen(NamedTuple):
@@ -31,7 +35,7 @@ class Pen(NamedTuple):
 
     label: str
     color: str | Color
-    linestyle: str
+    linestyle: LineStyle
 
     @property
     def style(self) -> dict[str, Any]:
@@ -94,7 +98,7 @@ def sequential_colors(names: Iterable[Name]) -> dict[Name, Color]:
 
 
 def pens(labels: Mapping[Name, str]) -> dict[Name, Pen]:
-    """A pen for each kind of curve, from its name in the legend; line styles tell up to four apart in grey."""
+    """A pen for each kind of curve, from its name in the legend; line styles tell up to five apart in grey."""
     colors = _HUES if len(labels) <= len(_HUES) else sequential_colors(labels).values()
-    styles = cycle(("-", "--", "-.", ":"))
-    return {name: Pen(labels[name], color, style) for name, color, style in zip(labels, colors, styles, strict=False)}
+    styled = zip(labels, colors, cycle(_STYLES), strict=False)
+    return {name: Pen(labels[name], color, style) for name, color, style in styled}

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -120,7 +121,8 @@ def _compute(
     measure = partial(measure_barrier, first, second, batch_norm=config.batch_norm, progress=False)
     if name == "predicted":
         segment = Segment(first, second, layers=config.partition, batch_norm=config.batch_norm)
-        return predict_on_segment(objective, segment, memory_gib=_MEMORY_GIB, progress=False)
+        options: dict[str, Any] = {"memory_gib": _MEMORY_GIB, "progress": False}
+        return predict_on_segment(objective, segment, anchors=config.anchors, **options)
     if name == "geometry":
         fork = load_parent(pair.directory.path, pair.fork_epoch).to(objective.device)
         last = _siblings(pair, pair.directory.config.training.epochs, objective)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lmc_curvature.barrier.expansions import EXPANSIONS
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.errors import CheckpointError
@@ -34,12 +35,15 @@ class Traces:
     Attributes:
         curves: `split`, `metric`, `alpha`, `value`, and `barrier`, the value over the chord: of whole networks.
         barriers: `split`, `metric`, `barrier` (the maximum of its curve), `standard_error`, `end_a`, `end_b`.
-        predictions: `expansion`, `barrier`, `standard_error`: of the training loss.
-        layers: `position`, `layer`, `distance`, `hessian_energy` (Δ_ℓᵀHΔ_ℓ, mean of both ends), `predicted`,
-            `predicted_with_slopes`, `measured`, and `measured_lowest`, the minimum of the measured curve: zero, or how
-            far it sinks below the chord. The last two are not numbers where nothing was measured.
+        predictions: `expansion`, `barrier`, `standard_error`, `expansion_error`: of the training loss. There are rows
+            for `"anchored"` where there are anchors between the ends, and the others have no expansion error.
+        layers: `position`, `layer`, `distance`, `hessian_energy` (Δ_ℓᵀHΔ_ℓ, mean of both ends), `predicted` (second
+            order), `predicted_with_slopes`, `predicted_anchored` and its `expansion_error`, `measured`, and
+            `measured_lowest`, the minimum of the measured curve: zero, or how far it sinks below the chord. The last
+            two are not numbers where nothing was measured, nor are anchored predictions where there are no anchors.
         cumulative: `side` (`"first"` or `"last"`), `count`: barriers of the first and last `count` layers: `measured`,
-            `predicted` (second order), `predicted_with_slopes`, and `predicted_shared`, the interactions' sum (eq. 21).
+            `predicted` (second order), `predicted_with_slopes`, `predicted_anchored`, its `expansion_error`, and
+            `predicted_shared`, the interactions' sum (eq. 21).
         geometry: `distance` between siblings, `cosine_origin` and `cosine_fork` of the angle between them, and
             `cosine_final` of their difference with the final one: of parameters.
     """
@@ -55,14 +59,16 @@ class Traces:
 _COLUMNS = {
     "curves": "fork epoch split metric alpha value barrier",
     "barriers": "fork epoch split metric barrier standard_error end_a end_b",
-    "predictions": "fork epoch expansion barrier standard_error",
-    "layers": "fork epoch position layer distance hessian_energy predicted predicted_with_slopes measured "
-    "measured_lowest",
-    "cumulative": "fork epoch side count measured predicted predicted_with_slopes predicted_shared",
+    "predictions": "fork epoch expansion barrier standard_error expansion_error",
+    "layers": "fork epoch position layer distance hessian_energy predicted predicted_with_slopes predicted_anchored "
+    "expansion_error measured measured_lowest",
+    "cumulative": "fork epoch side count measured predicted predicted_with_slopes predicted_anchored expansion_error "
+    "predicted_shared",
     "geometry": "fork epoch distance cosine_origin cosine_fork cosine_final",
 }
+# Columns that tables of earlier versions do not have.
+_LATER = ("predicted_anchored", "expansion_error")
 _VERSION = "1"
-_EXPANSIONS = ("second-order", "with-slopes", "shared-hessian", "hermite")
 
 
 def read_traces(out_dir: str | os.PathLike[str]) -> Traces:
@@ -83,7 +89,7 @@ def read_traces(out_dir: str | os.PathLike[str]) -> Traces:
             whole = not contents or contents.endswith(b"\n")
             if not whole or checksums.get(name, _checksum(contents)) != _checksum(contents):
                 raise ValueError("it is not as it was written")
-            tables[name] = pd.read_csv(io.BytesIO(contents))
+            tables[name] = _with_later(pd.read_csv(io.BytesIO(contents)), columns.split())
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing; {remedy}") from error
         except (ValueError, UnicodeDecodeError) as error:
@@ -113,6 +119,12 @@ def write_tables(directory: ForkDirectory, pairs: Sequence[Pair]) -> Traces:
             checksums = {name: _checksum(_table_path(directory, name).read_bytes()) for name in tables}
             write_json(_checksums_path(directory), {"version": _VERSION, "sha256": checksums})
     return Traces(**tables)
+
+
+def _with_later(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """A table with all columns of today, if it lacks some that came later: nothing is known of these."""
+    earlier = [column for column in columns if column not in _LATER]
+    return table.reindex(columns=pd.Index(columns)) if list(table.columns) == earlier else table
 
 
 def _table_path(directory: ForkDirectory, name: str) -> Path:
@@ -164,8 +176,10 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
                 "expansion": expansion,
                 "barrier": prediction.barrier(None, expansion),
                 "standard_error": prediction.standard_error(None, expansion),
+                "expansion_error": prediction.expansion_error() if expansion == "anchored" else np.nan,
             }
-            for expansion in _EXPANSIONS
+            for expansion in EXPANSIONS
+            if expansion != "anchored" or prediction.expansion == "anchored"
         ],
         "layers": list(_layer_rows(prediction, sets)),
         "cumulative": list(_cumulative_rows(prediction, sets)),
@@ -174,7 +188,7 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
 
 
 def _layer_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...], np.ndarray]) -> Iterator[Row]:
-    second_order, with_slopes = prediction.layer_barriers(), prediction.layer_barriers("with-slopes")
+    second_order, with_slopes = prediction.layer_barriers("second-order"), prediction.layer_barriers("with-slopes")
     for position, layer in enumerate(prediction.layers):
         curve = curves.get((layer,), np.array([np.nan]))
         yield {
@@ -184,6 +198,7 @@ def _layer_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...], np.
             "hessian_energy": prediction.hessian_energy[position],
             "predicted": second_order[position],
             "predicted_with_slopes": with_slopes[position],
+            **_anchored(prediction, (layer,)),
             "measured": curve.max(),
             "measured_lowest": curve.min(),
         }
@@ -197,7 +212,15 @@ def _cumulative_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...]
                 "side": side,
                 "count": count,
                 "measured": curves[members].max(),
-                "predicted": prediction.barrier(members),
+                "predicted": prediction.barrier(members, "second-order"),
                 "predicted_with_slopes": prediction.barrier(members, "with-slopes"),
+                **_anchored(prediction, members),
                 "predicted_shared": prediction.barrier(members, "shared-hessian"),
             }
+
+
+def _anchored(prediction: BarrierPrediction, members: Sequence[str]) -> Row:
+    if prediction.expansion != "anchored":
+        return {"predicted_anchored": np.nan, "expansion_error": np.nan}
+    barrier = prediction.barrier(members, "anchored")
+    return {"predicted_anchored": barrier, "expansion_error": prediction.expansion_error(members)}

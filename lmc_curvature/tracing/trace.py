@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from lmc_curvature.errors import CheckpointError, LMCCurvatureError, NonFiniteError, OptionError
 from lmc_curvature.forking import ForkDirectory, TraceConfig, initial_model, load_fork_data, open_directory
 from lmc_curvature.forking.checks import check_examples, check_layers
-from lmc_curvature.forking.configuration import check_same, parse_config
+from lmc_curvature.forking.configuration import check_same, parse_config, stored_trace
 from lmc_curvature.forking.directory import explain_damage, fork_command
 from lmc_curvature.forking.sharing import Task, device_of_rank, helpers, progress_of_rank, share, unless_claimed
 from lmc_curvature.objective.risk import Objective
@@ -186,5 +186,5 @@ def _check_config(directory: ForkDirectory) -> None:
         values = read_json(path, _VERSION)
     remedy = f"use the release that wrote it, or move {path.parent} away"
     source = f"{path} has keys or values that this release does not know ({remedy})"
-    stored = parse_config(TraceConfig, values, source=source)
+    stored = parse_config(TraceConfig, stored_trace(values), source=source)
     check_same(stored, config, held=f"{path.parent} holds traces of", remedy=f"Move {path.parent} away")

@@ -4,12 +4,14 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from matplotlib.container import BarContainer
 from numpy.testing import assert_allclose, assert_array_equal
 
 from lmc_curvature.barrier.drawing import ALPHAS, EXPANSION_PENS, draw_measurement, draw_prediction
+from lmc_curvature.plotting.text import short_number
 
-EXPANSIONS = {pen.label: expansion for expansion, pen in EXPANSION_PENS.items()}
+LABELS = {expansion: pen.label for expansion, pen in EXPANSION_PENS.items()}
 
 
 def bars(axes):
@@ -22,18 +24,61 @@ def legend_texts(legend):
     return [text.get_text() for text in legend.get_texts()]
 
 
-def test_a_prediction_shows_its_four_curves_and_its_layers(predictions, saved, lines):
-    prediction = predictions[0]
+def curves_by_name(axes, lines):
+    """Curves by the beginning of their label, which goes on with the barrier."""
+    return {label.split(":")[0]: data for label, data in lines(axes).items() if not label.startswith("_")}
+
+
+def half_lengths(collection):
+    """Half of the length of each horizontal bar of an error."""
+    return [(segment[1, 0] - segment[0, 0]) / 2 for segment in collection.get_segments()]
+
+
+@pytest.mark.parametrize(
+    ("made", "expected", "bar"),
+    [
+        ("predictions", ["anchored", "second-order", "with-slopes", "shared-hessian"], "anchored"),
+        ("of_two_ends", ["second-order", "with-slopes", "shared-hessian", "hermite"], "second-order"),
+    ],
+)
+def test_a_prediction_shows_its_four_curves_and_its_layers(made, expected, bar, request, saved, uncut, lines):
+    prediction = request.getfixturevalue(made)[0]
     figure = prediction.plot()
     saved(figure)
+    uncut(figure)
     curves, _, layers = figure.axes
-    drawn = {label.split(":")[0]: data for label, data in lines(curves).items() if not label.startswith("_")}
-    assert list(drawn) == list(EXPANSIONS)
-    for label, expansion in EXPANSIONS.items():
-        assert_array_equal(drawn[label], [ALPHAS, prediction.curve(ALPHAS, None, expansion)])
-    assert_array_equal(bars(layers)["predicted, second order"], prediction.layer_barriers())
+    drawn = curves_by_name(curves, lines)
+    drawn.pop("anchors", None)
+    assert list(drawn) == [LABELS[expansion] for expansion in expected]
+    for expansion in expected:
+        assert_array_equal(drawn[LABELS[expansion]], [ALPHAS, prediction.curve(ALPHAS, None, expansion)])
+    assert_array_equal(bars(layers)[f"predicted, {LABELS[bar]}"], prediction.layer_barriers(bar))
+    assert layers.texts[0].get_text() == LABELS[bar]
     assert curves.get_xlabel() == "position α on the segment"
     assert curves.get_ylabel() == layers.get_xlabel() == "barrier (units of the loss)"
+
+
+def test_anchors_are_marked_in_a_band_of_the_expansion_error(predictions, lines):
+    prediction = predictions[3]
+    figure = draw_prediction(prediction)
+    curves = figure.axes[0]
+    assert_array_equal(curves_by_name(curves, lines)["anchors"], [[0, 0.5, 1], prediction.curve([0.0, 0.5, 1.0])])
+    (band,) = curves.collections
+    ends = band.get_paths()[0].vertices
+    for alpha in (0.25, 0.5, 0.8):
+        heights = ends[np.isclose(ends[:, 0], alpha), 1]
+        middle, error = prediction.curve([alpha])[0], prediction.expansion_error(alpha=alpha)
+        assert_allclose([heights.min(), heights.max()], [middle - error, middle + error])
+    texts = legend_texts(figure.axes[1].get_legend())
+    assert f"expansion error: ± {short_number(prediction.expansion_error())} at the highest" in texts
+
+
+def test_without_anchors_between_the_ends_there_is_no_expansion_error(of_two_ends, lines):
+    figure = draw_prediction(of_two_ends[3])
+    assert "anchors" not in curves_by_name(figure.axes[0], lines)
+    assert not figure.axes[0].collections
+    assert len(figure.axes[-1].collections) == 1
+    assert not [text for text in legend_texts(figure.axes[1].get_legend()) if "error" in text]
 
 
 def test_layers_stand_in_the_order_of_the_network(predictions):
@@ -42,18 +87,25 @@ def test_layers_stand_in_the_order_of_the_network(predictions):
     assert layers.yaxis_inverted()
 
 
-def test_bars_of_a_prediction_have_its_standard_errors(predictions):
+def test_bars_of_a_prediction_have_both_its_errors(predictions):
     prediction = predictions[3]
-    layers = draw_prediction(prediction).axes[-1]
-    (segments,) = [collection.get_segments() for collection in layers.collections]
-    halves = [(segment[1, 0] - segment[0, 0]) / 2 for segment in segments]
-    assert_allclose(halves, [prediction.standard_error([layer]) for layer in prediction.layers])
+    figure = draw_prediction(prediction)
+    broad, thin = figure.axes[-1].collections
+    assert_allclose(half_lengths(thin), [prediction.standard_error([layer]) for layer in prediction.layers])
+    assert_allclose(half_lengths(broad), [prediction.expansion_error([layer]) for layer in prediction.layers])
+    legend = figure.axes[1].get_legend()
+    handles = dict(zip(legend_texts(legend), legend.legend_handles, strict=True))
+    for name, drawn in (("standard error of a layer", thin), ("expansion error of a layer", broad)):
+        assert handles[name].get_linewidth() == drawn.get_linewidth()[0]
 
 
 def test_a_single_batch_has_no_standard_errors(convex):
     figure = draw_prediction(convex[0])
-    assert not figure.axes[-1].collections
-    assert "±" not in " ".join(legend_texts(figure.axes[1].get_legend()))
+    (broad,) = figure.axes[-1].collections
+    assert_allclose(half_lengths(broad), [convex[0].expansion_error([layer]) for layer in convex[0].layers])
+    barriers = [text for text in legend_texts(figure.axes[1].get_legend()) if "barrier" in text]
+    assert len(barriers) == 4
+    assert "±" not in " ".join(barriers)
 
 
 def test_a_measurement_shows_its_metrics_and_its_layers(measurements, saved, lines):

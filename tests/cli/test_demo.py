@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction
-from lmc_curvature.cli.demo import CONFIG, layer_rank_correlations, layer_sets, run_demo
+from lmc_curvature.cli.demo import CONFIG, layer_rank_correlations, layer_sets, median_errors, run_demo
 from lmc_curvature.cli.tables import demo_tables
 from lmc_curvature.forking import run_forks
 
@@ -35,7 +35,7 @@ def test_predictions_rank_the_layers(result):
         layer_rank_correlations(prediction, result.measurements[fork])
         for fork, prediction in result.predictions.items()
     ]
-    for expansion in ("predicted", "predicted_with_slopes"):
+    for expansion in ("predicted_anchored", "predicted", "predicted_with_slopes"):
         assert np.mean([rank[expansion] for rank in ranks]) >= 0.8
         assert np.mean([rank[expansion] for rank in ranks]) > np.mean([rank["distance"] for rank in ranks])
 
@@ -44,11 +44,23 @@ def test_predictions_rank_the_layers(result):
 def test_figures_and_tables_are_made(result):
     assert {path.suffix for path in result.figures} == {".png", ".pdf"}
     assert all(path.stat().st_size > 10_000 for path in result.figures)
-    whole, layers, ranks = demo_tables(result)
+    whole, layers, errors, ranks = demo_tables(result)
     assert whole.row_count == len(CONFIG.fork_epochs)
     names = result.predictions[0].layers
     assert layers.row_count == len(names) + len(layer_sets(names))
-    assert ranks.row_count == 3
+    assert ranks.row_count == 4
+    assert [str(cell) for cell in errors.columns[0].cells] == ["anchored", "second-order", "with-slopes"]
+
+
+@pytest.mark.check
+def test_anchors_predict_better_than_the_ends_alone(result):
+    anchored, second_order = (median_errors(result, expansion) for expansion in ("anchored", "second-order"))
+    assert anchored[0] < 0.8 * second_order[0]
+    assert anchored[1] < 0.5 * second_order[1]
+    for fork, prediction in result.predictions.items():
+        measured = result.measurements[fork].curve()
+        middle = len(measured) // 2
+        assert prediction.curve([0.5])[0] == pytest.approx(measured[middle], rel=1e-2, abs=1e-5)
 
 
 @pytest.mark.check

@@ -57,6 +57,21 @@ def traces():
 
 
 @pytest.fixture
+def anchored(traces):
+    """The same tables with anchored predictions, which those of earlier versions do not have."""
+    second = traces.predictions[traces.predictions["expansion"] == "second-order"]
+    rows = second.assign(expansion="anchored", barrier=0.55 * second["barrier"], expansion_error=second["barrier"] / 8)
+    return Traces(
+        **{
+            **vars(traces),
+            "predictions": pd.concat([traces.predictions, rows]),
+            "layers": traces.layers.assign(predicted_anchored=traces.layers["measured"] + 0.5),
+            "cumulative": traces.cumulative.assign(predicted_anchored=1.1 * traces.cumulative["measured"]),
+        }
+    )
+
+
+@pytest.fixture
 def pick():
     """Rows of a table with given values, by epoch: an independent way to what a figure should show."""
 

@@ -19,7 +19,8 @@ def test_points_are_the_barriers(predictions, measurements, saved, lines):
     whole, layers = figure.axes
     for epoch, prediction in predictions.items():
         expected = np.array([[measurements[epoch].barrier()], [prediction.barrier()]])
-        by_layer = np.stack([measurements[epoch].layer_barriers(), prediction.layer_barriers()])
+        predicted = [prediction.barrier([layer]) for layer in prediction.layers]
+        by_layer = np.array([measurements[epoch].layer_barriers(), predicted])
         for axes, barriers in ((whole, expected), (layers, by_layer)):
             positive = (barriers > 0).all(axis=0)
             assert_array_equal(lines(axes)[f"_{epoch}"], barriers[:, positive])
@@ -31,7 +32,15 @@ def test_axes_are_logarithmic_alike_and_labelled(predictions, measurements):
         assert axes.get_xscale() == axes.get_yscale() == "log"
         assert axes.get_xlim() == axes.get_ylim()
         assert axes.get_xlabel() == "measured barrier (units of the loss)"
-        assert axes.get_ylabel() == "predicted barrier, second order\n(units of the loss)"
+        assert axes.get_ylabel() == "predicted barrier, anchored\n(units of the loss)"
+
+
+def test_by_default_it_is_the_second_order_unless_all_have_anchors(predictions, of_two_ends, measurements, lines):
+    for made in (of_two_ends, {**predictions, 3: of_two_ends[3]}):
+        for axes in draw_predicted_against_measured(made, measurements).axes:
+            assert axes.get_ylabel() == "predicted barrier, second order\n(units of the loss)"
+        whole = draw_predicted_against_measured(made, measurements).axes[0]
+        assert lines(whole)["_0"][1] == [predictions[0].barrier(None, "second-order")]
 
 
 def test_the_rank_correlation_is_that_of_scipy(predictions, measurements):
@@ -59,12 +68,12 @@ def test_a_constant_side_has_no_rank_correlation(convex, recwarn):
 
 def test_zeros_stand_in_the_strip_and_the_legend_says_so(convex, lines):
     prediction, measurement = convex
-    assert measurement.barrier() == 0 < prediction.barrier()
-    figure = draw_predicted_against_measured({0: prediction}, {0: measurement})
+    assert measurement.barrier() == 0 < prediction.barrier(None, "second-order")
+    figure = draw_predicted_against_measured({0: prediction}, {0: measurement}, expansion="second-order")
     figure.draw_without_rendering()
     whole = figure.axes[0]
     ((measured,), (predicted,)) = lines(whole)["_0, small"]
-    assert predicted == prediction.barrier()
+    assert predicted == prediction.barrier(None, "second-order")
     assert whole.get_xlim()[0] < measured < predicted
     assert [text.get_text() for text in whole.texts].count("≤ 0") == 2
     assert "in the grey strip: no barrier (≤ 0)" in [text.get_text() for text in figure.legends[0].get_texts()]

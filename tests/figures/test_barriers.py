@@ -25,25 +25,60 @@ def legend_texts(legend):
     return [text.get_text() for text in legend.get_texts()]
 
 
-def test_every_fork_has_its_curves_in_the_order_of_the_epochs(predictions, measurements, saved):
+ANCHORED = ("anchored", "second-order"), ["predicted, anchored", "predicted, second order"]
+OF_TWO_ENDS = ("second-order", "with-slopes"), ["predicted, second order", "predicted, with slopes"]
+EITHER = pytest.mark.parametrize(("made", "expected"), [("predictions", ANCHORED), ("of_two_ends", OF_TWO_ENDS)])
+
+
+@EITHER
+def test_every_fork_has_its_curves_in_the_order_of_the_epochs(made, expected, request, measurements, saved, uncut):
+    predictions, (expansions, names) = request.getfixturevalue(made), expected
     figure = draw_barrier_curves(predictions, measurements)
     saved(figure)
+    uncut(figure)
     assert titles(figure) == ["fork at epoch 0", "fork at epoch 3", "fork at epoch 8"]
     for axes, epoch in zip(figure.axes, (0, 3, 8), strict=True):
         prediction, measurement = predictions[epoch], measurements[epoch]
-        measured, second, _, slopes = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+        measured, first, _, second = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
         assert_array_equal(measured.get_data(), [measurement.alphas, measurement.curve()])
-        assert_array_equal(second.get_data(), [ALPHAS, prediction.curve(ALPHAS)])
-        assert_array_equal(slopes.get_data(), [ALPHAS, prediction.curve(ALPHAS, expansion="with-slopes")])
-        assert second.get_linestyle() != slopes.get_linestyle()
+        for line, expansion in zip((first, second), expansions, strict=True):
+            assert_array_equal(line.get_data(), [ALPHAS, prediction.curve(ALPHAS, None, expansion)])
+        assert first.get_linestyle() != second.get_linestyle()
         assert legend_texts(axes.get_legend()) == [
             short_number(measurement.barrier()),
-            short_number(prediction.barrier()),
+            short_number(prediction.barrier(None, expansions[0])),
             f"‖Δ‖ = {short_number(prediction.distance, 3)}",
-            short_number(prediction.barrier(expansion="with-slopes")),
+            short_number(prediction.barrier(None, expansions[1])),
         ]
-    assert legend_texts(figure.legends[0]) == ["measured", "predicted, second order", "predicted, with slopes"]
+    marks = ["anchors", "expansion error"] if expansions[0] == "anchored" else []
+    assert legend_texts(figure.legends[0]) == ["measured", *names, *marks]
     assert figure.get_supylabel() == "barrier (units of the loss)"
+
+
+def test_anchored_curves_have_their_anchors_and_expansion_errors(predictions, measurements, lines):
+    figure = draw_barrier_curves(predictions, measurements)
+    for axes, epoch in zip(figure.axes, (0, 3, 8), strict=True):
+        prediction = predictions[epoch]
+        assert_array_equal(lines(axes)["_anchors"], [[0, 0.5, 1], prediction.curve([0.0, 0.5, 1.0])])
+        (band,) = axes.collections
+        heights = band.get_paths()[0].vertices
+        heights = heights[np.isclose(heights[:, 0], 0.25), 1]
+        assert np.ptp(heights) == pytest.approx(2 * prediction.expansion_error(alpha=0.25))
+
+
+@EITHER
+@pytest.mark.parametrize("draw", [draw_barrier_curves, draw_layer_bars])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_legends_have_room_over_any_number_of_panels(draw, count, made, expected, request, measurements, uncut):
+    predictions = request.getfixturevalue(made)
+    uncut(draw(dict.fromkeys(range(count), predictions[3]), dict.fromkeys(range(count), measurements[3])))
+
+
+def test_predictions_with_and_without_anchors_stand_side_by_side(predictions, of_two_ends, measurements):
+    mixed = {0: predictions[0], 3: of_two_ends[3]}
+    for draw in (draw_barrier_curves, draw_layer_bars):
+        texts = " ".join(legend_texts(draw(mixed, {key: measurements[key] for key in mixed}).legends[0]))
+        assert all(name in texts for name in ("measured", "anchored", "second order", "with slopes"))
 
 
 def test_scales_are_shared_only_within_an_order_of_magnitude(predictions, measurements):
@@ -53,23 +88,29 @@ def test_scales_are_shared_only_within_an_order_of_magnitude(predictions, measur
     assert len({axes.get_ylim() for axes in alike.axes}) == 1
 
 
-def test_every_fork_has_its_layer_bars(predictions, measurements, saved, lines):
+@EITHER
+def test_every_fork_has_its_layer_bars(made, expected, request, measurements, saved, uncut, lines):
+    predictions, (expansions, names) = request.getfixturevalue(made), expected
     figure = draw_layer_bars(predictions, measurements)
     saved(figure)
+    uncut(figure)
     for axes, epoch in zip(figure.axes, (0, 3, 8), strict=True):
         prediction, drawn = predictions[epoch], bars(axes)
         assert_array_equal(drawn["measured"], measurements[epoch].layer_barriers())
-        assert_array_equal(drawn["predicted, second order"], prediction.layer_barriers())
-        assert_array_equal(lines(axes)["predicted, with slopes"][0], prediction.layer_barriers("with-slopes"))
+        for shown, expansion in ((drawn[names[0]], expansions[0]), (lines(axes)[names[1]][0], expansions[1])):
+            assert_array_equal(shown, [prediction.barrier([layer], expansion) for layer in prediction.layers])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(predictions[0].layers)
     assert not any(label.get_text() for label in figure.axes[1].get_yticklabels())
 
 
-def test_the_legend_of_layer_bars_names_what_it_shows(predictions, measurements):
+@EITHER
+def test_the_legend_of_layer_bars_names_what_it_shows(made, expected, request, measurements):
+    predictions, (expansions, names) = request.getfixturevalue(made), expected
     figure = draw_layer_bars(predictions, measurements)
     handles = figure.legends[0].legend_handles
     bar_colors = [group[0].get_facecolor() for group in figure.axes[0].containers if isinstance(group, BarContainer)]
-    assert legend_texts(figure.legends[0]) == ["measured", "predicted, second order", "predicted, with slopes"]
+    errors = ["standard error", "expansion error"] if expansions[0] == "anchored" else []
+    assert legend_texts(figure.legends[0]) == ["measured", *names, *errors]
     assert [handle.get_facecolor() for handle in handles[:2]] == bar_colors
     assert handles[2].get_marker() == "D"
 
@@ -78,7 +119,7 @@ def test_sets_of_several_layers_are_predicted_as_sets(two_sided):
     prediction, measurement = two_sided(sets=[["u", "v"], ["v"]])
     figure = draw_layer_bars({0: prediction}, {0: measurement})
     assert_array_equal(
-        bars(figure.axes[0])["predicted, second order"], [prediction.barrier(["u", "v"]), prediction.barrier(["v"])]
+        bars(figure.axes[0])["predicted, anchored"], [prediction.barrier(["u", "v"]), prediction.barrier(["v"])]
     )
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["u + v", "v"]
     titled = draw_layer_bars({0: prediction}, {0: measurement}, titles={("u", "v"): "both"})
@@ -88,7 +129,7 @@ def test_sets_of_several_layers_are_predicted_as_sets(two_sided):
 @pytest.mark.parametrize("draw", [draw_barrier_curves, draw_layer_bars])
 def test_barriers_of_zero_are_drawn(draw, convex):
     prediction, measurement = convex
-    assert measurement.barrier() == 0 < prediction.barrier()
+    assert measurement.barrier() == 0 < prediction.barrier(None, "second-order")
     draw({0: prediction}, {0: measurement}).draw_without_rendering()
 
 

@@ -33,6 +33,27 @@ def test_curves_are_those_of_the_last_epoch(forks, traces, pick, lines, saved, u
     ]
 
 
+def test_anchored_predictions_take_the_place_of_one_end(anchored, pick, lines, saved, uncut):
+    figure = draw_cumulative_barriers(anchored.cumulative)
+    saved(figure)
+    uncut(figure)
+    for fork, axes in zip((0, 2, 5), figure.axes, strict=True):
+        drawn = lines(axes)
+        for side in ("first", "last"):
+            rows = pick(anchored.cumulative, fork=fork, epoch=8, side=side).sort_values("count")
+            assert_array_equal(
+                drawn[f"_{side}, predicted_anchored"], rows[["count", "predicted_anchored"]].to_numpy().T
+            )
+        assert len(drawn) == 7
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts[2:] == ["measured", "predicted, anchored", "predicted, second order"]
+
+
+def test_a_column_without_a_number_is_as_none(traces, lines):
+    figure = draw_cumulative_barriers(traces.cumulative.assign(predicted_anchored=float("nan")))
+    assert "_first, predicted_shared" in lines(figure.axes[0])
+
+
 def test_colours_tell_sides_apart_and_line_styles_what_they_are(traces):
     drawn = {line.get_label()[1:]: line for line in draw_cumulative_barriers(traces.cumulative).axes[0].get_lines()}
     drawn.pop("zero")

@@ -8,6 +8,7 @@ from lmc_curvature.errors import OptionError
 from lmc_curvature.figures import draw_barrier_growth, draw_barriers_by_fork
 
 SECOND_ORDER, WITH_SLOPES, HERMITE = "predicted, second order", "predicted, with slopes", "predicted, Hermite"
+ANCHORED = "predicted, anchored"
 
 
 def points(axes, label):
@@ -46,6 +47,32 @@ def test_points_are_the_barriers_at_the_last_epochs(traces, saved, uncut):
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2", "5"]
     assert axes.get_yscale() == "log"
     assert not axes.texts
+
+
+def test_anchored_barriers_stand_beside_the_second_order(anchored, saved, uncut):
+    figure = draw_barriers_by_fork(anchored.barriers, anchored.predictions)
+    saved(figure)
+    uncut(figure)
+    (axes,) = figure.axes
+    barriers = np.array([8, 8 / 3, 8 / 6])
+    positions, values, low, high = points(axes, ANCHORED)
+    assert_allclose(positions, np.arange(3))
+    assert_allclose(values, 1.1 * barriers)
+    assert_allclose([low, high], [0.9 * barriers, 1.3 * barriers])
+    (broad,) = (each for each in axes.collections if each.get_label() == f"_{ANCHORED}, expansion error")
+    ends = np.array([segment[:, 1] for segment in broad.get_segments()])
+    assert_allclose(ends.T, [0.85 * barriers, 1.35 * barriers])
+    assert broad.get_alpha() < 0.5
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["measured, train", f"{ANCHORED} (pale: expansion error)", SECOND_ORDER]
+    assert axes.get_ylim()[1] > ends.max()
+
+
+def test_an_expansion_error_that_reaches_zero_ends_in_the_strip(anchored):
+    predictions = anchored.predictions.assign(expansion_error=2 * anchored.predictions["barrier"])
+    (axes,) = draw_barriers_by_fork(anchored.barriers, predictions).axes
+    (broad,) = (each for each in axes.collections if each.get_label() == f"_{ANCHORED}, expansion error")
+    assert_allclose([segment[0, 1] for segment in broad.get_segments()], strip(axes))
 
 
 def test_each_fork_is_taken_at_its_own_last_epoch(traces):
@@ -133,6 +160,32 @@ def test_growth_is_the_barriers_over_training(traces, pick, saved, uncut):
     ]
 
 
+def test_growth_of_anchored_barriers_is_in_a_band_of_their_expansion_errors(anchored, pick, saved, uncut):
+    figure = draw_barrier_growth(anchored.barriers, anchored.predictions)
+    saved(figure)
+    uncut(figure)
+    for fork, axes in growth(figure).items():
+        rows = pick(anchored.predictions, fork=fork, expansion="anchored")
+        epochs, values, *_ = points(axes, ANCHORED)
+        assert_array_equal([epochs, values], rows[["epoch", "barrier"]].to_numpy().T)
+        (band,) = (each for each in axes.collections if each.get_label() == f"_{ANCHORED}, expansion error")
+        corners = band.get_paths()[0].vertices
+        for epoch, barrier, error in rows[["epoch", "barrier", "expansion_error"]].to_numpy():
+            heights = corners[corners[:, 0] == epoch, 1]
+            assert_allclose([heights.min(), heights.max()], [barrier - error, barrier + error])
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["measured", f"{ANCHORED} (pale: expansion error)", SECOND_ORDER]
+
+
+@pytest.mark.parametrize("forks", [[0], [0, 2]])
+@pytest.mark.parametrize("made", ["anchored", "traces"])
+def test_legends_have_room_over_few_panels(made, forks, request, uncut):
+    tables = request.getfixturevalue(made)
+    few = [table[table["fork"].isin(forks)] for table in (tables.barriers, tables.predictions)]
+    uncut(draw_barrier_growth(*few))
+    uncut(draw_barriers_by_fork(*few))
+
+
 def test_in_the_strip_every_kind_has_a_row(traces, lines):
     predictions = changed(traces.predictions, 0.0, epoch=4)
     panels = growth(draw_barrier_growth(changed(traces.barriers, 0.0, epoch=4), predictions))
@@ -180,6 +233,10 @@ def test_expansions_that_were_not_traced_are_left_out(traces):
         (
             lambda b, p: draw_barriers_by_fork(b[b["metric"] == "error"], p),
             "of barriers has no rows with metric='loss': choose from 'error'",
+        ),
+        (
+            lambda b, p: draw_barriers_by_fork(b, p.replace("hermite", "anchored")),
+            "of predictions has no column 'expansion_error'",
         ),
         (
             lambda b, p: draw_barrier_growth(b[b["split"] == "test"], p),

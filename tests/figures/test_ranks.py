@@ -44,6 +44,19 @@ def test_ranks_by_hand(traces):
     assert rank_correlations(traces.layers)[2] == pytest.approx({**by_hand, "curvature": 0.6})
 
 
+def test_anchored_predictions_are_ranked_where_there_are_some(anchored, saved, uncut):
+    """In the fixture they have the ranks of the measured barriers."""
+    found = rank_correlations(anchored.layers)
+    assert next(iter(found[0])) == "predicted_anchored"
+    assert [each["predicted_anchored"] for each in found.values()] == pytest.approx([1, 1, 1])
+    figure = draw_rank_correlations(anchored.layers)
+    saved(figure)
+    uncut(figure)
+    assert legend(figure)[:2] == ["anchored: 1.00", "second order: 0.80"]
+    unknown = anchored.layers.assign(predicted_anchored=math.nan)
+    assert "predicted_anchored" not in rank_correlations(unknown)[0]
+
+
 def test_points_are_the_correlations_and_their_means(layers, lines, saved, uncut):
     figure = draw_rank_correlations(layers)
     saved(figure)

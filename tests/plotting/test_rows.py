@@ -32,3 +32,15 @@ def test_rows_may_be_without_names_and_errors_are_drawn_where_known():
     )
     assert not names_beside(axes)
     assert len(axes.collections) == 1
+
+
+def test_broad_errors_are_drawn_behind_thin_ones():
+    axes = new_figure(3.0, 3.0).add_subplot()
+    values = np.array([1.0, 2.0])
+    draw_rows(axes, ["u", "v"], [Bars("both", values, "black", 0.1 * values, 0.5 * values)])
+    broad, thin = axes.collections
+    for drawn, share in ((broad, 0.5), (thin, 0.1)):
+        ends = np.array([segment[:, 0] for segment in drawn.get_segments()])
+        np.testing.assert_allclose(ends, np.outer(values, [1 - share, 1 + share]))
+    assert broad.get_linewidth() > thin.get_linewidth()
+    assert broad.get_color()[0, 3] < thin.get_color()[0, 3]

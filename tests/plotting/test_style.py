@@ -44,8 +44,8 @@ def test_sequences_go_from_dark_to_light():
     assert len(sequential_colors([5])) == 1
 
 
-@pytest.mark.parametrize(("count", "styles"), [(4, 4), (6, 4)])
-def test_pens_differ_in_colour_and_up_to_four_in_line_style(count, styles):
+@pytest.mark.parametrize(("count", "styles"), [(4, 4), (5, 5), (7, 5)])
+def test_pens_differ_in_colour_and_up_to_five_in_line_style(count, styles):
     found = pens({number: str(number) for number in range(count)})
     assert [pen.label for pen in found.values()] == [str(number) for number in range(count)]
     assert len({pen.color for pen in found.values()}) == count

@@ -69,6 +69,8 @@ def test_rows_are_those_of_the_tables(claims, experiment):
     assert sibling["distance"] == geometry["distance"]
     assert math.cos(math.radians(sibling["angle from the fork, degrees"])) == pytest.approx(geometry["cosine_fork"])
     layers = claims.layers(traces)
+    assert layers[0]["median of predicted_anchored / measured"] > 0
+    assert {"ρ, first k, anchored", "ρ, last k, anchored"} <= claims.growing_sets(traces)[0].keys()
     assert layers[-1]["distance"] == pytest.approx((layers[0]["distance"] + layers[1]["distance"]) / 2)
 
 
@@ -89,7 +91,7 @@ def test_what_is_predicted_where_there_is_no_barrier(claims, experiment):
     row = claims.under_way(changed)[0]
     assert row["epochs without a barrier"] == "1 of 3"
     assert row["second-order there"] == "2 to 2"
-    assert row["hermite there"] == "0.7 to 0.7"
+    assert row["anchored there"] == "0.7 to 0.7"
     assert row["worst second-order / measured"] == "0.3 / 0.1 (epoch 3)"
 
 

@@ -1,6 +1,7 @@
 """Fixtures of all tests of figures: small predictions and measurements, and what is asked of any figure."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,15 +11,15 @@ from torch import nn
 # The library is imported in the fixtures: it must not be there before its annotations are made to be checked.
 
 
-def _two_sided(sets="each", alphas=11):
-    """Two points of a convex landscape, the minimum between them: a predicted barrier, and none in truth."""
+def _two_sided(sets="each", alphas=11, anchors=3):
+    """Two points of a convex landscape, the minimum between them: none in truth, and one predicted to second order."""
     from lmc_curvature import measure_barrier, predict_barrier
     from lmc_curvature.landscapes import Quadratic, landscape_loss, origin
 
     hessian = torch.diag(torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64))
     ends = [Quadratic(hessian, position=sign * torch.ones(3), layers={"u": 1, "v": 2}) for sign in (-1, 1)]
     options = {"loss_fn": landscape_loss, "progress": False}
-    prediction = predict_barrier(*ends, origin(3), layers="tensor", **options)
+    prediction = predict_barrier(*ends, origin(3), layers="tensor", anchors=anchors, **options)
     options |= {"layers": "tensor", "sets": sets, "metrics": ("loss",), "alphas": alphas}
     return prediction, measure_barrier(*ends, origin(3), **options)
 
@@ -51,6 +52,13 @@ def forks():
 @pytest.fixture(scope="session")
 def predictions(forks):
     return {epoch: prediction for epoch, (prediction, _) in forks.items()}
+
+
+@pytest.fixture(scope="session")
+def of_two_ends(predictions):
+    """The same predictions without the anchors between the ends, as earlier versions made them."""
+    ends = {epoch: (prediction.anchors[0], prediction.anchors[-1]) for epoch, prediction in predictions.items()}
+    return {epoch: dataclasses.replace(predictions[epoch], anchors=anchors) for epoch, anchors in ends.items()}
 
 
 @pytest.fixture(scope="session")

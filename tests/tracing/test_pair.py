@@ -37,12 +37,18 @@ def test_predictions_and_layers_are_those_of_the_library(traced):
     path, traces = traced
     loader = load_data("digits", limit=100).subset(80).batches(50)
     prediction = predict_barrier(*siblings(path, 0, 2), loader, progress=False)
-    for expansion in ("second-order", "with-slopes", "shared-hessian", "hermite"):
+    for expansion in ("anchored", "second-order", "with-slopes", "shared-hessian", "hermite"):
         row = pick(traces.predictions, fork=0, epoch=2, expansion=expansion).iloc[0]
         assert row["barrier"] == pytest.approx(prediction.barrier(None, expansion), rel=1e-4)
+        assert row["standard_error"] == pytest.approx(prediction.standard_error(None, expansion), rel=1e-3)
+        expected = prediction.expansion_error() if expansion == "anchored" else np.nan
+        assert row["expansion_error"] == pytest.approx(expected, rel=1e-3, nan_ok=True)
     layers = pick(traces.layers, fork=0, epoch=2)
     assert tuple(layers["layer"]) == prediction.layers
-    assert layers["predicted"].to_numpy() == pytest.approx(prediction.layer_barriers(), rel=1e-4, abs=1e-7)
+    for column, expansion in (("predicted", "second-order"), ("predicted_anchored", "anchored")):
+        assert layers[column].to_numpy() == pytest.approx(prediction.layer_barriers(expansion), rel=1e-4, abs=1e-7)
+    errors = [prediction.expansion_error([layer]) for layer in prediction.layers]
+    assert layers["expansion_error"].to_numpy() == pytest.approx(errors, rel=1e-3, abs=1e-7)
     assert layers["hessian_energy"].to_numpy() == pytest.approx(prediction.hessian_energy, rel=1e-3, abs=1e-7)
     assert layers["distance"].to_numpy() == pytest.approx(prediction.distances, rel=1e-6)
     measured = measure_barrier(*siblings(path, 0, 2), loader, sets="each", alphas=3, progress=False)
@@ -60,7 +66,9 @@ def test_cumulative_barriers_are_of_the_first_and_last_layers(traced):
     for side, members, expected in zip(("first", "last"), sets, measured, strict=True):
         row = pick(traces.cumulative, fork=0, side=side, count=2).iloc[0]
         assert row["measured"] == pytest.approx(expected, abs=1e-6)
-        assert row["predicted"] == pytest.approx(prediction.barrier(members), rel=1e-4, abs=1e-7)
+        for column, expansion in (("predicted", "second-order"), ("predicted_anchored", "anchored")):
+            assert row[column] == pytest.approx(prediction.barrier(members, expansion), rel=1e-4, abs=1e-7)
+        assert row["expansion_error"] == pytest.approx(prediction.expansion_error(members), rel=1e-3, abs=1e-7)
         # Equation 21: the sum of the interactions of the set.
         inside = np.isin(names, members)
         total = max(prediction.interactions[np.ix_(inside, inside)].sum(), 0.0)

@@ -195,6 +195,35 @@ def test_another_configuration_is_refused_with_the_difference(settings, copy):
         trace_forks(copy, progress=False)
 
 
+def drop_anchors(path, *keys):
+    """Make a file say what is traced as earlier versions did, which knew the two ends alone."""
+    values = json.loads(path.read_text())
+    trace = values
+    for key in keys:
+        trace = trace[key]
+    del trace["anchors"]
+    path.write_text(json.dumps(values))
+
+
+def test_traces_of_earlier_versions_go_on_from_the_two_ends_alone(untraced, settings, traced):
+    drop_anchors(untraced / "config.json", "config", "trace")
+    found = trace_forks(untraced, progress=False)
+    assert "anchored" not in set(found.predictions["expansion"])
+    assert found.layers[["predicted_anchored", "expansion_error"]].isna().all(axis=None)
+    assert found.cumulative["predicted_anchored"].isna().all()
+    of_both = traced[1].layers["predicted"].to_numpy()
+    assert found.layers["predicted"].to_numpy() == pytest.approx(of_both, rel=1e-4, abs=1e-7)
+    drop_anchors(untraced / "traces" / "config.json")
+    (untraced / "traces" / "fork-0001" / "epoch-0002" / "predicted.safetensors").unlink()
+    trace_forks(untraced, progress=False)
+    # More anchors are another configuration.
+    run_forks(ForkConfig(**settings), untraced, progress=False)
+    with pytest.raises(
+        ConfigurationError, match=r"another configuration:\nanchors: 2 there, 3 now\nMove .*traces away"
+    ):
+        trace_forks(untraced, progress=False)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
