@@ -247,6 +247,34 @@ def refuse_iterator(loader: Iterable[Any], reason: str) -> None:
         raise LoaderError(f"{reason}, and an iterator can be visited only once: pass a list or a DataLoader.")
 
 
+# Of the differences between examples, float32 must not lose this part.
+_LOSS_OF_DIGITS = 1e-3
+
+
+def place_data(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Move a tensor of a batch to a device, and a floating-point one to the given type.
+
+    Raises:
+        LoaderError: It is of a finer type, and the other one loses what tells its examples apart.
+    """
+    if tensor.dtype == torch.float64 and dtype == torch.float32 and tensor.numel():
+        columns = tensor.reshape(len(tensor), -1) if tensor.ndim else tensor.reshape(1, 1)
+        columns = columns.where(columns.isfinite(), 0)
+        lost = (columns - columns.to(dtype)).abs()
+        whole = (columns == columns.round()).all(0)
+        spread = columns.amax(0) - columns.amin(0)
+        bad = (lost > 0) & (whole | ((spread > 0) & (lost > _LOSS_OF_DIGITS * spread)))
+        if bad.any():
+            value = columns[bad][0].item()
+            raise LoaderError(
+                f"A batch of the loader holds {value!r} in float64, which {str(dtype).removeprefix('torch.')} makes "
+                f"{torch.tensor(value, dtype=dtype).item()!r}: whole numbers or differences between examples get lost. "
+                "Compute in dtype=torch.float64, or bring the data to whole-number types or a moderate scale in the "
+                "loader."
+            )
+    return to_device(tensor, device, dtype)
+
+
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Move a tensor to a device, and a floating-point one to the given type."""
     moved = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from lmc_curvature.errors import LoaderError
+from lmc_curvature.errors import LoaderError, UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
 
 BatchNormPolicy = Literal["interpolate", "batch", "recalibrate"]
@@ -148,8 +148,14 @@ class Normalization:
 
     def _redirect(self, forward: Callable[..., Any], name: str) -> Callable[..., Any]:
         def redirected_forward(*args: Any, **kwargs: Any) -> Any:
-            with _Redirection(self, name):
-                return forward(*args, **kwargs)
+            with _Redirection(self, name) as redirection:
+                found = forward(*args, **kwargs)
+            if self.statistics == "batch" and not redirection.used:
+                raise UnsupportedModelError(
+                    f"Module {name!r} normalises by code of its own, not by torch.nn.functional.batch_norm, so "
+                    "batch statistics cannot be put into it: choose batch_norm='interpolate'."
+                )
+            return found
 
         return redirected_forward
 
@@ -161,9 +167,11 @@ class _Redirection(TorchFunctionMode):
         super().__init__()
         self._normalization = normalization
         self._module_name = module_name
+        self.used = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.batch_norm, F.instance_norm):
+            self.used = True
             return self._normalize(func, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 

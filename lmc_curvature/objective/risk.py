@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
-from lmc_curvature.objective.batches import Batch, check_loader, loader_length, to_device, visit
+from lmc_curvature.objective.batches import Batch, check_loader, loader_length, place_data, to_device, visit
 from lmc_curvature.objective.differentiable import plain_checkpoints
 from lmc_curvature.objective.losses import (
     BatchLoss,
@@ -189,7 +189,7 @@ class Objective:
         Raises:
             LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
         """
-        place = functools.partial(to_device, device=self.device, dtype=self.dtype)
+        place = functools.partial(place_data, device=self.device, dtype=self.dtype)
         visited = self.loader if loader is None else loader
         total = loader_length(visited, self.max_batches)
         count = functools.partial(self._network_loss.count, state=self._entries, place=place)

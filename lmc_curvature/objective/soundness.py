@@ -15,7 +15,7 @@ from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.cuts import warn_of_cuts, watch_cuts
 from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.kept_values import check_kept_values
-from lmc_curvature.objective.losses import NetworkLoss
+from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization
@@ -92,7 +92,7 @@ class Soundness:
         originals = [(name, tensor) for name, reference in self.originals if (tensor := reference()) is not None]
         parameters = (*self.placeholders, *originals)
         loss = check_soundness(self.network_loss, state, batch, movable=self.movable, parameters=parameters)
-        self._memo.replace("has a graph", bool(loss.requires_grad))
+        self._memo.replace("loss", loss.detach().requires_grad_(loss.requires_grad))
         if self.batch_norm == "batch":
             self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
         policy, rounding = self.batch_norm, self.numerics.rounding
@@ -104,10 +104,17 @@ class Soundness:
                 self._memo.replace("twins", note)
 
     def check_derivatives(self, state: State, batch: Batch, entries: Collection[str], *, second: bool) -> None:
-        """Compare derivatives with differences of the loss; see `witness.check_derivatives`."""
+        """Compare derivatives with differences of the loss; see `witness.check_derivatives`.
+
+        Raises:
+            UnsupportedModelError: They disagree.
+            LossError: No entry of the state has any part in the loss.
+        """
         self.check(state, batch)
-        # Of a loss without a graph, who differentiates it says more.
-        if not (self.witness and batch.is_first and self._memo.get("has a graph", True)):
+        if batch.weight:
+            # Its derivatives would be zero without a word.
+            check_differentiable(self._memo.get("loss", None))
+        if not (self.witness and batch.is_first):
             return
         moved = tuple(sorted(entries or self.movable))
 

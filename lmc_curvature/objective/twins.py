@@ -64,7 +64,7 @@ def check_twin(
     entries = {name: tensor.to(state[name]) if name in state else tensor for name, tensor in entries.items()}
     statistics: Statistics = "running" if batch_norm == "interpolate" else "batch"
     own_loss = _own_loss(twin, network_loss, statistics)
-    few = batch.rows(range(min(batch.size, max(_LEAST_EXAMPLES, batch.size // 8))))
+    few = _few_examples(network_loss, state, batch, normalization, statistics)
     for owner, source, data in (("its own", entries, batch.data), ("model_a's", state, few)):
         point = {name: source[name].clone() for name in moved}
         with torch.no_grad(), global_rng_preserved(), normalization.by(statistics):
@@ -81,6 +81,21 @@ def check_twin(
                 f"{_causes(network_loss, own_loss)}"
             )
     return _hidden_note(network_loss, own_loss)
+
+
+def _few_examples(
+    network_loss: NetworkLoss, state: State, batch: Batch, normalization: Normalization, statistics: Statistics
+) -> Any:
+    """Some of the examples; the whole batch where model_a does not take a part of it, such as a graph."""
+    try:
+        part = batch.rows(range(min(batch.size, max(_LEAST_EXAMPLES, batch.size // 8))))
+        with torch.no_grad(), global_rng_preserved(), normalization.by(statistics):
+            network_loss.at({name: tensor.clone() for name, tensor in state.items()}, part)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - not every batch can be cut
+        return batch.data
+    return part
 
 
 def _own_loss(twin: nn.Module, network_loss: NetworkLoss, statistics: Statistics) -> NetworkLoss:

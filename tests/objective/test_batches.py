@@ -17,6 +17,7 @@ from lmc_curvature.objective.batches import (
     first_rows,
     loader_length,
     map_tensors,
+    place_data,
     refuse_iterator,
     tensors_in,
     to_device,
@@ -195,3 +196,26 @@ def test_a_batch_weighs_its_examples_unless_it_is_said():
     assert Batch(0, 5, None).is_first
     assert not Batch(2, 5, None, skipped=1).is_first
     assert Batch(2, 5, None, skipped=2).is_first
+
+
+@pytest.mark.parametrize(
+    "column",
+    {
+        "names of rows": torch.arange(40).double() * 3 + 10**8 + 1,
+        "seconds since 1970": 1.7e9 + 200 * torch.randn(40, generator=torch.Generator().manual_seed(0)).double(),
+    }.values(),
+)
+def test_data_that_lose_what_tells_them_apart_are_refused(column):
+    data = torch.stack([torch.linspace(-1, 1, 40).double(), column], 1)
+    device = torch.device("cpu")
+    with pytest.raises(LoaderError, match="in float64, which float32 makes .*dtype=torch.float64"):
+        place_data(data, device, torch.float32)
+    assert place_data(data, device, torch.float64) is data
+
+
+def test_data_in_float64_are_otherwise_rounded():
+    data = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)).double()
+    data[0, 0], data[:, 1] = torch.nan, 7.3
+    placed = place_data(data, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(placed.double(), data, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert place_data(torch.tensor(0.1).double(), torch.device("cpu"), torch.float32).dtype == torch.float32

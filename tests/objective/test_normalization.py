@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from lmc_curvature import BatchLoss, Objective
-from lmc_curvature.errors import LoaderError
+from lmc_curvature.errors import LoaderError, UnsupportedModelError
 from lmc_curvature.objective.normalization import Normalization, normalize_by, statistic_names, tracked_modules
 from tests.support.cases import CASES
 from tests.support.networks import NORMS, joined, normalized_net, plain_loss, randomized, state_of
@@ -294,3 +294,17 @@ def test_of_healthy_batch_statistics_nothing_is_said(of):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Objective(model, [batch], batch_norm="interpolate" if of == "running statistics" else "batch").loss()
+
+
+class _OwnArithmetic(nn.BatchNorm1d):
+    def forward(self, x):
+        return (x - self.running_mean) / torch.sqrt(self.running_var + self.eps) * self.weight + self.bias
+
+
+@pytest.mark.parametrize("policy", ["batch", "recalibrate"])
+def test_a_normalisation_that_cannot_be_told_its_statistics_is_refused(policy):
+    network = nn.Sequential(nn.Linear(4, 8), _OwnArithmetic(8), nn.Tanh(), nn.Linear(8, 3))
+    batches = [(torch.randn(9, 4), torch.arange(9) % 3)]
+    with pytest.raises(UnsupportedModelError, match="batch statistics cannot be put into it"):
+        Objective(network, batches, batch_norm=policy).loss()
+    assert Objective(network, batches).loss() > 0

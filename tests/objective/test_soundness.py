@@ -11,8 +11,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lmc_curvature import BatchLoss, Objective, measure_barrier
-from lmc_curvature.errors import UnsupportedModelError
+from lmc_curvature import (
+    BatchLoss,
+    GGNOperator,
+    HessianOperator,
+    Objective,
+    layer_hessian,
+    measure_barrier,
+    project_hessian,
+)
+from lmc_curvature.errors import LossError, UnsupportedModelError
 from tests.support.networks import NETWORKS, AlwaysDropout, StubbornDropout, untouched
 
 VECTORS = NETWORKS["LayerNorm and GELU"]
@@ -221,3 +229,32 @@ def test_autocast_around_is_noted():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         objective.loss()
     assert objective.notes == ("computed under torch.autocast, in bfloat16 where it chooses to",)
+
+
+class _Force(nn.Module):
+    """The derivative of an energy in its input, with a graph in training mode alone, as force networks often have."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 8), nn.Linear(8, 1)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            energy = self.outer(torch.tanh(self.inner(x))).sum()
+            return torch.autograd.grad(energy, x, create_graph=self.training)[0]
+
+
+def test_derivatives_of_a_loss_without_a_graph_are_not_zero_but_refused():
+    torch.manual_seed(0)
+    objective = Objective(_Force(), [(torch.randn(9, 4), torch.randn(9, 4))], loss_fn=F.mse_loss)
+    asking = {
+        "part of the Hessian": lambda: HessianOperator(objective, layers="inner").to_dense(),
+        "GGN": lambda: GGNOperator(objective).to_dense(),
+        "block": lambda: layer_hessian(objective, None, "inner"),
+        "projection": lambda: project_hessian(objective, {}, [{"outer.bias": torch.ones(1)}], method="hvp"),
+    }
+    for ask in asking.values():
+        with pytest.raises(LossError, match="does not depend on any entry"):
+            ask()
+    assert objective.loss() > 0

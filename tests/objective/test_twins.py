@@ -773,10 +773,11 @@ def test_networks_are_compared_once_and_a_loss_of_batches_too():
     batches = [(X[:8].float(), Y[:8]), (X[8:].float(), Y[8:])]
     objective = Objective(a, batches, loss_fn=BatchLoss(loss_fn), twins=[b])
     counts = [(objective.loss(), len(calls))[1] for _ in range(2)]
-    assert counts == [14, 16], (
-        "a look, two batches, the first twice more, whole and in halves, twice nearby, each network at both states"
+    assert counts == [15, 17], (
+        "a look, two batches, the first twice more, whole and in halves, twice nearby, some of its examples, and each "
+        "network at both states"
     )
-    assert calls[3:12] == [False] * 9
+    assert calls[3:13] == [False] * 10
     b.scale = 3.0
     objective.loss()
     with pytest.raises(ArchitectureMismatchError, match="scale: None in model_a, 3.0 in model_b"):
@@ -793,3 +794,27 @@ def test_a_list_has_ten_lines():
     a, b = (nn.Sequential(nn.Linear(8, 3), *[nn.LeakyReLU(slope) for _ in range(12)]) for slope in (0.9, 0.95))
     with pytest.raises(ArchitectureMismatchError, match=r"(?s)(  \d+\.negative_slope: [^\n]*\n){10}  … and 2 more"):
         Objective(a, [(X.float(), Y)], twins=[b]).loss()
+
+
+class _Graph(nn.Module):
+    """Convolves over a graph of forty nodes: it takes no fewer."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("adjacency", torch.rand(40, 40, generator=torch.Generator().manual_seed(0)) / 40)
+
+    def forward(self, x):
+        return self.adjacency @ self.linear(x)
+
+
+def test_networks_that_take_no_part_of_a_batch_are_compared_on_the_whole():
+    batches = [(torch.randn(40, 4), torch.arange(40) % 3)]
+    a, b = _Graph(0), _Graph(1)
+    ends = measure_barrier(a, b, batches, progress=False).ends()
+    expected = [F.cross_entropy(network(batches[0][0]), batches[0][1]).item() for network in (a, b)]
+    assert ends == pytest.approx(expected, rel=1e-6)
+    b.adjacency *= 2
+    with pytest.raises(ArchitectureMismatchError):
+        measure_barrier(a, b, batches, progress=False)

@@ -8,7 +8,14 @@ from lmc_curvature.curvature.problem import BatchValues, Method, Problem
 from lmc_curvature.curvature.projection.by_products import project_by_products
 from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
 from lmc_curvature.curvature.projection.projection import Projection
-from lmc_curvature.errors import CaptureError, FallbackWarning, MemoryBudgetError, SweepError, check_choice
+from lmc_curvature.errors import (
+    CaptureError,
+    FallbackWarning,
+    MemoryBudgetError,
+    NonFiniteError,
+    SweepError,
+    check_choice,
+)
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
@@ -99,7 +106,7 @@ def project_hessian_at(
                 objective.check_derivatives(point.state, batch, problem.moved)
             try:
                 found = [project(problem, point, batch) for point in problem.points]
-            except (CaptureError, SweepError, MemoryBudgetError) as error:
+            except (CaptureError, SweepError, MemoryBudgetError, NonFiniteError) as error:
                 if method != "auto" or project is project_by_products:
                     raise
                 # Products are to be trusted: the sweep never stands against them alone (see docs/trust.md).

@@ -1,5 +1,7 @@
 """Claim: a projection is UᵀHU, checked against finite differences of the loss and closed forms."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from lmc_curvature import Objective, Projection, Segment, project_hessian
 from lmc_curvature.averages import standard_error
 from lmc_curvature.curvature.projection import project_hessian_at
-from lmc_curvature.errors import NonFiniteError, OptionError
+from lmc_curvature.errors import FallbackWarning, NonFiniteError, OptionError
 from tests.support.cases import CASES
 
 
@@ -168,3 +170,23 @@ def test_curvature_that_is_not_finite_names_its_batch():
     objective = Objective(model, [(torch.ones(3, 2), torch.ones(3))], loss_fn=lambda out, _: out.abs().pow(1.5).mean())
     with pytest.raises(NonFiniteError, match="curvature are not finite at batch 0"):
         project_hessian(objective, {}, [{"weight": torch.ones(1, 2)}])
+
+
+def test_where_the_sweep_is_not_finite_products_are_tried():
+    def partial_likelihood(output, target):
+        times, events = target
+        order = times.argsort(descending=True)
+        risk = output[order, 0]
+        return -((risk - risk.logcumsumexp(0)) * events[order]).sum() / events.sum()
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    target = torch.rand(12), (torch.rand(12) < 0.6).float()
+    objective = Objective(network, [(torch.randn(12, 4), target)], loss_fn=partial_likelihood)
+    direction = [{name: torch.randn_like(tensor) for name, tensor in objective.state().items()}]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The loss of batch 0")
+        expected = project_hessian(objective, {}, direction, method="hvp").curvature
+        with pytest.warns(FallbackWarning, match="not finite.*Falling back"):
+            found = project_hessian(objective, {}, direction)
+    np.testing.assert_allclose(found.curvature, expected)
