@@ -72,7 +72,9 @@ def _draw_predicted(axes: Axes, prediction: BarrierPrediction, expansion: Expans
 
 
 def _curve_handles(predictions: Sequence[BarrierPrediction]) -> list[Any]:
-    drawn = dict.fromkeys(expansion for prediction in predictions for expansion in _compared(prediction))
+    drawn: dict[Expansion, None] = dict.fromkeys(
+        expansion for prediction in predictions for expansion in _compared(prediction)
+    )
     pens = [drawing.EXPANSION_PENS[expansion] for expansion in drawn]
     handles: list[Any] = [legend_line("measured", **drawing.MEASURED)]
     handles += [legend_line(f"predicted, {pen.label}", **pen.style) for pen in pens]
