@@ -445,3 +445,73 @@ def test_sizes_that_are_no_numbers_are_described():
     loss_fn = BatchLoss(lambda model, batch: model(batch[0]).mean(), size=lambda batch: batch[1])
     with pytest.raises(LoaderError, match=r"size of batch 0 .* a tensor of shape \(6,\).*expected a number, 0 or more"):
         Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn).loss()
+
+
+GRAPHS = [(5, 6, 4), (9, 12, 15), (3, 3, 3, 4)]
+
+
+def _graphs(sizes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    x, y = torch.randn(sum(sizes), 3, generator=generator), torch.randn(len(sizes), 1, generator=generator)
+    return {"x": x, "place": place, "y": y}
+
+
+def _per_graph(model, batch):
+    found = torch.zeros(len(batch["y"]), 1).to(batch["y"]).index_add(0, batch["place"], model(batch["x"]))
+    return F.l1_loss(found, batch["y"])
+
+
+def test_batches_whose_first_axes_differ_need_a_size(recwarn):
+    batches, model = [_graphs(sizes, seed) for seed, sizes in enumerate(GRAPHS)], nn.Linear(3, 1)
+    with pytest.raises(LoaderError, match=r"Batch 0 .*\(15, 3\), \(15,\), \(3, 1\).*BatchLoss\(fn, size="):
+        Objective(model, batches, loss_fn=BatchLoss(_per_graph)).loss()
+    joined_graphs = {name: torch.cat([batch[name] for batch in batches]) for name in ("x", "y")}
+    shifts = [0, 3, 6]
+    joined_graphs["place"] = torch.cat([batch["place"] + by for batch, by in zip(batches, shifts, strict=True)])
+    found = Objective(model, batches, loss_fn=BatchLoss(_per_graph, size=lambda batch: len(batch["y"]))).loss()
+    assert found == pytest.approx(_per_graph(model, joined_graphs).item(), rel=1e-6)
+    assert not recwarn
+
+
+def test_first_axes_may_differ_where_the_loss_says_what_counts(recwarn):
+    """Of nodes, whose edges come first: cross-entropy is seen to be a mean over them."""
+    nodes = [(torch.zeros(2, 12, dtype=torch.int64), torch.randn(n, 3), torch.arange(n) % 3) for n in (7, 4)]
+    model = nn.Linear(3, 3)
+    loss_fn = BatchLoss(lambda net, batch: F.cross_entropy(net(batch[1]), batch[2]))
+    x, y = (torch.cat([batch[place] for batch in nodes]) for place in (1, 2))
+    found = Objective(model, nodes, loss_fn=loss_fn).loss()
+    assert found == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)
+    assert not recwarn
+
+
+def _halving(output, target):
+    if (target > 1).any():
+        target /= 2
+    return F.mse_loss(output, target)
+
+
+def _masking(model, batch):
+    batch["y"][batch["y"] == 0] = -100
+    return F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def test_losses_may_write_into_their_targets():
+    model, generator = nn.Linear(3, 2), torch.Generator().manual_seed(0)
+    batches = [(torch.randn(4, 3, generator=generator), 40 * torch.rand(4, 2, generator=generator)) for _ in range(2)]
+    kept = [target.clone() for _, target in batches]
+    expected = sum(_halving(model(x), y.clone()).item() for x, y in batches) / 2
+    objective = Objective(model, batches, loss_fn=_halving)
+    assert [objective.loss() for _ in range(3)] == pytest.approx([expected] * 3, rel=1e-6)
+    with objective.one_pass() as visited:
+        batch = next(visited)
+        output = objective.output(objective.state(), batch)
+        values = [objective.output_loss(output, batch).item() for _ in range(2)]
+    assert values == pytest.approx([_halving(model(batches[0][0]), kept[0].clone()).item()] * 2, rel=1e-6)
+    assert all(torch.equal(target, before) for (_, target), before in zip(batches, kept, strict=True))
+
+
+def test_a_batch_that_is_written_into_is_not_what_the_loader_yields():
+    batches = [{"x": OUTPUTS, "y": UNEVEN.clone()}, {"x": OUTPUTS, "y": torch.ones_like(UNEVEN)}]
+    with pytest.warns(UserWarning, match="cut into batches"):
+        Objective(_Identity(), batches, loss_fn=BatchLoss(_masking)).loss()
