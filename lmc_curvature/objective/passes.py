@@ -76,8 +76,9 @@ class Fingerprint:
 
 def _plain(data: Any) -> Any:
     """The data with mappings and what has fields as dicts, in which every tensor has a path."""
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        data = data._asdict()
+    names = getattr(data, "_fields", None)
+    if isinstance(data, tuple) and names is not None:
+        return {name: _plain(value) for name, value in zip(names, data, strict=True)}
     if isinstance(data, (list, tuple)):
         return [_plain(value) for value in data]
     parts = data if isinstance(data, Mapping) else fields_of(data)

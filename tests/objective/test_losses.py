@@ -1,13 +1,17 @@
 """Claim: a loss is a real, finite mean over examples, and what is none is refused by name."""
 
 import contextlib
+import dataclasses
 import functools
-from collections import namedtuple
+import warnings
+from collections import UserDict, namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective, measure_barrier, project_hessian
 from lmc_curvature.errors import LoaderError, LossError, NonFiniteError
@@ -515,3 +519,142 @@ def test_a_batch_that_is_written_into_is_not_what_the_loader_yields():
     batches = [{"x": OUTPUTS, "y": UNEVEN.clone()}, {"x": OUTPUTS, "y": torch.ones_like(UNEVEN)}]
     with pytest.warns(UserWarning, match="cut into batches"):
         Objective(_Identity(), batches, loss_fn=BatchLoss(_masking)).loss()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    scores: torch.Tensor
+
+
+FORMS = {
+    "output of transformers": (lambda z: ImageClassifierOutput(logits=z), lambda o: o.logits),
+    "dataclass": (_Said, lambda o: o.scores),
+    "namespace": (lambda z: SimpleNamespace(scores=z, name="text"), lambda o: o.scores),
+    "mapping": (lambda z: UserDict(scores=z), lambda o: o["scores"]),
+    "sums come first": (lambda z: (z.sum(0), z), lambda o: o[1]),
+    "a number beside it": (lambda z: (z, z.square().mean()), lambda o: o[0]),
+    "transposed": (lambda z: z.T, lambda o: o.T),
+    "of a class of its own": (lambda z: type("Own", (), {"scores": z})(), lambda o: o.scores),
+}
+
+
+class _Giving(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.linear, self.form = nn.Linear(3, 3), form
+
+    def forward(self, x):
+        return self.form(self.linear(x))
+
+
+forms = pytest.mark.parametrize(("form", "read"), FORMS.values(), ids=FORMS)
+CUT = [(OUTPUTS[a:b], UNEVEN[a:b]) for a, b in ((0, 4), (4, 7), (7, 9))]
+
+
+@forms
+@pytest.mark.parametrize("loss_fn", [NO_MEANS["weights"][0], NO_MEANS["a sum"][0], NO_MEANS["contrast"][0]])
+def test_outputs_of_any_form_are_compared_with_their_halves(form, read, loss_fn):
+    model = randomized(_Giving(form))
+    with pytest.warns(UserWarning, match="cut into batches") as caught:
+        found = Objective(model, CUT, loss_fn=lambda o, t: loss_fn(read(o), t)).loss()
+    assert len(caught) == 1
+    assert found != pytest.approx(loss_fn(model.linear(OUTPUTS), UNEVEN.clone()).item(), rel=1e-3)
+
+
+@forms
+@pytest.mark.parametrize("name", ["in place", "masked", "margin", "ignored, within a function", "of no batch"])
+def test_means_of_outputs_of_any_form_are_not_warned_of(form, read, name, recwarn):
+    loss_fn, model = MEANS[name][0], randomized(_Giving(form))
+    found = Objective(model, CUT, loss_fn=lambda o, t: loss_fn(read(o), t)).loss()
+    assert found == pytest.approx(loss_fn(model.linear(OUTPUTS), UNEVEN.clone()).item(), rel=1e-5)
+    assert not recwarn
+
+
+def test_a_number_of_the_whole_batch_in_an_output_is_seen_to_be_none_of_examples():
+    model = randomized(_Giving(lambda z: (z, z.mean(0).square().sum())))
+    with pytest.warns(UserWarning, match="The loss of batch 0 is .*cut into batches"):
+        Objective(model, CUT, loss_fn=lambda o, t: F.mse_loss(o[0], F.one_hot(t, 3).float()) + o[1]).loss()
+
+
+@pytest.mark.parametrize("action", ["always", "error"])
+def test_what_cannot_be_compared_with_its_halves_is_said_once(action):
+    def loss_fn(output, target):
+        return (output * torch.arange(9.0)[:, None]).square().mean()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)
+        objective = Objective(_Identity(), [(OUTPUTS, UNEVEN)] * 3, loss_fn=loss_fn)
+        if action == "error":
+            with pytest.raises(UserWarning, match="could not be compared with its halves"):
+                objective.loss()
+        else:
+            assert [objective.loss(), objective.loss()] == [loss_fn(OUTPUTS, UNEVEN).item()] * 2
+            (warning,) = caught
+            assert "loss of batch 0 could not be compared with its halves: RuntimeError" in str(warning.message)
+
+
+def _masked_squares(output, target, mask):
+    return ((output - target).square() * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("of_batch", [True, False])
+@pytest.mark.parametrize("place", [1, 2])
+def test_batches_with_other_masks_than_the_first_are_warned_of(place, of_batch):
+    """All rows of a batch have the same mask, so that its own halves agree."""
+    generator, model = torch.Generator().manual_seed(0), randomized(nn.Linear(3, 5))
+    data = [torch.randn(3, 4, size, generator=generator).unbind() for size in (3, 5)]
+    batches = [(x, torch.stack([y, torch.ones(4, 5)], 1)) for x, y in zip(*data, strict=True)]
+    batches[place][1][:, 1, 1:] = 0
+    loss_fn = BatchLoss(lambda net, b: _masked_squares(net(b[0]), b[1][:, 0], b[1][:, 1]))
+    if not of_batch:
+        loss_fn = lambda o, t: _masked_squares(o, t[:, 0], t[:, 1])  # noqa: E731
+    message = f"The loss of batch {place} with examples of the first is .*cut into batches"
+    with pytest.warns(UserWarning, match=message) as caught:
+        found = Objective(model, batches, loss_fn=loss_fn).loss()
+    assert len(caught) == 1
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    expected = _masked_squares(model(x), y[:, 0], y[:, 1]).item()
+    assert found != pytest.approx(expected, rel=1e-3)
+    # By what it divides by, nothing is wrong.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sized = BatchLoss(lambda net, b: _masked_squares(net(b[0]), b[1][:, 0], b[1][:, 1]), lambda b: b[1][:, 1].sum())
+        assert Objective(model, batches, loss_fn=sized).loss() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5, 9), (5, 5, 5, 5, 5, 5, 3)])
+def test_batch_losses_of_new_lengths_are_looked_at_wherever_they_are(lengths):
+    place = len(lengths) - 1
+    with pytest.warns(UserWarning, match=rf"batch {place} divides by .*cut into batches.*size=") as caught:
+        Objective(_Lines(), _named(_tokens(lengths)), loss_fn=BatchLoss(_shifted)).loss()
+    assert len(caught) == 1
+
+
+def _own(net, batch):
+    return -net(batch["x"]).log_softmax(-1).gather(2, batch["y"][..., None]).mean()
+
+
+def test_batch_losses_by_hand_of_new_lengths_are_warned_of(recwarn):
+    loader, model = _named(_tokens((5, 5, 5, 9))), _Lines()
+    x, y = (torch.cat([batch[name].flatten() for batch in loader]) for name in ("x", "y"))
+    sized = BatchLoss(_own, size=lambda batch: batch["y"].numel())
+    found = Objective(model, loader, loss_fn=sized).loss()
+    assert found == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match=r"All tensors of batch 3 have other shapes.*\[\(9,\), \(9,\)\].*size="
+    ) as caught:
+        found = Objective(model, loader, loss_fn=BatchLoss(_own)).loss()
+    assert len(caught) == 1
+    assert found != pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-4)
+
+
+def test_padded_inputs_with_a_label_each_are_not_warned_of(recwarn):
+    loader, model = [{"x": x, "y": y[:, :1].float()} for x, y in _tokens((5, 9, 5, 2, 7))], _Lines()
+
+    def by_hand(net, batch):
+        return (net(batch["x"]).mean(1)[:, :1] - batch["y"]).square().mean()
+
+    expected = sum(by_hand(model, batch).item() for batch in loader) / 5
+    assert Objective(model, loader, loss_fn=BatchLoss(by_hand)).loss() == pytest.approx(expected, rel=1e-6)
+    assert not recwarn
