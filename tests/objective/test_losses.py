@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import ImageClassifierOutput
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective, measure_barrier, project_hessian
 from lmc_curvature.errors import LoaderError, LossError, NonFiniteError
@@ -527,7 +526,10 @@ class _Said:
 
 
 FORMS = {
-    "output of transformers": (lambda z: ImageClassifierOutput(logits=z), lambda o: o.logits),
+    "output of transformers": (
+        lambda z: pytest.importorskip("transformers").modeling_outputs.ImageClassifierOutput(logits=z),
+        lambda o: o.logits,
+    ),
     "dataclass": (_Said, lambda o: o.scores),
     "namespace": (lambda z: SimpleNamespace(scores=z, name="text"), lambda o: o.scores),
     "mapping": (lambda z: UserDict(scores=z), lambda o: o["scores"]),
