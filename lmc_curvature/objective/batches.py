@@ -71,13 +71,14 @@ def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
         return type(data)(*(map_tensors(function, value) for value in data))
     if isinstance(data, (list, tuple)):
         return type(data)(map_tensors(function, value) for value in data)
-    if fields := fields_of(data):
-        filled = copy.copy(data)
-        for name, value in fields.items():
-            # Also of what is frozen.
-            object.__setattr__(filled, name, map_tensors(function, value))
-        return filled
-    return data
+    changed = {name: map_tensors(function, value) for name, value in fields_of(data).items()}
+    if all(changed[name] is getattr(data, name) for name in changed):
+        return data
+    filled = copy.copy(data)
+    for name, value in changed.items():
+        # Also of what is frozen.
+        object.__setattr__(filled, name, value)
+    return filled
 
 
 def _filled(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
