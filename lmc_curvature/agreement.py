@@ -87,8 +87,9 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "halves of a batch": Check(
             catches="A loss whose mean over the data depends on how they are cut into batches.",
             runs="Every batch of an objective's first pass, on outputs of its first batch; of a `BatchLoss`, "
-            "with the network, the first batch, and what the batches 1, 2, 4, 8, … are divided by; not for torch's "
-            "cross-entropy itself.",
+            "and of outputs without a row for each example, with the network: the first batch, and the batches 1, 2, "
+            "4, 8, … and those of new shapes, by what they are divided by or with examples of the first; not for "
+            "torch's cross-entropy itself.",
             cost=4.0,
             tolerance=Tolerance(0.5),
         ),

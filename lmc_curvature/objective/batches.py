@@ -1,10 +1,13 @@
 """Loaders and batches of any form: their examples are counted, their tensors found and brought to a device."""
 
+import copy
+import dataclasses
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -56,20 +59,54 @@ class Batch:
 
 
 def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
-    """Apply a function to every tensor in nested mappings, lists and tuples; mappings become plain dicts."""
+    """Apply a function to every tensor in nested mappings, lists, tuples, dataclasses and namespaces.
+
+    What they are is kept, as far as it can be copied and filled: other mappings become plain dicts.
+    """
     if isinstance(data, Tensor):
         return function(data)
     if isinstance(data, Mapping):
-        return {key: map_tensors(function, value) for key, value in data.items()}
+        return _filled(data, {key: map_tensors(function, value) for key, value in data.items()})
     if isinstance(data, tuple) and hasattr(data, "_fields"):
         return type(data)(*(map_tensors(function, value) for value in data))
     if isinstance(data, (list, tuple)):
         return type(data)(map_tensors(function, value) for value in data)
-    return data
+    changed = {name: map_tensors(function, value) for name, value in fields_of(data).items()}
+    if all(changed[name] is getattr(data, name) for name in changed):
+        return data
+    filled = copy.copy(data)
+    for name, value in changed.items():
+        # Also of what is frozen.
+        object.__setattr__(filled, name, value)
+    return filled
+
+
+def _filled(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """A copy of a mapping with other values, such as the outputs of transformers, whose keys are attributes, too."""
+    if type(data) is dict:
+        return items
+    try:
+        filled: Any = copy.copy(data)
+        for key, value in items.items():
+            filled[key] = value
+    except Exception:  # noqa: BLE001 - whatever a class says that takes no such values
+        return items
+    return filled
+
+
+def fields_of(data: Any) -> dict[str, Any]:
+    """Name to value of the fields of a dataclass or namespace; none of anything else."""
+    if isinstance(data, SimpleNamespace):
+        return dict(vars(data))
+    if dataclasses.is_dataclass(data) and not isinstance(data, type):
+        return {
+            field.name: getattr(data, field.name) for field in dataclasses.fields(data) if hasattr(data, field.name)
+        }
+    return {}
 
 
 def tensors_in(data: Any) -> list[Tensor]:
-    """All tensors in nested mappings, lists and tuples, in their order."""
+    """All tensors in nested mappings, lists, tuples, dataclasses and namespaces, in their order."""
     tensors: list[Tensor] = []
     map_tensors(tensors.append, data)
     return tensors
@@ -182,6 +219,44 @@ def _check_first_axes(pair: Any, index: int) -> None:
         f"Batch {index} of the loader has x of shape {tuple(first.shape)} and y of shape {tuple(second.shape)}: their "
         "first axes should be the examples. Move that axis to the front (batch_first=True), or pass "
         "loss_fn=BatchLoss(fn, size=...) with fn(model, batch) -> scalar mean and size(batch) -> what that divides by."
+    )
+
+
+def check_first_axes(data: Any, index: int) -> None:
+    """Refuse a batch of any form whose tensors have different first axes: which one counts examples is unknown.
+
+    Tensors without axes and square ones over an axis of the examples, such as masks, belong to all examples.
+
+    Raises:
+        LoaderError: Names the shapes.
+    """
+    if not are_of_examples(data, len(tensors_in(data)[0])):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_in(data)[:6])
+        raise LoaderError(
+            f"Batch {index} of the loader is {describe(data)}, with tensors of shapes {shapes}: their first axes "
+            "differ, so what it counts for is unknown. Pass loss_fn=BatchLoss(fn, size=...) with size(batch) -> what "
+            "fn(model, batch) divides by."
+        )
+
+
+def are_of_examples(data: Any, examples: int) -> bool:
+    """Whether each tensor has one row for each of so many examples, or belongs to all of them, as far as shapes tell.
+
+    Those without axes do, and those that begin with an axis of length 1, or are square, over an axis of an example.
+    """
+    tensors = tensors_in(data)
+    of_examples = [tensor for tensor in tensors if tensor.ndim and len(tensor) == examples]
+    lengths = {length for tensor in of_examples for length in tensor.shape[1:]} - {1}
+
+    def belongs_to_all(tensor: Tensor) -> bool:
+        shape = list(tensor.shape)
+        while shape and shape[0] == 1:
+            shape.pop(0)
+        shared = len(shape) < tensor.ndim or (len(shape) == 2 and shape[0] == shape[1])
+        return not tensor.ndim or (shared and bool(shape) and lengths.issuperset(shape))
+
+    return bool(of_examples) and all(
+        (tensor.ndim and len(tensor) == examples) or belongs_to_all(tensor) for tensor in tensors
     )
 
 

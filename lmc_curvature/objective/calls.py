@@ -87,8 +87,7 @@ class LossCalls(TorchFunctionMode):
         super().__init__()
         self.calls: list[LossCall] = []
         # With the tensors themselves, so that no other gets the place of one in memory.
-        self._places = {id(root): (place, root) for place, root in enumerate(roots)}
-        self._versions = [(root, root._version) for root in roots]
+        self._places = {id(root): (place, root, root._version) for place, root in enumerate(roots)}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -100,16 +99,15 @@ class LossCalls(TorchFunctionMode):
         elif func in _REARRANGEMENTS and args and isinstance(found, Tensor):
             place = self._place(args[0])
             if place is not None and found.numel() == args[0].numel() and found.dtype in (args[0].dtype, torch.int64):
-                self._places[id(found)] = (place, found)
+                self._places[id(found)] = (place, found, found._version)
         return found
 
     def _place(self, tensor: Any) -> int | None:
         if id(tensor) not in self._places:
             return None
-        place, _ = self._places[id(tensor)]
-        root, version = self._versions[place]
-        # Written into, it no longer holds what the loader yielded.
-        return place if root._version == version else None
+        place, followed, version = self._places[id(tensor)]
+        # Written into, itself or through a view, it no longer holds what the loader yielded.
+        return place if followed._version == version else None
 
 
 def only_call(calls: Sequence[LossCall]) -> LossCall | None:

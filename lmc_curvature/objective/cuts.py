@@ -1,18 +1,22 @@
 """A loss whose mean over the data depends on how they are cut into batches: noticed by its halves, and warned of."""
 
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmc_curvature.agreement import near
-from lmc_curvature.objective.batches import Batch, map_tensors, tensors_in
+from lmc_curvature.objective.batches import Batch, are_of_examples, map_tensors, tensors_in
 from lmc_curvature.objective.losses import BatchLoss, NetworkLoss
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.normalization import tracked_modules
-from lmc_curvature.objective.sight import Sight
+from lmc_curvature.objective.sight import FEW, Sight
+
+Halves = tuple[list[int], list[int]]
+"""The examples of a batch in two parts."""
 
 _REMEDY = (
     "Pass loss_fn=BatchLoss(fn, size=...) with what it divides by, or torch's nn.CrossEntropyLoss(weight=..., "
@@ -23,9 +27,9 @@ _REMEDY = (
 def warn_of_cuts(network_loss: NetworkLoss, state: State, batch: Batch, output: Any, target: Any) -> None:
     """Warn if the loss of a batch is not the mean of its halves' losses, weighed as batches are.
 
-    The halves are random ones. A loss of an output is evaluated on one output of the network, and a `BatchLoss` with
-    the network. Nothing is said where there are no halves, or the loss does not take them; cross-entropy and its like
-    are weighed by what they divide by.
+    The halves are random ones, several times. A loss of an output is evaluated on one output of the network, if that
+    has one row for each example, and else, as a `BatchLoss`, with the network. Where neither can be done, that is
+    warned of. Cross-entropy and its like are weighed by what they divide by.
 
     Args:
         network_loss: The network and its loss.
@@ -36,37 +40,81 @@ def warn_of_cuts(network_loss: NetworkLoss, state: State, batch: Batch, output: 
     """
     if network_loss.class_loss is not None or network_loss.is_cut:
         return
-    if not isinstance(network_loss.loss_fn, BatchLoss):
-        _compare_on(network_loss, output, target, batch.index)
+    of_batch = isinstance(network_loss.loss_fn, BatchLoss)
     # By the statistics of a batch, its halves are normalised by others.
-    elif not any(tracked_modules(network_loss.network)):
+    normalizes = any(tracked_modules(network_loss.network))
+    if of_batch and normalizes:
+        return
+    failure: Exception | None = None
+    if not of_batch and (_has_rows(output, batch.size) or normalizes):
+        found, failure = _attempt(lambda: _compare_on(network_loss, output, target, batch.size, batch.index))
+        if failure is None:
+            _warn(network_loss, found)
+            return
+    if not normalizes:
+        found, failure = _attempt(lambda: _compare_with_network(network_loss, state, batch))
+        _warn(network_loss, found)
+    # What is seen within a function is what its batches weigh by.
+    if failure is not None and (network_loss.sight is None or network_loss.sight.class_loss is None):
+        cause = failure.__cause__ or failure
+        warnings.warn(
+            f"The loss of batch {batch.index} could not be compared with its halves: {type(cause).__name__}: {cause}. "
+            "So nothing tells whether it is a mean over the examples, by whose number batches weigh.",
+            stacklevel=2,
+        )
 
-        def evaluate(rows: list[int]) -> tuple[Tensor, float]:
-            data = batch.rows(rows)
-            return network_loss.at(state, data, batch.index)[0], network_loss.count(data, batch.index)[1]
 
-        _compare(network_loss, evaluate, batch.size, 1.0, _rounding(batch.data), batch.index)
+def _attempt(compare: Callable[[], str]) -> tuple[str, Exception | None]:
+    """What a comparison has to say, and what kept it from being made."""
+    try:
+        return compare(), None
+    except Exception as error:  # noqa: BLE001 - a loss may make anything of a part of a batch
+        return "", error
+
+
+def _warn(network_loss: NetworkLoss, message: str) -> None:
+    if message:
+        network_loss.is_cut = True
+        warnings.warn(message, stacklevel=3)
 
 
 def watch_cuts(network_loss: NetworkLoss, state: State, batches: Iterator[Batch]) -> Iterator[Batch]:
     """Pass on the batches of one pass, and warn, once, of one whose loss is not weighed by what it divides by.
 
     A loss of an output is compared with its halves' without the network: on rows of the output that its first examples
-    had. Where the targets of an example are more or fewer than those of the first, that is warned of instead. Of a
-    `BatchLoss` it is seen, with the network, what the batches 0, 1, 2, 4, 8, … are divided by.
+    had. Where the targets of an example are more or fewer than those of the first, that is warned of instead. With the
+    network, a `BatchLoss`, or a loss of an output that has no rows, is looked at on the batches 0, 1, 2, 4, 8, … and
+    on those whose examples have other shapes than any before.
     """
     ratio: float | None = None
+    first: Batch | None = None
+    kinds: set[tuple[torch.Size, ...]] = set()
     for batch in batches:
         sight = network_loss.sight
         of_batch = isinstance(network_loss.loss_fn, BatchLoss)
         if not (network_loss.is_cut or network_loss.class_loss is not None):
-            # What is seen within a function is what its batches weigh by.
-            if of_batch and (sight is None or sight.class_loss is None):
-                if batch.is_first or (ratio is not None and batch.index.bit_count() == 1):
-                    ratio = _watch_divisor(network_loss, state, batch, ratio)
-            elif sight is not None and sight.output is not None:
+            kind = _example_shapes(batch)
+            looked = batch.is_first or batch.index.bit_count() == 1 or kind not in kinds
+            kinds.add(kind)
+            first = batch if first is None else first
+            if not of_batch and sight is not None and _has_rows(sight.output, sight.examples):
                 _watch_batch(network_loss, sight, batch)
+            # What is seen within a function is what its batches weigh by.
+            elif looked and (sight is None or sight.class_loss is None):
+                if of_batch and (batch.is_first or ratio is not None):
+                    ratio = _watch_divisor(network_loss, state, batch, ratio)
+                if ratio is None and not batch.is_first:
+                    _watch_with_network(network_loss, state, first, batch)
         yield batch
+
+
+def _example_shapes(batch: Batch) -> tuple[torch.Size, ...]:
+    return tuple(tensor.shape[1:] for tensor in tensors_in(batch.data))
+
+
+def _has_rows(data: Any, examples: int) -> bool:
+    """Whether all tensors have one row for each example, and there are any."""
+    return {len(tensor) if tensor.ndim else -1 for tensor in tensors_in(data)} == {examples}
 
 
 def _watch_divisor(network_loss: NetworkLoss, state: State, batch: Batch, before: float | None) -> float | None:
@@ -100,8 +148,38 @@ def _watch_batch(network_loss: NetworkLoss, sight: Sight, batch: Batch) -> None:
         )
     elif first == found and batch.index > 0:
         rows = torch.randint(sight.examples, (batch.size,), generator=_generator(batch.index)).tolist()
-        output = map_tensors(lambda t: t[rows] if t.ndim and len(t) == sight.examples else t, sight.output)
-        _compare_on(network_loss, output, target, batch.index)
+        output = _rows(sight.output, sight.examples, rows)
+        # What a loss makes of a part is nobody's concern, where it was said of the first batch.
+        found, _ = _attempt(lambda: _compare_on(network_loss, output, target, batch.size, batch.index))
+        if not found:
+            found, _ = _attempt(lambda: _compare_with_first(network_loss, sight, rows, target, batch))
+        _warn(network_loss, found)
+
+
+def _compare_with_first(network_loss: NetworkLoss, sight: Sight, rows: list[int], target: Any, batch: Batch) -> str:
+    """Compare the loss of the first examples and those of a batch with the losses of both."""
+    output = _rows(sight.output, sight.examples, [*range(sight.examples), *rows])
+    joined = _joined(sight.target, target, sight.examples, batch.size)
+    return _compare_on(network_loss, output, joined, sight.examples + batch.size, batch.index, joined=sight.examples)
+
+
+def _watch_with_network(network_loss: NetworkLoss, state: State, first: Batch, batch: Batch) -> None:
+    """Compare the loss of a later batch with its halves' or, joined with the first, with those of both."""
+    loss_fn = network_loss.loss_fn
+    shapes, before = _example_shapes(batch), _example_shapes(first)
+    varies = [now != then for now, then in zip(shapes, before, strict=True)] if len(shapes) == len(before) else []
+    if varies and all(varies) and isinstance(loss_fn, BatchLoss) and loss_fn.size is None:
+        network_loss.is_cut = True
+        warnings.warn(
+            f"All tensors of batch {batch.index} have other shapes than in the first batch, {list(map(tuple, shapes))} "
+            f"and {list(map(tuple, before))} for an example: batches weigh by their number of examples, so if the loss "
+            f"is a mean over parts of them, its value depends on how the data are cut into batches. {_REMEDY}",
+            stacklevel=3,
+        )
+    # What a loss makes of a part is nobody's concern, where it was said of the first batch.
+    elif not any(tracked_modules(network_loss.network)):
+        found, _ = _attempt(lambda: _compare_with_network(network_loss, state, batch, None if any(varies) else first))
+        _warn(network_loss, found)
 
 
 def _positions(target: Any, examples: int) -> list[int]:
@@ -113,59 +191,126 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def _compare_on(network_loss: NetworkLoss, output: Any, target: Any, index: int) -> None:
-    """Compare the loss of an output with those of its halves."""
-    size = next((len(tensor) for tensor in tensors_in(output) if tensor.ndim), 0)
-    loss_fn: Any = network_loss.loss_fn
+def _rows(data: Any, size: int, chosen: Sequence[int]) -> Any:
+    """Copies of rows of the tensors that have so many."""
+    rows = list(chosen)
+    # A copy: a loss may write into what it is given.
+    return map_tensors(lambda t: (t[rows] if t.ndim and len(t) == size else t).detach().clone(), data)
+
+
+def _joined(first: Any, second: Any, examples: int, others: int) -> Any:
+    """Data of the same form and of one batch, where those of examples are of both."""
+    earlier = iter(tensors_in(first))
+
+    def join(tensor: Tensor) -> Tensor:
+        before = next(earlier)
+        of_examples = tensor.ndim and len(tensor) == others and len(before) == examples
+        return torch.cat([before, tensor]) if of_examples else tensor
+
+    return map_tensors(join, second)
+
+
+def _compare_on(
+    network_loss: NetworkLoss, output: Any, target: Any, size: int, index: int, *, joined: int | None = None
+) -> str:
+    """Compare the loss of an output with those of its halves, or of the first so many examples and the others."""
 
     def evaluate(chosen: list[int]) -> tuple[Tensor, float]:
-        def rows(tensor: Tensor) -> Tensor:
-            # A copy: a loss may write into what it is given.
-            return (tensor[chosen] if tensor.ndim and len(tensor) == size else tensor).detach().clone()
-
-        part = map_tensors(rows, target)
+        part = _rows(target, size, chosen)
         sight = network_loss.sight
         weight = float(len(chosen)) if sight is None else sight.weight_of(part, len(chosen))
-        return loss_fn(map_tensors(rows, output), part), weight
+        return network_loss.of_output(_rows(output, size, chosen), part), weight
 
-    _compare(network_loss, evaluate, size, _typical(output), _rounding(output), index)
+    halves = _halves(size, index, 3) if joined is None else [_parts(size, joined)]
+    return _compare(
+        evaluate,
+        halves,
+        index,
+        rounding=_rounding(output),
+        typical=_typical(output),
+        joined=joined is not None,
+    )
+
+
+def _compare_with_network(network_loss: NetworkLoss, state: State, batch: Batch, first: Batch | None = None) -> str:
+    """Compare the loss of a batch with those of its halves, by the network; or of a few of its examples and the first.
+
+    Raises:
+        ValueError: The batch has no halves, because some tensor has other rows.
+    """
+    of_batch = isinstance(network_loss.loss_fn, BatchLoss)
+    size = _leading(batch) if of_batch else batch.size
+    if not are_of_examples(batch.data, size):
+        if of_batch:
+            # As a graph with its edges: it was said what counts, or it was seen.
+            return ""
+        raise ValueError("its tensors do not all have one row for each example")
+    data, halves = batch.data, _halves(size, batch.index, 2)
+    if first is not None:
+        before = _leading(first) if of_batch else first.size
+        few, others = min(before, FEW), min(size, FEW)
+        parts = _rows(first.data, before, range(few)), _rows(data, size, range(others))
+        data, size = _joined(*parts, few, others), few + others
+        halves = [_parts(size, few)]
+
+    def evaluate(chosen: list[int]) -> tuple[Tensor, float]:
+        part = _rows(data, size, chosen)
+        return network_loss.at(state, part, batch.index)[0], network_loss.count(part, batch.index)[1]
+
+    return _compare(evaluate, halves, batch.index, rounding=_rounding(data), typical=1.0, joined=first is not None)
+
+
+def _leading(batch: Batch) -> int:
+    """Rows of the first tensor: the size of a `BatchLoss` may be of tokens, or a sum of weights."""
+    return next((len(tensor) for tensor in tensors_in(batch.data) if tensor.ndim), 0)
+
+
+def _halves(size: int, seed: int, number: int) -> list[Halves]:
+    """So many random halves of a batch; none if it has none."""
+    generator = _generator(seed)
+    orders = [torch.randperm(size, generator=generator).tolist() for _ in range(number)]
+    return [(sorted(order[: size // 2]), sorted(order[size // 2 :])) for order in orders if size > 1]
+
+
+def _parts(size: int, first: int) -> Halves:
+    return list(range(first)), list(range(first, size))
 
 
 def _compare(
-    network_loss: NetworkLoss,
     evaluate: Callable[[list[int]], tuple[Tensor, float]],
-    size: int,
-    typical: float,
-    rounding: float,
+    halves: Sequence[Halves],
     index: int,
-) -> None:
-    if size < 2:
-        return
-    order = torch.randperm(size, generator=_generator(index)).tolist()
-    halves = sorted(order[: size // 2]), sorted(order[size // 2 :])
-    try:
-        with torch.no_grad():
-            found = [evaluate(rows) for rows in (list(range(size)), *halves)]
-    except Exception:  # noqa: BLE001 - what a loss makes of a half is nobody's concern
-        return
-    # Where nothing counts, the mean is 0/0.
-    (whole, total), *parts = ((loss.item(), weight) for loss, weight in found)
-    parts = [(loss, weight) for loss, weight in parts if weight]
-    if not total or not parts:
-        return
-    mean = sum(loss * weight for loss, weight in parts) / sum(weight for _, weight in parts)
+    *,
+    rounding: float,
+    typical: float,
+    joined: bool = False,
+) -> str:
+    """What is to be said of the losses of a batch and of its parts; nothing where they agree."""
+    if not halves:
+        return ""
+    with torch.no_grad():
+        loss, total = evaluate(sorted([*halves[0][0], *halves[0][1]]))
+        found = [[(part.item(), weight) for part, weight in map(evaluate, both)] for both in halves]
     # In whatever precision a loss computes, it is at least that of float32, or says so by its type.
-    rounding = max(torch.finfo(found[0][0].dtype).eps, rounding)
-    scale = max(abs(whole), *(abs(loss) for loss, _ in parts))
-    # Terms of both signs, as large as the outputs, may cancel.
-    if not near("halves of a batch", whole, mean, rounding=rounding, scale=scale, floor=8 * rounding * typical):
-        network_loss.is_cut = True
-        warnings.warn(
-            f"The loss of batch {index} is {whole:.6g}, and the mean of its halves' losses {mean:.6g}: its value "
-            "depends on how the data are cut into batches, because it is no mean over their examples (weights, ignored "
-            f"targets, a sum, statistics of the batch?). {_REMEDY}",
-            stacklevel=2,
-        )
+    whole, rounding = loss.item(), max(torch.finfo(loss.dtype).eps, rounding)
+    for parts in found:
+        # Where nothing counts, the mean is 0/0.
+        parts = [(value, weight) for value, weight in parts if weight]
+        weights = sum(weight for _, weight in parts)
+        # A size that no part of a batch has of its own says nothing of parts.
+        if not total or not math.isclose(weights, total, rel_tol=1e-3):
+            continue
+        mean = sum(value * weight for value, weight in parts) / weights
+        scale = max(abs(whole), *(abs(value) for value, _ in parts))
+        # Terms of both signs, as large as the outputs, may cancel.
+        if not near("halves of a batch", whole, mean, rounding=rounding, scale=scale, floor=8 * rounding * typical):
+            among, whose = (" with examples of the first", "both") if joined else ("", "its halves'")
+            return (
+                f"The loss of batch {index}{among} is {whole:.6g}, and the mean of {whose} losses {mean:.6g}: its "
+                "value depends on how the data are cut into batches, because it is no mean over their examples "
+                f"(weights, ignored targets, a sum, statistics of the batch?). {_REMEDY}"
+            )
+    return ""
 
 
 def _rounding(data: Any) -> float:

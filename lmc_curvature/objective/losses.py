@@ -17,6 +17,7 @@ from torch.func import functional_call
 from lmc_curvature.errors import LossError, NonFiniteError, counted
 from lmc_curvature.objective.batches import (
     Batch,
+    check_first_axes,
     check_size,
     count_examples,
     describe,
@@ -39,7 +40,8 @@ class BatchLoss:
         size: `size(batch)` is what `fn` divides by in that mean, and what the batch counts for in the mean over the
             data: a whole number of examples (or tokens, …), or any positive real number (the sum of their weights).
             Batches of size 0 are left out. By default what torch's `cross_entropy` or `nll_loss` divides by, if `fn`
-            returns its mean over one of the batch's tensors, else the leading dimension of the first tensor found.
+            returns its mean over one of the batch's tensors, else the leading dimension of its tensors; batches whose
+            tensors have different ones are refused.
 
     Example:
         `BatchLoss(lambda model, batch: model(**batch).loss)` for a Hugging Face model and its dict batches.
@@ -94,9 +96,14 @@ class NetworkLoss(nn.Module):
             check_shapes(self.loss_fn, output, target, index)
             of_classes = self.class_loss is not None
             with translate_errors(lambda error: loss_error(error, output, target, index, of_classes=of_classes)):
-                loss = self.loss_fn(output, target)
+                loss = self.of_output(output, target)
         check_loss(loss)
         return loss, output, target
+
+    def of_output(self, output: Any, target: Any) -> Any:
+        """What a loss of a network's output returns; it may write into its own copy of the target."""
+        loss_fn: Any = self.loss_fn
+        return loss_fn(output, map_tensors(torch.clone, target))
 
     def at(self, state: Mapping[str, Tensor], data: Any, index: int = 0) -> tuple[Any, Any, Any]:
         """Loss, network output and target of a batch's data, where the network's entries are those of a state.
@@ -152,7 +159,7 @@ class NetworkLoss(nn.Module):
             place: Brings a tensor to their device.
 
         Raises:
-            LoaderError: It cannot be counted.
+            LoaderError: It cannot be counted, or may count for other things than examples.
             LossError: A target is none of the classes.
         """
         of_batch = isinstance(self.loss_fn, BatchLoss)
@@ -165,6 +172,8 @@ class NetworkLoss(nn.Module):
             tensors = data if of_batch else data[1]
             labels = self.sight.labels_in(tensors)
             return examples, _weight(self.sight.class_loss, labels, self.sight.classes, index)
+        if of_batch:
+            check_first_axes(data, index)
         if self.class_loss is None or not isinstance(data[1], Tensor):
             return examples, float(examples)
         return examples, _weight(self.class_loss, data[1], self.classes, index)

@@ -2,15 +2,16 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import SequenceKey, tree_flatten_with_path
 
 from lmc_curvature.agreement import near
-from lmc_curvature.objective.batches import Batch, tensors_in
+from lmc_curvature.objective.batches import Batch, fields_of, tensors_in
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Fingerprint:
         self.examples += batch.size
         self.weight += batch.weight
         leading = next((len(tensor) for tensor in tensors_in(batch.data) if tensor.ndim), None)
-        for path, tensor in tree_flatten_with_path(batch.data)[0]:
+        for path, tensor in tree_flatten_with_path(_plain(batch.data))[0]:
             if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
                 continue
             of_examples = (tensor.ndim and len(tensor) == batch.size) or (tensor.ndim > 1 and len(tensor) == leading)
@@ -71,6 +72,17 @@ class Fingerprint:
             if not (sums and near("passes", squares, scale, rounding=rounding, scale=scale)):
                 return False
         return True
+
+
+def _plain(data: Any) -> Any:
+    """The data with mappings and what has fields as dicts, in which every tensor has a path."""
+    names = getattr(data, "_fields", None)
+    if isinstance(data, tuple) and names is not None:
+        return {name: _plain(value) for name, value in zip(names, data, strict=True)}
+    if isinstance(data, (list, tuple)):
+        return [_plain(value) for value in data]
+    parts = data if isinstance(data, Mapping) else fields_of(data)
+    return {name: _plain(value) for name, value in parts.items()} if parts else data
 
 
 def _moments(tensor: Tensor) -> Tensor:

@@ -274,7 +274,7 @@ class Objective:
                 "A BatchLoss calls the network itself, so the network's output is not known: pass "
                 "loss_fn(output, target) with batches (x, y)."
             )
-        return self.loss_fn
+        return self._network_loss.of_output
 
     def loss(self, state: State | None = None) -> float:
         """Mean loss over the data set at `state` (default: the snapshot), in one pass over the loader.

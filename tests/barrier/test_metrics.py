@@ -253,3 +253,19 @@ def test_a_later_batch_is_named():
     batches = [(X, BITS[:, None]), (X, 0.5 * BITS[:, None])]
     with pytest.raises(OptionError, match="batch 1 has"):
         _ends(_column, batches, F.binary_cross_entropy_with_logits)
+
+
+class _Scores(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x):
+        return pytest.importorskip("transformers").modeling_outputs.ImageClassifierOutput(logits=self.linear(x))
+
+
+def test_outputs_of_transformers_are_read_by_the_names_of_their_parts():
+    batches = [(X[:13], CLASSES[:13]), (X[13:], CLASSES[13:])]
+    nets, found = _ends(_Scores, batches, lambda output, target: F.cross_entropy(output.logits, target))
+    expected = [(net(X).logits.argmax(1) != CLASSES).float().mean().item() for net in nets]
+    assert found == pytest.approx(expected, rel=1e-6)

@@ -1,8 +1,11 @@
 """Claim: batches of any form are counted, described and moved without changing what they are."""
 
 import re
-from collections import UserDict, namedtuple
+from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lmc_curvature.errors import LoaderError
 from lmc_curvature.objective.batches import (
     Batch,
+    check_first_axes,
     check_loader,
     count_examples,
     describe,
@@ -44,10 +48,68 @@ def test_mapping_keeps_the_form_and_touches_only_tensors():
     assert moved["pair"].y == "text"
     assert moved["list"][1] == (1.5, None)
     assert isinstance(moved["list"], list)
-    assert type(moved["user"]) is dict
+    assert type(moved["user"]) is UserDict
     for tensor in (moved["pair"].x, moved["list"][0], moved["user"]["x"]):
         assert (tensor == 1).all()
     assert (data["pair"].x == 0).all()
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    x: torch.Tensor
+    note: str = "text"
+
+
+class Frames(OrderedDict):
+    """As outputs of transformers are: keys that are attributes."""
+
+    def __getattr__(self, name):
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+
+class Fixed(Mapping):
+    """It can be copied and not filled."""
+
+    def __getitem__(self, key):
+        return {"x": X}[key]
+
+    def __iter__(self):
+        return iter(["x"])
+
+    def __len__(self):
+        return 1
+
+
+OBJECTS = {
+    "dataclass": lambda: Frozen(X),
+    "namespace": lambda: SimpleNamespace(x=X, note="text"),
+    "mapping": lambda: Frames(x=X, note="text"),
+    "output": lambda: pytest.importorskip("transformers").modeling_outputs.BaseModelOutput(X),
+    "encoding": lambda: pytest.importorskip("transformers").BatchEncoding({"x": X}),
+}
+
+
+@pytest.mark.parametrize("make", OBJECTS.values(), ids=OBJECTS)
+def test_objects_with_tensors_stay_what_they_are(make):
+    data = make()
+    moved = map_tensors(lambda tensor: tensor + 1, [data])[0]
+    name = "x" if hasattr(data, "x") else "last_hidden_state"
+    assert type(moved) is type(data)
+    assert (getattr(moved, name) == 1).all()
+    assert (getattr(data, name) == 0).all()
+    assert getattr(moved, "note", "text") == "text"
+    assert tensors_in(data)[0] is X
+    if isinstance(data, Mapping):
+        assert (moved[name] == 1).all()
+        assert (data[name] == 0).all()
+
+
+def test_mappings_that_take_no_values_become_dicts():
+    assert map_tensors(lambda tensor: tensor.shape, Fixed()) == {"x": X.shape}
+    assert map_tensors(lambda tensor: tensor, Frozen) is Frozen
 
 
 @pytest.mark.parametrize(
@@ -174,7 +236,38 @@ def test_first_axes_that_are_not_the_examples_are_refused(data):
     message = f"Batch 3 .* x of shape {x} and y of shape {y}.*batch_first=True.*BatchLoss(fn, size=...)"
     with pytest.raises(LoaderError, match=re.escape(message).replace(re.escape(".*"), ".*")):
         count_examples(data, 3)
+    # Nor is it known what counts in a batch of any form, unless it is seen in its loss.
     assert count_examples(data, 3, any_form=True) == x[0]
+    with pytest.raises(LoaderError, match=rf"Batch 4 .* shapes {re.escape(str(x))}, .*BatchLoss\(fn, size="):
+        check_first_axes(data, 4)
+
+
+EDGES = torch.zeros(2, 30)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"x": X, "edge_index": EDGES, "batch": Y, "y": torch.zeros(3, 1)},
+        (EDGES, X, Y),
+        (X, torch.zeros(2)),
+        (X, torch.zeros(2, 1)),
+        (X, torch.zeros(1, 1)),
+        (X, torch.zeros(3, 3)),
+        SimpleNamespace(x=X, y=torch.zeros(1)),
+    ],
+)
+def test_first_axes_that_differ_are_refused(data):
+    with pytest.raises(LoaderError, match=r"Batch 2 .*first axes differ.*BatchLoss\(fn, size=\.\.\.\)"):
+        check_first_axes(data, 2)
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [Y, torch.tensor(2.0), torch.zeros(7, 7), torch.zeros(1, 7), torch.zeros(1, 1, 7, 7)],
+)
+def test_what_belongs_to_all_examples_is_not_refused(shared):
+    check_first_axes({"ids": torch.zeros(5, 7), "note": "text", "shared": shared}, 2)
 
 
 def test_first_rows_are_those_of_a_batch_whose_tensors_have_as_many():

@@ -1,8 +1,11 @@
 """Claim: a loss is a real, finite mean over examples, and what is none is refused by name."""
 
 import contextlib
+import dataclasses
 import functools
-from collections import namedtuple
+import warnings
+from collections import UserDict, namedtuple
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -445,3 +448,215 @@ def test_sizes_that_are_no_numbers_are_described():
     loss_fn = BatchLoss(lambda model, batch: model(batch[0]).mean(), size=lambda batch: batch[1])
     with pytest.raises(LoaderError, match=r"size of batch 0 .* a tensor of shape \(6,\).*expected a number, 0 or more"):
         Objective(VECTORS.model(), VECTORS.batches(), loss_fn=loss_fn).loss()
+
+
+GRAPHS = [(5, 6, 4), (9, 12, 15), (3, 3, 3, 4)]
+
+
+def _graphs(sizes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    x, y = torch.randn(sum(sizes), 3, generator=generator), torch.randn(len(sizes), 1, generator=generator)
+    return {"x": x, "place": place, "y": y}
+
+
+def _per_graph(model, batch):
+    found = torch.zeros(len(batch["y"]), 1).to(batch["y"]).index_add(0, batch["place"], model(batch["x"]))
+    return F.l1_loss(found, batch["y"])
+
+
+def test_batches_whose_first_axes_differ_need_a_size(recwarn):
+    batches, model = [_graphs(sizes, seed) for seed, sizes in enumerate(GRAPHS)], nn.Linear(3, 1)
+    with pytest.raises(LoaderError, match=r"Batch 0 .*\(15, 3\), \(15,\), \(3, 1\).*BatchLoss\(fn, size="):
+        Objective(model, batches, loss_fn=BatchLoss(_per_graph)).loss()
+    joined_graphs = {name: torch.cat([batch[name] for batch in batches]) for name in ("x", "y")}
+    shifts = [0, 3, 6]
+    joined_graphs["place"] = torch.cat([batch["place"] + by for batch, by in zip(batches, shifts, strict=True)])
+    found = Objective(model, batches, loss_fn=BatchLoss(_per_graph, size=lambda batch: len(batch["y"]))).loss()
+    assert found == pytest.approx(_per_graph(model, joined_graphs).item(), rel=1e-6)
+    assert not recwarn
+
+
+def test_first_axes_may_differ_where_the_loss_says_what_counts(recwarn):
+    """Of nodes, whose edges come first: cross-entropy is seen to be a mean over them."""
+    nodes = [(torch.zeros(2, 12, dtype=torch.int64), torch.randn(n, 3), torch.arange(n) % 3) for n in (7, 4)]
+    model = nn.Linear(3, 3)
+    loss_fn = BatchLoss(lambda net, batch: F.cross_entropy(net(batch[1]), batch[2]))
+    x, y = (torch.cat([batch[place] for batch in nodes]) for place in (1, 2))
+    found = Objective(model, nodes, loss_fn=loss_fn).loss()
+    assert found == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)
+    assert not recwarn
+
+
+def _halving(output, target):
+    if (target > 1).any():
+        target /= 2
+    return F.mse_loss(output, target)
+
+
+def _masking(model, batch):
+    batch["y"][batch["y"] == 0] = -100
+    return F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def test_losses_may_write_into_their_targets():
+    model, generator = nn.Linear(3, 2), torch.Generator().manual_seed(0)
+    batches = [(torch.randn(4, 3, generator=generator), 40 * torch.rand(4, 2, generator=generator)) for _ in range(2)]
+    kept = [target.clone() for _, target in batches]
+    expected = sum(_halving(model(x), y.clone()).item() for x, y in batches) / 2
+    objective = Objective(model, batches, loss_fn=_halving)
+    assert [objective.loss() for _ in range(3)] == pytest.approx([expected] * 3, rel=1e-6)
+    with objective.one_pass() as visited:
+        batch = next(visited)
+        output = objective.output(objective.state(), batch)
+        values = [objective.output_loss(output, batch).item() for _ in range(2)]
+    assert values == pytest.approx([_halving(model(batches[0][0]), kept[0].clone()).item()] * 2, rel=1e-6)
+    assert all(torch.equal(target, before) for (_, target), before in zip(batches, kept, strict=True))
+
+
+def test_a_batch_that_is_written_into_is_not_what_the_loader_yields():
+    batches = [{"x": OUTPUTS, "y": UNEVEN.clone()}, {"x": OUTPUTS, "y": torch.ones_like(UNEVEN)}]
+    with pytest.warns(UserWarning, match="cut into batches"):
+        Objective(_Identity(), batches, loss_fn=BatchLoss(_masking)).loss()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    scores: torch.Tensor
+
+
+FORMS = {
+    "output of transformers": (
+        lambda z: pytest.importorskip("transformers").modeling_outputs.ImageClassifierOutput(logits=z),
+        lambda o: o.logits,
+    ),
+    "dataclass": (_Said, lambda o: o.scores),
+    "namespace": (lambda z: SimpleNamespace(scores=z, name="text"), lambda o: o.scores),
+    "mapping": (lambda z: UserDict(scores=z), lambda o: o["scores"]),
+    "sums come first": (lambda z: (z.sum(0), z), lambda o: o[1]),
+    "a number beside it": (lambda z: (z, z.square().mean()), lambda o: o[0]),
+    "transposed": (lambda z: z.T, lambda o: o.T),
+    "of a class of its own": (lambda z: type("Own", (), {"scores": z})(), lambda o: o.scores),
+}
+
+
+class _Giving(nn.Module):
+    def __init__(self, form):
+        super().__init__()
+        self.linear, self.form = nn.Linear(3, 3), form
+
+    def forward(self, x):
+        return self.form(self.linear(x))
+
+
+forms = pytest.mark.parametrize(("form", "read"), FORMS.values(), ids=FORMS)
+CUT = [(OUTPUTS[a:b], UNEVEN[a:b]) for a, b in ((0, 4), (4, 7), (7, 9))]
+
+
+@forms
+@pytest.mark.parametrize("loss_fn", [NO_MEANS["weights"][0], NO_MEANS["a sum"][0], NO_MEANS["contrast"][0]])
+def test_outputs_of_any_form_are_compared_with_their_halves(form, read, loss_fn):
+    model = randomized(_Giving(form))
+    with pytest.warns(UserWarning, match="cut into batches") as caught:
+        found = Objective(model, CUT, loss_fn=lambda o, t: loss_fn(read(o), t)).loss()
+    assert len(caught) == 1
+    assert found != pytest.approx(loss_fn(model.linear(OUTPUTS), UNEVEN.clone()).item(), rel=1e-3)
+
+
+@forms
+@pytest.mark.parametrize("name", ["in place", "masked", "margin", "ignored, within a function", "of no batch"])
+def test_means_of_outputs_of_any_form_are_not_warned_of(form, read, name, recwarn):
+    loss_fn, model = MEANS[name][0], randomized(_Giving(form))
+    found = Objective(model, CUT, loss_fn=lambda o, t: loss_fn(read(o), t)).loss()
+    assert found == pytest.approx(loss_fn(model.linear(OUTPUTS), UNEVEN.clone()).item(), rel=1e-5)
+    assert not recwarn
+
+
+def test_a_number_of_the_whole_batch_in_an_output_is_seen_to_be_none_of_examples():
+    model = randomized(_Giving(lambda z: (z, z.mean(0).square().sum())))
+    with pytest.warns(UserWarning, match="The loss of batch 0 is .*cut into batches"):
+        Objective(model, CUT, loss_fn=lambda o, t: F.mse_loss(o[0], F.one_hot(t, 3).float()) + o[1]).loss()
+
+
+@pytest.mark.parametrize("action", ["always", "error"])
+def test_what_cannot_be_compared_with_its_halves_is_said_once(action):
+    def loss_fn(output, target):
+        return (output * torch.arange(9.0)[:, None]).square().mean()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)
+        objective = Objective(_Identity(), [(OUTPUTS, UNEVEN)] * 3, loss_fn=loss_fn)
+        if action == "error":
+            with pytest.raises(UserWarning, match="could not be compared with its halves"):
+                objective.loss()
+        else:
+            assert [objective.loss(), objective.loss()] == [loss_fn(OUTPUTS, UNEVEN).item()] * 2
+            (warning,) = caught
+            assert "loss of batch 0 could not be compared with its halves: RuntimeError" in str(warning.message)
+
+
+def _masked_squares(output, target, mask):
+    return ((output - target).square() * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("of_batch", [True, False])
+@pytest.mark.parametrize("place", [1, 2])
+def test_batches_with_other_masks_than_the_first_are_warned_of(place, of_batch):
+    """All rows of a batch have the same mask, so that its own halves agree."""
+    generator, model = torch.Generator().manual_seed(0), randomized(nn.Linear(3, 5))
+    data = [torch.randn(3, 4, size, generator=generator).unbind() for size in (3, 5)]
+    batches = [(x, torch.stack([y, torch.ones(4, 5)], 1)) for x, y in zip(*data, strict=True)]
+    batches[place][1][:, 1, 1:] = 0
+    loss_fn = BatchLoss(lambda net, b: _masked_squares(net(b[0]), b[1][:, 0], b[1][:, 1]))
+    if not of_batch:
+        loss_fn = lambda o, t: _masked_squares(o, t[:, 0], t[:, 1])  # noqa: E731
+    message = f"The loss of batch {place} with examples of the first is .*cut into batches"
+    with pytest.warns(UserWarning, match=message) as caught:
+        found = Objective(model, batches, loss_fn=loss_fn).loss()
+    assert len(caught) == 1
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    expected = _masked_squares(model(x), y[:, 0], y[:, 1]).item()
+    assert found != pytest.approx(expected, rel=1e-3)
+    # By what it divides by, nothing is wrong.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sized = BatchLoss(lambda net, b: _masked_squares(net(b[0]), b[1][:, 0], b[1][:, 1]), lambda b: b[1][:, 1].sum())
+        assert Objective(model, batches, loss_fn=sized).loss() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("lengths", [(5, 5, 5, 9), (5, 5, 5, 5, 5, 5, 3)])
+def test_batch_losses_of_new_lengths_are_looked_at_wherever_they_are(lengths):
+    place = len(lengths) - 1
+    with pytest.warns(UserWarning, match=rf"batch {place} divides by .*cut into batches.*size=") as caught:
+        Objective(_Lines(), _named(_tokens(lengths)), loss_fn=BatchLoss(_shifted)).loss()
+    assert len(caught) == 1
+
+
+def _own(net, batch):
+    return -net(batch["x"]).log_softmax(-1).gather(2, batch["y"][..., None]).mean()
+
+
+def test_batch_losses_by_hand_of_new_lengths_are_warned_of(recwarn):
+    loader, model = _named(_tokens((5, 5, 5, 9))), _Lines()
+    x, y = (torch.cat([batch[name].flatten() for batch in loader]) for name in ("x", "y"))
+    sized = BatchLoss(_own, size=lambda batch: batch["y"].numel())
+    found = Objective(model, loader, loss_fn=sized).loss()
+    assert found == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-6)
+    assert not recwarn
+    with pytest.warns(
+        UserWarning, match=r"All tensors of batch 3 have other shapes.*\[\(9,\), \(9,\)\].*size="
+    ) as caught:
+        found = Objective(model, loader, loss_fn=BatchLoss(_own)).loss()
+    assert len(caught) == 1
+    assert found != pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-4)
+
+
+def test_padded_inputs_with_a_label_each_are_not_warned_of(recwarn):
+    loader, model = [{"x": x, "y": y[:, :1].float()} for x, y in _tokens((5, 9, 5, 2, 7))], _Lines()
+
+    def by_hand(net, batch):
+        return (net(batch["x"]).mean(1)[:, :1] - batch["y"]).square().mean()
+
+    expected = sum(by_hand(model, batch).item() for batch in loader) / 5
+    assert Objective(model, loader, loss_fn=BatchLoss(by_hand)).loss() == pytest.approx(expected, rel=1e-6)
+    assert not recwarn

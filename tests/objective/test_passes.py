@@ -2,6 +2,8 @@
 
 import contextlib
 import warnings
+from collections import UserDict
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -170,6 +172,7 @@ LISTS = {
     ),
     "several inputs": lambda noise: lambda rows: ((X[rows], noise(X[rows] + 1)), Y[rows]),
     "named, weighed": lambda noise: lambda rows: {"x": noise(X[rows]), "ids": Y[rows][:, None], "one": torch.ones(())},
+    "of a class": lambda noise: lambda rows: UserDict({"x": noise(X[rows]), "ids": Y[rows]}),
     "graphs": lambda noise: (
         lambda rows: {
             "nodes": noise(torch.cat([X[:n] for n in rows])),
@@ -183,7 +186,7 @@ LISTS = {
 def test_batches_of_any_form_are_compared(collate):
     def loss(model, batch):
         data = batch["x"] if "x" in batch else batch["nodes"] if "nodes" in batch else batch[0][0]
-        return model(data).square().mean() if isinstance(batch, dict) else model(X).square().mean()
+        return model(data).square().mean() if isinstance(batch, Mapping) else model(X).square().mean()
 
     # A whole number that is no number of rows.
     loss_fn = BatchLoss(loss, size=lambda batch: 7)

@@ -194,6 +194,17 @@ def test_gpt2(attention, padded):
     assert_sweep_agrees(objective, layer_directions(objective, "module", most=5))
 
 
+def test_gpt2_and_batches_of_a_tokenizer():
+    def loss(model, batch):
+        logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten())
+
+    transformers = pytest.importorskip("transformers")
+    batches = [transformers.BatchEncoding(_tokens(3, seed, padded=True)) for seed in (0, 1)]
+    objective = Objective(_gpt2("eager"), batches, loss_fn=BatchLoss(loss))
+    assert_sweep_agrees(objective, layer_directions(objective, "module", most=5))
+
+
 def test_gpt2_and_the_loss_that_it_brings():
     # That loss is computed in single precision, whatever the network's is.
     loss = BatchLoss(lambda model, batch: model(**batch).loss)
