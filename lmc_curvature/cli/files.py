@@ -104,7 +104,7 @@ def check(
 
         options = files.computation()
         del options["recalibration"], options["progress"]
-        cost = estimate_prediction(*files.networks(), files.batches(), layers=layers, **options)
+        cost = estimate_prediction(*files.networks(), files.batches(), **(options | {"layers": layers}))
     if files.as_json:
         record = None if cost is None else {**dataclasses.asdict(cost), "seconds": cost.seconds}
         print(json.dumps({**dataclasses.asdict(found), "distance": found.distance, "cost": record}, indent=2))
