@@ -103,8 +103,9 @@ def check(
         from lmc_curvature.merging.cost import estimate_prediction
 
         options = files.computation()
+        options["layers"] = layers
         del options["recalibration"], options["progress"]
-        cost = estimate_prediction(*files.networks(), files.batches(), **(options | {"layers": layers}))
+        cost = estimate_prediction(*files.networks(), files.batches(), **options)
     if files.as_json:
         record = None if cost is None else {**dataclasses.asdict(cost), "seconds": cost.seconds}
         print(json.dumps({**dataclasses.asdict(found), "distance": found.distance, "cost": record}, indent=2))
