@@ -33,7 +33,7 @@ PARTS = [
     Part(compiled, "_network_program", CAPTURE),
     Part(compiled, "_loss_program", CAPTURE),
     Part(soundness, "check_soundness", "random numbers, constants, two evaluations"),
-    Part(soundness, "check_kept_values", "kept values"),
+    Part(soundness, "check_caches", "caches"),
     Part(soundness, "check_twin", "two networks"),
     Part(soundness, "check_derivatives", "witness"),
     Part(by_sweep, "evaluate_batch", "captured values"),

@@ -69,7 +69,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             cost=0.0,
             tolerance=Tolerance(0.4, most=1e-3),
         ),
-        "kept values": Check(
+        "caches": Check(
             catches="A network that keeps what it computed from its entries, and uses it where they are others.",
             runs="First batch of an objective, at a state nearby, on an eighth of the examples (16 at least); eight "
             "times where modules hold tensors besides their entries.",

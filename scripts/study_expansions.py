@@ -32,8 +32,8 @@ from lmc_curvature.averages import rank_correlation
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.cli.demo import CONFIG
 from lmc_curvature.figures import save_figure
-from lmc_curvature.plotting.axes import heading
-from lmc_curvature.plotting.style import GREY, TEXT_WIDTH, look, new_figure, sequential_colors
+from lmc_curvature.plotting.axes import heading, legend_line
+from lmc_curvature.plotting.style import GREY, TEXT_WIDTH, look, new_figure
 from lmc_curvature.sources import load_data, make_model
 
 Networks = tuple[nn.Module, nn.Module]
@@ -48,16 +48,23 @@ FORKS = (15, 0)
 SWEEP_F = 18
 
 
+Out = Annotated[Path, typer.Option(help="Where networks and results are kept.")]
+Siblings = Annotated[Path | None, typer.Option(help="CIFAR-10 siblings.")]
+Images = Annotated[Path | None, typer.Option(help="CIFAR-10 as a folder of images.")]
+Only = Annotated[list[str] | None, typer.Option(help="Names of pairs.")]
+Threads = Annotated[int, typer.Option(help="Threads to compute in.")]
+
+
 def main(
-    out: Annotated[Path, typer.Option(help="Where predictions and measurements are kept.")] = Path("runs/study"),
-    siblings: Annotated[Path | None, typer.Option(help="CIFAR-10 siblings.")] = None,
-    images: Annotated[Path | None, typer.Option(help="CIFAR-10 as a folder of images.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Names of pairs.")] = None,
-    threads: Annotated[int, typer.Option(help="Threads to compute in.")] = 1,
+    out: Out = Path("runs/study"),
+    siblings: Siblings = None,
+    images: Images = None,
+    only: Only = None,
+    threads: Threads = 1,
 ) -> None:
     """Predict, measure and compare."""
     torch.set_num_threads(threads)
-    pairs = {name: make for name, make in make_pairs(out, siblings, images).items() if not only or name in only}
+    pairs = make_pairs(out, siblings, images, only)
     found = {name: results(out / name, make) for name, make in tqdm(pairs.items(), desc="pairs")}
     for title, table in tables(found).items():
         print(f"**{title}**\n\n{table}\n")
@@ -96,8 +103,10 @@ def random_sets(layers: int, seed: int = 0) -> Bool[np.ndarray, "sets layers"]:
 # --- Pairs of networks
 
 
-def make_pairs(out: Path, siblings: Path | None, images: Path | None) -> dict[str, Callable[[], Pair]]:
-    """Names of the pairs, each with what makes it."""
+def make_pairs(
+    out: Path, siblings: Path | None, images: Path | None, only: list[str] | None = None
+) -> dict[str, Callable[[], Pair]]:
+    """Names of the pairs, all or those that were named, each with what makes it."""
     pairs: dict[str, Callable[[], Pair]] = {}
     for fork in CONFIG.fork_epochs:
         pairs[f"digits, fork {fork}"] = lambda fork=fork: digits(out / "forks", fork)
@@ -110,7 +119,7 @@ def make_pairs(out: Path, siblings: Path | None, images: Path | None) -> dict[st
     pairs["no normalisation, different initialisations"] = lambda: without_normalisation(common_epochs=0)
     for steps in (0, 100, 400):
         pairs[f"language model, fork at step {steps}"] = lambda steps=steps: language_models(steps)
-    return pairs
+    return {name: make for name, make in pairs.items() if not only or name in only}
 
 
 def digits(forks: Path, fork: int) -> Pair:
@@ -307,7 +316,8 @@ def draw_sets(found: Results) -> Figure:
         ("second order, two anchors", 2, "second-order"),
         ("anchored, three anchors", 3, "anchored"),
     ]
-    colors = sequential_colors(found)
+    kinds = list(dict.fromkeys(pair.split(",")[0] for pair in found))
+    colors = dict(zip(kinds, ("C0", "C1", "C2", "C3"), strict=False))
     cells = figure.subplots(1, 2)
     for axes, (title, count, expansion) in zip(cells, panels, strict=True):
         axes.axline((0, 0), slope=1, color=GREY, linewidth=0.8)
@@ -318,13 +328,19 @@ def draw_sets(found: Results) -> Figure:
             unit = np.abs(true).max()
             predicted = prediction.set_barriers(members, 0.5, expansion) / unit
             errors = prediction.set_expansion_errors(members) / unit if expansion == "anchored" else None
-            style = {"color": colors[pair], "alpha": 0.7, "linestyle": "none", "elinewidth": 0.4}
-            axes.errorbar(true / unit, predicted, errors, marker="o", markersize=2.5, label=pair, **style)
+            kind = pair.split(",")[0]
+            style = {"color": colors[kind], "alpha": 0.6, "linestyle": "none", "elinewidth": 0.3}
+            axes.errorbar(true / unit, predicted, errors, marker="o", markersize=2.5, label=f"_{pair}", **style)
             pooled.append(score(predicted * unit, true))
         error, rank = np.mean(pooled, axis=0)
-        heading(axes, title, f"mean of medians of relative errors {error:.2f}, of Spearman's ρ {rank:.2f}")
+        heading(axes, title, f"relative error {error:.2f}, Spearman's ρ {rank:.2f}")
         axes.set(xlim=(-0.4, 1.1), ylim=(-0.6, 1.6), xlabel="measured barrier of a set", ylabel="predicted")
-    figure.legend(*cells[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    point: dict[str, Any] = {"marker": "o", "markersize": 4, "linestyle": "none"}
+    figure.legend(
+        handles=[legend_line(kind, color=color, **point) for kind, color in colors.items()],
+        loc="outside lower left",
+        ncols=len(colors),
+    )
     return figure
 
 

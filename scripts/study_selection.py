@@ -11,13 +11,13 @@ the heaviest within the budget is taken, as carefully as ours. Shares of the par
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import typer
 from jaxtyping import Float, Int
-from study_expansions import Networks, Pair, make_pairs
+from study_expansions import Images, Networks, Only, Out, Pair, Siblings, Threads, make_pairs
 from tqdm.auto import tqdm
 
 from lmc_curvature import BarrierPrediction, measure_barrier, predict_barrier, select_layers
@@ -31,15 +31,15 @@ LEAST = 0.01
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where networks are kept.")] = Path("runs/study"),
-    siblings: Annotated[Path | None, typer.Option(help="CIFAR-10 siblings.")] = None,
-    images: Annotated[Path | None, typer.Option(help="CIFAR-10 as a folder of images.")] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Names of pairs.")] = None,
-    threads: Annotated[int, typer.Option(help="Threads to compute in.")] = 1,
+    out: Out = Path("runs/study"),
+    siblings: Siblings = None,
+    images: Images = None,
+    only: Only = None,
+    threads: Threads = 1,
 ) -> None:
     """Select, verify and compare."""
     torch.set_num_threads(threads)
-    pairs = {name: make for name, make in make_pairs(out, siblings, images).items() if not only or name in only}
+    pairs = make_pairs(out, siblings, images, only)
     rows = [row for name, make in tqdm(pairs.items(), desc="pairs") for row in compare(name, make)]
     print(table(rows), summary(rows), sep="\n\n")
 

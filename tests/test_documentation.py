@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_readme_runs_when_pasted_block_by_block(tmp_path, monkeypatch, capsys):
     # The experiment of the README takes minutes; the same name here stands for one that takes seconds.
     (tmp_path / "configs").mkdir()

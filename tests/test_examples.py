@@ -20,7 +20,7 @@ def test_every_example_is_run():
     assert [path.stem for path in EXAMPLES] == sorted(PRINTED)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_examples_run(path, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,7 @@ def draw_prediction(prediction: BarrierPrediction) -> Figure:
     Args:
         prediction: A result of `predict_barrier`.
     """
-    expansions = drawn_expansions(prediction)
+    expansions = prediction.expansions
     anchored = "anchored" in expansions
     # The legend below the curves takes 0.85 inches, and 0.6 more for anchors and errors.
     below = 0.85 + 0.6 * anchored
@@ -143,12 +143,6 @@ def error_lines(what: str = "") -> list[Line2D]:
         legend_line(f"{name} {what}".strip(), color=style["ecolor"], linewidth=style["elinewidth"])
         for name, style in kinds.items()
     ]
-
-
-def drawn_expansions(prediction: BarrierPrediction) -> list[Expansion]:
-    """The expansions of the whole network that differ: through anchors between the ends, two are the same curve."""
-    left_out = "hermite" if prediction.expansion == "anchored" else "anchored"
-    return [expansion for expansion in EXPANSION_PENS if expansion != left_out]
 
 
 def measured_bars(measurement: BarrierMeasurement, metric: str = "loss") -> Bars:

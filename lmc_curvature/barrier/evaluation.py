@@ -124,20 +124,18 @@ class ErrorWatch:
         """Evaluate a batch at all states."""
         if self._errors is None:
             return
-        values, weight = [], 0.0
-        with self._objective.numerics.exact():
-            for state in self._states:
-                _, output, target = self._objective.batch_evaluation(state, batch)
-                try:
-                    truth = Truth.of(self._objective.loss_fn, output, target, batch)
-                except OptionError:
-                    # It is no loss of classes.
-                    self._errors = None
-                    return
-                values.append(truth.error(output))
-                weight = truth.weight
+        try:
+            with self._objective.numerics.exact():
+                evaluations = (self._objective.batch_evaluation(state, batch)[1:] for state in self._states)
+                output, target = next(evaluations)
+                truth = Truth.of(self._objective.loss_fn, output, target, batch)
+                values = [truth.error(output), *(truth.error(other) for other, _ in evaluations)]
+        except OptionError:
+            # It is no loss of classes.
+            self._errors = None
+            return
         self._errors.append(torch.stack(values).double().cpu().numpy())
-        self._weights.append(weight)
+        self._weights.append(truth.weight)
 
     @property
     def errors(self) -> Float[np.ndarray, " states"] | None:

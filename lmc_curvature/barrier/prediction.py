@@ -190,6 +190,12 @@ class BarrierPrediction:
         """The formula that is meant by None."""
         return "anchored" if len(self.anchors) > 2 else "second-order"
 
+    @property
+    def expansions(self) -> tuple[Expansion, ...]:
+        """The expansions of the whole network that differ: with anchors between the ends, Hermite's is the anchored."""
+        left_out = "hermite" if self.expansion == "anchored" else "anchored"
+        return tuple(expansion for expansion in EXPANSIONS if expansion != left_out)
+
     @cached_property
     def _cube(self) -> Cube:
         return Cube(self.layers, self.anchors)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmc_curvature.averages import with_error
-from lmc_curvature.barrier.expansions import EXPANSIONS, Expansion
+from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.errors import counted
 
 if TYPE_CHECKING:
@@ -27,16 +27,13 @@ def summary(prediction: "BarrierPrediction") -> str:
     first, second = prediction.endpoints
     barriers = prediction.layer_barriers()
     highest = np.argsort(barriers, kind="stable")[::-1][:3]
-    # Of the whole network, the quintic through all anchors is the anchored curve.
-    left_out = "hermite" if prediction.expansion == "anchored" else "anchored"
-    expansions: list[Expansion] = [expansion for expansion in EXPANSIONS if expansion != left_out]
     positions = ", ".join(f"{anchor.alpha:.3g}" for anchor in prediction.anchors)
     lines = [
         f"Barrier predicted from {counted(prediction.examples, 'example')}, "
         f"{counted(len(prediction.layers), 'layer')}, anchors at {positions}, batch_norm={prediction.batch_norm!r}"
         + (" (differentiated through batch statistics)" if prediction.batch_norm == "recalibrate" else ""),
         f"  loss at the ends   {first.loss:.4g}, {second.loss:.4g}; distance {prediction.distance:.4g}",
-        *(f"  {expansion:<18} {_barrier(prediction, expansion)}" for expansion in expansions),
+        *(f"  {expansion:<18} {_barrier(prediction, expansion)}" for expansion in prediction.expansions),
         "  highest layers     " + ", ".join(f"{prediction.layers[index]} {barriers[index]:.4g}" for index in highest),
         *(f"  {note}" for note in prediction.notes),
         "Verdict: " + " ".join(verdict(prediction)),

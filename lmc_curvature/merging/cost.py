@@ -17,7 +17,7 @@ from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.curvature.problem import Method
 from lmc_curvature.errors import LoaderError, counted
 from lmc_curvature.objective import BatchNormPolicy
-from lmc_curvature.objective.batches import check_loader, loader_length
+from lmc_curvature.objective.loaders import check_loader, loader_length
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.segment import Frozen, PartitionSpec
 

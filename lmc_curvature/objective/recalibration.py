@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lmc_curvature.averages import standard_error, weighted_mean
 from lmc_curvature.errors import OptionError
-from lmc_curvature.objective.batches import Batch, check_loader, refuse_iterator
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.loaders import check_loader, refuse_iterator
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, statistic_names, tracked_modules
 

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
-from lmc_curvature.objective.batches import Batch, check_loader, loader_length, place_data, to_device, visit
+from lmc_curvature.objective.batches import Batch, place_data, to_device
 from lmc_curvature.objective.differentiable import plain_checkpoints
+from lmc_curvature.objective.loaders import check_loader, loader_length, visit
 from lmc_curvature.objective.losses import (
     BatchLoss,
     LossFunction,

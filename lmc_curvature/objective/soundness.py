@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.caches import check_caches
 from lmc_curvature.objective.cuts import warn_of_cuts, watch_cuts
 from lmc_curvature.objective.differentiable import plain_calls
-from lmc_curvature.objective.kept_values import check_kept_values
 from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
@@ -67,7 +67,7 @@ class Soundness:
 
         Raises:
             UnsupportedModelError: The loss is not a function of the state; see `check_soundness` and
-                `check_kept_values`.
+                `check_caches`.
             ArchitectureMismatchError: A twin computes something else; see `check_twin`.
         """
         # A batch in which nothing counts has no loss.
@@ -96,7 +96,7 @@ class Soundness:
         if self.batch_norm == "batch":
             self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
         policy, rounding = self.batch_norm, self.numerics.rounding
-        check_kept_values(self.pristine, self.network_loss, self.entries, batch, self.movable, self.normalization)
+        check_caches(self.pristine, self.network_loss, self.entries, batch, self.movable, self.normalization)
         for twin in self.twins:
             note = check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
             if note:

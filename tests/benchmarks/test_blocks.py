@@ -1,6 +1,9 @@
+import pytest
+
 from tests.support.benchmarking import INSTALLED, check_roads, rows, run
 
 
+@pytest.mark.check
 def test_the_last_layer(tmp_path):
     record = run("blocks", tmp_path, "--profile")
     roads = ["layer_hessian", "the same, method='products'", "HessianOperator.block", "torch.func.hessian"]

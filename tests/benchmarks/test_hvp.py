@@ -3,7 +3,7 @@ import pytest
 from tests.support.benchmarking import INSTALLED, check_roads, rows, run
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_one_product_and_several(tmp_path):
     record = run("hvp", tmp_path)
     one, many = rows(record, "one"), rows(record, "many")

@@ -5,7 +5,7 @@ import pytest
 from tests.support.benchmarking import check_roads, rows, run
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_products_and_dense_matrices(tmp_path):
     record = run("hvp_vs_exact", tmp_path)
     product, whole, layers = (rows(record, table) for table in ("product", "whole", "layers"))

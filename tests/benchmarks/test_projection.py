@@ -3,7 +3,7 @@ import pytest
 from tests.support.benchmarking import INSTALLED, check_roads, rows, run
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_every_road_and_the_first_call(tmp_path):
     record = run("projection", tmp_path, "--profile")
     own = ["sweep", "loop of products on a kept graph", "HessianOperator @ V", "loop of HessianOperator @ v", "vmap"]

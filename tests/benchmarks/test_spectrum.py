@@ -5,7 +5,7 @@ from tests.support.benchmarking import INSTALLED, check_roads, rows, run
 ROADS = ["top_eigenpairs", "SciPy's eigsh on HessianOperator.to_scipy()"]
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_eigenvalues_and_densities(tmp_path):
     record = run("spectrum", tmp_path)
     eigenvalues, densities = rows(record, "eigenvalues"), rows(record, "densities")

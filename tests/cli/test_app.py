@@ -261,7 +261,7 @@ def test_a_missing_device_is_named(run, checkpoints):
     assert "no CUDA device was found" in run("predict", *checkpoints, *COMMON, "--device", "cuda")[2]
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_fork_trace_and_figures_are_three_commands(run, tmp_path):
     (tmp_path / "config.yaml").write_text(SECONDS)
     out = tmp_path / "out"

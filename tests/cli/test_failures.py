@@ -314,6 +314,11 @@ def test_an_interrupt_of_long_work_says_how_it_continues(run, monkeypatch, tmp_p
     assert run(*command) == (130, "", line)
 
 
+def _heed_interrupts():
+    """What a shell starts in the background ignores them, and so would its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("module", ["typer", "lmc_curvature.cli.options", "torch"])
 def test_an_interrupt_of_the_first_imports_is_one_line(module):
     # What is imported before `main` runs is little: of the command line, what tells of interrupts.
@@ -329,7 +334,8 @@ sys.meta_path.insert(0, Interrupt())
 from lmc_curvature.cli import main
 main(["measure", "a", "b", "--model", "resnet20", "--data", "digits"])
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    command, options = [sys.executable, "-c", program], {"capture_output": True, "text": True, "check": False}
+    done = subprocess.run(command, preexec_fn=_heed_interrupts, **options)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted.\n")
 
 
@@ -345,9 +351,8 @@ def test_an_interrupt_of_several_processes_is_one_line(config, tmp_path):
     for sent_after in (0.0, 4.0):
         command = [sys.executable, "-m", "lmc_curvature", "fork", config, "--out", tmp_path / f"out{sent_after}"]
         command += ["--workers", "3", "--no-progress"]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        ) as process:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, start_new_session=True, preexec_fn=_heed_interrupts, **pipes) as process:
             trains = tmp_path / f"out{sent_after}" / "parent" / "manifest.json"
             deadline = time.monotonic() + 60
             while not trains.exists() and time.monotonic() < deadline:

@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmc_curvature import merge
-from lmc_curvature.cli import main
 from lmc_curvature.merging.checking import check_checkpoints
 from lmc_curvature.sources.data import load_data
 from lmc_curvature.sources.resnets import digits_resnet
@@ -27,19 +26,6 @@ def paths(networks, tmp_path):
     save_file(networks[0].state_dict(), tmp_path / "a.safetensors")
     torch.save({"state_dict": networks[1].state_dict()}, tmp_path / "b.pt")
     return tmp_path / "a.safetensors", tmp_path / "b.pt"
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line; returns exit status, standard output and standard error."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 def _same(path, network):
@@ -133,7 +119,7 @@ def test_check_says_whether_two_files_can_be_averaged(run, networks, paths, tmp_
     assert "conv.weight: shape (2, 1, 3, 3) in" in err
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_check_tells_what_a_prediction_costs(run, paths):
     _, out, _ = run("check", *paths, *MODEL, *DATA, "--batch-size", 25, "--json")
     cost = json.loads(out)["cost"]

@@ -77,7 +77,7 @@ def test_every_figure_is_written_in_both_formats(traced, tmp_path):
     assert all(path.read_bytes().startswith({".png": b"\x89PNG", ".pdf": b"%PDF"}[path.suffix]) for path in paths)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_what_was_not_traced_is_left_out_with_a_warning(copy):
     never = {**SETTINGS["trace"], "layers": "never", "cumulative": "never", "test": False}
     run_forks(ForkConfig(**{**SETTINGS, "trace": never}), copy, progress=False)

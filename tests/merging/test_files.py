@@ -260,7 +260,7 @@ print(status("VmHWM") - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are reset by Linux alone")
 @pytest.mark.parametrize("what", ["all", "some"])
 @pytest.mark.parametrize("save", [save_file, torch.save])

@@ -48,7 +48,7 @@ def test_no_other_point_is_predicted_lower(seed):
         assert "below zero" in str(found)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_measured_points_are_plain_networks():
     prediction = predict_barrier(*MODELS, LOADER, progress=False)
     found = best_point(prediction).verify(*MODELS, LOADER, measurements=3, held_out=OTHERS, progress=False)

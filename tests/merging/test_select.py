@@ -125,7 +125,7 @@ def knapsack(weights, energies, most):
     return int(np.flatnonzero(least <= most + 1e-12).max())
 
 
-@pytest.mark.parametrize(("count", "base"), [(18, "a"), (24, "b"), pytest.param(40, "mean", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("count", "base"), [(18, "a"), (24, "b"), pytest.param(40, "mean", marks=pytest.mark.check)])
 def test_where_rises_add_up_the_selection_is_that_of_a_knapsack(count, base):
     rng = np.random.default_rng(count)
     weights, energies = rng.integers(1, 30, count), rng.integers(1, 50, count) / 100
@@ -210,7 +210,7 @@ def test_the_curve_holds_what_every_budget_selects():
     assert np.abs(curve["rise"] - selection.rise).min() < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_the_curve_of_many_layers_is_searched():
     rng = np.random.default_rng(1)
     prediction = additive(rng.integers(1, 30, 22), rng.integers(1, 50, 22) / 100)

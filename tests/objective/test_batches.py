@@ -4,37 +4,26 @@ import re
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lmc_curvature.errors import LoaderError
 from lmc_curvature.objective.batches import (
     Batch,
     check_first_axes,
-    check_loader,
     count_examples,
     describe,
     first_rows,
-    loader_length,
     map_tensors,
     place_data,
-    refuse_iterator,
     tensors_in,
     to_device,
 )
-from tests.support.networks import rng_states
 
 Pair = namedtuple("Pair", ["x", "y"])
 X, Y = torch.zeros(5, 2), torch.zeros(5, dtype=torch.int64)
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter(X)
 
 
 def test_long_mappings_are_described_by_their_first_keys():
@@ -130,52 +119,6 @@ def test_tensors_are_found_in_their_order():
     assert [tensor.shape for tensor in tensors_in({"a": [Y, "text"], "b": Pair(3, X)})] == [Y.shape, X.shape]
     assert Batch(4, 5, (X, Y)).kind == (X.shape, Y.shape)
     assert Batch(4, 5, ["text"]).kind == (4,)
-
-
-@pytest.mark.parametrize(
-    ("loader", "message"),
-    [
-        (5, "loader is an object of type int; expected an iterable.*DataLoader"),
-        (TensorDataset(X, Y), r"data set \(TensorDataset\), which yields examples.*DataLoader\(dataset"),
-    ],
-)
-def test_what_yields_no_batches_is_no_loader(loader, message):
-    with pytest.raises(LoaderError, match=message):
-        check_loader(loader, None)
-
-
-@pytest.mark.parametrize("loader", [[X], (x for x in X), Stream(), DataLoader(TensorDataset(X))])
-def test_what_can_be_iterated_over_is_a_loader(loader):
-    check_loader(loader, None)
-
-
-@pytest.mark.parametrize(
-    ("loader", "max_batches", "length"),
-    [
-        ([1, 2, 3], None, 3),
-        ([1, 2, 3], 2, 2),
-        ([1, 2, 3], 9, 3),
-        (count(), None, None),
-        (count(), 4, 4),
-        (DataLoader(Stream()), None, None),
-        (DataLoader(TensorDataset(X, Y), batch_size=2), None, 3),
-    ],
-)
-def test_length_of_a_visit(loader, max_batches, length):
-    assert loader_length(loader, max_batches) == length
-
-
-@pytest.mark.parametrize("loader", [iter([X]), (x for x in X), map(len, X)])
-def test_iterators_are_refused_with_the_reason(loader):
-    with pytest.raises(LoaderError, match="^because, and an iterator can be visited only once: pass a list or a DataL"):
-        refuse_iterator(loader, "because")
-
-
-@pytest.mark.parametrize("loader", [[X], DataLoader(TensorDataset(X), shuffle=True), range(3)])
-def test_what_can_be_visited_again_is_not_started(loader):
-    before = rng_states()
-    refuse_iterator(loader, "because")
-    assert rng_states() == before
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_two_configurations_of_one_name_are_refused(reproduce, tmp_path):
         reproduce.module.main([tmp_path / "small.yaml", tmp_path / "other" / "small.yaml"], tmp_path)
 
 
+@pytest.mark.check
 def test_a_configuration_that_diverges_does_not_stop_the_others(reproduce, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(reproduce.module, "draw_all", lambda *paths, **options: drawn.append(paths) or ())

@@ -14,8 +14,8 @@ from lmc_curvature.forking.directory import create_directory
 from lmc_curvature.tracing import read_traces, trace_forks
 from tests.support.experiments import contents
 
-# All of them together take seconds.
-pytestmark = pytest.mark.slow
+# Experiments are trained and traced, end to end.
+pytestmark = pytest.mark.check
 
 
 def tabled(path):

@@ -21,7 +21,7 @@ _LEAST_EXAMPLES = 16
 _SHIFT = 2.0**-4
 
 
-def check_kept_values(
+def check_caches(
     pristine: nn.Module,
     network_loss: NetworkLoss,
     state: State,
@@ -128,7 +128,7 @@ def _shifted(tensor: Tensor, generator: torch.Generator) -> Tensor:
 def _differ(kept: tuple[Tensor, Any], new: tuple[Tensor, Any]) -> bool:
     (found, output), (expected, _) = kept, new
     rounding, floor = torch.finfo(expected.dtype).eps, _floor(output)
-    return not near("kept values", found, expected, rounding=rounding, scale=expected.abs(), floor=floor)
+    return not near("caches", found, expected, rounding=rounding, scale=expected.abs(), floor=floor)
 
 
 def _floor(output: Any) -> float:
