@@ -10,6 +10,8 @@ BENCH_OPTIONS ?= --quick
 
 # Each process takes a run of neighbouring tests, which share what their file makes once, and later some of the other's.
 PYTEST := -m pytest -n auto --dist worksteal
+# Shapes written in signatures are checked against every call the tests make, which takes twice the time.
+TYPED := --jaxtyping-packages=lmc_curvature,beartype.beartype
 
 .PHONY: demo quick test check test-oldest lint bench clean
 
@@ -23,9 +25,11 @@ quick: lint
 test: lint
 	$(BIN)/python $(PYTEST) -m 'not check'
 
-# End to end, and many networks. What the tests of a file share takes long here, so they stay in one process.
+# End to end, and many networks; what the tests of a file share takes long here, so they stay in one process. Then all
+# other tests with the shapes of what they call.
 check: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m check
+	$(BIN)/python -m pytest -n auto --dist loadfile $(TYPED) -m check
+	$(BIN)/python $(PYTEST) $(TYPED) -m 'not check'
 
 # With the lowest versions of its dependencies that the project allows.
 test-oldest: $(OLDEST)/.installed

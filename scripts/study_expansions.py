@@ -27,19 +27,29 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lmc_curvature import BarrierMeasurement, BarrierPrediction, forking, measure_barrier, predict_barrier
+from lmc_curvature import (
+    BarrierMeasurement,
+    BarrierPrediction,
+    LayerPartition,
+    forking,
+    measure_barrier,
+    predict_barrier,
+)
 from lmc_curvature.averages import rank_correlation
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.cli.demo import CONFIG
 from lmc_curvature.figures import save_figure
+from lmc_curvature.merging.residuals import Correction
+from lmc_curvature.merging.rises import points_of
 from lmc_curvature.plotting.axes import heading, legend_line
 from lmc_curvature.plotting.style import GREY, TEXT_WIDTH, look, new_figure
-from lmc_curvature.sources import load_data, make_model
+from lmc_curvature.sources import ImageDataset, load_data, make_model
 
 Networks = tuple[nn.Module, nn.Module]
 Pair = tuple[Networks, Iterable[Any]]
 
 ANCHORS = 9
+EXAMPLES = 768
 SETS = 60
 # Barriers below are nothing to be relative to.
 FLOOR = 1e-4
@@ -77,18 +87,16 @@ def results(folder: Path, make: Callable[[], Pair]) -> tuple[BarrierPrediction, 
     if not all(path.exists() for path in paths):
         networks, loader = make()
         batches = list(loader)
-        prediction = predict_barrier(*networks, batches, anchors=ANCHORS)
-        sets = [prediction.layers[i : i + 1] for i in range(len(prediction.layers))]
-        sets += [tuple(np.array(prediction.layers)[row]) for row in random_sets(len(prediction.layers))]
-        measured = measure_barrier(*networks, batches, sets=sets, alphas=[0, 0.5, 1], metrics=("loss",))
-        curve = measure_barrier(*networks, batches, alphas=21, metrics=("loss",))
-        for path, result in zip(paths, (prediction, measured, curve), strict=True):
-            result.save(path)
-    prediction, (measured, curve) = (
-        BarrierPrediction.load(paths[0]),
-        [BarrierMeasurement.load(path) for path in paths[1:]],
-    )
-    return prediction, measured, curve
+        if not paths[0].exists():
+            predict_barrier(*networks, batches, anchors=ANCHORS).save(paths[0])
+        if not paths[1].exists():
+            names = np.array(LayerPartition.of(networks[0]).names)
+            sets = [tuple(names[row]) for row in (*np.eye(len(names), dtype=bool), *random_sets(len(names)))]
+            measure_barrier(*networks, batches, sets=sets, alphas=[0, 0.5, 1], metrics=("loss",)).save(paths[1])
+        if not paths[2].exists():
+            measure_barrier(*networks, batches, alphas=21, metrics=("loss",)).save(paths[2])
+    sets, curve = (BarrierMeasurement.load(path) for path in paths[1:])
+    return BarrierPrediction.load(paths[0]), sets, curve
 
 
 def random_sets(layers: int, seed: int = 0) -> Bool[np.ndarray, "sets layers"]:
@@ -104,32 +112,33 @@ def random_sets(layers: int, seed: int = 0) -> Bool[np.ndarray, "sets layers"]:
 
 
 def make_pairs(
-    out: Path, siblings: Path | None, images: Path | None, only: list[str] | None = None
+    out: Path, siblings: Path | None, images: Path | None, only: list[str] | None = None, examples: int = EXAMPLES
 ) -> dict[str, Callable[[], Pair]]:
-    """Names of the pairs, all or those that were named, each with what makes it."""
+    """Names of the pairs, all or those that were named, each with what makes it; of the examples, at most so many."""
     pairs: dict[str, Callable[[], Pair]] = {}
     for fork in CONFIG.fork_epochs:
-        pairs[f"digits, fork {fork}"] = lambda fork=fork: digits(out / "forks", fork)
+        pairs[f"digits, fork {fork}"] = lambda fork=fork: digits(out / "forks", fork, examples)
     if siblings is not None and images is not None:
         for fork in FORKS:
-            pairs[f"CIFAR-10, fork {fork}"] = lambda fork=fork: cifar10(siblings, images, fork, 160)
+            pairs[f"CIFAR-10, fork {fork}"] = lambda fork=fork: cifar10(siblings, images, fork, 160, examples)
         for epoch in (20, 80):
-            pairs[f"CIFAR-10, fork 15, epoch {epoch}"] = lambda epoch=epoch: cifar10(siblings, images, 15, epoch)
-    pairs["no normalisation, late fork"] = lambda: without_normalisation(common_epochs=4)
-    pairs["no normalisation, different initialisations"] = lambda: without_normalisation(common_epochs=0)
+            name = f"CIFAR-10, fork 15, epoch {epoch}"
+            pairs[name] = lambda epoch=epoch: cifar10(siblings, images, 15, epoch, examples)
+    pairs["no normalisation, late fork"] = lambda: without_normalisation(4, examples)
+    pairs["no normalisation, different initialisations"] = lambda: without_normalisation(0, examples)
     for steps in (0, 100, 400):
-        pairs[f"language model, fork at step {steps}"] = lambda steps=steps: language_models(steps)
+        pairs[f"language model, fork at step {steps}"] = lambda steps=steps: language_models(steps, examples // 16)
     return {name: make for name, make in pairs.items() if not only or name in only}
 
 
-def digits(forks: Path, fork: int) -> Pair:
+def digits(forks: Path, fork: int, examples: int) -> Pair:
     """Children of the demo's experiment on digits."""
     forking.run_forks(CONFIG, forks)
     first, second = (forking.load_child(forks, fork, child) for child in (0, 1))
-    return (first, second), forking.load_fork_data(forks).subset(768).batches(256)
+    return (first, second), _first(forking.load_fork_data(forks), examples)
 
 
-def cifar10(siblings: Path, images: Path, fork: int, epoch: int) -> Pair:
+def cifar10(siblings: Path, images: Path, fork: int, epoch: int, examples: int) -> Pair:
     """Children of ResNet-20 trained on CIFAR-10 for 160 epochs, at the end or on the way."""
     last = epoch == 160
     networks = []
@@ -142,10 +151,10 @@ def cifar10(siblings: Path, images: Path, fork: int, epoch: int) -> Pair:
         counters = {name: tensor for name, tensor in network.state_dict().items() if name.endswith("batches_tracked")}
         network.load_state_dict(counters | state)
         networks.append(network)
-    return (networks[0], networks[1]), load_data(images, limit=768).batches(128)
+    return (networks[0], networks[1]), load_data(images, limit=examples).batches(128)
 
 
-def without_normalisation(common_epochs: int) -> Pair:
+def without_normalisation(common_epochs: int, examples: int) -> Pair:
     """Small convolutional networks without normalisation on digits: siblings, or of different initialisations."""
     data = load_data("digits")
     x, y = (torch.cat(parts) for parts in zip(*data.batches(512), strict=True))
@@ -171,7 +180,11 @@ def without_normalisation(common_epochs: int) -> Pair:
         networks = [train(copy.deepcopy(parent), seed, 12 - common_epochs) for seed in (1, 2)]
     else:
         networks = [train(fresh(seed), seed, 12) for seed in (1, 2)]
-    return (networks[0], networks[1]), data.subset(768).batches(256)
+    return (networks[0], networks[1]), _first(data, examples)
+
+
+def _first(data: ImageDataset, examples: int) -> Iterable[Any]:
+    return data.subset(min(examples, len(data))).batches(256)
 
 
 class LanguageModel(nn.Module):
@@ -198,7 +211,7 @@ class LanguageModel(nn.Module):
         return self.head(self.norm(h)).transpose(1, 2)
 
 
-def language_models(common_steps: int) -> Pair:
+def language_models(common_steps: int, sequences: int) -> Pair:
     """Small language models on the help topics that come with Python, forked after some common steps."""
     import pydoc_data.topics
 
@@ -221,7 +234,7 @@ def language_models(common_steps: int) -> Pair:
     torch.manual_seed(0)
     parent = train(LanguageModel(len(places)), 99, common_steps)
     first, second = (train(copy.deepcopy(parent), seed, 700).eval() for seed in (1, 2))
-    rows = torch.randint(count, (48,), generator=torch.Generator().manual_seed(5))
+    rows = torch.randint(count, (sequences,), generator=torch.Generator().manual_seed(5))
     return (first, second), [(x[part], y[part]) for part in rows.split(16)]
 
 
@@ -264,6 +277,18 @@ def rival(measured: BarrierMeasurement, layers: int, count: int, distances: Floa
     return score(best[1], values[unknown])
 
 
+def corrected(prediction: BarrierPrediction, measured: BarrierMeasurement, count: int) -> Score:
+    """Sets that were not measured, predicted and corrected by `count` that were, both of whose sides are known."""
+    layers = len(prediction.layers)
+    rises = measured.sides()[layers:, 1] - np.mean(measured.ends())
+    near, far = points_of(random_sets(layers), "mean")
+    known = Correction.of(prediction).extended(
+        np.concatenate([near[:count], far[:count]]), rises[:count].T.ravel(), np.zeros(2 * count)
+    )
+    found = (known.at(near[count:])[0] + known.at(far[count:])[0]) / 2
+    return score(found, measured.layer_curves()[layers + count :, 1])
+
+
 def tables(found: Results) -> dict[str, str]:
     """Title to table."""
     columns = list(found)
@@ -288,6 +313,8 @@ def tables(found: Results) -> dict[str, str]:
                 stated = prediction.set_expansion_errors(members)[L:]
                 off = np.abs(predicted - true)[L:]
                 errors.setdefault(name, {})[pair] = (float((off <= stated).mean()), float(np.median(stated / off)))
+    name = "anchored, 5 anchors, and 10 sets measured, on the others"
+    sets[name] = {pair: corrected(with_anchors(nine, 5), measured, 10) for pair, (nine, measured, _) in found.items()}
     for count in (3, 5):
         measurable = count * SWEEP_F // 2
         for pair, (nine, measured, _) in found.items():

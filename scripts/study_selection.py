@@ -5,10 +5,12 @@
 The pairs are those of `study_expansions.py`. Half of every batch is for choosing, the other half is held out. Budgets
 are parts of the measured barrier of the whole network at α = 1/2. A selection has three anchors and ten measurements.
 Its rivals order the layers by a score for each parameter and average the first k of them: by squared distance, by
-Hessian energy, or by the least increase of the second-order barrier. All their L sets are measured, for both bases, and
-the heaviest within the budget is taken, as carefully as ours. Shares of the parameters are printed in Markdown.
+Hessian energy, or by the least increase of the second-order barrier. The largest k within the budget is found by
+bisection, for both bases, with as many measurements and as carefully as ours. Rows go to --out, a pair is not computed
+again, and shares of the parameters are printed in Markdown.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,8 @@ from lmc_curvature.merging import Verification
 from lmc_curvature.merging.rises import points_of
 
 BUDGETS = (0.1, 0.25, 0.5)
-MEASUREMENTS, CAUTION, BATCH = 10, 1.5, 32
+EXAMPLES, BATCH = 2048, 32
+MEASUREMENTS, CAUTION = 10, 2.0
 # Whole networks with a lower barrier than this part of the mean loss have nothing to choose.
 LEAST = 0.01
 
@@ -39,9 +42,19 @@ def main(
 ) -> None:
     """Select, verify and compare."""
     torch.set_num_threads(threads)
-    pairs = make_pairs(out, siblings, images, only)
-    rows = [row for name, make in tqdm(pairs.items(), desc="pairs") for row in compare(name, make)]
+    pairs = make_pairs(out, siblings, images, only, EXAMPLES)
+    rows = [row for name, make in tqdm(pairs.items(), desc="pairs") for row in rows_of(out / name, make)]
     print(table(rows), summary(rows), sep="\n\n")
+
+
+def rows_of(folder: Path, make: Callable[[], Pair]) -> list[dict[str, Any]]:
+    """The rows of a pair, computed or from the file that they were written to."""
+    path = folder / "selections.json"
+    if not path.exists():
+        rows = compare(folder.name, make)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1))
+    return json.loads(path.read_text())
 
 
 def compare(name: str, make: Callable[[], Pair]) -> list[dict[str, Any]]:
@@ -52,14 +65,14 @@ def compare(name: str, make: Callable[[], Pair]) -> list[dict[str, Any]]:
     whole = measure_barrier(*networks, chosen_on, alphas=[0.5], metrics=("loss",), progress=False)
     if whole.barrier() < LEAST * np.mean(whole.ends()):
         return []
-    rivals = {rule: prefixes(networks, chosen_on, prediction, order) for rule, order in orders(prediction).items()}
+    orders = orders_of(prediction)
     rows = []
     for part in BUDGETS:
         budget = part * whole.barrier()
         found = select_layers(prediction, budget).verify(
             *networks, chosen_on, measurements=MEASUREMENTS, held_out=held_out, caution=CAUTION, progress=False
         )
-        heaviest = {rule: within(*measured, budget) for rule, measured in rivals.items()}
+        heaviest = {rule: greedy(networks, chosen_on, prediction, order, budget) for rule, order in orders.items()}
         rows.append({"pair": name, "budget": budget, **ours(found), **heaviest})
     return rows
 
@@ -100,7 +113,7 @@ def _part(batch: Any, rows: slice) -> Any:
     return tuple(_part(each, rows) for each in batch)
 
 
-def orders(prediction: BarrierPrediction) -> dict[str, Int[np.ndarray, " L"]]:
+def orders_of(prediction: BarrierPrediction) -> dict[str, Int[np.ndarray, " L"]]:
     """Rules by name, each with the layers in the order in which it averages them."""
     assert prediction.parameters is not None
     sizes = prediction.parameters
@@ -120,24 +133,35 @@ def growing(prediction: BarrierPrediction, sizes: Int[np.ndarray, " L"]) -> Int[
     return np.array(order)
 
 
-def prefixes(
-    networks: Networks, batches: Sequence[Any], prediction: BarrierPrediction, order: Int[np.ndarray, " L"]
-) -> tuple[Float[np.ndarray, " sets"], Float[np.ndarray, " sets"]]:
-    """Shares of the parameters of the first k layers of an order, and their measured rises, carefully."""
+def greedy(
+    networks: Networks,
+    batches: Sequence[Any],
+    prediction: BarrierPrediction,
+    order: Int[np.ndarray, " L"],
+    budget: float,
+) -> float:
+    """The largest share of the parameters, over both bases, of the first k layers of an order within a budget."""
     assert prediction.parameters is not None
-    members = np.zeros((len(order) + 1, len(order)), dtype=bool)
-    for count in range(len(order)):
-        members[count + 1 :, order[count]] = True
-    points = np.concatenate([each for base in ("a", "b") for each in points_of(members, base)])
-    named = [dict(zip(prediction.layers, point, strict=True)) for point in points.tolist()]
-    measured = measure_barrier(*networks, batches, points=named, alphas=[0.5], metrics=("loss",), progress=False)
-    careful = measured.rises() + CAUTION * np.nan_to_num(measured.rise_errors())
-    return np.tile(members @ prediction.parameters / prediction.parameters.sum(), 2), careful
+    heaviest = 0
+    for base in ("a", "b"):
+        least, most = 0, len(order)
+        for _ in range(MEASUREMENTS // 2):
+            if most - least > 1:
+                count = (least + most) // 2
+                members = np.isin(np.arange(len(order)), order[:count])
+                inside = rise(networks, batches, prediction, points_of(members, base)[0]) <= budget
+                least, most = (count, most) if inside else (least, count)
+        heaviest = max(heaviest, prediction.parameters[order[:least]].sum())
+    return float(heaviest / prediction.parameters.sum())
 
 
-def within(shares: Float[np.ndarray, " sets"], rises: Float[np.ndarray, " sets"], budget: float) -> float:
-    """The largest share within a budget."""
-    return float(shares[rises <= budget].max(initial=0.0))
+def rise(
+    networks: Networks, batches: Sequence[Any], prediction: BarrierPrediction, point: Float[np.ndarray, " L"]
+) -> float:
+    """The rise measured at a point of the cube, carefully."""
+    named = dict(zip(prediction.layers, point.tolist(), strict=True))
+    measured = measure_barrier(*networks, batches, points=[named], alphas=[0.5], metrics=("loss",), progress=False)
+    return float(measured.rises()[0] + CAUTION * np.nan_to_num(measured.rise_errors()[0]))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -254,7 +254,7 @@ class Selection:
         *,
         measurements: int = 10,
         held_out: Iterable[Any] | None = None,
-        caution: float | int = 1.5,
+        caution: float | int = 2.0,
         **options: Any,
     ) -> "Verification":
         """Measure the selected set, and repair the selection by what is learned; see `verify_selection`."""

@@ -345,7 +345,7 @@ def config(tmp_path):
     return tmp_path / "config.yaml"
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_an_interrupt_of_several_processes_is_one_line(config, tmp_path):
     # Ctrl-C reaches all processes of a terminal, at once: those that train, and those that are still importing.
     for sent_after in (0.0, 4.0):

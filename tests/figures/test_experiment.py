@@ -59,7 +59,7 @@ def traced(trained, tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_every_figure_is_drawn(traced, recwarn):
     figures = list(draw_traces(read_traces(traced), progress=False))
     assert sorted(name for name, _ in figures) == sorted(NAMES)

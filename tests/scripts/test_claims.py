@@ -11,8 +11,8 @@ import pytest
 from lmc_curvature.forking import ForkConfig, run_forks
 from lmc_curvature.tracing import trace_forks
 
-# All of them together take seconds.
-pytestmark = pytest.mark.slow
+# An experiment is trained and traced first.
+pytestmark = pytest.mark.check
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "claims.py"
 
