@@ -84,8 +84,6 @@ def select(
     positions, options = anchor_positions(anchors), comparison.computation()
     networks = comparison.networks()
     _check_layers(comparison, networks[0], question)
-    if out is not None:
-        _check_mergeable(comparison, networks[0])
     loader = comparison.batches()
     if batch_norm == "recalibrate" and options["recalibration"] is None:
         # On held-out data, too, the merged network has the statistics of these.
@@ -162,14 +160,6 @@ def _check_layers(comparison: Comparison, network: "nn.Module", question: dict[s
     names = LayerPartition.of(network, comparison.layers, batch_norm=comparison.batch_norm).names
     for members in (question["required"], question["excluded"]):
         layer_indices(names, members)
-
-
-def _check_mergeable(comparison: Comparison, network: "nn.Module") -> None:
-    """Refuse by the headers of the files what could not be merged in the end."""
-    from lmc_curvature.merging.files import plan_merge
-
-    options = {"key": comparison.key, "strip_prefix": comparison.strip_prefix, "partition": comparison.layers}
-    plan_merge(comparison.a, comparison.b, network, **options)
 
 
 def _check_visits(measurements: int, *loaders: Iterable[Any] | None) -> None:
