@@ -34,8 +34,8 @@ def conclusion(selection: "Selection", verification: "Verification | None", caut
         predicted += f", off by up to {selection.expansion_error:.2g} (expansion)"
     found = [
         f"{_what(selection)}.",
-        f"The merged network's loss is predicted to be above the mean of the two by {predicted}; the budget is "
-        f"{selection.budget:.3g}.",
+        f"The rise of the merged network's loss above the mean of the two is predicted to be {predicted}; the budget "
+        f"is {selection.budget:.3g}.",
     ]
     if verification is None:
         return [*found, "Nothing was measured: --measurements 10 does."]
