@@ -20,10 +20,13 @@ from lmc_curvature.cli.options import (
     ForkDir,
     OtherData,
     Progress,
+    Witness,
     Workers,
     with_comparison,
 )
 from lmc_curvature.cli.parsing import anchor_positions, metric_names
+from lmc_curvature.cli.printing import show
+from lmc_curvature.cli.select import register as register_select
 from lmc_curvature.errors import OptionError
 
 if TYPE_CHECKING:
@@ -54,7 +57,7 @@ def demo(
     from lmc_curvature.cli.tables import demo_tables
 
     result = run_demo(out, device=device, progress=progress)
-    _print(*demo_tables(result), *(f"drawn: {path}" for path in result.figures))
+    show(*demo_tables(result), *(f"drawn: {path}" for path in result.figures))
 
 
 @app.command()
@@ -74,7 +77,7 @@ def fork(
 
     plan = load_config(config, **({} if data is None else {"data": data}))
     run_forks(plan, out, device=device, workers=workers, tensorboard=tensorboard, progress=progress)
-    _print(f"trained: {out}; next: lmc-curvature trace {out}")
+    show(f"trained: {out}; next: lmc-curvature trace {out}")
 
 
 @app.command()
@@ -88,7 +91,7 @@ def trace(
     from lmc_curvature.tracing import trace_forks
 
     traces = trace_forks(directory, data=data, device=device, workers=workers, progress=progress)
-    _print(*trace_tables(traces), f"tables: {directory / 'traces'}; next: lmc-curvature figures {directory}")
+    show(*trace_tables(traces), f"tables: {directory / 'traces'}; next: lmc-curvature figures {directory}")
 
 
 @app.command()
@@ -103,7 +106,7 @@ def figures(
     _check_writable(out)
     from lmc_curvature.figures.experiment import draw_all
 
-    _print(*(f"drawn: {path}" for path in draw_all(directory, out, progress=progress)))
+    show(*(f"drawn: {path}" for path in draw_all(directory, out, progress=progress)))
 
 
 @app.command()
@@ -112,9 +115,7 @@ def figures(
 def predict(
     comparison: Comparison,
     anchors: Anchors = "3",
-    witness: Annotated[
-        bool, typer.Option("--witness/--no-witness", help="Compare derivatives with differences of the loss first.")
-    ] = True,
+    witness: Witness = True,
 ) -> None:
     """Predict the barrier between networks A and B from the curvature at anchors from one to the other."""
     from lmc_curvature import LayerPartition, predict_barrier
@@ -168,6 +169,7 @@ def measure(
     _answer(comparison, measurement, measurement_record(measurement) | provenance, *tables)
 
 
+register_select(app)
 register_file_commands(app)
 
 
@@ -196,7 +198,7 @@ def _answer(
             print(json.dumps(record, indent=2), flush=True)
         else:
             # What a person reads last is the verdict.
-            _print(*tables, str(result))
+            show(*tables, str(result))
     finally:
         with saving():
             if comparison.save is not None:
@@ -214,14 +216,3 @@ def _check_writable(*directories: Path | None) -> None:
     for directory in directories:
         if directory is not None:
             check_writable(directory)
-
-
-def _print(*things: Any) -> None:
-    from rich.console import Console
-
-    console = Console()
-    # A pipe has no width; do not wrap what a program or a log file reads.
-    if not console.is_terminal:
-        console = Console(width=160)
-    for thing in things:
-        console.print(thing, highlight=False, markup=False)

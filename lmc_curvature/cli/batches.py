@@ -10,13 +10,16 @@ import torch
 
 from lmc_curvature.cli.parsing import image_options
 from lmc_curvature.errors import DataError, OptionError
-from lmc_curvature.sources import transformed_folder
+from lmc_curvature.sources import Batches, transformed_folder
 from lmc_curvature.sources.augmentation import Crops
 from lmc_curvature.sources.data import is_image_folder, load_data
 from lmc_curvature.sources.models import import_function
 
 if TYPE_CHECKING:
     from lmc_curvature.cli.options import Comparison
+    from lmc_curvature.sources import Split
+
+_PREPARATION = ("mean", "std", "resize", "transform")
 
 
 def make_batches(comparison: "Comparison", *, augment: bool = False) -> Iterable[Any]:
@@ -29,7 +32,7 @@ def make_batches(comparison: "Comparison", *, augment: bool = False) -> Iterable
     Raises:
         LMCCurvatureError: There is no such data set or factory, or an option does not go with it.
     """
-    if not _is_named(comparison.data):
+    if not is_known_by_name(comparison.data):
         return _own_batches(comparison)
     is_folder = is_image_folder(comparison.data)
     if comparison.transform is not None:
@@ -57,14 +60,25 @@ def make_recalibration_batches(comparison: "Comparison") -> Iterable[Any] | None
     Raises:
         LMCCurvatureError: There is no such data set or factory, or an option does not go with it.
     """
-    if comparison.recalibration is None and not _is_named(comparison.data):
+    if comparison.recalibration is None and not is_known_by_name(comparison.data):
         return None
     data = comparison.recalibration or comparison.data
     augmentation = comparison.augmentation or ("none" if data == "digits" else "crop-flip")
     return make_batches(dataclasses.replace(comparison, data=data, split="train"), augment=augmentation == "crop-flip")
 
 
-def _is_named(data: str) -> bool:
+def with_other_data(comparison: "Comparison", data: str, split: "Split", loader: Iterable[Any]) -> "Comparison":
+    """The options for other data, of which images are prepared as those of the loader are."""
+    prepared: dict[str, Any] = {}
+    if not is_known_by_name(data):
+        prepared = dict.fromkeys(_PREPARATION)
+    elif isinstance(loader, Batches):
+        statistics = {"mean": loader.dataset.mean, "std": loader.dataset.std}
+        prepared = {name: ",".join(map(repr, values.tolist())) for name, values in statistics.items()}
+    return dataclasses.replace(comparison, data=data, split=split, **prepared)
+
+
+def is_known_by_name(data: str) -> bool:
     """Whether data are a data set known by name, and not a function that makes a loader."""
     module, colon, _ = data.partition(":")
     # A path may hold a colon, too; an existing folder is meant as such, and cifar10:ROOT is a data set.
@@ -72,7 +86,7 @@ def _is_named(data: str) -> bool:
 
 
 def _own_batches(comparison: "Comparison") -> Iterable[Any]:
-    for name in ("mean", "std", "resize", "transform"):
+    for name in _PREPARATION:
         if getattr(comparison, name) is not None:
             raise OptionError(f"--{name} is for images known by name; {comparison.data} makes its own loader.")
     make_loader = import_function(comparison.data, what=f"--data {comparison.data}")

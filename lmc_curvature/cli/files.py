@@ -6,7 +6,7 @@ As in `app`, the library is imported inside the commands.
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,10 +14,13 @@ import typer
 
 from lmc_curvature.cli.failures import one_message
 from lmc_curvature.cli.options import Comparison
+from lmc_curvature.cli.parsing import names_in
 from lmc_curvature.errors import OptionError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from lmc_curvature.merging.files import MergePlan
 
 Partition = Annotated[
     str | None,
@@ -57,30 +60,22 @@ def merge(
 ) -> None:
     """Write the average of networks A and B, of all their layers or of some, to a safetensors file."""
     for option, path in (("--out", out), ("--mergekit", mergekit)):
-        _check_output(option, path, files, force=force)
+        check_new_file(option, path, files, force=force)
     coordinate = _coordinates(alpha or [])
-    members = None if layers is None else [name.strip() for name in layers.split(",") if name.strip()]
-    if members == []:
-        raise OptionError(f"--layers {layers!r} names no layer; expected names with commas between them: A,B.")
+    members = names_in("--layers", layers)
     if batch_norm == "recalibrate" and not (files.model and files.data):
         raise OptionError("--batch-norm recalibrate evaluates the networks: give --model and --data.")
-    from lmc_curvature.merging.files import merge_checkpoints, plan_merge
-
     files = dataclasses.replace(files, batch_norm=batch_norm)
     recalibration, model = files.recalibration_batches(), _model(files)
     options: dict[str, Any] = {"alpha": coordinate, "layers": members, "base": base}
     options |= {"partition": _partition(partition, model)}
-    plan = plan_merge(files.a, files.b, model, key=files.key, strip_prefix=files.strip_prefix, **options)
-    network, facts = None, {"model": files.model or None, "partition": options["partition"], "batch_norm": batch_norm}
-    if batch_norm == "recalibrate":
-        network, facts["losses"] = _recalibrated(files, recalibration, options)
-    record = merge_checkpoints(plan, out, mergekit=mergekit, recalibrated=network, facts=facts)
+    plan, record = write_merge(files, model, out, recalibration, options, mergekit=mergekit)
     if files.as_json:
         print(json.dumps({"out": str(out), **record}, indent=2))
         return
     shown = ", ".join(plan.averaged[:6]) + (", …" if len(plan.averaged) > 6 else "")
     print(f"merged: {out}; moved from {base.upper()}: {len(plan.averaged)} of {len(plan.coordinates)} ({shown})")
-    if losses := facts.get("losses"):
+    if losses := record.get("losses"):
         print(f"loss {losses['before']:.4g} by averaged statistics, {losses['after']:.4g} by re-estimated ones")
     if mergekit is not None:
         print(f"for mergekit: {mergekit}")
@@ -115,6 +110,27 @@ def check(
         print(f"  {distance:>10.4g}  {layer}")
     if cost is not None:
         print(cost)
+
+
+def write_merge(
+    files: Comparison,
+    model: "nn.Module | None",
+    out: Path,
+    recalibration: Iterable[Any] | None,
+    options: dict[str, Any],
+    *,
+    mergekit: Path | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> "tuple[MergePlan, dict[str, Any]]":
+    """Write the merged network; `options` are those of `plan_merge`. Returns the plan and the file's provenance."""
+    from lmc_curvature.merging.files import merge_checkpoints, plan_merge
+
+    plan = plan_merge(files.a, files.b, model, key=files.key, strip_prefix=files.strip_prefix, **options)
+    network, said = None, {"model": files.model or None, "partition": options["partition"]}
+    said |= {"batch_norm": files.batch_norm, **(facts or {})}
+    if files.batch_norm == "recalibrate":
+        network, said["losses"] = _recalibrated(files, recalibration, options)
+    return plan, merge_checkpoints(plan, out, mergekit=mergekit, recalibrated=network, facts=said)
 
 
 def _with_files(command: Callable[..., None], *left_out: str) -> Callable[..., None]:
@@ -162,7 +178,7 @@ def _coordinates(alphas: list[str]) -> float | dict[str, float]:
     return found.get("", found)
 
 
-def _check_output(option: str, path: Path | None, files: Comparison, *, force: bool) -> None:
+def check_new_file(option: str, path: Path | None, files: Comparison, *, force: bool) -> None:
     """Refuse a file that exists, that would replace a network, or that cannot be written."""
     from lmc_curvature.storage import check_writable
 
@@ -181,6 +197,7 @@ def _recalibrated(
 ) -> "tuple[nn.Module, dict[str, float]]":
     """The merged network with re-estimated statistics, and its losses before and after."""
     from lmc_curvature.merging import merge as merge_networks
+    from lmc_curvature.sources import find_loss
 
     first, second = (network.to(files.device) for network in files.networks())
     network = merge_networks(
@@ -189,6 +206,7 @@ def _recalibrated(
         batch_norm="recalibrate",
         loader=files.batches(),
         recalibration=recalibration,
+        loss_fn=find_loss(files.loss),
         max_batches=files.max_batches,
         progress=files.progress,
         **options,

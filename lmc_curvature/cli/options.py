@@ -29,6 +29,9 @@ Workers = Annotated[int, typer.Option(help="Processes that share the work; more 
 Anchors = Annotated[
     str, typer.Option(help="Points to differentiate at: how many, evenly spaced, or their positions, such as 0,0.3,1.")
 ]
+Witness = Annotated[
+    bool, typer.Option("--witness/--no-witness", help="Compare derivatives with differences of the loss first.")
+]
 Progress = Annotated[
     bool | None, typer.Option("--progress/--no-progress", help="Progress on standard error; by default on a terminal.")
 ]
@@ -190,13 +193,20 @@ class Comparison:
         options |= {"recalibration": self.recalibration_batches(), "frozen": tuple(self.frozen or ())}
         return options | {"loss_fn": find_loss(self.loss), "dtype": getattr(torch, self.dtype)}
 
-    def provenance(self, loader: Iterable[Any]) -> dict[str, Any]:
-        """What belongs beside an answer in JSON: what it was computed from. Empty where tables are printed."""
+    def provenance(self, loader: Iterable[Any], **own: Any) -> dict[str, Any]:
+        """What belongs beside an answer in JSON: what it was computed from. Empty where tables are printed.
+
+        Args:
+            loader: The batches that came of the options.
+            **own: Further options, of the command itself.
+        """
         if not self.as_json:
             return {}
         from lmc_curvature.cli.provenance import provenance
 
-        return {"provenance": provenance(self, loader)}
+        record = provenance(self, loader)
+        record["options"] |= own
+        return {"provenance": record}
 
     @contextlib.contextmanager
     def with_threads(self) -> Iterator[None]:
@@ -210,9 +220,13 @@ class Comparison:
             yield
 
 
-def with_comparison(command: Callable[Concatenate[Comparison, ...], None]) -> Callable[..., None]:
-    """The command with the fields of `Comparison` for options, in place of its first argument, before its own."""
-    shared = inspect.signature(Comparison).parameters
+def with_comparison(command: Callable[Concatenate[Comparison, ...], None], *left_out: str) -> Callable[..., None]:
+    """The command with the fields of `Comparison` for options, in place of its first argument, before its own.
+
+    Fields that are left out keep their defaults.
+    """
+    every = inspect.signature(Comparison).parameters
+    shared = {name: parameter for name, parameter in every.items() if name not in left_out}
     _, *own = inspect.signature(command).parameters.values()
 
     def run(**options: Any) -> None:

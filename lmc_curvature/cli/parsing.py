@@ -23,6 +23,20 @@ def numbers_in(option: str, text: str, kind: Callable[[str], float], expected: s
         raise OptionError(f"{option} {text!r}: expected {expected}.") from error
 
 
+def names_in(option: str, text: str | None) -> list[str] | None:
+    """The names of layers in an option's value, with commas between them; None where it is not given.
+
+    Raises:
+        OptionError: It names none.
+    """
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise OptionError(f"{option} {text!r} names no layer; expected names with commas between them: A,B.")
+    return names
+
+
 def key_and_value(option: str) -> tuple[str, Any]:
     """The key and the value, which JSON may write, of one `--model-option`.
 

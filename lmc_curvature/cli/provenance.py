@@ -32,10 +32,25 @@ def provenance(comparison: "Comparison", loader: Iterable[Any]) -> dict[str, Any
             "key": comparison.key,
             "strip_prefix": comparison.strip_prefix,
         },
-        "data": {"name": comparison.data, "batch_size": comparison.batch_size} | _data_record(comparison, loader),
+        "data": data_record(comparison, loader),
         "options": {name: getattr(comparison, name) for name in names} | {"threads": torch.get_num_threads()},
         **software_record(),
     }
+
+
+def data_record(comparison: "Comparison", loader: Iterable[Any]) -> dict[str, Any]:
+    """The data by their name and, where they are images known by name, their preparation and fingerprint."""
+    from lmc_curvature.sources import Batches, TransformedImages
+
+    named = {"name": comparison.data, "batch_size": comparison.batch_size}
+    known = named | {"split": comparison.split, "limit": comparison.limit, "resize": comparison.resize}
+    if isinstance(loader, Batches):
+        data = loader.dataset
+        return known | {"mean": data.mean.tolist(), "std": data.std.tolist(), "sha256": data.fingerprint()}
+    if isinstance(loader, TransformedImages):
+        return known | {"transform": comparison.transform, "sha256": loader.fingerprint()}
+    # What a loader of one's own yields is known when it is visited, once.
+    return named
 
 
 def checkpoint_record(path: Path) -> dict[str, Any]:
@@ -83,19 +98,6 @@ def repository_of(folder: Path) -> Path | None:
 
 def _git(folder: Path, *words: str) -> str:
     return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def _data_record(comparison: "Comparison", loader: Iterable[Any]) -> dict[str, Any]:
-    from lmc_curvature.sources import Batches, TransformedImages
-
-    known = {"split": comparison.split, "limit": comparison.limit, "resize": comparison.resize}
-    if isinstance(loader, Batches):
-        data = loader.dataset
-        return known | {"mean": data.mean.tolist(), "std": data.std.tolist(), "sha256": data.fingerprint()}
-    if isinstance(loader, TransformedImages):
-        return known | {"transform": comparison.transform, "sha256": loader.fingerprint()}
-    # What a loader of one's own yields is known when it is visited, once.
-    return {}
 
 
 def _sha256(path: Path) -> str:

@@ -13,9 +13,12 @@ from lmc_curvature import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier.expansions import EXPANSIONS, Expansion
 from lmc_curvature.barrier.verdict import verdict
+from lmc_curvature.cli.conclusion import against_budget
 from lmc_curvature.cli.demo import DemoResult, layer_rank_correlations, layer_sets, median_errors
 from lmc_curvature.figures.frames import at_epoch, numbers
 from lmc_curvature.figures.ranks import rank_correlations
+from lmc_curvature.merging import Selection, Verification
+from lmc_curvature.merging.trials import SetTrial
 from lmc_curvature.tracing import Traces
 
 LayerSets = Sequence[Sequence[str]]
@@ -84,6 +87,39 @@ def measurement_record(measurement: BarrierMeasurement) -> dict[str, Any]:
     )
 
 
+def selection_record(selection: Selection, verification: Verification | None) -> dict[str, Any]:
+    """A selection, every measurement of its verification, and its prediction, as what JSON can hold.
+
+    `selection` is the set in the end, `predicted_selection` the one that the prediction alone selects.
+    """
+    final, choice = verification.selection if verification else selection, selection.choice
+    trials = [_trial_record(trial, choice.total) for trial in (verification.trials if verification else ())]
+    measured, held_out = (verification.chosen, verification.held_out) if verification else (None, None)
+    return _plain(
+        {
+            "budget": selection.budget,
+            "selection": _selection_fields(final),
+            "predicted_selection": _selection_fields(selection),
+            "measurements": trials,
+            "measured": measured and _trial_record(measured, choice.total),
+            "held_out": held_out and _trial_record(held_out, choice.total),
+            "holds": verification.holds if verification else None,
+            "prediction": prediction_record(choice.prediction, [final.members] if final.members else []),
+        }
+    )
+
+
+def _selection_fields(selection: Selection) -> dict[str, Any]:
+    names = ("base", "rise", "standard_error", "expansion_error", "weight", "share", "exact")
+    return {"layers": list(selection.members)} | {name: getattr(selection, name) for name in names}
+
+
+def _trial_record(trial: SetTrial, total: float) -> dict[str, Any]:
+    names = ("base", "weight", "predicted", "expected", "rise", "standard_error")
+    fields = {name: getattr(trial, name) for name in names}
+    return {"layers": list(trial.members), "share": trial.weight / total} | fields
+
+
 def _barrier_record(
     prediction: BarrierPrediction, members: Sequence[str] | None, expansion: Expansion, name: str = "value"
 ) -> dict[str, float]:
@@ -145,6 +181,34 @@ def measurement_table(measurement: BarrierMeasurement) -> Table:
     barriers = [measurement.layer_barriers(metric) for metric in measurement.metrics]
     for label, *values in zip(measurement.layers, *barriers, strict=True):
         table.add_row(label, *map(_cell, values))
+    return table
+
+
+def trial_table(verification: Verification, caution: float) -> Table:
+    """A row a measured set: what was predicted of its rise, expected after the rows above, and measured.
+
+    The last row but that of held-out data is, or repeats, the selected set.
+    """
+    choice, chosen = verification.selection.choice, verification.chosen
+    table = Table(
+        *_right("", "base", "layers", "weight", "predicted", "expected", "measured"),
+        f"budget {choice.budget:.3g}",
+        title="Measured rises of the loss above the mean of the two (mean ± standard error over batches)",
+    )
+    rows = [(str(number), trial) for number, trial in enumerate(verification.trials, 1)]
+    rows += [("selected", chosen), *([("held-out", verification.held_out)] if verification.held_out else [])]
+    for name, trial in rows:
+        table.add_row(
+            name,
+            trial.base,
+            f"{len(trial.members)} of {len(choice.weights)}",
+            f"{trial.weight / choice.total:.1%}",
+            _cell(trial.predicted),
+            _cell(trial.expected),
+            _with_error(trial.rise, trial.standard_error),
+            against_budget(trial, choice.budget, caution),
+            end_section=name == str(len(verification.trials)),
+        )
     return table
 
 

@@ -230,7 +230,8 @@ def test_sets_are_of_layers_of_the_partition(run, checkpoints):
 def test_help_the_version_and_mistakes_are_answered_without_torch():
     lines = [["--version"], ["--help"], ["predcit"], ["predict", "a", "b", "--modle", "x"]]
     lines += [
-        [command, "--help"] for command in ("demo", "fork", "trace", "figures", "predict", "measure", "merge", "check")
+        [command, "--help"]
+        for command in ("demo", "fork", "trace", "figures", "predict", "measure", "select", "merge", "check")
     ]
     program = f"""
 import sys
