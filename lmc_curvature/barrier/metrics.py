@@ -1,5 +1,6 @@
 """The metrics of a batch that a measurement takes: the loss, and the classification error."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -74,14 +75,14 @@ class Truth:
                     )
                 return again.input
 
-            truth = _read_signs(call, read) or _read_classes(call, read)
-            if truth is not None:
-                return truth
+            truth, counted = _read_signs(call, read) or _read_classes(call, read), _counted(loss_fn, call, copy, target)
+            if truth is not None and counted is not None:
+                return dataclasses.replace(truth, counted=truth.counted & counted)
         raise OptionError(
             "Metric 'error' needs a loss_fn that is, or calls once and no other, torch's cross_entropy, nll_loss or "
             "multi_margin_loss of outputs (n, classes, …) with class indices (n, …) or class probabilities, or its "
-            "binary cross-entropy of one column with targets 0 and 1, to read outputs as it does, and that writes into "
-            "none; "
+            "binary cross-entropy of one column with targets 0 and 1, to read outputs as it does, writes into none and "
+            "leaves out the same positions whatever they are; "
             f"batch {batch.index} has {describe(output)} with {describe(target)}. Pass metrics=('loss',), or --metrics "
             "loss on the command line."
         )
@@ -125,6 +126,38 @@ def _call_within(loss_fn: LossFunction, output: Any, target: Any) -> LossCall | 
         # A copy: a loss may write into what it is given.
         loss_fn(output, map_tensors(torch.clone, target))
     return only_call(seen.calls)
+
+
+def _counted(loss_fn: Any, call: LossCall, output: Any, target: Any) -> Tensor | None:
+    """Whether each position has a part in the loss, of a shape that broadcasts; None if that hangs on the output.
+
+    A loss may leave positions out after its call of torch, which then has a value for each, or by weights within it.
+    """
+    weight = call.arguments["weight"] if call.function in _THRESHOLDS else None
+    counted = torch.ones((), dtype=torch.bool) if weight is None else weight.expand_as(call.target) != 0
+    counted = counted.to(call.input.device)
+    if call.arguments["reduction"] != "none":
+        return counted
+    # Random outputs tell a mask from what depends on them, such as the hardest positions alone.
+    first, second = (_parts(loss_fn, output, target, seed) for seed in range(2))
+    return None if first is None or second is None or not torch.equal(first, second) else first & counted
+
+
+def _parts(loss_fn: Any, output: Any, target: Any, seed: int) -> Tensor | None:
+    """Whether the loss of each position has a part in the loss, for random outputs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(tensor: Tensor) -> Tensor:
+        drawn = torch.rand(tensor.shape, generator=generator).to(tensor)
+        return drawn.requires_grad_() if drawn.is_floating_point() else tensor
+
+    with torch.inference_mode(False), torch.enable_grad(), LossCalls() as seen:
+        loss = loss_fn(map_tensors(random, output), map_tensors(torch.clone, target))
+        call = only_call(seen.calls)
+        if call is None or not call.result.requires_grad or not loss.requires_grad:
+            return None
+        (slope,) = torch.autograd.grad(loss, call.result, allow_unused=True)
+    return None if slope is None else slope != 0
 
 
 _THRESHOLDS = {F.binary_cross_entropy_with_logits: 0.0, F.binary_cross_entropy: 0.5}

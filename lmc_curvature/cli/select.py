@@ -57,7 +57,7 @@ def select(
     ] = 10,
     caution: Annotated[
         float, typer.Option(min=0, help="How many standard errors a measured rise has to stay below the budget.")
-    ] = 1.5,
+    ] = 2.0,
     held_out: Annotated[
         str | None, typer.Option(help="Other data, as for --data, on which the selected set is measured in the end.")
     ] = None,

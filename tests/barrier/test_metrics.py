@@ -150,6 +150,12 @@ REFUSED = {
         lambda o, t: (o.softmax(1) @ torch.arange(4.0) - t).square().mean(),
     ),
     "written into": (lambda: nn.Linear(3, 4), X, CLASSES, lambda o, t: F.cross_entropy(2 * o.neg_(), t)),
+    "the hardest examples alone": (
+        lambda: nn.Linear(3, 4),
+        X,
+        CLASSES,
+        lambda o, t: F.cross_entropy(o, t, reduction="none").topk(5).values.mean(),
+    ),
     "two losses": (
         lambda: nn.Linear(3, 4),
         X,
@@ -176,13 +182,13 @@ def test_what_it_does_not_understand_is_refused_at_once(make, x, target, loss_fn
         calls.append(1)
         return loss_fn(output, target)
 
-    batches = [(x, target)] * 20
+    batches = [(x, target)] * 40
     for loss in (loss_fn, counted):
         with pytest.raises(OptionError, match=r"class indices \(n, …\).*one column.*batch 0 has.*metrics=\('loss',\)"):
             _ends(make, batches, loss, batch_norm=policy)
-    batches = batches[:2]
     # Those of the first batch alone.
-    assert len(calls) < 20
+    assert len(calls) < len(batches)
+    batches = batches[:2]
     measure_barrier(make(), make(), batches, loss_fn=loss_fn, metrics=("loss",), alphas=3, progress=False)
 
 
@@ -200,6 +206,41 @@ def test_the_error_is_of_what_a_function_compares(shape):
         expected = [(net(x)[:, :-1].argmax(-1) != y[:, 1:])[counted].double().mean().item() for net in nets]
         assert counted.any() and not counted.all() and sum(expected) > 0
         np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def _masked(output, target, reduce):
+    each = F.cross_entropy(output.flatten(0, 1), target["classes"].flatten(), reduction="none")
+    return reduce(each * target["mask"].flatten(), target["mask"])
+
+
+def _masked_bits(output, target):
+    each = F.binary_cross_entropy_with_logits(output, target["classes"], reduction="none")
+    return (each * target["mask"]).sum() / target["mask"].sum()
+
+
+def _weighed_bits(output, target):
+    return F.binary_cross_entropy_with_logits(output, target["classes"], target["mask"])
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "bits"),
+    [
+        (functools.partial(_masked, reduce=lambda each, mask: each.sum() / mask.sum()), False),
+        (functools.partial(_masked, reduce=lambda each, mask: each.mean()), False),
+        (_masked_bits, True),
+        (_weighed_bits, True),
+    ],
+    ids=["mask", "mask, over all", "mask of bits", "weights of bits"],
+)
+def test_positions_that_a_loss_masks_do_not_count(loss_fn, bits):
+    mask = (torch.arange(20) % 3 > 0).double()
+    x, y = (X, BITS[:, None]) if bits else (X.view(4, 5, 3), CLASSES.view(4, 5))
+    target = {"classes": y, "mask": mask.view(y.shape)}
+    nets, found = _ends(_column if bits else lambda: _LastAxis(4), [(x, target)], loss_fn, metrics=("error",))
+    wrong = [(net(x) > 0) != y if bits else net(x).argmax(-1) != y for net in nets]
+    expected = [each[target["mask"] > 0].double().mean().item() for each in wrong]
+    assert expected != [each.double().mean().item() for each in wrong]
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 def test_outputs_of_any_form_are_read_as_the_loss_does():
