@@ -163,6 +163,8 @@ def predict_on_segment(
         np.array([sum(tensor.numel() for tensor in tensors) for tensors in moved]),
         watch.errors,
         _cosine([name for direction in directions.values() for name in direction if name in named], segment),
+        segment.whole.groups,
+        segment.base,
     )
 
 

@@ -1,13 +1,14 @@
 """Predictions of the barrier between two networks, from the curvature at each of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from torch import nn
 
 from lmc_curvature.averages import standard_error
 from lmc_curvature.barrier.cube import Anchor, Cube, Sets
@@ -20,6 +21,8 @@ from lmc_curvature.barrier.expansions import (
 from lmc_curvature.curvature.projection import Projection
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import BatchNormPolicy
+from lmc_curvature.objective.network import movable_entries, unwrap
+from lmc_curvature.segment import LayerPartition
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:
@@ -52,6 +55,9 @@ class BarrierPrediction:
             (anchors,); None for other losses, and in files of earlier versions.
         cosine: Cosine of the angle between the two networks' weights, those of matrices and kernels; None where there
             are none.
+        groups: Names of the entries of each layer, running statistics among them whatever the policy; None in files of
+            earlier versions. All other entries are frozen.
+        base: The network at which they are, `"a"` or `"b"`.
     """
 
     layers: tuple[str, ...]
@@ -62,6 +68,8 @@ class BarrierPrediction:
     parameters: Int[np.ndarray, " layers"] | None = None
     errors: Float[np.ndarray, " anchors"] | None = None
     cosine: float | None = None
+    groups: Mapping[str, tuple[str, ...]] | None = None
+    base: Literal["a", "b"] = "a"
 
     @property
     def endpoints(self) -> tuple[Projection, Projection]:
@@ -223,6 +231,24 @@ class BarrierPrediction:
         positions = highest(lambda alpha: self._cube.barriers(members, alpha, chosen), len(members))
         return positions, self._cube.barriers(members, positions[None], chosen)[0]
 
+    def segment_options(self, model: nn.Module, batch_norm: BatchNormPolicy) -> dict[str, Any]:
+        """The options of `Segment` and `measure_barrier` by which a network has the prediction's layers again.
+
+        There are none in files of earlier versions, which do not tell.
+
+        Args:
+            model: The network.
+            batch_norm: The policy, not always the prediction's: it decides whether running statistics move.
+        """
+        if self.groups is None:
+            return {}
+        moving = {entry for members in self.groups.values() for entry in members}
+        entries = movable_entries(unwrap(model), batch_norm)
+        still = set(movable_entries(unwrap(model), "interpolate")).difference(entries)
+        groups = {layer: tuple(e for e in members if e not in still) for layer, members in self.groups.items()}
+        partition = LayerPartition({layer: members for layer, members in groups.items() if members})
+        return {"layers": partition, "frozen": [e for e in entries if e not in moving], "base": self.base}
+
     def to_dataframe(self) -> "pd.DataFrame":
         """A row a layer: distance, slopes and curvatures at both ends, and the layer's predicted barriers."""
         import pandas as pd
@@ -252,7 +278,7 @@ class BarrierPrediction:
             fields = {field: getattr(projection, field) for field in _FIELDS}
             arrays |= {f"anchor_{number}.{field}": array for field, array in fields.items() if array is not None}
         positions = [anchor.alpha for anchor in self.anchors]
-        metadata = {name: getattr(self, name) for name in ("layers", "batch_norm", "notes", "cosine")}
+        metadata = {name: getattr(self, name) for name in ("layers", "batch_norm", "notes", "cosine", "groups", "base")}
         metadata["anchors"] = positions
         save_arrays(path, "barrier-prediction", arrays, **metadata)
 
@@ -275,8 +301,18 @@ class BarrierPrediction:
             anchors.append(Anchor(alpha, projection))
         layers, notes = tuple(metadata["layers"]), tuple(metadata.get("notes", ()))
         optional = {name: arrays.get(name) for name in _OPTIONAL}
-        cosine, batch_norm = metadata.get("cosine"), metadata["batch_norm"]
-        return cls(layers, tuple(anchors), arrays["distances"], batch_norm, notes, **optional, cosine=cosine)
+        groups = metadata.get("groups")
+        return cls(
+            layers,
+            tuple(anchors),
+            arrays["distances"],
+            metadata["batch_norm"],
+            notes,
+            **optional,
+            cosine=metadata.get("cosine"),
+            groups=groups and {layer: tuple(entries) for layer, entries in groups.items()},
+            base="b" if metadata.get("base") == "b" else "a",
+        )
 
     def plot(self) -> "Figure":
         """Draw the predicted curves of the whole network and the barriers of its layers."""

@@ -1,26 +1,27 @@
 """The average of two networks, of all their layers or some, as a network."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from lmc_curvature.barrier import BarrierPrediction
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
 from lmc_curvature.objective import LossFunction, Objective
-from lmc_curvature.objective.network import copy_in_evaluation, entries_of, unwrap
-from lmc_curvature.objective.normalization import is_batch_counter
+from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation, entries_of, unwrap
+from lmc_curvature.objective.normalization import is_batch_counter, tracked_modules
 from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.objective.recalibration import recalibrate, warn_of_worse
+from lmc_curvature.objective.settings import hidden_differences, setting_differences
 from lmc_curvature.segment import PartitionSpec, Segment
 
 MergePolicy = Literal["interpolate", "recalibrate"]
 """What becomes of running statistics: interpolated with their layers, or estimated anew for the averaged network."""
 
 
-@torch.inference_mode(False)
 def merge(
     model_a: nn.Module,
     model_b: nn.Module,
@@ -40,7 +41,8 @@ def merge(
 
     The result has the entries θ₁ + Σ x_ℓ Δ_ℓ: averaged layers at x_ℓ = `alpha`, the others at those of the base. Here
     `layers` is a set of layers, as in `BarrierPrediction.barrier` and `Segment.point`; the rule that cuts networks into
-    layers, which `predict_barrier` is told as `layers`, is `partition`.
+    layers, which `predict_barrier` is told as `layers`, is `partition`. Of a selection, `Selection.merge` makes what
+    was predicted: it knows the partition and what was frozen.
 
     Args:
         model_a: The network at α = 0; it is not modified.
@@ -65,15 +67,83 @@ def merge(
         moves nowhere, such as counters of batches, is that of the base. Under `"recalibrate"` its attribute
         `recalibration` holds the losses before and after; see `Recalibration`.
 
+    Warns:
+        UserWarning: The networks differ in a setting that the merged network has of `model_a`.
+
     Raises:
         LMCCurvatureError: The networks, the loaders or an option are not what they should be; the subclasses of
             `lmc_curvature.errors` tell which.
     """
+    evaluation = {"loader": loader, "recalibration": recalibration, "loss_fn": loss_fn, "max_batches": max_batches}
+    segment = Segment(model_a, model_b, layers=partition, base=base)
+    alphas = merge_coordinates(segment.layers, alpha, layers, base)
+    return network_at(
+        segment, alphas, model_a, model_b, base=base, batch_norm=batch_norm, progress=progress, **evaluation
+    )
+
+
+def merge_predicted(
+    prediction: BarrierPrediction,
+    alphas: Mapping[str, float],
+    model_a: nn.Module,
+    model_b: nn.Module,
+    *,
+    base: Literal["a", "b"] = "a",
+    batch_norm: MergePolicy | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The network at a point of the cube of layers of a prediction, whose layers and frozen parts it has.
+
+    Args:
+        prediction: The prediction.
+        alphas: Coordinate of every layer.
+        model_a: The network at α = 0; it is not modified.
+        model_b: The network at α = 1; it is not modified.
+        base: The network whose counters of batches it has.
+        batch_norm: What becomes of running statistics; by default as in the prediction.
+        **options: Further options of `merge`.
+
+    Raises:
+        OptionError: The prediction is of an earlier version, which does not tell its layers' entries; or it was made
+            under `"batch"`, which no network keeps to in evaluation mode.
+    """
+    if prediction.groups is None:
+        raise OptionError(
+            "This prediction comes from an earlier version, which does not tell the layers' entries: predict again, or "
+            "call merge with the same partition."
+        )
+    if batch_norm is None:
+        if prediction.batch_norm == "batch" and any(tracked_modules(unwrap(model_a))):
+            raise OptionError(
+                "The prediction was made under batch_norm='batch', and a network in evaluation mode normalises by "
+                "running statistics: pass batch_norm='recalibrate' with a loader, or 'interpolate'."
+            )
+        batch_norm = "recalibrate" if prediction.batch_norm == "recalibrate" else "interpolate"
+    segment = Segment(model_a, model_b, **prediction.segment_options(model_a, "interpolate"))
+    return network_at(segment, alphas, model_a, model_b, base=base, batch_norm=batch_norm, **options)
+
+
+@torch.inference_mode(False)
+def network_at(
+    segment: Segment,
+    alphas: Mapping[str, float],
+    model_a: nn.Module,
+    model_b: nn.Module,
+    *,
+    base: Literal["a", "b"],
+    batch_norm: MergePolicy,
+    loader: Iterable[Any] | None = None,
+    recalibration: Iterable[Any] | None = None,
+    loss_fn: LossFunction | None = None,
+    max_batches: int | None = None,
+    progress: bool | None = None,
+) -> nn.Module:
+    """The network at a point of the cube of layers of a segment; see `merge` for the options."""
     check_choice("batch_norm", batch_norm, ("interpolate", "recalibrate"))
     _check_loaders(batch_norm, loader=loader, recalibration=recalibration, loss_fn=loss_fn, max_batches=max_batches)
-    segment = Segment(model_a, model_b, layers=partition, base=base)
-    state = segment.at(merge_coordinates(segment.layers, alpha, layers, base))
+    state = segment.at(alphas)
     merged = _with_entries(model_a, model_b if base == "b" else model_a, state)
+    _warn_of_settings(model_a, model_b, merged)
     if loader is not None:
         objective = Objective(
             merged,
@@ -89,11 +159,11 @@ def merge(
         _copy_into(merged, statistics[0])
         vars(merged)["recalibration"] = found[0]
         for each, owner in zip(found[1:], ("model_a", "model_b"), strict=True):
-            warn_of_worse(each, owner, stacklevel=3)
+            warn_of_worse(each, owner, stacklevel=4)
         if found[0].is_worse and not any(each.is_worse for each in found[1:]):
             warnings.warn(
                 f"Re-estimated statistics make the merged network worse: {found[0]}. Choose batch_norm='interpolate'.",
-                stacklevel=3,
+                stacklevel=4,
             )
     return merged
 
@@ -118,7 +188,24 @@ def _with_entries(model: nn.Module, base: nn.Module, state: dict[str, torch.Tens
     merged = copy_in_evaluation(unwrap(model))
     counters = {name: entry for name, entry in entries_of(unwrap(base)).items() if is_batch_counter(name)}
     _copy_into(merged, {**counters, **state})
+    if acts_on_modes(merged):
+        # What modules compute from their entries when they leave training mode is then of these entries.
+        merged.train()
+        merged.eval()
     return merged
+
+
+def _warn_of_settings(model_a: nn.Module, model_b: nn.Module, merged: nn.Module) -> None:
+    first, second = unwrap(model_a), unwrap(model_b)
+    differences = hidden_differences(first, second, kept=True)
+    remade = {difference.where for difference in setting_differences(first, merged)} if differences else set()
+    lines = [str(difference) for difference in differences if difference.where not in remade]
+    if lines:
+        warnings.warn(
+            f"The networks differ in more than their entries: {'; '.join(lines)}. The merged network has what model_a "
+            "has, even what was computed from its entries.",
+            stacklevel=5,
+        )
 
 
 @torch.no_grad()

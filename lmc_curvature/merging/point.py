@@ -10,6 +10,7 @@ from torch import nn
 
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier import BarrierPrediction
+from lmc_curvature.merging.merge import merge_predicted
 from lmc_curvature.merging.residuals import Correction
 from lmc_curvature.merging.rises import point_rises, sampling_error
 from lmc_curvature.merging.trials import Bench, PointTrial, check_trials
@@ -52,6 +53,10 @@ class BestPoint:
             prediction=prediction,
         )
 
+    def merge(self, model_a: nn.Module, model_b: nn.Module, **options: Any) -> nn.Module:
+        """The network at this point, as it was predicted; options as in `Selection.merge`."""
+        return merge_predicted(self.prediction, self.alphas, model_a, model_b, **options)
+
     def verify(
         self,
         model_a: nn.Module,
@@ -74,7 +79,8 @@ class BestPoint:
             loader: Yields batches; every trial visits it once.
             measurements: The largest number of trials.
             held_out: Other data, on which the point is measured in the end.
-            **options: Options of `measure_barrier`, the same as those of the prediction.
+            **options: Options of `measure_barrier`, the same as those of the prediction, which itself tells the layers
+                and what is frozen.
 
         Raises:
             LMCCurvatureError: The networks, a loader or an option are not what they should be; the subclasses of

@@ -12,6 +12,7 @@ from torch import nn
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier import BarrierPrediction
 from lmc_curvature.errors import OptionError, PartitionError, check_choice, counted
+from lmc_curvature.merging.merge import merge_predicted
 from lmc_curvature.merging.rises import BASES, Base, mean_loss, points_of, sampling_error, set_errors, set_rises
 from lmc_curvature.merging.search import Score, every_set, search_sets
 from lmc_curvature.segment import layer_indices
@@ -245,6 +246,24 @@ class Selection:
                 "layers": [self.choice.names(members) for members in sets],
             }
         )
+
+    def merge(self, model_a: nn.Module, model_b: nn.Module, **options: Any) -> nn.Module:
+        """The merged network, as it was predicted: its layers, what is frozen, and its batch normalisation.
+
+        Args:
+            model_a: The network at α = 0; it is not modified.
+            model_b: The network at α = 1; it is not modified.
+            **options: `batch_norm`, by default that of the prediction, `loader` and others of `merge`.
+
+        Raises:
+            OptionError: The base is `"mean"`, which is two merges.
+        """
+        if self.base == "mean":
+            raise OptionError("base='mean' is the mean of two merges: select with base='a' or 'b' to merge.")
+        prediction, members = self.choice.prediction, self.choice.members(self.members)
+        point = points_of(members[None], self.base)[0][0]
+        alphas = dict(zip(prediction.layers, point.tolist(), strict=True))
+        return merge_predicted(prediction, alphas, model_a, model_b, base=self.base, **options)
 
     def verify(
         self,

@@ -78,6 +78,7 @@ class Bench:
         """The points, the ends and the midpoint between them."""
         named = [dict(zip(self.prediction.layers, point, strict=True)) for point in points.tolist()]
         options = {"batch_norm": self.prediction.batch_norm, "metrics": ("loss",), **self.options}
+        options |= self.prediction.segment_options(self.model_a, options["batch_norm"])
         return measure_barrier(self.model_a, self.model_b, loader, points=named, alphas=[0.5], **options)
 
 

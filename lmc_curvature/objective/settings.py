@@ -24,11 +24,13 @@ class Difference(NamedTuple):
         where: Its name: that of the module, and of the attribute in it.
         values: What it is in model_a and in model_b, in a few words.
         kinds: Whether the modules are of two kinds, and have no attributes that could be compared.
+        tensors: Whether it is a tensor in one of them.
     """
 
     where: str
     values: tuple[str, str]
     kinds: bool = False
+    tensors: bool = False
 
     def __str__(self) -> str:
         """A line that says both values."""
@@ -62,7 +64,9 @@ def setting_differences(first: nn.Module, second: nn.Module) -> list[Difference]
     return found
 
 
-def hidden_differences(first: nn.Module, second: nn.Module, loss_fn: Any) -> list[Difference]:
+def hidden_differences(
+    first: nn.Module, second: nn.Module, loss_fn: Any = None, *, kept: bool = False
+) -> list[Difference]:
     """Those differences in settings that may matter for other data, although on some data nothing is seen of them.
 
     They are in attributes that the code of `forward` reads and does not write, and between classes of innermost modules
@@ -72,6 +76,7 @@ def hidden_differences(first: nn.Module, second: nn.Module, loss_fn: Any) -> lis
         first: A network.
         second: Another one.
         loss_fn: The loss; a `BatchLoss` may call other methods than `forward`.
+        kept: Also tensors that `forward` both reads and writes: it may have computed them from the entries.
     """
     found = setting_differences(first, second)
     if not found:
@@ -82,7 +87,7 @@ def hidden_differences(first: nn.Module, second: nn.Module, loss_fn: Any) -> lis
     def matters(difference: Difference) -> bool:
         if not difference.kinds:
             attribute = re.sub(r"\[.*?\]", "", difference.where).rpartition(".")[2]
-            return attribute in reads - writes
+            return attribute in (reads if kept and difference.tensors else reads - writes)
         pair = [m.get(difference.where) for m in modules]
         innermost = not any(True for module in pair if module is not None for _ in module.children())
         # A class may have another name and the same function, as subclasses often have.
@@ -124,7 +129,8 @@ def _attribute_differences(prefix: str, a: nn.Module, b: nn.Module, seen: set[tu
             values = settings_a.get(name), settings_b.get(name)
             harmless = all(_is_harmless(a, re.findall(r"\w+", name)[-1], value) for value in values)
             if not harmless and not _equal(*values):
-                yield Difference(f"{prefix}{name}", (_shorten(values[0]), _shorten(values[1])))
+                tensors = any(isinstance(value, Tensor) for value in values)
+                yield Difference(f"{prefix}{name}", (_shorten(values[0]), _shorten(values[1])), tensors=tensors)
 
 
 def _class_differences(prefix: str, a: type, b: type) -> Iterator[Difference]:

@@ -1,5 +1,6 @@
 """The straight line between two networks, moved along as a whole or layer by layer."""
 
+import contextlib
 import copy
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lmc_curvature.errors import OptionError, UnsupportedModelError, check_choice, counted
+from lmc_curvature.errors import OptionError, PartitionError, UnsupportedModelError, check_choice, counted
 from lmc_curvature.objective.network import check_finite, check_module, entries_of, movable_entries, unwrap
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy
 from lmc_curvature.objective.numerics import outside_inference
@@ -34,6 +35,8 @@ class Segment:
 
     Attributes:
         partition: The `LayerPartition` of what moves.
+        whole: The same with running statistics in their layers, whether or not they are part of the state.
+        base: The network at which the rest stays, `"a"` or `"b"`.
         start, end: The states θ₁ and θ₂ (copies), as the networks are in evaluation mode, on `model_a`'s device.
         notes: Sentences that belong beside every number computed from it: what is frozen, and equal ends.
 
@@ -72,6 +75,11 @@ class Segment:
         choices = frozen_choices(frozen)
         fixed = model_b if base == "b" else model_a
         self.partition = LayerPartition.of(fixed, layers, batch_norm=batch_norm, frozen=choices)
+        self.whole, self.base = self.partition, base
+        if batch_norm != "interpolate":
+            # A specification of one's own may know of no running statistics.
+            with contextlib.suppress(PartitionError):
+                self.whole = LayerPartition.of(fixed, layers, frozen=choices)
         moved = {entry for members in self.partition.groups.values() for entry in members}
         entries, still = [entries_of(model) for model in (model_a, model_b)], entries_of(fixed)
         self.start, self.end = (

@@ -186,3 +186,76 @@ def test_networks_that_cannot_be_averaged_are_named(pair):
         pair[1].fc.bias[0] = torch.inf
     with pytest.raises(NonFiniteError, match=r"fc\.bias.*model_b"):
         merge(*pair, layers=["conv1"])
+
+
+class _Heads(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.heads, self.out = heads, nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(F.layer_norm(x.unflatten(1, (self.heads, -1)), (8 // self.heads,)).flatten(1))
+
+
+class _Fused(nn.Module):
+    """Two branches that become one weight in evaluation mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fused = nn.Linear(4, 3), nn.Linear(4, 3), None
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.fused = None if mode else (self.a.weight + self.b.weight).detach()
+        return self
+
+    def forward(self, x):
+        return F.linear(x, self.a.weight + self.b.weight if self.fused is None else self.fused, self.a.bias)
+
+
+class _Kept(nn.Linear):
+    """Its weight's exponential is computed at the first call in evaluation mode."""
+
+    kept = None
+
+    def forward(self, input):
+        if self.training:
+            return F.linear(input, torch.matrix_exp(self.weight))
+        if self.kept is None:
+            self.kept = torch.matrix_exp(self.weight).detach()
+        return F.linear(input, self.kept)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "named"),
+    [
+        (_Heads(2), _Heads(4), "heads: 2 in model_a, 4 in model_b"),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Sequential(nn.Linear(4, 4), nn.GELU()), "module 1: ReLU"),
+    ],
+)
+def test_settings_that_differ_are_warned_of(first, second, named):
+    with pytest.warns(UserWarning, match=f"differ in more than their entries: {named}") as warned:
+        merge(first, second)
+    assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_what_modules_make_of_their_entries_is_that_of_the_merged_ones(mode, recwarn):
+    pair, x = [_Fused().train(mode) for _ in range(2)], torch.randn(5, 4)
+    weight = sum(each.a.weight + each.b.weight for each in pair) / 2
+    torch.testing.assert_close(merge(*pair)(x), F.linear(x, weight, (pair[0].a.bias + pair[1].a.bias) / 2))
+    assert not recwarn
+
+
+def test_what_a_network_keeps_of_its_entries_is_warned_of():
+    pair, x = [_Kept(4, 4).eval() for _ in range(2)], torch.randn(5, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Nothing is kept yet.
+        torch.testing.assert_close(
+            merge(*pair)(x), F.linear(x, torch.matrix_exp((pair[0].weight + pair[1].weight) / 2))
+        )
+    for each in pair:
+        each(x)
+    with pytest.warns(UserWarning, match="kept: .*computed from its entries"):
+        merge(*pair)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import best_point, predict_barrier, select_layers
-from lmc_curvature.errors import LoaderError, OptionError, PartitionError
+from lmc_curvature.errors import LoaderError, OptionError
 from lmc_curvature.merging.residuals import Correction
 from tests.support.cases import CASES
 from tests.support.networks import untouched
@@ -172,7 +172,6 @@ def test_batch_normalisation_and_the_loss_are_those_of_the_options():
         ({"sets": "each"}, OptionError, "sets='each': what is measured is chosen here"),
         ({"alphas": 5}, OptionError, "alphas=5: what is measured is chosen here"),
         ({"metrics": ("error",)}, OptionError, "the loss is needed"),
-        ({"layers": "tensor"}, PartitionError, "no layer '0'"),
     ],
 )
 def test_bad_input_is_named(prediction, options, error, message, untyped):

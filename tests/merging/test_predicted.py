@@ -1,0 +1,108 @@
+"""Claim: what a selection or a point merges is what was predicted, with its layers, frozen parts and statistics."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmc_curvature import BarrierPrediction, best_point, measure_barrier, predict_barrier, select_layers
+from lmc_curvature.errors import OptionError
+from tests.support.networks import randomized
+
+
+class Network(nn.Module):
+    """A convolution with batch normalisation, and two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+        self.hidden, self.head = nn.Linear(16, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.hidden(self.norm(self.conv(x)).tanh().flatten(1)).tanh())
+
+
+MODELS = [randomized(Network().double(), seed) for seed in (1, 2)]
+X, Y = torch.randn(64, 2, 4, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(64) % 3
+LOADER = [(X[:32], Y[:32]), (X[32:], Y[32:])]
+
+
+def loss_of(network):
+    with torch.no_grad():
+        return F.cross_entropy(network(X), Y).item()
+
+
+@pytest.mark.parametrize("base", ["a", "b"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"layers": "module"},
+        {"layers": "tensor"},
+        {"frozen": "hidden"},
+        {"frozen": "weight$", "base": "b"},
+        {"frozen": "norm", "layers": "module", "base": "b"},
+    ],
+    ids=str,
+)
+def test_a_selection_merges_what_was_predicted_and_measured(tmp_path, options, base):
+    prediction = predict_barrier(*MODELS, LOADER, progress=False, **options)
+    prediction.save(tmp_path / "prediction")
+    for known in (prediction, BarrierPrediction.load(tmp_path / "prediction")):
+        chosen = known.layers[::2]
+        selection = select_layers(
+            known, 1e9, base=base, required=chosen, excluded=[name for name in known.layers if name not in chosen]
+        )
+        merged = loss_of(selection.merge(*MODELS))
+        # A point of the measurement, by the options of the prediction.
+        x = {name: 0.5 if name in chosen else float(base == "b") for name in known.layers}
+        measured = measure_barrier(*MODELS, LOADER, points=[x], alphas=3, metrics=("loss",), progress=False, **options)
+        assert merged == pytest.approx(measured.rises()[0] + sum(measured.ends()) / 2, rel=1e-9)
+        # Verified without a word of the partition.
+        verified = selection.verify(*MODELS, LOADER, measurements=1, progress=False)
+        assert verified.trials[0].rise == pytest.approx(measured.rises()[0], rel=1e-9)
+        end = MODELS[base == "b"].state_dict()
+        for name in known.groups:
+            assert name in known.layers
+        held = {entry for members in known.groups.values() for entry in members}
+        still = MODELS[known.base == "b"].state_dict()
+        for name, tensor in selection.merge(*MODELS).state_dict().items():
+            if name not in held and not name.endswith("tracked"):
+                torch.testing.assert_close(tensor, still[name], rtol=0, atol=0)
+            elif any(name in known.groups[layer] for layer in known.layers if layer not in chosen):
+                torch.testing.assert_close(tensor, end[name], rtol=0, atol=0)
+
+
+def test_a_point_merges_what_was_predicted():
+    prediction = predict_barrier(*MODELS, LOADER, anchors=5, frozen="head", base="b", progress=False)
+    point = best_point(prediction)
+    verified = point.verify(*MODELS, LOADER, measurements=1, progress=False)
+    found = loss_of(verified.point.merge(*MODELS))
+    ends = prediction.endpoints
+    assert found == pytest.approx(verified.chosen.rise + (ends[0].loss + ends[1].loss) / 2, rel=1e-9)
+
+
+def test_batch_normalisation_is_that_of_the_prediction():
+    predicted = predict_barrier(*MODELS, LOADER, batch_norm="recalibrate", progress=False)
+    selection = select_layers(predicted, 1e9, base="a")
+    with pytest.raises(OptionError, match="batch_norm='recalibrate' needs data"):
+        selection.merge(*MODELS)
+    merged = selection.merge(*MODELS, loader=LOADER, progress=False)
+    expected = nn.Sequential(merged.conv)(X)
+    torch.testing.assert_close(merged.norm.running_mean, expected.mean((0, 2, 3)), rtol=1e-9, atol=1e-12)
+    averaged = (MODELS[0].norm.running_mean + MODELS[1].norm.running_mean) / 2
+    plain = selection.merge(*MODELS, batch_norm="interpolate")
+    torch.testing.assert_close(plain.norm.running_mean, averaged, rtol=1e-12, atol=1e-12)
+    by_batches = select_layers(predict_barrier(*MODELS, LOADER, batch_norm="batch", progress=False), 1e9, base="a")
+    with pytest.raises(OptionError, match="made under batch_norm='batch'"):
+        by_batches.merge(*MODELS)
+
+
+def test_what_is_no_merge_or_not_known_is_refused():
+    prediction = predict_barrier(*MODELS, LOADER, progress=False)
+    with pytest.raises(OptionError, match="base='mean' is the mean of two merges"):
+        select_layers(prediction, 1e9, base="mean").merge(*MODELS)
+    with pytest.raises(OptionError, match="comes from an earlier version"):
+        select_layers(dataclasses.replace(prediction, groups=None), 1e9, base="a").merge(*MODELS)
