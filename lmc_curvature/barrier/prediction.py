@@ -301,7 +301,8 @@ class BarrierPrediction:
             anchors.append(Anchor(alpha, projection))
         layers, notes = tuple(metadata["layers"]), tuple(metadata.get("notes", ()))
         optional = {name: arrays.get(name) for name in _OPTIONAL}
-        groups = metadata.get("groups")
+        metadata = {"groups": None, "base": "a", "cosine": None, **metadata}
+        groups = metadata["groups"]
         return cls(
             layers,
             tuple(anchors),
@@ -309,9 +310,9 @@ class BarrierPrediction:
             metadata["batch_norm"],
             notes,
             **optional,
-            cosine=metadata.get("cosine"),
+            cosine=metadata["cosine"],
             groups=groups and {layer: tuple(entries) for layer, entries in groups.items()},
-            base="b" if metadata.get("base") == "b" else "a",
+            base=metadata["base"],
         )
 
     def plot(self) -> "Figure":

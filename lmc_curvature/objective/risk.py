@@ -38,6 +38,7 @@ from lmc_curvature.objective.network import (
     check_module,
     choose_device,
     choose_dtype,
+    entries_of,
     movable_entries,
     placed_entries,
     precision_note,
@@ -120,6 +121,11 @@ class Objective:
         check_recalibration(recalibration, batch_norm, max_batches)
         check_reduction(loss_fn)
         self._movable = movable_entries(model, batch_norm)
+        # What acts on its mode is a copy by now.
+        originals = [
+            *original.named_parameters(),
+            *(pair for pair in model.named_buffers() if pair[0] in self._movable),
+        ]
         self.loader, self.max_batches, self.allow_tf32 = loader, max_batches, allow_tf32
         self.recalibration = recalibration
         self.batch_norm: BatchNormPolicy = batch_norm
@@ -135,8 +141,8 @@ class Objective:
             self._network_loss,
             self._entries,
             self._movable,
-            placeholders=list(self.network.named_parameters()),
-            originals=[(name, weakref.ref(tensor)) for name, tensor in original.named_parameters()],
+            placeholders=[pair for pair in entries_of(self.network).items() if pair[0] in self._movable],
+            originals=[(name, weakref.ref(tensor)) for name, tensor in originals],
             pristine=pristine,
             twins=tuple(twins),
             normalization=self._normalization,

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
-from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.batches import Batch, tensors_in
 from lmc_curvature.objective.caches import check_caches
 from lmc_curvature.objective.cuts import warn_of_cuts, watch_cuts
+from lmc_curvature.objective.dependence import Dependence
 from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
-from lmc_curvature.objective.network import State, as_leaves, check_finite, graph_nodes
+from lmc_curvature.objective.network import State, as_leaves, check_finite, entries_of, unwrap
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization
 from lmc_curvature.objective.numerics import Numerics, outside_inference
 from lmc_curvature.objective.passes import Passes
@@ -34,10 +34,10 @@ class Soundness:
         network_loss: The network and its loss.
         entries: All entries of the network.
         movable: Names of those that move.
-        placeholders: Parameters that stand in the network's structure, which the loss must not reach for. Kept here,
+        placeholders: Entries that stand in the network's structure, which the loss must not reach for. Kept here,
             because functional_call may leave another tensor in a module that the network holds twice.
-        originals: Parameters of the network that the objective was made of, as long as that network lives; the loss
-            must not reach for them, either.
+        originals: Movable entries of the network that the objective was made of, as long as that network lives; the
+            loss must not reach for them, nor for those of the twins.
         pristine: The network's structure in a copy that was never called.
         twins: Further networks, which must be of the same structure.
         normalization: The statistics that the network's normalisation uses.
@@ -89,9 +89,11 @@ class Soundness:
 
     @outside_inference()
     def _check(self, state: State, batch: Batch) -> None:
-        originals = [(name, tensor) for name, reference in self.originals if (tensor := reference()) is not None]
-        parameters = (*self.placeholders, *originals)
-        loss = check_soundness(self.network_loss, state, batch, movable=self.movable, parameters=parameters)
+        originals = ((name, tensor) for name, reference in self.originals if (tensor := reference()) is not None)
+        own = [(f"{name!r} of the network itself", tensor) for name, tensor in (*self.placeholders, *originals)]
+        others = (pair for twin in self.twins for pair in entries_of(unwrap(twin)).items())
+        own += [(f"{name!r} of another network itself", tensor) for name, tensor in others if name in self.movable]
+        loss = check_soundness(self.network_loss, state, batch, movable=self.movable, others=own)
         self._memo.replace("loss", loss.detach().requires_grad_(loss.requires_grad))
         if self.batch_norm == "batch":
             self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
@@ -144,7 +146,7 @@ def check_soundness(
     batch: Batch,
     *,
     movable: Collection[str],
-    parameters: Iterable[tuple[str, Tensor]],
+    others: Iterable[tuple[str, Tensor]],
 ) -> Tensor:
     """Refuse a network whose loss is not a function of its state; it is evaluated twice.
 
@@ -155,14 +157,14 @@ def check_soundness(
         state: All entries of the network.
         batch: The batch.
         movable: Names of the entries that move.
-        parameters: Parameters that the loss must not depend on, being no part of the state, with their names.
+        others: Tensors that the loss must not depend on, being no part of the state, with what they are.
 
     Returns:
         The loss, with the graph that it has to the entries that move.
 
     Raises:
         UnsupportedModelError: A module draws random numbers, an entry is changed in place, the loss reaches past the
-            state for one of the `parameters`, or two evaluations differ.
+            state for one of the `others`, or two evaluations differ.
         NonFiniteError: An entry of the state is not finite.
         LossError: The loss is not a real scalar.
     """
@@ -184,9 +186,15 @@ def check_soundness(
                 f"The network changes {name!r} in place while it is evaluated, so its loss depends on what was "
                 "evaluated before. Switch that off (max_norm of an embedding, running averages in evaluation mode)."
             )
-    with torch.enable_grad(), plain_calls():
+    with torch.enable_grad(), plain_calls(), Dependence(others, given=tensors_in(batch.data)) as dependence:
         again, output, target = network_loss.at({**constants, **leaves}, batch.data, batch.index)
-    _refuse_dependence(again, parameters)
+    if origin := dependence.origin_of(again):
+        raise UnsupportedModelError(
+            f"The loss uses entry {origin} instead of the state at hand: a closure, a list of parameters outside "
+            "nn.ParameterList, or loss_fn refers to it. Reach it through its module (self.layer.weight), or pass "
+            "loss_fn=BatchLoss(fn) with fn(model, batch) that uses model alone; what is meant to stay, such as a "
+            "teacher, is a copy.deepcopy of the network."
+        )
     _refuse_difference(losses[0].item(), again.item(), torch.finfo(again.dtype).eps)
     warn_of_cuts(network_loss, constants, batch, output, target)
     return again
@@ -206,18 +214,6 @@ def _refuse_drawing(network_loss: nn.Module, name: str) -> None:
         f"{culprit} draws random numbers in evaluation mode, so its loss is not a function of the parameters. "
         "Switch the randomness off (dropout-like functions take training=self.training)."
     )
-
-
-def _refuse_dependence(loss: Float[Tensor, ""], parameters: Iterable[tuple[str, Tensor]]) -> None:
-    names = {id(parameter): name for name, parameter in parameters}
-    for node in graph_nodes([loss]):
-        name = names.get(id(getattr(node, "variable", None)))
-        if name is not None:
-            raise UnsupportedModelError(
-                f"The loss uses parameter {name!r} of the network itself instead of the state at hand: a closure, "
-                "a list of parameters outside nn.ParameterList, or loss_fn refers to it. Reach it through its "
-                "module (self.layer.weight), or pass loss_fn=BatchLoss(fn) with fn(model, batch)."
-            )
 
 
 def _refuse_difference(first: float, second: float, rounding: float) -> None:

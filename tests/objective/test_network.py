@@ -299,7 +299,7 @@ def test_a_closure_over_a_network_that_changes_by_mode_is_refused():
     network = _by_mode(Adapter, 0, True)
     inner = network[3].forward
     network[3].forward = lambda x: inner(x)
-    with pytest.raises(UnsupportedModelError, match=r"parameter '3.(weight|bias)' of the network itself"):
+    with pytest.raises(UnsupportedModelError, match=r"entry '3.(weight|bias)' of the network itself"):
         Objective(network, [(torch.randn(9, 4).double(), torch.arange(9) % 3)]).loss()
 
 

@@ -1,5 +1,6 @@
 """Claim: a network whose loss is not a function of its state is refused at the first batch, with what is at fault."""
 
+import copy
 import math
 import random
 import warnings
@@ -221,8 +222,67 @@ def test_a_closure_behind_a_reentrant_checkpoint_is_found():
         def forward(self, x):
             return checkpoint(self.block, self.first(x), use_reentrant=True)
 
-    with pytest.raises(UnsupportedModelError, match="uses parameter 'second.weight' of the network itself"):
+    with pytest.raises(UnsupportedModelError, match="uses entry 'second.(weight|bias)' of the network itself"):
         Objective(Closed(), [(X, Y)]).gradient()
+
+
+class _Reaching(nn.Module):
+    """Its first layer is called through a closure, its normalisation too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 5), nn.BatchNorm1d(5, affine=False)
+        self.last = nn.Linear(5, 3)
+        self.reach = lambda x: torch.tanh(self.norm(x))
+
+    def forward(self, x):
+        return self.last(self.reach(self.first(x)))
+
+
+REACHING = {
+    "model_a": lambda a, b: BatchLoss(lambda model, batch: F.cross_entropy(a(batch[0]), batch[1])),
+    "model_b": lambda a, b: BatchLoss(lambda model, batch: F.cross_entropy(b(batch[0]), batch[1])),
+    "both": lambda a, b: BatchLoss(lambda model, batch: F.cross_entropy(model(batch[0]) + b(batch[0]), batch[1])),
+    "a penalty": lambda a, b: lambda o, y: F.cross_entropy(o, y) + sum(p.square().sum() for p in a.parameters()),
+    "a written sum": lambda a, b: lambda o, y: F.cross_entropy(o, y) + torch.zeros(1).add_(b[0].bias[0])[0],
+    "without a graph": lambda a, b: BatchLoss(
+        lambda model, batch: F.cross_entropy(torch.no_grad()(a)(batch[0]), batch[1])
+    ),
+}
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("make", REACHING.values(), ids=REACHING)
+def test_a_loss_that_uses_one_of_the_networks_itself_is_refused(make, trained):
+    pair = [nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).requires_grad_(trained) for _ in range(2)]
+    with pytest.raises(UnsupportedModelError, match=r"uses entry '\d.(weight|bias)' of (the|another) network itself"):
+        measure_barrier(*pair, [(X, Y)], loss_fn=make(*pair), metrics=("loss",), alphas=3, progress=False)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_statistics_that_are_reached_by_a_closure_are_found(trained):
+    network = _Reaching().requires_grad_(trained)
+    with pytest.raises(UnsupportedModelError, match=r"uses entry 'norm.running_(mean|var)' of the network itself"):
+        Objective(network, [(X, Y)]).loss()
+
+
+def test_what_is_no_network_that_was_given_may_be_used():
+    """A teacher, and shapes and types of the network itself."""
+    network = nn.Linear(4, 3)
+    teacher = copy.deepcopy(network)
+
+    def distance(output, target):
+        return F.mse_loss(output, teacher(X) + torch.zeros_like(network.weight)[0, 0] + network.bias.new_ones(()))
+
+    expected = F.mse_loss(network(X), teacher(X) + 1).item()
+    assert Objective(network, [(X, Y)], loss_fn=distance).loss() == pytest.approx(expected, rel=1e-6)
+
+
+def test_data_may_be_an_entry_of_the_network():
+    network = nn.Linear(4, 4)
+    batch = (network.weight.detach(), torch.arange(4))
+    expected = F.cross_entropy(network(batch[0]), batch[1]).item()
+    assert Objective(network, [batch]).loss() == pytest.approx(expected, rel=1e-6)
 
 
 def test_autocast_around_is_noted():
