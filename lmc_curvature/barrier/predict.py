@@ -157,7 +157,7 @@ def predict_on_segment(
     return BarrierPrediction(
         segment.layers,
         tuple(Anchor(*pair) for pair in zip(positions.tolist(), projections, strict=True)),
-        np.sqrt([sum(float((tensor.double() ** 2).sum()) for tensor in tensors) for tensors in moved]),
+        segment.distances(),
         objective.batch_norm,
         objective.notes + segment.notes,
         np.array([sum(tensor.numel() for tensor in tensors) for tensors in moved]),

@@ -105,6 +105,12 @@ class Problem:
         """Names of the entries that a direction moves."""
         return frozenset(name for direction in self.directions for name in direction)
 
+    @property
+    def displaced(self) -> frozenset[str]:
+        """Those of them that a direction moves by more than zero, if there are any."""
+        found = (name for direction in self.directions for name, tensor in direction.items() if tensor.any())
+        return frozenset(found) or self.moved
+
 
 def check_values(values: BatchValues, batch: Batch, point: Point) -> None:
     """Refuse an answer that is not finite.

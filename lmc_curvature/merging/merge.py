@@ -10,6 +10,7 @@ from torch import nn
 from lmc_curvature.barrier import BarrierPrediction
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
+from lmc_curvature.merging.trials import check_networks
 from lmc_curvature.objective import LossFunction, Objective
 from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation, entries_of, unwrap
 from lmc_curvature.objective.normalization import is_batch_counter, tracked_modules
@@ -120,6 +121,7 @@ def merge_predicted(
             )
         batch_norm = "recalibrate" if prediction.batch_norm == "recalibrate" else "interpolate"
     segment = Segment(model_a, model_b, **prediction.segment_options(model_a, "interpolate"))
+    check_networks(prediction, segment)
     return network_at(segment, alphas, model_a, model_b, base=base, batch_norm=batch_norm, **options)
 
 

@@ -87,11 +87,11 @@ class BestPoint:
                 `lmc_curvature.errors` tell which.
         """
         check_trials(measurements, loader, options)
-        bench, correction = Bench(self.prediction, model_a, model_b, options), Correction.of(self.prediction)
+        bench, correction = Bench(self.prediction, model_a, model_b, loader, options), Correction.of(self.prediction)
         point, trials, found = np.array(list(self.alphas.values())), [], []
         while len(trials) < measurements and not (np.abs(correction.points - point).max(axis=1) < _NEAR).any():
             points = np.stack([point, *(() if trials else np.outer([0.0, 0.5, 1.0], np.ones_like(point)))])
-            measured, correction = _measured(bench, points, correction, loader)
+            measured, correction = _measured(bench, points, correction)
             trials.append(measured[0])
             found += measured
             best = np.array(list(min(found, key=lambda each: each.rise).alphas.values()))
@@ -180,10 +180,13 @@ def _lowest(
 
 
 def _measured(
-    bench: Bench, points: Float[np.ndarray, "n L"], correction: Correction, loader: Iterable[Any]
+    bench: Bench,
+    points: Float[np.ndarray, "n L"],
+    correction: Correction,
+    held_out: Iterable[Any] | None = None,
 ) -> tuple[list[PointTrial], Correction]:
     """Measure points, all in one pass, and learn from it."""
-    measurement = bench.measure(points, loader)
+    measurement = bench.measure(points, held_out)
     predicted, expected = point_rises(bench.prediction, points), correction.at(points)[0]
     rises, errors = measurement.rises(), measurement.rise_errors()
     trials = [

@@ -97,13 +97,13 @@ def verify_selection(
     """
     check_trials(measurements, loader, options)
     check_not_negative("caution", caution)
-    choice, bench = selection.choice, Bench(selection.choice.prediction, model_a, model_b, options)
+    choice, bench = selection.choice, Bench(selection.choice.prediction, model_a, model_b, loader, options)
     correction, trials, found = Correction.of(choice.prediction), [], []
     first = choice.members(selection.members), selection.base
     incumbent, margin, proposal = None, 0.0, first
     while len(trials) < measurements and proposal is not None:
         sets = [proposal[0], *(() if trials else _at_no_cost(choice))]
-        measured, correction = _measured(choice, bench, sets, correction, loader)
+        measured, correction = _measured(choice, bench, sets, correction)
         trials.append(next(trial for trial in measured if trial.base == proposal[1]))
         found += measured
         margin = caution * trials[-1].known_error
@@ -168,13 +168,13 @@ def _measured(
     bench: Bench,
     sets: Sequence[Bool[np.ndarray, " L"]],
     correction: Correction,
-    loader: Iterable[Any],
+    held_out: Iterable[Any] | None = None,
 ) -> tuple[list[SetTrial], Correction]:
     """Measure sets with every base, all in one pass, and learn from it."""
     pairs: list[tuple[np.ndarray, Base]] = [(members, base) for members in sets for base in choice.bases]
     groups = [np.concatenate(points_of(members[None], base)) for members, base in pairs]
     points = np.concatenate(groups)
-    measurement = bench.measure(points, loader)
+    measurement = bench.measure(points, held_out)
     rises, errors = measurement.rises(), measurement.rise_errors()
     trials, start = [], 0
     for (members, base), group in zip(pairs, groups, strict=True):

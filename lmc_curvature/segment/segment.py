@@ -6,7 +6,9 @@ import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lmc_curvature.errors import OptionError, PartitionError, UnsupportedModelError, check_choice, counted
@@ -75,7 +77,9 @@ class Segment:
         choices = frozen_choices(frozen)
         fixed = model_b if base == "b" else model_a
         self.partition = LayerPartition.of(fixed, layers, batch_norm=batch_norm, frozen=choices)
-        self.whole, self.base = self.partition, base
+        self._parameters = {name for name, _ in fixed.named_parameters()}
+        self.base: Literal["a", "b"] = base
+        self.whole = self.partition
         if batch_norm != "interpolate":
             # A specification of one's own may know of no running statistics.
             with contextlib.suppress(PartitionError):
@@ -114,6 +118,13 @@ class Segment:
             layer: {name: self.end[name] - self.start[name] for name in self.partition.entries(layer)}
             for layer in self.layers
         }
+
+    def distances(self) -> Float[np.ndarray, " L"]:
+        """Norms of the directions over parameters: running statistics have another scale, and are left out."""
+        moved = [
+            [tensor for name, tensor in each.items() if name in self._parameters] for each in self.directions().values()
+        ]
+        return np.sqrt([sum(float((tensor.double() ** 2).sum()) for tensor in tensors) for tensors in moved])
 
     def point(self, alpha: float, layers: Iterable[str] | str | None = None) -> dict[str, Tensor]:
         """The state θ₁ + α P_S Δ: the layers of the set S moved to α, the others left at θ₁.

@@ -1,13 +1,14 @@
 """Claim: what a selection or a point merges is what was predicted, with its layers, frozen parts and statistics."""
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmc_curvature import BarrierPrediction, best_point, measure_barrier, predict_barrier, select_layers
+from lmc_curvature import BarrierPrediction, best_point, measure_barrier, merge, predict_barrier, select_layers
 from lmc_curvature.errors import OptionError
 from tests.support.networks import randomized
 
@@ -98,6 +99,34 @@ def test_batch_normalisation_is_that_of_the_prediction():
     by_batches = select_layers(predict_barrier(*MODELS, LOADER, batch_norm="batch", progress=False), 1e9, base="a")
     with pytest.raises(OptionError, match="made under batch_norm='batch'"):
         by_batches.merge(*MODELS)
+
+
+def test_other_networks_and_the_other_order_are_refused():
+    prediction = predict_barrier(*MODELS, LOADER, progress=False)
+    chosen, other = select_layers(prediction, 1e9), randomized(Network().double(), 3)
+    with pytest.raises(OptionError, match="not the networks of the prediction: layer 'head' has moved by"):
+        chosen.verify(MODELS[0], other, LOADER, progress=False)
+    with pytest.raises(OptionError, match="not the networks of the prediction"):
+        chosen.merge(MODELS[0], other)
+    for asked in (chosen, best_point(prediction)):
+        with pytest.raises(OptionError, match="the other way round"):
+            asked.verify(*MODELS[::-1], LOADER, progress=False)
+
+
+def test_held_out_data_do_not_make_the_statistics():
+    """Under "recalibrate" the network that is measured in the end is the one that was chosen."""
+    prediction = predict_barrier(*MODELS, LOADER, batch_norm="recalibrate", progress=False)
+    others = [(2 * X[:32] + 1, Y[:32])]
+    found = select_layers(prediction, 1e9, base="a").verify(
+        *MODELS, LOADER, measurements=1, held_out=others, progress=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        networks = [found.selection.merge(*MODELS, loader=LOADER, progress=False)]
+        networks += [merge(model, model, batch_norm="recalibrate", loader=LOADER, progress=False) for model in MODELS]
+    with torch.no_grad():
+        losses = [F.cross_entropy(network(others[0][0]), others[0][1]).item() for network in networks]
+    assert found.held_out.rise == pytest.approx(losses[0] - sum(losses[1:]) / 2, rel=1e-6)
 
 
 def test_what_is_no_merge_or_not_known_is_refused():

@@ -94,6 +94,7 @@ def project_hessian_at(
     """
     check_choice("method", method, get_args(Method))
     problem = Problem.of(objective, states, directions, memory_gib=memory_gib)
+    displaced = problem.displaced
     project = project_by_products if method == "hvp" else project_by_sweep
     sizes: list[int] = []
     weights: list[float] = []
@@ -103,7 +104,7 @@ def project_hessian_at(
             if watch is not None:
                 watch(batch)
             for point in problem.points:
-                objective.check_derivatives(point.state, batch, problem.moved)
+                objective.check_derivatives(point.state, batch, displaced)
             try:
                 found = [project(problem, point, batch) for point in problem.points]
             except (CaptureError, SweepError, MemoryBudgetError, NonFiniteError) as error:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmc_curvature import Objective, Projection, Segment, project_hessian
+from lmc_curvature import Objective, Projection, Segment, measure_barrier, predict_barrier, project_hessian
 from lmc_curvature.averages import standard_error
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.errors import FallbackWarning, NonFiniteError, OptionError
@@ -190,3 +190,24 @@ def test_where_the_sweep_is_not_finite_products_are_tried():
         with pytest.warns(FallbackWarning, match="not finite.*Falling back"):
             found = project_hessian(objective, {}, direction)
     np.testing.assert_allclose(found.curvature, expected)
+
+
+def test_what_moves_nowhere_need_not_be_differentiable():
+    """A feature extractor under no_grad that both networks share."""
+
+    class Probe(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            with torch.no_grad():
+                h = self.features(x).tanh()
+            return self.head(h)
+
+    first, second = Probe().double(), Probe().double()
+    second.features.load_state_dict(first.features.state_dict())
+    x, y = torch.randn(9, 4).double(), torch.arange(9) % 3
+    found = predict_barrier(first, second, [(x, y)], progress=False)
+    expected = measure_barrier(first, second, [(x, y)], alphas=[0.0, 0.5, 1.0], progress=False)
+    assert found.curve([0.5])[0] == pytest.approx(expected.curve()[1], abs=1e-10)
