@@ -1,4 +1,4 @@
-"""The whole path on real images: train siblings, predict their barriers, measure them, draw both."""
+"""The whole path on real images: train siblings, predict and measure barriers, draw both, choose what to average."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +9,20 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lmc_curvature import BarrierMeasurement, BarrierPrediction, Objective, Segment, figures, forking, measure_barrier
+from lmc_curvature import (
+    BarrierMeasurement,
+    BarrierPrediction,
+    Objective,
+    Segment,
+    figures,
+    forking,
+    measure_barrier,
+    select_layers,
+)
 from lmc_curvature.averages import rank_correlation
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.barrier.predict import predict_on_segment
+from lmc_curvature.merging import Verification
 
 CONFIG = forking.ForkConfig(
     data="digits",
@@ -29,7 +39,10 @@ CONFIG = forking.ForkConfig(
 )
 """A parent trained for 16 epochs on 1,437 digits, and two children from each of five of its epochs."""
 
-_BATCH_SIZE = 256
+BUDGET = 0.05
+"""By how many nats the loss may rise where layers are averaged."""
+
+_BATCH_SIZE, _MEASUREMENTS = 256, 5
 # Errors are relative to no less, in nats: a barrier of zero has no relative error.
 _LEAST = 1e-4
 
@@ -41,18 +54,20 @@ class DemoResult:
     Attributes:
         predictions: Fork epoch to the prediction for its two children.
         measurements: Fork epoch to the measurement: the whole network, each layer, then the sets of `layer_sets`.
+        selections: Fork epoch to the layers that can be averaged within `BUDGET`, measured and held out.
         figures: The files drawn.
     """
 
     predictions: Mapping[int, BarrierPrediction]
     measurements: Mapping[int, BarrierMeasurement]
+    selections: Mapping[int, Verification]
     figures: tuple[Path, ...]
 
 
 def run_demo(
     out_dir: str | PathLike[str], *, device: torch.device | str = "cpu", progress: bool | None = None
 ) -> DemoResult:
-    """Fork, predict, measure and draw, under one directory; networks that it already holds are not trained again.
+    """Fork, predict, measure, choose and draw, under one directory; networks that it holds are not trained again.
 
     Args:
         out_dir: Where everything goes: networks under `forks/`, results under `barriers/`, figures beside them.
@@ -65,8 +80,11 @@ def run_demo(
     """
     out_dir = Path(out_dir)
     forking.run_forks(CONFIG, out_dir / "forks", device=device, progress=progress)
-    loader = forking.load_fork_data(out_dir / "forks", progress=False).to(device).batches(_BATCH_SIZE)
-    predictions, measurements = {}, {}
+    loader, held_out = (
+        forking.load_fork_data(out_dir / "forks", split, progress=False).to(device).batches(_BATCH_SIZE)
+        for split in ("train", "test")
+    )
+    predictions, measurements, selections = {}, {}, {}
     with forking.cpu_threads(CONFIG.threads):
         # One for all forks: the network is captured once.
         objective = Objective(forking.initial_model(CONFIG).to(device), loader)
@@ -79,8 +97,11 @@ def run_demo(
             folder = out_dir / "barriers" / f"fork-{fork:04d}"
             prediction.save(folder / "predicted.safetensors")
             measurement.save(folder / "measured.safetensors")
+            selections[fork] = select_layers(prediction, BUDGET).verify(
+                first, second, loader, measurements=_MEASUREMENTS, held_out=held_out, progress=False
+            )
             predictions[fork], measurements[fork] = prediction, measurement
-    return DemoResult(predictions, measurements, _draw(predictions, measurements, out_dir))
+    return DemoResult(predictions, measurements, selections, _draw(predictions, measurements, out_dir))
 
 
 def layer_sets(names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:

@@ -14,7 +14,7 @@ from lmc_curvature.averages import with_error
 from lmc_curvature.barrier.expansions import EXPANSIONS, Expansion
 from lmc_curvature.barrier.verdict import verdict
 from lmc_curvature.cli.conclusion import against_budget
-from lmc_curvature.cli.demo import DemoResult, layer_rank_correlations, layer_sets, median_errors
+from lmc_curvature.cli.demo import BUDGET, DemoResult, layer_rank_correlations, layer_sets, median_errors
 from lmc_curvature.figures.frames import at_epoch, numbers
 from lmc_curvature.figures.ranks import rank_correlations
 from lmc_curvature.merging import Selection, Verification
@@ -213,7 +213,7 @@ def trial_table(verification: Verification, caution: float) -> Table:
 
 
 def demo_tables(result: DemoResult) -> list[Table]:
-    """Predicted beside measured barriers of the demo, of whole networks, layers and sets; their errors and ranks."""
+    """The demo's barriers, predicted beside measured, their errors and ranks, and what can be averaged."""
     pairs = {fork: (prediction, result.measurements[fork]) for fork, prediction in result.predictions.items()}
     whole = _whole_table("Barrier between the two children of each fork", "error barrier")
     whole.add_column("kind")
@@ -241,7 +241,30 @@ def demo_tables(result: DemoResult) -> list[Table]:
     errors = Table("predicted", *_right("layers", "sets"), title="Median error, as a part of the measured barrier")
     for expansion in ("anchored", "second-order", "with-slopes"):
         errors.add_row(expansion, *(_cell(error, ".0%") for error in median_errors(result, expansion)))
-    return [whole, sets, errors, _rank_table({fork: layer_rank_correlations(*pair) for fork, pair in pairs.items()})]
+    ranks = _rank_table({fork: layer_rank_correlations(*pair) for fork, pair in pairs.items()})
+    return [whole, sets, errors, ranks, _selections_table(result.selections)]
+
+
+def _selections_table(selections: Mapping[int, Verification]) -> Table:
+    """A row a pair: the heaviest set of layers that was found to stay within the budget."""
+    table = Table(
+        "fork at epoch",
+        *_right("base", "layers", "parameters", "predicted rise", "measured", "on test images", "sets measured"),
+        title=f"What can be averaged at a rise of the loss of at most {BUDGET} nats",
+    )
+    for fork, verified in selections.items():
+        final, held_out = verified.selection, verified.held_out
+        table.add_row(
+            str(fork),
+            final.base,
+            f"{len(final.members)} of {len(final.choice.weights)}",
+            f"{final.share:.1%}",
+            _cell(final.rise),
+            _with_error(verified.chosen.rise, verified.chosen.standard_error),
+            "–" if held_out is None else _with_error(held_out.rise, held_out.standard_error),
+            str(len(verified.trials)),
+        )
+    return table
 
 
 def trace_tables(traces: Traces) -> list[Table]:

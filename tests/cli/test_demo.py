@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction
-from lmc_curvature.cli.demo import CONFIG, layer_rank_correlations, layer_sets, median_errors, run_demo
+from lmc_curvature.cli.demo import BUDGET, CONFIG, layer_rank_correlations, layer_sets, median_errors, run_demo
 from lmc_curvature.cli.tables import demo_tables
-from lmc_curvature.forking import run_forks
+from lmc_curvature.forking import load_child, load_fork_data, run_forks
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,8 @@ def test_predictions_rank_the_layers(result):
 def test_figures_and_tables_are_made(result):
     assert {path.suffix for path in result.figures} == {".png", ".pdf"}
     assert all(path.stat().st_size > 10_000 for path in result.figures)
-    whole, layers, errors, ranks = demo_tables(result)
+    whole, layers, errors, ranks, selections = demo_tables(result)
+    assert selections.row_count == len(CONFIG.fork_epochs)
     assert whole.row_count == len(CONFIG.fork_epochs)
     names = result.predictions[0].layers
     assert layers.row_count == len(names) + len(layer_sets(names))
@@ -61,6 +64,24 @@ def test_anchors_predict_better_than_the_ends_alone(result):
         measured = result.measurements[fork].curve()
         middle = len(measured) // 2
         assert prediction.curve([0.5])[0] == pytest.approx(measured[middle], rel=1e-2, abs=1e-5)
+
+
+@pytest.mark.check
+def test_what_is_selected_stays_within_the_budget(result, out):
+    for fork, verified in result.selections.items():
+        assert verified.chosen.rise <= BUDGET
+        assert (verified.selection.share == 1) == (result.measurements[fork].barrier() < BUDGET)
+        pair = [load_child(out / "forks", fork, child) for child in (0, 1)]
+        merged = verified.selection.merge(*pair)
+        losses = [_mean_loss(network, out) for network in (merged, *pair)]
+        assert losses[0] - sum(losses[1:]) / 2 == pytest.approx(verified.chosen.rise, abs=1e-5)
+
+
+@torch.no_grad()
+def _mean_loss(network, out):
+    batches = load_fork_data(out / "forks", progress=False).batches(500)
+    sums = [(F.cross_entropy(network.eval()(x), y, reduction="sum").item(), len(y)) for x, y in batches]
+    return sum(total for total, _ in sums) / sum(count for _, count in sums)
 
 
 @pytest.mark.check
