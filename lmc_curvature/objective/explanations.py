@@ -42,8 +42,8 @@ def naming_what_has_no_derivative(task: str) -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise UnsupportedModelError(
-            f"The loss cannot be {task}: {error} Replace that operation, or switch off what hides it (torch.compile, "
-            "checkpointing, sparse gradients)."
+            f"The loss cannot be {task}: {str(error).rstrip('.')}. Replace that operation, or switch off "
+            "what hides it (torch.compile, checkpointing, sparse gradients)."
         ) from error
 
 
