@@ -56,10 +56,11 @@ class Batch:
 def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
     """Apply a function to every tensor in nested mappings, lists, tuples, dataclasses and namespaces.
 
-    What they are is kept, as far as it can be copied and filled: other mappings become plain dicts.
+    What they are is kept, as far as it can be copied and filled: other mappings become plain dicts. Tensors keep the
+    attributes that users have set on them.
     """
     if isinstance(data, Tensor):
-        return function(data)
+        return _with_attributes(function(data), data)
     if isinstance(data, Mapping):
         return _filled(data, {key: map_tensors(function, value) for key, value in data.items()})
     if isinstance(data, tuple) and hasattr(data, "_fields"):
@@ -74,6 +75,20 @@ def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
         # Also of what is frozen.
         object.__setattr__(filled, name, value)
     return filled
+
+
+def attributes_of(tensor: Tensor) -> dict[str, Any]:
+    """Attributes that were set on a tensor from outside, by name."""
+    # Those of classes that take apart operations themselves are their own business.
+    plain = getattr(type(tensor), "__torch_dispatch__", None) is getattr(Tensor, "__torch_dispatch__", None)
+    return dict(vars(tensor)) if plain else {}
+
+
+def _with_attributes(result: Any, tensor: Tensor) -> Any:
+    if isinstance(result, Tensor) and result is not tensor:
+        for name, value in attributes_of(tensor).items():
+            setattr(result, name, value)
+    return result
 
 
 def _filled(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:

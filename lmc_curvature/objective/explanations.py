@@ -29,6 +29,24 @@ def translate_errors(explain: Callable[[Exception], LMCCurvatureError]) -> Itera
         raise explain(error) from error
 
 
+@contextlib.contextmanager
+def naming_what_has_no_derivative(task: str) -> Iterator[None]:
+    """Within the block, which differentiates, errors of torch become ours, but for want of memory.
+
+    Args:
+        task: What the loss then cannot be: `"differentiated"`, or `"differentiated twice"`.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UnsupportedModelError(
+            f"The loss cannot be {task}: {str(error).rstrip('.')}. Replace that operation, or switch off "
+            "what hides it (torch.compile, checkpointing, sparse gradients)."
+        ) from error
+
+
 def network_error(error: Exception, inputs: Any, index: int) -> LMCCurvatureError:
     """The error for what a network raised on its inputs."""
     kind = UnsupportedModelError if isinstance(error, (NotImplementedError, NameError)) else LoaderError

@@ -17,6 +17,7 @@ from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
 from lmc_curvature.objective.batches import Batch, place_data, to_device
 from lmc_curvature.objective.differentiable import plain_checkpoints
+from lmc_curvature.objective.explanations import naming_what_has_no_derivative
 from lmc_curvature.objective.loaders import check_loader, loader_length, visit
 from lmc_curvature.objective.losses import (
     BatchLoss,
@@ -308,6 +309,7 @@ class Objective:
         Raises:
             NonFiniteError: The loss of a batch or the gradient of an entry is infinite or not a number.
             LossError: The loss does not depend on the state.
+            UnsupportedModelError: An operation has no derivative.
         """
         point = self._point(state)
         leaves = as_leaves({name: point[name] for name in self._movable})
@@ -320,7 +322,10 @@ class Objective:
                     loss = self.batch_loss({**point, **leaves}, batch)
                 finite_loss(loss, batch)
                 check_differentiable(loss)
-                gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+                with naming_what_has_no_derivative("differentiated"):
+                    gradients = torch.autograd.grad(
+                        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+                    )
                 for accumulated, gradient in zip(total.values(), gradients, strict=True):
                     accumulated.add_(gradient, alpha=batch.weight)
                 weight += batch.weight

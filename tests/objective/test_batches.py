@@ -8,7 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
+from lmc_curvature import Objective
 from lmc_curvature.errors import LoaderError
 from lmc_curvature.objective.batches import (
     Batch,
@@ -94,6 +97,37 @@ def test_objects_with_tensors_stay_what_they_are(make):
     if isinstance(data, Mapping):
         assert (moved[name] == 1).all()
         assert (data[name] == 0).all()
+
+
+class Marked(torch.Tensor):
+    """A class of tensors whose instances have attributes."""
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Marked])
+@pytest.mark.parametrize(
+    "function", [torch.clone, lambda t: t[:2], lambda t: t.to(torch.float64), lambda t: t.detach()]
+)
+def test_attributes_of_tensors_are_kept(function, kind):
+    tensor = X.clone().as_subclass(kind)
+    tensor.lengths, tensor.note = [3, 2], "text"
+    moved = map_tensors(function, {"x": (tensor, X)})["x"]
+    assert (moved[0].lengths, moved[0].note) == ([3, 2], "text")
+    assert not vars(moved[1])
+    assert not vars(X)
+
+
+def test_a_network_sees_the_attributes_of_its_inputs():
+    class Scaling(nn.Linear):
+        def forward(self, input):
+            return getattr(input, "k", 1.0) * super().forward(input)
+
+    model = Scaling(2, 3)
+    batches = [(torch.randn(4, 2), torch.arange(4) % 3) for _ in range(2)]
+    for k, (x, _) in enumerate(batches):
+        x.k = 2.0 + k
+    with torch.no_grad():
+        expected = sum(F.cross_entropy(x.k * F.linear(x, model.weight, model.bias), y).item() for x, y in batches) / 2
+    assert Objective(model, batches).loss() == pytest.approx(expected, rel=1e-6)
 
 
 def test_mappings_that_take_no_values_become_dicts():

@@ -15,6 +15,7 @@ from lmc_curvature.errors import (
     LossError,
     NonFiniteError,
     OptionError,
+    UnsupportedModelError,
 )
 from lmc_curvature.objective.batches import Batch
 from tests.support.networks import (
@@ -369,4 +370,32 @@ def test_a_gradient_that_is_not_finite_names_its_entry(function):
     objective = Objective(network, [(torch.ones(6, 4), torch.arange(6) % 3)])
     assert objective.loss() > 0
     with pytest.raises(NonFiniteError, match=r"Entry '0.weight' of the gradient has 12 of 12 values.*a square root at"):
+        objective.gradient()
+
+
+class _Refusing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("this kernel has no backward pass.")
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda h: torch.special.zeta(h.abs() + 2, h.abs() + 1), "the derivative for 'zeta' is not implemented"),
+        (lambda h: torch.igamma(h.abs() + 1, h.abs() + 1), "the derivative for 'igamma: input' is not implemented"),
+        (lambda h: h * torch.heaviside(h, torch.ones(())), "derivative for aten::heaviside is not implemented"),
+        (_Refusing.apply, "this kernel has no backward pass"),
+    ],
+)
+def test_an_operation_without_a_derivative_is_named(function, reason):
+    network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3))
+    network.register_forward_hook(lambda net, args, _: net[1](function(net[0](*args))))
+    objective = Objective(network, [(torch.ones(6, 4), torch.arange(6) % 3)])
+    assert objective.loss() > 0
+    with pytest.raises(UnsupportedModelError, match=f"The loss cannot be differentiated: .*{reason}.* Replace that"):
         objective.gradient()

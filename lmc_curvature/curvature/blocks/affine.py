@@ -6,6 +6,7 @@ one a token, one a pixel). Everything about W's block of the Hessian is then in 
 
 import contextlib
 import functools
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,8 @@ class AffineMap:
         """The module's output, or a derivative in it."""
         if isinstance(self.module, nn.Conv2d):
             return output.flatten(2).transpose(1, 2)
-        return output.reshape(output.shape[0], -1, output.shape[-1])
+        # Not -1 for the positions: there are calls without examples.
+        return output.reshape(output.shape[0], math.prod(output.shape[1:-1]), output.shape[-1])
 
     def features(self, input: Tensor, *, constant: float = 1.0) -> Float[Tensor, "examples positions features"]:
         """The factors of the entries at each position: the module's input, or the patch that a convolution sees; and 1.

@@ -50,7 +50,7 @@ def layer_hessian(
     part of the network above the layer only, instead of one for every parameter. It asks for an `nn.Linear` or an
     ungrouped `nn.Conv2d` whose weight is used once, and for examples whose losses do not depend on each other above
     it, which is looked for in every batch; entries that the layer has beside it (a normalisation) get a product each.
-    The first batch is compared with an exact product.
+    The first batch with a part in the block is compared with an exact product.
 
     `"products"`: one exact Hessian-vector product for every parameter, on one graph a batch. Any layer.
 
@@ -186,7 +186,7 @@ def _add_batch(
                     f"method='structured': at batch {batch.index}, {reason} Use method='auto' or 'products'."
                 ) from None
             if isinstance(reason, _MismatchError):
-                message = f"At the first batch, {reason} Falling back on one product for every parameter."
+                message = f"At batch {batch.index}, {reason} Falling back on one product for every parameter."
                 warnings.warn(message, FallbackWarning, stacklevel=3)
                 total.values.zero_()
     side = min(total, total.T, key=lambda side: len(side.values))
@@ -211,8 +211,10 @@ def _add_structured(
 
     Raises:
         _StructureError: The layers are not what this road needs, or it is not the cheaper one, which `auto` asks for;
-            nothing is added. At the first batch: the sum is not the Hessian's.
+            nothing is added. At the first batch with a part in the block: the sum is not the Hessian's.
     """
+    # A layer may see none of the first examples, as the expert that no example is sent to.
+    is_first_part = not total.values.any()
     with block.objective.numerics.differentiating_operations():
         first, second = _pair(total, calls, products.vectorizer, auto=auto)
         side = _side_of(total, first)
@@ -225,7 +227,7 @@ def _add_structured(
                 side.values[rows, columns].add_(part[of_row, :, of_column].flatten(1), alpha=products.batch.weight)
     _add_products(total.T, products, total.columns.beside, total.rows.tensors)
     _add_products(total, products, total.rows.beside, total.columns.own)
-    if products.batch.is_first:
+    if is_first_part:
         _mirror(total)
         _check_product(total, block, products)
 
@@ -290,7 +292,7 @@ def _mirror(total: BlockSum) -> None:
 
 
 def _check_product(total: BlockSum, block: CurvatureOperator, products: BatchProducts) -> None:
-    """Compare the sum, of the first batch so far, with an exact product.
+    """Compare the sum, of one batch so far, with an exact product.
 
     Raises:
         _MismatchError: They differ by more than rounding.

@@ -64,7 +64,7 @@ class BlockLayer:
     def shape_at(self, call: LayerCall) -> LayerShape:
         """The layer's shape, as one call of its module shows it."""
         affine, others = (sum(self.tensors[name].numel() for name in part) for part in (self.own, self.beside))
-        return LayerShape(self.width, affine // self.width, call.output[0].numel() // self.width, others)
+        return LayerShape(self.width, affine // self.width, call.slopes.shape[1], others)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def examples_interact(first: LayerCall, second: LayerCall, vectorizer: Vectorize
         vectorizer: Makes several products at once.
     """
     slopes = first.slopes
-    if not slopes.requires_grad or first.examples == 1:
+    if not slopes.requires_grad or first.examples <= 1:
         return False
     bits = torch.arange((first.examples - 1).bit_length()).unsqueeze(1)
     moved = (torch.arange(first.examples) >> bits & 1).bool()
@@ -71,7 +71,7 @@ def pair_blocks(
         Unit of the first call, and its block: a row for each of its features, a column for each unit and feature of
         the second call's module. Of a call with itself only units from this one on: the rest is symmetric.
     """
-    if not first.slopes.requires_grad:
+    if not first.slopes.requires_grad or first.examples == 0:
         return
     features, others = first.affine.features(first.input), second.affine.features(second.input)
     slopes = _wide(second.slopes.detach())

@@ -19,6 +19,10 @@ class GGNOperator(CurvatureOperator):
     in the output, and equal to the Hessian where the network is linear in its state or the loss is least at the output
     of every example. For cross-entropy it is the Fisher information matrix, for the squared error a multiple of it.
 
+    What the output is matters: cross-entropy takes logits. `nll_loss` of a network that ends in `LogSoftmax` is linear
+    in the output, and its matrix exactly zero, as that of any loss that is piecewise linear in it (L1, hinges). Where
+    it is in the first batch, a warning says so.
+
     Its arguments and errors are those of `CurvatureOperator`. The loss must be `loss_fn(output, target)` of an output
     that is one tensor; a `BatchLoss` raises `LossError`, because its network's output is not known.
 

@@ -1,7 +1,6 @@
 """Derivatives of derivatives, or an error that says why there is none."""
 
-import contextlib
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lmc_curvature.errors import UnsupportedModelError
+from lmc_curvature.objective.explanations import naming_what_has_no_derivative
 from lmc_curvature.objective.network import graph_nodes
 
 
@@ -36,7 +36,7 @@ def gradients(
     used = [(output, weight) for output, weight in zip(outputs, weights, strict=True) if output.requires_grad]
     if not used or not inputs:
         return {name: torch.zeros_like(tensor) for name, tensor in inputs.items()}
-    with _naming_what_has_no_derivative():
+    with naming_what_has_no_derivative("differentiated twice"):
         found = torch.autograd.grad(
             [output for output, _ in used],
             list(inputs.values()),
@@ -85,16 +85,3 @@ _MARKED_BODY = once_differentiable(lambda ctx: None).__code__
 def _is_marked(node: Any) -> bool:
     backward = getattr(getattr(node, "_forward_cls", None), "backward", None)
     return getattr(backward, "__code__", None) is _MARKED_BODY
-
-
-@contextlib.contextmanager
-def _naming_what_has_no_derivative() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise UnsupportedModelError(
-            f"The loss cannot be differentiated twice: {error} Replace that operation, or switch off what hides it "
-            "(torch.compile, checkpointing, sparse gradients)."
-        ) from error

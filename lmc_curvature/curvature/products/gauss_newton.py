@@ -1,6 +1,7 @@
 """The Gauss-Newton matrix of one batch, and its products."""
 
 import functools
+import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -56,11 +57,24 @@ class BatchGaussNewton:
         self.loss = loss.detach()
         if batch.is_first:
             refuse_once_differentiable([loss, self._slope, self._output, *self._pulled.values()])
+            objective.memo("a Gauss-Newton matrix of zeros", self._warn_of_zeros)
 
     @functools.cached_property
     def operations(self) -> Hashable:
         """A value that differs between batches whose output or loss is computed by other operations."""
         return operations([self._slope, self._output, *self._pulled.values()])
+
+    def _warn_of_zeros(self) -> None:
+        random = torch.randn(self._at.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        with self._objective.numerics.differentiating_operations():
+            curvature = gradients([self._slope], {"output": self._at}, [random.to(self._at)])["output"]
+        if self._slope.any() and not curvature.any():
+            warnings.warn(
+                "The Gauss-Newton matrix of the first batch is exactly zero: the loss has a slope in the network's "
+                "output and no second derivative, as nll_loss of log-probabilities and l1_loss have none. Let a "
+                "network that ends in LogSoftmax end in its logits, and use cross_entropy; or use HessianOperator.",
+                stacklevel=2,
+            )
 
     def product(self, direction: State, rows: Sequence[str] | None = None) -> dict[str, Tensor]:
         """G v for a sparse direction v: entry name to tensor, for the entries in `rows` (default: all)."""

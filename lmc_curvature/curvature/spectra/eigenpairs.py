@@ -23,6 +23,14 @@ Which = Literal["largest", "smallest", "magnitude"]
 # Two win, and unlike one they see the second copy of an eigenvalue, so that a search for more is rarely needed.
 _BLOCK_SIZE = 2
 
+# An eigenvalue of which little is in the first block may be passed over: the last Ritz pair comes near the one after
+# it, with a part of the vector wanted that leaves a residual of that part times the gap. A smaller residual uncovers
+# it: a tenth of the tolerance, for 9 % more products, misses 4 of 5040 searches (spectra whose outer eigenvalues lie
+# close, k = 1, 3, 8) where the tolerance misses 24.
+# Products of low precision may never reach it, so there is an end.
+_LAST = 0.1
+_MOST_FURTHER = 10
+
 
 @dataclass(frozen=True, eq=False)
 class Eigenpairs:
@@ -64,6 +72,12 @@ def top_eigenpairs(
     Block Lanczos in the form of Davidson's method (Davidson 1975; Saad 2011, section 8.4): the search space grows by
     the residuals of Ritz pairs that are not yet exact enough, at most `block_size` at a time, and restarts from the
     best Ritz vectors when it is full. The images of its basis are kept, so residuals need no further products.
+
+    The residual says how near a vector is to an eigenvector, and not which eigenvalue it is of: one whose vector has
+    almost no part in the random start may be passed over, and the next one be found in its place. The last pair is
+    therefore refined to a tenth of the tolerance, in ten steps at most, which uncovers most of these. Of spectra whose
+    outer eigenvalues are 1 % apart, one search in a thousand or two still passes one over; where that matters, compare
+    another `seed`.
 
     Multiple eigenvalues are found with all their copies. A block of b random vectors can see b copies, so where b
     Ritz values coincide, the space orthogonal to them is searched for another. An operator of few rows is diagonalised
@@ -188,28 +202,45 @@ class _Search:
 
 
 def _refine(
-    search: _Search, space: SearchSpace, block: Float[Tensor, "b n"], k: int, bar: tqdm, limit: int | float = math.inf
+    search: _Search,
+    space: SearchSpace,
+    block: Float[Tensor, "b n"],
+    k: int,
+    bar: tqdm,
+    *,
+    limit: int | float = math.inf,
+    most_further: int = _MOST_FURTHER,
 ) -> tuple[Float64[Tensor, " k"], Bool[Tensor, " k"]]:
     """Extend a space by a block, and then by residuals, until its k outermost Ritz pairs have converged.
 
-    It ends earlier if the search has made `limit` products in all, or as many as it may.
+    The last of them is then refined further, in `most_further` steps at most. It ends earlier if the search has made
+    `limit` products in all, or as many as it may.
 
     Returns:
         The norms of these pairs' residuals, and whether each is small enough; of fewer pairs if the space has fewer.
     """
+    further = most_further
     while True:
         search.extend(space, block, k)
         count, complete = min(k, space.size), space.rest == 0
         residuals = space.residuals(count)
         norms = torch.linalg.vector_norm(residuals, dim=1).double().cpu()
         # All that is left in a complete space is rounding.
-        converged = complete | (norms <= (search.tolerance * space.values[:count].abs()).clamp(min=search.rounding))
+        goals = search.tolerance * space.values[:count].abs()
+        converged = complete | (norms <= goals.clamp(min=search.rounding))
         bar.set_postfix(products=search.products, refresh=False)
         bar.update(int(converged.sum()) - bar.n)
-        if search.products >= min(limit, search.max_products) or complete or (count == k and converged.all()):
+        if search.products >= min(limit, search.max_products) or complete:
             return norms, converged
-        # Residuals of pairs that are exact enough would only make others, which nobody asked for, more exact.
-        lacking = (~converged).nonzero().flatten()[: min(search.block_size, search.left)]
+        if count == k and converged.all():
+            if further == 0 or norms[-1] <= max(_LAST * float(goals[-1]), search.rounding):
+                return norms, converged
+            further -= 1
+            lacking = torch.tensor([k - 1])
+        else:
+            # Residuals of pairs that are exact enough would only make others, which nobody asked for, more exact.
+            further = most_further
+            lacking = (~converged).nonzero().flatten()[: min(search.block_size, search.left)]
         block = space.orthonormalised(residuals[lacking.to(residuals.device)])
         if len(block) == 0:
             block = search.random_block(space, search.block_size)
@@ -258,7 +289,7 @@ def _missed(search: _Search, space: SearchSpace, k: int) -> Float[Tensor, "misse
     outside = SearchSpace(capacity, excluded=space.vectors(k), rank=search.rank)
     block = search.random_block(outside, search.block_size)
     # Where nothing is missing this is for nothing; it should not cost more than the search itself.
-    _refine(search, outside, block, 1, tqdm(disable=True), limit=2 * search.products)
+    _refine(search, outside, block, 1, tqdm(disable=True), limit=2 * search.products, most_further=0)
     last = space.values[k - 1]
     margin = 10 * search.tolerance**2 * last.abs() + search.rounding
     return outside.vectors(int((search.rank(outside.values) > search.rank(last) + margin).sum()))

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from lmc_curvature.errors import CaptureError
-from lmc_curvature.objective.batches import map_tensors
+from lmc_curvature.objective.batches import attributes_of, map_tensors
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,13 @@ class BatchTree:
 
     @property
     def signature(self) -> tuple[str, str]:
-        """Types and shapes of the tensors with the values beside them, and these values alone.
+        """Types and shapes of the tensors with the values beside and on them, and these values alone.
 
         Raises:
             CaptureError: There is something in the data whose value cannot be told from its looks.
         """
-        shapes = map_tensors(lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}", self.structure)
-        _check_plain(shapes)
-        return repr(shapes), repr(map_tensors(lambda _: ..., self.structure))
+        shapes = _text(self.structure, lambda tensor: f"{tensor.dtype} {tuple(tensor.shape)}")
+        return shapes, _text(self.structure, lambda _: repr(...))
 
     def rows(self, start: int, stop: int, size: int) -> "BatchTree":
         """The part of the data that belongs to some examples of a batch of `size`."""
@@ -74,14 +75,34 @@ class BatchTree:
         return BatchTree([lay(tensor) for tensor in self.tensors], self.structure)
 
 
-def _check_plain(structure: Any) -> None:
-    if isinstance(structure, Mapping):
-        structure = [*structure, *structure.values()]
-    if isinstance(structure, (list, tuple)):
-        for part in structure:
-            _check_plain(part)
-    elif not isinstance(structure, (str, int, float, bool, type(None))):
-        raise CaptureError(
-            f"The loss cannot be captured as a graph: the batch holds a {type(structure).__name__}, which may change "
-            "from batch to batch. Make it a tensor."
-        )
+# Types whose `repr` tells any two values apart; a class made of one of them may have any `repr`.
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), np.str_, np.float64)
+
+
+def _text(data: Any, describe: Callable[[Tensor], str]) -> str:
+    """A text that differs between any two data whose tensors or values differ, as far as `describe` tells tensors."""
+    kind = type(data)
+    name = "" if kind in (dict, list, tuple) else f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(data, Tensor):
+        attributes = attributes_of(data)
+        # Tensors among these are no inputs of a graph.
+        return describe(data) + (f" with {_text(attributes, _refuse)}" if attributes else "")
+    if isinstance(data, Mapping):
+        items = (f"{_text(key, describe)}: {_text(value, describe)}" for key, value in data.items())
+        return f"{name}{{{', '.join(items)}}}"
+    if isinstance(data, (list, tuple)):
+        parts = ", ".join(_text(part, describe) for part in data)
+        return f"{name}[{parts}]" if isinstance(data, list) else f"{name}({parts})"
+    if kind in _PLAIN:
+        return repr(data)
+    if isinstance(data, Enum) and isinstance(data, (str, int, float)):
+        return f"{name}{_text((data.name, data.value), describe)}"
+    return _refuse(data)
+
+
+def _refuse(value: Any) -> NoReturn:
+    where = ", an attribute of a tensor," if isinstance(value, Tensor) else ","
+    raise CaptureError(
+        f"The loss cannot be captured as a graph: the batch holds a {type(value).__name__}{where} which may change "
+        "from batch to batch. Make it a tensor of the batch."
+    )

@@ -329,6 +329,88 @@ def test_a_tied_weight_has_no_structure_and_the_biases_beside_it_have():
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def _dense_block(model, batches, entries):
+    """The block of some parameters, by torch without `vmap`, which some operations get wrong."""
+    own = {name: dict(model.named_parameters())[name].detach() for name in entries}
+
+    def loss(*values):
+        point = {**dict(model.named_parameters()), **dict(zip(own, values, strict=True))}
+        parts = [len(y) * F.cross_entropy(functional_call(model, point, x), y) for x, y in batches]
+        return sum(parts) / sum(len(y) for _, y in batches)
+
+    found = torch.autograd.functional.hessian(loss, tuple(own.values()))
+    sizes = [tensor.numel() for tensor in own.values()]
+    return torch.cat(
+        [
+            torch.cat([part.reshape(rows, columns) for part, columns in zip(row, sizes, strict=True)], 1)
+            for row, rows in zip(found, sizes, strict=True)
+        ]
+    )
+
+
+class Experts(nn.Module):
+    """A layer that sees the examples of one sign alone, which may be none."""
+
+    def __init__(self, *experts):
+        super().__init__()
+        self.experts, self.out = nn.ModuleList(experts), nn.Linear(3, 3)
+
+    def forward(self, x):
+        chosen = x.flatten(1)[:, 0] > 0
+        h = x.new_zeros(len(x), 3)
+        for mask, expert in zip((chosen, ~chosen), self.experts, strict=True):
+            y = torch.tanh(expert(x[mask]))
+            h[mask] = y.flatten(2).mean(2) if y.ndim == 4 else y.flatten(1, -2).mean(1) if y.ndim > 2 else y
+        return self.out(h)
+
+
+EXPERTS = {
+    "vectors": (lambda: nn.Linear(4, 3), VECTOR),
+    "tokens": (lambda: nn.Linear(4, 3), TOKENS),
+    "images": (lambda: nn.Conv2d(2, 3, 2), IMAGES),
+    "a normalisation beside": (lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), VECTOR),
+}
+
+
+def _experts(name, signs):
+    """An expert for examples that begin with a positive number, one for the others, and batches of one sign each."""
+    make, shape = EXPERTS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Experts(make(), make()).double()
+        xs = [torch.randn(4, *shape, dtype=torch.float64) for _ in signs]
+        batches = [(x, torch.randint(3, (4,))) for x in xs]
+    for sign, x in zip(signs, xs, strict=True):
+        first = x.flatten(1)[:, 0]
+        if sign:
+            first.abs_().mul_(sign)
+    return model, batches
+
+
+@pytest.mark.filterwarnings("error::lmc_curvature.errors.FallbackWarning")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("signs", [(1, -1), (-1, 0, 1), (-1, -1)])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_a_layer_without_examples_has_no_part_in_that_batch(name, signs, method):
+    model, batches = _experts(name, signs)
+    objective = Objective(model, batches)
+    layer = "experts.0.0" if "beside" in name else "experts.0"
+    expected = _dense_block(model, batches, HessianOperator(objective).block(layer).rows)
+    assert bool(expected.any()) == (signs != (-1, -1))
+    torch.testing.assert_close(layer_hessian(objective, None, layer, method=method), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_wrong_block_is_noticed_at_the_first_batch_that_has_a_part_in_it(monkeypatch):
+    model, batches = _experts("vectors", (-1, 1))
+    objective = Objective(model, batches)
+    expected = HessianOperator(objective).block("experts.0").to_dense()
+    features = AffineMap.features
+    monkeypatch.setattr(AffineMap, "features", lambda self, *args, **options: 2 * features(self, *args, **options))
+    with pytest.warns(FallbackWarning, match="At batch 1, the structured block .* is off by "):
+        found = layer_hessian(objective, None, "experts.0")
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
 class Wayward(nn.Module):
     """A layer that is used once, and in batches of four examples in some other way."""
 
@@ -393,7 +475,7 @@ def test_a_wrong_block_is_noticed(monkeypatch):
     expected = HessianOperator(objective).block("2").to_dense()
     features = AffineMap.features
     monkeypatch.setattr(AffineMap, "features", lambda self, *args, **options: 2 * features(self, *args, **options))
-    with pytest.warns(FallbackWarning, match="At the first batch, the structured block .* is off by "):
+    with pytest.warns(FallbackWarning, match="At batch 0, the structured block .* is off by "):
         found = layer_hessian(objective, None, "2")
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     with pytest.raises(OptionError, match="method='structured': at batch 0, .* is off by"):

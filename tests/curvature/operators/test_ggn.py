@@ -1,5 +1,7 @@
 """Claim: a GGNOperator is JᵀSJ, checked against dense Jacobians, the Fisher information, the Hessian and curvlinops."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,7 +172,53 @@ def test_curvlinops_agrees():
 def test_a_loss_that_is_linear_in_the_output_has_none():
     _, _, batches = _data((5,), "values")
     objective = Objective(_classifier().double(), batches, loss_fn=lambda out, y: (out * y).mean())
-    assert not GGNOperator(objective).to_dense().any()
+    with pytest.warns(UserWarning, match="exactly zero"):
+        assert not GGNOperator(objective).to_dense().any()
+
+
+def _hinge(output, target):
+    return (1 - output * (2 * target - 1)).relu().mean()
+
+
+@pytest.mark.parametrize(
+    ("network", "loss_fn", "target"),
+    [
+        (nn.LogSoftmax(1), F.nll_loss, "classes"),
+        (nn.LogSoftmax(1), lambda out, y: F.kl_div(out, y.softmax(1), reduction="batchmean"), "values"),
+        (nn.Identity(), F.l1_loss, "values"),
+        (nn.Identity(), _hinge, "bits"),
+    ],
+    ids=["nll", "kl", "l1", "hinge"],
+)
+def test_a_loss_without_a_second_derivative_in_the_output_is_warned_of_once(network, loss_fn, target):
+    _, _, batches = _data((5,), target)
+    objective = Objective(nn.Sequential(_classifier(), network).double(), batches, loss_fn=loss_fn)
+    with pytest.warns(UserWarning, match="is exactly zero: .* end in its logits, and use cross_entropy") as caught:
+        G = GGNOperator(objective)
+        for _ in range(2):
+            assert not (G @ torch.ones(G.shape[1])).any()
+        GGNOperator(objective).block("0.0").to_dense()
+    assert sum("exactly zero" in str(each.message) for each in caught) == 1
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_other_losses_are_not_warned_of(name):
+    loss_fn, target = LOSSES[name]
+    _, _, batches = _data((5,), target)
+    G = GGNOperator(Objective(_classifier().double(), batches, loss_fn=loss_fn))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert (G @ torch.ones(G.shape[1])).any()
+
+
+def test_nothing_is_said_where_every_example_is_fitted():
+    """There the slope is zero, too."""
+    model = _classifier().double()
+    x, _, _ = _data((5,), "values")
+    G = GGNOperator(Objective(model, [(x, model(x).detach())], loss_fn=F.l1_loss))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not (G @ torch.ones(G.shape[1])).any()
 
 
 def test_nothing_is_changed():

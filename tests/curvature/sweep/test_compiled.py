@@ -165,6 +165,59 @@ def test_a_tensor_in_another_place_is_another_batch():
     assert others == [first, second]
 
 
+class _Factor(float):
+    """A number that looks like any other of its class."""
+
+    def __repr__(self):
+        return "factor"
+
+
+class _Times(TwoLayers):
+    """Takes a number beside its inputs."""
+
+    def forward(self, pair):
+        x, factor = pair
+        return self.second(torch.tanh(factor * self.first(x)))
+
+
+def test_numbers_that_look_alike_end_in_a_fallback():
+    batches = [((x, _Factor(1 + i)), y) for i, (x, y) in enumerate(vectors(4, 4, 4))]
+    with pytest.warns(FallbackWarning, match="the batch holds a _Factor, which may change"):
+        found = _assert_as_products(_named(_Times(), batches))
+    plain = [((x, float(factor)), y) for (x, factor), y in batches]
+    assert_projections_agree(found, _assert_as_products(_named(_Times(), plain), method="sweep"), relative=1e-9)
+
+
+class _ByAttribute(TwoLayers):
+    """Reads a number from its inputs."""
+
+    def forward(self, x):
+        return self.second(torch.tanh(getattr(x, "factor", 1.0) * self.first(x)))
+
+
+def _attributed(*factors):
+    batches = vectors(*(20 for _ in factors))
+    for (x, _), factor in zip(batches, factors, strict=True):
+        x.factor = factor
+    return batches
+
+
+@pytest.mark.parametrize("tiling", [None, Tiling(6, 99, keeps_values=True)])
+def test_attributes_of_tensors_are_part_of_what_is_captured(tiling):
+    batches = _attributed(1.0, 2.0, 1.0, 3.0)
+    found = assert_sweep_agrees(_named(_ByAttribute(), batches), tiling=tiling)
+    plain = [((x, x.factor), y) for x, y in batches]
+    assert_projections_agree(found, _assert_as_products(_named(_Times(), plain), method="hvp"), relative=1e-9)
+
+
+def test_attributes_that_may_be_anything_end_in_a_fallback():
+    batches = _attributed(*(torch.tensor(float(factor), dtype=torch.float64) for factor in (1, 2, 3)))
+    with pytest.warns(FallbackWarning, match="the batch holds a Tensor, an attribute of a tensor, which may change"):
+        found = _assert_as_products(_named(_ByAttribute(), batches))
+    plain = [((x, x.factor.item()), y) for x, y in batches]
+    assert_projections_agree(found, _assert_as_products(_named(_Times(), plain), method="hvp"), relative=1e-9)
+
+
 def test_strings_that_never_come_again_end_in_a_fallback():
     batches = [((x, f"image-{i}.png"), y) for i, (x, y) in enumerate(vectors(*[4] * 36))]
     objective = _named(_Named(), batches)

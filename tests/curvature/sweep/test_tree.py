@@ -1,5 +1,9 @@
 """Claim: data of any form come apart into tensors and what is around them, and are cut by their examples."""
 
+import copy
+import enum
+
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +45,74 @@ def test_the_values_beside_tensors_are_told_alone():
     shapes, values = BatchTree.of((torch.ones(2), "a", {"b": 1.5})).signature
     assert "float32" in shapes
     assert values == repr((..., "a", {"b": 1.5}))
+
+
+class _Sized(float):
+    """A number that looks like any other of its class."""
+
+    def __repr__(self):
+        return "number"
+
+
+class _Name(str):
+    __slots__ = ()
+
+    def __repr__(self):
+        return "name"
+
+
+class _Count(int):
+    def __repr__(self):
+        return "count"
+
+
+@pytest.mark.parametrize("value", [_Sized(2), _Name("a"), _Count(3), {_Name("a"): 1.0}, [(_Count(3),)]])
+def test_a_value_that_may_look_like_another_is_refused(value):
+    with pytest.raises(CaptureError, match="the batch holds a _(Sized|Name|Count), which may change from batch to"):
+        _ = BatchTree.of((torch.ones(2), value)).signature
+
+
+class _Hiding(list):
+    __hash__ = None
+
+    def __repr__(self):
+        return "list"
+
+
+class _Task(enum.IntEnum):
+    A = 1
+    B = 2
+
+    def __repr__(self):
+        return "task"
+
+
+class _Other(enum.IntEnum):
+    A = 1
+
+
+def _with(value):
+    x = torch.ones(2)
+    x.k = value
+    return x
+
+
+def test_whatever_differs_has_another_signature():
+    values = [
+        1, 1.0, True, "1", b"1", 1 + 0j, None, "None", 0.1, 0.1 + 2e-17, -0.0, 0.0, np.float64(1), np.str_("1"),
+        _Task.A, _Task.B, _Other.A, [1], (1,), [[1]], [1, 1], {1: 1}, {"1": 1}, _Hiding([1]), _Hiding([2]),
+        "torch.float32 (2,)", torch.ones(2), torch.ones(3), _with(1), _with(2), _with("1"), _with({"a": 1}),
+    ]  # fmt: skip
+    assert len({BatchTree.of((value,)).signature for value in values}) == len(values)
+    for value in values:
+        assert BatchTree.of((value,)).signature == BatchTree.of((copy.deepcopy(value),)).signature
+
+
+def test_an_attribute_of_a_tensor_that_may_be_anything_is_refused():
+    with pytest.raises(CaptureError, match="the batch holds a object, which"):
+        _ = BatchTree.of([_with(object())]).signature
+    with pytest.raises(CaptureError, match="the batch holds a Tensor, an attribute of a tensor, which may change"):
+        _ = BatchTree.of([_with({"a": torch.ones(2)})]).signature
 
 
 def test_rows_are_those_of_the_tensors_that_have_one_for_every_example():
