@@ -96,8 +96,9 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "passes": Check(
             catches="A loader that yields other data in every pass: augmentation, sampling with replacement, shuffling "
             "with `drop_last`.",
-            runs="Every complete pass but the first of an objective, on sums of its inputs and targets and of their "
-            "squares.",
+            runs="Every complete pass but the first of an objective, on sums of its inputs and targets, of their "
+            "squares, and of products of weighted sums of each example's numbers, which tell their positions and "
+            "pairs.",
             cost=0.0,
             tolerance=Tolerance(0.5),
         ),
