@@ -71,9 +71,9 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "caches": Check(
             catches="A network that keeps what it computed from its entries, and uses it where they are others.",
-            runs="First batch of an objective, at a state nearby, on an eighth of the examples (16 at least); eight "
-            "times where modules hold tensors besides their entries.",
-            cost=0.3,
+            runs="First batch of an objective, at a state nearby and at the first again, on an eighth of the examples "
+            "(16 at least); eight times where modules hold tensors besides their entries.",
+            cost=0.5,
             tolerance=Tolerance(0.7),
         ),
         "two networks": Check(
@@ -96,8 +96,9 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "passes": Check(
             catches="A loader that yields other data in every pass: augmentation, sampling with replacement, shuffling "
             "with `drop_last`.",
-            runs="Every complete pass but the first of an objective, on sums of its inputs and targets and of their "
-            "squares.",
+            runs="Every complete pass but the first of an objective, on sums of its inputs and targets, of their "
+            "squares, and of products of weighted sums of each example's numbers, which tell their positions and "
+            "pairs.",
             cost=0.0,
             tolerance=Tolerance(0.5),
         ),

@@ -1,4 +1,7 @@
-"""Distances and angles between networks: siblings, their fork, and the planes their solutions span."""
+"""Distances and angles between networks: siblings, their fork, and the planes their solutions span.
+
+States may be those of `state_dict()`: what counts or indexes, integers and counters of batches, is no part of a vector.
+"""
 
 import dataclasses
 import math
@@ -11,6 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from lmc_curvature.errors import ArchitectureMismatchError, NonFiniteError
+from lmc_curvature.objective.normalization import is_batch_counter
 from lmc_curvature.storage import load_arrays, save_arrays
 
 State = Mapping[str, Tensor]
@@ -19,7 +23,7 @@ _KIND = "sibling-geometry"
 
 
 def distance(a: State, b: State) -> float:
-    """‖a − b‖₂ over all entries of two states."""
+    """‖a − b‖₂ over all entries of two states that hold real or complex numbers."""
     first, second = _vectors(a, b)
     return float(torch.linalg.vector_norm(first - second))
 
@@ -101,7 +105,8 @@ def _cosine(u: Float64[Tensor, " n"], v: Float64[Tensor, " n"]) -> float:
 
 
 def _vectors(*states: State) -> list[Float64[Tensor, " n"]]:
-    """All entries of each state as one vector, in the order of the first state."""
+    """The entries of each state as one vector, in the order of the first state."""
+    states = tuple({name: tensor for name, tensor in state.items() if _is_numeric(name, tensor)} for state in states)
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in states]
     for others in shapes[1:]:
         for name in sorted(shapes[0].keys() | others.keys()):
@@ -112,3 +117,7 @@ def _vectors(*states: State) -> list[Float64[Tensor, " n"]]:
                     "of one architecture."
                 )
     return [torch.cat([state[name].detach().double().flatten() for name in shapes[0]]) for state in states]
+
+
+def _is_numeric(name: str, tensor: Tensor) -> bool:
+    return (tensor.is_floating_point() or tensor.is_complex()) and not is_batch_counter(name)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from lmc_curvature.errors import ArchitectureMismatchError, NonFiniteError
 from lmc_curvature.geometry import cosine, distance, sibling_cosine, solution_plane_cosine
@@ -54,6 +55,33 @@ def test_small_types_are_summed_in_float64():
     none = {"w": torch.zeros(100_000, dtype=torch.float16)}
     assert distance(many, none) == pytest.approx(3.0 * math.sqrt(100_000), rel=1e-12)
     assert cosine(many, {"w": -many["w"]}) == -1.0
+
+
+@pytest.mark.parametrize("counts", [(5000, 5000), (5000, 4000), (5000.0, 3.0), (7, None)])
+def test_what_counts_or_indexes_is_no_part_of_a_vector(counts):
+    plain = _state(1, 2, 3, 4, 5), _state(2, 0, 1, -4, 3)
+    states = [
+        {"norm.num_batches_tracked": torch.tensor(count), "ids": torch.arange(900), **own, "mask": torch.ones(3) > 0}
+        for count, own in zip((1 if count is None else count for count in counts), plain, strict=True)
+    ]
+    if counts[1] is None:
+        del states[1]["norm.num_batches_tracked"]
+    for measure in (distance, cosine, sibling_cosine):
+        assert measure(*states) == measure(*plain)
+    final = _state(0, 1, 0, 1, 0), _state(3, 3, 2, 1, 1)
+    assert solution_plane_cosine(*states, *final) == solution_plane_cosine(*plain, *final)
+
+
+def test_geometry_of_networks_is_that_of_their_parameters_and_statistics():
+    networks = [nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)) for _ in range(2)]
+    networks[0][1].num_batches_tracked.fill_(1000)
+    vectors = [
+        np.concatenate([t.detach().numpy().ravel() for t in [*n.parameters(), n[1].running_mean, n[1].running_var]])
+        for n in networks
+    ]
+    found = [network.state_dict() for network in networks]
+    assert distance(*found) == pytest.approx(np.linalg.norm(vectors[0] - vectors[1]), rel=1e-6)
+    assert cosine(*found) == pytest.approx(_angle(*vectors), rel=1e-6)
 
 
 @pytest.mark.parametrize("measure", [distance, cosine, sibling_cosine])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Partition = Annotated[
     str | None,
-    typer.Option(help="fused, module, tensor, block or block:DEPTH; by default fused, and module without --model."),
+    typer.Option(help="fused, module, tensor, block or block:DEPTH; by default fused, without --model module."),
 ]
 
 
@@ -63,6 +63,11 @@ def merge(
         check_new_file(option, path, files, force=force)
     coordinate = _coordinates(alpha or [])
     members = names_in("--layers", layers)
+    if (members or isinstance(coordinate, dict)) and not (files.model or partition):
+        raise OptionError(
+            "--layers and --alpha LAYER=NUMBER name layers, which without the network are not those of predict and "
+            "select: give --model, or --partition module for modules without the normalisations beside them."
+        )
     if batch_norm == "recalibrate" and not (files.model and files.data):
         raise OptionError("--batch-norm recalibrate evaluates the networks: give --model and --data.")
     files = dataclasses.replace(files, batch_norm=batch_norm)

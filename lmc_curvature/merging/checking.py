@@ -76,6 +76,7 @@ def check_checkpoints(
     Raises:
         CheckpointError: A checkpoint cannot be read, or does not fit the network.
         ArchitectureMismatchError: They differ in entries or shapes, or in what does not move; lists the differences.
+        UnsupportedModelError: Both factors of a low-rank update differ; see `check_adapters`.
         NonFiniteError: Numbers were read, and some are infinite or not a number.
         PartitionError: The partition is none.
     """

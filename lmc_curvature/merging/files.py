@@ -27,6 +27,7 @@ from lmc_curvature.objective.network import movable_entries, skeleton_of, tied_n
 from lmc_curvature.objective.normalization import is_batch_counter
 from lmc_curvature.objective.recalibration import running_statistics
 from lmc_curvature.segment import LayerPartition, PartitionSpec
+from lmc_curvature.segment.adapters import check_adapters, factor_pairs
 from lmc_curvature.segment.compatibility import entry_differences, refuse_differences
 from lmc_curvature.storage import make_header
 
@@ -134,6 +135,7 @@ def plan_merge(
     Raises:
         CheckpointError: A checkpoint cannot be read, or does not fit the network.
         ArchitectureMismatchError: They differ in entries or shapes, or in what does not move.
+        UnsupportedModelError: Both factors of a low-rank update differ; see `check_adapters`.
         LMCCurvatureError: An option is not what it should be.
     """
     a, b, owners = map_pair(path_a, path_b, model, key=key, strip_prefix=strip_prefix)
@@ -165,6 +167,7 @@ def map_pair(
     Raises:
         CheckpointError: A checkpoint cannot be read, or does not fit the network.
         ArchitectureMismatchError: They differ in entries or shapes, or in what does not move.
+        UnsupportedModelError: Both factors of a low-rank update differ.
     """
     own, network, ties = None, "the network", {}
     if model is not None:
@@ -181,6 +184,8 @@ def map_pair(
         movable = set(movable_entries(model, "interpolate"))
     owners = {name: ties.get(name, name) for name in {**a.forms, **b.forms} if ties.get(name, name) in movable}
     _refuse_fixed_differences(a, b, owners)
+    factors = {name for pair in factor_pairs(owners) for name in pair}
+    check_adapters([name for name in owners if name in factors and _differs(a, b, name)])
     return a, b, owners
 
 
@@ -207,11 +212,16 @@ def _wide(checkpoint: MappedCheckpoint) -> dict[str, Tensor]:
 
 def _refuse_fixed_differences(a: MappedCheckpoint, b: MappedCheckpoint, owners: Mapping[str, str]) -> None:
     for name in a.forms.keys() & b.forms.keys():
-        if name not in owners and not is_batch_counter(name) and not torch.equal(a[name], b[name].to(a[name].dtype)):
+        if name not in owners and not is_batch_counter(name) and _differs(a, b, name):
             raise ArchitectureMismatchError(
                 f"Entry {name!r} differs between {a.path} and {b.path}, and is none that moves: parameters and running "
                 "statistics are averaged only. Make it equal in both."
             )
+
+
+def _differs(a: MappedCheckpoint, b: MappedCheckpoint, name: str) -> bool:
+    first, second = (checkpoint[name] if name in checkpoint.forms else None for checkpoint in (a, b))
+    return first is None or second is None or not torch.equal(first, second.to(first.dtype))
 
 
 def merge_checkpoints(

@@ -31,9 +31,10 @@ def check_caches(
 ) -> None:
     """Refuse a network that uses, at another state, what it has computed at the first and kept.
 
-    The network, which has been evaluated before, and a copy that has not are evaluated at a state nearby, on a few
-    examples. Some networks compute what they keep when they leave training mode, or at every call in that mode: where
-    modules act on modes the copy then leaves it, and where there are tensors besides the entries it is called in it.
+    The network, which is evaluated at its state first, and a copy that is not are evaluated at a state nearby, on a few
+    examples; then the network again at its own state, where it must have the loss that it had. Some networks compute
+    what they keep when they leave training mode, or at every call in that mode: where modules act on modes the copy
+    then leaves it, and where there are tensors besides the entries it is called in it.
 
     Args:
         pristine: The copy of the network's structure; it is called here.
@@ -71,12 +72,14 @@ def _kept(
     """Names of the tensors that a network keeps and uses; None if it seems to keep nothing that changes its loss."""
     before = [tensor for _, tensor in _tensors_beside(copied.network) if tensor.is_floating_point()]
     at_state, nearby = _Place(state, data), _Place(_shifted_state(state, movable), data)
-    kept, new = nearby.loss(network_loss), nearby.loss(copied)
+    # What is kept for evaluations without gradients alone must be that of the first state.
+    first, kept, new = at_state.loss(network_loss), nearby.loss(network_loss), nearby.loss(copied)
+    again = at_state.loss(network_loss)
     if kept[0].isnan() and new[0].isnan():
         # What was computed from entries before the copy was made is not a number in it, until it is computed again.
         still = {id(tensor) for tensor in before if tensor.numel() and tensor.isnan().all()}
         return sorted({name for name, tensor in _tensors_beside(copied.network) if id(tensor) in still}) or None
-    found = _differ(kept, new)
+    found = _differ(kept, new) or _differ(again, first)
     for renew, applies in ((_leave_training, acts_on_modes(copied.network)), (_train, bool(before))):
         # Some modules do not bear to change their mode while their entries are replaced.
         with contextlib.suppress(Exception), copied.register_forward_pre_hook(renew):

@@ -13,6 +13,8 @@ from torch.utils._pytree import SequenceKey, tree_flatten_with_path
 from lmc_curvature.agreement import near
 from lmc_curvature.objective.batches import Batch, fields_of, tensors_in
 
+_CHUNK = 1 << 22
+
 
 @dataclass
 class Fingerprint:
@@ -25,6 +27,9 @@ class Fingerprint:
         moments: The sum of these numbers, and that of their squares, in float64 on their own device.
         shapes: Of each tensor, the shapes of an example.
         integers: Places of tensors of whole numbers.
+        products: Of the places that have a row for each example, a matrix: with p the sum of a row's numbers by fixed
+            weights, ∑ p p′ over all examples for every two places. It tells flipped images, whose sums are the same,
+            and labels that are given to other examples.
     """
 
     examples: int = 0
@@ -33,11 +38,13 @@ class Fingerprint:
     moments: dict[str, Tensor] = field(default_factory=dict)
     shapes: dict[str, set[torch.Size]] = field(default_factory=dict)
     integers: set[str] = field(default_factory=set)
+    products: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
 
     def add(self, batch: Batch) -> None:
         """Add the examples of a batch."""
         self.examples += batch.size
         self.weight += batch.weight
+        rows: dict[str, Tensor] = {}
         leading = next((len(tensor) for tensor in tensors_in(batch.data) if tensor.ndim), None)
         for path, tensor in tree_flatten_with_path(_plain(batch.data))[0]:
             if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
@@ -54,6 +61,11 @@ class Fingerprint:
             self.shapes.setdefault(place, set()).add(tensor.shape[1:])
             if not tensor.is_floating_point():
                 self.integers.add(place)
+            if tensor.ndim and len(tensor) == batch.size and not any(isinstance(key, SequenceKey) for key in path[1:]):
+                rows[place] = _weighted_sums(tensor.detach())
+        if rows:
+            sums = torch.stack(list(rows.values()))
+            self.products[tuple(rows)] = self.products.get(tuple(rows), 0) + sums @ sums.T
 
     def agrees_with(self, other: "Fingerprint") -> bool:
         """Whether two passes have had the same examples, as far as sums tell it, up to rounding."""
@@ -71,7 +83,19 @@ class Fingerprint:
             sums = near("passes", total, expected, rounding=rounding, scale=(other.counts[place] * scale) ** 0.5)
             if not (sums and near("passes", squares, scale, rounding=rounding, scale=scale)):
                 return False
-        return True
+        return all(self._has_products_of(other, places) for places in self.products.keys() & other.products.keys())
+
+    def _has_products_of(self, other: "Fingerprint", places: tuple[str, ...]) -> bool:
+        # Where padding is, weights depend on the order.
+        kept = [i for i, place in enumerate(places) if len(self.shapes[place] | other.shapes[place]) == 1]
+        found, expected = (each.products[places][kept][:, kept] for each in (self, other))
+        if not kept:
+            return True
+        # |Σpp′| ≤ ‖p‖‖p′‖, and p is rounded relative to the length of its row: ‖x‖ in all.
+        lengths = torch.stack([other.moments[places[i]][1] for i in kept]).sqrt()
+        scale = torch.outer(expected.diagonal().sqrt(), lengths)
+        rounding = torch.finfo(torch.float64).eps
+        return bool(near("passes", found, expected, rounding=rounding, scale=scale + scale.T).all())
 
 
 def _plain(data: Any) -> Any:
@@ -85,8 +109,31 @@ def _plain(data: Any) -> Any:
     return {name: _plain(value) for name, value in parts.items()} if parts else data
 
 
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _weighted_sums(tensor: Tensor) -> Tensor:
+    """Of each row of a tensor the sum of its numbers, weighted by their position in it, in float64."""
+    rows = _real(tensor)
+    # One weight a place along each axis, so that one pass over the numbers is enough.
+    weights = [_unit_vector(length).to(rows.device) for length in rows.shape[1:]]
+    sums = []
+    for part in rows.split(max(1, _CHUNK // max(1, rows[:1].numel()))):
+        numbers = part.double()
+        for vector in reversed(weights):
+            numbers = numbers @ vector
+        sums.append(numbers)
+    return torch.cat(sums)
+
+
+def _unit_vector(length: int) -> Tensor:
+    vector = torch.randn(length, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
+    return vector / torch.linalg.vector_norm(vector)
+
+
 def _moments(tensor: Tensor) -> Tensor:
-    numbers = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    numbers = _real(tensor)
     if not numbers.is_floating_point():
         numbers = numbers.double()
     norm = torch.linalg.vector_norm(numbers, dtype=torch.float64)

@@ -27,12 +27,7 @@ def check_adapters(moving: Collection[str]) -> None:
     Raises:
         UnsupportedModelError: Both factors of an update are among them; names a pair.
     """
-    pairs = [
-        (entry, partner)
-        for first, second in _FACTORS
-        for entry in moving
-        if (partner := entry.replace(first, second)) != entry and partner in moving
-    ]
+    pairs = factor_pairs(moving)
     if pairs:
         first, second = pairs[0]
         more = f" (and {counted(len(pairs) - 1, 'other pair')})" if len(pairs) > 1 else ""
@@ -41,3 +36,13 @@ def check_adapters(moving: Collection[str]) -> None:
             "their product is not between the two updates. Merge the adapters into the weights of both networks first "
             "(model.merge_and_unload() in PEFT), and compare these."
         )
+
+
+def factor_pairs(entries: Collection[str]) -> list[tuple[str, str]]:
+    """The names of both factors of each low-rank update among some entries."""
+    return [
+        (entry, partner)
+        for first, second in _FACTORS
+        for entry in entries
+        if (partner := entry.replace(first, second)) != entry and partner in entries
+    ]

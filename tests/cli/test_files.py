@@ -10,6 +10,7 @@ from lmc_curvature import merge
 from lmc_curvature.merging.checking import check_checkpoints
 from lmc_curvature.sources.data import load_data
 from lmc_curvature.sources.resnets import digits_resnet
+from tests.support.networks import randomized
 
 MODEL = ["--model", "digits-resnet", "--model-option", "width=2"]
 DATA = ["--data", "digits", "--limit", "60", "--no-progress"]
@@ -17,8 +18,7 @@ DATA = ["--data", "digits", "--limit", "60", "--no-progress"]
 
 @pytest.fixture(scope="module")
 def networks():
-    torch.manual_seed(0)
-    return [digits_resnet(width=2) for _ in range(2)]
+    return [randomized(digits_resnet(width=2), seed) for seed in (0, 1)]
 
 
 @pytest.fixture
@@ -46,6 +46,21 @@ def test_merge_writes_the_merged_network(run, networks, paths, tmp_path):
     record = json.loads(out)
     assert (status, set(record["layers"]), record["partition"]) == (0, {"stage1", "linear"}, "block")
     _same(tmp_path / "n", merge(*networks, alpha={"stage1": 0.25, "linear": 1.0}, partition="block"))
+
+
+def test_layers_mean_what_the_command_says(run, networks, paths, tmp_path):
+    """A layer of that name is another one with the network and without it."""
+    for options, partition in (([*MODEL], "fused"), (["--partition", "module"], "module")):
+        for names in (["--layers", "conv"], ["--alpha", "conv=0.5"]):
+            status, _, _ = run("merge", *paths, *options, *names, "--out", tmp_path / "m", "--force")
+            assert status == 0
+            _same(tmp_path / "m", merge(*networks, layers=["conv"], partition=partition))
+            stays = load_file(tmp_path / "m")["norm.running_mean"].equal(networks[0].norm.running_mean)
+            assert stays == (partition == "module")
+    # One number for all layers names none.
+    status, _, _ = run("merge", *paths, "--alpha", "0.25", "--out", tmp_path / "m", "--force")
+    assert status == 0
+    _same(tmp_path / "m", merge(*networks, alpha=0.25))
 
 
 def test_merge_estimates_statistics_anew(run, networks, paths, tmp_path):
@@ -79,7 +94,9 @@ def test_measure_estimates_statistics_on_the_data_given_for_it(run, paths):
         (["--alpha", "0.5", "--alpha", "conv=1"], "give one number, or LAYER=NUMBER for each layer"),
         (["--alpha", "2"], "alpha=2.0 of layer"),
         (["--layers", " , "], "--layers ' , ' names no layer"),
-        (["--layers", "convx"], "no layer 'convx': did you mean 'conv'?"),
+        (["--layers", "convx", "--partition", "module"], "no layer 'convx': did you mean 'conv'?"),
+        (["--layers", "conv"], "give --model, or --partition module"),
+        (["--alpha", "conv=0.25"], "name layers, which without the network are not those of predict and select"),
         (["--layers", "conv", "--partition", "fused"], "--model on the command line"),
         (["--batch-norm", "recalibrate"], "give --model and --data"),
         (["--augmentation", "none"], "are for --batch-norm recalibrate"),

@@ -15,7 +15,14 @@ from torch import nn
 
 from lmc_curvature import merge
 from lmc_curvature.checkpoints import load_checkpoint
-from lmc_curvature.errors import ArchitectureMismatchError, CheckpointError, NonFiniteError, PartitionError
+from lmc_curvature.errors import (
+    ArchitectureMismatchError,
+    CheckpointError,
+    NonFiniteError,
+    PartitionError,
+    UnsupportedModelError,
+)
+from lmc_curvature.merging.checking import check_checkpoints
 from lmc_curvature.merging.files import KIND, merge_checkpoints, plan_merge
 from lmc_curvature.merging.recipes import recipe
 from lmc_curvature.sources import digits_resnet
@@ -191,6 +198,46 @@ def test_buffers_that_do_not_move_must_be_equal(tmp_path):
     save_file(Net(1.0).state_dict() | {"index": torch.tensor([1, 3])}, tmp_path / "b")
     with pytest.raises(ArchitectureMismatchError, match="'index' differs between"):
         plan_merge(tmp_path / "a", tmp_path / "b")
+
+
+class Adapted(nn.Module):
+    """Two linear layers, each with factors of an update of its own."""
+
+    def __init__(self, names):
+        super().__init__()
+        for layer in "qv":
+            factors = {name: nn.Linear(*shape, bias=False) for name, shape in zip(names, [(4, 2), (2, 4)], strict=True)}
+            self.add_module(layer, nn.ModuleDict({"base": nn.Linear(4, 4), **factors}))
+
+
+@pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("lora_a", "lora_b"), ("lora_down", "lora_up")])
+@pytest.mark.parametrize("with_network", [False, True])
+def test_low_rank_factors_are_refused_as_between_networks(names, with_network, tmp_path):
+    torch.manual_seed(0)
+    pair = [Adapted(names) for _ in range(2)]
+    files = tmp_path / "a", tmp_path / "b"
+
+    def store():
+        save_file(pair[0].state_dict(), files[0])
+        torch.save({"state_dict": pair[1].state_dict()}, files[1])
+
+    model = Adapted(names) if with_network else None
+    store()
+    some = {"layers": ["q.base"], "partition": "module"}
+    message = rf"q\.{names[0]}\.weight and q\.{names[1]}\.weight are the factors.*1 other pair.*merge_and_unload"
+    for compare in (plan_merge, check_checkpoints, lambda *args: plan_merge(*args, **some)):
+        with pytest.raises(UnsupportedModelError, match=message):
+            compare(*files, model)
+    with pytest.raises(UnsupportedModelError, match=message):
+        merge(*pair, **some)
+    # With one factor of each update in common, updates move in a straight line.
+    for layer in "qv":
+        first, second = (getattr(network, layer)[names[0]] for network in pair)
+        second.load_state_dict(first.state_dict())
+    store()
+    merge_checkpoints(plan_merge(*files, model), tmp_path / "m")
+    torch.testing.assert_close(load_file(tmp_path / "m"), merge(*pair).state_dict(), rtol=1e-6, atol=1e-7)
+    assert check_checkpoints(*files, model).entries == 8
 
 
 def test_what_is_not_finite_is_named_and_nothing_written(tmp_path):

@@ -68,6 +68,31 @@ class WithoutGradients(nn.Linear):
         return F.linear(x, self.kept, self.bias)
 
 
+class UntilGradients(nn.Linear):
+    """Keeps something from one evaluation without gradients to the next, and lets go of it in between."""
+
+    kept = None
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            self.kept = None
+        elif self.kept is None or self.training:
+            self.kept = 2 * self.weight
+        return F.linear(x, 2 * self.weight if self.kept is None else self.kept, self.bias)
+
+
+class OfEverySecond(nn.Linear):
+    """Computes what it keeps anew at every second call."""
+
+    calls, kept = 0, None
+
+    def forward(self, x):
+        self.calls += 1
+        if self.kept is None or self.calls % 2 == 0 or self.training:
+            self.kept = 2 * self.weight
+        return F.linear(x, self.kept, self.bias)
+
+
 class AtEval(nn.Linear):
     """Computes what it keeps where it is put into evaluation mode."""
 
@@ -113,7 +138,7 @@ def _network(layer, mode=False):
 
 
 KEEPERS = {
-    "2.kept": [FirstCall, WithoutGradients, AtEval, AtEveryEval, ByVersion],
+    "2.kept": [FirstCall, WithoutGradients, UntilGradients, AtEval, AtEveryEval, ByVersion],
     "2.store": [InDict],
     "2.room": [InPlace],
 }
@@ -162,6 +187,15 @@ def test_what_is_kept_is_found_where_batches_cannot_be_cut_and_in_measurements()
 def test_what_is_kept_elsewhere_is_found_and_not_named():
     with pytest.raises(UnsupportedModelError, match="keeps something, which it has computed from its entries"):
         Objective(_network(Memoized), [(X, Y)]).loss()
+
+
+@pytest.mark.parametrize("calls", range(4))
+def test_what_was_kept_nearby_is_not_used_at_the_first_state(calls):
+    network = _network(OfEverySecond)
+    for _ in range(calls):
+        network(X)
+    with pytest.raises(UnsupportedModelError, match="keeps (something|its tensor '2.kept')"):
+        Objective(network, [(X, Y)]).loss()
 
 
 # --- No alarm

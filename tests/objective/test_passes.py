@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lmc_curvature import BatchLoss, HessianOperator, Objective, lanczos, measure_barrier
 from lmc_curvature.errors import OperatorError
+from lmc_curvature.objective import passes
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.passes import Fingerprint
 
@@ -49,6 +50,18 @@ def _jitter(x, y, visit):
     return (x + 1e-4 * torch.randn(x.shape, generator=torch.Generator().manual_seed(visit)), y)
 
 
+def _mirror(x, y, visit):
+    return (x.flip(1) if visit % 2 else x, y)
+
+
+def _permute(x, y, visit):
+    return (x[:, torch.randperm(4, generator=torch.Generator().manual_seed(visit))], y)
+
+
+def _pair_otherwise(x, y, visit):
+    return (x, y.roll(visit))
+
+
 def _own_generator():
     return torch.Generator().manual_seed(0)
 
@@ -57,6 +70,9 @@ OTHER = {
     "augmentation": lambda: Augmenting(_flip),
     "a little noise": lambda: Augmenting(_jitter),
     "labels": lambda: Augmenting(_relabel),
+    "mirrored": lambda: Augmenting(_mirror),
+    "columns permuted": lambda: Augmenting(_permute),
+    "labels of other examples": lambda: Augmenting(_pair_otherwise),
     "replacement": lambda: DataLoader(DATA, 10, sampler=RandomSampler(DATA, True, generator=_own_generator())),
     "a part": lambda: DataLoader(DATA, 10, sampler=RandomSampler(DATA, num_samples=30, generator=_own_generator())),
     "dropped": lambda: DataLoader(DATA, 12, shuffle=True, drop_last=True, generator=_own_generator()),
@@ -202,6 +218,88 @@ def test_batches_of_any_form_are_compared(collate):
         COMPUTATIONS["losses"](Objective(nn.Linear(4, 3), loader(_jittered), loss_fn=loss_fn))
 
 
+def _fingerprint(data, sizes):
+    """Of a mapping of tensors, cut into batches."""
+    found = Fingerprint()
+    for index, parts in enumerate(zip(*(tensor.split(sizes) for tensor in data.values()), strict=True)):
+        found.add(Batch(index, len(parts[0]), dict(zip(data, parts, strict=True))))
+    return found
+
+
+IMAGES = {
+    "float": torch.randn(30, 3, 6, 6, generator=GENERATOR),
+    "bytes": torch.randint(256, (30, 3, 6, 6), generator=GENERATOR, dtype=torch.uint8),
+    "complex": torch.randn(30, 3, 6, 6, generator=GENERATOR, dtype=torch.complex64),
+    "far from zero": torch.randn(30, 3, 6, 6, generator=GENERATOR) + 1000,
+}
+CHANGES = {
+    "mirrored": lambda images: images.flip(-1),
+    "upside down": lambda images: images.flip(-2),
+    "turned by half": lambda images: images.flip(-1, -2),
+    "turned": lambda images: images.rot90(1, (-2, -1)),
+    "channels": lambda images: images.flip(1),
+    "one moved": lambda images: torch.cat([images[:7], images[7:8].roll(1, -1), images[8:]]),
+}
+
+
+@pytest.mark.parametrize("images", IMAGES.values(), ids=IMAGES)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_places_of_numbers_are_told_where_sums_are_the_same(images, change):
+    labels = torch.arange(30) % 4
+    first = _fingerprint({"x": images, "y": labels}, 8)
+    order = torch.randperm(30, generator=GENERATOR)
+    for rows in (torch.arange(30), order):
+        data = {"x": images[rows], "y": labels[rows]}
+        assert _fingerprint(data, 7).agrees_with(first)
+        other = _fingerprint({**data, "x": change(images)[rows]}, 7)
+        assert torch.allclose(other.moments["(MappingKey(key='x'),)"], first.moments["(MappingKey(key='x'),)"])
+        assert not other.agrees_with(first)
+
+
+@pytest.mark.parametrize("change", [lambda y: y.roll(1, 0), lambda y: y.flip(0)])
+def test_pairs_are_told_whatever_stands_before_them(change):
+    """Labels, soft labels and second inputs that change places with each other."""
+    ones, labels = torch.ones(30, 5), torch.arange(30) % 4
+    rows = {"ones": ones, "x": IMAGES["float"], "more": torch.randn(30, 2, generator=GENERATOR), "y": labels}
+    first = _fingerprint(rows, 8)
+    for name in ("x", "more", "y"):
+        assert not _fingerprint({**rows, name: change(rows[name])}, 8).agrees_with(first)
+    assert _fingerprint({name: change(tensor) for name, tensor in rows.items()}, 11).agrees_with(first)
+
+
+def test_padding_of_real_numbers_depends_on_the_order_too():
+    series = [torch.randn(2 + n % 5, 3, generator=GENERATOR) for n in range(30)]
+
+    def passed(order, side):
+        found = Fingerprint()
+        for index, chosen in enumerate(torch.tensor(order).split(4)):
+            parts = [series[n] for n in chosen]
+            data = nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_side=side)
+            found.add(Batch(index, len(chosen), (data, chosen)))
+        return found
+
+    for side in ("left", "right"):
+        assert passed([*range(29, -1, -1)], side).agrees_with(passed([*range(30)], side))
+
+
+def test_rows_are_summed_in_parts(monkeypatch):
+    data = {"x": IMAGES["float"], "y": torch.arange(30)}
+    whole = _fingerprint(data, 8)
+    monkeypatch.setattr(passes, "_CHUNK", 250)
+    found = _fingerprint(data, 8)
+    for places, products in found.products.items():
+        torch.testing.assert_close(products, whole.products[places], rtol=1e-12, atol=0)
+
+
+def test_sums_and_squares_that_agree_by_chance_are_no_agreement():
+    generator = torch.Generator().manual_seed(316)
+    x = 829.0 * (torch.randn(140, 5, generator=generator) + 818.0)
+    torch.randperm(140, generator=generator)
+    other = x.clone()
+    other[0] = 829.0 * (torch.randn(5, generator=generator) + 818.0)
+    assert not _fingerprint({"x": other}, 50).agrees_with(_fingerprint({"x": x}, 140))
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.integers(2, 200), st.floats(1e-3, 1e3), st.floats(-1e3, 1e3), st.integers(0, 2**31), st.data())
 def test_sums_tell_other_examples_but_not_another_order(examples, scale, shift, seed, data):
@@ -209,11 +307,7 @@ def test_sums_tell_other_examples_but_not_another_order(examples, scale, shift, 
     x = scale * (torch.randn(examples, 5, generator=generator) + shift)
 
     def fingerprint(rows):
-        size = data.draw(st.integers(1, examples))
-        found = Fingerprint()
-        for index, part in enumerate(rows.split(size)):
-            found.add(Batch(index, len(part), {"x": part}))
-        return found
+        return _fingerprint({"x": rows}, data.draw(st.integers(1, examples)))
 
     first = fingerprint(x)
     assert fingerprint(x[torch.randperm(examples, generator=generator)]).agrees_with(first)
