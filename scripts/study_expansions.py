@@ -306,7 +306,7 @@ def tables(found: Results) -> dict[str, str]:
             predicted = prediction.set_barriers(members, 0.5, expansion)
             layers.setdefault(name, {})[pair] = score(predicted[:L], true[:L])
             sets.setdefault(name, {})[pair] = score(predicted[L:], true[L:])
-            most = max(curve.barrier(), 0.02 * (1 + max(curve.ends())))
+            most = max(curve.barrier(), 0.02 * (1 + max(map(abs, curve.ends()))))
             off = np.abs(prediction.curve(curve.alphas, None, expansion) - curve.curve()).max()
             curves.setdefault(name, {})[pair] = float(off / most)
             if expansion == "anchored" and count > 2:

@@ -221,11 +221,11 @@ class BarrierMeasurement:
 
     def rises(self, metric: str = "loss") -> Float[np.ndarray, " points"]:
         """The metric at each of `points`, minus the mean of the two ends."""
-        return weighted_mean(self._batch_rises(metric), self.weights(metric))
+        return weighted_mean(self.batch_rises(metric), self.weights(metric))
 
     def rise_errors(self, metric: str = "loss") -> Float[np.ndarray, " points"]:
         """Standard errors of `rises`, from the spread between batches; NaN for a single batch."""
-        return standard_error(self._batch_rises(metric), self.weights(metric))
+        return standard_error(self.batch_rises(metric), self.weights(metric))
 
     def barrier(self, metric: str = "loss") -> float:
         """Barrier of the whole network: the maximum of its curve over the measured positions."""
@@ -248,7 +248,7 @@ class BarrierMeasurement:
     @property
     def kind(self) -> CurveKind:
         """Name of the shape of the loss's barrier curve; see `classify_curve` for the kinds and their thresholds."""
-        return classify_curve(self.alphas, self.curve("loss"), tolerance=0.02 * (1 + max(self.ends("loss"))))
+        return classify_curve(self.alphas, self.curve("loss"), tolerance=0.02 * (1 + max(map(abs, self.ends("loss")))))
 
     def _metric(self, metric: str) -> int:
         check_choice("metric", metric, self.metrics)
@@ -260,7 +260,8 @@ class BarrierMeasurement:
         chord = _between(self.alphas, ends[:, :1], ends[:, 1:])
         return self.batch_values[:, index] - chord[:, None]
 
-    def _batch_rises(self, metric: str) -> Float[np.ndarray, "batches points"]:
+    def batch_rises(self, metric: str = "loss") -> Float[np.ndarray, "batches points"]:
+        """The rises of every batch, of which `rises` are the means."""
         index = self._metric(metric)
         if self.batch_points is None:
             return np.zeros((len(self.batch_sizes), 0))

@@ -165,6 +165,7 @@ def predict_on_segment(
         _cosine([name for direction in directions.values() for name in direction if name in named], segment),
         segment.whole.groups,
         segment.base,
+        segment.norms(),
     )
 
 

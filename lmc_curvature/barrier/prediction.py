@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _FIELDS = ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures", "batch_weights")
-_OPTIONAL = ("parameters", "errors")
+_OPTIONAL = ("parameters", "errors", "norms")
 
 Alphas = float | Sequence[float] | Float[np.ndarray, " n"]
 
@@ -58,6 +58,8 @@ class BarrierPrediction:
         groups: Names of the entries of each layer, running statistics among them whatever the policy; None in files of
             earlier versions. All other entries are frozen.
         base: The network at which they are, `"a"` or `"b"`.
+        norms: Norms of each layer's parameters at `model_a` and at `model_b`, (2, L), by which they are known again;
+            None in such files.
     """
 
     layers: tuple[str, ...]
@@ -70,6 +72,7 @@ class BarrierPrediction:
     cosine: float | None = None
     groups: Mapping[str, tuple[str, ...]] | None = None
     base: Literal["a", "b"] = "a"
+    norms: Float[np.ndarray, "2 layers"] | None = None
 
     @property
     def endpoints(self) -> tuple[Projection, Projection]:

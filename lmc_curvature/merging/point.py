@@ -104,11 +104,12 @@ class BestPoint:
     def __str__(self) -> str:
         ends = " and ".join(f"{end.loss:.4g}" for end in self.prediction.endpoints)
         width = max(map(len, self.alphas))
+        strange = self.loss < 0 <= min(anchor.projection.loss for anchor in self.prediction.anchors)
         lines = [
             f"Point with the least predicted loss, {self.loss:.4g}; the two networks have {ends}",
             f"  predicted rise  {with_error(self.rise, self.standard_error)} (sampling), off by up to "
             f"{self.expansion_error:.2g} (expansion)",
-            *(["  no loss is below zero, so the prediction is not to be trusted there"] if self.loss < 0 else []),
+            *(["  the loss is predicted below zero, where it may never be"] if strange else []),
             *(f"  {layer:<{width}}  {alpha:.3f}" for layer, alpha in self.alphas.items()),
         ]
         return "\n".join(lines)

@@ -27,7 +27,7 @@ def points_of(members: Bool[np.ndarray, "sets L"], base: Base) -> list[Float[np.
 def set_rises(prediction: BarrierPrediction, members: Bool[np.ndarray, "sets L"], base: Base) -> np.ndarray:
     """Predicted rise of each set, (sets,)."""
     if base == "mean":
-        return prediction.set_barriers(members)
+        return prediction.set_barriers(members, expansion="anchored")
     (points,) = points_of(members, base)
     return point_rises(prediction, points)
 

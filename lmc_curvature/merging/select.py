@@ -53,7 +53,8 @@ def select_layers(
     Args:
         prediction: The prediction.
         budget: The largest rise, in units of the loss.
-        relative_budget: The largest rise as a part of the mean loss of the two networks, instead of `budget`.
+        relative_budget: The largest rise as a part of the mean loss of the two networks, without its sign, instead of
+            `budget`.
         base: Whose the other layers are, `"a"` or `"b"`; `"mean"` bounds the mean rise of both merges, the barrier
             B_S(½). By default, the base of the two that lets more be averaged.
         weight: What makes a set heavy: the sum of its layers' `"parameters"`, of their `"distance"` (the norms of their
@@ -320,7 +321,7 @@ def _limit(prediction: BarrierPrediction, budget: float | int | None, relative_b
         given = "neither was given" if budget is None else f"got {budget!r} and {relative_budget!r}"
         raise OptionError(f"Give budget, in units of the loss, or relative_budget, a part of the mean loss; {given}.")
     name, value = ("budget", budget) if budget is not None else ("relative_budget", relative_budget)
-    return check_not_negative(name, value) * (1.0 if name == "budget" else mean_loss(prediction))
+    return check_not_negative(name, value) * (1.0 if name == "budget" else abs(mean_loss(prediction)))
 
 
 def check_not_negative(name: str, value: object) -> float:

@@ -1,7 +1,8 @@
 """Merges that were measured: what was predicted of each, and what was found."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,13 @@ from lmc_curvature.averages import with_error
 from lmc_curvature.barrier import BarrierMeasurement, BarrierPrediction, measure_barrier
 from lmc_curvature.errors import LoaderError, OptionError
 from lmc_curvature.merging.rises import Base
+from lmc_curvature.objective.memo import Memo
 from lmc_curvature.segment import Segment
 
 # Relative to each other, what equal numbers may differ by that were computed on another device or in another precision.
 _SAME = 1e-3
+# And on one device, in one precision.
+_SAME_DATA = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,7 @@ class Bench:
     model_b: nn.Module
     loader: Iterable[Any]
     options: Mapping[str, Any]
+    _memo: Memo = field(default_factory=Memo)
 
     def __post_init__(self) -> None:
         if self.prediction.groups is not None:
@@ -97,7 +102,7 @@ class Bench:
         """The points, the ends and the midpoint between them, on the data that is chosen on or on other data.
 
         Raises:
-            OptionError: The networks are the other way round than in the prediction.
+            LoaderError: The loader yields other data than at the first measurement.
         """
         named = [dict(zip(self.prediction.layers, point, strict=True)) for point in points.tolist()]
         options = {"batch_norm": self.prediction.batch_norm, "metrics": ("loss",), **self.options}
@@ -107,29 +112,54 @@ class Bench:
             options = {"recalibration": self.loader, **options}
         loader = self.loader if held_out is None else held_out
         found = measure_barrier(self.model_a, self.model_b, loader, points=named, alphas=[0.5], **options)
-        expected = [end.loss for end in self.prediction.endpoints]
-        if np.allclose(found.ends(), expected[::-1], rtol=_SAME) and not np.allclose(*expected, rtol=2 * _SAME):
-            raise OptionError(
-                f"The networks have losses {found.ends()[0]:.6g} and {found.ends()[1]:.6g}, those of the prediction "
-                "the other way round: pass model_a and model_b as they were predicted."
-            )
+        if held_out is None:
+            first = self._memo("losses", lambda: self._of_the_prediction(found))
+            if not np.allclose(found.ends(), first, rtol=_SAME_DATA):
+                raise LoaderError(
+                    f"The loader yields other data in every pass: the two networks had losses {first[0]:.6g} and "
+                    f"{first[1]:.6g}, now {found.ends()[0]:.6g} and {found.ends()[1]:.6g}. Measurements are compared: "
+                    "pass one that yields the same examples every time, such as list(loader)."
+                )
         return found
+
+    def _of_the_prediction(self, found: BarrierMeasurement) -> tuple[float, float]:
+        """The losses of the two networks; it is said if the prediction has others of what may be the same data."""
+        expected = self.prediction.endpoints
+        losses = [end.loss for end in expected]
+        if np.array_equal(found.batch_sizes, expected[0].batch_sizes) and not np.allclose(
+            found.ends(), losses, rtol=_SAME, atol=_SAME * max(map(abs, losses))
+        ):
+            warnings.warn(
+                f"The two networks have losses {found.ends()[0]:.6g} and {found.ends()[1]:.6g} here, {losses[0]:.6g}, "
+                f"{losses[1]:.6g} in the prediction, on as many examples: if the data are the same, an option such as "
+                "loss_fn is not.",
+                stacklevel=5,
+            )
+        return found.ends()
 
 
 def check_networks(prediction: BarrierPrediction, segment: Segment) -> None:
-    """Refuse two networks that are not those of a prediction, by the distances between them.
+    """Refuse two networks that are not those of a prediction, by the norms of their layers.
 
     Raises:
-        OptionError: The distances are others.
+        OptionError: They are others, or the other way round.
     """
-    by_layer = dict(zip(segment.layers, segment.distances(), strict=True))
-    found = np.array([by_layer[name] for name in prediction.layers])
-    if not np.allclose(found, prediction.distances, rtol=_SAME):
-        worst = int(np.abs(found - prediction.distances).argmax())
+    found = np.stack([segment.distances(), *segment.norms()])[:, [segment.layers.index(n) for n in prediction.layers]]
+    norms = found[1:] if prediction.norms is None else prediction.norms
+    expected = np.stack([prediction.distances, *norms])
+    if np.allclose(found, expected, rtol=_SAME):
+        return
+    if np.allclose(found, expected[[0, 2, 1]], rtol=_SAME):
         raise OptionError(
-            f"These are not the networks of the prediction: layer {prediction.layers[worst]!r} has moved by "
-            f"{found[worst]:.6g} between them, by {prediction.distances[worst]:.6g} in the prediction."
+            "The networks are those of the prediction the other way round: pass model_a and model_b as they were "
+            "predicted."
         )
+    row, layer = np.unravel_index(np.abs(found - expected).argmax(), found.shape)
+    what = ("the distance between them", "its norm in model_a", "its norm in model_b")[row]
+    raise OptionError(
+        f"These are not the networks of the prediction: of layer {prediction.layers[layer]!r} {what} is "
+        f"{found[row, layer]:.6g}, {expected[row, layer]:.6g} in the prediction."
+    )
 
 
 def check_trials(measurements: object, loader: object, options: Mapping[str, Any]) -> None:

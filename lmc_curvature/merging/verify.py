@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool
 from torch import nn
 
-from lmc_curvature.averages import with_error
+from lmc_curvature.averages import standard_error, weighted_mean, with_error
 from lmc_curvature.merging.residuals import Correction
 from lmc_curvature.merging.rises import Base, point_rises, points_of
 from lmc_curvature.merging.search import Score
@@ -175,10 +175,10 @@ def _measured(
     groups = [np.concatenate(points_of(members[None], base)) for members, base in pairs]
     points = np.concatenate(groups)
     measurement = bench.measure(points, held_out)
-    rises, errors = measurement.rises(), measurement.rise_errors()
+    rises = measurement.batch_rises()
     trials, start = [], 0
     for (members, base), group in zip(pairs, groups, strict=True):
-        own = slice(start, start := start + len(group))
+        own = rises[:, start : (start := start + len(group))].mean(axis=1)
         trials.append(
             SetTrial(
                 members=choice.names(members),
@@ -186,8 +186,8 @@ def _measured(
                 weight=float(members @ choice.weights),
                 predicted=float(point_rises(choice.prediction, group).mean()),
                 expected=float(correction.at(group)[0].mean()),
-                rise=float(rises[own].mean()),
-                standard_error=float(errors[own].mean()),
+                rise=float(weighted_mean(own, measurement.weights())),
+                standard_error=float(standard_error(own, measurement.weights())),
             )
         )
-    return trials, correction.extended(points, rises, np.nan_to_num(errors))
+    return trials, correction.extended(points, measurement.rises(), np.nan_to_num(measurement.rise_errors()))

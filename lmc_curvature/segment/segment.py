@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -121,10 +121,17 @@ class Segment:
 
     def distances(self) -> Float[np.ndarray, " L"]:
         """Norms of the directions over parameters: running statistics have another scale, and are left out."""
-        moved = [
-            [tensor for name, tensor in each.items() if name in self._parameters] for each in self.directions().values()
-        ]
-        return np.sqrt([sum(float((tensor.double() ** 2).sum()) for tensor in tensors) for tensors in moved])
+        return self._norms(lambda name: self.end[name] - self.start[name])
+
+    def norms(self) -> Float[np.ndarray, "2 L"]:
+        """Norms over parameters of each layer at both ends."""
+        return np.stack([self._norms(end.__getitem__) for end in (self.start, self.end)])
+
+    def _norms(self, tensor_of: Callable[[str], Tensor]) -> Float[np.ndarray, " L"]:
+        groups = [self._parameters.intersection(entries) for entries in self.partition.groups.values()]
+        return np.sqrt(
+            [sum(float((tensor_of(name).double() ** 2).sum()) for name in sorted(names)) for names in groups]
+        )
 
     def point(self, alpha: float, layers: Iterable[str] | str | None = None) -> dict[str, Tensor]:
         """The state θ₁ + α P_S Δ: the layers of the set S moved to α, the others left at θ₁.

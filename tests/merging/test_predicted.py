@@ -1,15 +1,19 @@
 """Claim: what a selection or a point merges is what was predicted, with its layers, frozen parts and statistics."""
 
+import copy
 import dataclasses
+import functools
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import BarrierPrediction, best_point, measure_barrier, merge, predict_barrier, select_layers
-from lmc_curvature.errors import OptionError
+from lmc_curvature.errors import LoaderError, OptionError
+from lmc_curvature.merging.trials import Bench
 from tests.support.networks import randomized
 
 
@@ -104,13 +108,75 @@ def test_batch_normalisation_is_that_of_the_prediction():
 def test_other_networks_and_the_other_order_are_refused():
     prediction = predict_barrier(*MODELS, LOADER, progress=False)
     chosen, other = select_layers(prediction, 1e9), randomized(Network().double(), 3)
-    with pytest.raises(OptionError, match="not the networks of the prediction: layer 'head' has moved by"):
-        chosen.verify(MODELS[0], other, LOADER, progress=False)
-    with pytest.raises(OptionError, match="not the networks of the prediction"):
-        chosen.merge(MODELS[0], other)
     for asked in (chosen, best_point(prediction)):
-        with pytest.raises(OptionError, match="the other way round"):
-            asked.verify(*MODELS[::-1], LOADER, progress=False)
+        for use in (lambda *pair, asked=asked: asked.verify(*pair, LOADER, progress=False), asked.merge):
+            with pytest.raises(OptionError, match="not the networks of the prediction: of layer"):
+                use(MODELS[0], other)
+            with pytest.raises(OptionError, match="the other way round"):
+                use(*MODELS[::-1])
+
+
+def test_measurements_are_of_one_loss_and_of_the_same_data():
+    prediction = predict_barrier(*MODELS, LOADER, progress=False)
+
+    class Loader:
+        """Other batches in every pass."""
+
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            yield 0.01 * self.passes + X[:40], Y[:40]
+
+    strict, points = select_layers(prediction, 0.02), np.zeros((1, len(prediction.layers)))
+    bench = Bench(prediction, *MODELS, Loader(), {"progress": False})
+    bench.measure(points)
+    with pytest.raises(LoaderError, match=r"other data in every pass: .*list\(loader\)"):
+        bench.measure(points)
+    smooth = functools.partial(F.cross_entropy, label_smoothing=0.4)
+    with pytest.warns(UserWarning, match="an option such as loss_fn is not"):
+        strict.verify(*MODELS, LOADER, measurements=1, loss_fn=smooth, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strict.verify(*MODELS, LOADER, measurements=2, progress=False)
+
+
+def _negative_likelihood(output, target):
+    """Of a density, far below zero."""
+    return F.cross_entropy(output, target) - 5
+
+
+def test_losses_below_zero_are_losses():
+    prediction = predict_barrier(*MODELS, LOADER, loss_fn=_negative_likelihood, progress=False)
+    above = predict_barrier(*MODELS, LOADER, progress=False)
+    size = -sum(end.loss for end in prediction.endpoints) / 2
+    assert size > 0
+    relative = select_layers(prediction, relative_budget=0.1)
+    assert relative.budget == pytest.approx(0.1 * size)
+    assert relative.members == select_layers(above, 0.1 * size).members
+    assert "below zero" not in str(best_point(prediction))
+    options = {"alphas": 11, "metrics": ("loss",), "progress": False}
+    ends = [MODELS[0], copy.deepcopy(MODELS[0])]
+    with torch.no_grad():
+        ends[1].head.bias.add_(0.1 * torch.arange(3))
+    kinds = [measure_barrier(*ends, LOADER, loss_fn=f, **options).kind for f in (None, _negative_likelihood)]
+    assert kinds == ["flat", "flat"]
+
+
+@pytest.mark.parametrize("anchors", [2, 3])
+def test_the_mean_of_both_merges_has_its_own_rise_and_error(anchors):
+    prediction = predict_barrier(*MODELS, LOADER, anchors=anchors, progress=False)
+    chosen = ["conv", "head"]
+    options = {"required": chosen, "excluded": ["hidden"]}
+    mean, *sides = (select_layers(prediction, 1e9, base=base, **options) for base in ("mean", "a", "b"))
+    assert mean.rise == pytest.approx((sides[0].rise + sides[1].rise) / 2, rel=1e-9)
+    points = [{n: 0.5 if n in chosen else rest for n in prediction.layers} for rest in (0.0, 1.0)]
+    small = [part for x, y in LOADER for part in zip(x.split(8), y.split(8), strict=True)]
+    found = mean.verify(*MODELS, small, measurements=1, progress=False).trials[0]
+    measured = measure_barrier(*MODELS, small, points=points, alphas=3, metrics=("loss",), progress=False)
+    batches = measured.batch_points[:, 0].mean(axis=1) - measured.batch_ends[:, 0].mean(axis=1)
+    assert found.rise == pytest.approx(batches.mean(), rel=1e-9)
+    assert found.standard_error == pytest.approx(batches.std(ddof=1) / len(batches) ** 0.5, rel=1e-6)
 
 
 def test_held_out_data_do_not_make_the_statistics():
