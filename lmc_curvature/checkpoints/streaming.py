@@ -74,8 +74,9 @@ class MappedCheckpoint:
         first: dict[tuple[Any, ...], str] = {}
         places = {name: (t.data_ptr(), t.shape, t.stride()) for name, t in entries.items() if t.numel()}
         self.ties = {n: first[place] for n, place in places.items() if first.setdefault(place, n) != n}
-        names = {id(entry): name for name, entry in entries.items()}
-        self._keys = {names[id(entry)]: keys for keys, entry in _tensors_in(contents) if id(entry) in names}
+        # One tensor may have several names.
+        keys = {id(entry): keys for keys, entry in _tensors_in(contents)}
+        self._keys = {name: keys[id(entry)] for name, entry in entries.items()}
         self._contents, self._in_memory = contents, 0
         # What cannot be mapped is in memory anyway.
         mapped = all(is_safetensors(file) or zipfile.is_zipfile(file) for file in files_of(self.path))

@@ -13,7 +13,7 @@ from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
 from lmc_curvature.merging.trials import check_networks
 from lmc_curvature.objective import LossFunction, Objective
 from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation, entries_of, unwrap
-from lmc_curvature.objective.normalization import is_batch_counter, tracked_modules
+from lmc_curvature.objective.normalization import is_batch_counter, statistic_names, tracked_modules
 from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.objective.recalibration import recalibrate, warn_of_worse
 from lmc_curvature.objective.settings import hidden_differences, setting_differences
@@ -122,6 +122,16 @@ def merge_predicted(
         batch_norm = "recalibrate" if prediction.batch_norm == "recalibrate" else "interpolate"
     segment = Segment(model_a, model_b, **prediction.segment_options(model_a, "interpolate"))
     check_networks(prediction, segment)
+    held = {entry for entries in prediction.groups.values() for entry in entries}
+    left_out = [name for module, _ in tracked_modules(unwrap(model_a)) for name in statistic_names(module)]
+    if batch_norm == "interpolate" != prediction.batch_norm and not held.issuperset(left_out):
+        raise OptionError(
+            f"The prediction was made under batch_norm={prediction.batch_norm!r}, and its layers name no running "
+            "statistics, which batch_norm='interpolate' averages with their layers: pass batch_norm='recalibrate' with "
+            "a loader."
+        )
+    # Layers of running statistics alone are those of the base.
+    alphas = dict.fromkeys(segment.layers, 1.0 if base == "b" else 0.0) | dict(alphas)
     return network_at(segment, alphas, model_a, model_b, base=base, batch_norm=batch_norm, **options)
 
 

@@ -93,8 +93,13 @@ class Bench:
     _memo: Memo = field(default_factory=Memo)
 
     def __post_init__(self) -> None:
+        policy = self.options.get("batch_norm", self.prediction.batch_norm)
+        if policy != self.prediction.batch_norm:
+            raise OptionError(
+                f"batch_norm={policy!r}: the prediction was made under {self.prediction.batch_norm!r}; leave it out, "
+                "or predict again."
+            )
         if self.prediction.groups is not None:
-            policy = self.options.get("batch_norm", self.prediction.batch_norm)
             options = self.prediction.segment_options(self.model_a, policy)
             check_networks(self.prediction, Segment(self.model_a, self.model_b, batch_norm=policy, **options))
 

@@ -92,6 +92,7 @@ def test_ties_of_a_torch_file_are_known(tmp_path):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
     torch.save(model.state_dict(), tmp_path / "x")
+    assert torch.equal(MappedCheckpoint(tmp_path / "x")["0.weight"], MappedCheckpoint(tmp_path / "x")["1.weight"])
     assert MappedCheckpoint(tmp_path / "x").ties == {"1.weight": "0.weight"}
 
 

@@ -100,9 +100,24 @@ def test_batch_normalisation_is_that_of_the_prediction():
     averaged = (MODELS[0].norm.running_mean + MODELS[1].norm.running_mean) / 2
     plain = selection.merge(*MODELS, batch_norm="interpolate")
     torch.testing.assert_close(plain.norm.running_mean, averaged, rtol=1e-12, atol=1e-12)
+    with pytest.raises(OptionError, match="batch_norm='interpolate': the prediction was made under 'recalibrate'"):
+        selection.verify(*MODELS, LOADER, batch_norm="interpolate", progress=False)
     by_batches = select_layers(predict_barrier(*MODELS, LOADER, batch_norm="batch", progress=False), 1e9, base="a")
     with pytest.raises(OptionError, match="made under batch_norm='batch'"):
         by_batches.merge(*MODELS)
+
+
+def test_running_statistics_are_those_of_the_base_whatever_the_layers():
+    by_tensors = predict_barrier(*MODELS, LOADER, batch_norm="recalibrate", layers="tensor", progress=False)
+    chosen = by_tensors.layers[0]
+    others = [name for name in by_tensors.layers if name != chosen]
+    selection = select_layers(by_tensors, 1e9, base="b", required=[chosen], excluded=others)
+    merged = selection.merge(*MODELS, batch_norm="interpolate")
+    torch.testing.assert_close(merged.norm.running_mean, MODELS[1].norm.running_mean, rtol=0, atol=0)
+    mapping = {"first": ["conv"], "rest": ["weight", "bias"]}
+    by_names = predict_barrier(*MODELS, LOADER, batch_norm="recalibrate", layers=mapping, progress=False)
+    with pytest.raises(OptionError, match="its layers name no running statistics"):
+        select_layers(by_names, 1e9, base="b").merge(*MODELS, batch_norm="interpolate")
 
 
 def test_other_networks_and_the_other_order_are_refused():
