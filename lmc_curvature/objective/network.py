@@ -147,6 +147,33 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
+def with_first_names(state: State, ties: Mapping[str, str]) -> dict[str, Tensor]:
+    """A state in which tied parameters have the name that they are listed under first.
+
+    Args:
+        state: Entry name to tensor.
+        ties: Further names of tied parameters, to the first; see `tied_names`.
+
+    Raises:
+        DirectionError: One parameter has different numbers under two names.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        first = ties.get(name, name)
+        own = found.setdefault(first, tensor)
+        if own is not tensor and not _equal(own, tensor):
+            names = sorted(other for other in state if ties.get(other, other) == first)
+            raise DirectionError(
+                f"Entries {' and '.join(map(repr, names))} are one parameter of the network, and have different "
+                "numbers: give it under one name, or the same under each."
+            )
+    return found
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other.to(one), rtol=0, atol=0, equal_nan=True)
+
+
 def check_finite(state: State, owner: str, question: str = "Has its training diverged?") -> None:
     """Refuse a state with values that are infinite or not a number; the message ends with a question.
 
