@@ -322,10 +322,13 @@ def choose_dtype(dtype: torch.dtype | None, tensors: Sequence[Tensor]) -> torch.
 
 
 def precision_note(dtype: torch.dtype, tensors: Sequence[Tensor]) -> str:
-    """A few words on a type that is not that of a network in half precision; none in other cases."""
+    """A few words on a type in half precision, or that is not that of a network in it; none in other cases."""
     halves = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dtype.itemsize < 4}
     names = ", ".join(sorted(str(half).removeprefix("torch.") for half in halves - {dtype}))
-    return f"computed in {str(dtype).removeprefix('torch.')}, of entries in {names}" if names else ""
+    said = [f"of entries in {names}"] if names else []
+    if dtype.itemsize < 4:
+        said.append(f"which rounds every number by up to {50 * torch.finfo(dtype).eps:.2g}%")
+    return ", ".join([f"computed in {str(dtype).removeprefix('torch.')}", *said]) if said else ""
 
 
 def parse_device(device: torch.device | str) -> torch.device:
