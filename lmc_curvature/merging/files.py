@@ -3,7 +3,7 @@
 import os
 import platform
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,8 +122,8 @@ def plan_merge(
     Args:
         path_a: The checkpoint at coordinate 0; see `load_checkpoint`.
         path_b: The checkpoint at coordinate 1.
-        model: A network that both fit, of whatever values; without one, every real floating-point entry moves, and
-            layers are told by names alone.
+        model: A network that both fit, of whatever values; without one, every real floating-point entry moves but the
+            vectors of spectral normalisation, and layers are told by names alone.
         alpha: The coordinate of the averaged layers, or layer name to coordinate.
         layers: Names of the layers that are averaged; by default all, or those that `alpha` names.
         partition: How entries are grouped into layers; see `LayerPartition.of`. Without names of layers, it does not
@@ -176,10 +176,12 @@ def map_pair(
         own, network, ties = structure.state_dict(), type(structure).__name__, tied_names(structure)
     options = {"network": network, "key": key, "strip_prefix": strip_prefix}
     a, b = (_mapped(path, own, **options) for path in (path_a, path_b))
+    _refuse_coarse_types(a, b)
     if model is None:
         refuse_differences(entry_differences(_wide(a), _wide(b), (str(a.path), str(b.path))), "checkpoints")
         ties = a.ties | b.ties
-        movable = {name for name, form in a.forms.items() if form.is_floating_point()}
+        real = {name for name, form in a.forms.items() if form.is_floating_point()}
+        movable = {name for name in real if not _is_of_power_iteration(name, real)}
     else:
         movable = set(movable_entries(model, "interpolate"))
     owners = {name: ties.get(name, name) for name in {**a.forms, **b.forms} if ties.get(name, name) in movable}
@@ -210,8 +212,29 @@ def _wide(checkpoint: MappedCheckpoint) -> dict[str, Tensor]:
     return {n: form.double() if form.is_floating_point() else form for n, form in checkpoint.forms.items()}
 
 
+def _refuse_coarse_types(a: MappedCheckpoint, b: MappedCheckpoint) -> None:
+    for checkpoint in (a, b):
+        for name, form in checkpoint.forms.items():
+            if form.is_floating_point() and form.dtype.itemsize < 2:
+                raise CheckpointError(
+                    f"Entry {name!r} of {checkpoint.path} is of type {form.dtype}, which is too coarse for an average, "
+                    "and stands for other numbers where there are scales: bring it to bfloat16 or float32 first."
+                )
+
+
+def _is_of_power_iteration(name: str, names: Collection[str]) -> bool:
+    """Whether an entry is one of the vectors that spectral normalisation keeps: no parameter, and of unit length."""
+    owner, _, last = name.rpartition(".")
+    weight, _, vector = last.rpartition("_")
+    if vector not in ("u", "v"):
+        return False
+    # By torch.nn.utils.spectral_norm, and as a parametrisation: the index of that is the last part of the owner.
+    original = f"{owner}.{weight}_orig".lstrip(".") if weight else f"{owner.rpartition('.')[0]}.original"
+    return original in names
+
+
 def _refuse_fixed_differences(a: MappedCheckpoint, b: MappedCheckpoint, owners: Mapping[str, str]) -> None:
-    for name in a.forms.keys() & b.forms.keys():
+    for name in (name for name in a.forms if name in b.forms):
         if name not in owners and not is_batch_counter(name) and _differs(a, b, name):
             raise ArchitectureMismatchError(
                 f"Entry {name!r} differs between {a.path} and {b.path}, and is none that moves: parameters and running "

@@ -1,18 +1,20 @@
 """A loss whose mean over the data depends on how they are cut into batches: noticed by its halves, and warned of."""
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmc_curvature.agreement import near
 from lmc_curvature.objective.batches import Batch, are_of_examples, map_tensors, tensors_in
 from lmc_curvature.objective.losses import BatchLoss, NetworkLoss
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.normalization import tracked_modules
+from lmc_curvature.objective.precisions import precisions_met
 from lmc_curvature.objective.sight import FEW, Sight
 
 Halves = tuple[list[int], list[int]]
@@ -291,8 +293,7 @@ def _compare(
     with torch.no_grad():
         loss, total = evaluate(sorted([*halves[0][0], *halves[0][1]]))
         found = [[(part.item(), weight) for part, weight in map(evaluate, both)] for both in halves]
-    # In whatever precision a loss computes, it is at least that of float32, or says so by its type.
-    whole, rounding = loss.item(), max(torch.finfo(loss.dtype).eps, rounding)
+    whole, rounding, is_coarsest = loss.item(), max(torch.finfo(loss.dtype).eps, rounding), False
     for parts in found:
         # Where nothing counts, the mean is 0/0.
         parts = [(value, weight) for value, weight in parts if weight]
@@ -302,8 +303,12 @@ def _compare(
             continue
         mean = sum(value * weight for value, weight in parts) / weights
         scale = max(abs(whole), *(abs(value) for value, _ in parts))
+        agree = functools.partial(near, "halves of a batch", whole, mean, scale=scale)
+        if not (is_coarsest or agree(rounding=rounding, floor=8 * rounding * typical)):
+            # A loss may compute in a lower precision than that of its value.
+            is_coarsest, rounding = True, max(rounding, _coarsest_rounding(lambda: evaluate(halves[0][0])))
         # Terms of both signs, as large as the outputs, may cancel.
-        if not near("halves of a batch", whole, mean, rounding=rounding, scale=scale, floor=8 * rounding * typical):
+        if not agree(rounding=rounding, floor=8 * rounding * typical):
             among, whose = (" with examples of the first", "both") if joined else ("", "its halves'")
             return (
                 f"The loss of batch {index}{among} is {whole:.6g}, and the mean of {whose} losses {mean:.6g}: its "
@@ -316,6 +321,12 @@ def _compare(
 def _rounding(data: Any) -> float:
     dtypes = {tensor.dtype for tensor in tensors_in(data) if tensor.is_floating_point()} | {torch.float32}
     return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+
+def _coarsest_rounding(run: Callable[[], Any]) -> float:
+    with torch.no_grad():
+        _, met = precisions_met(nn.Module(), run)
+    return max((torch.finfo(dtype).eps for dtype in met), default=0.0)
 
 
 def _typical(output: Any) -> float:

@@ -147,6 +147,33 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
+def with_first_names(state: State, ties: Mapping[str, str]) -> dict[str, Tensor]:
+    """A state in which tied parameters have the name that they are listed under first.
+
+    Args:
+        state: Entry name to tensor.
+        ties: Further names of tied parameters, to the first; see `tied_names`.
+
+    Raises:
+        DirectionError: One parameter has different numbers under two names.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        first = ties.get(name, name)
+        own = found.setdefault(first, tensor)
+        if own is not tensor and not _equal(own, tensor):
+            names = sorted(other for other in state if ties.get(other, other) == first)
+            raise DirectionError(
+                f"Entries {' and '.join(map(repr, names))} are one parameter of the network, and have different "
+                "numbers: give it under one name, or the same under each."
+            )
+    return found
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other.to(one), rtol=0, atol=0, equal_nan=True)
+
+
 def check_finite(state: State, owner: str, question: str = "Has its training diverged?") -> None:
     """Refuse a state with values that are infinite or not a number; the message ends with a question.
 
@@ -295,10 +322,13 @@ def choose_dtype(dtype: torch.dtype | None, tensors: Sequence[Tensor]) -> torch.
 
 
 def precision_note(dtype: torch.dtype, tensors: Sequence[Tensor]) -> str:
-    """A few words on a type that is not that of a network in half precision; none in other cases."""
+    """A few words on a type in half precision, or that is not that of a network in it; none in other cases."""
     halves = {tensor.dtype for tensor in tensors if tensor.is_floating_point() and tensor.dtype.itemsize < 4}
     names = ", ".join(sorted(str(half).removeprefix("torch.") for half in halves - {dtype}))
-    return f"computed in {str(dtype).removeprefix('torch.')}, of entries in {names}" if names else ""
+    said = [f"of entries in {names}"] if names else []
+    if dtype.itemsize < 4:
+        said.append(f"which rounds every number by up to {50 * torch.finfo(dtype).eps:.2g}%")
+    return ", ".join([f"computed in {str(dtype).removeprefix('torch.')}", *said]) if said else ""
 
 
 def parse_device(device: torch.device | str) -> torch.device:

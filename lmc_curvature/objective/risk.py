@@ -46,6 +46,7 @@ from lmc_curvature.objective.network import (
     skeleton_of,
     tied_names,
     unwrap,
+    with_first_names,
 )
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Normalization, is_batch_counter
 from lmc_curvature.objective.numerics import Numerics, bears_channels_last, channels_last, outside_inference
@@ -174,9 +175,11 @@ class Objective:
         normalisation modules, which are left out.
 
         Raises:
-            DirectionError: An entry is unknown, has another shape, or is not of a real floating-point type.
+            DirectionError: An entry is unknown, has another shape, is not of a real floating-point type, or has other
+                numbers under a further name.
         """
-        state = {self._aliases.get(name, name): tensor for name, tensor in state.items() if not is_batch_counter(name)}
+        state = {name: tensor for name, tensor in state.items() if not is_batch_counter(name)}
+        state = with_first_names(state, self._aliases)
         check_entries(state, self._entries, self._movable)
         return {name: to_device(tensor.detach(), self.device, self.dtype) for name, tensor in state.items()}
 

@@ -200,6 +200,50 @@ def test_buffers_that_do_not_move_must_be_equal(tmp_path):
         plan_merge(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("coarse", ["a", "b"])
+@pytest.mark.parametrize("network", [None, nn.Linear(3, 2)])
+def test_types_too_coarse_for_an_average_are_refused(dtype, coarse, network, tmp_path):
+    for name in "ab":
+        entries = nn.Linear(3, 2).state_dict()
+        save_file({**entries, "weight": entries["weight"].to(dtype)} if name == coarse else entries, tmp_path / name)
+    message = f"Entry 'weight' of {tmp_path / coarse} is of type {dtype}.*bring it to bfloat16"
+    for compare in (plan_merge, check_checkpoints):
+        with pytest.raises(CheckpointError, match=message):
+            compare(tmp_path / "a", tmp_path / "b", network)
+
+
+SPECTRAL = {"the older": nn.utils.spectral_norm, "a parametrisation": nn.utils.parametrizations.spectral_norm}
+
+
+@pytest.mark.parametrize("norm", SPECTRAL.values(), ids=SPECTRAL)
+@pytest.mark.parametrize("make", [lambda: nn.Linear(4, 3), lambda: nn.Conv2d(2, 3, 3)])
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("with_network", [False, True])
+def test_vectors_of_spectral_normalisation_are_not_averaged(norm, make, inside, with_network, tmp_path):
+    pair = [nn.Sequential(norm(make())) if inside else norm(make()) for _ in range(2)]
+    network = pair[0] if with_network else None
+    for name, own in zip("ab", pair, strict=True):
+        torch.save(own.state_dict(), tmp_path / name)
+    with pytest.raises(ArchitectureMismatchError, match=r"_u' differs between .* and is none that moves"):
+        plan_merge(tmp_path / "a", tmp_path / "b", network)
+    vectors = {name: tensor for name, tensor in pair[0].state_dict().items() if name.endswith(("_u", "_v"))}
+    assert len(vectors) == 2
+    torch.save({**pair[1].state_dict(), **vectors}, tmp_path / "b")
+    merge_checkpoints(plan_merge(tmp_path / "a", tmp_path / "b", network), tmp_path / "m")
+    merged = load_file(tmp_path / "m")
+    for name, tensor in pair[0].state_dict().items():
+        expected = tensor if name in vectors else (tensor + pair[1].state_dict()[name]) / 2
+        torch.testing.assert_close(merged[name], expected)
+
+
+def test_other_names_that_end_in_u_or_v_move(tmp_path):
+    a, b = ({name: torch.randn(3) for name in ("u", "gate_u", "attn.w_v", "l.weight_v", "l.weight_g")} for _ in "ab")
+    for name, entries in (("a", a), ("b", b)):
+        save_file(entries, tmp_path / name)
+    assert set(plan_merge(tmp_path / "a", tmp_path / "b").entries) == set(a)
+
+
 class Adapted(nn.Module):
     """Two linear layers, each with factors of an update of its own."""
 

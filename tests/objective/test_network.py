@@ -171,8 +171,27 @@ def test_half_precision_is_computed_in_single_precision_and_said():
     objective = Objective(network, [batch])
     assert objective.dtype == torch.float32
     assert objective.notes == ("computed in float32, of entries in bfloat16",)
-    assert Objective(network, [batch], dtype=torch.bfloat16).notes == ()
     assert Objective(network.double(), [batch]).notes == ()
+
+
+@pytest.mark.parametrize(("dtype", "percent"), [(torch.bfloat16, "0.39%"), (torch.float16, "0.049%")])
+def test_half_precision_that_was_asked_for_is_said_with_its_rounding(dtype, percent):
+    note = f"computed in {str(dtype).removeprefix('torch.')}, which rounds every number by up to {percent}"
+    for network, expected in ((_plain().to(dtype), note), (_plain(), note), (_plain().double(), note)):
+        assert Objective(network, [], dtype=dtype).notes == (expected,)
+    numbers = torch.linspace(1, 2, 10_001, dtype=torch.float64)
+    worst = float((numbers.to(dtype).double() / numbers - 1).abs().max()) * 100
+    assert worst == pytest.approx(float(percent.rstrip("%")), rel=0.05)
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    of = f"computed in {str(dtype).removeprefix('torch.')}, of entries in {str(other).removeprefix('torch.')}, which"
+    assert Objective(_plain().to(other), [], dtype=dtype).notes[0].startswith(of)
+    pair, batches = (
+        [_plain(), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).double()],
+        [(torch.randn(9, 4), torch.arange(9) % 3)],
+    )
+    for compute in (predict_barrier, measure_barrier):
+        assert note in str(compute(*pair, batches, dtype=dtype, progress=False))
+        assert "rounds" not in str(compute(*pair, batches, dtype=torch.float32, progress=False))
 
 
 # --- Entries that differ between training and evaluation mode

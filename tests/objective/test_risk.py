@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lmc_curvature import BatchLoss, Objective
+from lmc_curvature import BatchLoss, Objective, project_hessian
 from lmc_curvature.errors import (
     DirectionError,
     LoaderError,
@@ -350,6 +350,27 @@ def test_a_state_dict_is_a_state():
     objective = Objective(tied.model(), tied.batches(), **tied.options)
     moved = Objective(tied.model(5), tied.batches(), **tied.options)
     assert objective.loss(tied.model(5).state_dict()) == pytest.approx(moved.loss(), rel=1e-12)
+
+
+def test_names_of_one_parameter_must_have_the_same_numbers():
+    tied = NETWORKS["tied weights"]
+    objective = Objective(tied.model(), tied.batches(), **tied.options)
+    weight, nan = tied.model(5).encoder.weight.detach(), torch.full((6, 6), torch.nan)
+    for other in (weight, weight.double(), weight.clone()):
+        found = objective.place({"decoder.weight": other, "encoder.weight": weight})
+        assert list(found) == ["encoder.weight"]
+        assert torch.equal(found["encoder.weight"], weight.to(objective.dtype))
+    assert list(objective.place({"decoder.weight": nan, "encoder.weight": nan.clone()})) == ["encoder.weight"]
+    one_off = weight.clone()
+    one_off[2, 3] += 1e-3
+    for other in (one_off, weight.T, weight[:3], nan):
+        for pair in ((weight, other), (other, weight)):
+            state = dict(zip(("encoder.weight", "decoder.weight"), pair, strict=True))
+            for compute in (objective.loss, objective.gradient, objective.place, objective.complete):
+                with pytest.raises(DirectionError, match="'decoder.weight' and 'encoder.weight' are one parameter"):
+                    compute(state)
+            with pytest.raises(DirectionError, match="Direction 0: Entries 'decoder.weight' and"):
+                project_hessian(objective, {}, [state])
 
 
 def test_values_that_are_not_finite_name_their_entry():

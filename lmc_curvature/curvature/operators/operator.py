@@ -163,10 +163,11 @@ class CurvatureOperator:
             DirectionError: The operand has a wrong shape, an unknown entry or a type that cannot move.
         """
         if isinstance(other, Mapping):
-            outside = [name for name in other if name not in self.columns]
+            placed = self.objective.place(other)
+            outside = [name for name in placed if name not in self.columns]
             if outside:
                 raise DirectionError(f"The direction has entries outside the operator's columns: {outside[:5]}.")
-            direction = {name: tensor.unsqueeze(0) for name, tensor in self.objective.place(other).items()}
+            direction = {name: tensor.unsqueeze(0) for name, tensor in placed.items()}
             return self.unflatten(self._products(direction, 1)[0], self.rows)
         if not isinstance(other, Tensor) or other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
             found = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__

@@ -220,12 +220,30 @@ def test_a_hessian_too_large_is_refused_with_its_size():
         (torch.ones(7), r"shape \(7,\); expected \(\d+,\)"),
         (torch.ones(2, 2, 2), r"shape \(2, 2, 2\)"),
         (3.0, "shape float"),
-        ({"0.wait": torch.ones(6, 5)}, "outside the operator's columns.*0.wait"),
+        ({"0.wait": torch.ones(6, 5)}, "no entry '0.wait': did you mean '0.weight'"),
     ],
 )
 def test_bad_operands_are_refused(operand, message):
     with pytest.raises(DirectionError, match=message):
         HessianOperator(_objective()) @ operand
+
+
+def test_directions_along_other_layers_are_refused():
+    H = HessianOperator(_objective("conv, interpolate"))
+    direction = {"fc.bias": torch.ones_like(H.state["fc.bias"])}
+    with pytest.raises(DirectionError, match=r"outside the operator's columns: \['fc.bias'\]"):
+        H.block("conv1") @ direction
+    assert list(H.block("conv1", "fc") @ direction) == list(H.block("conv1").rows)
+
+
+def test_a_direction_may_name_a_tied_parameter_otherwise():
+    H = HessianOperator(_objective("tied weights"))
+    weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = H @ {"encoder.weight": weight}
+    for direction in ({"decoder.weight": weight}, {"decoder.weight": weight, "encoder.weight": weight.clone()}):
+        torch.testing.assert_close(H @ direction, expected, rtol=0, atol=0)
+    with pytest.raises(DirectionError, match=r"'decoder\.weight' and 'encoder\.weight' are one parameter"):
+        H @ {"encoder.weight": weight, "decoder.weight": 2 * weight}
 
 
 def test_integer_operands_are_refused():
