@@ -162,7 +162,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "structured block": Check(
             catches="A dense block made of a layer's inputs, although the layer's weight has another part in the loss.",
-            runs="First batch of every block; that the layer's entries are used once, by their module, in every batch.",
+            runs="First batch with a part in the block; that the layer's entries are used once, by their module, in "
+            "every batch.",
             cost=9.0,
             tolerance=Tolerance(0.5),
         ),

@@ -14,6 +14,8 @@ _DEPTH = 2
 _SHOWN = 6
 # DataParallel and AveragedModel, torch.compile, FSDP, and activation checkpointing name what they wrap so.
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Of these, what no module of one's own is called.
+_INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _EXTRA_STATE = "_extra_state"
 # What AveragedModel and modules with a state of their own keep beside a network's entries.
 _BOOKKEEPING = ("n_averaged", _EXTRA_STATE)
@@ -104,7 +106,7 @@ def unwrap_alone(contents: Any, *, key: str | None, strip_prefix: str | None, so
         )
     own = candidates[next(iter(candidates)) if key is None else key]
     prefix = f"{strip_prefix.rstrip('.')}." if strip_prefix else ""
-    short = {name: own[full] for full, name in _short_names(own).items() if not _is_bookkeeping(name)}
+    short = {name: own[full] for full, name in _names_alone(own).items()}
     entries = {name.removeprefix(prefix): entry for name, entry in short.items() if name.startswith(prefix)}
     if not entries:
         raise CheckpointError(f"{source} has no name that begins with {prefix!r}; its names are {_list(short)}.")
@@ -161,6 +163,14 @@ def _readings(
 def _short_names(names: Iterable[str]) -> dict[str, str]:
     """Names without what wrappers insert into them, by the names; as they are if two would be the same."""
     short = {name: _WRAPPER.sub("", name) for name in names}
+    return short if len(set(short.values())) == len(short) else {name: name for name in short}
+
+
+def _names_alone(names: Iterable[str]) -> dict[str, str]:
+    """The same without a network, which may have a module called `module`: that goes where all names begin with it."""
+    short = {name: _INSERTED.sub("", name) for name in names if not _is_bookkeeping(name)}
+    while short and all(name.startswith("module.") for name in short.values()):
+        short = {full: name.removeprefix("module.") for full, name in short.items()}
     return short if len(set(short.values())) == len(short) else {name: name for name in short}
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lmc_curvature.sources import Split
 
 _PREPARATION = ("mean", "std", "resize", "transform")
+# What a loader of one's own has decided itself.
+_CHOICE = ("split", "limit", "batch_size")
 
 
 def make_batches(comparison: "Comparison", *, augment: bool = False) -> Iterable[Any]:
@@ -64,15 +66,20 @@ def make_recalibration_batches(comparison: "Comparison") -> Iterable[Any] | None
         return None
     data = comparison.recalibration or comparison.data
     augmentation = comparison.augmentation or ("none" if data == "digits" else "crop-flip")
-    return make_batches(dataclasses.replace(comparison, data=data, split="train"), augment=augmentation == "crop-flip")
+    other = dataclasses.replace(comparison, data=data, split="train")
+    if not is_known_by_name(data):
+        if comparison.augmentation is not None:
+            raise OptionError(f"--augmentation is for images known by name; {data} makes its own loader.")
+        other = _for_own_loader(other)
+    return make_batches(other, augment=augmentation == "crop-flip")
 
 
 def with_other_data(comparison: "Comparison", data: str, split: "Split", loader: Iterable[Any]) -> "Comparison":
     """The options for other data, of which images are prepared as those of the loader are."""
     prepared: dict[str, Any] = {}
     if not is_known_by_name(data):
-        prepared = dict.fromkeys(_PREPARATION)
-    elif isinstance(loader, Batches):
+        return _for_own_loader(dataclasses.replace(comparison, data=data))
+    if isinstance(loader, Batches):
         statistics = {"mean": loader.dataset.mean, "std": loader.dataset.std}
         prepared = {name: ",".join(map(repr, values.tolist())) for name, values in statistics.items()}
     return dataclasses.replace(comparison, data=data, split=split, **prepared)
@@ -85,10 +92,21 @@ def is_known_by_name(data: str) -> bool:
     return not colon or module == "cifar10" or Path(data).exists()
 
 
+def _for_own_loader(comparison: "Comparison") -> "Comparison":
+    return dataclasses.replace(comparison, **_defaults(comparison))
+
+
+def _defaults(comparison: "Comparison") -> dict[str, Any]:
+    """What prepares and chooses examples, as it is where it is not given."""
+    defaults = {field.name: field.default for field in dataclasses.fields(comparison)}
+    return {name: defaults[name] for name in (*_PREPARATION, *_CHOICE)}
+
+
 def _own_batches(comparison: "Comparison") -> Iterable[Any]:
-    for name in _PREPARATION:
-        if getattr(comparison, name) is not None:
-            raise OptionError(f"--{name} is for images known by name; {comparison.data} makes its own loader.")
+    for name, default in _defaults(comparison).items():
+        if getattr(comparison, name) != default:
+            option = f"--{name.replace('_', '-')}"
+            raise OptionError(f"{option} is for images known by name; {comparison.data} makes its own loader.")
     make_loader = import_function(comparison.data, what=f"--data {comparison.data}")
     try:
         return make_loader()

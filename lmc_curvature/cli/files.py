@@ -174,6 +174,8 @@ def _coordinates(alphas: list[str]) -> float | dict[str, float]:
     found: dict[str, float] = {}
     for text in alphas or ["0.5"]:
         layer, _, number = text.rpartition("=")
+        if layer and layer in found:
+            raise OptionError(f"--alpha {text!r}: layer {layer!r} has a number already.")
         try:
             found[layer] = float(number)
         except ValueError:

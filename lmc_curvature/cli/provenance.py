@@ -42,8 +42,8 @@ def data_record(comparison: "Comparison", loader: Iterable[Any]) -> dict[str, An
     """The data by their name and, where they are images known by name, their preparation and fingerprint."""
     from lmc_curvature.sources import Batches, TransformedImages
 
-    named = {"name": comparison.data, "batch_size": comparison.batch_size}
-    known = named | {"split": comparison.split, "limit": comparison.limit, "resize": comparison.resize}
+    named = {"name": comparison.data}
+    known = named | {name: getattr(comparison, name) for name in ("batch_size", "split", "limit", "resize")}
     if isinstance(loader, Batches):
         data = loader.dataset
         return known | {"mean": data.mean.tolist(), "std": data.std.tolist(), "sha256": data.fingerprint()}

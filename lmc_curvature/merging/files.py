@@ -85,6 +85,10 @@ class MergePlan:
         flat = [source[self._name_in(source, name)].reshape(-1) for source in sources]
         for start in range(0, flat[0].numel(), _CHUNK):
             pieces = [tensor[start : start + _CHUNK] for tensor in flat]
+            if len(pieces) == 2 and torch.equal(*pieces):
+                # Masks may hold infinity, of which there is no mean.
+                yield pieces[0].to(dtype)
+                continue
             if len(pieces) == 2:
                 # A mean of halves is taken in single precision, as torch does within one operation.
                 wide = torch.float64 if torch.float64 in [piece.dtype for piece in pieces] else torch.float32
@@ -175,11 +179,18 @@ def map_pair(
         structure = skeleton_of(unwrap(model))
         own, network, ties = structure.state_dict(), type(structure).__name__, tied_names(structure)
     options = {"network": network, "key": key, "strip_prefix": strip_prefix}
-    a, b = (_mapped(path, own, **options) for path in (path_a, path_b))
+    (a, left_out_a), (b, left_out_b) = (_mapped(path, own, **options) for path in (path_a, path_b))
+    if unused := [name for name in left_out_a if name in left_out_b]:
+        raise CheckpointError(f"{unused[0]}={options[unused[0]]!r} fits neither {path_a} nor {path_b}: leave it out.")
+    for checkpoint, left_out in ((a, left_out_a), (b, left_out_b)):
+        if left_out:
+            warnings.warn(
+                f"{checkpoint.path} was read without {' and '.join(left_out)}, which does not fit it.", stacklevel=4
+            )
     _refuse_coarse_types(a, b)
     if model is None:
         refuse_differences(entry_differences(_wide(a), _wide(b), (str(a.path), str(b.path))), "checkpoints")
-        ties = a.ties | b.ties
+        ties = {name: first for name, first in (a.ties | b.ties).items() if all(_ties(c, name, first) for c in (a, b))}
         real = {name for name, form in a.forms.items() if form.is_floating_point()}
         movable = {name for name in real if not _is_of_power_iteration(name, real)}
     else:
@@ -191,9 +202,12 @@ def map_pair(
     return a, b, owners
 
 
-def _mapped(path: str | os.PathLike[str], own: Mapping[str, Any] | None, **options: Any) -> MappedCheckpoint:
+def _mapped(
+    path: str | os.PathLike[str], own: Mapping[str, Any] | None, **options: Any
+) -> tuple[MappedCheckpoint, list[str]]:
+    """A checkpoint, and the options that were left out because it does not fit them."""
     try:
-        return MappedCheckpoint(path, own, **options)
+        return MappedCheckpoint(path, own, **options), []
     except CheckpointError as error:
         # The other file may need these options, and this one may hold a single state dict that fits as it is.
         given = [name for name in ("key", "strip_prefix") if options.pop(name) is not None]
@@ -203,8 +217,11 @@ def _mapped(path: str | os.PathLike[str], own: Mapping[str, Any] | None, **optio
             found = None
         if found is None:
             raise error from None
-        warnings.warn(f"{path} was read without {' and '.join(given)}, which does not fit it.", stacklevel=5)
-        return found
+        return found, given
+
+
+def _ties(checkpoint: MappedCheckpoint, name: str, first: str) -> bool:
+    return checkpoint.ties.get(name) == first or torch.equal(checkpoint[name].clone(), checkpoint[first])
 
 
 def _wide(checkpoint: MappedCheckpoint) -> dict[str, Tensor]:

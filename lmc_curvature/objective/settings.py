@@ -76,18 +76,18 @@ def hidden_differences(
         first: A network.
         second: Another one.
         loss_fn: The loss; a `BatchLoss` may call other methods than `forward`.
-        kept: Also tensors that `forward` both reads and writes: it may have computed them from the entries.
+        kept: Also tensors that `forward` reads before it writes them: it may have computed them from the entries.
     """
     found = setting_differences(first, second)
     if not found:
         return []
-    reads, writes = _names_in_evaluation([first, second], loss_fn)
+    reads, writes, kept_first = _names_in_evaluation([first, second], loss_fn)
     modules = dict(first.named_modules()), dict(second.named_modules())
 
     def matters(difference: Difference) -> bool:
         if not difference.kinds:
             attribute = re.sub(r"\[.*?\]", "", difference.where).rpartition(".")[2]
-            return attribute in (reads if kept and difference.tensors else reads - writes)
+            return attribute in reads - writes or (kept and difference.tensors and attribute in kept_first)
         pair = [m.get(difference.where) for m in modules]
         innermost = not any(True for module in pair if module is not None for _ in module.children())
         # A class may have another name and the same function, as subclasses often have.
@@ -252,14 +252,14 @@ def _shorten(value: Any) -> str:
     return f"{shown[:57]}…" if len(shown) > 58 else shown
 
 
-def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[set[str], set[str]]:
-    """Names that code reads, and those of attributes that it writes, as far as `forward` may call that code."""
+def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[set[str], set[str], set[str]]:
+    """Names that code reads, and attributes that it writes or first reads, as far as `forward` may call that code."""
     classes = {cls for network in networks for module in network.modules() for cls in type(module).__mro__}
     methods: dict[str, list[Any]] = {}
     for cls in classes - {nn.Module, object}:
         for name, member in vars(cls).items():
             methods.setdefault(name, []).append(member)
-    reads, writes = {"forward"}, set[str]()
+    reads, writes, first = {"forward"}, set[str](), set[str]()
     pending: list[Any] = [*methods.get("forward", ()), getattr(loss_fn, "fn", None)]
     seen: set[int] = set()
     while pending:
@@ -267,13 +267,14 @@ def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[s
         if function is None or id(function) in seen:
             continue
         seen.add(id(function))
-        read, written = _names_in(function.__code__)
+        read, written, read_first = _names_in(function.__code__)
         reads |= read
         writes |= written
+        first |= read_first
         known = {} if _is_of_torch(function) else function.__globals__
         for name in read:
             pending += [*methods.get(name, ()), known.get(name)]
-    return reads, writes
+    return reads, writes, first
 
 
 def _function_of(member: Any) -> types.FunctionType | None:
@@ -289,9 +290,9 @@ def _function_of(member: Any) -> types.FunctionType | None:
 _MUTATORS = {"append", "add", "extend", "insert", "update", "setdefault", "pop", "clear"}
 
 
-def _names_in(code: types.CodeType) -> tuple[set[str], set[str]]:
+def _names_in(code: types.CodeType) -> tuple[set[str], set[str], set[str]]:
     read = {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
-    written, attribute = set[str](), ""
+    written, first, attribute = set[str](), set[str](), ""
     for step in dis.get_instructions(code):
         if step.opname == "STORE_ATTR":
             written.add(step.argval)
@@ -300,8 +301,9 @@ def _names_in(code: types.CodeType) -> tuple[set[str], set[str]]:
             written.add(attribute)
         elif step.opname == "LOAD_ATTR":
             attribute = step.argval
+            first |= {attribute} - written
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _names_in(constant)
-            read, written = read | inner[0], written | inner[1]
-    return read, written
+            read, written, first = (own | others for own, others in zip((read, written, first), inner, strict=True))
+    return read, written, first

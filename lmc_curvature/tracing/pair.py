@@ -24,7 +24,7 @@ from lmc_curvature.geometry import SiblingGeometry
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment.partition import LayerPartition
 from lmc_curvature.segment.segment import Segment
-from lmc_curvature.sources import Batches, Split
+from lmc_curvature.sources import Batches
 from lmc_curvature.storage import discard_if_damaged, remove_partial_files
 
 # Not what a device happens to have free: how a batch is cut into tiles decides the last bits of a prediction.
@@ -94,13 +94,14 @@ class Pair:
             discard_if_damaged(path, _KINDS.get(path.stem, BarrierMeasurement).load)
 
 
-def trace_pair(pair: Pair, objective: Objective, loaders: Mapping[Split, Batches]) -> None:
+def trace_pair(pair: Pair, objective: Objective, loaders: Mapping[str, Batches]) -> None:
     """Compute what is not there of a pair, and write a file of each result.
 
     Args:
         pair: The siblings.
         objective: The training loss, of any network of the experiment's architecture.
-        loaders: The examples of each split on which barriers are measured.
+        loaders: The examples of each split on which barriers are measured, and under `"recalibrate"` those on which
+            statistics are re-estimated.
 
     Raises:
         CheckpointError: A snapshot is missing or damaged.
@@ -114,11 +115,12 @@ def trace_pair(pair: Pair, objective: Objective, loaders: Mapping[Split, Batches
 
 
 def _compute(
-    name: str, pair: Pair, siblings: list[nn.Module], objective: Objective, loaders: Mapping[Split, Batches]
+    name: str, pair: Pair, siblings: list[nn.Module], objective: Objective, loaders: Mapping[str, Batches]
 ) -> Result:
     config = pair.directory.config.trace
     first, second = siblings
-    measure = partial(measure_barrier, first, second, batch_norm=config.batch_norm, progress=False)
+    statistics = {"batch_norm": config.batch_norm, "recalibration": loaders.get("recalibration")}
+    measure = partial(measure_barrier, first, second, **statistics, progress=False)
     if name == "predicted":
         segment = Segment(first, second, layers=config.partition, batch_norm=config.batch_norm)
         options: dict[str, Any] = {"memory_gib": _MEMORY_GIB, "progress": False}

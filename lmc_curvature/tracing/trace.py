@@ -22,13 +22,14 @@ from lmc_curvature.forking.directory import explain_damage, fork_command
 from lmc_curvature.forking.sharing import Task, device_of_rank, helpers, progress_of_rank, share, unless_claimed
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.sources import Batches, Split
+from lmc_curvature.sources.augmentation import Crops
 from lmc_curvature.storage import read_json, write_json
 from lmc_curvature.tracing.pair import Pair, trace_pair
 from lmc_curvature.tracing.tables import Traces, write_tables
 
 _VERSION = "1"
 
-Bench = tuple[Objective, Mapping[Split, Batches]]
+Bench = tuple[Objective, Mapping[str, Batches]]
 
 
 def trace_forks(
@@ -101,6 +102,11 @@ def _prepare(directory: ForkDirectory, data: str | None, device: torch.device, *
         check_examples(config, images, split)
         images = images if config.examples is None else images.subset(config.examples)
         loaders[split] = images.to(device).batches(config.batch_size)
+        if split == "train" and config.batch_norm == "recalibrate":
+            # Statistics are re-estimated on images as in training.
+            augmented = directory.config.training.augmentation == "crop-flip"
+            crops = Crops.draw(len(images), torch.Generator().manual_seed(0)) if augmented else None
+            loaders["recalibration"] = images.to(device).batches(config.batch_size, crops=crops and crops.to(device))
     check_layers(directory.config)
     # It is evaluated at the states of the pairs, not at its own.
     model = initial_model(directory.config).to(device).eval()

@@ -1,6 +1,7 @@
 """Claim: the merged file is the merged network, loads strictly anywhere, and is written without holding either."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -368,3 +369,55 @@ def test_less_than_a_checkpoint_and_its_largest_entry_is_in_memory(save, what, t
     assert peak < 4 * sum(sizes) + largest
     # And, of many entries, far less.
     assert peak < 0.75 * 4 * sum(sizes)
+
+
+class _Inner(nn.Module):
+    """A submodule is called `module`, as wrappers call theirs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.module = nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.module(self.first(x))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_module_called_module_keeps_its_name(tmp_path, wrapped):
+    pair = [_Inner() for _ in range(2)]
+    for name, network in zip("ab", pair, strict=True):
+        prefix = "module." if wrapped else ""
+        torch.save({prefix + key: value for key, value in network.state_dict().items()}, tmp_path / name)
+    merge_checkpoints(plan_merge(tmp_path / "a", tmp_path / "b"), tmp_path / "out.safetensors")
+    merged = _Inner()
+    merged.load_state_dict(load_file(tmp_path / "out.safetensors"), strict=True)
+    expected = {name: (a + pair[1].state_dict()[name]) / 2 for name, a in pair[0].state_dict().items()}
+    torch.testing.assert_close(merged.state_dict(), expected)
+
+
+def test_masks_of_infinities_that_are_equal_stay(tmp_path):
+    mask = torch.full((3, 3), -torch.inf).triu(1)
+    for name in "ab":
+        save_file({"mask": mask, "weight": torch.randn(2, 2)}, tmp_path / name)
+    merge_checkpoints(plan_merge(tmp_path / "a", tmp_path / "b"), tmp_path / "out.safetensors")
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["mask"], mask)
+    found = check_checkpoints(tmp_path / "a", tmp_path / "b", None, partition="tensor", distances=True)
+    assert found.distances is not None
+    assert math.isfinite(found.distance)
+
+
+def test_what_is_tied_in_one_file_alone_is_averaged_on_its_own(tmp_path):
+    shared = torch.randn(2, 2)
+    torch.save({"e": shared, "h": shared}, tmp_path / "a")
+    torch.save({"e": torch.zeros(2, 2), "h": torch.ones(2, 2)}, tmp_path / "b")
+    found = check_checkpoints(tmp_path / "a", tmp_path / "b", None, partition="tensor", distances=True)
+    assert dict(zip(found.layers, found.distances, strict=True)) == pytest.approx(
+        {"e": float(shared.norm()), "h": float((shared - 1).norm())}
+    )
+
+
+def test_an_option_that_fits_no_file_is_refused(tmp_path):
+    for name in "ab":
+        torch.save({"w": torch.randn(2)}, tmp_path / name)
+    with pytest.raises(CheckpointError, match="key='model' fits neither"):
+        plan_merge(tmp_path / "a", tmp_path / "b", key="model")

@@ -259,3 +259,20 @@ def test_what_a_network_keeps_of_its_entries_is_warned_of():
         each(x)
     with pytest.warns(UserWarning, match="kept: .*computed from its entries"):
         merge(*pair)
+
+
+class _Remembers(nn.Linear):
+    """What it has computed last stays on it, and every call writes over it."""
+
+    def forward(self, input):
+        self.seen = super().forward(input)
+        return self.seen.tanh()
+
+
+def test_what_every_call_writes_over_is_nobodys_business():
+    pair = [_Remembers(4, 3).eval() for _ in range(2)]
+    for each in pair:
+        each(torch.randn(5, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge(*pair)
