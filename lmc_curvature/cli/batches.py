@@ -103,14 +103,15 @@ def _defaults(comparison: "Comparison") -> dict[str, Any]:
 
 
 def _own_batches(comparison: "Comparison") -> Iterable[Any]:
-    for name, default in _defaults(comparison).items():
-        if getattr(comparison, name) != default:
-            option = f"--{name.replace('_', '-')}"
-            raise OptionError(f"{option} is for images known by name; {comparison.data} makes its own loader.")
     make_loader = import_function(comparison.data, what=f"--data {comparison.data}")
     try:
-        return make_loader()
+        loader = make_loader()
     except TypeError as error:
         raise DataError(
             f"--data {comparison.data}: {error}. Expected a function without arguments that returns a loader."
         ) from error
+    for name, default in _defaults(comparison).items():
+        if getattr(comparison, name) != default:
+            option = f"--{name.replace('_', '-')}"
+            raise OptionError(f"{option} is for images known by name; {comparison.data} makes its own loader.")
+    return loader

@@ -139,6 +139,8 @@ def test_measure_prints_the_measurement(run, networks, checkpoints, tmp_path):
 def test_measure_takes_sets_and_a_loader_of_ones_own(run, checkpoints):
     arguments = [*COMMON]
     arguments[arguments.index("digits")] = f"{__name__}:loader"
+    place = arguments.index("--limit")
+    del arguments[place : place + 2]
     status, out, _ = run("measure", *checkpoints, *arguments, "--set", "conv,linear", "--alphas", 3, "--json")
     record = json.loads(out)
     assert (status, record["examples"]) == (0, 4)

@@ -111,6 +111,9 @@ def test_binary_decisions_have_an_error(run, tmp_path):
         (["--loss", "mes"], "loss 'mes' is unknown: did you mean 'mse'"),
         (["--mean", "0.5", "--std", "0.2"], f"--mean is for images known by name; {HERE}:regression makes its own"),
         (["--transform", f"{HERE}:transform"], "--transform is for images known by name"),
+        (["--batch-size", "3"], "--batch-size is for images known by name"),
+        (["--limit", "5"], "--limit is for images known by name"),
+        (["--split", "test"], "--split is for images known by name"),
     ],
 )
 def test_mistakes_in_losses_and_metrics(run, tmp_path, untyped, options, message):

@@ -66,7 +66,7 @@ def test_loaders_of_ones_own_are_named_and_files_known_by_their_contents(run, tm
     assert found["sha256"] == transformed_folder(tmp_path / "images", inputs.transform, 2).fingerprint()
     name = f"{inputs.__name__}:regression"
     _, out, _ = run("measure", *common, "--data", name, "--loss", "mse", *options)
-    assert json.loads(out)["provenance"]["data"] == {"name": name, "batch_size": 256}
+    assert json.loads(out)["provenance"]["data"] == {"name": name}
 
 
 def test_every_shard_and_its_index_is_hashed(tmp_path):
