@@ -120,7 +120,7 @@ def _answer(prediction: "BarrierPrediction", middle: int) -> tuple[str, str]:
 def _changes(prediction: "BarrierPrediction", middle: int) -> str:
     """Loss and error of the average, each beside the mean of the two."""
     mean, loss = _mean_loss(prediction), prediction.anchors[middle].projection.loss
-    if 0 < mean and 0 <= loss <= _RATIO * mean:
+    if mean > 0 and 0 <= loss <= _RATIO * mean:
         # Adding zero takes the sign from -0.
         found = f"{round(100 * (loss / mean - 1), 1) + 0.0:+.3g} % loss"
     else:

@@ -101,7 +101,7 @@ def select(
         if measurements:
             options |= {"measurements": measurements, "held_out": others, "caution": caution}
             verification = selection.verify(*networks, loader, **options)
-        _answer(comparison, selection, verification, caution, out, provenance)
+        _answer(comparison, selection, verification, out, provenance)
         if out is not None:
             with saving():
                 final = verification.selection if verification else selection
@@ -109,7 +109,7 @@ def select(
 
 
 def _check_question(question: dict[str, Any]) -> None:
-    from lmc_curvature.merging.select import check_not_negative
+    from lmc_curvature.merging.budgets import check_not_negative
 
     given = [name for name in ("budget", "relative_budget") if question[name] is not None]
     if len(given) != 1:
@@ -138,7 +138,7 @@ def _check_out(comparison: Comparison, out: Path | None, base: str | None, *, fo
 def _check_verification(
     comparison: Comparison, measurements: int, caution: float, held_out: str | None, split: "Split"
 ) -> None:
-    from lmc_curvature.merging.select import check_not_negative
+    from lmc_curvature.merging.budgets import check_not_negative
 
     check_not_negative("--caution", caution)
     if held_out is None:
@@ -198,7 +198,6 @@ def _answer(
     comparison: Comparison,
     selection: "Selection",
     verification: "Verification | None",
-    caution: float,
     out: Path | None,
     provenance: dict[str, Any],
 ) -> None:
@@ -207,13 +206,13 @@ def _answer(
     from lmc_curvature.cli.tables import selection_record, trial_table
 
     final = verification.selection if verification else selection
-    sentences, command = conclusion(final, verification, caution), merge_command(comparison, final)
+    sentences, command = conclusion(final, verification), merge_command(comparison, final)
     if comparison.as_json:
         record = selection_record(selection, verification)
         record |= {"conclusion": sentences, "merge": command, "out": None if out is None else str(out)}
         print(json.dumps(record | provenance, indent=2), flush=True)
         return
-    show(*([trial_table(verification, caution)] if verification else []), "Selection: " + " ".join(sentences))
+    show(*([trial_table(verification)] if verification else []), "Selection: " + " ".join(sentences))
     if out is None and command is not None:
         # A line that is to be copied is not wrapped.
         other = " (with --base b the other of the two)" if final.base == "mean" else ""

@@ -198,8 +198,8 @@ def test_a_rise_near_the_budget_is_told_from_one_within_it(prediction):
             for each in (rise, held_out)
             if each is not None
         ]
-        found = Verification(selection, (trials[0],), trials[0], trials[1] if held_out else None)
-        return " ".join(conclusion(selection, found, 1.5))
+        found = Verification(selection, (trials[0],), trials[0], 1.5, trials[1] if held_out else None)
+        return " ".join(conclusion(selection, found))
 
     assert "it is 0.18 ± 0.01, within the budget." in said(0.18)
     assert "No measured set is surely within it" not in said(0.18)
@@ -215,7 +215,9 @@ def test_a_rise_near_the_budget_is_told_from_one_within_it(prediction):
 @pytest.mark.parametrize(("base", "whose"), [("a", "those of A"), ("b", "those of B")])
 def test_where_no_layer_is_averaged_it_is_one_of_the_two(prediction, base, whose):
     selection = select_layers(prediction, 1.0, base=base, excluded=prediction.layers)
-    assert conclusion(selection, None, 1.5)[0] == f"No layer is averaged: all are {whose}."
+    assert conclusion(selection, None)[0] == f"No layer is averaged: all layers are {whose}."
+    nothing = select_layers(prediction, 1e-9, base=base)
+    assert conclusion(nothing, None)[0] == f"Nothing can be averaged within the budget: all layers are {whose}."
     assert merge_command(Comparison(Path("a"), Path("b"), "digits-resnet", "digits"), selection) is None
 
 
