@@ -234,5 +234,10 @@ def _write(
         facts |= {"measured_rise": verification.chosen.rise, "held_out_rise": held_out and held_out.rise}
     options = {"layers": selection.members, "base": selection.base, "partition": comparison.layers}
     write_merge(comparison, network, out, recalibration, options, facts={"selection": facts})
-    if not comparison.as_json:
+    if comparison.as_json:
+        return
+    if selection.members:
         print(f"merged: {out}")
+    else:
+        statistics = ", but for re-estimated statistics" if comparison.batch_norm == "recalibrate" else ""
+        print(f"{out} is a copy of {'B' if selection.base == 'b' else 'A'}{statistics}")

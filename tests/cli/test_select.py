@@ -234,6 +234,15 @@ def test_the_command_to_merge_says_what_is_not_the_default(prediction):
     )
 
 
+@pytest.mark.parametrize("base", ["a", "b"])
+def test_a_file_without_averaged_layers_is_called_a_copy(run, paths, tmp_path, base):
+    given = ["--budget", 1e-9, "--base", base, "--measurements", 0, "--out", tmp_path / "m"]
+    status, out, _ = run("select", *paths, *COMMON, *given)
+    assert (status, out.splitlines()[-1]) == (0, f"{tmp_path / 'm'} is a copy of {base.upper()}")
+    assert "Nothing can be averaged within the budget: all layers are" in " ".join(out.split())
+    torch.testing.assert_close(load_file(tmp_path / "m"), load_file(paths["ab".index(base)]), rtol=0, atol=0)
+
+
 def test_without_measurements_the_prediction_selects(run, paths, tmp_path):
     given = ["--relative-budget", 1e5, "--measurements", 0, "--save", tmp_path / "p"]
     status, out, _ = run("select", *paths, *COMMON, *given, "--out", tmp_path / "m", "--json")
@@ -309,6 +318,7 @@ BUDGET = ["--budget", 0.1]
         ([*BUDGET, "--held-out", "no.such:data"], "are the data of --data"),
         ([*BUDGET, "--base", "mean", "--out", "m"], "--out writes one: choose --base a or b"),
         ([*BUDGET, "--out", "pyproject.toml"], "--out pyproject.toml exists already: pass --force"),
+        ([*BUDGET, "--out", "m.pt"], "--out m.pt: the merged network is written as safetensors"),
         ([*BUDGET, "--out", "m", "--save", "m"], "--save and --out would write one file, m"),
         ([*BUDGET, "--force"], "--force is for the file of --out"),
         ([*BUDGET, "--measurements", -1], "--measurements"),

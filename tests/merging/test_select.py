@@ -23,7 +23,7 @@ def rises_of(prediction, members, base):
     """The rises of sets, straight from their definition."""
     first, second = (end.loss for end in prediction.endpoints)
     if base == "mean":
-        return prediction.set_barriers(np.array(members, dtype=bool))
+        return np.mean([rises_of(prediction, members, each) for each in "ab"], axis=0)
     half = np.array(members, dtype=float) / 2
     return prediction.loss_at(half if base == "a" else 1 - half) - (first + second) / 2
 
