@@ -103,8 +103,10 @@ def _answer(prediction: "BarrierPrediction", middle: int) -> tuple[str, str]:
     mean, rise, noise = _mean_loss(prediction), float(prediction.curve([0.5])[0]), _noise(prediction)
     before, after = _errors(prediction, middle) or (0.0, 0.0)
     changes = _changes(prediction, middle)
-    is_free, is_small = rise <= _FREE * (1 + abs(mean)), after - before < _POINT
-    if is_small and (is_free or rise <= noise):
+    # Of few examples, errors differ by more by chance.
+    chance = 2 * math.sqrt(after * (1 - after) / prediction.examples)
+    is_free, is_alike = rise <= _FREE * (1 + abs(mean)), after - before < max(_POINT, chance)
+    if is_alike and (is_free or rise <= noise):
         word = "Yes" if is_free else "Yes, as far as these data tell (the rise is within twice its sampling error)"
         if rise < -noise:
             word = "Yes, and the average is better than the two are on the whole"
@@ -112,8 +114,8 @@ def _answer(prediction: "BarrierPrediction", middle: int) -> tuple[str, str]:
             f"{word}: {changes}.",
             "Next: `merge`, and `measure_barrier` on data that neither network was trained on.",
         )
-    known = prediction.errors is not None
-    word = "At a cost" if (known and is_small) or rise <= _PRICE * abs(mean) else "No"
+    is_small = prediction.errors is not None and after - before < _POINT
+    word = "At a cost" if is_small or rise <= _PRICE * abs(mean) else "No"
     return f"{word}: {changes}.", f"Fewer layers may cost less: {_SELECT} finds which."
 
 
@@ -199,6 +201,8 @@ def _barrier(prediction: "BarrierPrediction", expansion: Expansion) -> str:
     barrier, error = prediction.barrier(None, expansion), prediction.standard_error(None, expansion)
     if barrier > 0:
         found = with_error(barrier, error)
-        return f"{found}, expansion ± {prediction.expansion_error():.2g}" if expansion == "anchored" else found
+        return (
+            f"{found}, expansion error about {prediction.expansion_error():.2g}" if expansion == "anchored" else found
+        )
     middle = float(prediction.curve([0.5], None, expansion)[0])
     return f"{with_error(middle, error)} (nowhere above the chord; at α = 1/2)"

@@ -197,7 +197,7 @@ def check_new_file(option: str, path: Path | None, files: Comparison, *, force: 
     if path.exists() and not (path.is_file() and force):
         remedy = "pass --force to replace it" if path.is_file() else "it is not a file"
         raise OptionError(f"{option} {path} exists already: {remedy}, or name another.")
-    if option == "--out" and path.suffix not in ("", ".safetensors"):
+    if option == "--out" and path.suffix.lower() not in ("", ".safetensors"):
         raise OptionError(
             f"--out {path}: the merged network is written as safetensors; expected a name in .safetensors."
         )

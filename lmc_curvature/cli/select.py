@@ -17,7 +17,7 @@ from lmc_curvature.cli.files import check_new_file, write_merge
 from lmc_curvature.cli.options import Anchors, Comparison, Witness, with_comparison
 from lmc_curvature.cli.parsing import anchor_positions, names_in
 from lmc_curvature.cli.printing import show
-from lmc_curvature.errors import OptionError
+from lmc_curvature.errors import OptionError, PartitionError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -157,9 +157,13 @@ def _check_verification(
 def _check_layers(comparison: Comparison, network: "nn.Module", question: dict[str, Any]) -> None:
     from lmc_curvature.segment import LayerPartition, layer_indices
 
-    names = LayerPartition.of(network, comparison.layers, batch_norm=comparison.batch_norm).names
+    try:
+        groups = LayerPartition.of(network, comparison.layers, batch_norm=comparison.batch_norm).groups
+    except PartitionError as error:
+        hint = "--layers is how the network is cut into layers: which are averaged is for --required and --excluded."
+        raise PartitionError(f"{error} {hint}") from None
     for members in (question["required"], question["excluded"]):
-        layer_indices(names, members)
+        layer_indices(groups, members)
 
 
 def _check_visits(measurements: int, *loaders: Iterable[Any] | None) -> None:

@@ -155,7 +155,7 @@ def plan_merge(
         groups = {_ALL: tuple(dict.fromkeys(owners.values()))}
     else:
         groups = LayerPartition.of_names(tuple(dict.fromkeys(owners.values())), partition).groups
-    coordinates = merge_coordinates(tuple(groups), alpha, layers, base)
+    coordinates = merge_coordinates(groups, alpha, layers, base)
     of_owner = {entry: coordinates[layer] for layer, members in groups.items() for entry in members}
     entries = {name: of_owner[owner] for name, owner in owners.items()}
     return MergePlan(a, b, base, coordinates, entries, owners)

@@ -80,8 +80,10 @@ def select_layers(
         check_choice("base", base, BASES)
     weights = _weights(prediction, weight)
     inside, outside = (np.zeros(len(weights), dtype=bool) for _ in range(2))
-    inside[layer_indices(prediction.layers, required)] = True
-    outside[layer_indices(prediction.layers, excluded)] = True
+    groups = prediction.groups
+    known = prediction.layers if groups is None else {name: groups.get(name, ()) for name in prediction.layers}
+    inside[layer_indices(known, required)] = True
+    outside[layer_indices(known, excluded)] = True
     if (inside & outside).any():
         name = prediction.layers[int((inside & outside).argmax())]
         raise PartitionError(f"Layer {name!r} is both required and excluded: leave it out of one of them.")

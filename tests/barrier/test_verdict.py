@@ -9,12 +9,16 @@ from lmc_curvature.barrier.verdict import look_unrelated, verdict
 from tests.support.predictions import prediction_of
 
 
-def evaluated(ends, middle, errors=None, *, spread=1e-5, **fields):
-    """A prediction of two layers with these losses, and errors at the three anchors."""
+def evaluated(ends, middle, errors=None, *, spread=1e-5, batch_size=10_000, **fields):
+    """A prediction of two layers with these losses, and errors at the three anchors, from three batches."""
     losses = [ends[0], middle, ends[1]]
     flat = prediction_of(np.zeros((3, 2)), np.zeros((3, 2, 2)), losses, spread=spread)
+    anchors = tuple(
+        anchor._replace(projection=dataclasses.replace(anchor.projection, batch_sizes=np.full(3, batch_size)))
+        for anchor in flat.anchors
+    )
     known = None if errors is None else np.array(errors)
-    return dataclasses.replace(flat, errors=known, **fields)
+    return dataclasses.replace(flat, anchors=anchors, errors=known, **fields)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,12 @@ def test_a_rise_within_its_sampling_error_is_no_plain_yes():
     # Of an error that rises by points, sampling of the loss says nothing.
     wrong = dataclasses.replace(noisy, errors=np.array([0.1, 0.3, 0.1]))
     assert verdict(wrong)[0].startswith("At a cost: ")
+
+
+def test_errors_of_few_examples_may_differ_by_chance():
+    few, many = (evaluated((0.5, 0.5), 0.5, (0.3, 0.4, 0.3), batch_size=size) for size in (8, 80))
+    assert verdict(few)[0].startswith("Yes: +0 % loss, error (30 % → 40 %)")
+    assert verdict(many)[0].startswith("At a cost: +0 % loss, error (30 % → 40 %)")
 
 
 @pytest.mark.parametrize(
