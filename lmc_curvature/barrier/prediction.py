@@ -245,12 +245,12 @@ class BarrierPrediction:
         """
         if self.groups is None:
             return {}
-        moving = {entry for members in self.groups.values() for entry in members}
+        moved = {entry for members in self.groups.values() for entry in members}
         entries = movable_entries(unwrap(model), batch_norm)
         still = set(movable_entries(unwrap(model), "interpolate")).difference(entries)
         groups = {layer: tuple(e for e in members if e not in still) for layer, members in self.groups.items()}
         partition = LayerPartition({layer: members for layer, members in groups.items() if members})
-        return {"layers": partition, "frozen": [e for e in entries if e not in moving], "base": self.base}
+        return {"layers": partition, "frozen": [e for e in entries if e not in moved], "base": self.base}
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A row a layer: distance, slopes and curvatures at both ends, and the layer's predicted barriers."""

@@ -18,8 +18,9 @@ _UNRELATED = 0.05
 # Sets of layers are known to this part of their barrier, in the median, or are better measured.
 _TRUSTED = 0.5
 # A rise of the loss costs nothing up to this part of one more than the ends' mean loss, and a price up to this part of
-# that loss; a rise of the error from so many points on costs something, and below them never all.
-_FREE, _PRICE, _POINT = 0.02, 0.5, 0.01
+# that loss. A rise of the error by so much costs something; below that, whatever the loss, no more than a price; and
+# above so much, it is too high a price.
+_FREE, _PRICE, _POINT, _HARM = 0.02, 0.5, 0.01, 0.1
 # Networks that err on so much, or have such losses as classifiers, have not learned what they are shown.
 _HOPELESS, _FAR_OFF = 0.8, 10.0
 # Ratios of losses are told up to this; above, and of losses below zero, the losses themselves are.
@@ -115,7 +116,8 @@ def _answer(prediction: "BarrierPrediction", middle: int) -> tuple[str, str]:
             "Next: `merge`, and `measure_barrier` on data that neither network was trained on.",
         )
     is_small = prediction.errors is not None and after - before < _POINT
-    word = "At a cost" if is_small or rise <= _PRICE * abs(mean) else "No"
+    is_price = rise <= _PRICE * abs(mean) and after - before <= _HARM
+    word = "At a cost" if is_small or is_price else "No"
     return f"{word}: {changes}.", f"Fewer layers may cost less: {_SELECT} finds which."
 
 

@@ -160,7 +160,7 @@ def _check_layers(comparison: Comparison, network: "nn.Module", question: dict[s
     try:
         groups = LayerPartition.of(network, comparison.layers, batch_norm=comparison.batch_norm).groups
     except PartitionError as error:
-        hint = "--layers is how the network is cut into layers: which are averaged is for --required and --excluded."
+        hint = "Here --layers is the rule that cuts the network into layers: name some by --required and --excluded."
         raise PartitionError(f"{error} {hint}") from None
     for members in (question["required"], question["excluded"]):
         layer_indices(groups, members)

@@ -337,7 +337,7 @@ def test_mistakes_in_options_are_told_before_anything_is_read(run, change, messa
         (["--excluded", "0,7", "--data", "no.such:data"], "There is no layer '7'"),
         (["--required", "conv", "--data", "no.such:data"], "There is no layer 'conv'"),
         (["--required", "6.weight", "--data", "no.such:data"], "6.weight is part of layer '6'"),
-        (["--layers", "0,2"], "which are averaged is for --required and --excluded"),
+        (["--layers", "0,2"], "name some by --required and --excluded"),
         (["--data", f"{HERE}:passing"], "can be visited only once"),
         (["--held-out", "no.such:data"], "the module 'no.such' cannot be imported"),
     ],
