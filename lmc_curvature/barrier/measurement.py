@@ -112,7 +112,7 @@ def measure_barrier(
         dtype=dtype,
         allow_tf32=allow_tf32,
     )
-    members_of_sets, places = resolve_sets(segment.layers, sets), check_points(segment.layers, points)
+    members_of_sets, places = resolve_sets(segment.partition.groups, sets), check_points(segment.layers, points)
     states = SegmentPoints(segment)
     curves = (segment.layers, *members_of_sets)
     pairs = np.array([[states.pair(members, alpha) for alpha in positions] for members in curves])

@@ -1,6 +1,6 @@
 """What a measurement is asked for: positions on the segment, and sets of layers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -41,18 +41,19 @@ def refuse_former_options(layers: object, partition: object) -> None:
         )
 
 
-def resolve_sets(names: Sequence[str], sets: Sets) -> tuple[tuple[str, ...], ...]:
-    """Return the members of each set, in the order of the network.
+def resolve_sets(groups: Mapping[str, Sequence[str]], sets: Sets) -> tuple[tuple[str, ...], ...]:
+    """Return the members of each set, in the order of the network, from the entries of each layer.
 
     Raises:
         OptionError: They are no sets, or one is empty.
         PartitionError: A set names an unknown layer.
     """
+    names = tuple(groups)
     if sets == "each":
         return tuple((name,) for name in names)
     if isinstance(sets, str) or not isinstance(sets, Iterable) or not all(isinstance(s, Iterable) for s in sets):
         raise OptionError(f"sets={sets!r}: expected 'each', or a list of sets of layer names, as in [['conv1', 'fc']].")
-    found = tuple(tuple(names[index] for index in layer_indices(names, members)) for members in sets)
+    found = tuple(tuple(names[index] for index in layer_indices(groups, members)) for members in sets)
     if () in found:
         raise OptionError(f"sets[{found.index(())}] is an empty set: name at least one layer.")
     return found

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmc_curvature.checkpoints.entries import check_fit
 from lmc_curvature.checkpoints.files import check_archive, file_of, is_safetensors, read_contents, shards_of
-from lmc_curvature.checkpoints.unwrapping import unwrap, unwrap_alone
+from lmc_curvature.checkpoints.unwrapping import unwrap, unwrap_alone, wrapper_in
 from lmc_curvature.errors import CheckpointError
 from lmc_curvature.storage import write_atomically
 
@@ -81,6 +81,16 @@ class MappedCheckpoint:
         # What cannot be mapped is in memory anyway.
         mapped = all(is_safetensors(file) or zipfile.is_zipfile(file) for file in files_of(self.path))
         self._most: float = max((t.nbytes for t in self.forms.values()), default=0) if mapped else math.inf
+
+    @property
+    def wrapping(self) -> str | None:
+        """Within what the file has the entries, if not at the top and by plain names; None if it has."""
+        for name, (*outer, stored) in self._keys.items():
+            if outer:
+                return f"under {'.'.join(map(str, outer))!r}"
+            if stored != name and (inserted := wrapper_in(stored)):
+                return f"with {inserted!r} in their names"
+        return None
 
     def __getitem__(self, name: str) -> Tensor:
         """An entry, mapped from the file; to be let go of before the next is asked for."""

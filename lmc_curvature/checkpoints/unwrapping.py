@@ -174,6 +174,12 @@ def _names_alone(names: Iterable[str]) -> dict[str, str]:
     return short if len(set(short.values())) == len(short) else {name: name for name in short}
 
 
+def wrapper_in(name: str) -> str | None:
+    """What a wrapper has inserted into a name, such as `module.`; None where none has."""
+    found = _WRAPPER.search(name)
+    return None if found is None else found[0]
+
+
 def _heads(name: str) -> Iterator[str]:
     """The beginnings of a name that end with a dot."""
     return (name[: dot.end()] for dot in re.finditer(r"\.", name))

@@ -127,7 +127,7 @@ def predict(
     partition = LayerPartition.of(first, comparison.layers, batch_norm=comparison.batch_norm, frozen=options["frozen"])
     sets = comparison.sets()
     for members in sets:
-        layer_indices(partition.names, members)
+        layer_indices(partition.groups, members)
     loader = comparison.batches()
     provenance = comparison.provenance(loader)
     prediction = predict_barrier(first, second, loader, anchors=positions, witness=witness, **options)

@@ -20,33 +20,32 @@ _EVALUATION = ("loss", "data", "split", "limit", "mean", "std", "resize", "trans
 _EVALUATION += ("recalibration", "augmentation", "device", "threads")
 
 
-def conclusion(selection: "Selection", verification: "Verification | None", caution: float) -> list[str]:
+def conclusion(selection: "Selection", verification: "Verification | None") -> list[str]:
     """Sentences: the set, its predicted and measured rises of the loss, and whether these are within the budget.
 
     Args:
         selection: The set in the end.
         verification: Its measurements; None if nothing was measured.
-        caution: How many standard errors a measured rise had to stay below the budget.
     """
-    predicted = f"{with_error(selection.rise, selection.standard_error, 3)} (sampling)"
-    # An average of all layers may have been evaluated.
-    if selection.expansion_error > 1e-12 * (1 + abs(selection.rise)):
-        predicted += f", off by up to {selection.expansion_error:.2g} (expansion)"
+    from lmc_curvature.merging.budgets import budget_in_words
+    from lmc_curvature.merging.rises import rise_in_words
+
+    prediction = selection.choice.prediction
+    predicted = rise_in_words(prediction, selection.rise, selection.standard_error, selection.expansion_error, 3)
     found = [
         f"{_what(selection)}.",
         f"The rise of the merged network's loss above the mean of the two is predicted to be {predicted}; the budget "
-        f"is {selection.budget:.3g}.",
+        f"is {budget_in_words(prediction, selection.budget, 3)}.",
     ]
     if verification is None:
         return [*found, "Nothing was measured: --measurements 10 does."]
     chosen, held_out = verification.chosen, verification.held_out
 
     def measured(trial: "SetTrial") -> str:
-        against = against_budget(trial, selection.budget, caution)
-        return f"{with_error(trial.rise, trial.standard_error, 3)}, {against} the budget"
+        return f"{with_error(trial.rise, trial.standard_error, 3)}, {verification.against_budget(trial)} the budget"
 
     found.append(f"Measured on the data that it was chosen on, it is {measured(chosen)}.")
-    if chosen.rise + caution * chosen.known_error > selection.budget:
+    if not verification.is_safe(chosen):
         found.append("No measured set is surely within it.")
     if held_out is None:
         found.append("On other data it may be higher: --held-out measures that.")
@@ -55,13 +54,6 @@ def conclusion(selection: "Selection", verification: "Verification | None", caut
         if chosen.rise <= selection.budget < held_out.rise:
             found.append("Choose by more data, or give a smaller budget, to leave room for the difference.")
     return found
-
-
-def against_budget(trial: "SetTrial", budget: float, caution: float) -> str:
-    """Where a measured rise is: within the budget, just within (by less than so many standard errors), or above it."""
-    if trial.rise > budget:
-        return "above"
-    return "within" if trial.rise + caution * trial.known_error <= budget else "just within"
 
 
 def merge_command(comparison: Comparison, selection: "Selection") -> str | None:
@@ -87,7 +79,8 @@ def _what(selection: "Selection") -> str:
     whose = others[selection.base]
     choice = selection.choice
     if not selection.members:
-        return f"No layer is averaged: all are {whose}"
+        reason = "No layer is averaged" if choice.excluded.all() else "Nothing can be averaged within the budget"
+        return f"{reason}: all layers are {whose}"
     if len(selection.members) == len(choice.weights):
         return "All layers are averaged"
     inside, parameters = choice.members(selection.members), choice.prediction.parameters

@@ -54,7 +54,8 @@ def merge(
         Literal["interpolate", "recalibrate"], typer.Option(help="What becomes of running statistics.")
     ] = "interpolate",
     mergekit: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Also write the same as a configuration of mergekit.")
+        Path | None,
+        typer.Option(dir_okay=False, help="Also write the same for mergekit, to run by: mergekit-yaml FILE DIRECTORY."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
@@ -78,12 +79,11 @@ def merge(
     if files.as_json:
         print(json.dumps({"out": str(out), **record}, indent=2))
         return
-    shown = ", ".join(plan.averaged[:6]) + (", …" if len(plan.averaged) > 6 else "")
-    print(f"merged: {out}; moved from {base.upper()}: {len(plan.averaged)} of {len(plan.coordinates)} ({shown})")
+    print(f"merged: {out}; moved from {base.upper()}: {plan.moved}")
     if losses := record.get("losses"):
         print(f"loss {losses['before']:.4g} by averaged statistics, {losses['after']:.4g} by re-estimated ones")
     if mergekit is not None:
-        print(f"for mergekit: {mergekit}")
+        print(f"for mergekit: mergekit-yaml {mergekit} OUTPUT_DIRECTORY")
 
 
 def check(
@@ -129,8 +129,11 @@ def write_merge(
 ) -> "tuple[MergePlan, dict[str, Any]]":
     """Write the merged network; `options` are those of `plan_merge`. Returns the plan and the file's provenance."""
     from lmc_curvature.merging.files import merge_checkpoints, plan_merge
+    from lmc_curvature.merging.recipes import check_plain
 
     plan = plan_merge(files.a, files.b, model, key=files.key, strip_prefix=files.strip_prefix, **options)
+    if mergekit is not None:
+        check_plain(plan.a, plan.b)
     network, said = None, {"model": files.model or None, "partition": options["partition"]}
     said |= {"batch_norm": files.batch_norm, **(facts or {})}
     if files.batch_norm == "recalibrate":
@@ -196,6 +199,10 @@ def check_new_file(option: str, path: Path | None, files: Comparison, *, force: 
     if path.exists() and not (path.is_file() and force):
         remedy = "pass --force to replace it" if path.is_file() else "it is not a file"
         raise OptionError(f"{option} {path} exists already: {remedy}, or name another.")
+    if option == "--out" and path.suffix.lower() not in ("", ".safetensors"):
+        raise OptionError(
+            f"--out {path}: the merged network is written as safetensors; expected a name in .safetensors."
+        )
     check_writable(path.parent, what=f"{option} {path}")
 
 

@@ -17,7 +17,7 @@ from lmc_curvature.cli.files import check_new_file, write_merge
 from lmc_curvature.cli.options import Anchors, Comparison, Witness, with_comparison
 from lmc_curvature.cli.parsing import anchor_positions, names_in
 from lmc_curvature.cli.printing import show
-from lmc_curvature.errors import OptionError
+from lmc_curvature.errors import OptionError, PartitionError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,7 +101,7 @@ def select(
         if measurements:
             options |= {"measurements": measurements, "held_out": others, "caution": caution}
             verification = selection.verify(*networks, loader, **options)
-        _answer(comparison, selection, verification, caution, out, provenance)
+        _answer(comparison, selection, verification, out, provenance)
         if out is not None:
             with saving():
                 final = verification.selection if verification else selection
@@ -109,7 +109,7 @@ def select(
 
 
 def _check_question(question: dict[str, Any]) -> None:
-    from lmc_curvature.merging.select import check_not_negative
+    from lmc_curvature.merging.budgets import check_not_negative
 
     given = [name for name in ("budget", "relative_budget") if question[name] is not None]
     if len(given) != 1:
@@ -138,7 +138,7 @@ def _check_out(comparison: Comparison, out: Path | None, base: str | None, *, fo
 def _check_verification(
     comparison: Comparison, measurements: int, caution: float, held_out: str | None, split: "Split"
 ) -> None:
-    from lmc_curvature.merging.select import check_not_negative
+    from lmc_curvature.merging.budgets import check_not_negative
 
     check_not_negative("--caution", caution)
     if held_out is None:
@@ -157,9 +157,13 @@ def _check_verification(
 def _check_layers(comparison: Comparison, network: "nn.Module", question: dict[str, Any]) -> None:
     from lmc_curvature.segment import LayerPartition, layer_indices
 
-    names = LayerPartition.of(network, comparison.layers, batch_norm=comparison.batch_norm).names
+    try:
+        groups = LayerPartition.of(network, comparison.layers, batch_norm=comparison.batch_norm).groups
+    except PartitionError as error:
+        hint = "Here --layers is the rule that cuts the network into layers: name some by --required and --excluded."
+        raise PartitionError(f"{error} {hint}") from None
     for members in (question["required"], question["excluded"]):
-        layer_indices(names, members)
+        layer_indices(groups, members)
 
 
 def _check_visits(measurements: int, *loaders: Iterable[Any] | None) -> None:
@@ -198,7 +202,6 @@ def _answer(
     comparison: Comparison,
     selection: "Selection",
     verification: "Verification | None",
-    caution: float,
     out: Path | None,
     provenance: dict[str, Any],
 ) -> None:
@@ -207,13 +210,13 @@ def _answer(
     from lmc_curvature.cli.tables import selection_record, trial_table
 
     final = verification.selection if verification else selection
-    sentences, command = conclusion(final, verification, caution), merge_command(comparison, final)
+    sentences, command = conclusion(final, verification), merge_command(comparison, final)
     if comparison.as_json:
         record = selection_record(selection, verification)
         record |= {"conclusion": sentences, "merge": command, "out": None if out is None else str(out)}
         print(json.dumps(record | provenance, indent=2), flush=True)
         return
-    show(*([trial_table(verification, caution)] if verification else []), "Selection: " + " ".join(sentences))
+    show(*([trial_table(verification)] if verification else []), "Selection: " + " ".join(sentences))
     if out is None and command is not None:
         # A line that is to be copied is not wrapped.
         other = " (with --base b the other of the two)" if final.base == "mean" else ""
@@ -235,5 +238,10 @@ def _write(
         facts |= {"measured_rise": verification.chosen.rise, "held_out_rise": held_out and held_out.rise}
     options = {"layers": selection.members, "base": selection.base, "partition": comparison.layers}
     write_merge(comparison, network, out, recalibration, options, facts={"selection": facts})
-    if not comparison.as_json:
+    if comparison.as_json:
+        return
+    if selection.members:
         print(f"merged: {out}")
+    else:
+        statistics = ", but for re-estimated statistics" if comparison.batch_norm == "recalibrate" else ""
+        print(f"{out} is a copy of {'B' if selection.base == 'b' else 'A'}{statistics}")

@@ -13,7 +13,6 @@ from lmc_curvature import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier.expansions import EXPANSIONS, Expansion
 from lmc_curvature.barrier.verdict import verdict
-from lmc_curvature.cli.conclusion import against_budget
 from lmc_curvature.cli.demo import BUDGET, DemoResult, layer_rank_correlations, layer_sets, median_errors
 from lmc_curvature.figures.frames import at_epoch, numbers
 from lmc_curvature.figures.ranks import rank_correlations
@@ -184,7 +183,7 @@ def measurement_table(measurement: BarrierMeasurement) -> Table:
     return table
 
 
-def trial_table(verification: Verification, caution: float) -> Table:
+def trial_table(verification: Verification) -> Table:
     """A row a measured set: what was predicted of its rise, expected after the rows above, and measured.
 
     The last row but that of held-out data is, or repeats, the selected set.
@@ -194,6 +193,7 @@ def trial_table(verification: Verification, caution: float) -> Table:
         *_right("", "base", "layers", "weight", "predicted", "expected", "measured"),
         f"budget {choice.budget:.3g}",
         title="Measured rises of the loss above the mean of the two (mean ± standard error over batches)",
+        caption=verification.legend,
     )
     rows = [(str(number), trial) for number, trial in enumerate(verification.trials, 1)]
     rows += [("selected", chosen), *([("held-out", verification.held_out)] if verification.held_out else [])]
@@ -206,7 +206,7 @@ def trial_table(verification: Verification, caution: float) -> Table:
             _cell(trial.predicted),
             _cell(trial.expected),
             _with_error(trial.rise, trial.standard_error),
-            against_budget(trial, choice.budget, caution),
+            verification.against_budget(trial),
             end_section=name == str(len(verification.trials)),
         )
     return table

@@ -21,7 +21,7 @@ _STATISTICS = ("running_mean", "running_var")
 
 @dataclass(frozen=True)
 class CheckpointComparison:
-    """What two checkpoints that can be averaged have in common, and where they differ.
+    """What two checkpoints of one form have in common, and where they differ.
 
     Attributes:
         entries: How many entries move between them, tied ones once.
@@ -29,6 +29,7 @@ class CheckpointComparison:
         layers: Names of the layers; empty where they cannot be told.
         distances: Distance of the parameters of each layer; None if they were not read.
         notes: Sentences on what differs and is no obstacle.
+        same_types: Whether every entry has one type in both.
     """
 
     entries: int
@@ -36,6 +37,7 @@ class CheckpointComparison:
     layers: tuple[str, ...]
     distances: tuple[float, ...] | None
     notes: tuple[str, ...]
+    same_types: bool = True
 
     @property
     def distance(self) -> float | None:
@@ -45,7 +47,10 @@ class CheckpointComparison:
     def __str__(self) -> str:
         counts = f"{counted(self.entries, 'entry')} with {self.numbers:,} numbers"
         layers = f" in {counted(len(self.layers), 'layer')}" if self.layers else ""
-        lines = [f"The two can be averaged entry by entry: {counts}{layers}"]
+        what = "Names, shapes and types" if self.same_types else "Names and shapes"
+        lines = [
+            f"{what} match ({counts}{layers}). Whether the average is any good: `lmc-curvature predict` or `select`."
+        ]
         if self.distance is not None:
             lines.append(f"  distance {self.distance:.4g}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
@@ -61,7 +66,7 @@ def check_checkpoints(
     key: str | None = None,
     strip_prefix: str | None = None,
 ) -> CheckpointComparison:
-    """Compare two checkpoints by their headers: whether they can be averaged, and what differs.
+    """Compare two checkpoints by their headers: whether their entries match, and what differs.
 
     Args:
         path_a: The first; see `load_checkpoint`.
@@ -99,7 +104,8 @@ def check_checkpoints(
     elif Path(path_a).samefile(path_b):
         notes.append("Both are the same file.")
     numbers = sum(form.numel() for form in known.values())
-    return CheckpointComparison(len(names), numbers, tuple(groups), found, tuple(notes))
+    same_types = not _retyped(a, b)
+    return CheckpointComparison(len(names), numbers, tuple(groups), found, tuple(notes), same_types)
 
 
 def _differences(a: MappedCheckpoint, b: MappedCheckpoint) -> list[str]:
@@ -112,7 +118,7 @@ def _differences(a: MappedCheckpoint, b: MappedCheckpoint) -> list[str]:
                 f"{counted(len(alone), 'entry')} in {first.path} alone, {alone[0]!r} first: counters of batches, or "
                 "further names of tied parameters"
             )
-    retyped = [name for name in a.forms if name in b.forms and a.forms[name].dtype != b.forms[name].dtype]
+    retyped = _retyped(a, b)
     if retyped:
         types = [str(each.forms[retyped[0]].dtype).removeprefix("torch.") for each in (a, b)]
         notes.append(
@@ -120,6 +126,10 @@ def _differences(a: MappedCheckpoint, b: MappedCheckpoint) -> list[str]:
             f"{types[1]} in {b.path}"
         )
     return notes
+
+
+def _retyped(a: MappedCheckpoint, b: MappedCheckpoint) -> list[str]:
+    return [name for name in a.forms if name in b.forms and a.forms[name].dtype != b.forms[name].dtype]
 
 
 def _squared_distances(a: MappedCheckpoint, b: MappedCheckpoint, owners: Mapping[str, str]) -> dict[str, float]:

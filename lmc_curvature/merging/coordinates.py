@@ -12,12 +12,12 @@ Alpha = float | Mapping[str, float]
 
 
 def merge_coordinates(
-    names: Sequence[str], alpha: Alpha, layers: Iterable[str] | str | None, base: Literal["a", "b"]
+    groups: Mapping[str, Sequence[str]], alpha: Alpha, layers: Iterable[str] | str | None, base: Literal["a", "b"]
 ) -> dict[str, float]:
     """Coordinates of every layer: `alpha` for those that are averaged, the base's for the others.
 
     Args:
-        names: Names of all layers.
+        groups: Names of all layers, with the names of their entries.
         alpha: The coordinate of the averaged layers, or a coordinate for each of them by name.
         layers: Names of the averaged layers; None for all, or for those that `alpha` names.
         base: The network whose entries the other layers keep, `"a"` (coordinate 0) or `"b"` (1).
@@ -28,8 +28,9 @@ def merge_coordinates(
         PartitionError: There is no such layer.
     """
     check_choice("base", base, ("a", "b"))
+    names = tuple(groups)
     try:
-        chosen = [names[index] for index in layer_indices(names, layers)]
+        chosen = [names[index] for index in layer_indices(groups, layers)]
     except PartitionError as error:
         raise PartitionError(f"{error} The rule that cuts networks into layers is partition, another option.") from None
     if isinstance(alpha, Mapping):

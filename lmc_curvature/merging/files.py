@@ -20,9 +20,9 @@ from lmc_curvature.checkpoints.streaming import (
     metadata_of,
     write_stream,
 )
-from lmc_curvature.errors import ArchitectureMismatchError, CheckpointError, NonFiniteError
+from lmc_curvature.errors import ArchitectureMismatchError, CheckpointError, NonFiniteError, counted
 from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
-from lmc_curvature.merging.recipes import write_recipe
+from lmc_curvature.merging.recipes import check_plain, write_recipe
 from lmc_curvature.objective.network import movable_entries, skeleton_of, tied_names, unwrap
 from lmc_curvature.objective.normalization import is_batch_counter
 from lmc_curvature.objective.recalibration import running_statistics
@@ -35,7 +35,8 @@ KIND = "merged checkpoint"
 """What the header of a merged file says that it is, under the name of this library."""
 
 _CHUNK = 1 << 22
-_ALL = "all layers"
+# What is not grouped into layers is one of this name; of others, so many are named.
+_ALL, _SHOWN = "all layers", 6
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,15 @@ class MergePlan:
         """Names of the layers that are not at the base."""
         still = 1.0 if self.base == "b" else 0.0
         return tuple(layer for layer, alpha in self.coordinates.items() if alpha != still)
+
+    @property
+    def moved(self) -> str:
+        """What is not at the base, in words: layers, or entries where they are not grouped."""
+        if _ALL in self.coordinates:
+            entries = counted(len(set(self.owners.values())), "entry")
+            return f"all {entries}" if self.averaged else f"none of {entries}"
+        shown = ", ".join(self.averaged[:_SHOWN]) + (", …" if len(self.averaged) > _SHOWN else "")
+        return f"{len(self.averaged)} of {counted(len(self.coordinates), 'layer')}" + (f" ({shown})" if shown else "")
 
     def forms(self) -> dict[str, EntryForm]:
         """Entry name to its form in the merged file, which is that of the base."""
@@ -149,7 +159,7 @@ def plan_merge(
         groups = {_ALL: tuple(dict.fromkeys(owners.values()))}
     else:
         groups = LayerPartition.of_names(tuple(dict.fromkeys(owners.values())), partition).groups
-    coordinates = merge_coordinates(tuple(groups), alpha, layers, base)
+    coordinates = merge_coordinates(groups, alpha, layers, base)
     of_owner = {entry: coordinates[layer] for layer, members in groups.items() for entry in members}
     entries = {name: of_owner[owner] for name, owner in owners.items()}
     return MergePlan(a, b, base, coordinates, entries, owners)
@@ -288,10 +298,13 @@ def merge_checkpoints(
         What the file's metadata say of its provenance.
 
     Raises:
-        CheckpointError: A checkpoint is damaged, or has an entry that safetensors cannot hold.
+        CheckpointError: A checkpoint is damaged, or has an entry that safetensors cannot hold, or mergekit would not
+            find the entries in it.
         NonFiniteError: An averaged entry is not finite.
         OSError: A file cannot be written.
     """
+    if mergekit is not None:
+        check_plain(plan.a, plan.b)
     record = provenance(plan) | dict(facts or {})
     forms, statistics = plan.forms(), {} if recalibrated is None else running_statistics(recalibrated)
 

@@ -77,7 +77,7 @@ def merge(
     """
     evaluation = {"loader": loader, "recalibration": recalibration, "loss_fn": loss_fn, "max_batches": max_batches}
     segment = Segment(model_a, model_b, layers=partition, base=base)
-    alphas = merge_coordinates(segment.layers, alpha, layers, base)
+    alphas = merge_coordinates(segment.partition.groups, alpha, layers, base)
     return network_at(
         segment, alphas, model_a, model_b, base=base, batch_norm=batch_norm, progress=progress, **evaluation
     )

@@ -12,7 +12,7 @@ from lmc_curvature.averages import with_error
 from lmc_curvature.barrier import BarrierPrediction
 from lmc_curvature.merging.merge import merge_predicted
 from lmc_curvature.merging.residuals import Correction
-from lmc_curvature.merging.rises import point_rises, sampling_error
+from lmc_curvature.merging.rises import point_rises, rise_in_words, sampling_error
 from lmc_curvature.merging.trials import Bench, PointTrial, check_trials
 
 # Random starts beside the anchors, and the step of differences.
@@ -29,7 +29,7 @@ class BestPoint:
         alphas: x_ℓ, the position of every layer between `model_a` at 0 and `model_b` at 1.
         rise: Predicted loss there, minus the mean loss of the two networks.
         loss: Predicted loss there.
-        expansion_error: How far both may be off, apart from sampling.
+        expansion_error: Expansion error of both: nine points in ten on related networks are off by less.
         standard_error: Sampling error of the rise; NaN for a single batch.
         prediction: The prediction.
     """
@@ -104,11 +104,13 @@ class BestPoint:
     def __str__(self) -> str:
         ends = " and ".join(f"{end.loss:.4g}" for end in self.prediction.endpoints)
         width = max(map(len, self.alphas))
+        corners = ((0.0, "model_a"), (1.0, "model_b"))
+        itself = [name for end, name in corners if all(abs(alpha - end) < _STEP for alpha in self.alphas.values())]
         strange = self.loss < 0 <= min(anchor.projection.loss for anchor in self.prediction.anchors)
         lines = [
             f"Point with the least predicted loss, {self.loss:.4g}; the two networks have {ends}",
-            f"  predicted rise  {with_error(self.rise, self.standard_error)} (sampling), off by up to "
-            f"{self.expansion_error:.2g} (expansion)",
+            f"  predicted rise  {rise_in_words(self.prediction, self.rise, self.standard_error, self.expansion_error)}",
+            *(f"  this is {name} itself" for name in itself),
             *(["  the loss is predicted below zero, where it may never be"] if strange else []),
             *(f"  {layer:<{width}}  {alpha:.3f}" for layer, alpha in self.alphas.items()),
         ]

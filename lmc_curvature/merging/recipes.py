@@ -7,9 +7,12 @@ from typing import Any, Literal
 
 import yaml
 
+from lmc_curvature.checkpoints.streaming import MappedCheckpoint
+from lmc_curvature.errors import CheckpointError
 from lmc_curvature.storage import write_atomically
 
 _HEAD = """# Written by lmc_curvature: the weighted mean of two checkpoints, entry by entry.
+# Run it with mergekit: mergekit-yaml THIS_FILE OUTPUT_DIRECTORY
 # mergekit takes an entry's weight from the first filter that is a part of its name.
 """
 
@@ -39,6 +42,20 @@ def recipe(a: Path, b: Path, base: Literal["a", "b"], coordinates: Mapping[str, 
 
     models = [{"model": path, "parameters": {"weight": weights(path is paths[1])}} for path in paths]
     return {"models": models, "merge_method": "linear", "base_model": paths[1 if base == "b" else 0]}
+
+
+def check_plain(*checkpoints: MappedCheckpoint) -> None:
+    """Refuse checkpoints in which mergekit would not find the entries.
+
+    Raises:
+        CheckpointError: A checkpoint has them under a key, or with what wrappers insert in their names.
+    """
+    for checkpoint in checkpoints:
+        if checkpoint.wrapping is not None:
+            raise CheckpointError(
+                f"{checkpoint.path} has its entries {checkpoint.wrapping}, where mergekit does not look for them: save "
+                "the plain state dict to a file of its own, or leave mergekit out."
+            )
 
 
 def write_recipe(path: Path, a: Path, b: Path, base: Literal["a", "b"], coordinates: Mapping[str, float]) -> None:

@@ -10,12 +10,16 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
-from lmc_curvature.averages import standard_error
+from lmc_curvature.averages import standard_error, with_error
 from lmc_curvature.barrier import BarrierPrediction
+from lmc_curvature.barrier.verdict import look_unrelated
 
 Base = Literal["a", "b", "mean"]
 """Whose the other layers are: `model_a`'s, `model_b`'s, or the mean of both merges."""
 BASES: tuple[Base, ...] = ("a", "b", "mean")
+
+# Relative to a rise, what the expansion errors of evaluated points may be by rounding.
+_EVALUATED = 1e-12
 
 
 def points_of(members: Bool[np.ndarray, "sets L"], base: Base) -> list[Float[np.ndarray, "sets L"]]:
@@ -33,7 +37,7 @@ def set_rises(prediction: BarrierPrediction, members: Bool[np.ndarray, "sets L"]
 
 
 def set_errors(prediction: BarrierPrediction, members: Bool[np.ndarray, "sets L"], base: Base) -> np.ndarray:
-    """How far `set_rises` may be off, apart from sampling, (sets,)."""
+    """Expansion errors of `set_rises`, (sets,): nine sets in ten on related networks are off by less."""
     if base == "mean":
         return prediction.set_expansion_errors(members)
     (points,) = points_of(members, base)
@@ -50,6 +54,19 @@ def sampling_error(prediction: BarrierPrediction, points: list[Float[np.ndarray,
     first, second = prediction.endpoints
     batches = np.mean([prediction.batch_losses(point) for point in points], axis=0)
     return float(standard_error(batches - (first.batch_losses + second.batch_losses) / 2, first.weights))
+
+
+def rise_in_words(
+    prediction: BarrierPrediction, rise: float, standard_error: float, expansion_error: float, digits: int = 4
+) -> str:
+    """A predicted rise with both of its errors, and whether to rely on it."""
+    found = with_error(rise, standard_error, digits)
+    found += " (sampling)" if np.isfinite(standard_error) else ""
+    # At an anchor the loss was evaluated.
+    if expansion_error <= _EVALUATED * (1 + abs(rise)):
+        return found
+    found += f", expansion error about {expansion_error:.2g}"
+    return found + (", unreliable between different initialisations: measure" if look_unrelated(prediction) else "")
 
 
 def mean_loss(prediction: BarrierPrediction) -> float:

@@ -10,10 +10,11 @@ from jaxtyping import Bool
 from torch import nn
 
 from lmc_curvature.averages import standard_error, weighted_mean, with_error
+from lmc_curvature.merging.budgets import check_not_negative
 from lmc_curvature.merging.residuals import Correction
 from lmc_curvature.merging.rises import Base, point_rises, points_of
 from lmc_curvature.merging.search import Score
-from lmc_curvature.merging.select import Choice, Selection, check_not_negative
+from lmc_curvature.merging.select import Choice, Selection
 from lmc_curvature.merging.trials import Bench, SetTrial, check_trials
 
 # Trials end where the next promises less than this part of the weight; searches look at 2^10 sets at a time.
@@ -29,12 +30,14 @@ class Verification:
             one least above it.
         trials: Every measured set, in order.
         chosen: What was measured of the selection.
+        caution: How many standard errors a measured rise had to stay below the budget.
         held_out: What was measured of it on the held-out data; None without such data.
     """
 
     selection: Selection
     trials: tuple[SetTrial, ...]
     chosen: SetTrial
+    caution: float
     held_out: SetTrial | None = None
 
     @property
@@ -42,23 +45,37 @@ class Verification:
         """Whether the measured rise is within the budget: the one on held-out data if there is one."""
         return (self.held_out or self.chosen).rise <= self.selection.budget
 
+    def is_safe(self, trial: SetTrial) -> bool:
+        """Whether a measured rise stays below the budget by as many standard errors as caution asks for."""
+        return trial.rise + self.caution * trial.known_error <= self.selection.budget
+
+    def against_budget(self, trial: SetTrial) -> str:
+        """Where a measured rise is: `"within"` the budget, `"just within"` (see `legend`), or `"above"`."""
+        if trial.rise > self.selection.budget:
+            return "above"
+        return "within" if self.is_safe(trial) else "just within"
+
+    @property
+    def legend(self) -> str | None:
+        """What "just within" means; None where no measurement is."""
+        found = [self.against_budget(trial) for trial in (*self.trials, self.chosen, self.held_out) if trial]
+        return f"just within: by less than {self.caution:g} standard errors" if "just within" in found else None
+
     def __str__(self) -> str:
-        choice, found = self.selection.choice, self.chosen
-        inside = "within" if found.rise <= self.selection.budget else "above"
+        measured = {"measured rise": self.chosen, "on held-out": self.held_out}
         lines = [
-            str(self.selection),
-            f"  measured rise   {with_error(found.rise, found.standard_error)}, {inside} the budget",
+            f"  {name:<14}  {with_error(trial.rise, trial.standard_error)}, {self.against_budget(trial)} the budget"
+            for name, trial in measured.items()
+            if trial is not None
         ]
-        if self.held_out is not None:
-            inside = "within" if self.holds else "above"
-            lines.append(
-                f"  on held-out     {with_error(self.held_out.rise, self.held_out.standard_error)}, {inside} the budget"
-            )
+        total = self.selection.choice.total
         shown = (
-            f"  {number:>3}. base {trial.base}, {trial.weight / choice.total:6.1%} of the weight: {trial}"
+            f"  {number:>3}. {self.against_budget(trial):<11}  base {trial.base}, {trial.weight / total:6.1%} of the "
+            f"weight: {trial}"
             for number, trial in enumerate(self.trials, 1)
         )
-        return "\n".join([*lines, "  all measured sets:", *shown])
+        legend = [f"  {self.legend}"] if self.legend else []
+        return "\n".join([str(self.selection), *lines, "  all measured sets:", *shown, *legend])
 
 
 def verify_selection(
@@ -114,9 +131,9 @@ def verify_selection(
     members = choice.members(chosen.members)
     final = Selection.of(choice, members, chosen.base)
     if held_out is None:
-        return Verification(final, tuple(trials), chosen)
+        return Verification(final, tuple(trials), chosen, caution)
     again, _ = _measured(dataclasses.replace(choice, bases=(chosen.base,)), bench, [members], correction, held_out)
-    return Verification(final, tuple(trials), chosen, again[0])
+    return Verification(final, tuple(trials), chosen, caution, again[0])
 
 
 def _proposal(

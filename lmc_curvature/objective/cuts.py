@@ -303,17 +303,20 @@ def _compare(
             continue
         mean = sum(value * weight for value, weight in parts) / weights
         scale = max(abs(whole), *(abs(value) for value, _ in parts))
-        agree = functools.partial(near, "halves of a batch", whole, mean, scale=scale)
-        if not (is_coarsest or agree(rounding=rounding, floor=8 * rounding * typical)):
+        agree = functools.partial(near, "halves of a batch", whole, scale=scale)
+        if not (is_coarsest or agree(mean, rounding=rounding, floor=8 * rounding * typical)):
             # A loss may compute in a lower precision than that of its value.
             is_coarsest, rounding = True, max(rounding, _coarsest_rounding(lambda: evaluate(halves[0][0])))
         # Terms of both signs, as large as the outputs, may cancel.
-        if not agree(rounding=rounding, floor=8 * rounding * typical):
+        limits = {"rounding": rounding, "floor": 8 * rounding * typical}
+        if not agree(mean, **limits):
             among, whose = (" with examples of the first", "both") if joined else ("", "its halves'")
+            is_sum = agree(sum(value for value, _ in parts), **limits)
+            cure = "It is the sum of theirs, and a mean is expected: reduction='mean'. " if is_sum else ""
             return (
                 f"The loss of batch {index}{among} is {whole:.6g}, and the mean of {whose} losses {mean:.6g}: its "
                 "value depends on how the data are cut into batches, because it is no mean over their examples "
-                f"(weights, ignored targets, a sum, statistics of the batch?). {_REMEDY}"
+                f"(weights, ignored targets, a sum, statistics of the batch?). {cure}{_REMEDY}"
             )
     return ""
 

@@ -70,18 +70,28 @@ def check_loader(loader: Any, max_batches: int | None) -> None:
     """Refuse what does not yield batches.
 
     Raises:
-        LoaderError: It cannot be iterated over, or is a data set of single examples.
+        LoaderError: It cannot be iterated over, or is a data set of single examples or a single batch.
         OptionError: The number of batches to visit is not positive.
     """
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise OptionError(f"max_batches={max_batches!r}: expected a whole number, at least 1 (or None for all).")
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise LoaderError(f"The loader is {describe(loader)}; expected an iterable of batches, such as a DataLoader.")
+    if _is_pair(loader):
+        raise LoaderError("The loader is a pair of tensors; a single batch? Put it into a list: [(x, y)].")
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
         raise LoaderError(
             f"The loader is a data set ({type(loader).__name__}), which yields examples; expected batches: pass "
             "DataLoader(dataset, batch_size=...)."
         )
+
+
+def _is_pair(loader: Any) -> bool:
+    """Whether this is inputs with their targets: two tensors of as many rows, but not of one form, as batches are."""
+    if not (isinstance(loader, tuple) and len(loader) == 2 and all(isinstance(part, Tensor) for part in loader)):
+        return False
+    x, y = loader
+    return x.shape[:1] == y.shape[:1] and (x.shape, x.dtype) != (y.shape, y.dtype)
 
 
 def loader_length(loader: Iterable[Any], max_batches: int | None) -> int | None:

@@ -106,7 +106,7 @@ class LayerPartition:
         Raises:
             PartitionError: There is no such layer.
         """
-        layer_indices(self.names, [name])
+        layer_indices(self.groups, [name])
         return self.groups[name]
 
     def layer_of(self, entry: str) -> str:
@@ -125,8 +125,12 @@ PartitionSpec = LayerPartition | str | Mapping[str, Sequence[str]] | Callable[[s
 """A specification that `LayerPartition.of` understands."""
 
 
-def layer_indices(names: Sequence[str], layers: Iterable[str] | str | None) -> list[int]:
+def layer_indices(names: Sequence[str] | Mapping[str, Sequence[str]], layers: Iterable[str] | str | None) -> list[int]:
     """Positions of a set of layers (None: all of them) among `names`, each once and in order.
+
+    Args:
+        names: Names of all layers; those of their entries, too, tell of what a module is a part.
+        layers: The set.
 
     Raises:
         PartitionError: A layer of the set is not among the names; suggests the nearest.
@@ -136,8 +140,20 @@ def layer_indices(names: Sequence[str], layers: Iterable[str] | str | None) -> l
     members = {layers} if isinstance(layers, str) else set(layers)
     for name in sorted(members, key=str):
         if name not in names:
-            raise PartitionError(f"There is no layer {name!r}: {suggest(str(name), names)}")
+            raise PartitionError(
+                f"There is no layer {name!r}: {_owners(str(name), names) or suggest(str(name), names)}"
+            )
     return [index for index, name in enumerate(names) if name in members]
+
+
+def _owners(name: str, groups: Sequence[str] | Mapping[str, Sequence[str]]) -> str | None:
+    """Of which layers an entry or a module is a part, in words; None if it is of none that is known."""
+    if not isinstance(groups, Mapping):
+        return None
+    inside = [layer for layer, own in groups.items() if any(f"{entry}.".startswith(f"{name}.") for entry in own)]
+    if len(inside) > 1:
+        return f"{name} is in layers {_listing(inside)}."
+    return f"{name} is part of layer {inside[0]!r}." if inside else None
 
 
 _SPECS = "'fused', 'module', 'tensor', 'block' or 'block:DEPTH'"

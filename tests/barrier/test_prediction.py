@@ -205,7 +205,8 @@ def test_text_shows_the_barrier_and_its_error(prediction):
     middle = prediction.curve([0.5])[0]
     assert (prediction.barrier(), middle < 0) == (0, True), "nothing rises, and the sign is shown"
     assert f"  anchored           {middle:.4g} ± {prediction.standard_error():.2g} (nowhere above the chord" in text
-    assert "\nVerdict: The averaged network has a loss of " in text
+    assert "\nVerdict: Yes" in text
+    assert " The averaged network has a loss of " in text
     assert "15 examples, 3 layers" in text
     recalibrated = predict_barrier(
         CONV.model(0), CONV.model(1), CONV.batches(), batch_norm="recalibrate", progress=False

@@ -28,19 +28,29 @@ def paths(networks, tmp_path):
     return tmp_path / "a.safetensors", tmp_path / "b.pt"
 
 
+@pytest.fixture
+def plain_paths(networks, paths):
+    torch.save(networks[1].state_dict(), paths[1].with_name("plain.pt"))
+    return paths[0], paths[1].with_name("plain.pt")
+
+
 def _same(path, network):
     torch.testing.assert_close(load_file(path), network.state_dict(), rtol=1e-6, atol=1e-7)
 
 
-def test_merge_writes_the_merged_network(run, networks, paths, tmp_path):
+def test_merge_writes_the_merged_network(run, networks, paths, plain_paths, tmp_path):
     status, out, _ = run("merge", *paths, "--out", tmp_path / "m")
-    assert (status, out.startswith(f"merged: {tmp_path / 'm'}")) == (0, True)
+    entries = sum("num_batches" not in name for name in networks[0].state_dict())
+    assert (status, out) == (0, f"merged: {tmp_path / 'm'}; moved from A: all {entries} entries\n")
     _same(tmp_path / "m", merge(*networks))
     options = ["--layers", "conv, linear", "--alpha", "0.25", "--base", "b", "--mergekit", tmp_path / "m.yaml"]
-    status, out, _ = run("merge", *paths, *MODEL, *options, "--out", tmp_path / "m", "--force")
-    assert (status, "moved from B: 2 of 10 (conv, linear)" in out) == (0, True)
+    status, out, _ = run("merge", *plain_paths, *MODEL, *options, "--out", tmp_path / "m", "--force")
+    assert (status, "moved from B: 2 of 10 layers (conv, linear)" in out) == (0, True)
+    assert f"mergekit-yaml {tmp_path / 'm.yaml'} " in out
     _same(tmp_path / "m", merge(*networks, layers=["conv", "linear"], alpha=0.25, base="b"))
-    assert "merge_method: linear" in (tmp_path / "m.yaml").read_text()
+    text = (tmp_path / "m.yaml").read_text()
+    assert "merge_method: linear" in text
+    assert "# Run it with mergekit: mergekit-yaml THIS_FILE OUTPUT_DIRECTORY\n" in text
     alphas = ["--alpha", "stage1=0.25", "--alpha", "linear=1", "--partition", "block", "--json"]
     status, out, _ = run("merge", *paths, *alphas, "--out", tmp_path / "n")
     record = json.loads(out)
@@ -108,6 +118,28 @@ def test_mistakes_are_one_message_and_nothing_is_written(run, paths, tmp_path, c
     assert (status, out) == (2, "")
     assert message in err
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.bin", "m.safetensors.gz"])
+def test_other_files_than_safetensors_are_not_promised(run, paths, tmp_path, name):
+    status, _, err = run("merge", *paths, "--out", tmp_path / name)
+    assert (status, f"--out {tmp_path / name}: the merged network is written as safetensors" in err) == (2, True)
+    assert not (tmp_path / name).exists()
+
+
+def test_files_in_which_mergekit_finds_no_entries_are_refused(run, networks, paths, plain_paths, tmp_path):
+    prefixed = {f"module.{name}": entry for name, entry in networks[0].state_dict().items()}
+    save_file(prefixed, tmp_path / "prefixed")
+    pairs = {"under 'state_dict'": paths, "with 'module.' in their names": (tmp_path / "prefixed", plain_paths[1])}
+    for said, pair in pairs.items():
+        options = ["--mergekit", tmp_path / "m.yaml", "--out", tmp_path / "m"]
+        status, _, err = run("merge", *pair, *options)
+        assert (status, f"has its entries {said}, where mergekit does not look" in err) == (2, True)
+        assert not (tmp_path / "m").exists()
+    # A prefix of the network's own is no wrapper's: filters are parts of names.
+    inner = {f"backbone.{name}": entry for name, entry in networks[0].state_dict().items()}
+    save_file(inner, tmp_path / "inner")
+    assert run("merge", tmp_path / "inner", plain_paths[1], *MODEL, *options)[0] == 0
 
 
 def test_networks_are_never_replaced_and_files_when_told(run, paths, tmp_path):

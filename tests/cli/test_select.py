@@ -198,8 +198,8 @@ def test_a_rise_near_the_budget_is_told_from_one_within_it(prediction):
             for each in (rise, held_out)
             if each is not None
         ]
-        found = Verification(selection, (trials[0],), trials[0], trials[1] if held_out else None)
-        return " ".join(conclusion(selection, found, 1.5))
+        found = Verification(selection, (trials[0],), trials[0], 1.5, trials[1] if held_out else None)
+        return " ".join(conclusion(selection, found))
 
     assert "it is 0.18 ± 0.01, within the budget." in said(0.18)
     assert "No measured set is surely within it" not in said(0.18)
@@ -215,7 +215,9 @@ def test_a_rise_near_the_budget_is_told_from_one_within_it(prediction):
 @pytest.mark.parametrize(("base", "whose"), [("a", "those of A"), ("b", "those of B")])
 def test_where_no_layer_is_averaged_it_is_one_of_the_two(prediction, base, whose):
     selection = select_layers(prediction, 1.0, base=base, excluded=prediction.layers)
-    assert conclusion(selection, None, 1.5)[0] == f"No layer is averaged: all are {whose}."
+    assert conclusion(selection, None)[0] == f"No layer is averaged: all layers are {whose}."
+    nothing = select_layers(prediction, 1e-9, base=base)
+    assert conclusion(nothing, None)[0] == f"Nothing can be averaged within the budget: all layers are {whose}."
     assert merge_command(Comparison(Path("a"), Path("b"), "digits-resnet", "digits"), selection) is None
 
 
@@ -230,6 +232,15 @@ def test_the_command_to_merge_says_what_is_not_the_default(prediction):
     assert "--loss mse --data digits --limit 9 --batch-norm recalibrate" in merge_command(
         dataclasses.replace(given, batch_norm="recalibrate", loss="mse"), selection
     )
+
+
+@pytest.mark.parametrize("base", ["a", "b"])
+def test_a_file_without_averaged_layers_is_called_a_copy(run, paths, tmp_path, base):
+    given = ["--budget", 1e-9, "--base", base, "--measurements", 0, "--out", tmp_path / "m"]
+    status, out, _ = run("select", *paths, *COMMON, *given)
+    assert (status, out.splitlines()[-1]) == (0, f"{tmp_path / 'm'} is a copy of {base.upper()}")
+    assert "Nothing can be averaged within the budget: all layers are" in " ".join(out.split())
+    torch.testing.assert_close(load_file(tmp_path / "m"), load_file(paths["ab".index(base)]), rtol=0, atol=0)
 
 
 def test_without_measurements_the_prediction_selects(run, paths, tmp_path):
@@ -307,6 +318,7 @@ BUDGET = ["--budget", 0.1]
         ([*BUDGET, "--held-out", "no.such:data"], "are the data of --data"),
         ([*BUDGET, "--base", "mean", "--out", "m"], "--out writes one: choose --base a or b"),
         ([*BUDGET, "--out", "pyproject.toml"], "--out pyproject.toml exists already: pass --force"),
+        ([*BUDGET, "--out", "m.pt"], "--out m.pt: the merged network is written as safetensors"),
         ([*BUDGET, "--out", "m", "--save", "m"], "--save and --out would write one file, m"),
         ([*BUDGET, "--force"], "--force is for the file of --out"),
         ([*BUDGET, "--measurements", -1], "--measurements"),
@@ -324,6 +336,8 @@ def test_mistakes_in_options_are_told_before_anything_is_read(run, change, messa
     [
         (["--excluded", "0,7", "--data", "no.such:data"], "There is no layer '7'"),
         (["--required", "conv", "--data", "no.such:data"], "There is no layer 'conv'"),
+        (["--required", "6.weight", "--data", "no.such:data"], "6.weight is part of layer '6'"),
+        (["--layers", "0,2"], "name some by --required and --excluded"),
         (["--data", f"{HERE}:passing"], "can be visited only once"),
         (["--held-out", "no.such:data"], "the module 'no.such' cannot be imported"),
     ],

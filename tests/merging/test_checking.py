@@ -37,7 +37,10 @@ def test_files_of_one_network_are_counted(files):
     numbers = sum(entry.numel() for name, entry in pair[0].state_dict().items() if "num_batches" not in name)
     found = check_checkpoints(a, b)
     assert (found.entries, found.numbers, found.distances, found.notes) == (12, numbers, None, ())
-    assert f"12 entries with {numbers} numbers" in str(found)
+    assert str(found) == (
+        f"Names, shapes and types match (12 entries with {numbers} numbers). Whether the average is any good: "
+        "`lmc-curvature predict` or `select`."
+    )
     found = check_checkpoints(a, b, CONV.model(2), partition="fused")
     assert found.layers == ("conv1", "conv2", "fc")
     assert "in 3 layers" in str(found)
@@ -75,13 +78,16 @@ def test_what_differs_and_is_no_obstacle_is_said(files, tmp_path):
     pair, a, _ = files
     entries = {n: e.half() if n == "fc.bias" else e for n, e in pair[1].state_dict().items() if "num_batches" not in n}
     save_file(entries, tmp_path / "c")
-    notes = check_checkpoints(a, tmp_path / "c", CONV.model(2)).notes
+    found = check_checkpoints(a, tmp_path / "c", CONV.model(2))
+    notes = found.notes
+    assert str(found).startswith("Names and shapes match (12 entries ")
     assert "2 entries in" in notes[0]
     assert "'bn1.num_batches_tracked' first: counters of batches" in notes[0]
     assert "1 entry of another type, 'fc.bias' first: float64 in" in notes[1]
     assert "same file" in check_checkpoints(a, a).notes[0]
     save_file(pair[0].state_dict(), tmp_path / "d")
     assert check_checkpoints(a, tmp_path / "d").notes == ()
+    assert check_checkpoints(a, tmp_path / "d").same_types
     assert "is the same file given twice?" in check_checkpoints(a, tmp_path / "d", distances=True).notes[0]
 
 

@@ -30,6 +30,12 @@ def test_a_minimum_outside_the_cube_is_found_at_its_boundary():
     # The Hessian is diagonal, so every coordinate is its own.
     found = best_point(quadratic(np.array([-0.5, 0.25, 1.5]), np.diag([2.0, 1.0, 3.0])))
     np.testing.assert_allclose(list(found.alphas.values()), [0, 0.25, 1], atol=1e-4)
+    assert "itself" not in str(found)
+
+
+@pytest.mark.parametrize(("minimum", "name"), [((-0.5, -0.2), "model_a"), ((1.5, 1.2), "model_b")])
+def test_a_corner_is_said_to_be_one_of_the_two(minimum, name):
+    assert f"\n  this is {name} itself\n" in str(best_point(quadratic(np.array(minimum), np.diag([2.0, 1.0]))))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from lmc_curvature import select_layers
 from lmc_curvature.averages import standard_error
 from lmc_curvature.errors import OptionError, PartitionError
 from lmc_curvature.merging import select
+from lmc_curvature.merging.rises import rise_in_words
 from tests.support.predictions import prediction_of, random_prediction
 
 POSITIONS = [(0.0, 1.0), (0.0, 0.5, 1.0), (0.0, 0.3, 0.6, 1.0)]
@@ -22,7 +23,7 @@ def rises_of(prediction, members, base):
     """The rises of sets, straight from their definition."""
     first, second = (end.loss for end in prediction.endpoints)
     if base == "mean":
-        return prediction.set_barriers(np.array(members, dtype=bool))
+        return np.mean([rises_of(prediction, members, each) for each in "ab"], axis=0)
     half = np.array(members, dtype=float) / 2
     return prediction.loss_at(half if base == "a" else 1 - half) - (first + second) / 2
 
@@ -179,7 +180,10 @@ def test_the_selection_says_what_is_predicted_of_it():
         text = str(found)
         assert f"Average {members.sum()} of 6 layers, {found.share:.1%} of the weight" in text
         assert f"{found.rise:.4g} ± {found.standard_error:.2g} (sampling)" in text
-        assert f"off by up to {found.expansion_error:.2g} (expansion); budget 1.5" in text
+        # That of all layers was evaluated.
+        error = "" if members.all() else f", expansion error about {found.expansion_error:.2g}"
+        assert f"(sampling){error}; budget 1.5 (" in text
+        assert "unreliable" not in text
     # The mean of both bases is a barrier, whose sampling error is known elsewhere.
     several = prediction._cube.batch_barriers(members, 0.5, "anchored")
     assert found.standard_error == pytest.approx(float(standard_error(several, np.ones(3))))
@@ -191,6 +195,28 @@ def test_a_relative_budget_is_a_part_of_the_mean_loss():
     found = select_layers(prediction, relative_budget=0.3)
     assert found.budget == pytest.approx(0.3 * mean)
     assert found.members == select_layers(prediction, 0.3 * mean).members
+    assert str(found).splitlines()[2].endswith(f"budget {0.3 * mean:.4g}")
+    assert f"budget {10 * mean:.4g} (10 times the mean loss)\n" in str(select_layers(prediction, relative_budget=10))
+
+
+def test_a_predicted_rise_is_told_with_what_is_known_of_it():
+    prediction = random_prediction(5, 3)
+    strangers = dataclasses.replace(prediction, cosine=0.01)
+    assert rise_in_words(prediction, 0.5, 0.01, 0.123) == "0.5 ± 0.01 (sampling), expansion error about 0.12"
+    assert rise_in_words(prediction, 0.5, np.nan, 0.123) == "0.5, expansion error about 0.12"
+    unreliable = ", unreliable between different initialisations: measure"
+    assert rise_in_words(strangers, 0.5, 0.01, 0.123).endswith(f"about 0.12{unreliable}")
+    assert unreliable in str(select_layers(strangers, 0.2, excluded="layer0"))
+    # At the midpoint the loss was evaluated, whoever the networks are.
+    assert rise_in_words(strangers, 0.5, 0.01, 1e-15) == "0.5 ± 0.01 (sampling)"
+
+
+def test_where_nothing_can_be_averaged_that_is_said():
+    prediction = prediction_of(np.zeros((3, 2)), np.zeros((3, 2, 2)), [0.1, 5.0, 0.1])
+    nothing = select_layers(prediction, 1e-6, base="b")
+    assert str(nothing).startswith("Nothing can be averaged within the budget: all layers from model_b\n")
+    excluded = select_layers(prediction, 9.0, base="b", excluded=prediction.layers)
+    assert str(excluded).startswith("Average 0 of 2 layers, ")
 
 
 def test_the_curve_holds_what_every_budget_selects():

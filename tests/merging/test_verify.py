@@ -12,7 +12,9 @@ from torch import nn
 
 from lmc_curvature import best_point, predict_barrier, select_layers
 from lmc_curvature.errors import LoaderError, OptionError
+from lmc_curvature.merging import Verification
 from lmc_curvature.merging.residuals import Correction
+from lmc_curvature.merging.trials import SetTrial
 from tests.support.cases import CASES
 from tests.support.networks import untouched
 from tests.support.predictions import random_prediction
@@ -138,11 +140,30 @@ def test_the_text_has_every_measurement(prediction):
     found = select_layers(prediction, budget).verify(*MODELS, LOADER, measurements=3, held_out=OTHERS, progress=False)
     text = str(found)
     assert str(found.selection) in text
+    for number, trial in enumerate(found.trials, 1):
+        assert f"  {number:>3}. {found.against_budget(trial):<11}  base {trial.base}, " in text
     assert f"measured rise   {found.chosen.rise:.4g} ± {found.chosen.standard_error:.2g}, within the budget" in text
     assert f"on held-out     {found.held_out.rise:.4g} ± " in text
     assert text.count("of the weight: ") == len(found.trials)
     single = select_layers(prediction, budget).verify(*MODELS, LOADER[:1], measurements=2, progress=False)
     assert "nan" not in str(single)
+
+
+def test_a_rise_is_within_the_budget_just_within_or_above(prediction):
+    selection = select_layers(prediction, 0.2, base="a")
+    near, within, above = (
+        SetTrial(members=(), base="a", weight=1.0, predicted=0.1, expected=0.1, rise=rise, standard_error=error)
+        for rise, error in ((0.19, 0.01), (0.18, 0.01), (0.21, np.nan))
+    )
+    found = Verification(selection, (near, within, above), within, 1.5, near)
+    assert [found.against_budget(trial) for trial in found.trials] == ["just within", "within", "above"]
+    text = str(found)
+    assert "  measured rise   0.18 ± 0.01, within the budget\n" in text
+    assert "  on held-out     0.19 ± 0.01, just within the budget\n" in text
+    assert "    1. just within  base a, " in text
+    assert text.endswith("\n  just within: by less than 1.5 standard errors")
+    assert (found.holds, dataclasses.replace(found, caution=0.5).legend) == (True, None)
+    assert "just within" not in str(Verification(selection, (within, above), within, 1.5))
 
 
 def test_networks_are_left_alone(prediction):

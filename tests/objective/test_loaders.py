@@ -22,6 +22,8 @@ class Stream(IterableDataset):
     ("loader", "message"),
     [
         (5, "loader is an object of type int; expected an iterable.*DataLoader"),
+        ((X, Y), r"a pair of tensors; a single batch\? Put it into a list: \[\(x, y\)\]"),
+        ((X, X[:, :1]), r"a pair of tensors; a single batch\?"),
         (TensorDataset(X, Y), r"data set \(TensorDataset\), which yields examples.*DataLoader\(dataset"),
     ],
 )
@@ -30,7 +32,20 @@ def test_what_yields_no_batches_is_no_loader(loader, message):
         check_loader(loader, None)
 
 
-@pytest.mark.parametrize("loader", [[X], (x for x in X), Stream(), DataLoader(TensorDataset(X))])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        [X],
+        [(X, Y)],
+        [X, Y],
+        (X, X),
+        (X, X[:3]),
+        ((X, Y), (X, Y)),
+        (x for x in X),
+        Stream(),
+        DataLoader(TensorDataset(X)),
+    ],
+)
 def test_what_can_be_iterated_over_is_a_loader(loader):
     check_loader(loader, None)
 

@@ -281,6 +281,8 @@ def test_what_is_no_mean_is_warned_of_once(loss_fn, target, compute):
         compute(objective)
         compute(objective)
     assert len(caught) == 1
+    sums = [NO_MEANS[name][0] for name in ("a sum", "a sum in half precision", "a constant divisor")]
+    assert ("a mean is expected: reduction='mean'" in str(caught[0].message)) == (loss_fn in sums)
 
 
 BALANCED = torch.arange(9) % 3

@@ -306,6 +306,31 @@ def test_sets_with_unknown_layers_are_refused(untyped, layers, message):
         layer_indices(("conv1", "conv2", "fc"), layers)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bn1", "no layer 'bn1': bn1 is part of layer 'conv1'"),
+        ("bn1.weight", "no layer 'bn1.weight': bn1.weight is part of layer 'conv1'"),
+        ("stage", "no layer 'stage': stage is in layers 'stage.0', 'stage.1'"),
+        # Of a name, a part that ends within a word is none.
+        ("sta", "no layer 'sta': did you mean"),
+        ("bn", "no layer 'bn': "),
+    ],
+)
+def test_a_module_within_a_layer_is_told_from_an_unknown_one(name, message):
+    groups = {
+        "conv1": ("conv1.weight", "bn1.weight", "bn1.bias"),
+        "stage.0": ("stage.0.weight",),
+        "stage.1": ("stage.1.w",),
+    }
+    with pytest.raises(PartitionError, match=message) as raised:
+        layer_indices(groups, name)
+    assert ("part of" in str(raised.value)) == (name.startswith("bn1"))
+    with pytest.raises(PartitionError, match=message):
+        LayerPartition(groups).entries(name)
+    assert layer_indices(groups, ["stage.1", "conv1"]) == [0, 2]
+
+
 def test_layers_stand_in_the_order_of_the_network_also_when_one_holds_statistics_only():
     network = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2))
     assert LayerPartition.of(network, "module").names == ("0", "1")

@@ -112,7 +112,7 @@ class CurvatureOperator:
 
     def _names_of(self, layers: Iterable[str] | str | None) -> tuple[str, ...]:
         names = self.partition.names
-        return tuple(names[index] for index in layer_indices(names, layers))
+        return tuple(names[index] for index in layer_indices(self.partition.groups, layers))
 
     def _entries_of(self, layers: Iterable[str]) -> tuple[str, ...]:
         held = {entry for layer in layers for entry in self.partition.entries(layer)}
