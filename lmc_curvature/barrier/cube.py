@@ -67,7 +67,7 @@ class Cube:
         """Sets of layers as rows that are true at their members; None is the set of all.
 
         Raises:
-            OptionError: An array has another number of columns.
+            OptionError: An array has another number of columns, or other values than True and False.
             PartitionError: A set names an unknown layer.
         """
         if isinstance(sets, np.ndarray):
@@ -76,7 +76,10 @@ class Cube:
                     f"sets has shape {sets.shape}; expected an array (sets, {len(self.layers)}), a column a layer in "
                     "the order of prediction.layers."
                 )
-            return sets.astype(bool)
+            found = sets.astype(bool)
+            if sets.dtype != bool and not np.array_equal(found, sets):
+                raise OptionError("sets has other values than True and False; points of the cube are for loss_at.")
+            return found
         members = np.zeros((len(sets), len(self.layers)), dtype=bool)
         for row, names in zip(members, sets, strict=True):
             row[layer_indices(self.layers, names)] = True

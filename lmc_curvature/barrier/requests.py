@@ -18,13 +18,16 @@ def positions_of(alphas: int | np.integer | Sequence[float] | np.ndarray) -> Flo
     """Positions in [0, 1] in order: those given, or as many as asked for, evenly spaced.
 
     Raises:
-        OptionError: They are fewer than three, or lie outside.
+        OptionError: They are fewer than three, or lie outside; or none of those given lies between the ends.
     """
     if isinstance(alphas, (int, np.integer)):
         if alphas < 3:
             raise OptionError(f"alphas={alphas}: at least 3 positions are needed, the ends and one between them.")
         return np.linspace(0.0, 1.0, int(alphas))
-    return np.sort(check_alphas(alphas))
+    positions = np.sort(check_alphas(alphas))
+    if not ((positions > 0) & (positions < 1)).any():
+        raise OptionError(f"alphas={alphas}: a position between 0 and 1 is needed; the ends tell no barrier.")
+    return positions
 
 
 def refuse_former_options(layers: object, partition: object) -> None:

@@ -55,12 +55,12 @@ def verdict(prediction: "BarrierPrediction") -> list[str]:
     The answer is that of the midpoint as it was evaluated. It is none, but a question, where both networks are useless
     on the data.
     """
-    middle = next((n for n, anchor in enumerate(prediction.anchors) if anchor.alpha == 0.5), None)
+    middle = next((n for n, anchor in enumerate(prediction.anchors) if math.isclose(anchor.alpha, 0.5)), None)
     question = _question(prediction)
     found = [] if question is None else [question]
     if middle is None:
         found.append(
-            "The averaged network was not evaluated, only expanded from the two: predict with anchors=3, or call "
+            "The averaged network was not evaluated, only expanded from the anchors: predict with anchors=3, or call "
             "`measure_barrier`."
         )
     else:
@@ -107,10 +107,14 @@ def _answer(prediction: "BarrierPrediction", middle: int) -> tuple[str, str]:
     # Of few examples, errors differ by more by chance.
     chance = 2 * math.sqrt(after * (1 - after) / prediction.examples)
     is_free, is_alike = rise <= _FREE * (1 + abs(mean)), after - before < max(_POINT, chance)
-    if is_alike and (is_free or rise <= noise):
-        word = "Yes" if is_free else "Yes, as far as these data tell (the rise is within twice its sampling error)"
-        if rise < -noise:
-            word = "Yes, and the average is better than the two are on the whole"
+    if is_alike and rise <= noise and not is_free:
+        # A large sampling error makes no average a good one.
+        return (
+            f"These data do not tell: {changes}, which is within twice its sampling error.",
+            "Next: predict from more batches, or from smaller ones, whose spread tells more.",
+        )
+    if is_alike and is_free:
+        word = "Yes, and the average is better than the two are on the whole" if rise < -noise else "Yes"
         return (
             f"{word}: {changes}.",
             "Next: `merge`, and `measure_barrier` on data that neither network was trained on.",

@@ -40,6 +40,11 @@ def make_batches(comparison: "Comparison", *, augment: bool = False) -> Iterable
     if comparison.transform is not None:
         if not is_folder:
             raise OptionError(f"--transform is for folders of images; {comparison.data} takes --mean and --std.")
+        if augment:
+            raise OptionError(
+                "Images of a --transform are not augmented here: pass --recalibration package.module:factory with a "
+                "loader of images as in training, or --augmentation none."
+            )
         transform = import_function(comparison.transform, what=f"--transform {comparison.transform}")
         options = {"split": comparison.split, "limit": comparison.limit}
         return transformed_folder(comparison.data, transform, comparison.batch_size, **options)

@@ -194,7 +194,7 @@ def check_new_file(option: str, path: Path | None, files: Comparison, *, force: 
 
     if path is None:
         return
-    if path.resolve() in (files.a.resolve(), files.b.resolve()):
+    if files.is_of_network(path):
         raise OptionError(f"{option} {path} would replace a network; expected the name of another file.")
     if path.exists() and not (path.is_file() and force):
         remedy = "pass --force to replace it" if path.is_file() else "it is not a file"

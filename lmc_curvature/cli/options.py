@@ -119,12 +119,17 @@ class Comparison:
             if self.save is not None and self.save.resolve() == self.plot.resolve():
                 raise OptionError(f"--save and --plot would write one file, {self.plot}.")
 
+    def is_of_network(self, path: Path) -> bool:
+        """Whether a file is that of one of the networks, or lies in its folder."""
+        networks = (self.a.resolve(), self.b.resolve())
+        return path.resolve() in networks or path.resolve().parent in networks
+
     def _check_output(self, option: str, path: Path) -> None:
         from lmc_curvature.storage import check_writable
 
         if path.exists() and not path.is_file():
             raise OptionError(f"{option} {path} is not a file; expected the name of a file to write.")
-        if path.resolve() in (self.a.resolve(), self.b.resolve()):
+        if self.is_of_network(path):
             raise OptionError(f"{option} {path} would replace a network; expected the name of another file.")
         check_writable(path.parent, what=f"{option} {path}")
 

@@ -113,8 +113,10 @@ def merge_predicted(
             "This prediction comes from an earlier version, which does not tell the layers' entries: predict again, or "
             "call merge with the same partition."
         )
+    if batch_norm is None and not any(tracked_modules(unwrap(model_a))):
+        batch_norm = "interpolate"
     if batch_norm is None:
-        if prediction.batch_norm == "batch" and any(tracked_modules(unwrap(model_a))):
+        if prediction.batch_norm == "batch":
             raise OptionError(
                 "The prediction was made under batch_norm='batch', and a network in evaluation mode normalises by "
                 "running statistics: pass batch_norm='recalibrate' with a loader, or 'interpolate'."

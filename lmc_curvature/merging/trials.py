@@ -112,9 +112,9 @@ class Bench:
         named = [dict(zip(self.prediction.layers, point, strict=True)) for point in points.tolist()]
         options = {"batch_norm": self.prediction.batch_norm, "metrics": ("loss",), **self.options}
         options |= self.prediction.segment_options(self.model_a, options["batch_norm"])
-        if held_out is not None and options["batch_norm"] == "recalibrate":
+        if held_out is not None and options["batch_norm"] == "recalibrate" and options.get("recalibration") is None:
             # The network is the one that was chosen, whose statistics are not those of the held-out data.
-            options = {"recalibration": self.loader, **options}
+            options["recalibration"] = self.loader
         loader = self.loader if held_out is None else held_out
         found = measure_barrier(self.model_a, self.model_b, loader, points=named, alphas=[0.5], **options)
         if held_out is None:
@@ -131,9 +131,10 @@ class Bench:
         """The losses of the two networks; it is said if the prediction has others of what may be the same data."""
         expected = self.prediction.endpoints
         losses = [end.loss for end in expected]
-        if np.array_equal(found.batch_sizes, expected[0].batch_sizes) and not np.allclose(
-            found.ends(), losses, rtol=_SAME, atol=_SAME * max(map(abs, losses))
-        ):
+        # Under "recalibrate" a prediction normalises by batches.
+        comparable = self.prediction.batch_norm != "recalibrate"
+        comparable &= np.array_equal(found.batch_sizes, expected[0].batch_sizes)
+        if comparable and not np.allclose(found.ends(), losses, rtol=_SAME, atol=_SAME * max(map(abs, losses))):
             warnings.warn(
                 f"The two networks have losses {found.ends()[0]:.6g} and {found.ends()[1]:.6g} here, {losses[0]:.6g}, "
                 f"{losses[1]:.6g} in the prediction, on as many examples: if the data are the same, an option such as "

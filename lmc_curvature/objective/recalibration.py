@@ -51,9 +51,9 @@ class Recalibration:
 
     @property
     def is_worse(self) -> bool:
-        """Whether the loss has risen by more than a tenth, and by more than batches differ in it."""
+        """Whether the loss has risen by more than a tenth, and by more than batches differ in it, or by itself."""
         rise = self.after - self.before
-        return rise > _RISE * abs(self.before) and not rise <= 2 * self.error
+        return rise > _RISE * abs(self.before) and (not rise <= 2 * self.error or rise > abs(self.before))
 
     def __str__(self) -> str:
         return f"loss {self.before:.4g} by its own statistics, {self.after:.4g} by re-estimated ones"

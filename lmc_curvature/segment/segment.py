@@ -121,7 +121,7 @@ class Segment:
 
     def distances(self) -> Float[np.ndarray, " L"]:
         """Norms of the directions over parameters: running statistics have another scale, and are left out."""
-        return self._norms(lambda name: self.end[name] - self.start[name])
+        return self._norms(lambda name: self.end[name].double() - self.start[name].double())
 
     def norms(self) -> Float[np.ndarray, "2 L"]:
         """Norms over parameters of each layer at both ends."""
