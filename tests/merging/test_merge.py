@@ -234,9 +234,8 @@ class _Kept(nn.Linear):
     ],
 )
 def test_settings_that_differ_are_warned_of(first, second, named):
-    with pytest.warns(UserWarning, match=f"differ in more than their entries: {named}") as warned:
+    with pytest.warns(UserWarning, match=f"differ in more than their entries: {named}"):
         merge(first, second)
-    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize("mode", [True, False])
