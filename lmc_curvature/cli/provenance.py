@@ -23,7 +23,8 @@ def provenance(comparison: "Comparison", loader: Iterable[Any]) -> dict[str, Any
         comparison: The options.
         loader: The batches that came of them.
     """
-    names = ("layers", "frozen", "base", "batch_norm", "loss", "max_batches", "device", "dtype")
+    names = ("layers", "frozen", "base", "batch_norm", "recalibration", "augmentation", "loss", "max_batches")
+    names += ("device", "dtype")
     return {
         "networks": {"a": checkpoint_record(comparison.a), "b": checkpoint_record(comparison.b)},
         "model": {
