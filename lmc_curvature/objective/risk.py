@@ -124,10 +124,7 @@ class Objective:
         check_reduction(loss_fn)
         self._movable = movable_entries(model, batch_norm)
         # What acts on its mode is a copy by now.
-        originals = [
-            *original.named_parameters(),
-            *(pair for pair in model.named_buffers() if pair[0] in self._movable),
-        ]
+        originals = [*original.named_parameters(), *(b for b in model.named_buffers() if b[0] in self._movable)]
         self.loader, self.max_batches, self.allow_tf32 = loader, max_batches, allow_tf32
         self.recalibration = recalibration
         self.batch_norm: BatchNormPolicy = batch_norm

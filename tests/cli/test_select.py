@@ -1,8 +1,6 @@
 """Claim: `select` goes from two files to a merged network, and says of it what the library says and what it has."""
 
-import copy
 import dataclasses
-import itertools
 import json
 import shlex
 from pathlib import Path
@@ -22,6 +20,7 @@ from lmc_curvature.merging import Verification
 from lmc_curvature.merging.trials import SetTrial
 from lmc_curvature.sources import load_data
 from tests.sources.test_data import write_images
+from tests.support.networks import perceptron, permuted_pair
 
 HERE = __name__
 SIZES = [6, 8, 8, 8, 4]
@@ -30,26 +29,10 @@ OTHERS = ["--held-out", f"{HERE}:others"]
 
 
 def make():
-    layers = ((nn.Linear(*pair), nn.Tanh()) for pair in itertools.pairwise(SIZES))
-    return nn.Sequential(*itertools.chain(*layers))
+    return perceptron(SIZES)
 
 
-def _networks():
-    """A network, and the same function with its hidden units in another order: not all layers can be averaged."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        first = make()
-        for parameter in first.parameters():
-            parameter.data.mul_(3)
-        second = copy.deepcopy(first)
-        for before, after in itertools.pairwise(second[::2]):
-            order = torch.randperm(8)
-            before.weight.data, before.bias.data = before.weight.data[order], before.bias.data[order]
-            after.weight.data = after.weight.data[:, order]
-    return first, second
-
-
-NETWORKS = _networks()
+NETWORKS = permuted_pair(SIZES)
 
 
 def _data(seed):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lmc_curvature import best_point, predict_barrier, select_layers
 from lmc_curvature.errors import LoaderError, OptionError
@@ -16,34 +15,21 @@ from lmc_curvature.merging import Verification
 from lmc_curvature.merging.residuals import Correction
 from lmc_curvature.merging.trials import SetTrial
 from tests.support.cases import CASES
-from tests.support.networks import untouched
+from tests.support.networks import permuted_pair, untouched
 from tests.support.predictions import random_prediction
 
 pytestmark = pytest.mark.slow
 
 
-def networks():
-    """A network of five layers in float64, and the same function with the hidden units in another order."""
-    sizes = [6, 8, 8, 8, 8, 4]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pairs = [(nn.Linear(*pair), nn.Tanh()) for pair in itertools.pairwise(sizes)]
-        first = nn.Sequential(*itertools.chain(*pairs)).double()
-        for parameter in first.parameters():
-            parameter.data.mul_(3)
-        second = copy.deepcopy(first)
-        for before, after in itertools.pairwise(second[::2]):
-            order = torch.randperm(8)
-            before.weight.data, before.bias.data = before.weight.data[order], before.bias.data[order]
-            after.weight.data = after.weight.data[:, order]
-    return first, second
+# Five layers in float64.
+MODELS = permuted_pair([6, 8, 8, 8, 8, 4], torch.float64)
 
 
 def data(seed, batches=4):
     """Examples with the classes that the networks find most likely."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batches, 16, 6, generator=generator, dtype=torch.float64)
-    return [(part, networks()[0](part).argmax(1)) for part in x]
+    return [(part, MODELS[0](part).argmax(1)) for part in x]
 
 
 def plain_rise(models, batches, alphas):
@@ -67,7 +53,7 @@ def alphas_of(prediction, members, base):
     return {layer: 0.5 if layer in members else float(base == "b") for layer in prediction.layers}
 
 
-MODELS, LOADER, OTHERS = networks(), data(0), data(1)
+LOADER, OTHERS = data(0), data(1)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import random
 
 import jaxtyping
@@ -206,6 +207,27 @@ def _everything(model):
         "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
     }
     return tensors, gradients, plain
+
+
+def perceptron(sizes):
+    """Linear layers of these sizes, each followed by tanh."""
+    layers = ((nn.Linear(*pair), nn.Tanh()) for pair in itertools.pairwise(sizes))
+    return nn.Sequential(*itertools.chain(*layers))
+
+
+def permuted_pair(sizes, dtype=torch.float32):
+    """A perceptron, and the same function with its hidden units in another order: not all layers can be averaged."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        first = perceptron(sizes).to(dtype)
+        for parameter in first.parameters():
+            parameter.data.mul_(3)
+        second = copy.deepcopy(first)
+        for before, after in itertools.pairwise(second[::2]):
+            order = torch.randperm(before.out_features)
+            before.weight.data, before.bias.data = before.weight.data[order], before.bias.data[order]
+            after.weight.data = after.weight.data[:, order]
+    return first, second
 
 
 @contextlib.contextmanager
