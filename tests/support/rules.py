@@ -12,7 +12,7 @@ from lmc_curvature import Objective, Projection
 from lmc_curvature.curvature.problem import Tiling
 from lmc_curvature.curvature.sweep import BatchTree
 from lmc_curvature.curvature.sweep.plan import Plan
-from lmc_curvature.curvature.sweep.rules import Contributions, OpCall, Tangents
+from lmc_curvature.curvature.sweep.rules import Contributions, OpCall, Stack, stacked
 from lmc_curvature.curvature.sweep.rules.autodiff import ByAutodiff
 from lmc_curvature.curvature.sweep.rules.selection import Pick
 from lmc_curvature.curvature.sweep.sweep import adjoints_of
@@ -81,13 +81,14 @@ class RuleTests:
         with objective.numerics.differentiating_operations():
             operands = program.operands(problem.points[0].state)
             tangents = {
-                node: {i: direction[name] for i, direction in enumerate(problem.directions) if name in direction}
+                node: stacked({i: along[name] for i, along in enumerate(problem.directions) if name in along})
                 for name, node in program.entries.items()
+                if node in program.prelude.active
             }
             tangents = _assert_rules_equal_autodiff(program.prelude, operands, tangents, {})
             values = program.evaluate(operands, BatchTree.of(objective.loader[0][0]).rows(0, size, size))
             adjoints = adjoints_of(program.body, values, [torch.cos(values[program.result].detach())])
-            given = {node: tangents.get(node, {}) for node in program.prelude.stage.outputs}
+            given = {node: tangents.get(node) for node in program.prelude.stage.outputs}
             _assert_rules_equal_autodiff(program.body, values, given, adjoints)
 
     def test_in_tiles(self, objective: Objective, directions: Any, expected: Projection) -> None:
@@ -97,20 +98,21 @@ class RuleTests:
 
 
 def _assert_rules_equal_autodiff(
-    plan: Plan, values: Mapping[fx.Node, Any], inputs: Mapping[fx.Node, Tangents], adjoints: Mapping[fx.Node, Any]
-) -> dict[fx.Node, Tangents]:
+    plan: Plan, values: Mapping[fx.Node, Any], inputs: Mapping[fx.Node, Stack | None], adjoints: Mapping[fx.Node, Any]
+) -> dict[fx.Node, Stack | None]:
     """Push tangents through all operations of a plan, each compared with autodiff; returns those of every node."""
     tangents = dict(inputs)
     with torch.no_grad():
         for node, rule in plan.rules.items():
             call = OpCall(node, values, tangents, adjoints.get(node))
-            tangents[node] = rule.push(call)
+            tangents[node] = rule.push(call) if call.directions() else None
             # Autodiff takes tensors, and not a tuple of them.
             if isinstance(rule, Pick):
                 continue
             expected = ByAutodiff().push(call)
             for i in call.directions():
-                _assert_tangents_close(node, values[node], tangents[node].get(i), expected.get(i))
+                found, other = (stack and stack.at(i) for stack in (tangents[node], expected))
+                _assert_tangents_close(node, values[node], found, other)
             if call.adjoint is not None:
                 found, other = _contributions(rule, call), _contributions(ByAutodiff(), call)
                 np.testing.assert_allclose(found, other, rtol=1e-8, atol=1e-11, err_msg=str(node.target))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from lmc_curvature.curvature.sweep.capture import Stage, line_of, value_of
-from lmc_curvature.curvature.sweep.rules import CONVOLUTION, Rectifier, Rule, evaluate, rule_of
+from lmc_curvature.curvature.sweep.rules import Rule, evaluate, rule_of
 from lmc_curvature.errors import CaptureError
 
 aten = torch.ops.aten
@@ -29,7 +29,6 @@ class Plan:
         nonlinear: Operations that can contribute curvature.
         needs_adjoint: The inputs among those asked for that are active.
         last_reader: Node to the last active operation that reads it.
-        owners: Rectifiers that alone read a convolution: its tangents are new, so these may be overwritten.
     """
 
     def __init__(self, stage: Stage, active: Iterable[fx.Node], needs_adjoint: Iterable[fx.Node] = ()):
@@ -41,9 +40,6 @@ class Plan:
         self.nonlinear = [node for node, rule in self.rules.items() if rule.has_curvature(node, self.active)]
         self.needs_adjoint = [node for node in needs_adjoint if node in self.active]
         self.last_reader = {operand: node for node in self.rules for operand in node.all_input_nodes}
-        convolutions = [node for node, rule in self.rules.items() if rule is CONVOLUTION and len(node.users) == 1]
-        readers = {self.last_reader[node] for node in convolutions if node in self.last_reader}
-        self.owners = {node for node in readers if isinstance(self.rules[node], Rectifier)}
 
     def run(self, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
         """Value of every node; where gradients are enabled, as an autograd graph over the active inputs."""

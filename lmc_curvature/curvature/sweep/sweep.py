@@ -16,7 +16,7 @@ see whole batches, so a loss may weigh its examples as it likes.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ from lmc_curvature.curvature.problem import BatchValues, Point, Problem
 from lmc_curvature.curvature.sweep.compiled import CompiledBatch
 from lmc_curvature.curvature.sweep.plan import Plan, naming
 from lmc_curvature.curvature.sweep.program import Program
-from lmc_curvature.curvature.sweep.rules import Contributions, OpCall, Tangents
+from lmc_curvature.curvature.sweep.rules import Contributions, OpCall, Stack, stacked
 from lmc_curvature.curvature.sweep.tiles import Tile, joined, tiles_of
 from lmc_curvature.curvature.sweep.tiling import groups
 from lmc_curvature.curvature.sweep.tree import BatchTree
@@ -35,6 +35,7 @@ from lmc_curvature.errors import CaptureError
 from lmc_curvature.objective.batches import Batch
 
 _Values = Mapping[fx.Node, Any]
+_Tangents = Mapping[fx.Node, Stack | None]
 
 
 def sweep_batch(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch) -> tuple[BatchValues, Tensor]:
@@ -73,7 +74,7 @@ class _Prelude:
     """The prelude of a program at a state: values and tangents of its nodes."""
 
     values: _Values
-    tangents: Mapping[fx.Node, Tangents]
+    tangents: _Tangents
 
 
 def _preludes(
@@ -90,7 +91,7 @@ def _preludes(
 
 def _prelude(problem: Problem, program: Program, point: Point) -> _Prelude:
     along = {
-        node: {i: direction[name] for i, direction in enumerate(problem.directions) if name in direction}
+        node: stacked({i: direction[name] for i, direction in enumerate(problem.directions) if name in direction})
         for name, node in program.entries.items()
         if node in program.prelude.active
     }
@@ -137,8 +138,8 @@ def _sweep_group(
         tangents = _sweep_tiles(tiles, preludes, values, adjoint, group, contributions)
         (slopes,) = push(program.body, of_loss, {program.argument: tangents}, adjoints, contributions)
     # Everything as numbers at once: the one time in a group that the host waits for the device.
-    along = [slopes[i] if i in slopes else torch.zeros_like(loss) for i in group]
-    numbers = torch.cat([loss.reshape(1), torch.stack(along), *contributions.flat()]).double().cpu().numpy()
+    along = torch.zeros_like(loss).expand(len(group)) if slopes is None else slopes.spread(group)
+    numbers = torch.cat([loss.reshape(1), along, *contributions.flat()]).double().cpu().numpy()
     curvature = contributions.assemble(numbers[1 + len(group) :], len(problem.directions))
     return float(numbers[0]), numbers[1 : 1 + len(group)], curvature[np.ix_(group, group)]
 
@@ -150,7 +151,7 @@ def _sweep_tiles(
     adjoint: Tensor,
     group: list[int],
     contributions: Contributions,
-) -> Tangents:
+) -> Stack | None:
     """Sweep every tile, from the adjoint of the joined results.
 
     Takes the tiles' values out of `values`, or computes them anew, and adds the curvature of all operations.
@@ -158,7 +159,7 @@ def _sweep_tiles(
     Returns:
         The tangents of the result, those of the tiles joined.
     """
-    found: list[Tangents] = []
+    found: list[Stack | None] = []
     pulled: dict[Program, dict[fx.Node, Tensor]] = {}
     for tile in tiles:
         prelude, total = preludes[tile.program], pulled.setdefault(tile.program, {})
@@ -167,8 +168,9 @@ def _sweep_tiles(
         at = values.pop(tile, None) or tile.program.evaluate(prelude.values, tile.data)
         adjoints = adjoints_of(tile.program.body, at, [part])
         operands = {
-            node: {i: tangent for i, tangent in prelude.tangents.get(node, {}).items() if i in group}
+            node: stack.among(group)
             for node in tile.program.prelude.stage.outputs
+            if (stack := prelude.tangents.get(node)) is not None and not set(group).isdisjoint(stack.directions)
         }
         found += push(tile.program.body, at, operands, adjoints, contributions)
         for node in tile.program.body.needs_adjoint:
@@ -180,9 +182,9 @@ def _sweep_tiles(
         plan, prelude = program.prelude, preludes[program]
         outer = adjoints_of(plan, prelude.values, [total.get(node) for node in plan.stage.outputs], keeps_graph=True)
         contract(plan, prelude.values, prelude.tangents, outer, contributions)
-    if len(found) == 1:
-        return found[0]
-    return {i: torch.cat([tangents[i] for tangents in found]) for i in found[0]}
+    stacks = [stack for stack in found if stack is not None]
+    # The same directions reach the result of every tile.
+    return Stack(stacks[0].directions, torch.cat([stack.tensors for stack in stacks], 1)) if stacks[1:] else found[0]
 
 
 # --- Along the operations of a plan
@@ -221,25 +223,26 @@ def adjoints_of(
 def push(
     plan: Plan,
     values: Mapping[fx.Node, Any],
-    inputs: Mapping[fx.Node, Tangents],
+    inputs: _Tangents,
     adjoints: Mapping[fx.Node, Any],
     contributions: Contributions,
-) -> list[Tangents]:
+) -> list[Stack | None]:
     """Tangents of the outputs; adds the curvature of every operation on the way, and forgets what is done with."""
-    tangents: dict[fx.Node, Tangents] = dict(inputs)
+    # Those of the inputs are needed for other tiles, too.
+    tangents = {node: None if stack is None else replace(stack, is_own=False) for node, stack in inputs.items()}
     with torch.no_grad():
         for node in plan.rules:
-            call = OpCall(node, values, tangents, adjoints.get(node), owns=node in plan.owners)
+            call = OpCall(node, values, tangents, adjoints.get(node), is_last=True)
             tangents[node] = _push_through(plan, call, contributions)
             for operand in node.all_input_nodes:
                 if plan.last_reader[operand] is node and operand not in plan.stage.outputs:
                     tangents.pop(operand, None)
-    return [tangents.get(node, {}) for node in plan.stage.outputs]
+    return [tangents.get(node) for node in plan.stage.outputs]
 
 
-def push_all(plan: Plan, values: Mapping[fx.Node, Any], inputs: Mapping[fx.Node, Tangents]) -> dict[fx.Node, Tangents]:
+def push_all(plan: Plan, values: Mapping[fx.Node, Any], inputs: _Tangents) -> dict[fx.Node, Stack | None]:
     """Tangents of every node, to be contracted later with `contract`."""
-    tangents: dict[fx.Node, Tangents] = dict(inputs)
+    tangents: dict[fx.Node, Stack | None] = dict(inputs)
     with torch.no_grad():
         for node in plan.rules:
             tangents[node] = _push_through(plan, OpCall(node, values, tangents), Contributions())
@@ -249,21 +252,24 @@ def push_all(plan: Plan, values: Mapping[fx.Node, Any], inputs: Mapping[fx.Node,
 def contract(
     plan: Plan,
     values: Mapping[fx.Node, Any],
-    tangents: Mapping[fx.Node, Tangents],
+    tangents: _Tangents,
     adjoints: Mapping[fx.Node, Any],
     contributions: Contributions,
 ) -> None:
     """Add the curvature of every operation, given the tangents of `push_all`."""
     with torch.no_grad():
         for node in plan.nonlinear:
-            if node in adjoints:
+            call = OpCall(node, values, tangents, adjoints.get(node))
+            if call.adjoint is not None and call.directions():
                 with naming(node):
-                    plan.rules[node].contract(OpCall(node, values, tangents, adjoints[node]), contributions)
+                    plan.rules[node].contract(call, contributions)
 
 
-def _push_through(plan: Plan, call: OpCall, contributions: Contributions) -> Tangents:
+def _push_through(plan: Plan, call: OpCall, contributions: Contributions) -> Stack | None:
     """Tangents of one operation; adds its curvature where its adjoint is known."""
     rule = plan.rules[call.node]
+    if not call.directions():
+        return None
     with naming(call.node):
         if call.adjoint is not None:
             rule.contract(call, contributions)

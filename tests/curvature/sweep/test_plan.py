@@ -5,7 +5,7 @@ import torch
 
 from lmc_curvature.curvature.sweep.capture import capture
 from lmc_curvature.curvature.sweep.plan import Plan
-from lmc_curvature.curvature.sweep.rules import Contributions
+from lmc_curvature.curvature.sweep.rules import Contributions, stacked
 from lmc_curvature.curvature.sweep.sweep import adjoints_of, push
 from lmc_curvature.errors import CaptureError
 
@@ -72,13 +72,13 @@ def test_tangents_and_curvature_of_a_function():
     values = plan.run([a, b])
     contributions = Contributions()
     adjoints = adjoints_of(plan, values, [torch.ones((), dtype=torch.float64)])
-    (tangents,) = push(plan, values, {first: {0: u}, second: {1: v}}, adjoints, contributions)
+    (tangents,) = push(plan, values, {first: stacked({0: u}), second: stacked({1: v})}, adjoints, contributions)
     numbers = torch.cat(contributions.flat()).numpy()
     curvature = contributions.assemble(numbers, 2)
     z, du, dv = a * b, b * u, a * v
     torch.testing.assert_close(values[result].detach(), z.sin().sum())
-    torch.testing.assert_close(tangents[0], (z.cos() * du).sum())
-    torch.testing.assert_close(tangents[1], (z.cos() * dv).sum())
+    torch.testing.assert_close(tangents.at(0), (z.cos() * du).sum())
+    torch.testing.assert_close(tangents.at(1), (z.cos() * dv).sum())
     expected = [
         [-(z.sin() * du * du).sum(), (z.cos() * u * v - z.sin() * du * dv).sum()],
         [(z.cos() * u * v - z.sin() * du * dv).sum(), -(z.sin() * dv * dv).sum()],

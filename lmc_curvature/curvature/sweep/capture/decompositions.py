@@ -125,6 +125,14 @@ def _var_mean(input, dim=None, *, correction=None, keepdim=False):
     return total / max(count - (1 if correction is None else correction), 0), mean if keepdim else input.mean(axes)
 
 
+def _mv(matrix, vector):
+    return (matrix @ vector.unsqueeze(1)).squeeze(1)
+
+
+def _dot(first, second):
+    return (first * second).sum()
+
+
 def _var(input, dim=None, *, correction=None, keepdim=False):
     return _var_mean(input, dim, correction=correction, keepdim=keepdim)[0]
 
@@ -153,6 +161,8 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten._prelu_kernel.default: _prelu,
     aten.rrelu_with_noise.default: _rrelu_with_noise,
     aten.glu.default: _glu,
+    aten.mv.default: _mv,
+    aten.dot.default: _dot,
     aten.var.correction: _var,
     aten.var_mean.correction: _var_mean,
     aten.mse_loss.default: _mse_loss,

@@ -1,14 +1,14 @@
 """The rule that holds for every operation: differentiate it alone, twice."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, fx
 
-from lmc_curvature.curvature.sweep.rules.inner_products import inner_with_each, wide
-from lmc_curvature.curvature.sweep.rules.rule import Contributions, FirstOrder, OpCall, Rule, Tangents, evaluate
+from lmc_curvature.curvature.sweep.rules.inner_products import gram
+from lmc_curvature.curvature.sweep.rules.rule import Contributions, FirstOrder, OpCall, Rule, evaluate
+from lmc_curvature.curvature.sweep.rules.stack import Stack, stacked
 
 
 class ByAutodiff(Rule):
@@ -18,10 +18,10 @@ class ByAutodiff(Rule):
     D²⟨g, f⟩ u_i, in a.
     """
 
-    def push(self, call: OpCall) -> Tangents:
+    def push(self, call: OpCall) -> Stack | None:
         """Df[u_i] for every direction."""
         local = _LocalGraph(call)
-        return {i: local.tangent(call, i) for i in local.directions}
+        return stacked({i: local.tangent(call, i) for i in local.directions}) if local.directions else None
 
     def contract(self, call: OpCall, contributions: Contributions) -> None:
         """Add ⟨D²⟨g, f⟩ u_i, u_j⟩ for every pair of directions."""
@@ -29,9 +29,10 @@ class ByAutodiff(Rule):
         directions = local.directions
         if not directions:
             return
-        products = {i: local.second(call, i) for i in directions}
-        rows = torch.stack([torch.stack([local.inner(call, products[i], j) for j in directions]) for i in directions])
-        contributions.add(directions, directions, rows / 2)
+        for node, products in local.seconds(call):
+            stack = call.tangents_of(node)
+            assert stack is not None
+            contributions.add(products.directions, stack.directions, gram(products.tensors, stack.tensors) / 2)
 
 
 class FirstOrderByAutodiff(FirstOrder, ByAutodiff):
@@ -42,7 +43,7 @@ class _LocalGraph:
     """f and q of `ByAutodiff`, on leaves of their own."""
 
     def __init__(self, call: OpCall):
-        self.arguments = [node for node in call.node.all_input_nodes if call.tangents_of(node)]
+        self.arguments = [node for node in call.node.all_input_nodes if call.tangents_of(node) is not None]
         self.leaves = {node: call.values[node].detach().requires_grad_() for node in self.arguments}
         values = {node: self.leaves.get(node, call.values[node]) for node in call.node.all_input_nodes}
         with torch.enable_grad():
@@ -54,17 +55,18 @@ class _LocalGraph:
             self.count = len(outputs)
             seeds: list[Any] = [torch.zeros_like(outputs[k]) if adjoints[k] is None else adjoints[k] for k in self.kept]
             self.weights = [seed.detach().clone().requires_grad_() for seed in seeds]
-            self.directions = call.directions() if self.kept else []
+            self.directions = call.directions() if self.kept else ()
             self.pulled: Sequence[Any] = [None] * len(self.arguments)
             if self.directions:
                 leaves, kept = list(self.leaves.values()), [outputs[k] for k in self.kept]
                 self.pulled = torch.autograd.grad(kept, leaves, self.weights, create_graph=True, allow_unused=True)
 
     def _backward(self, call: OpCall, direction: int, inputs: list[Tensor]) -> list[Tensor | None]:
+        along = [(stack := call.tangents_of(node)) and stack.at(direction) for node in self.arguments]
         moved = [
-            (pulled, call.tangents_of(node)[direction])
-            for node, pulled in zip(self.arguments, self.pulled, strict=True)
-            if pulled is not None and pulled.requires_grad and direction in call.tangents_of(node)
+            (pulled, tangent)
+            for tangent, pulled in zip(along, self.pulled, strict=True)
+            if pulled is not None and pulled.requires_grad and tangent is not None
         ]
         if not moved:
             return [None] * len(inputs)
@@ -81,16 +83,14 @@ class _LocalGraph:
             tangents[k] = tensor
         return tuple(tangents)
 
-    def second(self, call: OpCall, direction: int) -> list[Tensor | None]:
-        return self._backward(call, direction, [self.leaves[node] for node in self.arguments])
-
-    def inner(self, call: OpCall, product: list[Tensor | None], direction: int) -> Float[Tensor, ""]:
-        terms = [
-            inner_with_each(tensor, [call.tangents_of(node)[direction]])[0]
-            for node, tensor in zip(self.arguments, product, strict=True)
-            if tensor is not None and direction in call.tangents_of(node)
-        ]
-        return torch.stack(terms).sum() if terms else self.weights[0].new_zeros((), dtype=wide(self.weights[0]))
+    def seconds(self, call: OpCall) -> Iterator[tuple[fx.Node, Stack]]:
+        """The arguments, each with D²⟨g, f⟩ u_i in it for those directions where that is not zero."""
+        leaves = list(self.leaves.values())
+        products = {i: self._backward(call, i, leaves) for i in self.directions}
+        for place, node in enumerate(self.arguments):
+            found = {i: parts[place] for i, parts in products.items() if parts[place] is not None}
+            if found:
+                yield node, stacked(found)
 
 
 def _has_gradient(value: Any) -> bool:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.sweep.rules.inner_products import gram, inner_with_each
-from lmc_curvature.curvature.sweep.rules.rule import Contributions, OpCall, Rule, Tangents
+from lmc_curvature.curvature.sweep.rules.inner_products import gram
+from lmc_curvature.curvature.sweep.rules.rule import Contributions, OpCall, Rule
+from lmc_curvature.curvature.sweep.rules.stack import Stack, total
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Bilinear(Rule):
     Attributes:
         left: Position of a.
         right: Position of b.
-        product: `product(call, a, b)`.
-        pull_left: `pull_left(call, g, b)`, the gradient of ⟨g, f(a, b)⟩ in a.
-        pull_right: `pull_right(call, g, a)`, likewise in b.
+        product: `product(call, a, b)`, where one of both may be a stack.
+        pull_left: `pull_left(call, g, b)`, the gradients of ⟨g, f(a, b)⟩ in a for a stack b.
+        pull_right: `pull_right(call, g, a)`, likewise in b for a stack a.
         added: Position of what is added, if anything.
-        pass_added: Its contribution to the value, given its tangent.
+        pass_added: Its contribution to the value, given its stack.
     """
 
     left: int
@@ -48,57 +48,55 @@ class Bilinear(Rule):
         other = left if reached[right] == fewer else right
         return {other: fewer + (fewer + more if fewer > 1 else 0)}
 
-    def _sides(self, call: OpCall) -> tuple[Tangents, Tangents]:
+    def _sides(self, call: OpCall) -> tuple[Stack | None, Stack | None]:
         return call.tangents_of(call.node.args[self.left]), call.tangents_of(call.node.args[self.right])
 
-    def push(self, call: OpCall) -> Tangents:
+    def push(self, call: OpCall) -> Stack:
         """f(a_i, b) + f(a, b_i) for every direction, and the tangent of what is added."""
         left, right = self._sides(call)
-        tangents = {i: self.product(call, tangent, call.value(self.right)) for i, tangent in left.items()}
-        for i, tangent in right.items():
-            term = self.product(call, call.value(self.left), tangent)
-            tangents[i] = tangents[i] + term if i in tangents else term
-        if self.added is not None and self.pass_added is not None:
-            for i, tangent in call.tangents_of(call.node.args[self.added]).items():
-                term = self.pass_added(call, tangent)
-                tangents[i] = tangents[i] + term if i in tangents else term.expand(call.output.shape)
-        return tangents
+        rank = call.output.ndim
+        terms = []
+        if left is not None:
+            product = self.product(call, left.of_rank(rank), call.value(self.right))
+            terms.append(Stack(left.directions, product, is_own=True))
+        if right is not None:
+            product = self.product(call, call.value(self.left), right.of_rank(rank))
+            terms.append(Stack(right.directions, product, is_own=True))
+        added = None if self.added is None else call.tangents_of(call.node.args[self.added])
+        if added is not None and self.pass_added is not None:
+            terms.append(Stack(added.directions, self.pass_added(call, added.tensors)))
+        return total(terms, call.output.shape)
 
     def contract(self, call: OpCall, contributions: Contributions) -> None:
         """Add ⟨g, f(a_i, b_j)⟩ for every direction i that has reached a, and j that has reached b."""
         left, right = self._sides(call)
-        if not left or not right:
+        if left is None or right is None:
             return
-        if len(right) <= len(left):
-            pulled = {j: self.pull_left(call, call.adjoint, tangent) for j, tangent in right.items()}
-            others = left
+        # The rarer side; of two alike, towards the smaller argument.
+        size_left, size_right = call.value(self.left).numel(), call.value(self.right).numel()
+        rank = call.output.ndim
+        if (len(right.directions), size_left) <= (len(left.directions), size_right):
+            pulled = self.pull_left(call, call.adjoint, right.of_rank(rank))
+            contributions.add(right.directions, left.directions, gram(pulled, left.tensors))
         else:
-            pulled = {i: self.pull_right(call, call.adjoint, tangent) for i, tangent in left.items()}
-            others = right
-        if len(pulled) > 1:
-            values = gram(list(pulled.values()), list(others.values()))
-        else:
-            values = torch.stack([inner_with_each(tensor, others.values()) for tensor in pulled.values()])
-        contributions.add(pulled, others, values)
+            pulled = self.pull_right(call, call.adjoint, left.of_rank(rank))
+            contributions.add(left.directions, right.directions, gram(pulled, right.tensors))
+
+
+def _summed_to(call: OpCall, position: int, stack: Tensor) -> Tensor:
+    """A stack, summed over the axes that an argument was broadcast along."""
+    shape = call.value(position).shape
+    padded = (1,) * (stack.ndim - 1 - len(shape)) + tuple(shape)
+    return stack.sum_to_size(len(stack), *padded).reshape(len(stack), *shape)
 
 
 PRODUCT = Bilinear(
     0,
     1,
     lambda call, a, b: a * b,
-    lambda call, g, b: (g * b).sum_to_size(call.value(0).shape),
-    lambda call, g, a: (g * a).sum_to_size(call.value(1).shape),
+    lambda call, g, b: _summed_to(call, 0, g * b),
+    lambda call, g, a: _summed_to(call, 1, g * a),
 )
-
-
-MATRIX_VECTOR = Bilinear(
-    0,
-    1,
-    lambda call, a, b: a @ b,
-    lambda call, g, b: torch.outer(g, b),
-    lambda call, g, a: a.mT @ g,
-)
-DOT = Bilinear(0, 1, lambda call, a, b: a @ b, lambda call, g, b: g * b, lambda call, g, a: g * a)
 
 
 def matrix_product(left: int, right: int, added: int | None = None) -> Bilinear:

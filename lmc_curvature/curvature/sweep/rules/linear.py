@@ -1,13 +1,14 @@
 """Operations that are linear, at least in the arguments that depend on the directions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from lmc_curvature.curvature.sweep.rules.rule import FirstOrder, OpCall, Tangents
+from lmc_curvature.curvature.sweep.rules.rule import FirstOrder, OpCall
+from lmc_curvature.curvature.sweep.rules.stack import Stack, along, total
 
 aten = torch.ops.aten
 
@@ -15,97 +16,98 @@ aten = torch.ops.aten
 class Constant(FirstOrder):
     """An operation whose derivative is zero wherever it has one."""
 
-    def push(self, call: OpCall) -> Tangents:
+    def push(self, call: OpCall) -> None:
         """No tangent goes on."""
-        return {}
+        return
 
 
-class Linear(FirstOrder):
-    """Linear in its first argument, the others held: the tangent goes through the operation itself."""
+class Affine(FirstOrder):
+    """Linear in some arguments up to a constant, one direction like another."""
 
-    def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
-        """Whether the first argument alone depends on the directions."""
-        return moved == [node.args[0]]
+    def part(self, call: OpCall, tangents: Mapping[fx.Node, Tensor]) -> Any:
+        """The linear part along one direction.
 
-    def push(self, call: OpCall) -> Tangents:
-        """The operation itself, applied to each tangent."""
-        first, *rest = call.node.args
-        rest, options = call.resolve(tuple(rest)), call.resolve(call.node.kwargs)
-        target: Any = call.node.target
-        return {i: target(tangent, *rest, **options) for i, tangent in call.tangents_of(first).items()}
+        Args:
+            call: The operation.
+            tangents: The tangents of those arguments that depend on the directions.
+        """
+        raise NotImplementedError
+
+    def push(self, call: OpCall) -> Stack:
+        """The linear part, for all directions at once."""
+        reached = {node: stack for node in call.node.all_input_nodes if (stack := call.tangents_of(node))}
+        return along(lambda *tangents: self.part(call, dict(zip(reached, tangents, strict=True))), *reached.values())
 
 
 @dataclass(frozen=True)
-class JointlyLinear(FirstOrder):
-    """Linear in some arguments together, tensors of one type, the others held.
+class Linear(Affine):
+    """Linear in some arguments together, tensors of one type, the others held: tangents go through it themselves.
 
     Attributes:
         positions: Their positions.
     """
 
-    positions: tuple[int, ...]
+    positions: tuple[int, ...] = (0,)
 
     def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
         """Whether no other argument depends on the directions."""
         linear = [node.args[position] for position in self.positions]
         return all(isinstance(argument, fx.Node) for argument in linear) and set(moved) <= set(linear)
 
-    def push(self, call: OpCall) -> Tangents:
+    def part(self, call: OpCall, tangents: Mapping[fx.Node, Tensor]) -> Any:
         """The operation itself, applied to the arguments' tangents together."""
-        options = call.resolve(call.node.kwargs)
+        arguments = list(call.resolve(call.node.args))
+        for position in self.positions:
+            argument: Any = call.node.args[position]
+            tangent = tangents.get(argument)
+            arguments[position] = torch.zeros_like(arguments[position]) if tangent is None else tangent
         target: Any = call.node.target
-
-        def part(i: int) -> Tensor:
-            arguments = list(call.resolve(call.node.args))
-            for position in self.positions:
-                tangent = call.tangents_of(call.node.args[position]).get(i)
-                arguments[position] = torch.zeros_like(arguments[position]) if tangent is None else tangent
-            return target(*arguments, **options)
-
-        return {i: part(i) for i in call.directions()}
+        return target(*arguments, **call.resolve(call.node.kwargs))
 
 
 @dataclass(frozen=True)
-class Affine(FirstOrder):
-    """Linear in some arguments up to a constant: `part(call, tangents)` gives the linear part.
+class Sum(FirstOrder):
+    """a ± alpha · b.
 
-    `part` gets, in place of each argument (or list of arguments), its tangent, or None where that is zero.
+    Attributes:
+        signs: Those of a and b.
+        scaled: Position of the one that alpha multiplies.
     """
 
-    part: Callable[[OpCall, list[Any]], Tensor]
+    signs: tuple[int, int]
+    scaled: int = 1
 
-    def push(self, call: OpCall) -> Tangents:
-        """The linear part, for every direction."""
-        arguments = call.node.args
-        return {i: self.part(call, [_tangent_of(call, each, i) for each in arguments]) for i in call.directions()}
+    def push(self, call: OpCall) -> Stack:
+        """The sum of the tangents of both."""
+        alpha = call.argument("alpha")
+        terms: list[Stack] = []
+        for position, sign in enumerate(self.signs):
+            stack = call.tangents_of(call.node.args[position])
+            factor = sign * (alpha if position == self.scaled else 1)
+            if stack is not None:
+                terms.append(stack if factor == 1 else stack.times(factor))
+        return total(terms, call.output.shape)
 
 
-def _tangent_of(call: OpCall, argument: Any, direction: int) -> Any:
+@dataclass(frozen=True)
+class AffineIn(Affine):
+    """`linear(call, tangents)` gives the linear part.
+
+    It gets, in place of each argument (or list of arguments), its tangent, or None where that is zero.
+    """
+
+    linear: Callable[[OpCall, list[Any]], Tensor]
+
+    def part(self, call: OpCall, tangents: Mapping[fx.Node, Tensor]) -> Tensor:
+        """What the function gives."""
+        return self.linear(call, [_tangent_of(each, tangents) for each in call.node.args])
+
+
+def _tangent_of(argument: Any, tangents: Mapping[fx.Node, Tensor]) -> Any:
     """Tangent of an argument, or of each in a list of them; None where it is zero."""
     if isinstance(argument, (list, tuple)):
-        return [_tangent_of(call, each, direction) for each in argument]
-    return call.tangents_of(argument).get(direction)
-
-
-def _sum_part(sign: int) -> Callable[[OpCall, list[Any]], Tensor]:
-    def part(call: OpCall, tangents: list[Any]) -> Tensor:
-        first, second, *_ = tangents
-        factor = sign * call.resolve(call.node.kwargs).get("alpha", 1)
-        if second is None:
-            return first.expand(call.output.shape)
-        if first is None:
-            return (second if factor == 1 else second * factor).expand(call.output.shape)
-        return torch.add(first, second, alpha=factor)
-
-    return part
-
-
-def _reversed_difference_part(call: OpCall, tangents: list[Any]) -> Tensor:
-    first, second, *_ = tangents
-    factor = call.value(2) if len(call.node.args) > 2 else call.resolve(call.node.kwargs).get("alpha", 1)
-    if first is None:
-        return second.expand(call.output.shape)
-    return (-factor * first if second is None else second - factor * first).expand(call.output.shape)
+        return [_tangent_of(each, tangents) for each in argument]
+    return tangents.get(argument) if isinstance(argument, fx.Node) else None
 
 
 def _joined_part(call: OpCall, tangents: list[Any]) -> Tensor:
@@ -140,10 +142,10 @@ def _embedding_part(call: OpCall, tangents: list[Any]) -> Tensor:
     return found if padding < 0 else found.masked_fill((rows == padding).unsqueeze(-1), 0)
 
 
-SUM, DIFFERENCE = Affine(_sum_part(1)), Affine(_sum_part(-1))
-REVERSED_DIFFERENCE = Affine(_reversed_difference_part)
-CONCATENATION = Affine(_joined_part)
-WHERE = Affine(_where_part)
-MASKED_FILL = Affine(_masked_fill_part)
-PADDING = Affine(_pad_part)
-EMBEDDING = Affine(_embedding_part)
+SUM, DIFFERENCE = Sum((1, 1)), Sum((1, -1))
+REVERSED_DIFFERENCE = Sum((-1, 1), scaled=0)
+CONCATENATION = AffineIn(_joined_part)
+WHERE = AffineIn(_where_part)
+MASKED_FILL = AffineIn(_masked_fill_part)
+PADDING = AffineIn(_pad_part)
+EMBEDDING = AffineIn(_embedding_part)

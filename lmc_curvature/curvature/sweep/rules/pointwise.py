@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, fx
 
 from lmc_curvature.curvature.sweep.capture import value_of
-from lmc_curvature.curvature.sweep.rules.inner_products import aligned, weighted_gram
-from lmc_curvature.curvature.sweep.rules.rule import Contributions, FirstOrder, OpCall, Rule, Tangents, evaluate
-
-aten = torch.ops.aten
+from lmc_curvature.curvature.sweep.rules.inner_products import weighted_gram
+from lmc_curvature.curvature.sweep.rules.rule import Contributions, FirstOrder, OpCall, Rule, evaluate
+from lmc_curvature.curvature.sweep.rules.stack import Stack
 
 
 class Pointwise(Rule):
@@ -29,17 +28,16 @@ class Pointwise(Rule):
         operand: Any = node.args[0]
         return {operand: 2 * reached[operand]}
 
-    def push(self, call: OpCall) -> Tangents:
+    def push(self, call: OpCall) -> Stack:
         """φ′ times each tangent."""
-        slope = _derivatives(call, 1)[0]
-        return {i: slope * tangent for i, tangent in call.tangents_of(call.node.args[0]).items()}
+        return call.moved(0).times(_derivatives(call, 1)[0])
 
     def contract(self, call: OpCall, contributions: Contributions) -> None:
         """Add the Gram matrix of the tangents, weighted by g φ″."""
-        second = _derivatives(call, 2)[1]
+        second, stack = _derivatives(call, 2)[1], call.moved(0)
         if second is not None:
-            tangents = call.tangents_of(call.node.args[0])
-            contributions.add(tangents, tangents, weighted_gram(call.adjoint * second, tangents) / 2)
+            gram = weighted_gram(call.adjoint * second, stack.tensors)
+            contributions.add(stack.directions, stack.directions, gram / 2)
 
 
 def _derivatives(call: OpCall, order: int) -> tuple[Tensor, Tensor | None]:
@@ -62,12 +60,7 @@ class PiecewiseLinear(FirstOrder, Pointwise):
 class Rectifier(FirstOrder):
     """max(x, 0), its derivative at zero taken as zero, as torch does."""
 
-    def push(self, call: OpCall) -> Tangents:
+    def push(self, call: OpCall) -> Stack:
         """Each tangent where the output is positive, and zero elsewhere."""
-        output = call.output.detach()
-        tangents = {i: aligned(tangent, output) for i, tangent in call.tangents_of(call.node.args[0]).items()}
-        if call.owns:
-            # One where the output is positive.
-            slope = output.sign()
-            return {i: tangent.mul_(slope) for i, tangent in tangents.items()}
-        return {i: aten.threshold_backward.default(tangent, output, 0) for i, tangent in tangents.items()}
+        # One where the output is positive.
+        return call.moved(0).times(call.output.detach().sign())

@@ -8,19 +8,18 @@ goes on to the operations that read it, and its own second derivative, against t
 
     ⟨g, D²f [u_i, u_j]⟩                 to entry (i, j).
 
-Tangents are sparse: a direction that has not reached an argument is absent from its dictionary.
+All tangents of a value are one tensor, a `Stack`, which a direction joins where it reaches the value.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor, fx
 
-Tangents = dict[int, Any]
-"""Direction to the tangent of one value; of a tuple of values, a tuple with None for zero."""
+from lmc_curvature.curvature.sweep.rules.stack import Stack, union
 
 
 @dataclass
@@ -51,14 +50,14 @@ class Contributions:
 class OpCall:
     """One operation in one evaluation of the graph: its arguments' values and tangents, its own value and adjoint.
 
-    Tangents of the arguments may be overwritten where the call owns them.
+    `is_last` says that the tangents of an argument that nothing else reads are needed no more.
     """
 
     node: fx.Node
     values: Mapping[fx.Node, Any]
-    tangents: Mapping[fx.Node, Tangents]
+    tangents: Mapping[fx.Node, Stack | None]
     adjoint: Any = None
-    owns: bool = False
+    is_last: bool = False
 
     def value(self, position: int) -> Any:
         """Value of a positional argument."""
@@ -77,18 +76,27 @@ class OpCall:
                 return argument.default_value if given is None else self.resolve(given)
         raise KeyError(name)
 
-    def tangents_of(self, argument: Any) -> Tangents:
-        """Tangents of an argument; none if it does not depend on the directions."""
-        return self.tangents.get(argument, {}) if isinstance(argument, fx.Node) else {}
+    def tangents_of(self, argument: Any) -> Stack | None:
+        """Tangents of an argument; None if it does not depend on the directions."""
+        stack = self.tangents.get(argument) if isinstance(argument, fx.Node) else None
+        if stack is None or not stack.is_own or (self.is_last and len(argument.users) == 1):
+            return stack
+        return replace(stack, is_own=False)
+
+    def moved(self, position: int) -> Stack:
+        """Tangents of a positional argument that depends on the directions."""
+        stack = self.tangents_of(self.node.args[position])
+        assert stack is not None
+        return stack
 
     @property
     def output(self) -> Any:
         """Value of the operation."""
         return self.values[self.node]
 
-    def directions(self) -> list[int]:
+    def directions(self) -> tuple[int, ...]:
         """Directions that have reached any argument."""
-        return sorted({i for argument in self.node.all_input_nodes for i in self.tangents_of(argument)})
+        return union(self.tangents_of(argument) for argument in self.node.all_input_nodes)
 
 
 class Rule:
@@ -116,8 +124,8 @@ class Rule:
         """
         return {}
 
-    def push(self, call: OpCall) -> Tangents:
-        """Tangents of the operation's value, from those of its arguments."""
+    def push(self, call: OpCall) -> Stack | None:
+        """Tangents of the operation's value, from those of its arguments; None if there are none."""
         raise NotImplementedError
 
     def contract(self, call: OpCall, contributions: Contributions) -> None:

@@ -3,17 +3,18 @@
 from torch import Tensor, fx
 
 from lmc_curvature.curvature.sweep.capture import value_of
-from lmc_curvature.curvature.sweep.rules.rule import FirstOrder, OpCall, Tangents
+from lmc_curvature.curvature.sweep.rules.rule import FirstOrder, OpCall
+from lmc_curvature.curvature.sweep.rules.stack import Stack, along
 
 
 class Pick(FirstOrder):
     """One result of several."""
 
-    def push(self, call: OpCall) -> Tangents:
+    def push(self, call: OpCall) -> Stack | None:
         """The result's tangents, out of those of all results."""
         source, index = call.node.args
-        picked = {i: tangent[index] for i, tangent in call.tangents_of(source).items()}
-        return {i: tangent for i, tangent in picked.items() if tangent is not None}
+        stack = call.tangents_of(source)
+        return None if stack is None or stack.tensors[index] is None else Stack(stack.directions, stack.tensors[index])
 
 
 class MaxPooling(FirstOrder):
@@ -22,7 +23,7 @@ class MaxPooling(FirstOrder):
     def __init__(self, spatial: int):
         self.spatial = spatial
 
-    def push(self, call: OpCall) -> Tangents:
+    def push(self, call: OpCall) -> Stack:
         """The tangents' elements at the places of the largest."""
         places = call.output[1]
         flat = places.flatten(-self.spatial)
@@ -30,7 +31,7 @@ class MaxPooling(FirstOrder):
         def pick(tangent: Tensor) -> Tensor:
             return tangent.flatten(-self.spatial).gather(-1, flat).view(places.shape)
 
-        return {i: (pick(tangent), None) for i, tangent in call.tangents_of(call.node.args[0]).items()}
+        return _with_places(along(pick, call.moved(0)))
 
 
 class Selection(FirstOrder):
@@ -40,7 +41,7 @@ class Selection(FirstOrder):
         """Whether the argument has an axis."""
         return value_of(moved[0]).ndim > 0
 
-    def push(self, call: OpCall) -> Tangents:
+    def push(self, call: OpCall) -> Stack:
         """The tangents' elements at the same places."""
         axis, places = call.argument("dim"), call.output[1]
 
@@ -49,4 +50,8 @@ class Selection(FirstOrder):
                 return tangent.gather(axis, places.unsqueeze(axis)).squeeze(axis)
             return tangent.gather(axis, places)
 
-        return {i: (pick(tangent), None) for i, tangent in call.tangents_of(call.node.args[0]).items()}
+        return _with_places(along(pick, call.moved(0)))
+
+
+def _with_places(stack: Stack) -> Stack:
+    return Stack(stack.directions, (stack.tensors, None))

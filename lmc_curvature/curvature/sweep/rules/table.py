@@ -55,11 +55,9 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_FIRST_ORDER, autodiff.FirstOrderByAutodiff()),
     **dict.fromkeys(_CONSTANT, linear.Constant()),
     **dict.fromkeys(_SELECTION, selection.Selection()),
-    **dict.fromkeys(
-        ["select_scatter", "slice_scatter", "diagonal_scatter", "lerp.Scalar"], linear.JointlyLinear((0, 1))
-    ),
-    **dict.fromkeys(["index_put", "masked_scatter"], linear.JointlyLinear((0, 2))),
-    **dict.fromkeys(["scatter.src", "scatter_add", "index_add", "index_copy"], linear.JointlyLinear((0, 3))),
+    **dict.fromkeys(["select_scatter", "slice_scatter", "diagonal_scatter", "lerp.Scalar"], linear.Linear((0, 1))),
+    **dict.fromkeys(["index_put", "masked_scatter"], linear.Linear((0, 2))),
+    **dict.fromkeys(["scatter.src", "scatter_add", "index_add", "index_copy"], linear.Linear((0, 3))),
     "relu": pointwise.Rectifier(),
     "add": linear.SUM,
     "sub": linear.DIFFERENCE,
@@ -72,8 +70,6 @@ _RULES: dict[str, Rule] = {
     "embedding": linear.EMBEDDING,
     "mul": bilinear.PRODUCT,
     "convolution": convolution.CONVOLUTION,
-    "mv": bilinear.MATRIX_VECTOR,
-    "dot": bilinear.DOT,
     "mm": bilinear.matrix_product(0, 1),
     "bmm": bilinear.matrix_product(0, 1),
     "addmm": bilinear.matrix_product(1, 2, added=0),

@@ -9,7 +9,7 @@ from lmc_curvature.curvature.sweep.capture import capture
 from lmc_curvature.curvature.sweep.plan import Plan
 from lmc_curvature.curvature.sweep.rules.autodiff import ByAutodiff, FirstOrderByAutodiff
 from lmc_curvature.curvature.sweep.rules.bilinear import PRODUCT
-from lmc_curvature.curvature.sweep.rules.linear import Constant, JointlyLinear, Linear
+from lmc_curvature.curvature.sweep.rules.linear import Constant, Linear
 from lmc_curvature.curvature.sweep.rules.pointwise import PiecewiseLinear, Pointwise
 from lmc_curvature.curvature.sweep.rules.selection import Pick, Selection
 from tests.support.sweeping import around, assert_sweep_agrees, layer_directions
@@ -54,7 +54,7 @@ def test_a_selection_gives_elements_and_places_of_which_one_is_picked():
         (lambda a, b: a**b, [0, 1], ByAutodiff),
         (lambda a, b: a.sum() ** b, [0], ByAutodiff),
         (lambda a, b: a.index_select(1, b.argmax(1)), [0], Linear),
-        (lambda a, b: torch.lerp(a, b, 0.3), [0, 1], JointlyLinear),
+        (lambda a, b: torch.lerp(a, b, 0.3), [0, 1], Linear),
         (lambda a, b: torch.lerp(a, a, b), [0, 1], ByAutodiff),
     ],
 )
