@@ -1,0 +1,89 @@
+"""Steps of training as CUDA graphs: recorded once, and replayed with one call in place of a launch for each kernel.
+
+A recorded step reads and writes the same addresses at every replay, and does what it did when it was recorded. So it
+must not wait for the device, whose answers it could not follow, nor draw random numbers: torch keeps one sequence of
+these for a device, and networks trained side by side need one each.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmc_curvature.objective.randomness import drawing_module
+
+# Libraries choose their kernels and allocate their workspaces in the first calls on a stream.
+_WARM_UPS = 2
+
+Step = Callable[[], Any]
+
+
+def record_steps(
+    model: nn.Module, steps: Mapping[int, Step], stream: torch.cuda.Stream, *, rewind: Step
+) -> dict[int, Step] | str:
+    """Return the replays of some steps, or why a step cannot be replayed.
+
+    The steps are run a few times first, so all that they change is to be restored afterwards.
+
+    Args:
+        model: The network that the steps train.
+        steps: The steps by the number of their examples. One is never run while another is.
+        stream: The current stream, on which they are to be replayed, and no other step is. What cuBLAS computes in
+            belongs to a stream: networks that shared one could not be trained side by side.
+        rewind: Called before each step that is taken, so that there is always one to take.
+    """
+    pool = torch.cuda.graph_pool_handle()
+    generator = torch.cuda.default_generators[stream.device_index]
+    replays: dict[int, Step] = {}
+
+    def take(step: Step) -> None:
+        rewind()
+        step()
+
+    for size, step in steps.items():
+        for _ in range(_WARM_UPS):
+            take(step)
+        drawing = drawing_module(model, partial(take, step))
+        if drawing is not None:
+            return f"module {drawing or type(model).__name__!r} draws random numbers"
+        random_state, graph = generator.clone_state(), torch.cuda.CUDAGraph()
+        try:
+            with _waiting_refused():
+                take(step)
+            # Other threads may use the device meanwhile; the step itself computes gradients in one.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                step()
+        except RuntimeError as error:
+            # A capture that fails leaves the generator in its midst, where nothing can be drawn.
+            generator.graphsafe_set_state(random_state)
+            return _first_line(error)
+        replays[size] = graph.replay
+    return replays
+
+
+@contextlib.contextmanager
+def _waiting_refused() -> Iterator[None]:
+    """Within the block, an operation that waits for the device raises a RuntimeError that names it.
+
+    It would also end a capture, which then can name no reason.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        # That it does not detect all.
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of the error that led to an error: that of the operation, not that of the end of the capture."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
