@@ -15,14 +15,17 @@ def training_kernels(device: torch.device, precision: Precision) -> Iterator[Non
     if device.type != "cuda":
         yield
         return
-    before, rounds = torch.get_float32_matmul_precision(), precision == "tf32"
-    cudnn = torch.backends.cudnn
+    rounds, before = precision == "tf32", torch.get_float32_matmul_precision()
+    cudnn, asked = torch.backends.cudnn, "high" if rounds else "highest"
     with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=rounds):
-        torch.set_float32_matmul_precision("high" if rounds else "highest")
+        # Setting what is set already would not be without effect on torch's other options of precision.
+        if asked != before:
+            torch.set_float32_matmul_precision(asked)
         try:
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            if asked != before:
+                torch.set_float32_matmul_precision(before)
 
 
 def fastest_layout(model: nn.Module) -> torch.memory_format:

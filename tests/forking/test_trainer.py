@@ -190,7 +190,7 @@ PRECISIONS = ["float32", "tf32", "bfloat16"]
 
 
 @gpu_test
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:Training takes longer")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_replayed_steps_are_the_steps(data, precision):
     config = changed(precision=precision, augmentation="crop-flip")
@@ -211,7 +211,7 @@ def test_replayed_steps_are_the_steps(data, precision):
 
 
 @gpu_test
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:Training takes longer")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("examples", [200, 192, 40])
 def test_replays_continue_from_a_file_with_the_same_bits(precision, examples, tmp_path):
@@ -226,7 +226,7 @@ def test_replays_continue_from_a_file_with_the_same_bits(precision, examples, tm
 
 
 @gpu_test
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error:Training takes longer")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_several_networks_replayed_side_by_side_have_the_bits_of_one(data, precision):
     config = changed(precision=precision, augmentation="crop-flip")

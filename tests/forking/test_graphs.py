@@ -1,0 +1,152 @@
+"""Claim: what cannot be replayed is told by name. A CUDA device is stood in for, so that no machine needs one."""
+
+import contextlib
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from lmc_curvature.forking.graphs import record_steps
+from lmc_curvature.forking.numerics import training_kernels
+
+STREAM = SimpleNamespace(device_index=0)
+
+
+class Device:
+    """Notes what is asked of a CUDA device, and ends a capture as torch does."""
+
+    def __init__(self):
+        self.waiting, self.pools, self.generator_states, self.capturing = 0, [], [], False
+
+    def clone_state(self):
+        return "fresh"
+
+    def graphsafe_set_state(self, state):
+        self.generator_states.append(state)
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, pool, stream, capture_error_mode):
+        assert (stream, capture_error_mode) == (STREAM, "thread_local")
+        self.pools.append(pool)
+        self.capturing = True
+        try:
+            yield
+        except RuntimeError:
+            # Torch notices at the end of the capture, and says no more.
+            raise RuntimeError("operation failed due to a previous error during capture.")  # noqa: B904
+        finally:
+            self.capturing = False
+
+
+@pytest.fixture
+def device(monkeypatch):
+    device = Device()
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "default_generators", (device,))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=object()))
+    monkeypatch.setattr(torch.cuda, "graph", device.graph)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: device.waiting)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(device, "waiting", mode))
+    return device
+
+
+def test_every_step_is_recorded_once_in_one_pool(device):
+    model, events = nn.Linear(2, 2), []
+
+    def step(size):
+        model(torch.ones(size, 2))
+        events.append((size, device.capturing))
+
+    steps = {size: partial(step, size) for size in (5, 3)}
+    replays = record_steps(model, steps, STREAM, rewind=partial(events.append, "rewind"))
+    assert list(replays) == [5, 3]
+    assert replays[5] is not replays[3]
+    assert device.pools[0] is device.pools[1]
+    for size in (5, 3):
+        assert events.count((size, True)) == 1
+        # There are libraries that choose their kernels in the first calls.
+        assert events.count((size, False)) >= 3
+    # Before each step that is taken, and within none that is recorded.
+    assert events.count("rewind") == sum(event[1] is False for event in events if event != "rewind")
+    assert events[events.index((5, True)) - 1] == (5, False)
+    assert device.waiting == 0
+    assert device.generator_states == []
+
+
+def draws_from_python(module, inputs, output):
+    import random
+
+    return output * random.random()
+
+
+@pytest.mark.parametrize("where", ["dropout", "itself", "python"])
+def test_a_network_that_draws_random_numbers_is_not_recorded(device, where):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5) if where == "dropout" else nn.Tanh())
+    if where == "itself":
+        model.register_forward_hook(lambda module, inputs, output: output * torch.rand(()))
+    if where == "python":
+        model[1].register_forward_hook(draws_from_python)
+    before = torch.get_rng_state()
+    found = record_steps(model, {2: lambda: model(torch.ones(2, 2))}, STREAM, rewind=lambda: None)
+    named = "Sequential" if where == "itself" else "1"
+    assert found == f"module '{named}' draws random numbers"
+    assert not device.pools
+    assert where != "python" or torch.equal(before, torch.get_rng_state())
+
+
+def test_a_step_that_waits_is_named_before_it_is_recorded(device):
+    def step():
+        if device.waiting:
+            raise RuntimeError("called a synchronizing CUDA operation.\nA trace follows.")
+
+    assert record_steps(nn.Tanh(), {2: step}, STREAM, rewind=lambda: None) == "called a synchronizing CUDA operation"
+    assert not device.pools
+    assert device.waiting == 0
+
+
+def test_the_reason_is_that_of_the_step_and_not_of_the_end_of_the_capture(device):
+    def step():
+        if device.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    found = record_steps(nn.Tanh(), {2: step}, STREAM, rewind=lambda: None)
+    assert found == "operation not permitted when stream is capturing"
+    # What a capture leaves behind that fails would let no module draw.
+    assert device.generator_states == ["fresh"]
+
+
+def test_a_step_that_is_wrong_by_itself_is_an_error(device):
+    def step():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        record_steps(nn.Tanh(), {2: step}, STREAM, rewind=lambda: None)
+
+
+@pytest.fixture
+def kernels():
+    """What chooses kernels on a CUDA device, as it is now; restored after the test."""
+    cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    yield lambda: (
+        cudnn.enabled,
+        cudnn.benchmark,
+        cudnn.deterministic,
+        cudnn.allow_tf32,
+        torch.get_float32_matmul_precision(),
+    )
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+@pytest.mark.parametrize(("precision", "rounds"), [("float32", False), ("tf32", True), ("bfloat16", False)])
+def test_kernels_are_those_of_the_precision_and_put_back(kernels, before, precision, rounds):
+    torch.set_float32_matmul_precision(before)
+    now = kernels()
+    with pytest.raises(KeyError), training_kernels(torch.device("cuda"), precision):
+        assert kernels() == (True, False, True, rounds, "high" if rounds else "highest")
+        raise KeyError
+    assert kernels() == now
+    with training_kernels(torch.device("cpu"), precision):
+        assert kernels() == now
