@@ -45,6 +45,7 @@ class Trainer:
     Attributes:
         epoch: Epochs of the schedule behind it.
         history: Their metrics.
+        replays: Whether steps are replayed.
     """
 
     def __init__(self, model: nn.Module, data: ImageDataset, config: TrainingConfig, *, cuda_graph: bool = True):
@@ -74,7 +75,7 @@ class Trainer:
             )
             self._rate = self._optimizer.param_groups[0]["lr"]
             self._random_states: list[Tensor] = []
-            self._recorded = False
+            self.replays = False
             self._sizes = [min(config.batch_size, len(data) - step * config.batch_size) for step in range(steps)]
             self._runs = {size: partial(self._run_eagerly, size) for size in self._sizes}
             if cuda_graph and self._stream is not None:
@@ -196,12 +197,12 @@ class Trainer:
         if isinstance(replays, str):
             warnings.warn(f"Training takes longer, because a step cannot be replayed: {replays}.", stacklevel=4)
         else:
-            self._runs, self._recorded = replays, True
+            self._runs, self.replays = replays, True
         for slot in self._optimizer.state.values():
             self._forget_momentum(slot)
 
     def _forget_momentum(self, slot: dict[str, Any]) -> None:
-        if not self._recorded:
+        if not self.replays:
             # The first step makes it.
             slot.clear()
         elif "momentum_buffer" in slot:

@@ -34,7 +34,9 @@ class Trainers:
             self._idle.append(trainer)
 
     def room(self, processes: int) -> int:
-        """The number of networks that are best trained in turns: those that fit into a GPU's memory; elsewhere one.
+        """The number of networks that are best trained in turns: those that fit into a GPU's memory.
+
+        It is one where steps are not replayed, and the CPU is what they wait for.
 
         Args:
             processes: How many share the device.
@@ -42,7 +44,9 @@ class Trainers:
         if self._device.type != "cuda":
             return 1
         before = torch.cuda.memory_reserved(self._device)
-        with self.borrowed():
+        with self.borrowed() as trainer:
+            if not trainer.replays:
+                return 1
             one = torch.cuda.memory_reserved(self._device) - before
         free, _ = torch.cuda.mem_get_info(self._device)
         return trainers_that_fit(free, one, processes)
