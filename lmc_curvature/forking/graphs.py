@@ -33,7 +33,8 @@ def record_steps(
         model: The network that the steps train.
         steps: The steps by the number of their examples. One is never run while another is.
         stream: The current stream, on which they are to be replayed, and no other step is. What cuBLAS computes in
-            belongs to a stream: networks that shared one could not be trained side by side.
+            belongs to a stream, and goes with any graph that was recorded on it: networks that shared one could not be
+            trained side by side.
         rewind: Called before each step that is taken, so that there is always one to take.
     """
     pool = torch.cuda.graph_pool_handle()
@@ -58,8 +59,10 @@ def record_steps(
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 step()
         except RuntimeError as error:
-            # A capture that fails leaves the generator in its midst, where nothing can be drawn.
+            # A capture that fails leaves the generator in its midst, where nothing can be drawn, and the allocator.
             generator.graphsafe_set_state(random_state)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(stream.device_index, pool)
             return _first_line(error)
         replays[size] = graph.replay
     return replays

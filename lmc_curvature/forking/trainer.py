@@ -20,7 +20,7 @@ from torch.nn import functional
 from lmc_curvature.checkpoints import load_entries
 from lmc_curvature.errors import NonFiniteError
 from lmc_curvature.forking.configuration import TrainingConfig
-from lmc_curvature.forking.graphs import record_steps
+from lmc_curvature.forking.graphs import Step, record_steps
 from lmc_curvature.forking.numerics import fastest_layout, training_kernels
 from lmc_curvature.forking.orders import epoch_generator
 from lmc_curvature.forking.state import EpochMetrics, TrainingState, capture_state
@@ -45,7 +45,6 @@ class Trainer:
     Attributes:
         epoch: Epochs of the schedule behind it.
         history: Their metrics.
-        replays: Whether steps are replayed.
     """
 
     def __init__(self, model: nn.Module, data: ImageDataset, config: TrainingConfig, *, cuda_graph: bool = True):
@@ -75,11 +74,15 @@ class Trainer:
             )
             self._rate = self._optimizer.param_groups[0]["lr"]
             self._random_states: list[Tensor] = []
-            self.replays = False
             self._sizes = [min(config.batch_size, len(data) - step * config.batch_size) for step in range(steps)]
-            self._runs = {size: partial(self._run_eagerly, size) for size in self._sizes}
+            self._replays: dict[int, Step] = {}
             if cuda_graph and self._stream is not None:
                 self._record(self._stream)
+
+    @property
+    def replays(self) -> bool:
+        """Whether steps are replayed."""
+        return bool(self._replays)
 
     def load(self, state: TrainingState) -> None:
         """Continue from a state.
@@ -119,10 +122,18 @@ class Trainer:
             OptionError: The seed is negative.
         """
         rate = self._begin(epoch_generator(order_seed, self.epoch))
-        for size in self._sizes:
-            with torch.cuda.stream(self._stream):
-                self._runs[size]()
-            yield
+        try:
+            for size in self._sizes:
+                with torch.cuda.stream(self._stream):
+                    if self.replays:
+                        self._replays[size]()
+                    else:
+                        self._run_eagerly(size)
+                yield
+        finally:
+            # Also of an epoch that is not gone on with: its steps write to memory that may soon be another's.
+            if self._stream is not None:
+                self._stream.synchronize()
         with self._own_stream():
             losses, entries = self._losses.double().cpu(), self._model.state_dict()
             finite = torch.stack([tensor.isfinite().all() for tensor in entries.values()]).tolist()
@@ -187,7 +198,7 @@ class Trainer:
         """Let steps be replays; those that are taken for it leave no trace."""
         kept = [*self._model.parameters(), *self._model.buffers()]
         before = [tensor.detach().clone() for tensor in kept]
-        steps = {size: partial(self._step, size) for size in self._runs}
+        steps = {size: partial(self._step, size) for size in self._sizes}
         with training_kernels(self._order.device, self._config.precision), self._random_numbers_restored():
             replays = record_steps(self._model, steps, stream, rewind=self._place.zero_)
         with torch.no_grad():
@@ -197,7 +208,7 @@ class Trainer:
         if isinstance(replays, str):
             warnings.warn(f"Training takes longer, because a step cannot be replayed: {replays}.", stacklevel=4)
         else:
-            self._runs, self.replays = replays, True
+            self._replays = replays
         for slot in self._optimizer.state.values():
             self._forget_momentum(slot)
 

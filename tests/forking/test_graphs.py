@@ -18,7 +18,7 @@ class Device:
     """Notes what is asked of a CUDA device, and ends a capture as torch does."""
 
     def __init__(self):
-        self.waiting, self.pools, self.generator_states, self.capturing = 0, [], [], False
+        self.waiting, self.pools, self.generator_states, self.capturing, self.ended = 0, [], [], False, []
 
     def clone_state(self):
         return "fresh"
@@ -49,6 +49,7 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", device.graph)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: device.waiting)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(device, "waiting", mode))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *where: device.ended.append(where))
     return device
 
 
@@ -115,6 +116,7 @@ def test_the_reason_is_that_of_the_step_and_not_of_the_end_of_the_capture(device
     assert found == "operation not permitted when stream is capturing"
     # What a capture leaves behind that fails would let no module draw.
     assert device.generator_states == ["fresh"]
+    assert device.ended == [(0, device.pools[0])]
 
 
 def test_a_step_that_is_wrong_by_itself_is_an_error(device):

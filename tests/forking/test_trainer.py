@@ -1,6 +1,8 @@
 """Claim: a network comes out of training with the same bits whether or not others are trained in turns with it."""
 
+import gc
 import itertools
+import weakref
 from functools import partial
 
 import pytest
@@ -131,6 +133,24 @@ def test_steps_taken_to_be_recorded_leave_no_trace(data, monkeypatch, momentum):
     for state in (start, train(made("a residual network"), data, config, order_seed=4, until=1, progress=False)):
         recorded.load(state)
         assert_same_bits(in_turns([recorded], [4])[0], expected)
+
+
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_what_a_trainer_holds_is_freed_with_it(data, monkeypatch, is_recorded):
+    # Graphs that live on, until garbage is collected, would take with them what others are computed in.
+    monkeypatch.setattr(trainer, "record_steps", lambda *args, **kwargs: dict.fromkeys((48, 8), lambda: None))
+    held = Trainer(made("a residual network"), data, CONFIG)
+    if is_recorded:
+        held._record(None)
+    list(itertools.islice(held.steps(1), 3))
+    assert held.replays == is_recorded
+    alive = weakref.ref(held)
+    gc.disable()
+    try:
+        del held
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_a_step_that_cannot_be_replayed_is_taken_as_before(data, monkeypatch):
