@@ -18,11 +18,9 @@ from itertools import islice
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 from benchmarks.support import options, timing
 from benchmarks.support.charts import draw_points
@@ -249,6 +247,11 @@ class _Images(Dataset):
     """Images one at a time, as torchvision's CIFAR10 gives them."""
 
     def __init__(self, data: ImageDataset):
+        # Here alone, so that steps can be timed where it is missing.
+        from PIL import Image
+        from torchvision import transforms
+
+        self.picture = Image.fromarray
         self.pixels = data.images.permute(0, 2, 3, 1).contiguous().numpy()
         self.targets = data.targets.tolist()
         self.transform = transforms.Compose(
@@ -264,7 +267,7 @@ class _Images(Dataset):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.transform(Image.fromarray(self.pixels[index])), self.targets[index]
+        return self.transform(self.picture(self.pixels[index])), self.targets[index]
 
 
 class _Plain:
