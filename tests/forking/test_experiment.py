@@ -116,6 +116,45 @@ def test_networks_trained_in_turns_continue_to_the_same_bits(finished, config, w
     assert contents(tmp_path) == contents(finished.path)
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_side_by_side_and_interrupted_on_every_device(settings, tmp_path, monkeypatch, device):
+    training = {**settings["training"], "batch_size": 40, "augmentation": "crop-flip"}
+    plain = {"model": "digits-resnet", "model_options": {"width": 2}, "training": training}
+    config = ForkConfig(**{**settings, **plain})
+    run_forks(config, tmp_path / "one", device=device, together=1, progress=False)
+    # As many as fit.
+    run_forks(config, tmp_path / "several", device=device, progress=False)
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
+    saves, save = [], TrainingState.save
+
+    def interrupt(state, path):
+        save(state, path)
+        saves.append(path)
+        if len(saves) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingState, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_forks(config, tmp_path / "resumed", device=device, together=3, save_seconds=0.0, progress=False)
+    assert contents(tmp_path / "resumed").keys() < contents(tmp_path / "one").keys() | {
+        str(path.relative_to(tmp_path / "resumed")) for path in saves
+    }
+    run_forks(config, tmp_path / "resumed", device=device, together=2, progress=False)
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "one")
+
+
 def test_one_that_diverges_leaves_those_it_was_trained_with(finished, config, watch, tmp_path):
     # The second step of the second child of fork 0.
     watch.diverge(7)

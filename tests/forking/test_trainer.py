@@ -8,11 +8,12 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lmc_curvature.errors import ConfigurationError
 from lmc_curvature.forking import Trainer, TrainingConfig, TrainingState, train, trainer
 from lmc_curvature.forking.trainers import Trainers, trainers_that_fit
-from lmc_curvature.sources import digits_resnet, load_data, make_model
+from lmc_curvature.sources import ImageDataset, digits_resnet, load_data, make_model
 
 # Batches of 48, 48, 48, 48 and 8.
 CONFIG = TrainingConfig(epochs=3, learning_rate=0.1, milestones=(2,), weight_decay=1e-4, batch_size=48, warmup_epochs=2)
@@ -160,6 +161,36 @@ def test_a_step_that_cannot_be_replayed_is_taken_as_before(data, monkeypatch):
         plain._record(None)
     (found,) = in_turns([plain], [4])
     assert_same_bits(found, train(made("a network with dropout"), data, CONFIG, order_seed=4, progress=False))
+
+
+def test_a_step_on_a_gpu_waits_for_nothing(monkeypatch):
+    # Tensors without numbers raise an error where a number is asked for, and where a device has to do with another.
+    fused = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *lists, lr, **options: fused.append((*lists, lr)))
+    monkeypatch.setattr(ImageDataset, "to", lambda data, device: data)
+    monkeypatch.setattr(ImageDataset, "__post_init__", lambda data: None)
+    device = torch.device("cuda", 0)
+    with FakeTensorMode(), device:
+        model = digits_resnet(width=2)
+        # Both need a device, and are torch's.
+        monkeypatch.setattr(model, "to", lambda **layout: model)
+        monkeypatch.setattr(torch.Tensor, "__lt__", lambda rate, bound: False)
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: [set_gradient(each) for each in model.parameters()])
+        images, targets = torch.zeros(100, 1, 8, 8, dtype=torch.uint8), torch.zeros(100, dtype=torch.int64)
+        data = ImageDataset(images, targets, tuple("0123456789"), torch.zeros(1), torch.ones(1))
+        found = Trainer(model, data, changed(augmentation="crop-flip"))
+        for size in (48, 48, 4):
+            found._step(size)
+    for parameters, gradients, momentum, rate in fused:
+        assert rate.dtype == torch.float32
+        assert {each.device for each in (rate, *parameters, *gradients, *momentum)} == {device}
+        assert len(parameters) == len(momentum) == len(list(model.parameters()))
+    assert len(fused) == 3
+
+
+def set_gradient(parameter):
+    parameter.grad = torch.empty_like(parameter)
 
 
 def test_tf32_is_float32_on_a_cpu_and_bfloat16_is_close_to_it(data):
