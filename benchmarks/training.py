@@ -145,7 +145,7 @@ def _step_row(
         samples.append(timing.seconds_once(lambda: _epochs_in_turns(trainers))[0] / (steps * siblings))
     spread = Spread.of([1e3 * sample for sample in samples])
     return {
-        "road": GRAPH if graph and on_gpu else EAGER,
+        "road": GRAPH if trainers[0].replays else EAGER,
         "dtype": precision,
         "siblings": siblings,
         "ms": spread,

@@ -52,7 +52,7 @@ class Trainer:
         self.epoch = 0
         self.history: tuple[EpochMetrics, ...] = ()
         self._model, self._data, self._config = model.train(), data.to(device), config
-        self._layout = fastest_layout(model)
+        self._layout = fastest_layout(model, config.precision)
         model.to(memory_format=self._layout)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with self._own_stream():

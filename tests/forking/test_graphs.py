@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lmc_curvature.forking.graphs import record_steps
-from lmc_curvature.forking.numerics import training_kernels
 
 STREAM = SimpleNamespace(device_index=0)
 
@@ -125,30 +124,3 @@ def test_a_step_that_is_wrong_by_itself_is_an_error(device):
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         record_steps(nn.Tanh(), {2: step}, STREAM, rewind=lambda: None)
-
-
-@pytest.fixture
-def kernels():
-    """What chooses kernels on a CUDA device, as it is now; restored after the test."""
-    cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    yield lambda: (
-        cudnn.enabled,
-        cudnn.benchmark,
-        cudnn.deterministic,
-        cudnn.allow_tf32,
-        torch.get_float32_matmul_precision(),
-    )
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize("before", ["highest", "high", "medium"])
-@pytest.mark.parametrize(("precision", "rounds"), [("float32", False), ("tf32", True), ("bfloat16", False)])
-def test_kernels_are_those_of_the_precision_and_put_back(kernels, before, precision, rounds):
-    torch.set_float32_matmul_precision(before)
-    now = kernels()
-    with pytest.raises(KeyError), training_kernels(torch.device("cuda"), precision):
-        assert kernels() == (True, False, True, rounds, "high" if rounds else "highest")
-        raise KeyError
-    assert kernels() == now
-    with training_kernels(torch.device("cpu"), precision):
-        assert kernels() == now
