@@ -11,23 +11,33 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from lmc_curvature.objective.randomness import drawing_module
 
 # Libraries choose their kernels and allocate their workspaces in the first calls on a stream.
 _WARM_UPS = 2
+# The kernels are the same, and what they add in no certain order differs by less.
+_TOLERANCE = 1e-2
 
 Step = Callable[[], Any]
 
 
 def record_steps(
-    model: nn.Module, steps: Mapping[int, Step], stream: torch.cuda.Stream, *, rewind: Step
+    model: nn.Module,
+    steps: Mapping[int, Step],
+    stream: torch.cuda.Stream,
+    *,
+    rewind: Step,
+    outcome: Callable[[], Float[Tensor, "2"]],
 ) -> dict[int, Step] | str:
     """Return the replays of some steps, or why a step cannot be replayed.
 
-    The steps are run a few times first, so all that they change is to be restored afterwards.
+    The steps are taken a few times first, and each replay once, to compare it with the step itself: a network that
+    counts its calls, or keeps what it has computed, may go on otherwise than it was recorded.
 
     Args:
         model: The network that the steps train.
@@ -35,7 +45,8 @@ def record_steps(
         stream: The current stream, on which they are to be replayed, and no other step is. What cuBLAS computes in
             belongs to a stream, and goes with any graph that was recorded on it: networks that shared one could not be
             trained side by side.
-        rewind: Called before each step that is taken, so that there is always one to take.
+        rewind: Called before each step that is taken, so that all are the same.
+        outcome: The sum of the losses of the step that was taken, and how far it has moved the network.
     """
     pool = torch.cuda.graph_pool_handle()
     generator = torch.cuda.default_generators[stream.device_index]
@@ -55,6 +66,7 @@ def record_steps(
         try:
             with _waiting_refused():
                 take(step)
+            expected = outcome().tolist()
             # Other threads may use the device meanwhile; the step itself computes gradients in one.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 step()
@@ -64,6 +76,14 @@ def record_steps(
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(stream.device_index, pool)
             return _first_line(error)
+        take(graph.replay)
+        found = outcome().tolist()
+        if not np.allclose(found, expected, rtol=_TOLERANCE, atol=0.0, equal_nan=True):
+            loss, moved, other_loss, other_moved = (*expected, *found)
+            return (
+                f"the losses of its examples sum to {loss:.6g} and it moves the network by {moved:.6g}, and replayed "
+                f"these are {other_loss:.6g} and {other_moved:.6g}"
+            )
         replays[size] = graph.replay
     return replays
 

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -57,8 +58,8 @@ class Trainer:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with self._own_stream():
             steps = -(-len(data) // config.batch_size)
-            self._order = torch.zeros(len(data), dtype=torch.int64, device=device)
-            # Of any content until an epoch begins.
+            # Until an epoch begins, any order and augmentation.
+            self._order = torch.arange(len(data), device=device)
             drawn = Crops.draw(len(data), torch.Generator()).to(device)
             self._crops = drawn if config.augmentation == "crop-flip" else None
             self._rates, self._losses = torch.zeros(2, steps, device=device)
@@ -198,19 +199,32 @@ class Trainer:
         """Let steps be replays; those that are taken for it leave no trace."""
         kept = [*self._model.parameters(), *self._model.buffers()]
         before = [tensor.detach().clone() for tensor in kept]
-        steps = {size: partial(self._step, size) for size in self._sizes}
-        with training_kernels(self._order.device, self._config.precision), self._random_numbers_restored():
-            replays = record_steps(self._model, steps, stream, rewind=self._place.zero_)
-        with torch.no_grad():
+        self._rates.fill_(self._config.learning_rate)
+
+        @torch.no_grad()
+        def rewind() -> None:
             for tensor, value in zip(kept, before, strict=True):
                 tensor.copy_(value)
+            for slot in self._optimizer.state.values():
+                slot["momentum_buffer"].zero_()
+            self._place.zero_()
+
+        @torch.no_grad()
+        def outcome() -> Float[Tensor, "2"]:
+            pairs = [pair for pair in zip(kept, before, strict=True) if pair[0].is_floating_point()]
+            moved = torch.stack([(tensor - value).double().abs().sum() for tensor, value in pairs])
+            return torch.stack([self._losses[0].double(), moved.sum()])
+
+        steps = {size: partial(self._step, size) for size in self._sizes}
+        with training_kernels(self._order.device, self._config.precision), self._random_numbers_restored():
+            replays = record_steps(self._model, steps, stream, rewind=rewind, outcome=outcome)
+        rewind()
         self._optimizer.zero_grad()
         if isinstance(replays, str):
+            self._optimizer.state.clear()
             warnings.warn(f"Training takes longer, because a step cannot be replayed: {replays}.", stacklevel=4)
         else:
             self._replays = replays
-        for slot in self._optimizer.state.values():
-            self._forget_momentum(slot)
 
     def _forget_momentum(self, slot: dict[str, Any]) -> None:
         if not self.replays:

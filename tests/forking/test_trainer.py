@@ -107,12 +107,18 @@ def test_a_trainer_forgets_the_network_it_had_before(data, device):
     assert_same_bits(found, train(model(), data, CONFIG, order_seed=4, progress=False))
 
 
-def replayed_as_they_are(model, steps, stream, *, rewind):
+def replayed_as_they_are(model, steps, stream, *, rewind, outcome):
     """Takes steps as for recording, and lets replays be the steps themselves."""
-    for step in steps.values():
+    for size, step in steps.items():
+        outcomes = []
         for _ in range(3):
             rewind()
             step()
+            outcomes.append(outcome())
+        # Every step is the first, and its loss that of a network that knows nothing.
+        assert torch.equal(outcomes[0], outcomes[2])
+        assert outcomes[0][0].item() / size == pytest.approx(2.3, abs=1.5)
+        assert outcomes[0][1] > 0
     return dict(steps)
 
 
