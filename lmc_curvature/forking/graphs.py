@@ -11,17 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lmc_curvature.agreement import near
 from lmc_curvature.objective.randomness import drawing_module
 
 # Libraries choose their kernels and allocate their workspaces in the first calls on a stream.
 _WARM_UPS = 2
-# The kernels are the same, and what they add in no certain order differs by less.
-_TOLERANCE = 1e-2
 
 Step = Callable[[], Any]
 
@@ -66,7 +64,7 @@ def record_steps(
         try:
             with _waiting_refused():
                 take(step)
-            expected = outcome().tolist()
+            expected = outcome()
             # Other threads may use the device meanwhile; the step itself computes gradients in one.
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 step()
@@ -77,9 +75,9 @@ def record_steps(
                 torch._C._cuda_endAllocateToPool(stream.device_index, pool)
             return _first_line(error)
         take(graph.replay)
-        found = outcome().tolist()
-        if not np.allclose(found, expected, rtol=_TOLERANCE, atol=0.0, equal_nan=True):
-            loss, moved, other_loss, other_moved = (*expected, *found)
+        found, rounding = outcome(), torch.finfo(torch.float32).eps
+        if not near("replays", found, expected, rounding=rounding, scale=expected.abs()).all():
+            loss, moved, other_loss, other_moved = (*expected.tolist(), *found.tolist())
             return (
                 f"the losses of its examples sum to {loss:.6g} and it moves the network by {moved:.6g}, and replayed "
                 f"these are {other_loss:.6g} and {other_moved:.6g}"
