@@ -71,7 +71,7 @@ def record_steps(
         except RuntimeError as error:
             # A capture that fails leaves the generator in its midst, where nothing can be drawn, and the allocator.
             generator.graphsafe_set_state(random_state)
-            with contextlib.suppress(RuntimeError):
+            with contextlib.suppress(RuntimeError, AttributeError):
                 torch._C._cuda_endAllocateToPool(stream.device_index, pool)
             return _first_line(error)
         take(graph.replay)

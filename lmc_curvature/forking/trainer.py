@@ -34,8 +34,8 @@ class Trainer:
 
     On a CUDA device a step is recorded as a CUDA graph and replayed on a stream of the trainer's own, one graph for a
     whole batch and one for a short one at the end of an epoch. A network is recorded as it is: what its modules do in
-    Python, such as counting their calls, happens only then. Where a step waits for the device or draws random numbers
-    it cannot be replayed: a warning says so, and steps are taken operation by operation.
+    Python, such as counting their calls, happens only then. A step that waits for the device, draws random numbers, or
+    does something else when it is replayed, is taken operation by operation, and a warning says why.
 
     Args:
         model: The network, on the device to train on; changed in place, and in training mode from here on.
