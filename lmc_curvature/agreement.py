@@ -173,6 +173,13 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             cost=9.0,
             tolerance=Tolerance(0.25),
         ),
+        "replays": Check(
+            catches="A step of training that does something else when it is replayed: of a network that counts its "
+            "calls, or keeps what it has computed.",
+            runs="When steps are recorded on a CUDA device, for a whole batch and for a short one.",
+            cost=3.0,
+            tolerance=Tolerance(0.3),
+        ),
     }
 )
 """The checks by name; docs/trust.md shows them."""

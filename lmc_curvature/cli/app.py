@@ -68,6 +68,9 @@ def fork(
     data: OtherData = None,
     device: Device = "cpu",
     workers: Workers = 1,
+    together: Annotated[
+        int | None, typer.Option(help="Networks that a process trains in turns; by default as many as fit on a GPU.")
+    ] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Also log metrics there, for TensorBoard.")] = None,
     progress: Progress = None,
 ) -> None:
@@ -76,7 +79,7 @@ def fork(
     from lmc_curvature.forking import load_config, run_forks
 
     plan = load_config(config, **({} if data is None else {"data": data}))
-    run_forks(plan, out, device=device, workers=workers, tensorboard=tensorboard, progress=progress)
+    run_forks(plan, out, device=device, workers=workers, together=together, tensorboard=tensorboard, progress=progress)
     show(f"trained: {out}; next: lmc-curvature trace {out}")
 
 

@@ -5,13 +5,16 @@ from lmc_curvature.forking.directory import ForkDirectory, initial_model, load_c
 from lmc_curvature.forking.experiment import run_forks
 from lmc_curvature.forking.provenance import load_fork_data
 from lmc_curvature.forking.sharing import cpu_threads
-from lmc_curvature.forking.training import EpochMetrics, TrainingState, evaluate, train
+from lmc_curvature.forking.state import EpochMetrics, TrainingState
+from lmc_curvature.forking.trainer import Trainer
+from lmc_curvature.forking.training import evaluate, train
 
 __all__ = [
     "EpochMetrics",
     "ForkConfig",
     "ForkDirectory",
     "TraceConfig",
+    "Trainer",
     "TrainingConfig",
     "TrainingState",
     "cpu_threads",

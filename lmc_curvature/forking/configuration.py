@@ -15,6 +15,7 @@ from lmc_curvature.errors import ConfigurationError, counted, suggest
 from lmc_curvature.objective.normalization import BatchNormPolicy
 
 When = Literal["all", "last", "never"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 class Configuration(BaseModel):
@@ -59,6 +60,9 @@ class TrainingConfig(Configuration):
         batch_size: Examples a step; the last batch of an epoch may be short.
         warmup_epochs: The learning rate rises linearly, step by step, over this many epochs.
         augmentation: `"crop-flip"`: random crops after padding by 4 pixels, and random mirror images; or `"none"`.
+        precision: `"float32"`; `"tf32"`, which lets a CUDA device round to ten bits what convolutions and matrix
+            products take, and is float32 elsewhere; or `"bfloat16"`, by autocast: parameters, momentum, running
+            statistics and the loss stay in float32.
 
     Raises:
         ConfigurationError: A key is unknown, missing, or has a bad value.
@@ -73,6 +77,7 @@ class TrainingConfig(Configuration):
     batch_size: Integer = Field(default=128, ge=1)
     warmup_epochs: Integer = Field(default=0, ge=0)
     augmentation: Literal["none", "crop-flip"] = "none"
+    precision: Precision = "float32"
 
     @field_validator("milestones")
     @classmethod

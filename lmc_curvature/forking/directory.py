@@ -23,7 +23,7 @@ from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionE
 from lmc_curvature.forking.configuration import ForkConfig, check_same, parse_config, stored_trace
 from lmc_curvature.forking.orders import order_seed
 from lmc_curvature.forking.runs import Run
-from lmc_curvature.forking.training import TrainingState
+from lmc_curvature.forking.state import TrainingState
 from lmc_curvature.sources.models import make_model
 from lmc_curvature.storage import read_json, remove_partial_files, write_json
 

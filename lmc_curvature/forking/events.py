@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lmc_curvature.forking.training import EpochMetrics
+from lmc_curvature.forking.state import EpochMetrics
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 
 import torch
@@ -22,7 +22,9 @@ from lmc_curvature.forking.events import event_log
 from lmc_curvature.forking.provenance import Conditions, begin, conditions, load_fork_data, recorded_splits
 from lmc_curvature.forking.runs import Run
 from lmc_curvature.forking.sharing import Task, device_of_rank, helpers, progress_of_rank, share, unless_claimed
-from lmc_curvature.forking.training import EpochMetrics, TrainingState, capture_state, train
+from lmc_curvature.forking.state import EpochMetrics, TrainingState, capture_state
+from lmc_curvature.forking.trainer import Trainer
+from lmc_curvature.forking.trainers import Trainers
 from lmc_curvature.sources import ImageDataset, Split
 from lmc_curvature.storage import remove_partial_files
 
@@ -33,6 +35,7 @@ def run_forks(
     *,
     device: torch.device | str = "cpu",
     workers: int = 1,
+    together: int | None = None,
     tensorboard: str | os.PathLike[str] | None = None,
     save_seconds: float = 5.0,
     progress: bool | None = None,
@@ -51,6 +54,9 @@ def run_forks(
         device: Where to train. Under `torchrun`, `"cuda"` is the device of the rank.
         workers: Processes to train in, this one included. A script that asks for more than one needs the usual
             `if __name__ == "__main__":`.
+        together: Networks that each process trains in turns, step by step; they come out with the same bits as one
+            after another. On a CUDA device they are computed side by side, each on a stream of its own, and by default
+            these are as many as fit into its memory and still make it faster; elsewhere it is one.
         tensorboard: Also log the metrics of every run there, as TensorBoard events.
         save_seconds: How often a state to continue from is written: what being killed costs at most, besides the epoch
             at hand.
@@ -67,11 +73,14 @@ def run_forks(
         NonFiniteError: The parent or children diverged. All others were trained, except for the children of forks that
             the parent did not reach. The message says which.
         NewerVersionError: The directory, or a snapshot, was written by another release.
-        OptionError: `workers` is not positive, there is no such device, or TensorBoard is asked for and not installed.
+        OptionError: `workers` or `together` is not positive, there is no such device, or TensorBoard is asked for and
+            not installed.
         PartitionError: The layers that are to be traced are not those of the network.
     """
     if workers < 1:
         raise OptionError(f"workers={workers} must be at least 1.")
+    if together is not None and together < 1:
+        raise OptionError(f"together={together} must be at least 1.")
     if tensorboard is not None and importlib.util.find_spec("tensorboard") is None:
         raise OptionError("TensorBoard events need the package tensorboard: pip install lmc-curvature[tensorboard].")
     device, progress = device_of_rank(device), progress_of_rank(progress)
@@ -85,7 +94,7 @@ def run_forks(
         data = load_fork_data(directory, "train", progress=progress).to(device)
         _begin(directory, data, conditions(config, device), progress=progress)
         if unfinished:
-            laboratory = _Laboratory(directory, device, tensorboard, save_seconds)
+            laboratory = _Laboratory(directory, device, workers, together, tensorboard, save_seconds)
             with helpers(workers - 1, partial(_train_all, laboratory)):
                 _train_all(laboratory, data, progress=progress)
     failures = directory.failures()
@@ -117,6 +126,8 @@ class _Laboratory:
 
     directory: ForkDirectory
     device: torch.device
+    workers: int
+    together: int | None
     tensorboard: str | os.PathLike[str] | None
     save_seconds: float
 
@@ -130,7 +141,7 @@ def _train_all(laboratory: _Laboratory, data: ImageDataset | None = None, *, pro
     directory, device = laboratory.directory, laboratory.device
     config, runs = directory.config, directory.runs()
     data = load_fork_data(directory, "train", progress=progress).to(device) if data is None else data
-    step = partial(train, initial_model(config).to(device), data, config.training, progress=False)
+    trainers = Trainers(lambda: Trainer(initial_model(config).to(device), data, config.training), device)
     share(
         [
             Task(
@@ -138,19 +149,27 @@ def _train_all(laboratory: _Laboratory, data: ImageDataset | None = None, *, pro
                 directory.lock_path(run.title),
                 is_done=partial(directory.is_over, run),
                 is_ready=partial(directory.can_start, run),
-                work=partial(_train, laboratory, run, step),
+                work=partial(_train, laboratory, run, trainers),
             )
             for run in runs
         ],
         total=sum(run.epochs[-1] - run.first_epoch for run in runs),
         count=lambda: sum(run.epochs_trained() for run in runs),
+        together=laboratory.together or _together(laboratory, trainers),
         threads=config.threads,
         progress=progress,
     )
 
 
-def _train(laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState], bar: tqdm) -> None:
-    """Train a run to its end, and tell its manifest how that went."""
+def _together(laboratory: _Laboratory, trainers: Trainers) -> int:
+    """Networks to train in turns: as many as fit, but not so many that another process has nothing to do."""
+    processes = laboratory.workers * int(os.environ.get("WORLD_SIZE", "1"))
+    unfinished = sum(not laboratory.directory.is_over(run) for run in laboratory.directory.runs())
+    return min(trainers.room(laboratory.workers), -(-unfinished // processes) or 1)
+
+
+def _train(laboratory: _Laboratory, run: Run, trainers: Trainers, bar: tqdm) -> Iterator[None]:
+    """Train a run to its end, a step each time this is advanced, and tell its manifest how that went."""
     remove_partial_files(run.path)
     run.write_manifest("training", laboratory.made_with)
 
@@ -160,8 +179,11 @@ def _train(laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState]
         log(metrics)
 
     try:
-        with event_log(laboratory.tensorboard, run.path.relative_to(laboratory.directory.path)) as log:
-            state = _train_to_end(laboratory, run, partial(step, on_epoch=report))
+        with (
+            event_log(laboratory.tensorboard, run.path.relative_to(laboratory.directory.path)) as log,
+            trainers.borrowed() as trainer,
+        ):
+            state = yield from _train_to_end(laboratory, run, trainer, report)
     except NonFiniteError as error:
         run.write_manifest("diverged", laboratory.made_with, str(error))
         return
@@ -170,11 +192,13 @@ def _train(laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState]
     run.write_manifest("finished", laboratory.made_with)
 
 
-def _train_to_end(laboratory: _Laboratory, run: Run, step: Callable[..., TrainingState]) -> TrainingState:
+def _train_to_end(
+    laboratory: _Laboratory, run: Run, trainer: Trainer, report: Callable[[EpochMetrics], None]
+) -> Generator[None, None, TrainingState]:
     """Train to the end, leaving a snapshot at each epoch that is kept, and between them a state every few seconds.
 
-    Every epoch starts from a state, and a state from a file is the same state: so it makes no difference to the
-    result whether training was interrupted between two epochs.
+    A state from a file is the same state as the trainer's: so it makes no difference to the result whether training was
+    interrupted between two epochs.
     """
     directory = laboratory.directory
     if run == directory.parent:
@@ -186,12 +210,15 @@ def _train_to_end(laboratory: _Laboratory, run: Run, step: Callable[..., Trainin
             state = TrainingState.load(run.snapshot_path(epoch))
             continue
         state, saved = run.furthest(state, epoch), time.monotonic()
-        while state.epoch < epoch:
-            state = step(order_seed=run.order_seed, start=state, until=state.epoch + 1)
-            if time.monotonic() - saved >= laboratory.save_seconds and state.epoch < epoch:
-                state.save(run.latest_path)
-                run.write_metrics(state.history)
+        trainer.load(state)
+        while trainer.epoch < epoch:
+            yield from trainer.steps(run.order_seed)
+            report(trainer.history[-1])
+            if time.monotonic() - saved >= laboratory.save_seconds and trainer.epoch < epoch:
+                trainer.state().save(run.latest_path)
+                run.write_metrics(trainer.history)
                 saved = time.monotonic()
+        state = trainer.state()
         state.save(run.snapshot_path(epoch))
         run.write_manifest("training", laboratory.made_with)
     return state

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lmc_curvature.errors import CheckpointError, FileFormatError
-from lmc_curvature.forking.training import EpochMetrics, TrainingState
+from lmc_curvature.forking.state import EpochMetrics, TrainingState
 from lmc_curvature.storage import discard_if_damaged, read_json, remove_partial_files, write_atomically, write_json
 
 _MANIFEST = "manifest.json"

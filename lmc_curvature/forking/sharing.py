@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from lmc_curvature.objective.network import parse_device
 
 _PAUSE = 0.5
 _SHOWN = 500
+_OVER = object()
+_Work = Generator[None, None, None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +39,15 @@ class Task:
         title: The name that the progress bar shows while it is worked on.
         lock_path: The file that whoever works on it locks.
         is_done: Tells whether nothing is left to do, whoever did it.
-        work: Does it, given the progress bar of all tasks.
+        work: Does it, given the progress bar of all tasks; or returns an iterator that does a little of it each time
+            it is advanced, so that one process may work on several tasks in turns.
         is_ready: Tells whether what it needs is there.
     """
 
     title: str
     lock_path: Path
     is_done: Callable[[], bool]
-    work: Callable[[tqdm], None]
+    work: Callable[[tqdm], Iterable[None] | None]
     is_ready: Callable[[], bool] = lambda: True
 
 
@@ -53,6 +56,7 @@ def share(
     *,
     total: int,
     count: Callable[[], int],
+    together: int = 1,
     threads: int | None = None,
     progress: bool | None = None,
 ) -> None:
@@ -62,16 +66,27 @@ def share(
         tasks: The tasks, in the order to try them.
         total: The epochs that all tasks are about.
         count: Tells how many of these are done, whoever did them.
+        together: How many tasks this process works on in turns.
         threads: CPU threads to work with; by default as many as torch uses.
         progress: Show one bar of epochs; by default on a terminal and in notebooks.
     """
-    remaining = list(tasks)
+    remaining, claims = list(tasks), dict[str, _Work]()
     off = None if progress is None else not progress
     with cpu_threads(threads), tqdm(total=total, initial=count(), unit="epoch", disable=off) as bar:
-        while remaining := [task for task in remaining if not task.is_done()]:
-            if not any(_claim(task, bar) for task in remaining):
-                time.sleep(_PAUSE)
-            bar.update(max(count() - bar.n, 0))
+        try:
+            while remaining := [task for task in remaining if task.title in claims or not task.is_done()]:
+                claimed = sum(_claim(task, claims, together, bar) for task in remaining)
+                if not claims:
+                    time.sleep(_PAUSE)
+                # What was begun may have made others ready; later on, with room for more, look now and then.
+                until = time.monotonic() + (0.0 if claimed else _PAUSE)
+                _advance(claims)
+                while claims and (len(claims) == together or time.monotonic() < until):
+                    _advance(claims)
+                bar.update(max(count() - bar.n, 0))
+        finally:
+            for claim in claims.values():
+                claim.close()
 
 
 def unless_claimed(lock_path: Path, action: Callable[[], None]) -> bool:
@@ -85,16 +100,33 @@ def unless_claimed(lock_path: Path, action: Callable[[], None]) -> bool:
     return True
 
 
-def _claim(task: Task, bar: tqdm) -> bool:
-    """Do a task unless it is not ready or another process has it; return whether it was done here."""
+def _claim(task: Task, claims: dict[str, _Work], together: int, bar: tqdm) -> bool:
+    """Claim a task if there is room for it; return whether it was."""
+    if task.title in claims or len(claims) >= together or not task.is_ready():
+        return False
+    claim = _work(task, bar)
+    if next(claim, _OVER) is _OVER:
+        return False
+    claims[task.title] = claim
+    return True
 
-    def work() -> None:
+
+def _advance(claims: dict[str, _Work]) -> None:
+    """Do a little of every task, and forget those that are over."""
+    for title, claim in list(claims.items()):
+        if next(claim, _OVER) is _OVER:
+            del claims[title]
+
+
+def _work(task: Task, bar: tqdm) -> _Work:
+    """Lock a task, and then do it in turns with others; at once over if another process has it."""
+    task.lock_path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(Timeout), FileLock(task.lock_path, timeout=0):
         # Another process may have finished it between the two looks.
         if not task.is_done():
             bar.set_description(task.title)
-            task.work(bar)
-
-    return task.is_ready() and unless_claimed(task.lock_path, work)
+            yield
+            yield from task.work(bar) or ()
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.forking import ForkDirectory, load_child, load_parent
 from lmc_curvature.forking.configuration import When
 from lmc_curvature.geometry import SiblingGeometry
+from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment.partition import LayerPartition
 from lmc_curvature.segment.segment import Segment
@@ -126,13 +127,22 @@ def _compute(
         options: dict[str, Any] = {"memory_gib": _MEMORY_GIB, "progress": False}
         return predict_on_segment(objective, segment, anchors=config.anchors, **options)
     if name == "geometry":
-        fork = load_parent(pair.directory.path, pair.fork_epoch).to(objective.device)
-        last = _siblings(pair, pair.directory.config.training.epochs, objective)
+        fork, last = _compared_with(pair, objective)
         return SiblingGeometry.of(*(dict(network.named_parameters()) for network in (*siblings, fork, *last)))
     if name == "sets":
         sets, alphas = _sets(pair, first), config.layer_alphas
         return measure(loaders["train"], layers=config.partition, sets=sets, alphas=alphas, metrics=("loss",))
     return measure(loaders["test" if name == "test" else "train"], alphas=config.alphas)
+
+
+def _compared_with(pair: Pair, objective: Objective) -> tuple[nn.Module, list[nn.Module]]:
+    """The fork and the last siblings, on the device: every epoch of a fork is compared with the same."""
+
+    def read() -> tuple[nn.Module, list[nn.Module]]:
+        fork = load_parent(pair.directory.path, pair.fork_epoch).to(objective.device)
+        return fork, _siblings(pair, pair.directory.config.training.epochs, objective)
+
+    return objective.memo("ends of a fork", lambda: Memo(most=1))((pair.directory.path, pair.fork_epoch), read)
 
 
 def _siblings(pair: Pair, epoch: int, objective: Objective) -> list[nn.Module]:

@@ -287,6 +287,10 @@ def test_the_three_commands_explain_what_is_missing(run, tmp_path):
     assert status == 2
     assert "modle: unknown key; did you mean 'model'" in printed
     assert not (tmp_path / "out").exists()
+    (tmp_path / "config.yaml").write_text(SECONDS)
+    refused = run("fork", tmp_path / "config.yaml", "--out", tmp_path / "out", "--together", "0", "--no-progress")
+    assert "together=0 must be at least 1" in refused[2]
+    assert not (tmp_path / "out").exists()
     assert "config.json is missing; run_forks" in run("trace", tmp_path / "out", "--no-progress")[2]
     assert "config.json is missing; run_forks" in run("figures", tmp_path / "out", "--no-progress")[2]
 

@@ -85,6 +85,86 @@ def test_an_interrupted_experiment_continues_to_the_same_bits(
     assert watch.steps == 33 + 1 + trained_again
 
 
+def test_networks_trained_in_turns_have_the_same_bits(finished, config, watch, tmp_path):
+    seen = []
+
+    def look(step, logits):
+        seen.append([path.parent.name for path in tmp_path.rglob("manifest.json")])
+        return logits
+
+    watch.on_step = look
+    run_forks(config, tmp_path, together=3, progress=False)
+    assert contents(tmp_path) == contents(finished.path)
+    # The children of fork 0 began before the parent's first epoch was over.
+    assert len(seen[0]) == 1
+    assert len(seen[3]) == 3
+    with pytest.raises(OptionError, match="together=0 must be at least 1"):
+        run_forks(config, tmp_path, together=0)
+
+
+def test_networks_trained_in_turns_continue_to_the_same_bits(finished, config, watch, tmp_path):
+    def interrupt(step, logits):
+        if step in (8, 33):
+            raise KeyboardInterrupt
+        return logits
+
+    watch.on_step = interrupt
+    for together in (3, 2):
+        with pytest.raises(KeyboardInterrupt):
+            run_forks(config, tmp_path, together=together, save_seconds=0.0, progress=False)
+    run_forks(config, tmp_path, together=4, progress=False)
+    assert contents(tmp_path) == contents(finished.path)
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_side_by_side_and_interrupted_on_every_device(settings, tmp_path, monkeypatch, device):
+    training = {**settings["training"], "batch_size": 40, "augmentation": "crop-flip"}
+    plain = {"model": "digits-resnet", "model_options": {"width": 2}, "training": training}
+    config = ForkConfig(**{**settings, **plain})
+    run_forks(config, tmp_path / "one", device=device, together=1, progress=False)
+    # As many as fit.
+    run_forks(config, tmp_path / "several", device=device, progress=False)
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
+    saves, save = [], TrainingState.save
+
+    def interrupt(state, path):
+        save(state, path)
+        saves.append(path)
+        if len(saves) == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainingState, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_forks(config, tmp_path / "resumed", device=device, together=3, save_seconds=0.0, progress=False)
+    assert contents(tmp_path / "resumed").keys() < contents(tmp_path / "one").keys() | {
+        str(path.relative_to(tmp_path / "resumed")) for path in saves
+    }
+    run_forks(config, tmp_path / "resumed", device=device, together=2, progress=False)
+    assert contents(tmp_path / "resumed") == contents(tmp_path / "one")
+
+
+def test_one_that_diverges_leaves_those_it_was_trained_with(finished, config, watch, tmp_path):
+    # The second step of the second child of fork 0.
+    watch.diverge(7)
+    with pytest.raises(NonFiniteError, match=r"^fork 0, child 1: Training diverged: .* in epoch 1, step 2 of 3"):
+        run_forks(config, tmp_path, together=3, progress=False)
+    kept, expected = contents(tmp_path), contents(finished.path)
+    others = [name for name in expected if "fork-0000/child-1" not in name]
+    assert {name: kept[name] for name in others} == {name: expected[name] for name in others}
+
+
 @pytest.mark.slow
 def test_several_processes_share_the_work(settings, tmp_path):
     config = ForkConfig(**{**settings, "threads": 1})

@@ -25,11 +25,11 @@ PROGRAM = """
 import sys
 from lmc_curvature.forking import ForkConfig, run_forks
 from lmc_curvature.tracing import trace_forks
-config, out, what, workers = sys.argv[1:]
+config, out, what, workers, together = sys.argv[1:]
 print("begins", flush=True)
 if what == "train":
     config = ForkConfig.model_validate_json(config)
-    run_forks(config, out, workers=int(workers), save_seconds=0.0, progress=False)
+    run_forks(config, out, workers=int(workers), together=int(together), save_seconds=0.0, progress=False)
 else:
     trace_forks(out, workers=int(workers), progress=False)
 """
@@ -40,12 +40,12 @@ def trace_files(path):
     return len(list(path.glob("traces/fork-*/epoch-*/*.safetensors")))
 
 
-def run_and_kill(tmp_path, what, seconds, workers=1, *, after_a_trace=False):
+def run_and_kill(tmp_path, what, seconds, workers=1, together=1, *, after_a_trace=False):
     """Start the work, kill it some time after it begins, or after a trace, and return whether it was still at it."""
     before = trace_files(tmp_path / "killed")
     script = tmp_path / "program.py"
     script.write_text(f"if __name__ == '__main__':\n    {PROGRAM.strip().replace(chr(10), chr(10) + '    ')}\n")
-    command = [sys.executable, script, CONFIG.model_dump_json(), tmp_path / "killed", what, str(workers)]
+    command = [sys.executable, script, CONFIG.model_dump_json(), tmp_path / "killed", what, str(workers), str(together)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begins\n"
@@ -59,8 +59,8 @@ def run_and_kill(tmp_path, what, seconds, workers=1, *, after_a_trace=False):
 
 
 @pytest.mark.check
-@pytest.mark.parametrize("workers", [1, 2])
-def test_training_and_tracing_survive_being_killed(tmp_path, workers):
+@pytest.mark.parametrize(("workers", "together"), [(1, 1), (2, 1), (1, 3)])
+def test_training_and_tracing_survive_being_killed(tmp_path, workers, together):
     run_forks(CONFIG, tmp_path / "undisturbed", progress=False)
     trace_forks(tmp_path / "undisturbed", progress=False)
     moments = random.Random(workers)
@@ -71,9 +71,9 @@ def test_training_and_tracing_survive_being_killed(tmp_path, workers):
             # Some before there is a trace, some with a few.
             late = what == "trace" and number > 0
             seconds = moments.uniform(0.0, 0.5) if late else moments.uniform(0.05, 1.2)
-            killed[what] += run_and_kill(tmp_path, what, seconds, workers, after_a_trace=late)
+            killed[what] += run_and_kill(tmp_path, what, seconds, workers, together, after_a_trace=late)
             killed["in the midst"] += 0 < trace_files(tmp_path / "killed") < whole
-        assert not run_and_kill(tmp_path, what, 600, workers)
+        assert not run_and_kill(tmp_path, what, 600, workers, together)
     # Most kills hit while there was work left.
     assert min(killed.values()) >= 2
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")

@@ -5,6 +5,7 @@ from lmc_curvature import measure_barrier, predict_barrier
 from lmc_curvature.forking import load_child, load_parent
 from lmc_curvature.geometry import sibling_cosine, solution_plane_cosine
 from lmc_curvature.sources import load_data
+from lmc_curvature.tracing import pair, trace_forks
 from lmc_curvature.tracing.pair import cumulative_sets
 
 
@@ -76,6 +77,14 @@ def test_cumulative_barriers_are_of_the_first_and_last_layers(traced):
     whole = pick(traces.cumulative, fork=0, count=len(names))
     assert whole["measured"].nunique() == 1
     assert list(cumulative_sets("abc"))[2:4] == [("first", 2, ("a", "b")), ("last", 2, ("b", "c"))]
+
+
+def test_what_all_epochs_of_a_fork_are_compared_with_is_read_once(traced, untraced, monkeypatch):
+    read = []
+    monkeypatch.setattr(pair, "load_parent", lambda path, epoch: (read.append(epoch), load_parent(path, epoch))[1])
+    found = trace_forks(untraced, progress=False).geometry
+    assert read == [0, 1]
+    assert found.equals(traced[1].geometry)
 
 
 def test_geometry_is_that_of_parameters(traced):
