@@ -2,8 +2,9 @@
 
 The directions U are the layers' displacements from one residual network with batch normalisation to another; times are
 of one k × k matrix. Our products are looped, taken together and vectorised by `torch.func.vmap`; curvlinops, PyHessian
-and BackPACK multiply in their own ways. Further tables: the cost of the first call (checks, capture, self-check), the
-distance of the sweep from products in either precision and, with `--profile`, the sweep's time by operation.
+and BackPACK multiply in their own ways, curvlinops' product also under `torch.compile`. Further tables: the cost of the
+first call (checks, capture, self-check), the distance of the sweep from products in either precision and, with
+`--profile`, the sweep's time by operation.
 
     python -m benchmarks.projection [--network resnet18] [--batch 512] [--device cuda] [--profile] [--quick]
 """
@@ -16,22 +17,25 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from benchmarks.support import memory, options, peers, profiling, timing
+from benchmarks.support import compilation, memory, options, peers, profiling, timing
 from benchmarks.support.charts import draw_roads
 from benchmarks.support.problems import Problem, image_problem
 from benchmarks.support.report import Bar, Report, new_report, publish
-from benchmarks.support.roads import fastest, relative_error, road_rows
-from lmc_curvature import HessianOperator, Objective, project_hessian
+from benchmarks.support.roads import eager_forward, fastest, relative_error, road_rows
+from lmc_curvature import HessianOperator, project_hessian
 
 SWEEP = "sweep"
 LOOPS = ("loop of products on a kept graph, sparse directions (method='hvp')", "HessianOperator @ V, all at once")
 ONE_BY_ONE = "loop of HessianOperator @ v"
+OURS = (SWEEP, *LOOPS, ONE_BY_ONE)
 
 SIZES = {
     "full": {"network": "resnet20", "batch": 128, "width": 16, "pixels": 32},
     "quick": {"network": "resnet20", "batch": 16, "width": 16, "pixels": 32},
     "smoke": {"network": "resnet8", "batch": 4, "width": 4, "pixels": 8},
 }
+# Bars by type of device.
+BOUNDS = {"cpu": {"F": 14, "peer": 12}, "cuda": {"F": 18, "peer": 8}}
 NOTES = (
     "Peers differentiate parameters only, with the running statistics fixed; ours also differentiate those.",
     "Errors are max |M − M₆₄| / max |M₆₄|, against looped products in float64 for the same directions, on examples "
@@ -46,26 +50,59 @@ def main(argv: Sequence[str] | None = None) -> Report:
     size = options.chosen_size(chosen, SIZES)
     problem = image_problem(**size, device=chosen.device, away_from_kinks=True)
     setting = {**size, "layers": len(problem.directions), "dtype": "float32"}
-    notes = [*peers.missing_peers(), *NOTES]
-    report = new_report(chosen, "What does UᵀHU for every layer cost?", notes, **setting)
+    report = new_report(chosen, "What does UᵀHU for every layer cost?", **setting)
+    both, compiles = chosen.size == "full", chosen.size == "full"
+    found = add_projection(report, problem, chosen.pace, both_layouts=both, compiles=compiles)
+    if chosen.profile:
+        report.tables.append(profiling.profile_table("the sweep", lambda: project(problem, "sweep"), chosen.device))
+    return publish(report, chosen, draw_roads(found, OURS, "forward passes for the whole matrix"))
 
+
+def add_projection(
+    report: Report,
+    problem: Problem,
+    pace: timing.Pace,
+    *,
+    both_layouts: bool = False,
+    compiles: bool = False,
+    elsewhere: Mapping[str, timing.Measurement] | None = None,
+) -> dict[str, timing.Measurement]:
+    """Measure every road to the matrix, and add their tables, bars and notes to a report.
+
+    Args:
+        report: The report.
+        problem: The problem.
+        pace: Number and length of samples.
+        both_layouts: Time peers with channels-last images, too.
+        compiles: Compile peers here.
+        elsewhere: Peers that another process has measured, by name.
+
+    Returns:
+        Measurements by name.
+    """
+    report.notes += [*peers.missing_peers(), *NOTES]
     report.add("first", "The first call of a sweep, measured once", _first_call(problem))
-    own, others = own_roads(problem), peer_roads(problem, both_layouts=chosen.size == "full")
-    found = timing.measure([*own, *others], chosen.pace, chosen.device)
-    errors = _errors(problem, found, [road.name for road in others])
-    report.add("roads", "The k × k matrix by every road", road_rows([*own, *others], found, problem, errors))
+    own, others = own_roads(problem), peer_roads(problem, both_layouts=both_layouts)
+    makers = compilation.matrix_makers(problem, lambda: problem.dense(problem.parameter_directions))
+    compiled, notes = compilation.compiled_roads(makers, left_out=not compiles)
+    others += compiled
+    if elsewhere is None:
+        report.notes += notes
+    measured = timing.measure([*eager_forward(problem), *own, *others], pace, problem.device)
+    found = {**measured, **(elsewhere or {})}
+    rivals = [*(road.name for road in others), *(elsewhere or {})]
+    errors = _errors(problem, found, rivals)
+    rows = road_rows([measurement.road for measurement in found.values()], found, problem, errors)
+    report.add("roads", "The k × k matrix by every road", rows)
     agreement = _agreement(problem)
     title = "Distance of the sweep from products, max |M_sweep − M_hvp| / max |M_hvp|"
     report.add("agreement", title, agreement)
-    report.bars += _bars(problem, found, errors, [road.name for road in others], agreement)
-    if chosen.profile:
-        report.tables.append(profiling.profile_table("the sweep", lambda: _project(problem, "sweep"), chosen.device))
-    # One of the roads from the network alone is torch's.
-    ours = [road.name for road in own if not road.name.startswith("vmap")]
-    return publish(report, chosen, draw_roads(found, ours, "forward passes for the whole matrix"))
+    report.bars += _bars(problem, found, errors, [road.name for road in own], rivals, agreement)
+    return found
 
 
-def _project(problem: Problem, method: str) -> Tensor:
+def project(problem: Problem, method: str) -> Tensor:
+    """UᵀHU by one of this library's methods."""
     found = project_hessian(problem.objective, problem.state, problem.directions, method=method)
     return torch.from_numpy(found.curvature)
 
@@ -78,8 +115,8 @@ def own_roads(problem: Problem) -> list[timing.Road]:
         lambda count: _vmapped(problem, vectors[:count], count), len(vectors), problem.device
     )
     roads: dict[str, Callable[[], Any]] = {
-        SWEEP: lambda: _project(problem, "sweep"),
-        LOOPS[0]: lambda: _project(problem, "hvp"),
+        SWEEP: lambda: project(problem, "sweep"),
+        LOOPS[0]: lambda: project(problem, "hvp"),
         LOOPS[1]: lambda: vectors @ (operator @ vectors.T),
         ONE_BY_ONE: lambda: torch.stack([vectors @ (operator @ vector) for vector in vectors]),
         f"vmap of jvp(grad(loss)), {at_once} at once": lambda: _vmapped(problem, vectors, at_once),
@@ -137,13 +174,13 @@ def _curvlinops_matrix(problem: Problem, layout: str) -> timing.Road:
 def _first_call(problem: Problem) -> list[dict[str, Any]]:
     """Rows with the cost of the first sweep over a shape of batch, step by step."""
     forward = min(timing.seconds_once(problem.forward)[0] for _ in range(3))
-    objective = Objective(problem.model, list(problem.batches))
+    objective = problem.new_objective()
 
-    def project() -> object:
+    def sweep() -> object:
         return project_hessian(objective, problem.state, problem.directions, method="sweep")
 
-    checks, first = timing.seconds_once(objective.loss)[0], timing.seconds_once(project)[0]
-    warm = min(timing.seconds_once(project)[0] for _ in range(3))
+    checks, first = timing.seconds_once(objective.loss)[0], timing.seconds_once(sweep)[0]
+    warm = min(timing.seconds_once(sweep)[0] for _ in range(3))
     steps = {
         "checks of the network (any first evaluation)": checks,
         "capture of the graph and self-check, once a graph": max(first - warm, 0.0),
@@ -165,7 +202,7 @@ def _errors(
     return {
         name: relative_error(measurement.result, references[name in parameters_alone])
         for name, measurement in found.items()
-        if measurement.result is not None
+        if isinstance(measurement.result, Tensor)
     }
 
 
@@ -174,7 +211,7 @@ def _agreement(problem: Problem) -> list[dict[str, Any]]:
     rows = []
     for dtype in (torch.float32, torch.float64):
         typed = problem if dtype == torch.float32 else problem.to(dtype)
-        error = relative_error(_project(typed, "sweep"), _project(typed, "hvp"))
+        error = relative_error(project(typed, "sweep"), project(typed, "hvp"))
         rows.append({"dtype": str(dtype).removeprefix("torch."), "error": error})
     return rows
 
@@ -183,13 +220,14 @@ def _bars(
     problem: Problem,
     found: Mapping[str, timing.Measurement],
     errors: Mapping[str, float],
+    own: Sequence[str],
     others: Sequence[str],
     agreement: Sequence[Mapping[str, Any]],
 ) -> list[Bar]:
-    sweep = found[SWEEP]
-    own = [name for name in found if name not in others and name != SWEEP]
-    bars = [Bar("sweep, in F", sweep.in_forwards, "at most", 14)]
-    for what, names, bound in (("fastest peer", others, 12), ("best own loop of products", own, 8)):
+    sweep, bounds = found[SWEEP], BOUNDS[problem.device.type]
+    bars = [Bar("sweep, in F", sweep.in_forwards, "at most", bounds["F"])]
+    loops = [name for name in own if name != SWEEP]
+    for what, names, bound in (("fastest peer", others, bounds["peer"]), ("best own loop of products", loops, 8)):
         # A road that is wrong is no road.
         rival = fastest(found[name] for name in names if errors.get(name, np.inf) < 1e-3)
         if rival is not None:

@@ -30,6 +30,20 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> float:
     return _profiled_peak(run)
 
 
+def graph_pool_bytes(device: torch.device) -> float:
+    """Bytes that CUDA graphs keep to themselves, replayed or not; they count as allocated in no replay."""
+    if device.type != "cuda":
+        return 0.0
+    segments = torch.cuda.memory_snapshot()
+    return float(
+        sum(
+            segment["total_size"]
+            for segment in segments
+            if tuple(segment["segment_pool_id"]) != (0, 0) and segment["device"] == (device.index or 0)
+        )
+    )
+
+
 def _profiled_peak(run: Callable[[], Any]) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()

@@ -20,6 +20,7 @@ class Column:
 # By key, in the order in which tables show them.
 COLUMNS = {
     "benchmark": Column("benchmark"),
+    "section": Column("section"),
     "what": Column("what"),
     "step": Column("step"),
     "check": Column("check"),
@@ -42,6 +43,8 @@ COLUMNS = {
     "later_F": Column("F, later"),
     "operations_F": Column("operations, F"),
     "share": Column("share"),
+    "kernel_seconds": Column("seconds in kernels"),
+    "budget_mib": Column("budget, MiB"),
     "ratio": Column("times as fast as the first"),
     "multiple": Column("in units"),
     "over_other": Column("over the other's"),
