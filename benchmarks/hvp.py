@@ -96,7 +96,7 @@ def add_products(
         ("many", "Several products with the same data, a vector", of_many),
     ):
         report.add(key, title, road_rows([found[name].road for name in names], found, problem, errors))
-    report.bars += _bars(found, of_one, of_many, count)
+    report.bars += _bars(found, of_one, of_many, count, problem.device)
     return found
 
 
@@ -190,12 +190,15 @@ def _errors(problem: Problem, vectors: Tensor, found: Mapping[str, timing.Measur
     return errors
 
 
-def _bars(found: Mapping[str, timing.Measurement], one: Sequence[str], many: Sequence[str], count: int) -> list[Bar]:
+def _bars(
+    found: Mapping[str, timing.Measurement], one: Sequence[str], many: Sequence[str], count: int, device: torch.device
+) -> list[Bar]:
     (ours,) = (name for name in many if name.startswith("HessianOperator"))
     several, what = found[ours], f"{count} products"
+    alone = [Bar(f"{what}, in F a vector", several.in_forwards, "at most", 6.5)] if device.type == "cpu" else []
     return [
         *bar_against_fastest("one product", found[OURS], [found[name] for name in one if name.startswith(PEERS)]),
-        Bar(f"{what}, in F a vector", several.in_forwards, "at most", 6.5),
+        *alone,
         *bar_against_fastest(what, several, [found[name] for name in many if name.startswith(PEERS)]),
     ]
 

@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         report = _report(chosen, size, "What do eigenvalues of equal accuracy cost?", f"{problem.parameter_count:,}")
         found = add_eigenvalues(report, problem, size, chosen.pace, **_extent(chosen))
         return publish(report, chosen, draw_roads(found, [OURS], "forward passes"))
-    problem, small = (_problem(size, width, chosen.device) for width in size.width)
+    problem, small = (problem_of(size, width, chosen.device) for width in size.width)
     parameters = f"{problem.parameter_count:,} for eigenvalues and {small.parameter_count:,} for densities"
     report = _report(chosen, size, "What do eigenvalues and densities of equal accuracy cost?", parameters)
     found = add_eigenvalues(report, problem, size, chosen.pace, **_extent(chosen))
@@ -123,7 +123,8 @@ def _report(chosen: argparse.Namespace, size: Size, question: str, parameters: s
     return new_report(chosen, question, **setting)
 
 
-def _problem(size: Size, width: int, device: torch.device) -> Problem:
+def problem_of(size: Size, width: int, device: torch.device) -> Problem:
+    """The problem of a size, with a network of some width."""
     if size.epochs:
         return digits_problem(size.examples, width=width, epochs=size.epochs, device=device)
     return mlp_problem(width, size.examples, device=device)

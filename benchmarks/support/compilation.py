@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 
-from benchmarks.support.memory import columns_that_fit
+from benchmarks.support.memory import columns_that_fit, free_bytes
 from benchmarks.support.problems import Problem
 from benchmarks.support.timing import Road, seconds_once
 
@@ -71,11 +71,18 @@ def compiled_product(problem: Problem, vectors: Tensor, names: Sequence[str] | N
 
 
 def compiled_in_chunks(
-    problem: Problem, vectors: Tensor, names: Sequence[str] | None = None, *, probe: int = 2
+    problem: Problem,
+    vectors: Tensor,
+    names: Sequence[str] | None = None,
+    *,
+    probe: int = 2,
+    share: float = 1.0,
 ) -> tuple[int, Compiled]:
-    """The number of rows of `vectors` that fit into memory at once, and the compiled product with all of them."""
-    eager = vmap(product_of(problem, names))
-    at_once = columns_that_fit(lambda count: eager(vectors[:count]), len(vectors), vectors.device, probe=probe)
+    """The number of rows of `vectors` that fit at once into a share of the free memory, and the product with all."""
+    eager, device = vmap(product_of(problem, names)), vectors.device
+    at_once = columns_that_fit(
+        lambda count: eager(vectors[:count]), len(vectors), device, probe=probe, free=share * free_bytes(device)
+    )
     # Every chunk has the size that was compiled for.
     missing = -len(vectors) % at_once
     padded = torch.cat([vectors, vectors.new_zeros(missing, vectors.shape[1])])
@@ -107,17 +114,17 @@ def first_line(error: Exception) -> str:
     return ": ".join([type(error).__name__, *lines[:1]])
 
 
-def matrix_makers(problem: Problem, vectors: Callable[[], Tensor]) -> dict[str, Callable[[], Road]]:
-    """The compiled roads to UᵀHU, for the rows of a matrix over the parameters."""
+def matrix_makers(problem: Problem, *, share: float = 1.0) -> dict[str, Callable[[], Road]]:
+    """The compiled roads to UᵀHU along a problem's directions, in a share of the memory that is free."""
 
     def loop() -> Road:
-        rows = vectors()
+        rows = problem.dense(problem.parameter_directions)
         compiled = compiled_product(problem, rows[0])
         return _road(MATRIX_LOOP, lambda: rows @ torch.stack([compiled.run(row) for row in rows]).T, problem, compiled)
 
     def at_once() -> Road:
-        rows = vectors()
-        count, compiled = compiled_in_chunks(problem, rows)
+        rows = problem.dense(problem.parameter_directions)
+        count, compiled = compiled_in_chunks(problem, rows, share=share)
         return _road(f"{MATRIX_AT_ONCE}, {count} at once", lambda: rows @ compiled.run(rows).T, problem, compiled)
 
     return {MATRIX_LOOP: loop, MATRIX_AT_ONCE: at_once}
@@ -133,11 +140,11 @@ def product_maker(problem: Problem, vector: Tensor) -> dict[str, Callable[[], Ro
     return {ONE: one}
 
 
-def products_maker(problem: Problem, vectors: Tensor) -> dict[str, Callable[[], Road]]:
+def products_maker(problem: Problem, vectors: Tensor, *, share: float = 1.0) -> dict[str, Callable[[], Road]]:
     """The compiled road to the products with the rows of a matrix."""
 
     def many() -> Road:
-        count, compiled = compiled_in_chunks(problem, vectors)
+        count, compiled = compiled_in_chunks(problem, vectors, share=share)
         name = f"{MANY}, {count} at once ({len(vectors)} vectors)"
         return _road(name, lambda: compiled.run(vectors), problem, compiled, vectors=len(vectors))
 

@@ -1,6 +1,7 @@
 """Problems for benchmarks: networks, batches and directions, all drawn from a seed."""
 
 import copy
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -162,6 +162,20 @@ class Problem:
             ]
         )
 
+    def packed(self) -> bytes:
+        """The problem for another process, which `unpacked` gives it back to: the same numbers, to the last bit."""
+        models = [copy.deepcopy(model).cpu() for model in (self.model, self.other)]
+        buffer = io.BytesIO()
+        torch.save((*models, [(x.cpu(), y.cpu()) for x, y in self.batches]), buffer)
+        return buffer.getvalue()
+
+    @classmethod
+    def unpacked(cls, packed: bytes, device: torch.device | str) -> "Problem":
+        """The problem that was packed, on a device; its loss is a cross-entropy."""
+        # The bytes come from `packed`, and hold classes.
+        model, other, batches = torch.load(io.BytesIO(packed), weights_only=False)
+        return cls(model.to(device), other.to(device), [(x.to(device), y.to(device)) for x, y in batches])
+
     def to(self, dtype: torch.dtype) -> "Problem":
         """The same problem in another floating-point type."""
         return Problem(
@@ -201,6 +215,8 @@ def parameters_only(entry: str) -> str:
 def network_named(name: str, *, width: int = 16, classes: int = 10) -> nn.Module:
     """`"resnet18"` of torchvision, else `"resnet20"`, `"resnet56"`, … for small images, with projections."""
     if name == "resnet18":
+        import torchvision  # Here alone, so that other networks can be measured without it.
+
         return torchvision.models.resnet18(num_classes=classes)
     return resnet(int(name.removeprefix("resnet")), width=width, num_classes=classes, shortcut="projection")
 
