@@ -178,9 +178,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
     wanted = [section for section in SECTIONS if not chosen.only or section.name in chosen.only]
     rows: list[dict[str, Any]] = []
     overview.add("sections", "Sections", rows)
-    if run.cuda:
-        _start_compilers(run, [section.name for section in wanted])
     try:
+        if run.cuda:
+            overview.notes += _start_compilers(run, [section.name for section in wanted])
         for number, section in enumerate(wanted):
             share = section.seconds / sum(later.seconds for later in wanted[number:])
             _run_section(run, section, share * (run.ends - clock()), overview, rows)
@@ -261,17 +261,23 @@ def _bars_figure(overview: Report) -> Figure | None:
 # --- Peers, compiled elsewhere
 
 
-def _start_compilers(run: Run, wanted: Sequence[str]) -> None:
-    """Begin to compile for the sections that compare with compiled peers."""
+def _start_compilers(run: Run, wanted: Sequence[str]) -> list[str]:
+    """Begin to compile for the sections that compare with compiled peers; notes on those that cannot."""
+    notes = []
     for section, network, makers, arguments in (
         ("projection-resnet20", "resnet20", matrix_makers, {}),
         ("products", "resnet20", product_makers, {"count": run.size["vectors"]}),
         ("projection-resnet18", "resnet18", matrix_makers, {}),
     ):
-        if section in wanted:
+        if section not in wanted:
+            continue
+        try:
             given = {"packed": run.problem(network).packed(), "device": str(run.device), **arguments}
             pace = PACES_HERE[run.chosen.size]
             run.elsewhere[section] = Elsewhere(f"Compiled peers of {section}", makers, given, pace, run.device)
+        except Exception as error:  # noqa: BLE001 (other sections shall run)
+            notes.append(f"Compiled peers of {section} are missing: {compilation.first_line(error)}")
+    return notes
 
 
 def _unpacked(packed: bytes, device: str) -> Problem:

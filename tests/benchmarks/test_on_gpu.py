@@ -105,6 +105,32 @@ def test_shares_are_of_a_whole_run():
     assert math.isclose(sum(section.seconds for section in on_gpu.SECTIONS), 480)
 
 
+@pytest.mark.check
+def test_a_run_that_is_killed_keeps_what_it_has(tmp_path):
+    words = ["--smoke", "--device", "cpu", "--only", "memory", "barriers", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks.on_gpu", *words], cwd=on_gpu.ROOT)
+    overview, end = tmp_path / "on_gpu.json", time.monotonic() + 120
+    while not overview.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    record = json.loads(overview.read_text())
+    assert rows(record, "sections")[0]["section"] == "memory"
+    assert rows(json.loads((tmp_path / "on_gpu-memory.json").read_text()), "peaks")
+
+
+def test_what_cannot_be_compiled_ends_nothing(tmp_path, monkeypatch):
+    run = _run_of(tmp_path, 480.0)
+
+    def fails(network):
+        raise ModuleNotFoundError(f"no network {network}")
+
+    monkeypatch.setattr(run, "problem", fails)
+    notes = on_gpu._start_compilers(run, ["products", "growth"])
+    assert notes == ["Compiled peers of products are missing: ModuleNotFoundError: no network resnet20"]
+    assert run.elsewhere == {}
+
+
 @pytest.mark.slow
 def test_it_is_imported_without_what_may_be_missing():
     missing = ["pydantic", "beartype", "backpack", "curvlinops", "pyhessian", "transformers", "typer", "hypothesis"]
