@@ -92,6 +92,8 @@ def add_projection(
         report.notes += notes
     measured = timing.measure([*eager_forward(problem), *own, *others], pace, problem.device)
     found = {**measured, **(elsewhere or {})}
+    # Bars without exact errors are better than none.
+    exact = exact and not pace.is_over
     rivals = [*(road.name for road in others), *(elsewhere or {})]
     errors = _errors(problem, found, rivals, torch.float64 if exact else torch.float32)
     rows = road_rows([measurement.road for measurement in found.values()], found, problem, errors)

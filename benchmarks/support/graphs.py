@@ -1,5 +1,6 @@
 """Work that a GPU repeats, as one CUDA graph, so that it does not wait for launches from Python."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ def replayed(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
         for _ in range(_WARM_UPS):
             run()
     torch.cuda.current_stream(device).wait_stream(stream)
+    # Nothing may be freed while it is captured.
+    gc.collect()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         run()
