@@ -29,6 +29,7 @@ import copy
 import dataclasses
 import gc
 import importlib.util
+import math
 import os
 import re
 import signal
@@ -212,7 +213,7 @@ def _run_section(run: Run, section: Section, seconds: float, overview: Report, r
     print(f"{section.name}: up to {seconds:.0f} s", flush=True)
     begun, figure, note = clock(), None, ""
     try:
-        with _at_most(min(_PATIENCE * seconds, run.ends - clock())):
+        with _at_most(min(_PATIENCE * seconds, run.ends - clock())), _warnings_noted(report):
             figure = section.run(run, report, begun + seconds)
     except OutOfTime:
         note = "interrupted: it took longer than its share"
@@ -220,12 +221,27 @@ def _run_section(run: Run, section: Section, seconds: float, overview: Report, r
         note = f"ended by {traceback.format_exception_only(error)[-1].strip().splitlines()[0]}"
         traceback.print_exc()
     rows.append({"section": section.name, "seconds": clock() - begun, "note": note})
+    unmeasured = [bar for bar in report.bars if math.isnan(bar.spread.median)]
+    report.notes += [f"A value is missing: {bar.what}." for bar in unmeasured]
+    report.bars = [bar for bar in report.bars if bar not in unmeasured]
     overview.bars += [dataclasses.replace(bar, what=f"{section.name}: {bar.what}") for bar in report.bars]
     overview.notes += [said for said in report.notes if " missing" in said and said not in overview.notes]
     write(report, run.chosen.out, figure)
     gc.collect()
     if run.cuda:
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _warnings_noted(report: Report) -> Iterator[None]:
+    """Let the report say what the library warns of: what was not captured as a graph, and why."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default", UserWarning)
+        try:
+            yield
+        finally:
+            said = [str(each.message).splitlines()[0] for each in caught if issubclass(each.category, UserWarning)]
+            report.notes += [f"Warning: {message}" for message in dict.fromkeys(said)]
 
 
 @contextlib.contextmanager
@@ -257,6 +273,17 @@ def _bars_figure(overview: Report) -> Figure | None:
     }
     met = [bar.what for bar in overview.bars if bar.verdict == "yes"]
     return draw_points(shown, met, "measured, in units of its bar") if shown else None
+
+
+def _roads_figure(found: Mapping[str, Measurement], ours: Sequence[str], label: str) -> Figure | None:
+    return draw_roads(found, ours, label) if any(measurement.multiples for measurement in found.values()) else None
+
+
+def _rows_figure(rows: Sequence[Mapping[str, Any]], names: Sequence[str], key: str, label: str) -> Figure | None:
+    """The values of a column, each named by those of other columns."""
+    values = {", ".join(str(row[name]) for name in names): row[key] for row in rows if key in row}
+    shown = {name: value if isinstance(value, Spread) else Spread.exactly(value) for name, value in values.items()}
+    return draw_points(shown, list(shown), label) if shown else None
 
 
 # --- Peers, compiled elsewhere
@@ -358,7 +385,7 @@ def _projection_of(name: str, *, exact: bool) -> SectionRun:
         compiled = run.compiled(f"projection-{name}", report, (clock() + until) / 2)
         found = projection.add_projection(report, problem, run.pace(until), elsewhere=compiled, exact=exact)
         _add_occupation(report, run, {"sweep": lambda: projection.project(problem, "sweep")}, 0.8)
-        return draw_roads(found, projection.OURS, "forward passes for the whole matrix")
+        return _roads_figure(found, projection.OURS, "forward passes for the whole matrix")
 
     return section
 
@@ -370,7 +397,7 @@ def run_products(run: Run, report: Report, until: float) -> Figure | None:
     compiled = run.compiled("products", report, (clock() + until) / 2)
     found = hvp.add_products(report, problem, run.pace(until), count=run.size["vectors"], elsewhere=compiled)
     ours = [name for name in found if name.startswith(("HessianOperator", hvp.OURS_OF_PARAMETERS))]
-    return draw_roads(found, ours, "forward passes a vector")
+    return _roads_figure(found, ours, "forward passes a vector")
 
 
 def run_memory(run: Run, report: Report, until: float) -> Figure | None:
@@ -391,7 +418,7 @@ def run_memory(run: Run, report: Report, until: float) -> Figure | None:
         "Peaks are over what was allocated before, with what CUDA graphs keep; the budget by default is half of what "
         "is free, or the peak of three gradients if that is less."
     )
-    return None
+    return _rows_figure([row for row in rows if "share" in row], ["budget_mib"], "share", "peak over budget in MiB")
 
 
 def _peak_row(problem: Problem, given: float | None) -> dict[str, Any]:
@@ -428,7 +455,8 @@ def run_training(run: Run, report: Report, until: float) -> Figure | None:
     report.tables += tables
     report.bars += bars
     report.notes += notes
-    return None
+    rows = [row for table in tables for row in table.rows]
+    return _rows_figure(rows, ["road", "dtype", "siblings"], "ms", "milliseconds a step of a sibling")
 
 
 def run_barriers(run: Run, report: Report, until: float) -> Figure | None:
@@ -448,8 +476,8 @@ def run_barriers(run: Run, report: Report, until: float) -> Figure | None:
     }
     rows = [{"road": f"{name}, the first call", "seconds": seconds_once(call)[0]} for name, call in calls.items()]
     report.add("first", "The first call in the process", rows)
-    _add_occupation(report, run, calls, None, until=until)
-    return None
+    rows += _add_occupation(report, run, calls, None, until=until)
+    return _rows_figure(rows, ["road"], "seconds", "seconds")
 
 
 def _add_occupation(
@@ -459,8 +487,8 @@ def _add_occupation(
     bound: float | None,
     *,
     until: float = float("inf"),
-) -> None:
-    """Add a table with the share of each call's time that is kernels', and the bar on it for a GPU."""
+) -> list[dict[str, Any]]:
+    """Add a table with the share of each call's time that is kernels', and the bar on it for a GPU; its rows."""
     rows: list[dict[str, Any]] = []
     kind = "kernels" if run.cuda else "operators"
     report.add("occupation", f"Time within {kind} over the whole time, without the profiler", rows)
@@ -476,6 +504,7 @@ def _add_occupation(
             report.notes.append(f"The share of {name} is missing: the profiler saw none of its {kind}.")
         elif run.cuda and bound is not None:
             report.bars.append(Bar(f"time in kernels / time of the {name}", found.share, "at least", bound))
+    return rows
 
 
 def run_language(run: Run, report: Report, until: float) -> Figure | None:
@@ -485,7 +514,7 @@ def run_language(run: Run, report: Report, until: float) -> Figure | None:
     problem = language_problem(**run.size["gpt2"], device=run.device)
     report.setting |= {**run.size["gpt2"], "parameters": f"{problem.parameter_count:,}"}
     found = language.add_language(report, problem, run.pace(until))
-    return draw_roads(found, [language.SWEEP, language.OWN_LOOP], "forward passes for the whole matrix")
+    return _roads_figure(found, [language.SWEEP, language.OWN_LOOP], "forward passes for the whole matrix")
 
 
 def run_growth(run: Run, report: Report, until: float) -> Figure | None:
@@ -505,7 +534,7 @@ def run_spectrum(run: Run, report: Report, until: float) -> Figure | None:
         found |= spectrum.add_densities(report, small, size, run.pace(until))
     else:
         report.notes.append("Densities are missing: no time was left.")
-    return draw_roads(found, [spectrum.OURS, spectrum.OUR_DENSITY], "forward passes")
+    return _roads_figure(found, [spectrum.OURS, spectrum.OUR_DENSITY], "forward passes")
 
 
 SECTIONS = (

@@ -98,9 +98,10 @@ def add_projection(
     errors = _errors(problem, found, rivals, torch.float64 if exact else torch.float32)
     rows = road_rows([measurement.road for measurement in found.values()], found, problem, errors)
     report.add("roads", "The k × k matrix by every road", rows)
-    agreement = _agreement(problem, (torch.float32, torch.float64) if exact else (torch.float32,))
     if not exact:
         report.notes.append("Here errors are against looped products of ours in float32.")
+    dtypes = () if pace.is_over else (torch.float32, torch.float64) if exact else (torch.float32,)
+    agreement = _agreement(problem, dtypes)
     title = "Distance of the sweep from products, max |M_sweep − M_hvp| / max |M_hvp|"
     report.add("agreement", title, agreement)
     report.bars += _bars(problem, found, errors, [road.name for road in own], rivals, agreement)
@@ -244,7 +245,8 @@ def _bars(
         if rival is not None and key in bounds:
             ratio = rival.in_forwards.over(sweep.in_forwards)
             bars.append(Bar(f"{what} ({rival.road.name}) / sweep", ratio, "at least", bounds[key]))
-    bars.append(Bar("peak of the sweep / of a gradient", (sweep.peak or 0) / problem.gradient_peak, "at most", 3))
+    if sweep.peak is not None:
+        bars.append(Bar("peak of the sweep / of a gradient", sweep.peak / problem.gradient_peak, "at most", 3))
     for row in agreement:
         bound = {"float32": 1e-5, "float64": 1e-9}[row["dtype"]]
         bars.append(Bar(f"agreement in {row['dtype']}", row["error"], "at most", bound))

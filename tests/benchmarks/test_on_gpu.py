@@ -1,9 +1,11 @@
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,30 @@ def test_a_run_that_is_killed_keeps_what_it_has(tmp_path):
     record = json.loads(overview.read_text())
     assert rows(record, "sections")[0]["section"] == "memory"
     assert rows(json.loads((tmp_path / "on_gpu-memory.json").read_text()), "peaks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["projection-resnet20", "products", "memory", "barriers", "language", "spectrum"])
+def test_a_section_whose_time_is_over_ends_at_once_and_promises_nothing(name, tmp_path):
+    (section,) = (section for section in on_gpu.SECTIONS if section.name == name)
+    run, overview, found = _run_of(tmp_path, 480.0), _overview(), []
+    late = dataclasses.replace(section, run=lambda run, report, until: section.run(run, report, on_gpu.clock() - 1))
+    on_gpu._run_section(run, late, 200.0, overview, found)
+    assert not found[0]["note"]
+    assert not [bar.what for bar in overview.bars if "sweep" in bar.what or math.isnan(bar.spread.median)]
+    record = json.loads((tmp_path / f"on_gpu-{name}.json").read_text())
+    roads = [row for table in record["tables"].values() for row in table["rows"] if "samples" in row]
+    assert all(row["note"] == "no time was left" for row in roads)
+
+
+def test_what_is_warned_of_is_in_the_report(tmp_path):
+    def work(run, report, until):
+        for _ in range(2):
+            warnings.warn("aten::nonzero cannot be captured.\nMore.", stacklevel=1)
+
+    _sectioned(tmp_path, work)
+    record = json.loads((tmp_path / "on_gpu-part.json").read_text())
+    assert record["notes"] == ["Warning: aten::nonzero cannot be captured."]
 
 
 def test_what_cannot_be_compiled_ends_nothing(tmp_path, monkeypatch):
