@@ -83,9 +83,15 @@ def columns_that_fit(
         device: The device that must hold them.
         probe: Number of columns to estimate the need from, which is taken to be proportional.
         free: Bytes that are free; by default those of the device.
+
+    Returns:
+        The number; 1 if the work fails, as is then seen when it is measured.
     """
     probe = min(probe, columns)
-    run_columns(probe)
-    each = max(peak_bytes(lambda: run_columns(probe), device) / probe, 1.0)
+    try:
+        run_columns(probe)
+        each = max(peak_bytes(lambda: run_columns(probe), device) / probe, 1.0)
+    except RuntimeError:
+        return 1
     free = free_bytes(device) if free is None else free
     return max(1, min(columns, int(free * 2 / 3 / each)))

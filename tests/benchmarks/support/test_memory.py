@@ -38,3 +38,10 @@ def test_what_graphs_keep_is_in_pools_of_their_own(monkeypatch):
     assert memory.graph_pool_bytes(torch.device("cuda")) == 12
     assert memory.graph_pool_bytes(torch.device("cuda:1")) == 1000
     assert memory.graph_pool_bytes(CPU) == 0
+
+
+def test_of_what_fails_a_single_column_is_tried():
+    def fails(columns):
+        raise RuntimeError("no such kernel")
+
+    assert memory.columns_that_fit(fails, 10, CPU) == 1
