@@ -22,6 +22,8 @@ from lmc_curvature import HessianOperator
 
 OURS = "HessianOperator @ v"
 OURS_OF_PARAMETERS = "the same, parameters alone"
+# Of all our roads; their first call may capture a graph.
+OURS_BEGIN = ("HessianOperator", OURS_OF_PARAMETERS)
 PEERS = ("PyHessian", "BackPACK", "curvlinops")
 
 SIZES = {
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     report = new_report(chosen, "What does a Hessian-vector product cost?", **size, dtype="float32")
     both, compiles = chosen.size == "full", chosen.size == "full"
     found = add_products(report, problem, chosen.pace, count=COUNTS[chosen.size], both_layouts=both, compiles=compiles)
-    ours = [name for name in found if name.startswith(("HessianOperator", OURS_OF_PARAMETERS))]
+    ours = [name for name in found if name.startswith(OURS_BEGIN)]
     return publish(report, chosen, draw_roads(found, ours, "forward passes a vector"))
 
 
@@ -121,7 +123,9 @@ def one_product_roads(problem: Problem, vector: Tensor, *, both_layouts: bool) -
     for layout, laid_out in peers.layouts(problem, both=both_layouts).items():
         for peer in filter(peers.installed, PEERS):
             roads[f"{peer}{layout}"] = _peer_road(peer, laid_out, parts.unsqueeze(0))
-    return [timing.Road(name, run, problem.forward) for name, run in roads.items()]
+    return [
+        timing.Road(name, run, problem.forward, warms_up=name.startswith(OURS_BEGIN)) for name, run in roads.items()
+    ]
 
 
 def many_products_roads(problem: Problem, vectors: Tensor, *, both_layouts: bool) -> list[timing.Road]:
@@ -137,7 +141,10 @@ def many_products_roads(problem: Problem, vectors: Tensor, *, both_layouts: bool
         if peers.installed("curvlinops"):
             at_once, run = peers.curvlinops_at_once(peers.curvlinops_hessian(laid_out), parts)
             roads[_many(count, f"curvlinops, H @ V, {at_once} at once{layout}")] = run
-    return [timing.Road(name, run, problem.forward, vectors=count) for name, run in roads.items()]
+    return [
+        timing.Road(name, run, problem.forward, vectors=count, warms_up=name.startswith(OURS_BEGIN))
+        for name, run in roads.items()
+    ]
 
 
 def _many(count: int, road: str) -> str:

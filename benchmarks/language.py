@@ -84,7 +84,7 @@ def roads_of(problem: Problem) -> list[timing.Road]:
 
     roads = [
         timing.Road(SWEEP, lambda: project(directions, "sweep"), problem.forward, warms_up=True),
-        timing.Road(OWN_LOOP, lambda: project(few, "hvp"), problem.forward, vectors=share),
+        timing.Road(OWN_LOOP, lambda: project(few, "hvp"), problem.forward, vectors=share, warms_up=True),
     ]
     if peers.installed("curvlinops"):
         # A loop is at its peak within every turn.

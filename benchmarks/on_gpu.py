@@ -186,10 +186,11 @@ def main(argv: Sequence[str] | None = None) -> Report:
         for number, section in enumerate(wanted):
             share = section.seconds / sum(later.seconds for later in wanted[number:])
             _run_section(run, section, share * (run.ends - clock()), overview, rows)
-            write(overview, chosen.out, _bars_figure(overview))
+            write(overview, chosen.out)
     finally:
         for process in run.elsewhere.values():
             process.stop()
+    write(overview, chosen.out, _bars_figure(overview))
     Console(width=None if sys.stdout.isatty() else 200).print(Markdown(text_of(overview)))
     return overview
 
@@ -211,6 +212,8 @@ def _run_section(run: Run, section: Section, seconds: float, overview: Report, r
         f"{overview.name}-{section.name}", section.question, dict(overview.setting), dict(overview.environment)
     )
     print(f"{section.name}: up to {seconds:.0f} s", flush=True)
+    # Training chooses for itself, and for whoever comes after it.
+    options.exactly_float32()
     begun, figure, note = clock(), None, ""
     try:
         with _at_most(min(_PATIENCE * seconds, run.ends - clock())), _warnings_noted(report):
@@ -396,7 +399,7 @@ def run_products(run: Run, report: Report, until: float) -> Figure | None:
     report.setting |= run.size["resnet20"]
     compiled = run.compiled("products", report, (clock() + until) / 2)
     found = hvp.add_products(report, problem, run.pace(until), count=run.size["vectors"], elsewhere=compiled)
-    ours = [name for name in found if name.startswith(("HessianOperator", hvp.OURS_OF_PARAMETERS))]
+    ours = [name for name in found if name.startswith(hvp.OURS_BEGIN)]
     return _roads_figure(found, ours, "forward passes a vector")
 
 

@@ -133,7 +133,7 @@ def own_roads(problem: Problem) -> list[timing.Road]:
     # A loop is at its peak within every turn.
     briefly: dict[str, Callable[[], Any]] = {ONE_BY_ONE: lambda: operator @ vectors[0]}
     return [
-        timing.Road(name, run, problem.forward, warms_up=name == SWEEP, memory_run=briefly.get(name))
+        timing.Road(name, run, problem.forward, warms_up=name in OURS, memory_run=briefly.get(name))
         for name, run in roads.items()
     ]
 

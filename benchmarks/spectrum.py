@@ -195,6 +195,7 @@ def eigenvalue_roads(problem: Problem, size: Size, *, both_layouts: bool = False
             OURS,
             lambda: _ours(operator, count, None),
             problem.forward,
+            warms_up=True,
             memory_run=lambda: _ours(operator, count, 60),
         ),
         _eigsh_road("SciPy's eigsh on HessianOperator.to_scipy()", operator.to_scipy(), problem, count),
