@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 OLDEST := .venv-oldest
-BENCHMARKS := projection checks hvp hvp_vs_exact blocks spectrum scaling training imports
+BENCHMARKS := projection checks hvp hvp_vs_exact language blocks spectrum scaling training imports
 # BENCH_OPTIONS= measures in full, BENCH_OPTIONS='--device cuda' on a GPU.
 BENCH_OPTIONS ?= --quick
 

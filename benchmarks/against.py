@@ -1,8 +1,14 @@
-"""Time of the sweep of ResNet-20 in this checkout beside another one.
+"""Time of the sweep in this checkout beside another one, and the operators that it calls.
 
-Both are measured in pairs of processes that take turns, each by the median of some sweeps after the first.
+Of three networks: ResNet-20 and ResNet-56 on random images, and a small GPT-2 on random tokens. Both checkouts are
+measured in pairs of processes that take turns, each by the median of some sweeps after the first; every network has the
+ratio of its pairs, and all of them the geometric mean of theirs.
 
-    python -m benchmarks.against --other FOLDER [--device cuda] [--quick]
+Operators are counted by torch's profiler in the sweep of a batch of two examples. Checkouts may cut a batch into tiles
+of different sizes, and each tile calls the same operators again; two examples are a single tile to either, so that what
+is compared is the sweep of a tile, with what is done once a batch.
+
+    python -m benchmarks.against --other FOLDER [--network resnet56] [--device cuda] [--quick]
 """
 
 import argparse
@@ -11,10 +17,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import lmc_curvature
@@ -26,61 +34,153 @@ from benchmarks.support.roads import relative_error
 from benchmarks.support.timing import Spread
 
 OURS, OTHER = "this checkout", "the other checkout"
+_TILE = 2
+# Options of `sweep_once` by network.
 SIZES = {
-    "full": {"network": "resnet20", "batch": 128, "width": 16, "pixels": 32, "calls": 5, "pairs": 10},
-    "quick": {"network": "resnet20", "batch": 32, "width": 16, "pixels": 32, "calls": 3, "pairs": 3},
-    "smoke": {"network": "resnet20", "batch": 2, "width": 2, "pixels": 8, "calls": 1, "pairs": 1},
+    "full": {
+        "resnet20": {"batch": 128, "width": 16, "pixels": 32, "calls": 5},
+        "resnet56": {"batch": 64, "width": 16, "pixels": 32, "calls": 3},
+        "gpt2": {"batch": 8, "width": 128, "layers": 4, "heads": 4, "vocabulary": 1024, "tokens": 64, "calls": 5},
+    },
+    "quick": {
+        "resnet20": {"batch": 32, "width": 16, "pixels": 32, "calls": 3},
+        "resnet56": {"batch": 8, "width": 8, "pixels": 32, "calls": 3},
+        "gpt2": {"batch": 4, "width": 64, "layers": 2, "heads": 4, "vocabulary": 256, "tokens": 32, "calls": 3},
+    },
+    "smoke": {
+        "resnet8": {"batch": 2, "width": 2, "pixels": 8, "calls": 1},
+        "gpt2": {"batch": 2, "width": 8, "layers": 1, "heads": 2, "vocabulary": 16, "tokens": 4, "calls": 1},
+    },
 }
+PAIRS = {"full": 10, "quick": 3, "smoke": 1}
+NOTES = (
+    "Ratios are ours over the other's. Those of seconds are of a pair, so that a machine's drift falls out of them; "
+    "their bars are on the median of the pairs.",
+    "Calls are of one sweep of two examples, a single tile, after the first; operators within operators count, too.",
+    "A difference is max |M − M'| / max |M'| of the two checkouts' matrices.",
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The sweep of a network by two checkouts.
+
+    Attributes:
+        seconds: Of every process, by checkout.
+        calls: Operators that the sweep of a tile calls, by checkout.
+        error: Relative difference of the two matrices.
+    """
+
+    seconds: Mapping[str, list[float]]
+    calls: Mapping[str, int]
+    error: float
+
+    @classmethod
+    def of(cls, found: Mapping[str, list[dict[str, Any]]]) -> "Comparison":
+        """The comparison of the results of `sweep_once`, by checkout."""
+        matrices = [torch.tensor(found[name][0]["curvature"], dtype=torch.float64) for name in (OURS, OTHER)]
+        return cls(
+            {name: [each["seconds"] for each in results] for name, results in found.items()},
+            {name: results[0]["calls"] for name, results in found.items()},
+            relative_error(*matrices),
+        )
+
+    @property
+    def ratios(self) -> list[float]:
+        """Our seconds over the other's, pair by pair."""
+        return [ours / other for ours, other in zip(self.seconds[OURS], self.seconds[OTHER], strict=True)]
+
+    @property
+    def ratio_of_calls(self) -> float:
+        """Our operator calls over the other's."""
+        return self.calls[OURS] / self.calls[OTHER]
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
     chosen = options.parse_options(__file__, __doc__, argv, _add_options)
-    size = options.chosen_size(chosen, SIZES)
+    sizes = SIZES[chosen.size]
+    if chosen.network:
+        sizes = {chosen.network: sizes[chosen.network]}
     checkouts = {OURS: Path(lmc_curvature.__file__).parents[1], OTHER: chosen.other.resolve()}
     commits = {name: short_commit(folder)["commit"] or "an unknown commit" for name, folder in checkouts.items()}
     report = new_report(
         chosen,
         "How long does the sweep take, beside another checkout?",
-        ["The bar is on the median of the ratios of pairs, and the matrices are compared."],
-        **size,
+        NOTES,
+        **{network: ", ".join(f"{key} {value}" for key, value in size.items()) for network, size in sizes.items()},
+        pairs=PAIRS[chosen.size],
         other=commits[OTHER],
         dtype="float32",
     )
-    runs = {name: functools.partial(sweep_in, folder, size, chosen.device) for name, folder in checkouts.items()}
-    found = timing.in_turns(runs, size["pairs"])
-    seconds = {name: [each["seconds"] for each in results] for name, results in found.items()}
-    rows = [
-        {"road": name, "seconds": Spread.of(each), "samples": len(each), "note": commits[name]}
-        for name, each in seconds.items()
-    ]
-    report.add("sweep", "One sweep", rows)
-    ratios = [ours / other for ours, other in zip(seconds[OURS], seconds[OTHER], strict=True)]
-    matrices = [torch.tensor(found[name][0]["curvature"], dtype=torch.float64) for name in (OURS, OTHER)]
-    report.bars += [
-        Bar("sweep: ours / the other's", Spread.of(ratios), "at most", 1.05),
-        Bar("difference of the two matrices, relative", relative_error(*matrices), "at most", 1e-5),
-    ]
-    return publish(report, chosen, draw_points({row["road"]: row["seconds"] for row in rows}, [OURS], "seconds"))
+    found = {
+        network: _compare(network, size, checkouts, PAIRS[chosen.size], chosen.device)
+        for network, size in sizes.items()
+    }
+    rows = [row for network, comparison in found.items() for row in _rows(network, comparison, commits)]
+    report.add("sweep", "One sweep, and the operators that it calls for a tile", rows)
+    report.bars += bars(found)
+    points = {f"{row['network']}, {row['road']}": row["seconds"] for row in rows}
+    return publish(report, chosen, draw_points(points, [name for name in points if name.endswith(OURS)], "seconds"))
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--other", type=Path, required=True, help="the folder that holds its lmc_curvature/")
+    parser.add_argument("--network", choices=list(SIZES["full"]), help="one of the networks; all by default")
 
 
-def sweep_in(checkout: Path, size: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _compare(
+    network: str, size: dict[str, Any], checkouts: Mapping[str, Path], pairs: int, device: torch.device
+) -> Comparison:
+    runs = {name: functools.partial(sweep_in, folder, network, size, device) for name, folder in checkouts.items()}
+    return Comparison.of(timing.in_turns(runs, pairs))
+
+
+def sweep_in(checkout: Path, network: str, size: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The results of `sweep_once` in a process that finds the library in a checkout."""
-    words = [f"--{name}={size[name]}" for name in ("batch", "width", "pixels", "calls")]
+    words = {"network": network, **size, "tile": _TILE, "threads": torch.get_num_threads(), "device": device}
     # Without -P the folder of the file would come before the checkout.
-    command = [sys.executable, "-P", sweep_once.__file__, *words, f"--threads={torch.get_num_threads()}"]
+    command = [sys.executable, "-P", sweep_once.__file__, *(f"--{name}={value}" for name, value in words.items())]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    done = subprocess.run([*command, f"--device={device}"], env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"The sweep of {checkout} failed:\n{done.stderr}")
     result = json.loads(done.stdout.splitlines()[-1])
     if Path(result["checkout"]).resolve() != checkout.resolve():
         raise RuntimeError(f"Python found the library in {result['checkout']} instead of {checkout}.")
     return result
+
+
+def _rows(network: str, comparison: Comparison, commits: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "network": network,
+            "road": name,
+            "calls": comparison.calls[name],
+            "seconds": Spread.of(seconds),
+            "over_other": Spread.of(comparison.ratios) if name == OURS else None,
+            "calls_over_other": comparison.ratio_of_calls if name == OURS else None,
+            "error": comparison.error if name == OURS else None,
+            "samples": len(seconds),
+            "note": commits[name],
+        }
+        for name, seconds in comparison.seconds.items()
+    ]
+
+
+def bars(found: Mapping[str, Comparison]) -> list[Bar]:
+    """The bars on comparisons by network."""
+    together = np.exp(np.mean([np.log(comparison.ratios) for comparison in found.values()], axis=0))
+    made = [Bar("geometric mean of all networks' ratios of seconds", Spread.of(together), "at most", 0.95)]
+    for network, comparison in found.items():
+        made += [
+            Bar(f"{network}: ours / the other's, seconds", Spread.of(comparison.ratios), "at most", 1.1),
+            Bar(
+                f"{network}: ours / the other's, operator calls of a tile", comparison.ratio_of_calls, "at most", 1 / 8
+            ),
+            Bar(f"{network}: difference of the two matrices, relative", comparison.error, "at most", 1e-5),
+        ]
+    return made
 
 
 if __name__ == "__main__":

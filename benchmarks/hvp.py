@@ -1,7 +1,7 @@
 """Cost of one exact Hessian-vector product, and of several with the same data.
 
 Ours and every peer's, on one residual network and batch. A library shares between several vectors whatever it can, and
-their times are of one vector.
+their times are of one vector. curvlinops' product is also timed under `torch.compile`.
 
     python -m benchmarks.hvp [--network resnet18] [--batch 512] [--device cuda] [--quick]
 """
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp
 
-from benchmarks.support import options, peers, timing
+from benchmarks.support import compilation, options, peers, timing
 from benchmarks.support.charts import draw_roads
 from benchmarks.support.problems import Problem, image_problem, parameters_only
 from benchmarks.support.report import Bar, Report, new_report, publish
-from benchmarks.support.roads import bar_against_fastest, relative_error, road_rows
+from benchmarks.support.roads import bar_against_fastest, eager_forward, relative_error, road_rows
 from lmc_curvature import HessianOperator
 
 OURS = "HessianOperator @ v"
 OURS_OF_PARAMETERS = "the same, parameters alone"
+# Of all our roads; their first call may capture a graph.
+OURS_BEGIN = ("HessianOperator", OURS_OF_PARAMETERS)
 PEERS = ("PyHessian", "BackPACK", "curvlinops")
 
 SIZES = {
@@ -44,21 +46,67 @@ def main(argv: Sequence[str] | None = None) -> Report:
     chosen = options.parse_options(__file__, __doc__, argv, options.add_network)
     size = options.chosen_size(chosen, SIZES)
     problem = image_problem(**size, device=chosen.device, away_from_kinks=True)
-    notes = [*peers.missing_peers(), *NOTES]
-    report = new_report(chosen, "What does a Hessian-vector product cost?", notes, **size, dtype="float32")
-    entries = sum(tensor.numel() for tensor in problem.state.values())
-    vectors = torch.randn(COUNTS[chosen.size], entries, device=chosen.device)
-
-    both = chosen.size == "full"
-    one = one_product_roads(problem, vectors[0], both_layouts=both)
-    many = many_products_roads(problem, vectors, both_layouts=both)
-    found = timing.measure([*one, *many], chosen.pace, chosen.device)
-    errors = _errors(problem, vectors, found)
-    report.add("one", "One product", road_rows(one, found, problem, errors))
-    report.add("many", "Several products with the same data, a vector", road_rows(many, found, problem, errors))
-    report.bars += _bars(found, [road.name for road in one], [road.name for road in many], len(vectors))
-    ours = [name for name in found if name.startswith(("HessianOperator", OURS_OF_PARAMETERS))]
+    report = new_report(chosen, "What does a Hessian-vector product cost?", **size, dtype="float32")
+    both, compiles = chosen.size == "full", chosen.size == "full"
+    found = add_products(report, problem, chosen.pace, count=COUNTS[chosen.size], both_layouts=both, compiles=compiles)
+    ours = [name for name in found if name.startswith(OURS_BEGIN)]
     return publish(report, chosen, draw_roads(found, ours, "forward passes a vector"))
+
+
+def add_products(
+    report: Report,
+    problem: Problem,
+    pace: timing.Pace,
+    *,
+    count: int,
+    both_layouts: bool = False,
+    compiles: bool = False,
+    elsewhere: Mapping[str, timing.Measurement] | None = None,
+) -> dict[str, timing.Measurement]:
+    """Measure one product and several by every road, and add their tables, bars and notes to a report.
+
+    Args:
+        report: The report.
+        problem: The problem.
+        pace: Number and length of samples.
+        count: The number of several vectors.
+        both_layouts: Time peers with channels-last images, too.
+        compiles: Compile peers here.
+        elsewhere: Compiled peers that another process has measured, by name; of one vector and of several.
+
+    Returns:
+        Measurements by name.
+    """
+    vectors = drawn_vectors(problem, count)
+    report.notes += [*peers.missing_peers(), *NOTES]
+    one = one_product_roads(problem, vectors[0], both_layouts=both_layouts)
+    many = many_products_roads(problem, vectors, both_layouts=both_layouts)
+    parts = parameter_parts(problem, vectors)
+    compiled_one, notes = compilation.compiled_roads(
+        compilation.product_maker(problem, parts[0]), left_out=not compiles
+    )
+    compiled_many, more = compilation.compiled_roads(compilation.products_maker(problem, parts), left_out=not compiles)
+    if elsewhere is None:
+        report.notes += dict.fromkeys([*notes, *more])
+    one, many = [*eager_forward(problem), *one, *compiled_one], [*many, *compiled_many]
+    found = {**timing.measure([*one, *many], pace, problem.device), **(elsewhere or {})}
+    errors = _errors(problem, vectors, found)
+    several = {name for name, measurement in found.items() if measurement.road.vectors > 1}
+    of_one, of_many = ([name for name in found if (name in several) == (kind == "many")] for kind in ("one", "many"))
+    for key, title, names in (
+        ("one", "One product", of_one),
+        ("many", "Several products with the same data, a vector", of_many),
+    ):
+        report.add(key, title, road_rows([found[name].road for name in names], found, problem, errors))
+    report.bars += _bars(found, of_one, of_many, count, problem.device)
+    return found
+
+
+def drawn_vectors(problem: Problem, count: int) -> Tensor:
+    """Random vectors over the state, (count, entries)."""
+    generator = torch.Generator().manual_seed(0)
+    entries = sum(tensor.numel() for tensor in problem.state.values())
+    return torch.randn(count, entries, generator=generator).to(problem.device)
 
 
 def one_product_roads(problem: Problem, vector: Tensor, *, both_layouts: bool) -> list[timing.Road]:
@@ -75,7 +123,9 @@ def one_product_roads(problem: Problem, vector: Tensor, *, both_layouts: bool) -
     for layout, laid_out in peers.layouts(problem, both=both_layouts).items():
         for peer in filter(peers.installed, PEERS):
             roads[f"{peer}{layout}"] = _peer_road(peer, laid_out, parts.unsqueeze(0))
-    return [timing.Road(name, run, problem.forward) for name, run in roads.items()]
+    return [
+        timing.Road(name, run, problem.forward, warms_up=name.startswith(OURS_BEGIN)) for name, run in roads.items()
+    ]
 
 
 def many_products_roads(problem: Problem, vectors: Tensor, *, both_layouts: bool) -> list[timing.Road]:
@@ -83,7 +133,7 @@ def many_products_roads(problem: Problem, vectors: Tensor, *, both_layouts: bool
     count = len(vectors)
     operator = HessianOperator(problem.objective)
     columns = vectors.T.contiguous()
-    parts = torch.stack([_parameter_part(problem, vector) for vector in vectors])
+    parts = parameter_parts(problem, vectors)
     roads: dict[str, Callable[[], Any]] = {_many(count, "HessianOperator @ V"): lambda: (operator @ columns).T}
     for layout, laid_out in peers.layouts(problem, both=both_layouts).items():
         for peer in filter(peers.installed, ("PyHessian", "BackPACK")):
@@ -91,7 +141,10 @@ def many_products_roads(problem: Problem, vectors: Tensor, *, both_layouts: bool
         if peers.installed("curvlinops"):
             at_once, run = peers.curvlinops_at_once(peers.curvlinops_hessian(laid_out), parts)
             roads[_many(count, f"curvlinops, H @ V, {at_once} at once{layout}")] = run
-    return [timing.Road(name, run, problem.forward, vectors=count) for name, run in roads.items()]
+    return [
+        timing.Road(name, run, problem.forward, vectors=count, warms_up=name.startswith(OURS_BEGIN))
+        for name, run in roads.items()
+    ]
 
 
 def _many(count: int, road: str) -> str:
@@ -122,11 +175,16 @@ def _parameter_part(problem: Problem, vector: Tensor) -> Tensor:
     return torch.cat([part for name, part in parts if parameters_only(name) == "parameters"])
 
 
+def parameter_parts(problem: Problem, vectors: Tensor) -> Tensor:
+    """The parts of vectors over the state, the rows of a matrix, that belong to parameters."""
+    return torch.stack([_parameter_part(problem, vector) for vector in vectors])
+
+
 def _errors(problem: Problem, vectors: Tensor, found: Mapping[str, timing.Measurement]) -> dict[str, float]:
     """Relative error of every road that gives products, against ours in float64."""
     exact = problem.to(torch.float64)
     operator, restricted = HessianOperator(exact.objective), exact.parameter_hessian
-    parts = torch.stack([_parameter_part(problem, vector) for vector in vectors])
+    parts = parameter_parts(problem, vectors)
     references = {
         operator.shape[0]: (operator @ vectors.double().T).T,
         restricted.shape[0]: (restricted @ parts.double().T).T,
@@ -139,11 +197,15 @@ def _errors(problem: Problem, vectors: Tensor, found: Mapping[str, timing.Measur
     return errors
 
 
-def _bars(found: Mapping[str, timing.Measurement], one: Sequence[str], many: Sequence[str], count: int) -> list[Bar]:
-    several, what = found[many[0]], f"{count} products"
+def _bars(
+    found: Mapping[str, timing.Measurement], one: Sequence[str], many: Sequence[str], count: int, device: torch.device
+) -> list[Bar]:
+    (ours,) = (name for name in many if name.startswith("HessianOperator"))
+    several, what = found[ours], f"{count} products"
+    alone = [Bar(f"{what}, in F a vector", several.in_forwards, "at most", 6.5)] if device.type == "cpu" else []
     return [
         *bar_against_fastest("one product", found[OURS], [found[name] for name in one if name.startswith(PEERS)]),
-        Bar(f"{what}, in F a vector", several.in_forwards, "at most", 6.5),
+        *alone,
         *bar_against_fastest(what, several, [found[name] for name in many if name.startswith(PEERS)]),
     ]
 

@@ -1,7 +1,8 @@
 """Cost of a dense Hessian in Hessian-vector products, for growing numbers of parameters.
 
 Perceptrons of growing width: one product, the whole Hessian dense, and all layers' own blocks dense, each by ours,
-`torch.func.hessian` and curvlinops. A matrix that would not fit into two thirds of the free memory is made in chunks.
+`torch.func.hessian` and curvlinops, whose product is also compiled. A matrix that would not fit into two thirds of the
+free memory is made in chunks.
 
     python -m benchmarks.hvp_vs_exact [--device cuda] [--quick]
 """
@@ -14,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vmap
 
-from benchmarks.support import growth, options, peers, timing
-from benchmarks.support.charts import draw_panels
+from benchmarks.support import compilation, growth, options, peers, timing
+from benchmarks.support.charts import Panel, draw_panels
 from benchmarks.support.memory import columns_that_fit
 from benchmarks.support.problems import Problem, mlp_problem
 from benchmarks.support.report import Report, new_report, publish
-from benchmarks.support.roads import relative_error, road_row
+from benchmarks.support.roads import eager_forward, relative_error, road_row
 from lmc_curvature import HessianOperator, layer_hessian
 
 # Hidden widths, for 114, 330, 1,045, 3,138 and 10,090 parameters.
@@ -33,6 +34,12 @@ KINDS = {
     "whole": ("The whole Hessian, dense", "whole Hessian"),
     "layers": ("All layers' own blocks, dense", "all layers' blocks"),
 }
+# Kind of road, to the kind and the name of what curvlinops computes when it is compiled.
+COMPILED = {
+    "product": ("product", "curvlinops' product, compiled"),
+    "whole": ("whole", "curvlinops' H @ identity, compiled"),
+    "layers": ("layers", "curvlinops' H @ identity, compiled"),
+}
 NOTES = (
     "F of networks this small is mostly overhead, so times in milliseconds say more here.",
     "In products: the time over that of one HessianOperator @ v on the same network.",
@@ -45,11 +52,34 @@ def main(argv: Sequence[str] | None = None) -> Report:
     """Parse, measure, print and write."""
     chosen = options.parse_options(__file__, __doc__, argv)
     setting = {"network": "perceptron of three linear layers", "examples": EXAMPLES[chosen.size], "dtype": "float32"}
+    report = new_report(chosen, "What does a dense Hessian cost, in Hessian-vector products?", **setting)
     problems = [mlp_problem(width, setting["examples"], device=chosen.device) for width in WIDTHS[chosen.size]]
-    notes = [*peers.missing_peers(), *NOTES]
-    report = new_report(chosen, "What does a dense Hessian cost, in Hessian-vector products?", notes, **setting)
-    roads = {problem: roads_of(problem) for problem in problems}
-    found = timing.measure([road for kinds in roads.values() for road in kinds.values()], chosen.pace, chosen.device)
+    panels = add_growth(report, problems, chosen.pace, compiles=chosen.size == "full")
+    return publish(report, chosen, draw_panels(panels))
+
+
+def add_growth(
+    report: Report, problems: Sequence[Problem], pace: timing.Pace, *, compiles: bool = False
+) -> list[Panel]:
+    """Measure products and dense Hessians of growing networks, and add their tables and notes to a report.
+
+    Args:
+        report: The report.
+        problems: From few parameters to many.
+        pace: Number and length of samples.
+        compiles: Compile curvlinops' product.
+
+    Returns:
+        Curves of time over the number of parameters.
+    """
+    report.notes += [*peers.missing_peers(), *NOTES]
+    roads: dict[Problem, dict[tuple[str, str], timing.Road]] = {}
+    for problem in problems:
+        compiled, notes = compiled_roads_of(problem, left_out=not compiles)
+        report.notes += [note for note in notes if note not in report.notes]
+        roads[problem] = roads_of(problem) | compiled
+    device = problems[0].device
+    found = timing.measure([road for kinds in roads.values() for road in kinds.values()], pace, device)
     rows = [row for problem in problems for row in _rows(problem, roads[problem], found)]
     panels = []
     for kind, (title, panel) in KINDS.items():
@@ -59,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     report.add(
         "exponents", "Exponents of time in parameters, by least squares on logarithms", growth.exponent_rows(panels)
     )
-    return publish(report, chosen, draw_panels(panels))
+    return panels
 
 
 def roads_of(problem: Problem) -> dict[tuple[str, str], timing.Road]:
@@ -70,13 +100,57 @@ def roads_of(problem: Problem) -> dict[tuple[str, str], timing.Road]:
         **{("whole", name): run for name, run in _whole_roads(problem, count).items()},
         **{("layers", name): run for name, run in _layer_roads(problem).items()},
     }
-    return {key: timing.Road(f"{key[0]}: {key[1]} ({count})", run, problem.forward) for key, run in runs.items()}
+    ours = ("HessianOperator", "layer_hessian")
+    return {
+        # The first call of ours may capture a graph.
+        key: timing.Road(_named(problem, key), run, problem.forward, warms_up=key[1].startswith(ours))
+        for key, run in runs.items()
+    }
+
+
+def _named(problem: Problem, key: tuple[str, str]) -> str:
+    kind, name = key
+    return f"{kind}: {name} ({problem.parameter_count})"
+
+
+def compiled_roads_of(problem: Problem, *, left_out: bool) -> tuple[dict[tuple[str, str], timing.Road], list[str]]:
+    """The roads of curvlinops' product, compiled, by kind and name, and notes."""
+
+    def road(key: tuple[str, str], run: Callable[[], Any], seconds: float) -> timing.Road:
+        return timing.Road(_named(problem, key), run, problem.forward, note=f"compiled in {seconds:.0f} s")
+
+    def product() -> timing.Road:
+        vector = torch.randn(problem.parameter_count, device=problem.device)
+        found = compilation.compiled_product(problem, vector)
+        return road(COMPILED["product"], lambda: found.run(vector), found.seconds)
+
+    def whole() -> timing.Road:
+        unit = torch.eye(problem.parameter_count, device=problem.device)
+        found = compilation.compiled_in_chunks(problem, unit, probe=8)[1]
+        return road(COMPILED["whole"], lambda: found.run(unit), found.seconds)
+
+    def layers() -> timing.Road:
+        found = []
+        for direction in problem.directions.values():
+            unit = torch.eye(sum(tensor.numel() for tensor in direction.values()), device=problem.device)
+            found.append((unit, compilation.compiled_in_chunks(problem, unit, list(direction), probe=8)[1]))
+        seconds = sum(compiled.seconds for _, compiled in found)
+        return road(COMPILED["layers"], lambda: [compiled.run(unit) for unit, compiled in found], seconds)
+
+    made = {}
+    notes: list[str] = []
+    for key, make in zip(COMPILED.values(), (product, whole, layers), strict=True):
+        roads, said = compilation.compiled_roads({_named(problem, key): make}, left_out=left_out)
+        made |= dict.fromkeys([key] if roads else [], *roads)
+        notes += said
+    return made, notes
 
 
 def _product_roads(problem: Problem, count: int) -> dict[str, Callable[[], Any]]:
     operator, vector = HessianOperator(problem.objective), torch.randn(count, device=problem.device)
     diagonal = operator.block_diagonal()
     roads: dict[str, Callable[[], Any]] = {
+        **{road.name: road.run for road in eager_forward(problem)},
         "gradient by plain autograd": problem.forward_backward,
         PRODUCT: lambda: operator @ vector,
         "HessianOperator.block_diagonal() @ v": lambda: diagonal @ vector,
@@ -164,7 +238,8 @@ def _rows(
     rows = []
     for (kind, name), road in roads.items():
         measurement = found[road.name]
-        error = None if kind == "product" or measurement.failure else _error(problem, measurement.result, reference)
+        failed = kind == "product" or measurement.result is None
+        error = None if failed else _error(problem, measurement.result, reference)
         rows.append(
             {
                 **road_row(measurement, problem, error=error),

@@ -2,8 +2,9 @@
 
 The directions U are the layers' displacements from one residual network with batch normalisation to another; times are
 of one k × k matrix. Our products are looped, taken together and vectorised by `torch.func.vmap`; curvlinops, PyHessian
-and BackPACK multiply in their own ways. Further tables: the cost of the first call (checks, capture, self-check), the
-distance of the sweep from products in either precision and, with `--profile`, the sweep's time by operation.
+and BackPACK multiply in their own ways, curvlinops' product also under `torch.compile`. Further tables: the cost of the
+first call (checks, capture, self-check), the distance of the sweep from products in either precision and, with
+`--profile`, the sweep's time by operation.
 
     python -m benchmarks.projection [--network resnet18] [--batch 512] [--device cuda] [--profile] [--quick]
 """
@@ -16,22 +17,25 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from benchmarks.support import memory, options, peers, profiling, timing
+from benchmarks.support import compilation, memory, options, peers, profiling, timing
 from benchmarks.support.charts import draw_roads
 from benchmarks.support.problems import Problem, image_problem
 from benchmarks.support.report import Bar, Report, new_report, publish
-from benchmarks.support.roads import fastest, relative_error, road_rows
-from lmc_curvature import HessianOperator, Objective, project_hessian
+from benchmarks.support.roads import eager_forward, fastest, relative_error, road_rows
+from lmc_curvature import HessianOperator, project_hessian
 
 SWEEP = "sweep"
 LOOPS = ("loop of products on a kept graph, sparse directions (method='hvp')", "HessianOperator @ V, all at once")
 ONE_BY_ONE = "loop of HessianOperator @ v"
+OURS = (SWEEP, *LOOPS, ONE_BY_ONE)
 
 SIZES = {
     "full": {"network": "resnet20", "batch": 128, "width": 16, "pixels": 32},
     "quick": {"network": "resnet20", "batch": 16, "width": 16, "pixels": 32},
     "smoke": {"network": "resnet8", "batch": 4, "width": 4, "pixels": 8},
 }
+# Bars by type of device.
+BOUNDS = {"cpu": {"F": 14, "peer": 12, "own": 8}, "cuda": {"F": 18, "peer": 8}}
 NOTES = (
     "Peers differentiate parameters only, with the running statistics fixed; ours also differentiate those.",
     "Errors are max |M − M₆₄| / max |M₆₄|, against looped products in float64 for the same directions, on examples "
@@ -46,26 +50,68 @@ def main(argv: Sequence[str] | None = None) -> Report:
     size = options.chosen_size(chosen, SIZES)
     problem = image_problem(**size, device=chosen.device, away_from_kinks=True)
     setting = {**size, "layers": len(problem.directions), "dtype": "float32"}
-    notes = [*peers.missing_peers(), *NOTES]
-    report = new_report(chosen, "What does UᵀHU for every layer cost?", notes, **setting)
+    report = new_report(chosen, "What does UᵀHU for every layer cost?", **setting)
+    both, compiles = chosen.size == "full", chosen.size == "full"
+    found = add_projection(report, problem, chosen.pace, both_layouts=both, compiles=compiles)
+    if chosen.profile:
+        report.tables.append(profiling.profile_table("the sweep", lambda: project(problem, "sweep"), chosen.device))
+    return publish(report, chosen, draw_roads(found, OURS, "forward passes for the whole matrix"))
 
-    report.add("first", "The first call of a sweep, measured once", _first_call(problem))
-    own, others = own_roads(problem), peer_roads(problem, both_layouts=chosen.size == "full")
-    found = timing.measure([*own, *others], chosen.pace, chosen.device)
-    errors = _errors(problem, found, [road.name for road in others])
-    report.add("roads", "The k × k matrix by every road", road_rows([*own, *others], found, problem, errors))
-    agreement = _agreement(problem)
+
+def add_projection(
+    report: Report,
+    problem: Problem,
+    pace: timing.Pace,
+    *,
+    both_layouts: bool = False,
+    compiles: bool = False,
+    elsewhere: Mapping[str, timing.Measurement] | None = None,
+    exact: bool = True,
+) -> dict[str, timing.Measurement]:
+    """Measure every road to the matrix, and add their tables, bars and notes to a report.
+
+    Args:
+        report: The report.
+        problem: The problem.
+        pace: Number and length of samples.
+        both_layouts: Time peers with channels-last images, too.
+        compiles: Compile peers here.
+        elsewhere: Peers that another process has measured, by name.
+        exact: Compare in float64, too; else with our products in float32 alone, for a GPU that is slow in float64.
+
+    Returns:
+        Measurements by name.
+    """
+    report.notes += [*peers.missing_peers(), *NOTES]
+    first = _first_call(problem)
+    report.add("first", "The first call of a sweep, measured once", first)
+    if problem.device.type == "cuda":
+        report.bars.append(Bar("the first call, seconds", first[-1]["ms"] / 1000, "at most", 3))
+    own, others = own_roads(problem), peer_roads(problem, both_layouts=both_layouts)
+    compiled, notes = compilation.compiled_roads(compilation.matrix_makers(problem), left_out=not compiles)
+    others += compiled
+    if elsewhere is None:
+        report.notes += notes
+    measured = timing.measure([*eager_forward(problem), *own, *others], pace, problem.device)
+    found = {**measured, **(elsewhere or {})}
+    # Bars without exact errors are better than none.
+    exact = exact and not pace.is_over
+    rivals = [*(road.name for road in others), *(elsewhere or {})]
+    errors = _errors(problem, found, rivals, torch.float64 if exact else torch.float32)
+    rows = road_rows([measurement.road for measurement in found.values()], found, problem, errors)
+    report.add("roads", "The k × k matrix by every road", rows)
+    if not exact:
+        report.notes.append("Here errors are against looped products of ours in float32.")
+    dtypes = () if pace.is_over else (torch.float32, torch.float64) if exact else (torch.float32,)
+    agreement = _agreement(problem, dtypes)
     title = "Distance of the sweep from products, max |M_sweep − M_hvp| / max |M_hvp|"
     report.add("agreement", title, agreement)
-    report.bars += _bars(problem, found, errors, [road.name for road in others], agreement)
-    if chosen.profile:
-        report.tables.append(profiling.profile_table("the sweep", lambda: _project(problem, "sweep"), chosen.device))
-    # One of the roads from the network alone is torch's.
-    ours = [road.name for road in own if not road.name.startswith("vmap")]
-    return publish(report, chosen, draw_roads(found, ours, "forward passes for the whole matrix"))
+    report.bars += _bars(problem, found, errors, [road.name for road in own], rivals, agreement)
+    return found
 
 
-def _project(problem: Problem, method: str) -> Tensor:
+def project(problem: Problem, method: str) -> Tensor:
+    """UᵀHU by one of this library's methods."""
     found = project_hessian(problem.objective, problem.state, problem.directions, method=method)
     return torch.from_numpy(found.curvature)
 
@@ -78,8 +124,8 @@ def own_roads(problem: Problem) -> list[timing.Road]:
         lambda count: _vmapped(problem, vectors[:count], count), len(vectors), problem.device
     )
     roads: dict[str, Callable[[], Any]] = {
-        SWEEP: lambda: _project(problem, "sweep"),
-        LOOPS[0]: lambda: _project(problem, "hvp"),
+        SWEEP: lambda: project(problem, "sweep"),
+        LOOPS[0]: lambda: project(problem, "hvp"),
         LOOPS[1]: lambda: vectors @ (operator @ vectors.T),
         ONE_BY_ONE: lambda: torch.stack([vectors @ (operator @ vector) for vector in vectors]),
         f"vmap of jvp(grad(loss)), {at_once} at once": lambda: _vmapped(problem, vectors, at_once),
@@ -87,7 +133,7 @@ def own_roads(problem: Problem) -> list[timing.Road]:
     # A loop is at its peak within every turn.
     briefly: dict[str, Callable[[], Any]] = {ONE_BY_ONE: lambda: operator @ vectors[0]}
     return [
-        timing.Road(name, run, problem.forward, warms_up=name == SWEEP, memory_run=briefly.get(name))
+        timing.Road(name, run, problem.forward, warms_up=name in OURS, memory_run=briefly.get(name))
         for name, run in roads.items()
     ]
 
@@ -137,13 +183,13 @@ def _curvlinops_matrix(problem: Problem, layout: str) -> timing.Road:
 def _first_call(problem: Problem) -> list[dict[str, Any]]:
     """Rows with the cost of the first sweep over a shape of batch, step by step."""
     forward = min(timing.seconds_once(problem.forward)[0] for _ in range(3))
-    objective = Objective(problem.model, list(problem.batches))
+    objective = problem.new_objective()
 
-    def project() -> object:
+    def sweep() -> object:
         return project_hessian(objective, problem.state, problem.directions, method="sweep")
 
-    checks, first = timing.seconds_once(objective.loss)[0], timing.seconds_once(project)[0]
-    warm = min(timing.seconds_once(project)[0] for _ in range(3))
+    checks, first = timing.seconds_once(objective.loss)[0], timing.seconds_once(sweep)[0]
+    warm = min(timing.seconds_once(sweep)[0] for _ in range(3))
     steps = {
         "checks of the network (any first evaluation)": checks,
         "capture of the graph and self-check, once a graph": max(first - warm, 0.0),
@@ -154,10 +200,13 @@ def _first_call(problem: Problem) -> list[dict[str, Any]]:
 
 
 def _errors(
-    problem: Problem, found: Mapping[str, timing.Measurement], parameters_alone: Sequence[str]
+    problem: Problem,
+    found: Mapping[str, timing.Measurement],
+    parameters_alone: Sequence[str],
+    dtype: torch.dtype,
 ) -> dict[str, float]:
-    """Relative errors of roads, against products in float64 along all entries or along parameters alone."""
-    exact = problem.to(torch.float64)
+    """Relative errors of roads, against products in some precision along all entries or along parameters alone."""
+    exact = problem.to(dtype)
     references = {
         alone: torch.from_numpy(project_hessian(exact.objective, exact.state, directions, method="hvp").curvature)
         for alone, directions in ((False, exact.directions), (True, exact.parameter_directions))
@@ -165,16 +214,16 @@ def _errors(
     return {
         name: relative_error(measurement.result, references[name in parameters_alone])
         for name, measurement in found.items()
-        if measurement.result is not None
+        if isinstance(measurement.result, Tensor)
     }
 
 
-def _agreement(problem: Problem) -> list[dict[str, Any]]:
+def _agreement(problem: Problem, dtypes: Sequence[torch.dtype]) -> list[dict[str, Any]]:
     """Rows with the distance of the sweep from looped products, in each precision."""
     rows = []
-    for dtype in (torch.float32, torch.float64):
+    for dtype in dtypes:
         typed = problem if dtype == torch.float32 else problem.to(dtype)
-        error = relative_error(_project(typed, "sweep"), _project(typed, "hvp"))
+        error = relative_error(project(typed, "sweep"), project(typed, "hvp"))
         rows.append({"dtype": str(dtype).removeprefix("torch."), "error": error})
     return rows
 
@@ -183,20 +232,23 @@ def _bars(
     problem: Problem,
     found: Mapping[str, timing.Measurement],
     errors: Mapping[str, float],
+    own: Sequence[str],
     others: Sequence[str],
     agreement: Sequence[Mapping[str, Any]],
 ) -> list[Bar]:
-    sweep = found[SWEEP]
-    own = [name for name in found if name not in others and name != SWEEP]
-    bars = [Bar("sweep, in F", sweep.in_forwards, "at most", 14)]
-    for what, names, bound in (("fastest peer", others, 12), ("best own loop of products", own, 8)):
+    sweep, bounds = found[SWEEP], BOUNDS[problem.device.type]
+    bars = [Bar("sweep, in F", sweep.in_forwards, "at most", bounds["F"])]
+    loops = [name for name in own if name != SWEEP]
+    for what, names, key in (("fastest peer", others, "peer"), ("best own loop of products", loops, "own")):
         # A road that is wrong is no road.
         rival = fastest(found[name] for name in names if errors.get(name, np.inf) < 1e-3)
-        if rival is not None:
+        if rival is not None and key in bounds:
             ratio = rival.in_forwards.over(sweep.in_forwards)
-            bars.append(Bar(f"{what} ({rival.road.name}) / sweep", ratio, "at least", bound))
-    bars.append(Bar("peak of the sweep / of a gradient", (sweep.peak or 0) / problem.gradient_peak, "at most", 3))
-    for row, bound in zip(agreement, (1e-5, 1e-9), strict=True):
+            bars.append(Bar(f"{what} ({rival.road.name}) / sweep", ratio, "at least", bounds[key]))
+    if sweep.peak is not None:
+        bars.append(Bar("peak of the sweep / of a gradient", sweep.peak / problem.gradient_peak, "at most", 3))
+    for row in agreement:
+        bound = {"float32": 1e-5, "float64": 1e-9}[row["dtype"]]
         bars.append(Bar(f"agreement in {row['dtype']}", row["error"], "at most", bound))
     return bars
 

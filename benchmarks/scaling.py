@@ -3,6 +3,7 @@
 python -m benchmarks.scaling [--device cuda] [--quick]
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.support import growth, options, timing
 from benchmarks.support.charts import Panel, draw_panels
 from benchmarks.support.problems import Problem, image_problem
 from benchmarks.support.report import Bar, Report, new_report, publish
-from benchmarks.support.roads import road_row
+from benchmarks.support.roads import eager_forward, road_row
 from lmc_curvature import project_hessian
 
 METHODS = {"sweep": "sweep", "hvp": "loop of products"}
@@ -51,13 +52,18 @@ def main(argv: Sequence[str] | None = None) -> Report:
         roads = {
             (value, method): _road(value, method, problem) for value, problem in problems.items() for method in METHODS
         }
+        roads |= {
+            (value, "eager"): dataclasses.replace(road, name=f"{road.name}, at {value}")
+            for value, problem in problems.items()
+            for road in eager_forward(problem)
+        }
         found = timing.measure(list(roads.values()), chosen.pace, chosen.device)
         rows = [
             {
                 **road_row(found[road.name], problems[value]),
                 "at": value,
                 "layers": len(problems[value].directions),
-                "road": METHODS[method],
+                "road": METHODS.get(method, "forward pass, eager"),
             }
             for (value, method), road in roads.items()
         ]

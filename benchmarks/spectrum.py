@@ -1,8 +1,9 @@
 """Time for eigenvalues to a stated residual, and for a spectral density to a stated accuracy.
 
 The ten largest eigenvalues of a small residual network, in its parameters, after a few epochs on handwritten digits:
-ours, SciPy's `eigsh` on ours and on curvlinops, PyHessian. Its spectral density: ours and curvlinops. Every road's
-eigenpairs are held against the same Hessian in float64, and so is every density against its eigenvalues.
+ours, SciPy's `eigsh` on ours and on curvlinops, eager and compiled, and PyHessian. Its spectral density: ours and
+curvlinops. Every road's eigenpairs are held against the same Hessian in float64, and so is every density against its
+eigenvalues.
 
 With `--network`, eigenvalues only, of a larger network on random images: there no density can be held against all
 eigenvalues, and PyHessian is tried with its defaults alone, in the layout of images that it is faster in.
@@ -21,15 +22,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from benchmarks.support import options, peers, timing
+from benchmarks.support import compilation, options, peers, timing
 from benchmarks.support.charts import draw_roads
 from benchmarks.support.problems import Problem, digits_problem, image_problem, mlp_problem
 from benchmarks.support.report import Bar, Report, new_report, publish
-from benchmarks.support.roads import road_row
+from benchmarks.support.roads import eager_forward, road_row
 from lmc_curvature import HessianOperator, spectral_density, top_eigenpairs
 from lmc_curvature.errors import ConvergenceWarning
 
@@ -103,21 +104,55 @@ def main(argv: Sequence[str] | None = None) -> Report:
             size.network, size.examples, width=width, pixels=pixels, device=chosen.device, away_from_kinks=True
         )
         report = _report(chosen, size, "What do eigenvalues of equal accuracy cost?", f"{problem.parameter_count:,}")
-        found = _add_eigenvalues(report, problem, size, chosen)
+        found = add_eigenvalues(report, problem, size, chosen.pace, **_extent(chosen))
         return publish(report, chosen, draw_roads(found, [OURS], "forward passes"))
-    problem, small = (_problem(size, width, chosen.device) for width in size.width)
+    problem, small = (problem_of(size, width, chosen.device) for width in size.width)
     parameters = f"{problem.parameter_count:,} for eigenvalues and {small.parameter_count:,} for densities"
     report = _report(chosen, size, "What do eigenvalues and densities of equal accuracy cost?", parameters)
-    report.notes.append(
-        f"Densities: the cheapest effort tried whose Wasserstein-1 distance from the exact spectral measure is, on "
-        f"average over {len(SEEDS)} seeds, at most {ACCURACY:.0%} of the spectrum's width."
-    )
-    found = _add_eigenvalues(report, problem, size, chosen) | _add_densities(report, small, size, chosen)
+    found = add_eigenvalues(report, problem, size, chosen.pace, **_extent(chosen))
+    found |= add_densities(report, small, size, chosen.pace)
     return publish(report, chosen, draw_roads(found, [OURS, OUR_DENSITY], "forward passes"))
 
 
+def _extent(chosen: argparse.Namespace) -> dict[str, bool]:
+    return {"both_layouts": chosen.size == "full", "compiles": chosen.size == "full"}
+
+
 def _report(chosen: argparse.Namespace, size: Size, question: str, parameters: str) -> Report:
-    notes = [
+    setting = {"network": size.network, "examples": size.examples, "parameters": parameters, "dtype": "float32"}
+    return new_report(chosen, question, **setting)
+
+
+def problem_of(size: Size, width: int, device: torch.device) -> Problem:
+    """The problem of a size, with a network of some width."""
+    if size.epochs:
+        return digits_problem(size.examples, width=width, epochs=size.epochs, device=device)
+    return mlp_problem(width, size.examples, device=device)
+
+
+def add_eigenvalues(
+    report: Report,
+    problem: Problem,
+    size: Size,
+    pace: timing.Pace,
+    *,
+    both_layouts: bool = False,
+    compiles: bool = False,
+) -> dict[str, timing.Measurement]:
+    """Measure eigenvalues by every road, and add their table, bars and notes to a report.
+
+    Args:
+        report: The report.
+        problem: The problem.
+        size: Number of eigenvalues, and what PyHessian tries.
+        pace: Number and length of samples.
+        both_layouts: Time peers with channels-last images, too.
+        compiles: Compile curvlinops' product.
+
+    Returns:
+        Measurements by name.
+    """
+    report.notes += [
         *peers.missing_peers(),
         f"Residuals are ‖Hv − θv‖ / |θ| with H in float64 and θ = vᵀHv, the worst of the {size.count}; the asked one "
         f"is {RESIDUAL:g}. Errors are of θ, relative, against eigenvalues computed in float64.",
@@ -125,35 +160,30 @@ def _report(chosen: argparse.Namespace, size: Size, question: str, parameters: s
         "and the first setting tried that reached the residual, or else the last one.",
         "Memory is what torch's allocator gave; the workspace of ARPACK is not among it.",
     ]
-    setting = {"network": size.network, "examples": size.examples, "parameters": parameters, "dtype": "float32"}
-    return new_report(chosen, question, notes, **setting)
-
-
-def _problem(size: Size, width: int, device: torch.device) -> Problem:
-    if size.epochs:
-        return digits_problem(size.examples, width=width, epochs=size.epochs, device=device)
-    return mlp_problem(width, size.examples, device=device)
-
-
-def _add_eigenvalues(
-    report: Report, problem: Problem, size: Size, chosen: argparse.Namespace
-) -> dict[str, timing.Measurement]:
-    """Measure eigenvalues, and add their table and bars."""
-    found = timing.measure(
-        eigenvalue_roads(problem, size, both_layouts=chosen.size == "full"), chosen.pace, chosen.device
+    roads = eigenvalue_roads(problem, size, both_layouts=both_layouts)
+    name = "SciPy's eigsh on curvlinops' product, compiled"
+    compiled, notes = compilation.compiled_roads(
+        {name: lambda: _compiled_road(name, problem, size.count)}, left_out=not compiles
     )
+    report.notes += notes
+    found = timing.measure([*roads, *compiled], pace, problem.device)
     operator = problem.to(torch.float64).parameter_hessian
     exact = top_eigenpairs(operator, size.count, tolerance=1e-6).values
     rows = {}
     for name, measurement in found.items():
+        if not isinstance(measurement.result, Pairs):
+            rows[name] = road_row(measurement, problem)
+            continue
         values, residuals = _residuals(operator, measurement.result.vectors)
         rows[name] = {
             **road_row(measurement, problem, error=float(((values - exact) / exact).abs().max())),
             "residual": float(residuals.max()),
             "products": measurement.result.products,
         }
-    report.add("eigenvalues", f"The {size.count} largest eigenvalues", list(rows.values()))
-    report.bars += _bars(found, {name: row["residual"] for name, row in rows.items()})
+    forwards = timing.measure(eager_forward(problem), pace, problem.device)
+    eager = [road_row(measurement, problem) for measurement in forwards.values()]
+    report.add("eigenvalues", f"The {size.count} largest eigenvalues", [*rows.values(), *eager])
+    report.bars += _bars(found, {name: row["residual"] for name, row in rows.items() if "residual" in row})
     return found
 
 
@@ -165,6 +195,7 @@ def eigenvalue_roads(problem: Problem, size: Size, *, both_layouts: bool = False
             OURS,
             lambda: _ours(operator, count, None),
             problem.forward,
+            warms_up=True,
             memory_run=lambda: _ours(operator, count, 60),
         ),
         _eigsh_road("SciPy's eigsh on HessianOperator.to_scipy()", operator.to_scipy(), problem, count),
@@ -196,6 +227,19 @@ def _eigsh_road(name: str, operator: Any, problem: Problem, count: int) -> timin
             eigsh(operator, **settings, maxiter=1)
 
     return timing.Road(name, run, problem.forward, memory_run=briefly)
+
+
+def _compiled_road(name: str, problem: Problem, count: int) -> timing.Road:
+    """SciPy's on the compiled product of curvlinops."""
+    compiled = compilation.compiled_product(problem, torch.randn(problem.parameter_count, device=problem.device))
+
+    def product(vector: np.ndarray) -> np.ndarray:
+        flat = torch.from_numpy(vector.ravel()).to(problem.device, torch.float32)
+        return compiled.run(flat).cpu().numpy()
+
+    shape: Any = (problem.parameter_count,) * 2
+    operator: Any = LinearOperator(shape, matvec=product, dtype=np.float32)
+    return dataclasses.replace(_eigsh_road(name, operator, problem, count), note=compiled.note)
 
 
 def _pyhessian_roads(problem: Problem, laid_out: Problem, size: Size, layout: str) -> list[timing.Road]:
@@ -236,9 +280,11 @@ def _residuals(operator: HessianOperator, vectors: Tensor) -> tuple[Tensor, Tens
 
 def _bars(found: Mapping[str, timing.Measurement], residuals: Mapping[str, float]) -> list[Bar]:
     ours = found[OURS]
+    if OURS not in residuals:
+        return []
     bars = [Bar("worst residual of ours", residuals[OURS], "at most", RESIDUAL)]
     for peer in ("SciPy's eigsh on curvlinops", "PyHessian"):
-        names = [name for name in found if name.startswith(peer)]
+        names = [name for name in residuals if name.startswith(peer)]
         exact = [name for name in names if residuals[name] <= RESIDUAL]
         # The fastest that is exact enough; if none is, the last one, which tried hardest.
         for name in [min(exact, key=lambda name: found[name].time.median)] if exact else names[-1:]:
@@ -251,10 +297,12 @@ def _bars(found: Mapping[str, timing.Measurement], residuals: Mapping[str, float
 DensityRun = Callable[[int, int, int], Nodes]
 
 
-def _add_densities(
-    report: Report, problem: Problem, size: Size, chosen: argparse.Namespace
-) -> dict[str, timing.Measurement]:
-    """Measure each road at its cheapest effort that is accurate enough, and add their table and bar."""
+def add_densities(report: Report, problem: Problem, size: Size, pace: timing.Pace) -> dict[str, timing.Measurement]:
+    """Measure each road to a density at its cheapest effort that is accurate enough; add their table, bar and note."""
+    report.notes.append(
+        f"Densities: the cheapest effort tried whose Wasserstein-1 distance from the exact spectral measure is, on "
+        f"average over {len(SEEDS)} seeds, at most {ACCURACY:.0%} of the spectrum's width."
+    )
     exact = torch.linalg.eigvalsh(problem.to(torch.float64).parameter_hessian.to_dense()).cpu().numpy()
     efforts, roads = {}, []
     for name, run in _density_runs(problem).items():
@@ -262,7 +310,7 @@ def _add_densities(
         efforts[name] = {"accuracy": distance, "effort": f"{probes} × {steps}"}
         work, briefly = (functools.partial(run, probes, number, 0) for number in (steps, min(steps, 8)))
         roads.append(timing.Road(name, work, problem.forward, memory_run=briefly))
-    found = timing.measure(roads, chosen.pace, chosen.device)
+    found = timing.measure(roads, pace, problem.device)
     rows: list[dict[str, Any]] = [{**road_row(found[name], problem), **effort} for name, effort in efforts.items()]
     if peers.installed("PyHessian"):
         error = peers.pyhessian_density_error(problem).partition(". ")[0]

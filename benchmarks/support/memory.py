@@ -30,6 +30,20 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> float:
     return _profiled_peak(run)
 
 
+def graph_pool_bytes(device: torch.device) -> float:
+    """Bytes that CUDA graphs keep to themselves, replayed or not; they count as allocated in no replay."""
+    if device.type != "cuda":
+        return 0.0
+    segments = torch.cuda.memory_snapshot()
+    return float(
+        sum(
+            segment["total_size"]
+            for segment in segments
+            if tuple(segment["segment_pool_id"]) != (0, 0) and segment["device"] == (device.index or 0)
+        )
+    )
+
+
 def _profiled_peak(run: Callable[[], Any]) -> float:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
@@ -69,9 +83,15 @@ def columns_that_fit(
         device: The device that must hold them.
         probe: Number of columns to estimate the need from, which is taken to be proportional.
         free: Bytes that are free; by default those of the device.
+
+    Returns:
+        The number; 1 if the work fails, as is then seen when it is measured.
     """
     probe = min(probe, columns)
-    run_columns(probe)
-    each = max(peak_bytes(lambda: run_columns(probe), device) / probe, 1.0)
+    try:
+        run_columns(probe)
+        each = max(peak_bytes(lambda: run_columns(probe), device) / probe, 1.0)
+    except RuntimeError:
+        return 1
     free = free_bytes(device) if free is None else free
     return max(1, min(columns, int(free * 2 / 3 / each)))

@@ -43,10 +43,14 @@ def parse_options(
     options.command = " ".join(["python", "-m", f"benchmarks.{options.script}", *_without_places(argv)])
     if options.threads:
         torch.set_num_threads(options.threads)
-    # Every road in plain single precision: TF32 keeps ten bits, and libraries differ in who switches it off.
+    exactly_float32()
+    return options
+
+
+def exactly_float32() -> None:
+    """Let every road compute in plain single precision: TF32 keeps ten bits, and libraries differ in who uses it."""
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
-    return options
 
 
 def _without_places(argv: Sequence[str] | None) -> list[str]:

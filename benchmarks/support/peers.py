@@ -25,11 +25,11 @@ def installed(peer: str) -> bool:
     return importlib.util.find_spec(PACKAGES[peer]) is not None
 
 
-def missing_peers() -> list[str]:
-    """Notes on the peers that are not installed."""
+def missing_peers(among: Iterable[str] = PACKAGES) -> list[str]:
+    """Notes on those of some peers that are not installed."""
     return [
         f"{peer} is not installed, so its rows are missing: pip install lmc-curvature[backends]."
-        for peer in PACKAGES
+        for peer in among
         if not installed(peer)
     ]
 
@@ -41,6 +41,7 @@ def peer_products(peer: str) -> Callable[[Problem, Tensor], Tensor]:
 
 def layouts(problem: Problem, *, both: bool) -> dict[str, Problem]:
     """Suffixes of roads' names, and the problem for each: as it is and, if `both`, with channels-last images."""
+    problem = problem.for_peers
     return {"": problem, ", channels-last": problem.channels_last()} if both else {"": problem}
 
 

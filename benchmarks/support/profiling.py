@@ -1,7 +1,10 @@
 """Time of a computation by ATen operation, and the rest, which is Python's."""
 
 import argparse
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -66,6 +69,57 @@ def profile_table(what: str, run: Callable[[], Any], device: torch.device, *, to
     rows.append(_row("outside operations (Python, dispatch)", None, 1e6 * max(wall - inside, 0.0), wall))
     rows += [_row(name, count, microseconds, wall) for name, count, microseconds in times[:top]]
     return Table("profile", f"Time of {what} by operation (share of a call without the profiler)", rows)
+
+
+@dataclass(frozen=True)
+class Occupation:
+    """The time of a call, and the time within it in which a device works.
+
+    Attributes:
+        seconds: Of the call, without the profiler.
+        kernel_seconds: In which a kernel ran, or on a CPU an operator; those at the same time count once.
+    """
+
+    seconds: float
+    kernel_seconds: float
+
+    @property
+    def share(self) -> float:
+        """The part of the call in which the device works; not-a-number where the profiler saw no kernel."""
+        return self.kernel_seconds / self.seconds if self.kernel_seconds else math.nan
+
+
+def occupation(run: Callable[[], Any], device: torch.device, *, calls: int = 3) -> Occupation:
+    """How much of a call's time the device works, from calls after the first; kernels of replayed graphs count, too."""
+    run()
+    wall = statistics.median(seconds_once(run)[0] for _ in range(calls))
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
+        run()
+        if cuda:
+            torch.cuda.synchronize(device)
+    events: Any = recorded.profiler
+    spans = [
+        (event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in events.kineto_results.events()
+        if _is_work(event, cuda)
+    ]
+    return Occupation(wall, covered(spans) / 1e9)
+
+
+def _is_work(event: Any, cuda: bool) -> bool:
+    if event.is_user_annotation() or event.name().startswith(("Memcpy", "Memset", "[memory]")):
+        return False
+    return (event.device_type().name == "CUDA") if cuda else "::" in event.name()
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of some spans, each from a start to an end."""
+    total, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _row(operation: str, calls: int | None, microseconds: float, wall: float) -> dict[str, Any]:

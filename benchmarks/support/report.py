@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from matplotlib.figure import Figure
@@ -16,6 +17,7 @@ from benchmarks.support.environment import environment
 from benchmarks.support.tables import markdown_table
 from benchmarks.support.timing import Spread
 from lmc_curvature.figures import save_figure
+from lmc_curvature.storage import write_atomically
 
 Record = Mapping[str, Any]
 """A report as its JSON file holds it."""
@@ -156,18 +158,30 @@ def measured_at(record: Record) -> str:
 
 def publish(report: Report, options: argparse.Namespace, figure: Figure | None = None) -> Report:
     """Print a report, and write it as JSON and Markdown, with its figure as PNG and PDF; returns it."""
-    record = report.record()
-    text = "\n".join(markdown(record)).rstrip() + "\n"
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(Markdown(text))
-    options.out.mkdir(parents=True, exist_ok=True)
-    base = options.out / report.name
-    base.with_suffix(".json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    base.with_suffix(".md").write_text(text)
-    if figure is not None:
-        save_figure(figure, base)
+    console.print(Markdown(text_of(report)))
+    base = write(report, options.out, figure)
     console.print(f"written: {base}.json, .md" + (", .png, .pdf" if figure is not None else ""))
     return report
+
+
+def text_of(report: Report) -> str:
+    """A report as Markdown."""
+    return "\n".join(markdown(report.record())).rstrip() + "\n"
+
+
+def write(report: Report, folder: Path, figure: Figure | None = None) -> Path:
+    """Write a report and its figure, each file whole or not at all; returns their path without a suffix."""
+    base = folder / report.name
+    for suffix, text in (
+        (".json", json.dumps(report.record(), indent=2, ensure_ascii=False) + "\n"),
+        (".md", text_of(report)),
+    ):
+        with write_atomically(base.with_suffix(suffix)) as path:
+            path.write_text(text)
+    if figure is not None:
+        save_figure(figure, base)
+    return base
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,13 @@ from benchmarks.support.report import Bar
 from benchmarks.support.timing import Measurement, Road, Spread
 
 
+def eager_forward(problem: Problem) -> list[Road]:
+    """On CUDA, where F is the replay of a graph, the road that launches it from Python; none elsewhere."""
+    if problem.device.type != "cuda":
+        return []
+    return [Road("forward pass, eager", problem.eager_forward, problem.forward)]
+
+
 def road_row(measurement: Measurement, problem: Problem, *, error: float | None = None) -> dict[str, Any]:
     """The row of a road: time, memory, error.
 

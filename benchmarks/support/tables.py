@@ -20,6 +20,7 @@ class Column:
 # By key, in the order in which tables show them.
 COLUMNS = {
     "benchmark": Column("benchmark"),
+    "section": Column("section"),
     "what": Column("what"),
     "step": Column("step"),
     "check": Column("check"),
@@ -27,6 +28,7 @@ COLUMNS = {
     "command": Column("command"),
     "quantity": Column("of"),
     "parameters": Column("parameters"),
+    "network": Column("network"),
     "at": Column("at"),
     "layers": Column("layers"),
     "siblings": Column("siblings"),
@@ -41,8 +43,12 @@ COLUMNS = {
     "later_F": Column("F, later"),
     "operations_F": Column("operations, F"),
     "share": Column("share"),
+    "kernel_seconds": Column("seconds in kernels"),
+    "budget_mib": Column("budget, MiB"),
     "ratio": Column("times as fast as the first"),
     "multiple": Column("in units"),
+    "over_other": Column("over the other's"),
+    "calls_over_other": Column("calls over the other's"),
     "rate": Column("images a second"),
     "in_products": Column("in products"),
     "residual": Column("worst residual", 2),

@@ -6,6 +6,7 @@ each sample stands between two samples of F, the network's own forward pass, whi
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from torch.utils.benchmark import Timer
 from torch.utils.benchmark.utils.timer import timer as clock
 from tqdm.auto import tqdm
 
-from benchmarks.support.memory import peak_bytes
+from benchmarks.support.memory import graph_pool_bytes, peak_bytes
 
 Run = Callable[[], Any]
 Result = TypeVar("Result")
@@ -30,7 +31,8 @@ class Road:
         name: Name in tables.
         run: Does the work once.
         forward: One forward pass without gradients, of the same network on the same data: the unit F.
-        vectors: Number of vectors that `run` treats together; times are given for one of them.
+        vectors: Number of vectors that `run` treats together; times are given for one of them. A road that does only a
+            share of the work has that share, and times are extrapolated.
         warms_up: True if the first call does more than later ones, so that it is never a sample.
         memory_run: Does as much of the work as reaches its peak of memory, for work too long to profile.
         note: A remark for readers of the table.
@@ -39,7 +41,7 @@ class Road:
     name: str
     run: Run
     forward: Run
-    vectors: int = 1
+    vectors: float = 1
     warms_up: bool = False
     memory_run: Run | None = None
     note: str = ""
@@ -53,11 +55,18 @@ class Pace:
         rounds: Number of samples of each road.
         seconds: Least duration of a sample; a single call may take longer.
         budget: Seconds after which a road gets no further sample.
+        until: Time of the clock after which no road is begun, or sampled another time.
     """
 
     rounds: int
     seconds: float
     budget: float
+    until: float = math.inf
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the clock has passed `until`."""
+        return clock() > self.until
 
 
 PACES = {"full": Pace(5, 0.5, 15.0), "quick": Pace(3, 0.2, 4.0), "smoke": Pace(1, 0.0, 0.0)}
@@ -98,7 +107,8 @@ class Measurement:
         result: Its result at the first call.
         seconds: Time of each sample, for one vector.
         multiples: The same in F.
-        peak: Bytes it had allocated at most, over what was allocated before; None if that was not measured.
+        peak: Bytes it had allocated at most, over what was allocated before, and those that the CUDA graphs of its
+            first call keep; None if that was not measured.
         spent: Seconds that all samples took together.
         first_call_only: True if the road takes so long that the first call, which warms up, is the only sample.
         failure: The reason for missing values; empty if there is none.
@@ -152,7 +162,7 @@ def measure(roads: Sequence[Road], pace: Pace, device: torch.device) -> dict[str
             for measurement in list(found.values())[:: 1 if number % 2 == 0 else -1]:
                 bar.set_description(measurement.road.name)
                 spent = measurement.multiples and measurement.spent >= pace.budget
-                if not measurement.failure and not spent:
+                if not (measurement.failure or spent or (measurement.multiples and pace.is_over)):
                     _sample(measurement, forwards, pace)
                 bar.update()
     return found
@@ -183,8 +193,12 @@ def _sample(measurement: Measurement, forwards: "_Forwards", pace: Pace) -> None
 def _run_first(measurement: Measurement, forwards: "_Forwards", pace: Pace, device: torch.device) -> None:
     """The first call, which warms up; where it takes long, it is the only sample."""
     road = measurement.road
+    if pace.is_over:
+        measurement.failure = "no time was left"
+        return
     road.forward()
     before = forwards.sample(road.forward)
+    pools = graph_pool_bytes(device)
     try:
         gc.collect()
         start = clock()
@@ -193,9 +207,12 @@ def _run_first(measurement: Measurement, forwards: "_Forwards", pace: Pace, devi
         if seconds >= pace.budget and not road.warms_up:
             measurement.spent, measurement.first_call_only = seconds, True
             measurement.add(seconds, (before + forwards.sample(road.forward)) / 2)
-        measurement.peak = peak_bytes(road.memory_run or road.run, device)
+        kept = max(graph_pool_bytes(device) - pools, 0.0)
+        measurement.peak = kept + peak_bytes(road.memory_run or road.run, device)
     except torch.OutOfMemoryError:
         measurement.failure = "out of memory"
+    except RuntimeError as error:
+        measurement.failure = f"fails: {str(error).partition('. ')[0].splitlines()[0]}"
 
 
 class _Forwards:

@@ -28,3 +28,20 @@ def test_columns_are_cut_to_the_memory_that_is_free():
     assert memory.columns_that_fit(work, 100, CPU, free=30 * 4000.0) == 20
     assert memory.columns_that_fit(work, 7, CPU, free=30 * 4000.0) == 7
     assert memory.columns_that_fit(work, 7, CPU) == 7
+
+
+def test_what_graphs_keep_is_in_pools_of_their_own(monkeypatch):
+    segments = [(100, (0, 0), 0), (7, (0, 1), 0), (5, (3, 0), 0), (1000, (0, 2), 1)]
+    keys = ("total_size", "segment_pool_id", "device")
+    snapshot = [dict(zip(keys, segment, strict=True)) for segment in segments]
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: snapshot)
+    assert memory.graph_pool_bytes(torch.device("cuda")) == 12
+    assert memory.graph_pool_bytes(torch.device("cuda:1")) == 1000
+    assert memory.graph_pool_bytes(CPU) == 0
+
+
+def test_of_what_fails_a_single_column_is_tried():
+    def fails(columns):
+        raise RuntimeError("no such kernel")
+
+    assert memory.columns_that_fit(fails, 10, CPU) == 1
