@@ -9,6 +9,9 @@ where ż^(i) are the tangents of the operation's arguments along u_i (`sweep/rul
 has no tangent before that layer, linear operations contribute nothing, and a bilinear one costs one contraction of g_n
 for each direction that reaches its rarer side.
 
+All tangents of a value are one stack, and an operation passes it on in one call. What a language model computes of its
+logits is swept in chunks of tokens (`sweep/tail.py`).
+
 A batch goes through three stages: the prelude, which the state alone decides (folded weights), the network, and the
 loss of its output. The network is swept in tiles of examples, so that the tangents at work stay small; the other two
 see whole batches, so a loss may weigh its examples as it likes.
