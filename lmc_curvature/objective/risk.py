@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
 from lmc_curvature.objective.batches import Batch, place_data, to_device
-from lmc_curvature.objective.differentiable import plain_checkpoints
+from lmc_curvature.objective.differentiable import one_function
 from lmc_curvature.objective.explanations import naming_what_has_no_derivative
 from lmc_curvature.objective.loaders import check_loader, loader_length, visit
 from lmc_curvature.objective.losses import (
@@ -203,7 +203,7 @@ class Objective:
         count = functools.partial(self._network_loss.count, state=self._entries, place=place)
         with (
             outside_inference(),
-            plain_checkpoints(),
+            one_function(),
             global_rng_preserved(),
             tqdm(total=total, desc=description, disable=None if progress is None else not progress, leave=False) as bar,
         ):
