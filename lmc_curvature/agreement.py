@@ -69,6 +69,14 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             cost=0.0,
             tolerance=Tolerance(0.4, most=1e-3),
         ),
+        "copies": Check(
+            catches="A network or a loss that reaches past copies of it: by a closure, a hook, a weak reference, or a "
+            "loss that holds the network or reads what it has kept.",
+            runs="First batch of an objective, at a state nearby, on an eighth of the examples (16 at least), with the "
+            "network itself and with its copy.",
+            cost=0.5,
+            tolerance=Tolerance(0.55),
+        ),
         "caches": Check(
             catches="A network that keeps what it computed from its entries, and uses it where they are others.",
             runs="First batch of an objective, at a state nearby and at the first again, on an eighth of the examples "

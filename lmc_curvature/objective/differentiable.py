@@ -102,8 +102,8 @@ one_function = _Switches(
 """Within the block, a network is the same function with gradients and without, and of the state at hand alone.
 
 `torch.utils.checkpoint` calls regions and keeps their values, which are computed again during the backward pass
-otherwise, when the state is no longer in the network. Torch's transformer layers never take their fast path, which is for
-evaluations without gradients and writes zeros where a mask pads, as the path that can be differentiated does not.
+otherwise, when the state is no longer in the network. Torch's transformer layers never take their fast path, which is
+for evaluations without gradients and writes zeros where a mask pads, as the path that can be differentiated does not.
 `torch.nn.utils.parametrize.cached`, which keeps weights by their module whatever the state, is off.
 """
 

@@ -203,7 +203,10 @@ def own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dt
     """The loss to use, for a device and type: cross-entropy by default, a copy of one that holds tensors."""
     if isinstance(loss_fn, nn.Module):
         # A loss may carry tensors of its own (class weights); the caller's copy stays as it is.
-        loss_fn = copy.deepcopy(loss_fn).to(device=device, dtype=dtype)
+        try:
+            loss_fn = copy.deepcopy(loss_fn).to(device=device, dtype=dtype)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise LossError(f"loss_fn={type(loss_fn).__name__} cannot be copied ({error}).") from error
         loss_fn.eval()
     if isinstance(loss_fn, functools.partial):
         bound = map_tensors(lambda tensor: to_device(tensor, device, dtype), loss_fn.keywords)

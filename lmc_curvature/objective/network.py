@@ -161,7 +161,7 @@ def with_first_names(state: State, ties: Mapping[str, str]) -> dict[str, Tensor]
     for name, tensor in state.items():
         first = ties.get(name, name)
         own = found.setdefault(first, tensor)
-        if own is not tensor and not _equal(own, tensor):
+        if own is not tensor and not equal(own, tensor):
             names = sorted(other for other in state if ties.get(other, other) == first)
             raise DirectionError(
                 f"Entries {' and '.join(map(repr, names))} are one parameter of the network, and have different "
@@ -170,7 +170,8 @@ def with_first_names(state: State, ties: Mapping[str, str]) -> dict[str, Tensor]
     return found
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape and the same values, not-a-number among them."""
     return one.shape == other.shape and torch.allclose(one, other.to(one), rtol=0, atol=0, equal_nan=True)
 
 

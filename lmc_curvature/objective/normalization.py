@@ -183,12 +183,16 @@ class _Redirection(TorchFunctionMode):
         running_var: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
-        _by_batch: bool = True,
+        by_batch: bool | None = None,
         _momentum: float = 0.1,
         eps: float = 1e-5,
-        **_by_name: Any,
+        **by_name: Any,
     ) -> Tensor:
-        if self._normalization.statistics == "running" and running_mean is not None and running_var is not None:
+        # In evaluation mode, who asks for the batch's statistics all the same does so in the network itself, too.
+        if by_batch is None:
+            by_batch = by_name.get("use_input_stats", by_name.get("training", function is F.instance_norm))
+        running = self._normalization.statistics == "running" and not by_batch
+        if running and running_mean is not None and running_var is not None:
             return normalize_by(input, running_mean, running_var, weight, bias, eps)
         if function is F.batch_norm and input.numel() == input.shape[1]:
             raise LoaderError(

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
 from lmc_curvature.objective.batches import Batch, place_data, to_device
+from lmc_curvature.objective.copies import Given
 from lmc_curvature.objective.differentiable import one_function
 from lmc_curvature.objective.explanations import naming_what_has_no_derivative
 from lmc_curvature.objective.loaders import check_loader, loader_length, visit
@@ -142,6 +143,7 @@ class Objective:
             self._movable,
             placeholders=[pair for pair in entries_of(self.network).items() if pair[0] in self._movable],
             originals=[(name, weakref.ref(tensor)) for name, tensor in originals],
+            given=Given(weakref.ref(original), self.loss_fn if loss_fn is None else loss_fn),
             pristine=pristine,
             twins=tuple(twins),
             normalization=self._normalization,
