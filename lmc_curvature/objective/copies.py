@@ -84,7 +84,8 @@ def check_copies(
                     # The network may have been changed since it was copied; what is reached past a copy stays wrong.
                     anew = NetworkLoss(skeleton_of(original.network), network_loss.loss_fn)
                     halfway = {name: state[name].lerp(nearby[name], 0.5) for name in movable}
-                    fault = fault and _difference(anew, original, {**state, **halfway}, data)
+                    _evaluate(original, nearby, before)
+                    fault = _difference(anew, original, {**state, **halfway}, data)
                 if fault:
                     raise UnsupportedModelError(fault)
                 return
@@ -133,6 +134,8 @@ def _evaluate(
         if id(tensor) not in own
     }
     modes = [(module, module.training) for module in original.modules()]
+    # Where a module is held twice, as by a loss that holds the network, functional_call leaves tensors of its own in it.
+    kept = [(tensors, dict(tensors)) for m, _ in modes for tensors in (m._parameters, m._buffers)]
     try:
         for module, _ in modes:
             # Without train(), which some networks override.
@@ -147,6 +150,8 @@ def _evaluate(
     finally:
         for module, mode in modes:
             module.training = mode
+        for tensors, before in kept:
+            tensors.update(before)
     dependence.refuse(loss)
     return loss
 
