@@ -64,21 +64,21 @@ def _other_labels(target: Any, classes: int) -> Iterator[Any]:
 def _changed(tensor: Tensor, classes: int) -> Iterator[Tensor]:
     rows = torch.linspace(0, len(tensor) - 1, _POSITIONS).long().unique().tolist() if tensor.ndim else []
     for row in rows:
-        changed = tensor.clone()
         if tensor.is_floating_point():
             several = tensor.ndim > 1 and tensor.shape[1] > 1
-            changed[row] = tensor[row].roll(1, 0) if several else 1 - tensor[row]
-            yield changed
+            yield _with(tensor, row, tensor[row].roll(1, 0) if several else 1 - tensor[row])
             continue
-        label = int(changed[row].reshape(-1)[0])
+        label = int(tensor[row].flatten()[0])
         for other in (label + 1, label - 1):
-            if min(label, other) >= 0 and max(label, other) < max(classes, 2):
-                yield _with(tensor, row, other)
+            if min(label, other) >= 0 and max(label, other) < classes:
+                part = tensor[row].clone().flatten()
+                part[0] = other
+                yield _with(tensor, row, part.view(tensor[row].shape))
 
 
-def _with(tensor: Tensor, row: int, label: int) -> Tensor:
+def _with(tensor: Tensor, row: int, part: Tensor) -> Tensor:
     changed = tensor.clone()
-    changed[row].view(-1)[:1] = label
+    changed[row] = part
     return changed
 
 

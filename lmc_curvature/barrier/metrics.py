@@ -64,7 +64,7 @@ class Truth:
         call = call_within(loss_fn, copy, target)
         # Such as a margin for the right class, which is taken off in training: outputs then say what they say plainly.
         plainly = call is not None and call.input is not copy and uses_labels(loss_fn, copy, target, call)
-        if plainly and not (isinstance(output, Tensor) and output.shape == call.input.shape):
+        if call is not None and plainly and not (isinstance(output, Tensor) and output.shape == call.input.shape):
             raise OptionError(
                 f"Metric 'error' is unknown: what loss_fn compares with the targets of batch {batch.index} depends on "
                 f"them, as a margin does, and {describe(output)} has no column for each class. Pass metrics=('loss',)."

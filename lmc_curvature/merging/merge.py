@@ -12,11 +12,12 @@ from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
 from lmc_curvature.merging.trials import check_networks
 from lmc_curvature.objective import LossFunction, Objective
-from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation, entries_of, unwrap
+from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation, entries_of
 from lmc_curvature.objective.normalization import is_batch_counter, statistic_names, tracked_modules
 from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.objective.recalibration import recalibrate, warn_of_worse
 from lmc_curvature.objective.settings import hidden_differences, setting_differences
+from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment import PartitionSpec, Segment
 
 MergePolicy = Literal["interpolate", "recalibrate"]

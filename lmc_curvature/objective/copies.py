@@ -18,9 +18,10 @@ from lmc_curvature.objective.batches import Batch, tensors_in
 from lmc_curvature.objective.caches import LEAST_EXAMPLES, rounding_floor, shifted_state
 from lmc_curvature.objective.dependence import Dependence, refuse_changes
 from lmc_curvature.objective.losses import LossFunction, NetworkLoss
-from lmc_curvature.objective.network import State, skeleton_of, unwrap
+from lmc_curvature.objective.network import State, skeleton_of
 from lmc_curvature.objective.normalization import Normalization
 from lmc_curvature.objective.randomness import global_rng_preserved
+from lmc_curvature.objective.wrappers import unwrap
 
 # Entries are replaced in the network that was given, which threads may share.
 _ONE_AT_A_TIME = threading.RLock()
@@ -95,7 +96,7 @@ def _difference(
     copies: NetworkLoss, original: NetworkLoss, state: State, data: Any, others: Sequence[tuple[str, Tensor]] = ()
 ) -> str | None:
     """What is wrong with copies of a network and its loss; empty if nothing is, None if nothing can be compared."""
-    found, said = None, ""
+    found, output, said = None, None, ""
     point = _copied(state)
     try:
         with global_rng_preserved():
@@ -134,8 +135,10 @@ def _evaluate(
         if id(tensor) not in own
     }
     modes = [(module, module.training) for module in original.modules()]
-    # Where a module is held twice, as by a loss that holds the network, functional_call leaves tensors of its own in it.
-    kept = [(tensors, dict(tensors)) for m, _ in modes for tensors in (m._parameters, m._buffers)]
+    # Where a module is held twice, as by a loss that holds the network, functional_call leaves other tensors in it.
+    kept: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (tensors, dict(tensors)) for m, _ in modes for tensors in (m._parameters, m._buffers)
+    ]
     try:
         for module, _ in modes:
             # Without train(), which some networks override.

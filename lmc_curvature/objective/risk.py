@@ -46,7 +46,6 @@ from lmc_curvature.objective.network import (
     precision_note,
     skeleton_of,
     tied_names,
-    unwrap,
     with_first_names,
 )
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Normalization, is_batch_counter
@@ -54,6 +53,7 @@ from lmc_curvature.objective.numerics import Numerics, bears_channels_last, chan
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.recalibration import check_recalibration, recalibrated_statistics
 from lmc_curvature.objective.soundness import Soundness
+from lmc_curvature.objective.wrappers import unwrap
 
 
 class Objective:

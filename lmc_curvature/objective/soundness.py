@@ -18,13 +18,14 @@ from lmc_curvature.objective.dependence import Dependence, refuse_changes
 from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
-from lmc_curvature.objective.network import State, as_leaves, check_finite, entries_of, unwrap
+from lmc_curvature.objective.network import State, as_leaves, check_finite, entries_of
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization
 from lmc_curvature.objective.numerics import Numerics, outside_inference
 from lmc_curvature.objective.passes import Passes
 from lmc_curvature.objective.randomness import drawing_module
 from lmc_curvature.objective.twins import check_twin
 from lmc_curvature.objective.witness import WITHOUT_WITNESS, check_derivatives
+from lmc_curvature.objective.wrappers import unwrap
 
 
 @dataclass(frozen=True, eq=False)

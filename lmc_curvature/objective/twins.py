@@ -9,10 +9,11 @@ from lmc_curvature.agreement import near
 from lmc_curvature.errors import ArchitectureMismatchError, UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import NetworkLoss
-from lmc_curvature.objective.network import State, check_module, entries_of, movable_entries, skeleton_of, unwrap
+from lmc_curvature.objective.network import State, check_module, entries_of, movable_entries, skeleton_of
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, Statistics
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.settings import hidden_differences, members, setting_differences
+from lmc_curvature.objective.wrappers import unwrap
 
 _LEAST_EXAMPLES = 16
 

@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from lmc_curvature import HessianOperator, Objective, Segment, measure_barrier, predict_barrier
 from lmc_curvature.errors import UnsupportedModelError
-from lmc_curvature.objective.network import as_leaves, movable_entries, unwrap
+from lmc_curvature.objective.network import as_leaves, movable_entries
+from lmc_curvature.objective.wrappers import unwrap
 from tests.support.cases import TiedNet
 from tests.support.networks import NETWORKS, joined, plain_loss, untouched
 
