@@ -11,7 +11,7 @@ from lmc_curvature.objective import BatchLoss, LossFunction
 from lmc_curvature.objective.batches import map_tensors, tensors_in
 from lmc_curvature.objective.calls import LossCall, LossCalls, only_call
 
-_POSITIONS = 4
+_POSITIONS = 6
 
 
 def call_within(loss_fn: LossFunction, output: Any, target: Any) -> LossCall | None:
@@ -62,24 +62,19 @@ def _other_labels(target: Any, classes: int) -> Iterator[Any]:
 
 
 def _changed(tensor: Tensor, classes: int) -> Iterator[Tensor]:
-    rows = torch.linspace(0, len(tensor) - 1, _POSITIONS).long().unique().tolist() if tensor.ndim else []
-    for row in rows:
+    # Indices are anywhere, numbers may be a row for each example.
+    units = tensor if tensor.is_floating_point() and tensor.ndim else tensor.flatten()
+    for place in torch.linspace(0, len(units) - 1, _POSITIONS).long().unique().tolist():
+        changed = units.clone()
         if tensor.is_floating_point():
             several = tensor.ndim > 1 and tensor.shape[1] > 1
-            yield _with(tensor, row, tensor[row].roll(1, 0) if several else 1 - tensor[row])
+            changed[place] = units[place].roll(1, 0) if several else 1 - units[place]
+            yield changed.view(tensor.shape)
             continue
-        label = int(tensor[row].flatten()[0])
-        for other in (label + 1, label - 1):
-            if min(label, other) >= 0 and max(label, other) < classes:
-                part = tensor[row].clone().flatten()
-                part[0] = other
-                yield _with(tensor, row, part.view(tensor[row].shape))
-
-
-def _with(tensor: Tensor, row: int, part: Tensor) -> Tensor:
-    changed = tensor.clone()
-    changed[row] = part
-    return changed
+        for other in (int(units[place]) + 1, int(units[place]) - 1):
+            if 0 <= other < classes and units[place] >= 0:
+                changed[place] = other
+                yield changed.clone().view(tensor.shape)
 
 
 def _is_relabelled(before: Tensor, after: Tensor) -> bool:

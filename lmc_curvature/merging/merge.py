@@ -15,6 +15,7 @@ from lmc_curvature.objective import LossFunction, Objective
 from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation, entries_of
 from lmc_curvature.objective.normalization import is_batch_counter, statistic_names, tracked_modules
 from lmc_curvature.objective.numerics import outside_inference
+from lmc_curvature.objective.reach import reached_from_copy
 from lmc_curvature.objective.recalibration import recalibrate, warn_of_worse
 from lmc_curvature.objective.settings import hidden_differences, setting_differences
 from lmc_curvature.objective.wrappers import unwrap
@@ -159,6 +160,12 @@ def network_at(
     state = segment.at(alphas)
     merged = _with_entries(model_a, model_b if base == "b" else model_a, state)
     _warn_of_settings(model_a, model_b, merged)
+    if where := reached_from_copy(merged, unwrap(model_a)):
+        warnings.warn(
+            f"The merged network reaches for modules of model_a itself in {where!r}, by a closure or a reference, and "
+            "may compute with their entries: reach modules as self.layer in forward, and let a hook be a method.",
+            stacklevel=4,
+        )
     if loader is not None:
         objective = Objective(
             merged,

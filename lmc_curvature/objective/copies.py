@@ -136,9 +136,8 @@ def _evaluate(
     }
     modes = [(module, module.training) for module in original.modules()]
     # Where a module is held twice, as by a loss that holds the network, functional_call leaves other tensors in it.
-    kept: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (tensors, dict(tensors)) for m, _ in modes for tensors in (m._parameters, m._buffers)
-    ]
+    slots: list[dict[str, Any]] = [each for m, _ in modes for each in (m._parameters, m._buffers)]
+    kept = [dict(each) for each in slots]
     try:
         for module, _ in modes:
             # Without train(), which some networks override.
@@ -153,8 +152,8 @@ def _evaluate(
     finally:
         for module, mode in modes:
             module.training = mode
-        for tensors, before in kept:
-            tensors.update(before)
+        for each, before in zip(slots, kept, strict=True):
+            each.update(before)
     dependence.refuse(loss)
     return loss
 

@@ -17,6 +17,7 @@ from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
 from lmc_curvature.objective.batches import Batch, place_data, to_device
 from lmc_curvature.objective.copies import Given
+from lmc_curvature.objective.dependence import refuse_changes
 from lmc_curvature.objective.differentiable import one_function
 from lmc_curvature.objective.explanations import naming_what_has_no_derivative
 from lmc_curvature.objective.loaders import check_loader, loader_length, visit
@@ -126,8 +127,7 @@ class Objective:
         self._movable = movable_entries(model, batch_norm)
         # What acts on its mode is a copy by now.
         originals = [*original.named_parameters(), *(b for b in model.named_buffers() if b[0] in self._movable)]
-        self.loader, self.max_batches, self.allow_tf32 = loader, max_batches, allow_tf32
-        self.recalibration = recalibration
+        self.loader, self.recalibration, self.max_batches, self.allow_tf32 = loader, recalibration, max_batches, allow_tf32
         self.batch_norm: BatchNormPolicy = batch_norm
         tensors = [*model.parameters(), *model.buffers()]
         self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
@@ -209,8 +209,8 @@ class Objective:
             global_rng_preserved(),
             tqdm(total=total, desc=description, disable=None if progress is None else not progress, leave=False) as bar,
         ):
-            options = {"max_batches": self.max_batches, "weightless": weightless}
-            batches = visit(visited, **options, count=count, place=place, bar=bar)
+            options = {"max_batches": self.max_batches, "weightless": weightless, "count": count, "place": place}
+            batches = visit(visited, **options, bar=bar)
             # Passes over the loader are compared with each other; another has other data.
             yield self._soundness.watch(batches) if visited is self.loader else batches
 
@@ -294,15 +294,15 @@ class Objective:
         Raises:
             NonFiniteError: The loss of a batch is infinite or not a number.
         """
-        point = self._point(state)
+        kept = self._point(state)
         if self.batch_norm == "recalibrate":
-            point |= self.recalibrated([point])[0]
-        values, weights = [], []
+            kept |= self.recalibrated([kept])[0]
+        # A network that writes into its entries must not write into the caller's.
+        point = {name: tensor.clone() for name, tensor in kept.items()}
         with torch.no_grad(), self.measuring(), self.one_pass(progress=False) as batches:
-            for batch in batches:
-                values.append(finite_loss(self.batch_loss(point, batch), batch))
-                weights.append(batch.weight)
-        return float(weighted_mean(np.array(values), np.array(weights)))
+            found = [(finite_loss(self.batch_loss(point, batch), batch), batch.weight) for batch in batches]
+        refuse_changes(kept, point)
+        return float(weighted_mean(*np.array(found).T))
 
     @outside_inference()
     def gradient(self, state: State | None = None) -> dict[str, Tensor]:

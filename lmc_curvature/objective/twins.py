@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import ArchitectureMismatchError, UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.dependence import refuse_changes
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.network import State, check_module, entries_of, movable_entries, skeleton_of
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, Statistics
@@ -71,6 +72,7 @@ def check_twin(
         with torch.no_grad(), global_rng_preserved(), normalization.by(statistics):
             expected, output, _ = network_loss.at({**state, **point}, data)
             own, own_output = _evaluate(own_loss, {**entries, **point}, data, network_loss)
+        refuse_changes({name: source[name] for name in moved}, point)
         found = ""
         if not _agree(own, expected.item(), output, rounding):
             found = f"its loss on the first batch is {own:.8g}, and model_a's is {expected.item():.8g}"

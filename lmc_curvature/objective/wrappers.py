@@ -20,11 +20,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The network itself, as it is in evaluation mode.
 
     Modules of torch around it or in it are left out that change how it is evaluated and not its function:
-    `DataParallel`, `DistributedDataParallel`, `AveragedModel`, and what `torch.compile` and torch's wrapper for checkpointing make of a
-    module or of its methods. Some modules compute with other entries in evaluation mode than in training mode (an
-    update of low rank is merged into its weight, say): where there may be one, and the network is in training mode, the
-    result is a copy in evaluation mode. The network given is left as it is: where a part of it is wrapped, the result
-    is a copy of the modules around that part, with the same tensors.
+    `DataParallel`, `DistributedDataParallel`, `AveragedModel`, and what `torch.compile` and torch's wrapper for
+    checkpointing make of a module or of its methods. Some modules compute with other entries in evaluation mode than in
+    training mode (an update of low rank is merged into its weight, say): where there may be one, and the network is in
+    training mode, the result is a copy in evaluation mode. The network given is left as it is: where a part of it is
+    wrapped, the result is a copy of the modules around that part, with the same tensors.
 
     Raises:
         UnsupportedModelError: It has to be copied, and cannot be; or hooks are registered on a wrapper.

@@ -738,9 +738,15 @@ def test_what_cannot_be_copied_is_named():
         measure_barrier(Attributed(), b, [(X.float(), Y)], alphas=3, progress=False)
 
 
+def _scaled(factors):
+    network = Attributed()
+    network.linear.register_forward_hook(lambda _module, _args, output: factors[0] * output)
+    return network
+
+
 def test_without_a_setting_to_name_the_message_says_where_to_look():
-    a, b = Attributed(), Attributed()
-    b.linear.register_forward_hook(lambda _module, _args, output: 2 * output)
+    # What a closure holds in a list is not looked at.
+    a, b = _scaled([1.0]), _scaled([2.0])
     with pytest.raises(
         ArchitectureMismatchError, match="No setting of their modules differs: look at forward, at hooks"
     ):
