@@ -83,9 +83,9 @@ def check_copies(
                     continue
                 if fault:
                     # The network may have been changed since it was copied; what is reached past a copy stays wrong.
+                    _evaluate(original, nearby, before)
                     anew = NetworkLoss(skeleton_of(original.network), network_loss.loss_fn)
                     halfway = {name: state[name].lerp(nearby[name], 0.5) for name in movable}
-                    _evaluate(original, nearby, before)
                     fault = _difference(anew, original, {**state, **halfway}, data)
                 if fault:
                     raise UnsupportedModelError(fault)

@@ -54,8 +54,8 @@ class BatchLoss:
 LossFunction = Callable[[Any, Any], Tensor] | BatchLoss
 """`loss_fn(output, target)` returning the scalar mean over a batch, or a `BatchLoss`.
 
-A module is used in evaluation mode, in a copy: label smoothing or the like that it has in training alone is off. The `fn` of a
-`BatchLoss` is used as it is.
+A module is used in evaluation mode, in a copy: label smoothing or the like that it has in training alone is off. The
+`fn` of a `BatchLoss` is used as it is.
 
 A batch weighs by what its loss is a mean over, so that the mean over the data does not depend on how they are cut into
 batches: by its number of examples, by the `size` of a `BatchLoss`, and for torch's `cross_entropy` and `nll_loss`, as

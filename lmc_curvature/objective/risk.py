@@ -127,7 +127,8 @@ class Objective:
         self._movable = movable_entries(model, batch_norm)
         # What acts on its mode is a copy by now.
         originals = [*original.named_parameters(), *(b for b in model.named_buffers() if b[0] in self._movable)]
-        self.loader, self.recalibration, self.max_batches, self.allow_tf32 = loader, recalibration, max_batches, allow_tf32
+        self.loader, self.max_batches, self.allow_tf32 = loader, max_batches, allow_tf32
+        self.recalibration = recalibration
         self.batch_norm: BatchNormPolicy = batch_norm
         tensors = [*model.parameters(), *model.buffers()]
         self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
@@ -297,7 +298,6 @@ class Objective:
         kept = self._point(state)
         if self.batch_norm == "recalibrate":
             kept |= self.recalibrated([kept])[0]
-        # A network that writes into its entries must not write into the caller's.
         point = {name: tensor.clone() for name, tensor in kept.items()}
         with torch.no_grad(), self.measuring(), self.one_pass(progress=False) as batches:
             found = [(finite_loss(self.batch_loss(point, batch), batch), batch.weight) for batch in batches]
