@@ -72,7 +72,6 @@ def check_twin(
         with torch.no_grad(), global_rng_preserved(), normalization.by(statistics):
             expected, output, _ = network_loss.at({**state, **point}, data)
             own, own_output = _evaluate(own_loss, {**entries, **point}, data, network_loss)
-        refuse_changes({name: source[name] for name in moved}, point)
         found = ""
         if not _agree(own, expected.item(), output, rounding):
             found = f"its loss on the first batch is {own:.8g}, and model_a's is {expected.item():.8g}"
@@ -83,6 +82,7 @@ def check_twin(
                 f"model_b computes something else than model_a: with {owner} entries {found}. "
                 f"{_causes(network_loss, own_loss)}"
             )
+        refuse_changes({name: source[name] for name in moved}, point)
     return _hidden_note(network_loss, own_loss)
 
 
