@@ -314,9 +314,8 @@ class _OfTheBatch(nn.BatchNorm2d):
     """Normalises by the batch in evaluation mode, too, as networks for few examples do."""
 
     def forward(self, input):
-        return F.batch_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias, training=True, momentum=0
-        )
+        affine = self.weight, self.bias
+        return F.batch_norm(input, self.running_mean, self.running_var, *affine, training=True, momentum=0.0)
 
 
 class _OfTheExample(nn.InstanceNorm2d):
