@@ -118,9 +118,9 @@ def _train(network_loss: NetworkLoss, args: Any) -> None:
     network_loss.network.eval()
 
 
-def shifted_state(state: State, movable: Collection[str]) -> dict[str, Tensor]:
+def shifted_state(state: State, movable: Collection[str], seed: int = 0) -> dict[str, Tensor]:
     """A state nearby: relative to its entries far enough for a loss to tell, and no variance becomes negative."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     return {**state, **{name: _shifted(state[name], generator) for name in movable}}
 
 

@@ -70,8 +70,10 @@ def check_copies(
     network = given.network()
     if network is None:
         return
-    nearby, number = shifted_state(state, movable), min(batch.size, max(LEAST_EXAMPLES, batch.size // 8))
-    parts = [batch.rows(range(batch.size - 1, batch.size - 1 - number, -1)), batch.rows(range(number))]
+    # Another state and other rows than those of other checks: a network may still hold what copies have left in it.
+    nearby, number = shifted_state(state, movable, seed=1), min(batch.size, max(LEAST_EXAMPLES, batch.size // 8))
+    mixed = torch.randperm(batch.size, generator=torch.Generator().manual_seed(1)).tolist()
+    parts = batch.rows(range(number)), batch.rows(mixed[:number])
     with torch.no_grad(), _ONE_AT_A_TIME, normalization.by("running"):
         original = NetworkLoss(unwrap(network), given.loss_fn)
         with _as_before(original):
