@@ -67,7 +67,8 @@ def refuse_changes(before: State, after: State) -> None:
         UnsupportedModelError: They differ; names an entry.
     """
     for name, tensor in after.items():
-        if tensor._version or not equal(tensor, before[name]):
+        written = not tensor.is_inference() and tensor._version
+        if written or not equal(tensor, before[name]):
             raise UnsupportedModelError(
                 f"The network changes {name!r} in place while it is evaluated, so its loss depends on what was "
                 "evaluated before. Switch that off (max_norm of an embedding, running averages in evaluation mode), or "

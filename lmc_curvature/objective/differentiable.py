@@ -122,8 +122,8 @@ class _FunctionReplacer(TorchFunctionMode):
         replacement = _REPLACEMENTS.get(func)
         result = NotImplemented if replacement is None else replacement(*args, **kwargs)
         found = func(*args, **kwargs) if result is NotImplemented else result
-        if func in _SQUARED_LENGTHS and isinstance(found, Tensor):
-            of = [(each, each._version) for each in args if isinstance(each, Tensor)]
+        if func in _SQUARED_LENGTHS and isinstance(found, Tensor) and not found.is_inference():
+            of = [(each, each._version) for each in args if isinstance(each, Tensor) and not each.is_inference()]
             self._lengths[found] = (found._version, of, lambda: _SQUARED_LENGTHS[func](*args, **kwargs))
         return found
 
@@ -258,8 +258,17 @@ def _absolute_square(input: Tensor, out: Any = None) -> Any:
     return input.real.square() + input.imag.square() if input.is_complex() else input.square()
 
 
+_MANY_ROWS = 25
+
+
 def _distance_squares(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Any:
-    return (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1) if p == 2 else None
+    if p != 2:
+        return None
+    if max(x1.shape[-2], x2.shape[-2]) > _MANY_ROWS and compute_mode != "donot_use_mm_for_euclid_dist":
+        # All differences at once might not fit into memory; torch computes so, too.
+        squares = x1.square().sum(-1).unsqueeze(-1) + x2.square().sum(-1).unsqueeze(-2)
+        return squares - 2 * (x1 @ x2.mT)
+    return (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1)
 
 
 def _pair_squares(input: Tensor, p: float = 2.0) -> Any:

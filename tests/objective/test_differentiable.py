@@ -175,6 +175,10 @@ SQUARES = {
         lambda x: torch.cdist(x, _POINTS).pow(2).exp().neg().exp().sum(),
         lambda x: (x[:, None] - _POINTS).square().sum(-1).exp().neg().exp().sum(),
     ),
+    "many distances": (
+        lambda x: torch.cdist(x.repeat(13, 1), _POINTS).pow(2).neg().exp().sum(),
+        lambda x: 13 * (x[:, None] - _POINTS).square().sum(-1).neg().exp().sum(),
+    ),
     "pairs": (
         lambda x: torch.pdist(torch.cat([x, _POINTS])).square().cos().sum(),
         lambda x: torch.stack(
