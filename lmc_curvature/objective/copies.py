@@ -136,12 +136,12 @@ def _evaluate(
         for name, tensor in tensors
         if id(tensor) not in own
     }
-    modes = [(module, module.training) for module in original.modules()]
+    in_training = [module for module in original.modules() if module.training]
     # Where a module is held twice, as by a loss that holds the network, functional_call leaves other tensors in it.
-    slots: list[dict[str, Any]] = [each for m, _ in modes for each in (m._parameters, m._buffers)]
+    slots: list[dict[str, Any]] = [each for m in original.modules() for each in (m._parameters, m._buffers)]
     kept = [dict(each) for each in slots]
     try:
-        for module, _ in modes:
+        for module in in_training:
             # Without train(), which some networks override.
             module.training = False
         point = {f"network.{name}": tensor for name, tensor in _copied(state).items()} | of_loss
@@ -152,8 +152,8 @@ def _evaluate(
     except Exception:  # noqa: BLE001 - what was given need not bear the device or the type that is computed with
         return None
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in in_training:
+            module.training = True
         for each, before in zip(slots, kept, strict=True):
             each.update(before)
     dependence.refuse(loss)
