@@ -33,6 +33,7 @@ PARTS = [
     Part(compiled, "_network_program", CAPTURE),
     Part(compiled, "_loss_program", CAPTURE),
     Part(soundness, "check_soundness", "random numbers, constants, two evaluations"),
+    Part(soundness, "check_copies", "copies"),
     Part(soundness, "check_caches", "caches"),
     Part(soundness, "check_twin", "two networks"),
     Part(soundness, "check_derivatives", "witness"),

@@ -60,7 +60,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "constants": Check(
             catches="A network that changes its own entries, or uses parameters that are not those of the state.",
-            runs="First batch of an objective.",
+            runs="First batch of an objective; for what changes, also on what `copies` and `two networks` evaluate.",
             cost=1.0,
         ),
         "two evaluations": Check(
@@ -68,6 +68,14 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             runs="First batch of an objective, on what the two checks above have computed.",
             cost=0.0,
             tolerance=Tolerance(0.4, most=1e-3),
+        ),
+        "copies": Check(
+            catches="A network or a loss that reaches past copies of it: by a closure, a hook, a weak reference, or a "
+            "loss that holds the network or reads what it has kept.",
+            runs="First batch of an objective, at a state nearby, on an eighth of the examples (16 at least), with the "
+            "network itself and with its copy.",
+            cost=0.5,
+            tolerance=Tolerance(0.55),
         ),
         "caches": Check(
             catches="A network that keeps what it computed from its entries, and uses it where they are others.",
@@ -116,9 +124,10 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             catches="Derivatives that are not those of the loss, whichever way through autograd they are computed: a "
             "backward pass that is wrong or hidden from autograd, detached parts, straight-through estimators.",
             runs="Before derivatives at a state, along the entries that move, on four examples of the first batch "
-            "(more of small networks, fewer where kinks spoil differences), in float64 up to 50 M parameters; "
+            "(more of small networks, fewer where kinks spoil differences), in float64 up to 50 M parameters, a little "
+            "off the state; and at it where a length is exactly zero, which is looked for on the whole batch. "
             "`witness=False` leaves it out.",
-            cost=2.0,
+            cost=3.0,
             tolerance=Tolerance(0.4),
         ),
         "layout": Check(

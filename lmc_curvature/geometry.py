@@ -29,7 +29,7 @@ def distance(a: State, b: State) -> float:
 
 
 def cosine(a: State, b: State) -> float:
-    """Cosine of the angle between two states seen as vectors, in [−1, 1].
+    """Cosine of the angle between two states seen as real vectors, in [−1, 1].
 
     Raises:
         NonFiniteError: One of them is zero or not finite, so there is no angle.
@@ -116,7 +116,12 @@ def _vectors(*states: State) -> list[Float64[Tensor, " n"]]:
                     f"Entry {name!r} has different shapes: {one} in one state, {other} in the other; expected states "
                     "of one architecture."
                 )
-    return [torch.cat([state[name].detach().double().flatten() for name in shapes[0]]) for state in states]
+    return [torch.cat([_real(state[name].detach()).flatten() for name in shapes[0]]) for state in states]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Real numbers in float64; of complex ones, real and imaginary parts."""
+    return torch.view_as_real(tensor.to(torch.complex128).resolve_conj()) if tensor.is_complex() else tensor.double()
 
 
 def _is_numeric(name: str, tensor: Tensor) -> bool:

@@ -44,6 +44,14 @@ def test_geometry_is_that_of_flat_vectors(vectors):
                 compute()
 
 
+def test_complex_numbers_are_vectors_of_their_parts():
+    a = {"w": torch.tensor([1 + 5j, 2 + 0j]), "b": torch.tensor([1.0])}
+    b = {"w": torch.tensor([1 + 0j, 2 - 3j]).conj(), "b": torch.tensor([3.0])}
+    assert distance(a, b) == pytest.approx(math.sqrt(25 + 9 + 4))
+    u, v = np.array([1, 5, 2, 0, 1]), np.array([1, 0, 2, 3, 3])
+    assert cosine(a, b) == pytest.approx(_angle(u, v), rel=1e-12)
+
+
 def test_entries_meet_by_name_not_by_order():
     a = _state(1.0, 2.0, 3.0, 4.0, 5.0)
     assert distance(a, dict(reversed(a.items()))) == 0.0

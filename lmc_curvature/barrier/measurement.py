@@ -18,8 +18,8 @@ from lmc_curvature.barrier.requests import Sets, positions_of, refuse_former_opt
 from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.errors import OptionError, check_choice, counted
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
-from lmc_curvature.objective.network import unwrap
 from lmc_curvature.objective.recalibration import running_statistics
+from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment import Frozen, PartitionSpec, SegmentPoints, check_points
 from lmc_curvature.segment.frozen import frozen_choices
 from lmc_curvature.storage import load_arrays, save_arrays

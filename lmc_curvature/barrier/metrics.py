@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from lmc_curvature.barrier.margins import call_within, uses_labels
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import Batch, BatchLoss, LossFunction
 from lmc_curvature.objective.batches import describe, map_tensors, tensors_in
@@ -60,14 +61,21 @@ class Truth:
             OptionError: There is none or there are several, or it is not of one class for each position.
         """
         copy = map_tensors(torch.clone, output)
-        call = _call_within(loss_fn, copy, target)
+        call = call_within(loss_fn, copy, target)
+        # Such as a margin for the right class, which is taken off in training: outputs then say what they say plainly.
+        plainly = call is not None and call.input is not copy and uses_labels(loss_fn, copy, target, call)
+        if call is not None and plainly and not (isinstance(output, Tensor) and output.shape == call.input.shape):
+            raise OptionError(
+                f"Metric 'error' is unknown: what loss_fn compares with the targets of batch {batch.index} depends on "
+                f"them, as a margin does, and {describe(output)} has no column for each class. Pass metrics=('loss',)."
+            )
         # What a loss has written into its output is no longer what the network said.
         if call is not None and not any(tensor._version for tensor in tensors_in(copy)):
 
             def read(output: Any) -> Tensor:
-                if call.input is copy:
+                if plainly or call.input is copy:
                     return output
-                again = _call_within(loss_fn, output, target)
+                again = call_within(loss_fn, output, target)
                 if again is None:
                     raise OptionError(
                         f"Metric 'error' is unknown: loss_fn calls one loss of torch on an output of batch "
@@ -117,15 +125,6 @@ def metric_values(
 def metric_weights(metrics: Sequence[Metric], batch: Batch, truth: Truth | None) -> list[float]:
     """What one batch counts for in the mean of each metric."""
     return [batch.weight if truth is None or name == "loss" else truth.weight for name in metrics]
-
-
-def _call_within(loss_fn: LossFunction, output: Any, target: Any) -> LossCall | None:
-    """The only call of a classification loss of torch that a loss makes; None if it makes none, or several."""
-    assert not isinstance(loss_fn, BatchLoss)
-    with torch.no_grad(), LossCalls() as seen:
-        # A copy: a loss may write into what it is given.
-        loss_fn(output, map_tensors(torch.clone, target))
-    return only_call(seen.calls)
 
 
 def _counted(loss_fn: Any, call: LossCall, output: Any, target: Any) -> Tensor | None:

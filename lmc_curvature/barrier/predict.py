@@ -17,8 +17,8 @@ from lmc_curvature.curvature.problem import Method
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective
 from lmc_curvature.objective.loaders import refuse_iterator
-from lmc_curvature.objective.network import unwrap
 from lmc_curvature.objective.recalibration import recalibrate, running_statistics, warn_of_worse
+from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment import Frozen, PartitionSpec, Segment
 
 

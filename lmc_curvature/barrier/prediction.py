@@ -21,7 +21,8 @@ from lmc_curvature.barrier.expansions import (
 from lmc_curvature.curvature.projection import Projection
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import BatchNormPolicy
-from lmc_curvature.objective.network import movable_entries, unwrap
+from lmc_curvature.objective.network import movable_entries
+from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment import LayerPartition
 from lmc_curvature.storage import load_arrays, save_arrays
 

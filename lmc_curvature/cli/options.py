@@ -138,6 +138,13 @@ class Comparison:
         from lmc_curvature.checkpoints import load_checkpoint
 
         first, second = (self._load(load_checkpoint, self.make_network, path) for path in (self.a, self.b))
+        of_first = {id(tensor) for tensor in (*first.parameters(), *first.buffers())}
+        shared = [n for n, t in (*second.named_parameters(), *second.named_buffers()) if id(t) in of_first]
+        if shared:
+            raise OptionError(
+                f"--model {self.model} made two networks that share {shared[0]!r}, so one file was loaded over the "
+                "other: make every module anew in each call, or return a copy.deepcopy."
+            )
         return first, second
 
     def make_network(self) -> "nn.Module":

@@ -23,9 +23,10 @@ from lmc_curvature.checkpoints.streaming import (
 from lmc_curvature.errors import ArchitectureMismatchError, CheckpointError, NonFiniteError, counted
 from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
 from lmc_curvature.merging.recipes import check_plain, write_recipe
-from lmc_curvature.objective.network import movable_entries, skeleton_of, tied_names, unwrap
+from lmc_curvature.objective.network import movable_entries, skeleton_of, tied_names
 from lmc_curvature.objective.normalization import is_batch_counter
 from lmc_curvature.objective.recalibration import running_statistics
+from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment import LayerPartition, PartitionSpec
 from lmc_curvature.segment.adapters import check_adapters, factor_pairs
 from lmc_curvature.segment.compatibility import entry_differences, refuse_differences

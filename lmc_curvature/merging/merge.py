@@ -12,11 +12,13 @@ from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
 from lmc_curvature.merging.trials import check_networks
 from lmc_curvature.objective import LossFunction, Objective
-from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation, entries_of, unwrap
+from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation, entries_of
 from lmc_curvature.objective.normalization import is_batch_counter, statistic_names, tracked_modules
 from lmc_curvature.objective.numerics import outside_inference
+from lmc_curvature.objective.reach import reached_from_copy
 from lmc_curvature.objective.recalibration import recalibrate, warn_of_worse
 from lmc_curvature.objective.settings import hidden_differences, setting_differences
+from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment import PartitionSpec, Segment
 
 MergePolicy = Literal["interpolate", "recalibrate"]
@@ -158,6 +160,12 @@ def network_at(
     state = segment.at(alphas)
     merged = _with_entries(model_a, model_b if base == "b" else model_a, state)
     _warn_of_settings(model_a, model_b, merged)
+    if where := reached_from_copy(merged, unwrap(model_a)):
+        warnings.warn(
+            f"The merged network reaches for modules of model_a itself in {where!r}, by a closure or a reference, and "
+            "may compute with their entries: reach modules as self.layer in forward, and let a hook be a method.",
+            stacklevel=4,
+        )
     if loader is not None:
         objective = Objective(
             merged,

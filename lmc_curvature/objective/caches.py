@@ -16,8 +16,8 @@ from lmc_curvature.objective.network import State, acts_on_modes
 from lmc_curvature.objective.normalization import Normalization
 from lmc_curvature.objective.randomness import global_rng_preserved
 
-_LEAST_EXAMPLES = 16
-# How far from the state, relative to its entries: far enough for a loss to tell, and no variance becomes negative.
+LEAST_EXAMPLES = 16
+# How far from the state, relative to its entries.
 _SHIFT = 2.0**-4
 
 
@@ -51,7 +51,7 @@ def check_caches(
     statistics = normalization.statistics
     Normalization(pristine, statistics)
     copied = NetworkLoss(pristine, network_loss.loss_fn)
-    few = batch.rows(range(min(batch.size, max(_LEAST_EXAMPLES, batch.size // 8))))
+    few = batch.rows(range(min(batch.size, max(LEAST_EXAMPLES, batch.size // 8))))
     with torch.no_grad(), global_rng_preserved(), normalization.by(statistics):
         try:
             names = _kept(network_loss, copied, state, few, movable)
@@ -71,7 +71,7 @@ def _kept(
 ) -> list[str] | None:
     """Names of the tensors that a network keeps and uses; None if it seems to keep nothing that changes its loss."""
     before = [tensor for _, tensor in _tensors_beside(copied.network) if tensor.is_floating_point()]
-    at_state, nearby = _Place(state, data), _Place(_shifted_state(state, movable), data)
+    at_state, nearby = _Place(state, data), _Place(shifted_state(state, movable), data)
     # What is kept for evaluations without gradients alone must be that of the first state.
     first, kept, new = at_state.loss(network_loss), nearby.loss(network_loss), nearby.loss(copied)
     again = at_state.loss(network_loss)
@@ -118,8 +118,9 @@ def _train(network_loss: NetworkLoss, args: Any) -> None:
     network_loss.network.eval()
 
 
-def _shifted_state(state: State, movable: Collection[str]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+def shifted_state(state: State, movable: Collection[str], seed: int = 0) -> dict[str, Tensor]:
+    """A state nearby: relative to its entries far enough for a loss to tell, and no variance becomes negative."""
+    generator = torch.Generator().manual_seed(seed)
     return {**state, **{name: _shifted(state[name], generator) for name in movable}}
 
 
@@ -130,11 +131,12 @@ def _shifted(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def _differ(kept: tuple[Tensor, Any], new: tuple[Tensor, Any]) -> bool:
     (found, output), (expected, _) = kept, new
-    rounding, floor = torch.finfo(expected.dtype).eps, _floor(output)
+    rounding, floor = torch.finfo(expected.dtype).eps, rounding_floor(output)
     return not near("caches", found, expected, rounding=rounding, scale=expected.abs(), floor=floor)
 
 
-def _floor(output: Any) -> float:
+def rounding_floor(output: Any) -> float:
+    """What a loss may be off by the rounding of the output that it is computed from."""
     # A cross-entropy near zero rounds as logits do, a square as squares do. Logits may be masked by huge numbers.
     if not isinstance(output, Tensor) or not output.is_floating_point() or not output.numel():
         return 0.0

@@ -1,4 +1,4 @@
-"""Whether a loss depends on tensors that it was not given: they are followed from operation to operation."""
+"""Whether a loss depends on tensors that it was not given, or changes those that it was."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lmc_curvature.errors import UnsupportedModelError
+from lmc_curvature.objective.network import State, equal
 
 
 class Dependence(TorchDispatchMode):
@@ -28,6 +31,20 @@ class Dependence(TorchDispatchMode):
         name, _ = self._followed.get(_place(tensor), (None, None))
         return name
 
+    def refuse(self, loss: Tensor) -> None:
+        """Refuse a loss that was computed from a root.
+
+        Raises:
+            UnsupportedModelError: It was; names the root.
+        """
+        if origin := self.origin_of(loss):
+            raise UnsupportedModelError(
+                f"The loss uses entry {origin} instead of the state at hand: a closure, a list of parameters outside "
+                "nn.ParameterList, or loss_fn refers to it. Reach it through its module (self.layer.weight), or pass "
+                "loss_fn=BatchLoss(fn) with fn(model, batch) that uses model alone; what is meant to stay, such as a "
+                "teacher, is a copy.deepcopy of the network."
+            )
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = func(*args, **(kwargs or {}))
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -37,6 +54,26 @@ class Dependence(TorchDispatchMode):
             for tensor in (*written, *(leaf for leaf in tree_leaves(found) if isinstance(leaf, Tensor))):
                 self._followed.setdefault(_place(tensor), (origin, tensor))
         return found
+
+
+def refuse_changes(before: State, after: State) -> None:
+    """Refuse a network that has changed entries while it was evaluated, with or without autograd's knowledge.
+
+    Args:
+        before: Entry name to values before.
+        after: Copies that the network was evaluated with.
+
+    Raises:
+        UnsupportedModelError: They differ; names an entry.
+    """
+    for name, tensor in after.items():
+        written = not tensor.is_inference() and tensor._version
+        if written or not equal(tensor, before[name]):
+            raise UnsupportedModelError(
+                f"The network changes {name!r} in place while it is evaluated, so its loss depends on what was "
+                "evaluated before. Switch that off (max_norm of an embedding, running averages in evaluation mode), or "
+                "compute with another tensor: a constraint by weight.data = ... belongs after each step of training."
+            )
 
 
 def _place(tensor: Tensor) -> int:

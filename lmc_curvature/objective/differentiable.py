@@ -5,20 +5,24 @@ Those are the functions whose derivatives in torch are missing, not a number, or
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.parametrize
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @contextlib.contextmanager
 def plain_calls() -> Iterator[None]:
     """Within the block, checkpoints and compiled functions are plain calls, and some functions are written out."""
-    with plain_checkpoints(), _eager_calls(), _FunctionReplacer():
+    with one_function(), _eager_calls(), _FunctionReplacer():
         yield
 
 
@@ -54,31 +58,92 @@ _CHECKPOINTS = {
 }
 
 
-@contextlib.contextmanager
-def plain_checkpoints() -> Iterator[None]:
-    """Within the block, `torch.utils.checkpoint` calls regions and keeps their values.
+@dataclass(eq=False)
+class _Switches:
+    """Attributes of modules of torch that have other values within blocks, which may overlap between threads.
 
-    Values are computed again during the backward pass otherwise, when the state at hand is no longer in the network.
+    Attributes:
+        values: The module and its attributes with their values within the blocks.
     """
-    module: Any = torch.utils.checkpoint
-    before = {name: getattr(module, name) for name in _CHECKPOINTS if hasattr(module, name)}
-    for name in before:
-        setattr(module, name, _CHECKPOINTS[name])
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
+
+    values: Sequence[tuple[Any, Mapping[str, Any]]]
+    _before: list[tuple[Any, str, Any]] = field(default_factory=list)
+    _blocks: int = 0
+    _lock: Any = field(default_factory=threading.Lock)
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            self._blocks += 1
+            if self._blocks == 1:
+                pairs = [(module, name) for module, names in self.values for name in names if hasattr(module, name)]
+                self._before = [(module, name, getattr(module, name)) for module, name in pairs]
+                for module, names in self.values:
+                    for name, value in names.items():
+                        if hasattr(module, name):
+                            setattr(module, name, value)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocks -= 1
+                if not self._blocks:
+                    for module, name, value in self._before:
+                        setattr(module, name, value)
+
+
+one_function = _Switches(
+    [
+        (torch.utils.checkpoint, _CHECKPOINTS),
+        (torch.backends.mha, {"_is_fastpath_enabled": False}),
+        (torch.nn.utils.parametrize, {"_cache_enabled": 0}),
+    ]
+)
+"""Within the block, a network is the same function with gradients and without, and of the state at hand alone.
+
+`torch.utils.checkpoint` calls regions and keeps their values, which are computed again during the backward pass
+otherwise, when the state is no longer in the network. Torch's transformer layers never take their fast path, which is
+for evaluations without gradients and writes zeros where a mask pads, as the path that can be differentiated does not.
+`torch.nn.utils.parametrize.cached`, which keeps weights by their module whatever the state, is off.
+"""
 
 
 class _FunctionReplacer(TorchFunctionMode):
     """Replaces functions of torch whose derivatives are missing, not a number, or not those of the function."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._lengths = WeakTensorKeyDictionary()
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _POWERS and (square := self._square(func, *args, **kwargs)) is not None:
+            return square
         replacement = _REPLACEMENTS.get(func)
         result = NotImplemented if replacement is None else replacement(*args, **kwargs)
-        return func(*args, **kwargs) if result is NotImplemented else result
+        found = func(*args, **kwargs) if result is NotImplemented else result
+        if func in _SQUARED_LENGTHS and isinstance(found, Tensor) and not found.is_inference():
+            of = [(each, each._version) for each in args if isinstance(each, Tensor) and not each.is_inference()]
+            self._lengths[found] = (found._version, of, lambda: _SQUARED_LENGTHS[func](*args, **kwargs))
+        return found
+
+    def _square(self, func: Any, x: Any, factor: Any = None, **named: Any) -> Tensor | None:
+        """The square of a length, from what that is the length of; None for any other power or product.
+
+        At zero a length has no derivatives, and its square has.
+        """
+        is_square = factor is x if func in _PRODUCTS else func in _SQUARES or (_is_number(factor) and factor == 2)
+        if named or not is_square or not isinstance(x, Tensor) or x not in self._lengths:
+            return None
+        version, of, make = self._lengths[x]
+        if x._version != version or any(each._version != before for each, before in of):
+            return None
+        square = make()
+        return square if isinstance(square, Tensor) and square.shape == x.shape else None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
@@ -152,3 +217,83 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.normalize: _normalize,
     F.cosine_similarity: _cosine_similarity,
 }
+
+
+_SQUARES = {torch.square, Tensor.square}
+_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__}
+_POWERS = {torch.pow, Tensor.pow, Tensor.__pow__, *_SQUARES, *_PRODUCTS}
+
+
+def _vector_square(
+    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Any = None
+) -> Any:
+    if ord != 2 or out is not None:
+        return None
+    x = x if dtype is None else x.to(dtype)
+    return _absolute_square(x).sum() if dim is None and not keepdim else _absolute_square(x).sum(dim, keepdim=keepdim)
+
+
+def _norm_square(
+    input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, out: Any = None, dtype: Any = None
+) -> Any:
+    return _vector_square(input, 2 if p in ("fro", None) else p, dim, keepdim, dtype=dtype, out=out)
+
+
+def _linalg_square(
+    A: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, out: Any = None, dtype: Any = None
+) -> Any:
+    is_vector = ord in (None, "fro") or (ord == 2 and (isinstance(dim, int) or (dim is None and A.ndim == 1)))
+    return _vector_square(A, 2, dim, keepdim, dtype=dtype, out=out) if is_vector else None
+
+
+def _matrix_square(
+    A: Tensor, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None, out: Any = None
+) -> Any:
+    return _vector_square(A, 2, dim, keepdim, dtype=dtype, out=out) if ord == "fro" else None
+
+
+def _absolute_square(input: Tensor, out: Any = None) -> Any:
+    if out is not None:
+        return None
+    return input.real.square() + input.imag.square() if input.is_complex() else input.square()
+
+
+_MANY_ROWS = 25
+
+
+def _distance_squares(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Any:
+    if p != 2:
+        return None
+    if max(x1.shape[-2], x2.shape[-2]) > _MANY_ROWS and compute_mode != "donot_use_mm_for_euclid_dist":
+        # All differences at once might not fit into memory; torch computes so, too.
+        squares = x1.square().sum(-1).unsqueeze(-1) + x2.square().sum(-1).unsqueeze(-2)
+        return squares - 2 * (x1 @ x2.mT)
+    return (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1)
+
+
+def _pair_squares(input: Tensor, p: float = 2.0) -> Any:
+    first, second = torch.triu_indices(len(input), len(input), 1, device=input.device)
+    return (input[first] - input[second]).square().sum(-1) if p == 2 else None
+
+
+def _distance_square(input: Tensor, other: Tensor, p: float = 2.0) -> Any:
+    return _absolute_square(input - other).sum() if p == 2 else None
+
+
+_SQUARED_LENGTHS: dict[Any, Callable[..., Any]] = {
+    torch.norm: _norm_square,
+    Tensor.norm: _norm_square,
+    torch.linalg.norm: _linalg_square,
+    torch.linalg.vector_norm: _vector_square,
+    torch.linalg.matrix_norm: _matrix_square,
+    torch.abs: _absolute_square,
+    torch.absolute: _absolute_square,
+    Tensor.abs: _absolute_square,
+    Tensor.__abs__: _absolute_square,
+    torch.cdist: _distance_squares,
+    torch.pdist: _pair_squares,
+    F.pdist: _pair_squares,
+    torch.dist: _distance_square,
+    Tensor.dist: _distance_square,
+}
+"""Lengths, and what their squares are written as: the derivatives of a square at zero are lost with the length's."""

@@ -54,6 +54,9 @@ class BatchLoss:
 LossFunction = Callable[[Any, Any], Tensor] | BatchLoss
 """`loss_fn(output, target)` returning the scalar mean over a batch, or a `BatchLoss`.
 
+A module is used in evaluation mode, in a copy: label smoothing or the like that it has in training alone is off. The
+`fn` of a `BatchLoss` is used as it is.
+
 A batch weighs by what its loss is a mean over, so that the mean over the data does not depend on how they are cut into
 batches: by its number of examples, by the `size` of a `BatchLoss`, and for torch's `cross_entropy` and `nll_loss`, as
 functions, partial functions or modules, by the positions that count (`ignore_index`) and their classes' `weight`. So it
@@ -203,7 +206,10 @@ def own_loss(loss_fn: LossFunction | None, device: torch.device, dtype: torch.dt
     """The loss to use, for a device and type: cross-entropy by default, a copy of one that holds tensors."""
     if isinstance(loss_fn, nn.Module):
         # A loss may carry tensors of its own (class weights); the caller's copy stays as it is.
-        loss_fn = copy.deepcopy(loss_fn).to(device=device, dtype=dtype)
+        try:
+            loss_fn = copy.deepcopy(loss_fn).to(device=device, dtype=dtype)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise LossError(f"loss_fn={type(loss_fn).__name__} cannot be copied ({error}).") from error
         loss_fn.eval()
     if isinstance(loss_fn, functools.partial):
         bound = map_tensors(lambda tensor: to_device(tensor, device, dtype), loss_fn.keywords)

@@ -3,13 +3,10 @@
 import copy
 import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from lmc_curvature.errors import DirectionError, NonFiniteError, OptionError, UnsupportedModelError, suggest
 from lmc_curvature.objective.batches import describe, tensors_in, to_device
@@ -31,69 +28,6 @@ def check_module(name: str, model: object) -> None:
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(f"{name} is a TorchScript module; pass the nn.Module that it was made from.")
-
-
-_INNER = ("_orig_mod", "_checkpoint_wrapped_module")
-"""Names under which torch's wrappers for compilation and for checkpointing hold a module."""
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network itself, as it is in evaluation mode.
-
-    Modules around it or in it are left out that change how it is evaluated and not its function: `DataParallel`,
-    `DistributedDataParallel`, `AveragedModel`, and what `torch.compile` and torch's wrapper for checkpointing make of a
-    module or of its methods. Some modules compute with other entries in evaluation mode than in training mode (an
-    update of low rank is merged into its weight, say): where there may be one, and the network is in training mode, the
-    result is a copy in evaluation mode. The network given is left as it is: where a part of it is wrapped, the result
-    is a copy of the modules around that part, with the same tensors.
-
-    Raises:
-        UnsupportedModelError: It has to be copied, and cannot be.
-    """
-    wrapped = any(_inner(module) is not None or _compiled_functions(module) for module in model.modules())
-    network = _unwrap(model, {}) if wrapped else model
-    in_training = any(module.training for module in network.modules())
-    return copy_in_evaluation(network) if in_training and acts_on_modes(network) else network
-
-
-def _unwrap(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
-    if id(model) in known:
-        return known[id(model)]
-    found = model
-    while (inner := _inner(found)) is not None:
-        found = inner
-    children = {n: None if child is None else _unwrap(child, known) for n, child in found._modules.items()}
-    functions = _compiled_functions(found)
-    known[id(model)] = known[id(found)] = found
-    if functions or any(children[name] is not child for name, child in found._modules.items()):
-        known[id(model)] = known[id(found)] = copied = copy.copy(found)
-        vars(copied).update(functions, _modules=children)
-        for name, method in vars(copied).items():
-            if isinstance(method, MethodType) and id(method.__self__) in known:
-                owner, same = (
-                    known[id(method.__self__)],
-                    known[id(method.__self__)].__class__ is method.__self__.__class__,
-                )
-                vars(copied)[name] = MethodType(method.__func__, owner) if same else getattr(owner, method.__name__)
-    return known[id(model)]
-
-
-def _inner(model: nn.Module) -> nn.Module | None:
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)):
-        return model.module
-    return next((model._modules[name] for name in _INNER if name in model._modules), None)
-
-
-def _compiled_functions(module: nn.Module) -> dict[str, Any]:
-    """Attributes of a module that `torch.compile` made of functions (`model.forward`, say), as they were before."""
-    found = {name: _uncompiled(value) for name, value in vars(module).items()}
-    return {name: function for name, function in found.items() if function is not vars(module)[name]}
-
-
-def _uncompiled(value: Any) -> Any:
-    while isinstance(value, FunctionType) and "_dynamo" in Path(value.__code__.co_filename).parts:
-        value = getattr(value, "__wrapped__", None)
-    return value
 
 
 def acts_on_modes(model: nn.Module) -> bool:
@@ -161,7 +95,7 @@ def with_first_names(state: State, ties: Mapping[str, str]) -> dict[str, Tensor]
     for name, tensor in state.items():
         first = ties.get(name, name)
         own = found.setdefault(first, tensor)
-        if own is not tensor and not _equal(own, tensor):
+        if own is not tensor and not equal(own, tensor):
             names = sorted(other for other in state if ties.get(other, other) == first)
             raise DirectionError(
                 f"Entries {' and '.join(map(repr, names))} are one parameter of the network, and have different "
@@ -170,7 +104,8 @@ def with_first_names(state: State, ties: Mapping[str, str]) -> dict[str, Tensor]
     return found
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same shape and the same values, not-a-number among them."""
     return one.shape == other.shape and torch.allclose(one, other.to(one), rtol=0, atol=0, equal_nan=True)
 
 

@@ -72,7 +72,7 @@ class Normalization:
         for name, module in tracked_modules(network):
             # The instance's own forward stays in charge (subclasses add activations, say); only the
             # functional call inside it is redirected, and only there, so other modules pay nothing.
-            module.forward = self._redirect(module.forward, name)
+            module.forward = self._redirect(module, name)
 
     @contextlib.contextmanager
     def by(self, statistics: Statistics, records: Records | None = None) -> Iterator[None]:
@@ -146,9 +146,11 @@ class Normalization:
                 stacklevel=2,
             )
 
-    def _redirect(self, forward: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def _redirect(self, module: nn.Module, name: str) -> Callable[..., Any]:
+        forward = module.forward
+
         def redirected_forward(*args: Any, **kwargs: Any) -> Any:
-            with _Redirection(self, name) as redirection:
+            with _Redirection(self, name, module.training) as redirection:
                 found = forward(*args, **kwargs)
             if self.statistics == "batch" and not redirection.used:
                 raise UnsupportedModelError(
@@ -163,8 +165,9 @@ class Normalization:
 class _Redirection(TorchFunctionMode):
     """Replaces torch's functional normalisation by one with the statistics that its `Normalization` names."""
 
-    def __init__(self, normalization: Normalization, module_name: str):
+    def __init__(self, normalization: Normalization, module_name: str, training: bool):
         super().__init__()
+        self._training = training
         self._normalization = normalization
         self._module_name = module_name
         self.used = False
@@ -183,12 +186,16 @@ class _Redirection(TorchFunctionMode):
         running_var: Tensor | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
-        _by_batch: bool = True,
+        by_batch: bool | None = None,
         _momentum: float = 0.1,
         eps: float = 1e-5,
-        **_by_name: Any,
+        **by_name: Any,
     ) -> Tensor:
-        if self._normalization.statistics == "running" and running_mean is not None and running_var is not None:
+        if by_batch is None:
+            by_batch = by_name.get("use_input_stats", by_name.get("training", function is F.instance_norm))
+        # A module that asks for the batch's statistics in evaluation mode, too, is another function without them.
+        running = self._normalization.statistics == "running" and (self._training or not by_batch)
+        if running and running_mean is not None and running_var is not None:
             return normalize_by(input, running_mean, running_var, weight, bias, eps)
         if function is F.batch_norm and input.numel() == input.shape[1]:
             raise LoaderError(

@@ -16,7 +16,9 @@ from tqdm.auto import tqdm
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
 from lmc_curvature.objective.batches import Batch, place_data, to_device
-from lmc_curvature.objective.differentiable import plain_checkpoints
+from lmc_curvature.objective.copies import Given
+from lmc_curvature.objective.dependence import refuse_changes
+from lmc_curvature.objective.differentiable import one_function
 from lmc_curvature.objective.explanations import naming_what_has_no_derivative
 from lmc_curvature.objective.loaders import check_loader, loader_length, visit
 from lmc_curvature.objective.losses import (
@@ -45,7 +47,6 @@ from lmc_curvature.objective.network import (
     precision_note,
     skeleton_of,
     tied_names,
-    unwrap,
     with_first_names,
 )
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Normalization, is_batch_counter
@@ -53,6 +54,7 @@ from lmc_curvature.objective.numerics import Numerics, bears_channels_last, chan
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.recalibration import check_recalibration, recalibrated_statistics
 from lmc_curvature.objective.soundness import Soundness
+from lmc_curvature.objective.wrappers import unwrap
 
 
 class Objective:
@@ -142,6 +144,7 @@ class Objective:
             self._movable,
             placeholders=[pair for pair in entries_of(self.network).items() if pair[0] in self._movable],
             originals=[(name, weakref.ref(tensor)) for name, tensor in originals],
+            given=Given(weakref.ref(original), self.loss_fn if loss_fn is None else loss_fn),
             pristine=pristine,
             twins=tuple(twins),
             normalization=self._normalization,
@@ -203,12 +206,12 @@ class Objective:
         count = functools.partial(self._network_loss.count, state=self._entries, place=place)
         with (
             outside_inference(),
-            plain_checkpoints(),
+            one_function(),
             global_rng_preserved(),
             tqdm(total=total, desc=description, disable=None if progress is None else not progress, leave=False) as bar,
         ):
-            options = {"max_batches": self.max_batches, "weightless": weightless}
-            batches = visit(visited, **options, count=count, place=place, bar=bar)
+            options = {"max_batches": self.max_batches, "weightless": weightless, "count": count, "place": place}
+            batches = visit(visited, **options, bar=bar)
             # Passes over the loader are compared with each other; another has other data.
             yield self._soundness.watch(batches) if visited is self.loader else batches
 
@@ -292,15 +295,14 @@ class Objective:
         Raises:
             NonFiniteError: The loss of a batch is infinite or not a number.
         """
-        point = self._point(state)
+        kept = self._point(state)
         if self.batch_norm == "recalibrate":
-            point |= self.recalibrated([point])[0]
-        values, weights = [], []
+            kept |= self.recalibrated([kept])[0]
+        point = {name: tensor.clone() for name, tensor in kept.items()}
         with torch.no_grad(), self.measuring(), self.one_pass(progress=False) as batches:
-            for batch in batches:
-                values.append(finite_loss(self.batch_loss(point, batch), batch))
-                weights.append(batch.weight)
-        return float(weighted_mean(np.array(values), np.array(weights)))
+            found = [(finite_loss(self.batch_loss(point, batch), batch), batch.weight) for batch in batches]
+        refuse_changes(kept, point)
+        return float(weighted_mean(*np.array(found).T))
 
     @outside_inference()
     def gradient(self, state: State | None = None) -> dict[str, Tensor]:

@@ -151,12 +151,18 @@ def _held(module: nn.Module) -> dict[str, Any]:
     base = vars(nn.Module())
     # Private attributes of torch's modules are made of the public ones.
     found = {name: value for name, value in vars(module).items() if name not in base and (own or name[0] != "_")}
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    # What torch's own keep, as for pruning, is bookkeeping.
+    if kept_hooks := [hook for hook in hooks if not _is_of_torch(type(hook)) or isinstance(hook, _FUNCTIONS)]:
+        found[_HOOKS] = kept_hooks
     kept: dict[str, Any] = {}
     module._save_to_state_dict(kept, "", True)
     entries = {*module._parameters, *module._buffers}
     return found | {name: value for name, value in kept.items() if name not in entries}
 
 
+_FUNCTIONS = (types.FunctionType, types.MethodType)
+_HOOKS = "hook"
 _VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, Tensor)
 _OTHER = object()
 _DEPTH, _MOST = 3, 1000
@@ -168,23 +174,35 @@ def _settings(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str,
     if plain is not _OTHER:
         yield name, plain
         return
+    value = _object_of(value)
     if callable(value):
         yield name, type(value).__name__
-    for place, member in itertools.islice(members(value), _MOST) if depth else ():
+    for place, member in itertools.islice(members(value, private=callable(value)), _MOST) if depth else ():
         yield from _settings(f"{name}{place}", member, depth - 1)
 
 
-def members(value: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, with its place in it."""
+def members(value: Any, *, private: bool = False) -> Iterator[tuple[str, Any]]:
+    """What an object holds, with its place in it; attributes whose names begin with an underscore if `private`."""
     if isinstance(value, (nn.Module, type, types.ModuleType)):
         return
     if isinstance(value, (Mapping, list, tuple)):
         for key, member in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield f"[{key!r}]", member
     fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else ()
-    for name in dict.fromkeys((*fields, *getattr(value, "__dict__", {}))):
-        if not name.startswith("_"):
+    slots = [name for cls in type(value).__mro__ for name in _as_tuple(getattr(cls, "__slots__", ()))]
+    for name in dict.fromkeys((*fields, *slots, *getattr(value, "__dict__", {}))):
+        if not name.startswith("__" if private else "_"):
             yield f".{name}", getattr(value, name, None)
+
+
+def _as_tuple(names: Any) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _object_of(value: Any) -> Any:
+    """The object that a method is of, unless that is a module, which is compared itself; anything else as it is."""
+    is_of_object = isinstance(value, types.MethodType) and not isinstance(value.__self__, (nn.Module, type))
+    return value.__self__ if is_of_object else value
 
 
 class _Function(NamedTuple):
@@ -211,6 +229,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, functools.partial):
         keywords = tuple(sorted(value.keywords.items()))
         return _plain((value.func, value.args, keywords))
+    if _object_of(value) is not value:
+        return _OTHER
     name = getattr(value, "__name__", None)
     return _Function(name, _body(value)) if isinstance(name, str) else _OTHER
 
@@ -221,11 +241,13 @@ def _body(function: Any) -> tuple[Any, ...]:
     if not isinstance(code, types.CodeType) or _is_of_torch(function):
         return ()
     constants = [part.co_code if isinstance(part, types.CodeType) else part for part in code.co_consts]
-    held = [*map(_contents, function.__closure__ or ()), *(function.__defaults__ or ())]
+    named = (function.__kwdefaults__ or {}).values()
+    held = [*map(contents, function.__closure__ or ()), *(function.__defaults__ or ()), *named]
     return (code.co_code, code.co_names, *constants, *(value for value in held if isinstance(value, _VALUES)))
 
 
-def _contents(cell: types.CellType) -> Any:
+def contents(cell: types.CellType) -> Any:
+    """What a function closes over in a cell; None if that is empty."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -255,12 +277,15 @@ def _shorten(value: Any) -> str:
 def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[set[str], set[str], set[str]]:
     """Names that code reads, and attributes that it writes or first reads, as far as `forward` may call that code."""
     classes = {cls for network in networks for module in network.modules() for cls in type(module).__mro__}
+    callables = [each for network in networks for module in network.modules() for each in _callables(_held(module))]
+    classes |= {cls for each in callables for cls in type(_object_of(each)).__mro__}
     methods: dict[str, list[Any]] = {}
-    for cls in classes - {nn.Module, object}:
+    for cls in classes - {nn.Module, object, *_FUNCTIONS}:
         for name, member in vars(cls).items():
             methods.setdefault(name, []).append(member)
-    reads, writes, first = {"forward"}, set[str](), set[str]()
-    pending: list[Any] = [*methods.get("forward", ()), getattr(loss_fn, "fn", None)]
+    reads, writes, first = {"forward", _HOOKS}, set[str](), set[str]()
+    functions = [getattr(each, "__func__", each) for each in (*callables, getattr(loss_fn, "fn", None))]
+    pending: list[Any] = [*methods.get("forward", ()), *methods.get("__call__", ()), *functions]
     seen: set[int] = set()
     while pending:
         function = _function_of(pending.pop())
@@ -275,6 +300,15 @@ def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[s
         for name in read:
             pending += [*methods.get(name, ()), known.get(name)]
     return reads, writes, first
+
+
+def _callables(values: Any, depth: int = 2) -> Iterator[Any]:
+    """Functions, methods and objects to call among values, but for modules and classes."""
+    if isinstance(values, (Mapping, list, tuple)):
+        for value in values.values() if isinstance(values, Mapping) else values:
+            yield from _callables(value, depth - 1) if depth else ()
+    elif callable(values) and not isinstance(values, (nn.Module, type)):
+        yield values
 
 
 def _function_of(member: Any) -> types.FunctionType | None:

@@ -9,21 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from lmc_curvature.agreement import near
-from lmc_curvature.errors import UnsupportedModelError
+from lmc_curvature.errors import LMCCurvatureError, UnsupportedModelError
 from lmc_curvature.objective.batches import Batch, tensors_in
 from lmc_curvature.objective.caches import check_caches
+from lmc_curvature.objective.copies import Given, check_copies
 from lmc_curvature.objective.cuts import warn_of_cuts, watch_cuts
-from lmc_curvature.objective.dependence import Dependence
+from lmc_curvature.objective.dependence import Dependence, refuse_changes
 from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
-from lmc_curvature.objective.network import State, as_leaves, check_finite, entries_of, unwrap
+from lmc_curvature.objective.network import State, as_leaves, check_finite, entries_of
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization
 from lmc_curvature.objective.numerics import Numerics, outside_inference
 from lmc_curvature.objective.passes import Passes
 from lmc_curvature.objective.randomness import drawing_module
 from lmc_curvature.objective.twins import check_twin
 from lmc_curvature.objective.witness import WITHOUT_WITNESS, check_derivatives
+from lmc_curvature.objective.wrappers import unwrap
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,7 @@ class Soundness:
             because functional_call may leave another tensor in a module that the network holds twice.
         originals: Movable entries of the network that the objective was made of, as long as that network lives; the
             loss must not reach for them, nor for those of the twins.
+        given: The network and the loss that copies were made of.
         pristine: The network's structure in a copy that was never called.
         twins: Further networks, which must be of the same structure.
         normalization: The statistics that the network's normalisation uses.
@@ -52,6 +55,7 @@ class Soundness:
     movable: Collection[str]
     placeholders: Sequence[tuple[str, Tensor]]
     originals: Sequence[tuple[str, Callable[[], Tensor | None]]]
+    given: Given
     pristine: nn.Module
     twins: Sequence[nn.Module]
     normalization: Normalization
@@ -93,12 +97,24 @@ class Soundness:
         own = [(f"{name!r} of the network itself", tensor) for name, tensor in (*self.placeholders, *originals)]
         others = (pair for twin in self.twins for pair in entries_of(unwrap(twin)).items())
         own += [(f"{name!r} of another network itself", tensor) for name, tensor in others if name in self.movable]
-        loss = check_soundness(self.network_loss, state, batch, movable=self.movable, others=own)
+
+        def check_against_given() -> None:
+            args = self.given, self.network_loss, self.entries, batch, self.movable
+            check_copies(*args, own, self.normalization)
+
+        try:
+            loss = check_soundness(self.network_loss, state, batch, movable=self.movable, others=own)
+        except LMCCurvatureError as error:
+            # What a copy does not find may make it fail.
+            if error.__cause__ is not None:
+                check_against_given()
+            raise
         self._memo.replace("loss", loss.detach().requires_grad_(loss.requires_grad))
         if self.batch_norm == "batch":
             self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
         policy, rounding = self.batch_norm, self.numerics.rounding
         check_caches(self.pristine, self.network_loss, self.entries, batch, self.movable, self.normalization)
+        check_against_given()
         for twin in self.twins:
             note = check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
             if note:
@@ -172,7 +188,6 @@ def check_soundness(
     constants = {name: tensor.detach().clone() for name, tensor in state.items()}
     leaves = as_leaves({name: constants[name].clone() for name in movable})
     check_finite(constants, "the network")
-    versions = {name: tensor._version for name, tensor in constants.items()}
     losses: list[Any] = []
     with torch.no_grad():
         drawing = drawing_module(
@@ -180,21 +195,10 @@ def check_soundness(
         )
     if drawing is not None:
         _refuse_drawing(network_loss, drawing)
-    for name, tensor in constants.items():
-        if tensor._version != versions[name]:
-            raise UnsupportedModelError(
-                f"The network changes {name!r} in place while it is evaluated, so its loss depends on what was "
-                "evaluated before. Switch that off (max_norm of an embedding, running averages in evaluation mode)."
-            )
+    refuse_changes(state, constants)
     with torch.enable_grad(), plain_calls(), Dependence(others, given=tensors_in(batch.data)) as dependence:
         again, output, target = network_loss.at({**constants, **leaves}, batch.data, batch.index)
-    if origin := dependence.origin_of(again):
-        raise UnsupportedModelError(
-            f"The loss uses entry {origin} instead of the state at hand: a closure, a list of parameters outside "
-            "nn.ParameterList, or loss_fn refers to it. Reach it through its module (self.layer.weight), or pass "
-            "loss_fn=BatchLoss(fn) with fn(model, batch) that uses model alone; what is meant to stay, such as a "
-            "teacher, is a copy.deepcopy of the network."
-        )
+    dependence.refuse(again)
     _refuse_difference(losses[0].item(), again.item(), torch.finfo(again.dtype).eps)
     warn_of_cuts(network_loss, constants, batch, output, target)
     return again

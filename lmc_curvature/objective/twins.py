@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import ArchitectureMismatchError, UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.dependence import refuse_changes
 from lmc_curvature.objective.losses import NetworkLoss
-from lmc_curvature.objective.network import State, check_module, entries_of, movable_entries, skeleton_of, unwrap
+from lmc_curvature.objective.network import State, check_module, entries_of, movable_entries, skeleton_of
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, Statistics
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.settings import hidden_differences, members, setting_differences
+from lmc_curvature.objective.wrappers import unwrap
 
 _LEAST_EXAMPLES = 16
 
@@ -80,6 +82,7 @@ def check_twin(
                 f"model_b computes something else than model_a: with {owner} entries {found}. "
                 f"{_causes(network_loss, own_loss)}"
             )
+        refuse_changes({name: source[name] for name in moved}, point)
     return _hidden_note(network_loss, own_loss)
 
 

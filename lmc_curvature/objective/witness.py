@@ -1,21 +1,20 @@
 """The witness of derivatives: those of autograd against differences of the loss itself, on a few examples."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
-from lmc_curvature.objective.batches import Batch, map_tensors
-from lmc_curvature.objective.losses import NetworkLoss, own_loss
-from lmc_curvature.objective.network import State, as_leaves, graph_nodes
+from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.lines import Derivative, Line, random_line
+from lmc_curvature.objective.losses import NetworkLoss
+from lmc_curvature.objective.network import State
 from lmc_curvature.objective.numerics import Numerics
-from lmc_curvature.objective.precisions import precisions_met
+from lmc_curvature.objective.zeros import meets_zeros
 
 # Examples are few, because each meets kinks and takes time; of small networks, more.
 _LEAST_EXAMPLES, _MOST_EXAMPLES, _EXAMPLES_TIMES_PARAMETERS = 4, 32, 100_000
@@ -26,9 +25,6 @@ _MOST_PARAMETERS = 50_000_000
 # the smaller ones are for kinks, the larger ones for networks that compute in lower precision somewhere.
 _LOSS_SPACINGS = (2.0**-12, 2.0**-18, 2.0**-8, 2.0**-5)
 _SLOPE_SPACINGS = (2.0**-27, 2.0**-20, 2.0**-10)
-# How far from the state, relative to its entries: many units are at their kinks exactly at an initialisation.
-_SHIFT = 2.0**-5
-
 # How far a fit's derivatives may be off, over the residual and in units of the spacing. By trying out: at most 6 for
 # one kink wherever it lies, at most 5 for terms of higher order, and for rounding over 50 once in three thousand.
 _ERRORS_PER_RESIDUAL = 50.0
@@ -38,6 +34,10 @@ _ENOUGH_FOR_SLOPE, _ENOUGH_FOR_CURVATURE, _MOST_ERROR = 1e-4, 1e-6, 1e-2
 
 WITHOUT_WITNESS = "derivatives were not compared with differences of the loss (witness=False)"
 _SLOPES_ALONE = "of the derivatives, only the first was compared with differences of the loss"
+_AT_ZERO = (
+    "A norm, an absolute value, a distance or a root is exactly zero at the state, and its derivatives are lost there, "
+    "also where its square has them: write squares as sums of squares, such as p.pow(2).sum() for p.norm() ** 2."
+)
 _NOTHING = "derivatives could not be compared with differences of the loss"
 
 
@@ -83,7 +83,7 @@ def check_derivatives(
         if rows is None and note != _NOTHING:
             break
         data = batch.data if rows is None else batch.rows(rows)
-        make_line = partial(_line, network_loss, state, data, movable, numerics, dtype)
+        make_line = partial(random_line, network_loss, state, data, movable, numerics, dtype)
         verdict = _judge(partial(make_line, seed), second)
         if verdict.disagreement:
             # Along another direction again, because the error of differences is an estimate.
@@ -100,7 +100,32 @@ def check_derivatives(
         reason = verdict.reason or reason
     if doubts:
         raise UnsupportedModelError(doubts[0])
+    if second:
+        _check_zeros(network_loss, state, batch, movable, numerics, trials)
     return f"{note} ({reason})" if note and reason else note
+
+
+def _check_zeros(
+    network_loss: NetworkLoss,
+    state: State,
+    batch: Batch,
+    movable: Collection[str],
+    numerics: Numerics,
+    trials: Sequence[tuple[list[int] | None, torch.dtype]],
+) -> None:
+    """Where lengths are zero at the state, compare derivatives there: near it they are others.
+
+    Raises:
+        UnsupportedModelError: Autograd and differences disagree.
+    """
+    rows, dtype = trials[0]
+    for data in (batch.rows(rows or []), batch.data):
+        if meets_zeros(network_loss, state, data):
+            make_line = partial(random_line, network_loss, state, data, movable, numerics, dtype, through_state=True)
+            verdicts = (_judge(partial(make_line, len(trials) + seed), True) for seed in range(2))
+            if all(doubts := [verdict.disagreement for verdict in verdicts]):
+                raise UnsupportedModelError(f"{_AT_ZERO} {doubts[0]}")
+            return
 
 
 def _selections(size: int, few: int) -> list[list[int]]:
@@ -110,137 +135,11 @@ def _selections(size: int, few: int) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class _Derivative:
-    """A derivative by autograd; and the sum of the absolute values of the terms that it is the sum of."""
-
-    value: float
-    size: float
-
-
-@dataclass(frozen=True)
 class _Estimate:
     """A derivative by differences, and what it may be off."""
 
     value: float
     error: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Line:
-    """The loss of a few examples along a line, with autograd and without.
-
-    Attributes:
-        loss_at: The loss where the moved entries are those of a state.
-        start: The moved entries at zero.
-        direction: The direction of the line.
-        numerics: The precision and the kernels that the network is computed with.
-        rounding: Relative rounding error of the coarsest operation on the way.
-        unit: Size of the numbers whose rounding the loss has: its own, or that of the outputs it is computed from.
-        coarse_part: A few words on what computes in lower precision than the rest; empty if nothing does.
-    """
-
-    loss_at: Callable[[State], Tensor]
-    start: State
-    direction: State
-    numerics: Numerics
-    rounding: float
-    unit: float
-    coarse_part: str
-
-    def loss(self, position: float) -> float:
-        """The loss, computed as a measurement does."""
-        with torch.no_grad(), self.numerics.exact():
-            return self.loss_at(self._moved(position)).item()
-
-    def slope(self, position: float) -> float:
-        """The first derivative by autograd."""
-        return self.derivatives(position, second=False)[0].value
-
-    def derivatives(self, position: float = 0.0, *, second: bool) -> list[_Derivative]:
-        """The first derivative by autograd, and the second if it is asked for."""
-        with self.numerics.differentiating():
-            leaves = as_leaves(self._moved(position))
-            loss = self.loss_at(leaves)
-            slope, size = self._along(loss, leaves, create_graph=second)
-            found = [_Derivative(slope.item(), size)]
-            if second:
-                curvature, size = self._along(slope, leaves)
-                found.append(_Derivative(curvature.item(), size))
-        return found
-
-    def functions(self) -> list[str]:
-        """Names of the functions with backward passes of their own that the loss calls."""
-        with self.numerics.differentiating():
-            nodes = graph_nodes([self.loss_at(as_leaves(self.start))])
-            return sorted({node._forward_cls.__name__ for node in nodes if hasattr(node, "_forward_cls")})
-
-    def _moved(self, position: float) -> dict[str, Tensor]:
-        return {name: tensor + position * self.direction[name] for name, tensor in self.start.items()}
-
-    def _along(self, value: Tensor, leaves: State, *, create_graph: bool = False) -> tuple[Tensor, float]:
-        """The derivative of a value along the direction, and the sum of the absolute values of its terms."""
-        if not value.requires_grad:
-            return torch.zeros(()), 0.0
-        gradients = torch.autograd.grad(
-            value, list(leaves.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
-        )
-        terms = [gradient * along for gradient, along in zip(gradients, self.direction.values(), strict=True)]
-        sizes = [term.detach().abs().sum() for term in terms]
-        return torch.stack([term.sum() for term in terms]).sum(), torch.stack(sizes).sum().item()
-
-
-def _line(
-    network_loss: NetworkLoss,
-    state: State,
-    data: Any,
-    movable: Collection[str],
-    numerics: Numerics,
-    dtype: torch.dtype,
-    seed: int,
-) -> _Line:
-    """A random line near a state, for a loss that is computed in a precision of its own."""
-
-    def place(tensor: Tensor) -> Tensor:
-        return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
-
-    generator = torch.Generator().manual_seed(seed)
-    constants = {name: place(tensor) for name, tensor in state.items()}
-    placed_data = map_tensors(place, data)
-    start, direction = {}, {}
-    for name in movable:
-        shift, direction[name] = (_random_like(constants[name], generator) for _ in range(2))
-        start[name] = constants[name] + _SHIFT * shift
-    # The network's own values have another precision, and are not used: all of them are given.
-    in_dtype = NetworkLoss(network_loss.network, own_loss(network_loss.loss_fn, numerics.device, dtype))
-
-    def loss_at(moved: State) -> Tensor:
-        with torch.autocast(numerics.device.type, enabled=False):
-            return in_dtype.at({**constants, **moved}, placed_data)[0]
-
-    with torch.no_grad(), numerics.exact():
-        (loss, output, _), met = precisions_met(in_dtype, lambda: in_dtype.at({**constants, **start}, placed_data))
-    # A cross-entropy near zero is the logarithm of a number near one, and rounded like that.
-    plain = isinstance(output, Tensor) and output.is_floating_point()
-    unit = max(abs(loss.item()), min(1.0, output.abs().max().item()) if plain else 1.0)
-    rounding = max(torch.finfo(each).eps for each in met)
-    return _Line(loss_at, start, direction, numerics, rounding, unit, _coarse_part(met, dtype))
-
-
-def _coarse_part(met: Mapping[torch.dtype, str], dtype: torch.dtype) -> str:
-    """A few words on the module that computes in the lowest precision, if that is lower than a network's own."""
-    lowest = max(met, key=lambda each: torch.finfo(each).eps)
-    if torch.finfo(lowest).eps <= torch.finfo(dtype).eps:
-        return ""
-    name = met[lowest]
-    part = f"module {name.removeprefix('network.')!r}" if "." in name else f"the {name or 'loss'}"
-    return f"{part} computes in {str(lowest).removeprefix('torch.')}"
-
-
-def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A random direction in which no entry changes its sign soon: a variance must stay positive."""
-    drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
-    typical = tensor.square().mean().sqrt()
-    return torch.where(tensor != 0, tensor.abs() * drawn, torch.where(typical > 0, typical, 0.01) * drawn.abs())
 
 
 @dataclass(frozen=True)
@@ -254,7 +153,7 @@ class _Verdict:
     reason: str = ""
 
 
-def _judge(make_line: Callable[[], _Line], second: bool) -> _Verdict:
+def _judge(make_line: Callable[[], Line], second: bool) -> _Verdict:
     """Compare the derivatives along a line, as far as the network has them and can be computed there."""
     for second_too in (True, False) if second else (False,):
         try:
@@ -264,7 +163,7 @@ def _judge(make_line: Callable[[], _Line], second: bool) -> _Verdict:
     return _Verdict()
 
 
-def _compare(line: _Line, second: bool) -> _Verdict:
+def _compare(line: Line, second: bool) -> _Verdict:
     slope, *curvatures = line.derivatives(second=second)
     # A few entries may have no part in the loss, as those of units that are off.
     if not any(each.size for each in (slope, *curvatures)) and line.loss(0.0) == line.loss(_LOSS_SPACINGS[0]):
@@ -277,7 +176,7 @@ def _compare(line: _Line, second: bool) -> _Verdict:
     if not curvatures:
         return _Verdict(slope=True)
     # A curvature may vanish that the slope says to be measurable.
-    curvature = _Derivative(curvatures[0].value, curvatures[0].size + 0.1 * slope.size)
+    curvature = Derivative(curvatures[0].value, curvatures[0].size + 0.1 * slope.size)
     if by_curvature.error > _ENOUGH_FOR_CURVATURE * curvature.size:
         by_curvature = min(by_curvature, _from_slopes(line, slope, curvature), key=lambda each: each.error)
     if not _says_something(by_curvature, curvature):
@@ -287,7 +186,7 @@ def _compare(line: _Line, second: bool) -> _Verdict:
     return _Verdict(slope=True, curvature=True)
 
 
-def _from_losses(line: _Line, slope: _Derivative) -> list[_Estimate]:
+def _from_losses(line: Line, slope: Derivative) -> list[_Estimate]:
     """Slope and curvature by differences of losses, each at the distance that tells most."""
     found: list[list[_Estimate]] = []
     for spacing in _LOSS_SPACINGS:
@@ -297,7 +196,7 @@ def _from_losses(line: _Line, slope: _Derivative) -> list[_Estimate]:
     return [min(estimates, key=lambda each: each.error) for estimates in zip(*found, strict=True)]
 
 
-def _from_slopes(line: _Line, slope: _Derivative, curvature: _Derivative) -> _Estimate:
+def _from_slopes(line: Line, slope: Derivative, curvature: Derivative) -> _Estimate:
     """Curvature by differences of autograd's slopes, at the distance that tells most."""
     found: list[_Estimate] = []
     for spacing in _SLOPE_SPACINGS:
@@ -328,17 +227,17 @@ def _differences(
     ]
 
 
-def _says_something(estimate: _Estimate, derivative: _Derivative) -> bool:
+def _says_something(estimate: _Estimate, derivative: Derivative) -> bool:
     # A derivative that autograd takes for nothing at all may be something.
     return estimate.error <= _MOST_ERROR * max(derivative.size, abs(estimate.value))
 
 
-def _agree(derivative: _Derivative, estimate: _Estimate, rounding: float) -> bool:
+def _agree(derivative: Derivative, estimate: _Estimate, rounding: float) -> bool:
     value, expected, floor = derivative.value, estimate.value, estimate.error
     return near("witness", value, expected, rounding=rounding, scale=derivative.size, floor=floor)
 
 
-def _sentence(line: _Line, kind: str, derivative: _Derivative, estimate: _Estimate) -> str:
+def _sentence(line: Line, kind: str, derivative: Derivative, estimate: _Estimate) -> str:
     functions = line.functions()
     called = f"the backward pass of {', '.join(functions)}, or another " if functions else "a backward pass "
     return (

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from lmc_curvature.errors import PartitionError, suggest
-from lmc_curvature.objective.network import movable_entries, tied_names, unwrap
+from lmc_curvature.objective.network import movable_entries, tied_names
 from lmc_curvature.objective.normalization import BatchNormPolicy
+from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment.frozen import Frozen, frozen_entries
 from lmc_curvature.segment.norms import weights_of_norms
 

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lmc_curvature.errors import OptionError, PartitionError, UnsupportedModelError, check_choice, counted
-from lmc_curvature.objective.network import check_finite, check_module, entries_of, movable_entries, unwrap
+from lmc_curvature.objective.network import check_finite, check_module, entries_of, movable_entries
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy
 from lmc_curvature.objective.numerics import outside_inference
+from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment.adapters import check_adapters
 from lmc_curvature.segment.compatibility import check_same_architecture
 from lmc_curvature.segment.frozen import REQUIRES_GRAD, Frozen, frozen_choices

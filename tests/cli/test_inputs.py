@@ -21,6 +21,13 @@ def make(outputs=2):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 5 * 5, 4), nn.Tanh(), nn.Linear(4, outputs))
 
 
+_BACKBONE = nn.Sequential(nn.Flatten(), nn.Linear(75, 4))
+
+
+def shared():
+    return nn.Sequential(_BACKBONE, nn.Tanh(), nn.Linear(4, 2))
+
+
 def regression():
     generator = torch.Generator().manual_seed(3)
     return [(torch.randn(6, 75, generator=generator), torch.randn(6, 2, generator=generator)) for _ in range(2)]
@@ -79,6 +86,18 @@ def test_losses_of_regressions(run, tmp_path, loss, loss_fn):
     assert list(json.loads(out)["metrics"]) == ["loss"]
     status, out, _ = run("predict", *common, *options[:4], "--json", "--no-progress", "--no-witness")
     assert json.loads(out)["losses"] == pytest.approx(list(expected.ends()), rel=1e-5)
+
+
+@pytest.mark.parametrize("command", ["measure", "predict"])
+def test_a_factory_that_shares_a_module_between_networks_is_refused(run, tmp_path, command):
+    paths = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for path in paths:
+        nn.init.normal_(_BACKBONE[1].weight)
+        save_file(shared().state_dict(), path)
+    options = ["--data", f"{HERE}:regression", "--loss", "mse", "--metrics", "loss"][: 6 if command == "measure" else 4]
+    status, out, err = run(command, *paths, "--model", f"{HERE}:shared", *options)
+    assert (status, out) == (2, "")
+    assert f"--model {HERE}:shared made two networks that share '0.1.weight'" in " ".join(err.split())
 
 
 def test_a_loss_of_whole_batches(run, tmp_path):

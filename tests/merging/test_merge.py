@@ -1,6 +1,7 @@
 """Claim: the merged network is the point of the cube that was asked for, and nothing else changes."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -275,3 +276,43 @@ def test_what_every_call_writes_over_is_nobodys_business():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge(*pair)
+
+
+class _Reaching(nn.Module):
+    """Calls its second layer in one of several ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.step = {
+            "function": lambda h: self.second(h),
+            "partial": functools.partial(lambda layer, h: layer(h), self.second),
+            "list": [torch.tanh, lambda h: self.second(h)],
+            "default": lambda h, layer=self.second: layer(h),
+            "method": self.apply_second,
+        }[way]
+
+    def apply_second(self, h):
+        return self.second(h)
+
+    def forward(self, x):
+        for step in self.step if isinstance(self.step, list) else [self.step]:
+            x = step(x)
+        return x
+
+
+@pytest.mark.parametrize("way", ["function", "list", "default"])
+def test_what_the_merged_network_reaches_for_in_the_first_is_warned_of(way):
+    with pytest.warns(UserWarning, match="reaches for modules of model_a itself in 'step'"):
+        merge(_Reaching(way), _Reaching(way))
+
+
+@pytest.mark.parametrize("way", ["partial", "method"])
+def test_what_is_copied_with_the_network_is_not_warned_of(way):
+    pair = _Reaching(way), _Reaching(way)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged = merge(*pair)
+    x = torch.randn(3, 4)
+    mean = {name: (a + pair[1].state_dict()[name]) / 2 for name, a in pair[0].state_dict().items()}
+    torch.testing.assert_close(merged(x), F.linear(x, mean["second.weight"], mean["second.bias"]))

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from lmc_curvature import HessianOperator, Objective, measure_barrier
-from lmc_curvature.objective.differentiable import plain_calls
+from lmc_curvature.objective.differentiable import one_function, plain_calls
 
 A = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 B = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -143,3 +144,120 @@ def test_compiled_functions_are_called_as_they_were():
     batch = (torch.randn(9, 4).double(), torch.arange(9) % 3)
     expected = HessianOperator(Objective(plain, [batch])).to_dense()
     torch.testing.assert_close(HessianOperator(Objective(Compiled(), [batch])).to_dense(), expected)
+
+
+_WEIGHTS = torch.tensor([[1.0, 2.0, 0.5], [3.0, 1.0, 2.0]], dtype=torch.float64)
+_POINTS = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 0.5]], dtype=torch.float64)
+# A square of lengths, and the same without them.
+SQUARES = {
+    "power of a norm": (lambda x: x.norm() ** 2, lambda x: (x * x).sum()),
+    "pow of a norm, axis": (lambda x: torch.norm(x, dim=1).pow(2).sum(), lambda x: (x * x).sum()),
+    "square, axes kept": (
+        lambda x: (torch.linalg.vector_norm(x, dim=1, keepdim=True).square() * _WEIGHTS).sum(),
+        lambda x: ((x * x).sum(1, keepdim=True) * _WEIGHTS).sum(),
+    ),
+    "product with itself": (lambda x: (lambda n: n * n)(torch.linalg.norm(x)), lambda x: (x * x).sum()),
+    "square of a function": (
+        lambda x: (x @ _WEIGHTS.T).norm(dim=-1).pow(2.0).sum(),
+        lambda x: ((x @ _WEIGHTS.T) ** 2).sum(),
+    ),
+    "matrix": (lambda x: torch.linalg.matrix_norm(x.T) ** 2, lambda x: (x * x).sum()),
+    "absolute value": (lambda x: (x.abs() ** 2 * _WEIGHTS).sum(), lambda x: (x * x * _WEIGHTS).sum()),
+    "complex": (
+        lambda x: torch.complex(x, x @ torch.eye(3).double().roll(1, 0)).abs().square().sum(),
+        lambda x: 2 * (x * x).sum(),
+    ),
+    "spectral power": (
+        lambda x: (torch.fft.rfft(x).abs() ** 2).sum(),
+        lambda x: torch.view_as_real(torch.fft.rfft(x)).square().sum(),
+    ),
+    "distances": (
+        lambda x: torch.cdist(x, _POINTS).pow(2).exp().neg().exp().sum(),
+        lambda x: (x[:, None] - _POINTS).square().sum(-1).exp().neg().exp().sum(),
+    ),
+    "many distances": (
+        lambda x: torch.cdist(x.repeat(13, 1), _POINTS).pow(2).neg().exp().sum(),
+        lambda x: 13 * (x[:, None] - _POINTS).square().sum(-1).neg().exp().sum(),
+    ),
+    "pairs": (
+        lambda x: torch.pdist(torch.cat([x, _POINTS])).square().cos().sum(),
+        lambda x: torch.stack(
+            [(p - q).square().sum().cos() for i, p in enumerate([*x, *_POINTS]) for q in [*x, *_POINTS][i + 1 :]]
+        ).sum(),
+    ),
+    "a distance": (lambda x: torch.dist(x, _POINTS) ** 2, lambda x: (x - _POINTS).square().sum()),
+}
+
+
+@pytest.mark.parametrize(("call", "written_out"), SQUARES.values(), ids=SQUARES)
+def test_squares_of_lengths_have_their_curvature_at_zero(call, written_out):
+    torch.testing.assert_close(_hessian(call, _POINTS), _hessian(written_out, _POINTS))
+    with plain_calls():
+        torch.testing.assert_close(call(_WEIGHTS), call(_WEIGHTS.clone()))
+    torch.testing.assert_close(call(_WEIGHTS), written_out(_WEIGHTS))
+
+
+def test_powers_of_what_is_no_length_any_more_stay():
+    x = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    with plain_calls():
+        for change in (lambda x, n: x.zero_(), lambda x, n: n.add_(1.0)):
+            other = x.clone()
+            length = other.norm()
+            change(other, length)
+            assert length**2 == length.item() ** 2
+        assert x.norm() ** 3 == 125
+        assert x.norm(1) ** 2 == 49
+        assert torch.pow(2.0, x.abs()).tolist() == [8, 16]
+        assert (x.abs() * x).tolist() == [9, -16]
+
+
+class _Encoder(nn.Module):
+    """Transformer layers of torch over sequences of which a part is padding, and a mean over all positions."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True, activation="gelu")
+        self.layers, self.last = nn.TransformerEncoder(layer, 2), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(self.layers(x, src_key_padding_mask=(x == 0).all(-1)).mean(1))
+
+
+def test_transformers_are_one_function_with_gradients_and_without():
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 8, dtype=torch.float64)
+    padded = x.clone()
+    padded[:, 3:] = 0
+    y = torch.arange(6) % 3
+    # The first batch has no padding, so that it tells nothing.
+    for batches in ([(x, y), (padded, y)], [(padded, y)]):
+        network = _Encoder().double().eval()
+        own = [F.cross_entropy(network(inputs), y).item() for inputs, _ in batches]
+        assert torch.backends.mha.get_fastpath_enabled()
+        assert Objective(network, batches).loss() == pytest.approx(sum(own) / len(own), rel=1e-12)
+        assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_weights_that_parametrizations_keep_are_not_used_at_other_states():
+    torch.manual_seed(0)
+    network = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3)).double()
+    objective = Objective(network, [(torch.randn(9, 4).double(), torch.arange(9) % 3)])
+    other = {name: tensor + 0.3 for name, tensor in objective.state().items()}
+    expected = objective.loss(), objective.loss(other), HessianOperator(objective).to_dense()
+    with parametrize.cached():
+        network(torch.randn(2, 4).double())
+        objective = Objective(network, objective.loader)
+        found = objective.loss(), objective.loss(other), HessianOperator(objective).to_dense()
+        assert parametrize._cache_enabled == 1
+    torch.testing.assert_close(found, expected)
+
+
+def test_blocks_that_overlap_between_threads_leave_torch_as_it_was():
+    before = torch.utils.checkpoint.CheckpointFunction, torch.backends.mha.get_fastpath_enabled()
+    first, second = one_function(), one_function()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.utils.checkpoint.CheckpointFunction is not before[0]
+    second.__exit__(None, None, None)
+    assert (torch.utils.checkpoint.CheckpointFunction, torch.backends.mha.get_fastpath_enabled()) == before

@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from lmc_curvature import HessianOperator, Objective, Segment, measure_barrier, predict_barrier
 from lmc_curvature.errors import UnsupportedModelError
-from lmc_curvature.objective.network import as_leaves, movable_entries, unwrap
+from lmc_curvature.objective.network import as_leaves, movable_entries
+from lmc_curvature.objective.wrappers import unwrap
 from tests.support.cases import TiedNet
 from tests.support.networks import NETWORKS, joined, plain_loss, untouched
 
@@ -381,3 +382,53 @@ def test_a_function_around_a_compiled_one_is_kept():
     network.forward = functools.wraps(compiled)(lambda x: 2 * compiled(x))
     with pytest.raises(UnsupportedModelError, match="of the network itself"):
         Objective(network, [(torch.randn(9, 4).double(), torch.arange(9) % 3)]).loss()
+
+
+class _Standardizing(nn.DataParallel):
+    def forward(self, *inputs):
+        return super().forward(*((x - 0.5) / 0.25 for x in inputs))
+
+
+class _Tempered(AveragedModel):
+    def forward(self, x):
+        return super().forward(x) / 3
+
+
+class _Shifted(nn.Module):
+    """Calls its child as torch's wrappers call theirs, and has an entry of its own."""
+
+    def __init__(self, network, name):
+        super().__init__()
+        self.add_module(name, network)
+        self.name, self.shift = name, nn.Parameter(torch.ones(3).double())
+
+    def forward(self, x):
+        return 2 * getattr(self, self.name)(x) + self.shift
+
+
+COMPUTING = {
+    "data parallel": _Standardizing,
+    "averaged": _Tempered,
+    "like a compiled one": lambda network: _Shifted(network, "_orig_mod"),
+    "like a checkpointed one": lambda network: _Shifted(network, "_checkpoint_wrapped_module"),
+    "a part": lambda network: nn.Sequential(_Standardizing(network[0]), *network[1:]),
+}
+
+
+@pytest.mark.parametrize("wrap", COMPUTING.values(), ids=COMPUTING)
+def test_a_wrapper_that_computes_is_part_of_the_network(wrap):
+    x, y = torch.randn(9, 4).double(), torch.arange(9) % 3
+    network = wrap(_plain())
+    expected = torch.nn.functional.cross_entropy(network(x), y).item()
+    objective = Objective(network, [(x, y)])
+    assert objective.loss() == pytest.approx(expected, rel=1e-12)
+    assert objective.state().keys() == dict(network.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("wrap", [WRAPPERS[name] for name in ("data parallel", "averaged", "compiled")])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_of_a_wrapper_are_not_lost(wrap, register):
+    wrapper = wrap(_plain())
+    getattr(wrapper, register)(lambda _module, args, *output: None)
+    with pytest.raises(UnsupportedModelError, match="Hooks are registered on .* register them on the network"):
+        Objective(wrapper, [(torch.randn(9, 4).double(), torch.arange(9) % 3)])

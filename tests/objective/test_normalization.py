@@ -308,3 +308,36 @@ def test_a_normalisation_that_cannot_be_told_its_statistics_is_refused(policy):
     with pytest.raises(UnsupportedModelError, match="batch statistics cannot be put into it"):
         Objective(network, batches, batch_norm=policy).loss()
     assert Objective(network, batches).loss() > 0
+
+
+class _OfTheBatch(nn.BatchNorm2d):
+    """Normalises by the batch in evaluation mode, too, as networks for few examples do."""
+
+    def forward(self, input):
+        affine = self.weight, self.bias
+        return F.batch_norm(input, self.running_mean, self.running_var, *affine, training=True, momentum=0.0)
+
+
+class _OfTheExample(nn.InstanceNorm2d):
+    def forward(self, input):
+        return F.instance_norm(input, self.running_mean, self.running_var, self.weight, self.bias, True, 0.0, self.eps)
+
+
+@pytest.mark.parametrize("policy", ["interpolate", "batch"])
+@pytest.mark.parametrize(
+    "make", [lambda: _OfTheBatch(3), lambda: _OfTheExample(3, affine=True, track_running_stats=True)]
+)
+def test_a_module_that_asks_for_the_batch_in_evaluation_gets_it(make, policy):
+    torch.manual_seed(0)
+    norm = make()
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), norm, nn.Tanh(), nn.Flatten(), nn.Linear(27, 3)).double().eval()
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.fill_(3.0)
+    batches = _batches((6,))
+    loss, expected = _torch_gradient(model, batches, training=False)
+    objective = Objective(model, batches, batch_norm=policy)
+    assert objective.loss() == pytest.approx(loss, rel=1e-10)
+    gradient = objective.gradient()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(gradient[name], tensor, rtol=1e-8, atol=1e-12)

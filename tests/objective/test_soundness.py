@@ -319,3 +319,55 @@ def test_derivatives_of_a_loss_without_a_graph_are_not_zero_but_refused():
         with pytest.raises(LossError, match="does not depend on any entry"):
             ask()
     assert objective.loss() > 0
+
+
+class _Constrained(nn.Linear):
+    """Writes its entries past autograd before it uses them."""
+
+    def __init__(self, write):
+        super().__init__(4, 3)
+        self.write = write
+
+    def forward(self, x):
+        self.write(self)
+        return super().forward(x)
+
+
+def _new_bias(layer):
+    layer.bias.data = layer.bias.data.clamp(max=0.1)
+
+
+CONSTRAINTS = {
+    "new data": _new_bias,
+    "in place": lambda layer: layer.weight.data.clamp_(-0.2, 0.2),
+    "a row": lambda layer: layer.weight.detach()[0].zero_(),
+    "NumPy": lambda layer: np.clip(layer.weight.detach().numpy(), 0, None, out=layer.weight.detach().numpy()),
+}
+
+
+@pytest.mark.parametrize("write", CONSTRAINTS.values(), ids=CONSTRAINTS)
+def test_entries_that_are_written_past_autograd_are_named(write):
+    networks = [_Constrained(write) for _ in range(2)]
+    with torch.no_grad():
+        networks[0].bias.fill_(0.5)
+    with untouched(*networks), pytest.raises(UnsupportedModelError, match=r"changes '(weight|bias)' in place"):
+        measure_barrier(*networks, [(X, Y)], progress=False)
+
+
+@pytest.mark.parametrize("write", [CONSTRAINTS["in place"], CONSTRAINTS["new data"]])
+def test_entries_that_are_written_elsewhere_alone_are_found(write):
+    """At the first network nothing is to be written."""
+    networks = [_Constrained(write) for _ in range(2)]
+    with torch.no_grad():
+        for parameter in networks[0].parameters():
+            parameter.mul_(0.01)
+        networks[1].weight.mul_(9)
+        networks[1].bias.fill_(2.0)
+    with pytest.raises(UnsupportedModelError, match="in place"):
+        measure_barrier(*networks, [(X, Y)], progress=False)
+    objective = Objective(networks[0], [(X, Y)])
+    state = {name: parameter.detach().clone() for name, parameter in networks[1].named_parameters()}
+    kept = {name: tensor.clone() for name, tensor in state.items()}
+    with pytest.raises(UnsupportedModelError, match="in place"):
+        objective.loss(state)
+    assert all(torch.equal(state[name], kept[name]) for name in kept)

@@ -502,6 +502,49 @@ def test_a_window_longer_than_the_first_sequences_is_said():
         Objective(a, batches[::-1], twins=[b]).loss()
 
 
+class _Cap:
+    """Limits what it is called with."""
+
+    def __init__(self, bound):
+        self.bound = bound
+
+    def __call__(self, h):
+        return self.apply(h)
+
+    def apply(self, h):
+        return h.clamp(max=self.bound)
+
+    def hook(self, _module, _args, output):
+        return self.apply(output)
+
+
+class _SlottedCap:
+    __slots__ = ("_bound",)
+
+    def __init__(self, bound):
+        self._bound = bound
+
+    def __call__(self, h):
+        return h.clamp(max=self._bound)
+
+
+def _cap_of(most):
+    def cap(h, *, bound=most):
+        return h.clamp(max=bound)
+
+    return cap
+
+
+def _hooked(hook):
+    network = Attributed()
+    network.linear.register_forward_hook(hook)
+    return network
+
+
+def _capped(bound):
+    return _hooked(lambda _module, _args, output: output.clamp(max=bound))
+
+
 HIDDEN = {
     "a bound that is not reached": (
         lambda: _mlp(nn.ReLU()),
@@ -532,6 +575,32 @@ HIDDEN = {
         lambda: Bounded(bound=50),
         lambda: Bounded(bound=60),
         "_bound: 50 in model_a, 60 in model_b",
+    ),
+    "an object to call": (
+        lambda: Attributed(activation=_Cap(bound=50)),
+        lambda: Attributed(activation=_Cap(bound=60)),
+        "activation.bound: 50 in model_a, 60 in model_b",
+    ),
+    "a method of an object": (
+        lambda: Attributed(activation=_Cap(bound=50).apply),
+        lambda: Attributed(activation=_Cap(bound=60).apply),
+        "activation.bound: 50 in model_a, 60 in model_b",
+    ),
+    "an object with slots": (
+        lambda: Attributed(activation=_SlottedCap(50)),
+        lambda: Attributed(activation=_SlottedCap(60)),
+        "activation._bound: 50 in model_a, 60 in model_b",
+    ),
+    "a hook's closure": (lambda: _capped(50), lambda: _capped(60), "linear.hook: its values differ"),
+    "a hook that is an object": (
+        lambda: _hooked(_Cap(bound=50).hook),
+        lambda: _hooked(_Cap(bound=60).hook),
+        r"linear.hook\[0\].bound: 50 in model_a, 60 in model_b",
+    ),
+    "a default of a keyword": (
+        lambda: Attributed(activation=_cap_of(50)),
+        lambda: Attributed(activation=_cap_of(60)),
+        "activation: its values differ",
     ),
     "an enumeration": (
         lambda: Bounded(kind=Kind.TANH),
@@ -738,9 +807,13 @@ def test_what_cannot_be_copied_is_named():
         measure_barrier(Attributed(), b, [(X.float(), Y)], alphas=3, progress=False)
 
 
+def _scaled(factors):
+    return _hooked(lambda _module, _args, output: factors[0] * output)
+
+
 def test_without_a_setting_to_name_the_message_says_where_to_look():
-    a, b = Attributed(), Attributed()
-    b.linear.register_forward_hook(lambda _module, _args, output: 2 * output)
+    # What a closure holds in a list is not looked at.
+    a, b = _scaled([1.0]), _scaled([2.0])
     with pytest.raises(
         ArchitectureMismatchError, match="No setting of their modules differs: look at forward, at hooks"
     ):
@@ -773,11 +846,11 @@ def test_networks_are_compared_once_and_a_loss_of_batches_too():
     batches = [(X[:8].float(), Y[:8]), (X[8:].float(), Y[8:])]
     objective = Objective(a, batches, loss_fn=BatchLoss(loss_fn), twins=[b])
     counts = [(objective.loss(), len(calls))[1] for _ in range(2)]
-    assert counts == [19, 21], (
+    assert counts == [22, 24], (
         "a look, two batches, the first twice more, whole and in halves twice, twice nearby, and before and after "
-        "that, some of its examples, and each network at both states"
+        "that, some of its examples, model_a itself before and beside its copy, and each network at both states"
     )
-    assert calls[3:17] == [False] * 14
+    assert calls[3:20] == [False] * 17
     b.scale = 3.0
     objective.loss()
     with pytest.raises(ArchitectureMismatchError, match="scale: None in model_a, 3.0 in model_b"):
