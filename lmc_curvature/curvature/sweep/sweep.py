@@ -15,8 +15,9 @@ see whole batches, so a loss may weigh its examples as it likes.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,13 +34,17 @@ from lmc_curvature.curvature.sweep.tiling import groups
 from lmc_curvature.curvature.sweep.tree import BatchTree
 from lmc_curvature.errors import CaptureError
 from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.memo import Memo
+from lmc_curvature.replay import Replays
 
 _Values = Mapping[fx.Node, Any]
 _Tangents = Mapping[fx.Node, Stack | None]
 
 
-def sweep_batch(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch) -> tuple[BatchValues, Tensor]:
-    """Sweep one batch at one state.
+def sweep_batch(
+    problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch
+) -> tuple[Callable[[], BatchValues], Tensor]:
+    """Sweep one batch at one state; on a CUDA device the whole sweep is one graph from its second time on.
 
     Args:
         problem: The objective and the directions.
@@ -48,25 +53,61 @@ def sweep_batch(problem: Problem, compiled: CompiledBatch, point: Point, batch: 
         batch: The batch.
 
     Returns:
-        Loss, slopes and curvature; and the graphs' result on the way, the network's output or the whole loss.
+        A function that waits for the device and returns loss, slopes and curvature; and the graphs' result on the way,
+        the network's output or the whole loss.
 
     Raises:
         CaptureError: An operation cannot be differentiated, or the tiles' outputs cannot be joined.
     """
-    tiles, count = tiles_of(compiled, batch), len(problem.directions)
-    loss, slopes, curvature = math.nan, np.empty(count), np.empty((count, count))
+    inputs = BatchTree.of((point.state, list(problem.directions), batch.data))
+
+    def on(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Contributions]]:
+        state, directions, data = inputs.rebuilt(tensors)
+        # What is recorded holds nothing that was made elsewhere, such as a prelude.
+        own = replace(problem, directions=directions, memo=Memo())
+        return _on_device(own, compiled, Point(state), replace(batch, data=data))
+
+    replays = problem.objective.memo("replays", lambda: Replays.on(problem.objective.device))
     # What autocast does is in the graph; what is computed from its values needs no rounding of its own.
     with (
         problem.objective.numerics.differentiating_operations(),
         torch.autocast(problem.objective.device.type, enabled=False),
     ):
-        preludes = _preludes(problem, compiled, point, tiles)
-        values: dict[Tile, _Values] = {}
-        result = _result(compiled, tiles, preludes, values)
-        for group in groups(count, compiled.tiling.directions):
-            found = _sweep_group(problem, compiled, batch, tiles, preludes, values, result, group)
-            loss, slopes[group], curvature[np.ix_(group, group)] = found
-    return (loss, slopes, curvature), result
+        if replays.records:
+            (result, *found), groupwise = replays(compiled, on, inputs.tensors)
+        else:
+            (result, *found), groupwise = _on_device(problem, compiled, point, batch)
+    count = len(problem.directions)
+    return partial(_read, count, groups(count, compiled.tiling.directions), found, groupwise), result
+
+
+def _on_device(
+    problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch
+) -> tuple[list[Tensor], list[Contributions]]:
+    """All that the device computes, and does not wait for: the result, and loss, slopes and curvature of each group."""
+    tiles = tiles_of(compiled, batch)
+    preludes = _preludes(problem, compiled, point, tiles)
+    values: dict[Tile, _Values] = {}
+    result = _result(compiled, tiles, preludes, values)
+    found, groupwise = [result], []
+    for group in groups(len(problem.directions), compiled.tiling.directions):
+        contributions = Contributions()
+        found.append(_sweep_group(compiled, batch, tiles, preludes, values, result, group, contributions))
+        groupwise.append(contributions)
+    return found, groupwise
+
+
+def _read(
+    count: int, together: Sequence[list[int]], found: Sequence[Tensor], groupwise: Sequence[Contributions]
+) -> BatchValues:
+    """Loss, slopes and curvature along all directions: here the host waits for the device."""
+    loss, slopes, curvature = math.nan, np.empty(count), np.empty((count, count))
+    for group, tensor, contributions in zip(together, found, groupwise, strict=True):
+        loss, *numbers = tensor.tolist()
+        slopes[group] = numbers[: len(group)]
+        of_group = contributions.assemble(np.array(numbers[len(group) :]), count)
+        curvature[np.ix_(group, group)] = of_group[np.ix_(group, group)]
+    return loss, slopes, curvature
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +155,6 @@ def _result(
 
 
 def _sweep_group(
-    problem: Problem,
     compiled: CompiledBatch,
     batch: Batch,
     tiles: Sequence[Tile],
@@ -122,9 +162,9 @@ def _sweep_group(
     values: dict[Tile, _Values],
     result: Tensor,
     group: list[int],
-) -> BatchValues:
-    """Loss, slopes and curvature for some of the directions."""
-    contributions = Contributions()
+    contributions: Contributions,
+) -> Tensor:
+    """Loss and slopes for some of the directions, and their contributions to the curvature, end to end."""
     if compiled.loss is None:
         loss = result
         slopes = _sweep_tiles(tiles, preludes, values, torch.ones_like(result), group, contributions)
@@ -137,11 +177,8 @@ def _sweep_group(
         adjoint = adjoints.get(program.argument, torch.zeros_like(result))
         tangents = _sweep_tiles(tiles, preludes, values, adjoint, group, contributions)
         (slopes,) = push(program.body, of_loss, {program.argument: tangents}, adjoints, contributions)
-    # Everything as numbers at once: the one time in a group that the host waits for the device.
     along = torch.zeros_like(loss).expand(len(group)) if slopes is None else slopes.spread(group)
-    numbers = torch.cat([loss.reshape(1), along, *contributions.flat()]).double().cpu().numpy()
-    curvature = contributions.assemble(numbers[1 + len(group) :], len(problem.directions))
-    return float(numbers[0]), numbers[1 : 1 + len(group)], curvature[np.ix_(group, group)]
+    return torch.cat([loss.reshape(1), along, *contributions.flat()]).double()
 
 
 def _sweep_tiles(
