@@ -7,8 +7,9 @@ sequence of these for a device.
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ Recorder = Callable[[Callable[[], Outcome]], tuple[Callable[[], Any], Outcome]]
 
 # Functions that are kept at the same time.
 _MOST = 4
+# Streams that torch has for a device.
+_STREAMS = 32
 
 
 class Replays:
@@ -86,7 +89,7 @@ class Replays:
         return function(inputs) if replay is None else replay(inputs)
 
     def _forget(self) -> None:
-        # A graph that is destroyed takes with it what cuBLAS computes in on its stream: no other may be left there.
+        # All graphs of a recorder together.
         self._replays.clear()
         self._calls.clear()
         self._patience *= 2
@@ -134,14 +137,22 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 class CudaRecorder:
     """Records calls as CUDA graphs, on one stream and in one pool of memory.
 
-    They must not be replayed at the same time, and all be destroyed before any is recorded after one was.
+    They must not be replayed at the same time, and where one is destroyed all must be: with it goes what cuBLAS
+    computes in on its stream. So no other recorder has the same.
 
     Args:
         device: The device.
     """
 
+    # What is garbage, and not yet collected, still has its graphs.
+    _all: ClassVar["weakref.WeakSet[CudaRecorder]"] = weakref.WeakSet()
+
     def __init__(self, device: torch.device):
-        self._stream, self._pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.graph_pool_handle()
+        # torch has a few streams, and hands them out again and again.
+        streams, taken = [torch.cuda.Stream(device) for _ in range(_STREAMS)], [each._stream for each in self._all]
+        self._stream = next((stream for stream in streams if stream not in taken), streams[0])
+        self._all.add(self)
 
     def __call__(self, run: Callable[[], Outcome]) -> tuple[Callable[[], Any], Outcome]:
         """The graph's replay and its outcome, which was compared with that of the call itself.

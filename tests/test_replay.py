@@ -5,6 +5,7 @@ A CUDA device is stood in for, so that no machine needs one; where there is one,
 
 import contextlib
 import gc
+import itertools
 import warnings
 import weakref
 from types import SimpleNamespace
@@ -225,6 +226,18 @@ def test_a_call_is_made_on_the_stream_then_recorded_and_compared(device):
     assert (len(tensors), layout) == (2, "layout")
     replay()
     assert device.events[-1] == "replay"
+
+
+def test_no_two_recorders_share_a_stream(device, monkeypatch):
+    numbers = itertools.cycle(range(32))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: next(numbers))
+    # Whoever lives from before has others.
+    recorders = [CudaRecorder(torch.device("cuda")) for _ in range(31)]
+    next(numbers)
+    recorders.append(CudaRecorder(torch.device("cuda")))
+    assert {recorder._stream for recorder in recorders} == set(range(32))
+    # Where there is none left, one is shared.
+    assert CudaRecorder(torch.device("cuda"))._stream in range(32)
 
 
 def test_a_call_that_waits_is_named_before_it_is_recorded(device):

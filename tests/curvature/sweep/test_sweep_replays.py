@@ -8,7 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -146,12 +146,9 @@ def test_what_a_replay_computes_in_goes_with_the_objective():
     del replay
     gc.collect()
     assert all(reference() is not None for reference in kept)
-    gc.disable()
-    try:
-        del objective
-        assert all(reference() is None for reference in kept)
-    finally:
-        gc.enable()
+    del objective
+    gc.collect()
+    assert all(reference() is None for reference in kept)
 
 
 # --- On tensors without numbers, which raise an error where a number is asked for
@@ -169,6 +166,17 @@ class _OneDevice(TorchDispatchMode):
         copies = any(word in func.name() for word in ("copy", "index"))
         assert len(devices) < 2 or (scalars and not copies), f"{func} on {devices}"
         return found
+
+
+def test_what_a_device_is_waited_for_is_told():
+    with FakeTensorMode(), _OneDevice():
+        here, there = torch.ones(3), torch.ones(3, device="cuda")
+        there * torch.tensor(2.0)
+        for wait in (lambda: there[[0, 1]], lambda: here.to("cuda"), there.cpu, lambda: there + here):
+            with pytest.raises((AssertionError, RuntimeError), match="cuda"):
+                wait()
+        with pytest.raises(DataDependentOutputException):
+            there.sum().item()
 
 
 @pytest.mark.parametrize("name", [*_NAMES, "ResNet-20", "in tiles"])
@@ -192,7 +200,8 @@ def test_the_device_is_not_waited_for(name, monkeypatch):
 
     def adjoints(outputs, inputs, seeds=None, **options):
         # The engine needs a device.
-        return [torch.empty_like(each) for each in inputs]
+        found = [inputs] if isinstance(inputs, torch.Tensor) else inputs
+        return [each * 1 if options.get("create_graph") else torch.empty_like(each) for each in found]
 
     monkeypatch.setattr(torch.autograd, "grad", adjoints)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
