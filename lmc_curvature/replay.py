@@ -6,9 +6,12 @@ sequence of these for a device.
 """
 
 import contextlib
+import functools
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +27,7 @@ Recorder = Callable[[Callable[[], Outcome]], tuple[Callable[[], Any], Outcome]]
 """A function that records a call: it returns what repeats the call, and where the tensors are then."""
 
 # Functions that are kept at the same time.
-_MOST = 4
+_MOST = 8
 # Streams that torch has for a device.
 _STREAMS = 32
 
@@ -62,34 +65,45 @@ class Replays:
         """Whether functions are recorded at all."""
         return self._recorder is not None
 
-    def __call__(self, key: Hashable, function: Callable[[list[Tensor]], Outcome], inputs: list[Tensor]) -> Outcome:
+    def holds(self, key: Hashable) -> bool:
+        """Whether a function was recorded, so that the last call of it was a replay."""
+        return self._replays.get(_with_precision(key)) is not None
+
+    def __call__(
+        self,
+        key: Hashable,
+        function: Callable[[list[Tensor]], Outcome],
+        inputs: list[Tensor],
+        *,
+        at_once: bool = False,
+    ) -> Outcome:
         """What a function makes of tensors.
 
         Args:
             key: A value that differs between functions that do something else, and between shapes and types of inputs.
             function: The function, of nothing but the inputs that changes from call to call.
             inputs: Tensors on the device.
+            at_once: Record the first call already.
 
         Returns:
-            What the function returns, nothing of which a later call changes; what is no tensor is that of the call that
-            was recorded.
+            What the function returns. No later call changes the tensors; what says how to read them is that of the call
+            that was recorded.
         """
         if self._recorder is None:
             return function(inputs)
-        # Which kernels compute matrix products is recorded, too.
-        key = (key, torch.backends.cuda.matmul.fp32_precision)
+        key = _with_precision(key)
         if key not in self._replays:
             calls = self._calls[hash(key)] = self._calls.get(hash(key), 0) + 1
-            if calls <= self._patience:
+            if calls <= self._patience and not at_once:
                 return function(inputs)
             if len(self._replays) >= self._most:
-                self._forget()
+                self.forget()
             self._replays[key] = self._recorded(self._recorder, function, inputs)
         replay = self._replays[key]
         return function(inputs) if replay is None else replay(inputs)
 
-    def _forget(self) -> None:
-        # All graphs of a recorder together.
+    def forget(self) -> None:
+        """Forget all functions, whose recordings go, and be slower to record them again."""
         self._replays.clear()
         self._calls.clear()
         self._patience *= 2
@@ -103,7 +117,7 @@ class Replays:
             if not self._has_warned:
                 warnings.warn(
                     f"Operations are launched one by one, which is slower, because they cannot be replayed as a CUDA "
-                    f"graph: {reason_of(error)}.",
+                    f"graph: {reason_of(error)}{_line_of(error)}.",
                     FallbackWarning,
                     stacklevel=4,
                 )
@@ -111,13 +125,20 @@ class Replays:
             return None
 
 
+def _with_precision(key: Hashable) -> Hashable:
+    """A key, with what decides which kernels compute matrix products: they are recorded, too."""
+    return key, torch.backends.cuda.matmul.fp32_precision
+
+
 class _Replay:
     """A function that was recorded with copies of its inputs."""
 
     def __init__(self, recorder: Recorder, function: Callable[[list[Tensor]], Outcome], inputs: list[Tensor]):
-        self._buffers = [torch.empty_like(tensor) for tensor in inputs]
+        buffers = [torch.empty_like(tensor) for tensor in inputs]
+        # The same tensors, for autograd others: what it has recorded may be replayed with other numbers.
+        self._buffers = [buffer.data for buffer in buffers]
         copy_all(self._buffers, inputs)
-        self._replay, self._outcome = recorder(lambda: function(self._buffers))
+        self._replay, self._outcome = recorder(lambda: function(buffers))
 
     def __call__(self, inputs: list[Tensor]) -> Outcome:
         copy_all(self._buffers, inputs)
@@ -148,11 +169,19 @@ class CudaRecorder:
     _all: ClassVar["weakref.WeakSet[CudaRecorder]"] = weakref.WeakSet()
 
     def __init__(self, device: torch.device):
-        self._pool = torch.cuda.graph_pool_handle()
+        self._device = device
+
+    @functools.cached_property
+    def _place(self) -> tuple[torch.cuda.Stream, Any]:
+        """The stream and the pool."""
         # torch has a few streams, and hands them out again and again.
-        streams, taken = [torch.cuda.Stream(device) for _ in range(_STREAMS)], [each._stream for each in self._all]
-        self._stream = next((stream for stream in streams if stream not in taken), streams[0])
+        streams, taken = (
+            [torch.cuda.Stream(self._device) for _ in range(_STREAMS)],
+            [each._place[0] for each in self._all],
+        )
+        stream = next((stream for stream in streams if stream not in taken), streams[0])
         self._all.add(self)
+        return stream, torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Outcome]) -> tuple[Callable[[], Any], Outcome]:
         """The graph's replay and its outcome, which was compared with that of the call itself.
@@ -160,10 +189,11 @@ class CudaRecorder:
         Raises:
             RuntimeError: What is called waits for the device, or does something else when it is replayed.
         """
-        with on_stream(self._stream):
+        stream, pool = self._place
+        with on_stream(stream):
             with waiting_refused():
                 expected, _ = run()
-            graph, outcome = graph_of(run, self._stream, self._pool)
+            graph, outcome = graph_of(run, stream, pool)
         graph.replay()
         if not all(_is_same(*pair) for pair in zip(outcome[0], expected, strict=True)):
             raise RuntimeError("a replay gives other numbers than the call that was recorded")
@@ -238,3 +268,12 @@ def reason_of(error: BaseException) -> str:
     while error.__context__ is not None and not isinstance(error, LMCCurvatureError):
         error = error.__context__
     return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+
+
+def _line_of(error: BaseException) -> str:
+    """The last line of other code than torch's and the library's that led to an error, to end a sentence with."""
+    while error.__context__ is not None:
+        error = error.__context__
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""

@@ -53,6 +53,7 @@ from lmc_curvature.objective.numerics import Numerics, bears_channels_last, chan
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.recalibration import check_recalibration, recalibrated_statistics
 from lmc_curvature.objective.soundness import Soundness
+from lmc_curvature.replay import Replays
 
 
 class Objective:
@@ -90,6 +91,7 @@ class Objective:
         device, dtype: Where, and in which floating-point type, it computes.
         numerics: The precision and the kernels it computes with: derivatives within `numerics.differentiating()`.
         memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
+        replays: Calls functions of tensors, and replays them on a CUDA device; they go with the objective.
 
     Raises:
         OptionError: `batch_norm`, `max_batches`, `device`, `dtype` or `allow_tf32` has a bad value, or `recalibration`
@@ -150,7 +152,7 @@ class Objective:
             witness=witness,
             note=precision_note(self.dtype, tensors),
         )
-        self.memo = Memo()
+        self.memo, self.replays = Memo(), Replays.on(self.device)
 
     @property
     def rounding(self) -> float:

@@ -35,7 +35,6 @@ from lmc_curvature.curvature.sweep.tree import BatchTree
 from lmc_curvature.errors import CaptureError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.memo import Memo
-from lmc_curvature.replay import Replays
 
 _Values = Mapping[fx.Node, Any]
 _Tangents = Mapping[fx.Node, Stack | None]
@@ -67,14 +66,13 @@ def sweep_batch(
         own = replace(problem, directions=directions, memo=Memo())
         return _on_device(own, compiled, Point(state), replace(batch, data=data))
 
-    replays = problem.objective.memo("replays", lambda: Replays.on(problem.objective.device))
     # What autocast does is in the graph; what is computed from its values needs no rounding of its own.
     with (
         problem.objective.numerics.differentiating_operations(),
         torch.autocast(problem.objective.device.type, enabled=False),
     ):
-        if replays.records:
-            (result, *found), groupwise = replays(compiled, on, inputs.tensors)
+        if problem.objective.replays.records:
+            (result, *found), groupwise = problem.objective.replays(compiled, on, inputs.tensors)
         else:
             (result, *found), groupwise = _on_device(problem, compiled, point, batch)
     count = len(problem.directions)
@@ -89,12 +87,9 @@ def _on_device(
     preludes = _preludes(problem, compiled, point, tiles)
     values: dict[Tile, _Values] = {}
     result = _result(compiled, tiles, preludes, values)
-    found, groupwise = [result], []
-    for group in groups(len(problem.directions), compiled.tiling.directions):
-        contributions = Contributions()
-        found.append(_sweep_group(compiled, batch, tiles, preludes, values, result, group, contributions))
-        groupwise.append(contributions)
-    return found, groupwise
+    together = groups(len(problem.directions), compiled.tiling.directions)
+    found = [_sweep_group(compiled, batch, tiles, preludes, values, result, group) for group in together]
+    return [result, *(numbers for numbers, _ in found)], [contributions for _, contributions in found]
 
 
 def _read(
@@ -162,9 +157,9 @@ def _sweep_group(
     values: dict[Tile, _Values],
     result: Tensor,
     group: list[int],
-    contributions: Contributions,
-) -> Tensor:
-    """Loss and slopes for some of the directions, and their contributions to the curvature, end to end."""
+) -> tuple[Tensor, Contributions]:
+    """Loss, slopes and contributions to the curvature for some of the directions, end to end; and the latter."""
+    contributions = Contributions()
     if compiled.loss is None:
         loss = result
         slopes = _sweep_tiles(tiles, preludes, values, torch.ones_like(result), group, contributions)
@@ -178,7 +173,7 @@ def _sweep_group(
         tangents = _sweep_tiles(tiles, preludes, values, adjoint, group, contributions)
         (slopes,) = push(program.body, of_loss, {program.argument: tangents}, adjoints, contributions)
     along = torch.zeros_like(loss).expand(len(group)) if slopes is None else slopes.spread(group)
-    return torch.cat([loss.reshape(1), along, *contributions.flat()]).double()
+    return torch.cat([loss.reshape(1), along, *contributions.flat()]).double(), contributions
 
 
 def _sweep_tiles(

@@ -17,6 +17,7 @@ from lmc_curvature.curvature.problem import Tiling
 from lmc_curvature.curvature.sweep import sweep
 from lmc_curvature.errors import FallbackWarning
 from lmc_curvature.objective.batches import map_tensors
+from lmc_curvature.replay import Replays
 from lmc_curvature.sources.resnets import resnet20
 from tests.support.cases import CASES
 from tests.support.networks import randomized
@@ -141,7 +142,7 @@ def test_what_a_replay_computes_in_goes_with_the_objective():
     objective = _objective("conv, interpolate", (4, 4, 4))
     let_replay(objective)
     swept(objective, layer_directions(objective))
-    (replay,) = objective.memo("replays", dict)._replays.values()
+    (replay,) = objective.replays._replays.values()
     kept = [*map(weakref.ref, replay._buffers), *map(weakref.ref, replay._outcome[0])]
     del replay
     gc.collect()
@@ -250,7 +251,7 @@ def test_graphs_on_a_device_give_what_a_cpu_gives(name, dtype, relative):
             directions = layer_directions(here, seed=seed)
             found, expected = (swept(objective, directions, state) for objective in (there, here))
             assert_projections_agree(found, expected, relative=relative)
-    replays = there.memo("replays", dict)._replays
+    replays = there.replays._replays
     assert len(replays) == 2
     assert None not in replays.values()
 
@@ -260,7 +261,7 @@ def test_graphs_on_a_device_give_what_a_cpu_gives(name, dtype, relative):
 def test_graphs_are_what_is_launched_one_by_one(tiling):
     directions = layer_directions(_on("cpu", "conv, interpolate"))
     graphed, eager = (_on("cuda", "conv, interpolate", torch.float32) for _ in range(2))
-    eager.memo("replays", lambda: sweep.Replays(None))
+    eager.replays = Replays(None)
     for _ in range(3):
         found, expected = (swept(objective, directions, tiling=tiling) for objective in (graphed, eager))
         assert_projections_agree(found, expected, relative=1e-6)
