@@ -44,12 +44,14 @@ class Replays:
     for another function, all are forgotten, and it takes more calls until one is recorded again.
 
     Args:
-        recorder: Records a call; None where functions are only called.
+        make_recorder: Makes what records calls, anew whenever nothing is left that was recorded; None where functions
+            are only called.
         most: Functions to keep.
     """
 
-    def __init__(self, recorder: Recorder | None, *, most: int = _MOST):
-        self._recorder, self._most = recorder, most
+    def __init__(self, make_recorder: Callable[[], Recorder] | None, *, most: int = _MOST):
+        self._make_recorder, self._most = make_recorder, most
+        self._recorder: Recorder | None = None
         self._replays: dict[Hashable, _Replay | None] = {}
         # By hash, so that nothing is kept alive.
         self._calls: dict[int, int] = {}
@@ -58,12 +60,12 @@ class Replays:
     @classmethod
     def on(cls, device: torch.device) -> "Replays":
         """Those of a device: recorded on a CUDA device, and called on any other."""
-        return cls(CudaRecorder(device) if device.type == "cuda" else None)
+        return cls(functools.partial(CudaRecorder, device) if device.type == "cuda" else None)
 
     @property
     def records(self) -> bool:
         """Whether functions are recorded at all."""
-        return self._recorder is not None
+        return self._make_recorder is not None
 
     def holds(self, key: Hashable) -> bool:
         """Whether a function was recorded, so that the last call of it was a replay."""
@@ -89,7 +91,7 @@ class Replays:
             What the function returns. No later call changes the tensors; what says how to read them is that of the call
             that was recorded.
         """
-        if self._recorder is None:
+        if self._make_recorder is None:
             return function(inputs)
         key = _with_precision(key)
         if key not in self._replays:
@@ -98,21 +100,26 @@ class Replays:
                 return function(inputs)
             if len(self._replays) >= self._most:
                 self.forget()
-            self._replays[key] = self._recorded(self._recorder, function, inputs)
+            self._replays[key] = self._recorded(self._make_recorder, function, inputs)
         replay = self._replays[key]
         return function(inputs) if replay is None else replay(inputs)
 
     def forget(self) -> None:
         """Forget all functions, whose recordings go, and be slower to record them again."""
         self._replays.clear()
+        self._recorder = None
         self._calls.clear()
         self._patience *= 2
 
     def _recorded(
-        self, recorder: Recorder, function: Callable[[list[Tensor]], Outcome], inputs: list[Tensor]
+        self, make_recorder: Callable[[], Recorder], function: Callable[[list[Tensor]], Outcome], inputs: list[Tensor]
     ) -> "_Replay | None":
+        if not any(self._replays.values()):
+            # A pool of memory whose graphs are all gone cannot be used again.
+            self._recorder = None
+        self._recorder = self._recorder or make_recorder()
         try:
-            return _Replay(recorder, function, inputs)
+            return _Replay(self._recorder, function, inputs)
         except Exception as error:  # noqa: BLE001 - whatever it is, it comes again, or does not, where it is called
             if not self._has_warned:
                 warnings.warn(

@@ -30,7 +30,7 @@ def inputs(seed):
 
 def test_a_function_is_recorded_at_its_second_call_and_replayed_from_then_on():
     repeater = Repeater()
-    replays, found = Replays(repeater), []
+    replays, found = Replays(lambda: repeater), []
     for call in range(5):
         found.append(replays("squares", squares, inputs(call)))
         assert (repeater.recorded, repeater.replayed) == (min(call, 1), call)
@@ -49,7 +49,7 @@ def test_where_nothing_is_recorded_functions_are_called():
 
 
 def test_functions_are_told_apart_by_their_keys():
-    replays = Replays(Repeater())
+    replays = Replays(Repeater)
     for call in range(3):
         for key, power in (("square", 2), ("cube", 3)):
             ((found,), _) = replays(key, lambda given, n=power: ([given[0] ** n], None), inputs(call))
@@ -58,7 +58,7 @@ def test_functions_are_told_apart_by_their_keys():
 
 def test_where_there_is_no_room_all_are_forgotten_and_recording_takes_more_calls():
     repeater = Repeater()
-    replays = Replays(repeater, most=2)
+    replays = Replays(lambda: repeater, most=2)
     for key in ("a", "a", "b", "b", "c", "c"):
         replays(key, squares, inputs(0))
     assert repeater.recorded == 3
@@ -68,9 +68,27 @@ def test_where_there_is_no_room_all_are_forgotten_and_recording_takes_more_calls
         assert repeater.recorded == recorded
 
 
+def test_where_nothing_is_left_that_was_recorded_another_recorder_records():
+    made = []
+
+    def make_recorder():
+        made.append(Repeater())
+        # The first can record nothing.
+        return made[-1] if len(made) > 1 else lambda run: 1 / 0
+
+    replays = Replays(make_recorder, most=3)
+    with pytest.warns(FallbackWarning, match="division by zero"):
+        for key in ("a", "a", "b", "b", "c", "c"):
+            replays(key, squares, inputs(0))
+    assert [recorder.recorded for recorder in made] == [0, 2]
+    for _ in range(2):
+        replays("d", squares, inputs(0))
+    assert [recorder.recorded for recorder in made] == [0, 2, 1]
+
+
 def test_other_precision_of_matrix_products_is_another_function(monkeypatch):
     repeater = Repeater()
-    replays = Replays(repeater)
+    replays = Replays(lambda: repeater)
     for precision, recorded in (("ieee", 0), ("ieee", 1), ("tf32", 1), ("tf32", 2), ("ieee", 2)):
         monkeypatch.setattr(
             torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=precision, allow_tf32=precision == "tf32")
@@ -83,7 +101,7 @@ def test_what_cannot_be_recorded_is_called_with_one_warning():
     def refused(run):
         raise CaptureError("Operation aten.sum of the loss cannot be swept: it waits.")
 
-    replays = Replays(refused)
+    replays = Replays(lambda: refused)
     replays("a", squares, inputs(0))
     with pytest.warns(
         FallbackWarning, match=r"because they cannot be .* graph: Operation aten.sum .*: it waits \(.*\.py, line"
@@ -101,7 +119,7 @@ def test_what_is_kept_is_freed_with_the_replays():
         def forward(self, tensors):
             return squares(tensors)
 
-    function, tensors, replays = Device(), inputs(0), Replays(lambda run: (lambda: None, run()))
+    function, tensors, replays = Device(), inputs(0), Replays(lambda: lambda run: (lambda: None, run()))
     kept = [weakref.ref(function), *map(weakref.ref, tensors)]
     gc.disable()
     try:
