@@ -150,8 +150,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         ),
         "captured graphs": Check(
             catches="A network or a loss that has changed since its graph was captured.",
-            runs="Every pass, on the examples that the sweep is compared on; before products that are replayed on a CUDA "
-            "device, on the first batch.",
+            runs="Every pass, on the examples that the sweep is compared on; before products that are replayed on a "
+            "CUDA device, on the first batch.",
             cost=1.0,
             tolerance=Tolerance(0.5),
         ),
@@ -175,8 +175,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             tolerance=Tolerance(0.25),
         ),
         "replays": Check(
-            catches="A step of training, a sweep or a product that does something else when it is replayed: of a network "
-            "that counts its calls, or keeps what it has computed.",
+            catches="A step of training, a sweep or a product that does something else when it is replayed: of a "
+            "network that counts its calls, or keeps what it has computed.",
             runs="When it is recorded on a CUDA device, for every shape of batch.",
             cost=3.0,
             tolerance=Tolerance(0.3),
