@@ -193,7 +193,7 @@ class CurvatureOperator:
 
     def _products(self, directions: State, count: int) -> Float64[Tensor, "k rows"]:
         """The product with each of k directions, which are stacked along a first axis, as a row."""
-        _check_finite_vectors(directions)
+        check_finite(directions, "the vector")
         total = torch.zeros(count, self.shape[0], dtype=torch.float64, device=self.device)
         if not directions or not count:
             return total
@@ -320,15 +320,3 @@ class CurvatureOperator:
     def to_scipy(self) -> LinearOperator:
         """The same operator for SciPy: NumPy in and out, float64, computed on the objective's device."""
         return ScipyOperator(self.shape, self.matmat, self.transposed().matmat)
-
-
-def _check_finite_vectors(directions: State) -> None:
-    """Refuse vectors with values that are not finite.
-
-    Raises:
-        NonFiniteError: Names the entry.
-    """
-    # One question to the device for all of them; which entry it is matters only when the answer is no.
-    parts = [torch.isfinite(tensor).all() for tensor in directions.values()]
-    if parts and not bool(torch.stack(parts).all()):
-        check_finite(directions, "the vector")
