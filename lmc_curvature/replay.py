@@ -7,6 +7,7 @@ sequence of these for a device.
 
 import contextlib
 import functools
+import gc
 import traceback
 import warnings
 import weakref
@@ -237,6 +238,9 @@ def graph_of(run: Callable[[], Any], stream: torch.cuda.Stream, pool: Any) -> tu
     """
     generator = torch.cuda.default_generators[stream.device_index]
     random_state, graph = generator.clone_state(), torch.cuda.CUDAGraph()
+    collects = gc.isenabled()
+    # Other graphs may be garbage, and are not to be destroyed in between.
+    gc.disable()
     try:
         # Other threads may use the device meanwhile; gradients are computed in one.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -247,6 +251,9 @@ def graph_of(run: Callable[[], Any], stream: torch.cuda.Stream, pool: Any) -> tu
         with contextlib.suppress(RuntimeError, AttributeError):
             torch._C._cuda_endAllocateToPool(stream.device_index, pool)
         raise
+    finally:
+        if collects:
+            gc.enable()
     return graph, returned
 
 

@@ -45,6 +45,8 @@ def sweep_batch(
 ) -> tuple[Callable[[], BatchValues], Tensor]:
     """Sweep one batch at one state; on a CUDA device the whole sweep is one graph from its second time on.
 
+    The memory that a graph computes in stays taken, see `Replays`; while it is recorded, as much again is.
+
     Args:
         problem: The objective and the directions.
         compiled: The graphs for the batch's shape.

@@ -152,6 +152,40 @@ def test_what_a_replay_computes_in_goes_with_the_objective():
     assert all(reference() is None for reference in kept)
 
 
+class _Questions(TorchDispatchMode):
+    """Counts the numbers that are asked for, and the operations that are not views."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = self.operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.numbers += "_local_scalar_dense" in func.name()
+        self.operations += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [2, 20])
+def test_few_questions_are_asked_beside_a_replay_however_many_entries_there_are(layers):
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(layers)), torch.nn.Linear(4, 3))
+    batch = torch.randn(8, 4, generator=generator), torch.randint(3, (8,), generator=generator)
+    objective = Objective(model, [batch])
+    # What is replayed is not counted.
+    objective.replays = Replays(lambda: lambda run: (lambda: None, run()))
+    directions = {
+        name: {entry: tensor.float() for entry, tensor in direction.items()}
+        for name, direction in layer_directions(objective).items()
+    }
+    for _ in range(2):
+        project_hessian(objective, {}, directions, method="sweep")
+    with _Questions() as asked:
+        project_hessian(objective, {}, directions, method="sweep")
+    assert asked.numbers <= 10
+    # The network itself is called, to see that it has not changed.
+    assert asked.operations <= 130 + 2 * layers
+
+
 # --- On tensors without numbers, which raise an error where a number is asked for
 
 
