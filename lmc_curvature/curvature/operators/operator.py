@@ -243,7 +243,7 @@ class CurvatureOperator:
         if isinstance(matrix, ReplayedMatrix) and batch.is_first:
             with objective.numerics.differentiating(), torch.no_grad():
                 loss = objective.batch_loss(self.point, batch)
-            if not all_near("captured graphs", matrix.loss, loss, rounding=objective.rounding):
+            if not all_near("replayed derivatives", matrix.loss, loss, rounding=objective.rounding):
                 objective.replays.forget()
                 return None
         return matrix
