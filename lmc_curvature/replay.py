@@ -42,20 +42,22 @@ class Replays:
 
     A replay computes in memory of its own, which stays taken for as long as it may be called: all of them share as much
     as the largest needs, beside copies of what each is given, and it is freed with this object. Where there is no room
-    for another function, all are forgotten, and it takes more calls until one is recorded again.
+    for another function, or one cannot be recorded, all are forgotten, and it takes more calls until one is recorded
+    again.
 
     Args:
-        make_recorder: Makes what records calls, anew whenever nothing is left that was recorded; None where functions
-            are only called.
+        make_recorder: Makes what records calls, anew whenever all were forgotten, since a pool whose graphs are gone
+            cannot be used again. None where functions are only called.
         most: Functions to keep.
     """
 
     def __init__(self, make_recorder: Callable[[], Recorder] | None, *, most: int = _MOST):
         self._make_recorder, self._most = make_recorder, most
         self._recorder: Recorder | None = None
-        self._replays: dict[Hashable, _Replay | None] = {}
+        self._replays: dict[Hashable, _Replay] = {}
         # By hash, so that nothing is kept alive.
         self._calls: dict[int, int] = {}
+        self._failures: set[int] = set()
         self._patience, self._has_warned = 1, False
 
     @classmethod
@@ -70,7 +72,7 @@ class Replays:
 
     def holds(self, key: Hashable) -> bool:
         """Whether a function was recorded, so that the last call of it was a replay."""
-        return self._replays.get(_with_precision(key)) is not None
+        return _with_precision(key) in self._replays
 
     def __call__(
         self,
@@ -97,13 +99,30 @@ class Replays:
         key = _with_precision(key)
         if key not in self._replays:
             calls = self._calls[hash(key)] = self._calls.get(hash(key), 0) + 1
-            if calls <= self._patience and not at_once:
+            if hash(key) in self._failures or (calls <= self._patience and not at_once):
                 return function(inputs)
             if len(self._replays) >= self._most:
                 self.forget()
-            self._replays[key] = self._recorded(self._make_recorder, function, inputs)
-        replay = self._replays[key]
-        return function(inputs) if replay is None else replay(inputs)
+            self._recorder = self._recorder or self._make_recorder()
+            try:
+                self._replays[key] = _Replay(self._recorder, function, inputs)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it comes again, or does not, where it is called
+                self._note_failure(key, error)
+                return function(inputs)
+        return self._replays[key](inputs)
+
+    def _note_failure(self, key: Hashable, error: Exception) -> None:
+        # What was begun and goes may take with it what others are computed in.
+        self.forget()
+        self._failures.add(hash(key))
+        if not self._has_warned:
+            warnings.warn(
+                "Operations are launched one by one, which is slower, because they cannot be replayed as a CUDA graph: "
+                f"{reason_of(error)}{_line_of(error)}.",
+                FallbackWarning,
+                stacklevel=4,
+            )
+        self._has_warned = True
 
     def forget(self) -> None:
         """Forget all functions, whose recordings go, and be slower to record them again."""
@@ -111,26 +130,6 @@ class Replays:
         self._recorder = None
         self._calls.clear()
         self._patience *= 2
-
-    def _recorded(
-        self, make_recorder: Callable[[], Recorder], function: Callable[[list[Tensor]], Outcome], inputs: list[Tensor]
-    ) -> "_Replay | None":
-        if not any(self._replays.values()):
-            # A pool of memory whose graphs are all gone cannot be used again.
-            self._recorder = None
-        self._recorder = self._recorder or make_recorder()
-        try:
-            return _Replay(self._recorder, function, inputs)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it comes again, or does not, where it is called
-            if not self._has_warned:
-                warnings.warn(
-                    f"Operations are launched one by one, which is slower, because they cannot be replayed as a CUDA "
-                    f"graph: {reason_of(error)}{_line_of(error)}.",
-                    FallbackWarning,
-                    stacklevel=4,
-                )
-            self._has_warned = True
-            return None
 
 
 def _with_precision(key: Hashable) -> Hashable:

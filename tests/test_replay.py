@@ -73,17 +73,32 @@ def test_where_nothing_is_left_that_was_recorded_another_recorder_records():
 
     def make_recorder():
         made.append(Repeater())
-        # The first can record nothing.
-        return made[-1] if len(made) > 1 else lambda run: 1 / 0
+        # The second can record nothing.
+        return (lambda run: 1 / 0) if len(made) == 2 else made[-1]
 
-    replays = Replays(make_recorder, most=3)
-    with pytest.warns(FallbackWarning, match="division by zero"):
-        for key in ("a", "a", "b", "b", "c", "c"):
+    replays = Replays(make_recorder, most=2)
+
+    def call(key, times):
+        for _ in range(times):
             replays(key, squares, inputs(0))
-    assert [recorder.recorded for recorder in made] == [0, 2]
-    for _ in range(2):
-        replays("d", squares, inputs(0))
-    assert [recorder.recorded for recorder in made] == [0, 2, 1]
+        return [recorder.recorded for recorder in made]
+
+    assert call("a", 2) == [1]
+    assert call("b", 2) == [2]
+    with pytest.warns(FallbackWarning, match="division by zero"):
+        assert call("c", 2) == [2, 0]
+    # That one is not tried again, and others later.
+    assert call("c", 9) == [2, 0]
+    assert call("a", 4) == [2, 0]
+    assert call("a", 1) == [2, 0, 1]
+
+
+def test_what_is_known_to_be_called_again_is_recorded_at_once():
+    repeater = Repeater()
+    replays = Replays(lambda: repeater)
+    assert not replays.holds("a")
+    replays("a", squares, inputs(0), at_once=True)
+    assert (repeater.recorded, repeater.replayed, replays.holds("a")) == (1, 1, True)
 
 
 def test_other_precision_of_matrix_products_is_another_function(monkeypatch):
@@ -313,7 +328,7 @@ def test_a_graph_gives_what_its_call_gives():
         found, layout = replays("gradients", run, tensors)
         assert layout == "layout"
         torch.testing.assert_close(list(found), list(run(tensors)[0]))
-    assert any(replay is not None for replay in replays._replays.values())
+    assert replays.holds("gradients")
 
 
 @gpu
