@@ -41,9 +41,9 @@ class Replays:
     that says why.
 
     A replay computes in memory of its own, which stays taken for as long as it may be called: all of them share as much
-    as the largest needs, beside copies of what each is given, and it is freed with this object. Where there is no room
-    for another function, or one cannot be recorded, all are forgotten, and it takes more calls until one is recorded
-    again.
+    as the largest needs, beside copies of what each is given and what each returns, with what that holds. It is freed
+    with this object. Where there is no room for another function, or one cannot be recorded, all are forgotten, and it
+    takes more calls until one is recorded again.
 
     Args:
         make_recorder: Makes what records calls, anew whenever all were forgotten, since a pool whose graphs are gone
@@ -108,8 +108,9 @@ class Replays:
                 self._replays[key] = _Replay(self._recorder, function, inputs)
             except Exception as error:  # noqa: BLE001 - whatever it is, it comes again, or does not, where it is called
                 self._note_failure(key, error)
-                return function(inputs)
-        return self._replays[key](inputs)
+        # Where it failed, what had been computed until then is free by now.
+        replay = self._replays.get(key)
+        return function(inputs) if replay is None else replay(inputs)
 
     def _note_failure(self, key: Hashable, error: Exception) -> None:
         # What was begun and goes may take with it what others are computed in.
