@@ -96,7 +96,12 @@ def _agrees_on_a_part(problem: Problem, compiled: CompiledBatch, point: Point, b
     size = min(part_size(batch.size), compiled.tiling.examples)
     if size == batch.size:
         return False
-    part = Batch(batch.index, size, BatchTree.of(batch.data).rows(0, size, batch.size).structure)
+    whole = BatchTree.of(batch.data)
+    cut = whole.rows(0, size, batch.size)
+    if all(tensor is before for tensor, before in zip(cut.tensors, whole.tensors, strict=True)):
+        # Its size counts something else than rows: tokens, nodes of a graph.
+        return False
+    part = Batch(batch.index, size, cut.structure)
     try:
         if size in compiled.networks:
             of_part = compile_part(problem, compiled, part, result[:size])

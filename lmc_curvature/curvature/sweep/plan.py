@@ -10,9 +10,13 @@ from torch import Tensor, fx
 
 from lmc_curvature.curvature.sweep.capture import Stage, line_of, value_of
 from lmc_curvature.curvature.sweep.rules import Rule, evaluate, rule_of
+from lmc_curvature.curvature.sweep.tail import ROWS, tail_of
 from lmc_curvature.errors import CaptureError
 
 aten = torch.ops.aten
+
+# Tangents of a chunk of rows: matrix products like many rows, and caches few.
+_CHUNK_BYTES = 256 * 2**20
 
 
 class Plan:
@@ -29,6 +33,8 @@ class Plan:
         nonlinear: Operations that can contribute curvature.
         needs_adjoint: The inputs among those asked for that are active.
         last_reader: Node to the last active operation that reads it.
+        tail: What is swept in chunks of rows, if there is such a tail.
+        rows: The plan of the tail for a chunk.
     """
 
     def __init__(self, stage: Stage, active: Iterable[fx.Node], needs_adjoint: Iterable[fx.Node] = ()):
@@ -37,8 +43,18 @@ class Plan:
         self.rules: dict[fx.Node, Rule] = {
             node: rule_of(node, self.active) for node in stage.operations if node in self.active
         }
-        self.nonlinear = [node for node, rule in self.rules.items() if rule.has_curvature(node, self.active)]
+        self.tail = tail_of(stage, self.active)
+        inside = frozenset() if self.tail is None else self.tail.nodes
+        self.nonlinear = [
+            node for node, rule in self.rules.items() if node not in inside and rule.has_curvature(node, self.active)
+        ]
         self.needs_adjoint = [node for node in needs_adjoint if node in self.active]
+        self.rows = None
+        if self.tail is not None:
+            self.needs_adjoint += self.tail.exits
+            outer = (*self.tail.aligned, *self.tail.shared)
+            moved = [new for node, new in zip(outer, self.tail.stage.inputs, strict=True) if node in self.active]
+            self.rows = Plan(self.tail.stage, moved)
         self.last_reader = {operand: node for node in self.rules for operand in node.all_input_nodes}
 
     def run(self, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
@@ -72,6 +88,8 @@ class Plan:
         alive = peak = 0
         nonlinear = set(self.nonlinear)
         for node, rule in self.rules.items():
+            if self.tail is not None and node in self.tail.nodes:
+                continue
             if contracted and node in nonlinear:
                 copies = rule.copies(node, reached)
                 peak = max(peak, alive + sum(bytes_of(operand) * count for operand, count in copies.items()))
@@ -81,6 +99,21 @@ class Plan:
                 if self.last_reader[operand] is node and operand in self.rules:
                     alive -= bytes_of(operand) * reached[operand]
         return peak
+
+    def rows_at_once(self, directions: int) -> int:
+        """Rows of the tail in a chunk, when some directions have reached it."""
+        return max(1, int(_CHUNK_BYTES / self._row_bytes(directions)))
+
+    def chunk_bytes(self, directions: int) -> float:
+        """Bytes of the tangents of a chunk of the tail, if there is one."""
+        if self.tail is None:
+            return 0.0
+        return self._row_bytes(directions) * min(self.tail.count, self.rows_at_once(directions))
+
+    def _row_bytes(self, directions: int) -> float:
+        assert self.rows is not None
+        reach = dict.fromkeys(self.rows.stage.inputs, frozenset(range(directions)))
+        return self.rows.tangent_bytes(reach, directions, contracted=True) / ROWS
 
     @cached_property
     def value_bytes(self) -> int:

@@ -9,13 +9,16 @@ where ż^(i) are the tangents of the operation's arguments along u_i (`sweep/rul
 has no tangent before that layer, linear operations contribute nothing, and a bilinear one costs one contraction of g_n
 for each direction that reaches its rarer side.
 
+All tangents of a value are one stack, and an operation passes it on in one call. What a language model computes of its
+logits is swept in chunks of tokens (`sweep/tail.py`).
+
 A batch goes through three stages: the prelude, which the state alone decides (folded weights), the network, and the
 loss of its output. The network is swept in tiles of examples, so that the tangents at work stay small; the other two
 see whole batches, so a loss may weigh its examples as it likes.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +31,8 @@ from lmc_curvature.curvature.problem import BatchValues, Point, Problem
 from lmc_curvature.curvature.sweep.compiled import CompiledBatch
 from lmc_curvature.curvature.sweep.plan import Plan, naming
 from lmc_curvature.curvature.sweep.program import Program
-from lmc_curvature.curvature.sweep.rules import Contributions, OpCall, Stack, stacked
+from lmc_curvature.curvature.sweep.rules import Contributions, OpCall, Stack, stacked, total, union
+from lmc_curvature.curvature.sweep.tail import Tail
 from lmc_curvature.curvature.sweep.tiles import Tile, joined, tiles_of
 from lmc_curvature.curvature.sweep.tiling import groups
 from lmc_curvature.curvature.sweep.tree import BatchTree
@@ -264,14 +268,63 @@ def push(
     """Tangents of the outputs; adds the curvature of every operation on the way, and forgets what is done with."""
     # Those of the inputs are needed for other tiles, too.
     tangents = {node: None if stack is None else replace(stack, is_own=False) for node, stack in inputs.items()}
-    with torch.no_grad():
-        for node in plan.rules:
+    tail = plan.tail
+    inside, after = (tail.nodes, tail.after) if tail is not None else (frozenset(), frozenset())
+    kept = {*plan.stage.outputs, *(() if tail is None else (*tail.aligned, *tail.shared))}
+
+    def push_through(nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
             call = OpCall(node, values, tangents, adjoints.get(node), is_last=True)
             tangents[node] = _push_through(plan, call, contributions)
             for operand in node.all_input_nodes:
-                if plan.last_reader[operand] is node and operand not in plan.stage.outputs:
+                if plan.last_reader[operand] is node and operand not in kept:
                     tangents.pop(operand, None)
+
+    with torch.no_grad():
+        push_through(node for node in plan.rules if node not in inside and node not in after)
+        if tail is not None:
+            tangents |= _push_rows(plan, tail, values, tangents, adjoints, contributions)
+            push_through(node for node in plan.rules if node in after)
     return [tangents.get(node) for node in plan.stage.outputs]
+
+
+def _push_rows(
+    plan: Plan, tail: Tail, values: _Values, tangents: _Tangents, adjoints: _Values, contributions: Contributions
+) -> dict[fx.Node, Stack | None]:
+    """Tangents of a tail's exits, and the curvature on the way: chunk by chunk of its rows."""
+    assert plan.rows is not None
+    source, *_ = tail.aligned
+    outer = dict(zip((*tail.aligned, *tail.shared), tail.stage.inputs, strict=True))
+    moved = {new: stack for node, new in outer.items() if (stack := tangents.get(node)) is not None}
+    aligned = {node: values[node].detach().flatten(0, axes - 1) for node, axes in tail.aligned.items()}
+    shared = [values[node] for node in tail.shared]
+    shares = [1 / (values[each][1] if isinstance(each, fx.Node) else each) for each in tail.exits.values()]
+    seeds = [
+        None if node not in adjoints else adjoints[node] * share for node, share in zip(tail.exits, shares, strict=True)
+    ]
+    totals: list[Stack | None] = [None for _ in shares]
+    at_once = plan.rows_at_once(len(union(moved.values())))
+    for start in range(0, tail.count, at_once):
+        chosen = slice(start, min(start + at_once, tail.count))
+        rows = chosen if tail.order is None else tail.order[chosen]
+        chunk = {node: value[rows if node is source else chosen] for node, value in aligned.items()}
+        with torch.enable_grad():
+            at = plan.rows.run([*chunk.values(), *shared])
+        of_rows = [
+            None if seed is None else seed.expand(at[node].shape)
+            for node, seed in zip(tail.stage.outputs, seeds, strict=True)
+        ]
+        along = dict(moved)
+        if outer[source] in moved:
+            stack = moved[outer[source]]
+            along[outer[source]] = Stack(stack.directions, stack.tensors[:, rows])
+        parts = push(plan.rows, at, along, adjoints_of(plan.rows, at, of_rows), contributions)
+        for place, (part, share) in enumerate(zip(parts, shares, strict=True)):
+            if part is not None:
+                summed = Stack(part.directions, part.tensors.flatten(1).sum(1) * share)
+                before = totals[place]
+                totals[place] = summed if before is None else total([before, summed], ())
+    return dict(zip(tail.exits, totals, strict=True))
 
 
 def push_all(plan: Plan, values: Mapping[fx.Node, Any], inputs: _Tangents) -> dict[fx.Node, Stack | None]:
@@ -301,13 +354,10 @@ def contract(
 
 def _push_through(plan: Plan, call: OpCall, contributions: Contributions) -> Stack | None:
     """Tangents of one operation; adds its curvature where its adjoint is known."""
-    rule = plan.rules[call.node]
     if not call.directions():
         return None
     with naming(call.node):
-        if call.adjoint is not None:
-            rule.contract(call, contributions)
-        return rule.push(call)
+        return plan.rules[call.node].sweep(call, contributions)
 
 
 def _parts(value: Any) -> list[tuple[int, Tensor]]:

@@ -91,7 +91,7 @@ class Needs:
         tangents: Tangents, and what is contracted with them, for an example.
         at_work: Tangents alone, for an example.
         data: Data, for an example: all images are laid out anew.
-        loss: The loss, which sees the outputs of all examples at once.
+        loss: The loss, which sees the outputs of all examples at once, and what is swept in chunks of rows.
     """
 
     values: float
@@ -132,7 +132,7 @@ def needs_of(
         tangents=body.tangent_bytes(reach, together, contracted=True) / probe,
         at_work=body.tangent_bytes(reach, together) / probe,
         data=program.argument_bytes / probe,
-        loss=float(_loss_bytes(loss, together)),
+        loss=float(_loss_bytes(loss, together)) + body.chunk_bytes(together),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from lmc_curvature.curvature.sweep.rules.inner_products import gram
@@ -62,10 +63,14 @@ class Bilinear(Rule):
         if right is not None:
             product = self.product(call, call.value(self.left), right.of_rank(rank))
             terms.append(Stack(right.directions, product, is_own=True))
+        return total([*terms, *self._passed(call)], call.output.shape)
+
+    def _passed(self, call: OpCall) -> list[Stack]:
+        """The tangent of what is added."""
         added = None if self.added is None else call.tangents_of(call.node.args[self.added])
-        if added is not None and self.pass_added is not None:
-            terms.append(Stack(added.directions, self.pass_added(call, added.tensors)))
-        return total(terms, call.output.shape)
+        if added is None or self.pass_added is None:
+            return []
+        return [Stack(added.directions, self.pass_added(call, added.tensors))]
 
     def contract(self, call: OpCall, contributions: Contributions) -> None:
         """Add ⟨g, f(a_i, b_j)⟩ for every direction i that has reached a, and j that has reached b."""
@@ -99,19 +104,35 @@ PRODUCT = Bilinear(
 )
 
 
-def matrix_product(left: int, right: int, added: int | None = None) -> Bilinear:
+class MatrixProduct(Bilinear):
     """The product of two matrices, alpha times, perhaps with beta times something added: `addmm` and its like."""
 
-    def scale(call: OpCall, name: str, tensor: Tensor) -> Tensor:
-        factor: Any = call.node.kwargs.get(name, 1)
-        return tensor if factor == 1 else tensor * factor
+    def push(self, call: OpCall) -> Stack:
+        """As for all bilinear operations; both sides' tangents are written next to each other where they are others."""
+        left, right = self._sides(call)
+        if left is None or right is None or not set(left.directions).isdisjoint(right.directions):
+            return super().push(call)
+        directions, count = left.directions + right.directions, len(left.directions)
+        out = call.output.new_empty((len(directions), *call.output.shape))
+        torch.matmul(left.tensors, call.value(self.right), out=out[:count])
+        torch.matmul(call.value(self.left), right.tensors, out=out[count:])
+        terms = [Stack(directions, _scaled(call, "alpha", out), is_own=True), *self._passed(call)]
+        return total(terms, call.output.shape)
 
-    return Bilinear(
+
+def _scaled(call: OpCall, name: str, tensor: Tensor) -> Tensor:
+    factor: Any = call.node.kwargs.get(name, 1)
+    return tensor if factor == 1 else tensor * factor
+
+
+def matrix_product(left: int, right: int, added: int | None = None) -> MatrixProduct:
+    """The rule of a matrix product, given the positions of its arguments."""
+    return MatrixProduct(
         left,
         right,
-        lambda call, a, b: scale(call, "alpha", a @ b),
-        lambda call, g, b: scale(call, "alpha", g @ b.mT),
-        lambda call, g, a: scale(call, "alpha", a.mT @ g),
+        lambda call, a, b: _scaled(call, "alpha", a @ b),
+        lambda call, g, b: _scaled(call, "alpha", g @ b.mT),
+        lambda call, g, a: _scaled(call, "alpha", a.mT @ g),
         added=added,
-        pass_added=lambda call, tangent: scale(call, "beta", tangent),
+        pass_added=lambda call, tangent: _scaled(call, "beta", tangent),
     )

@@ -132,6 +132,12 @@ class Rule:
         """Add ⟨adjoint, D²f[u_i, u_j]⟩ for every pair of directions."""
         raise NotImplementedError
 
+    def sweep(self, call: OpCall, contributions: Contributions) -> Stack | None:
+        """The tangents of `push`, after `contract` where the adjoint is known."""
+        if call.adjoint is not None:
+            self.contract(call, contributions)
+        return self.push(call)
+
 
 class FirstOrder(Rule):
     """An operation whose second derivative is zero wherever it has one."""

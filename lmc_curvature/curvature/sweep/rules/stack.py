@@ -96,7 +96,10 @@ def union(stacks: Iterable[Stack | None]) -> tuple[int, ...]:
 def along(function: Callable[..., Any], *stacks: Stack) -> Stack:
     """A linear function of tangents along every direction that has reached any of them, vectorised by torch."""
     directions = union(stacks)
-    return Stack(directions, torch.vmap(function)(*(stack.spread(directions) for stack in stacks)))
+    found = torch.vmap(function)(*(stack.spread(directions) for stack in stacks))
+    # A view of what nothing else reads, or new.
+    is_own = all(stack.is_own for stack in stacks) and isinstance(found, Tensor) and 0 not in found.stride()
+    return Stack(directions, found, is_own)
 
 
 def total(terms: Iterable[Stack], shape: Sequence[int]) -> Stack:
@@ -104,13 +107,14 @@ def total(terms: Iterable[Stack], shape: Sequence[int]) -> Stack:
     found, *others = sorted(terms, key=lambda term: -len(term.directions) * term.shape.numel())
     if found.shape != shape:
         found = Stack(found.directions, found.of_rank(len(shape)).expand(-1, *shape))
-    for term in others:
-        known, new = ([i for i in term.directions if (i in found.directions) == here] for here in (True, False))
-        if known:
-            found = _added(found, term.among(known), len(shape))
-        if new:
-            found = _appended(found, term.among(new), shape)
-    return found
+    if not others:
+        return found
+    # Small ones first: a layer's weight and bias move one direction.
+    term = total(others, others[0].shape if len(others) == 1 else shape)
+    known, new = ([i for i in term.directions if (i in found.directions) == here] for here in (True, False))
+    if known:
+        found = _added(found, term.among(known), len(shape))
+    return _appended(found, term.among(new), shape) if new else found
 
 
 def _added(stack: Stack, term: Stack, rank: int) -> Stack:
@@ -118,12 +122,16 @@ def _added(stack: Stack, term: Stack, rank: int) -> Stack:
     tensor, count = term.of_rank(rank), len(term.directions)
     if term.directions == stack.directions and not stack.is_own:
         return Stack(stack.directions, stack.tensors + tensor, is_own=True)
-    if stack.is_own and count <= len(stack.first) and term.directions == stack.directions[:count]:
+    is_first = term.directions == stack.directions[:count]
+    if stack.is_own and is_first and count <= len(stack.first):
         stack.first[:count].add_(tensor)
         return stack
-    out = stack.tensors.clone()
-    for place, direction in enumerate(term.directions):
-        out[stack.directions.index(direction)].add_(tensor[place])
+    out = stack.tensors if stack.is_own else stack.tensors.clone()
+    if is_first:
+        out[:count].add_(tensor)
+    else:
+        for place, direction in enumerate(term.directions):
+            out[stack.directions.index(direction)].add_(tensor[place])
     return Stack(stack.directions, out, is_own=True)
 
 
