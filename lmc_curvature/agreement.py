@@ -183,11 +183,17 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             tolerance=Tolerance(0.25),
         ),
         "replays": Check(
-            catches="A step of training that does something else when it is replayed: of a network that counts its "
-            "calls, or keeps what it has computed.",
-            runs="When steps are recorded on a CUDA device, for a whole batch and for a short one.",
+            catches="A step of training, a sweep or a product that does something else when it is replayed: of a "
+            "network that counts its calls, or keeps what it has computed.",
+            runs="When it is recorded on a CUDA device, for every shape of batch.",
             cost=3.0,
             tolerance=Tolerance(0.3),
+        ),
+        "replayed derivatives": Check(
+            catches="A network or a loss that has changed since the graph of its derivatives was recorded.",
+            runs="Every product on a CUDA device that is replayed, on the first batch.",
+            cost=1.0,
+            tolerance=Tolerance(0.5),
         ),
     }
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, check_finite
-from lmc_curvature.objective.numerics import outside_inference
+from lmc_curvature.objective.numerics import largest_values, outside_inference
 from lmc_curvature.objective.risk import Objective
 
 Method = Literal["auto", "sweep", "hvp"]
@@ -90,6 +90,7 @@ class Problem:
         if not named:
             raise DirectionError("There is no direction to project onto; expected at least one.")
         placed = [_place_direction(objective, name, direction) for name, direction in named.items()]
+        _check_finite_directions(dict(zip(named, placed, strict=True)))
         points = []
         if not isinstance(states, Mapping):
             number = len(states)
@@ -108,8 +109,9 @@ class Problem:
     @property
     def displaced(self) -> frozenset[str]:
         """Those of them that a direction moves by more than zero, if there are any."""
-        found = (name for direction in self.directions for name, tensor in direction.items() if tensor.any())
-        return frozenset(found) or self.moved
+        entries = [pair for direction in self.directions for pair in direction.items()]
+        sizes = largest_values(tensor for _, tensor in entries).tolist()
+        return frozenset(name for (name, _), size in zip(entries, sizes, strict=True) if size) or self.moved
 
 
 def check_values(values: BatchValues, batch: Batch, point: Point) -> None:
@@ -141,7 +143,13 @@ def _place_direction(objective: Objective, label: str | int, direction: State) -
             f"Direction {label!r} moves {fixed[0]!r}, which is not part of the state under "
             f"batch_norm={objective.batch_norm!r}."
         )
-    for name, tensor in placed.items():
-        if not torch.isfinite(tensor).all():
-            raise DirectionError(f"Direction {label!r} has values in {name!r} that are infinite or not a number.")
     return placed
+
+
+def _check_finite_directions(directions: Mapping[Any, State]) -> None:
+    if largest_values(tensor for direction in directions.values() for tensor in direction.values()).isfinite().all():
+        return
+    for label, direction in directions.items():
+        for name, tensor in direction.items():
+            if not torch.isfinite(tensor).all():
+                raise DirectionError(f"Direction {label!r} has values in {name!r} that are infinite or not a number.")

@@ -1,13 +1,6 @@
-"""Steps of training as CUDA graphs: recorded once, and replayed with one call in place of a launch for each kernel.
+"""Steps of training as CUDA graphs (see `replay.py`), of networks that are trained side by side."""
 
-A recorded step reads and writes the same addresses at every replay, and does what it did when it was recorded. So it
-must not wait for the device, whose answers it could not follow, nor draw random numbers: torch keeps one sequence of
-these for a device, and networks trained side by side need one each.
-"""
-
-import contextlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,6 +10,7 @@ from torch import Tensor, nn
 
 from lmc_curvature.agreement import near
 from lmc_curvature.objective.randomness import drawing_module
+from lmc_curvature.replay import graph_of, reason_of, waiting_refused
 
 # Libraries choose their kernels and allocate their workspaces in the first calls on a stream.
 _WARM_UPS = 2
@@ -47,7 +41,6 @@ def record_steps(
         outcome: The sum of the losses of the step that was taken, and how far it has moved the network.
     """
     pool = torch.cuda.graph_pool_handle()
-    generator = torch.cuda.default_generators[stream.device_index]
     replays: dict[int, Step] = {}
 
     def take(step: Step) -> None:
@@ -60,20 +53,13 @@ def record_steps(
         drawing = drawing_module(model, partial(take, step))
         if drawing is not None:
             return f"module {drawing or type(model).__name__!r} draws random numbers"
-        random_state, graph = generator.clone_state(), torch.cuda.CUDAGraph()
         try:
-            with _waiting_refused():
+            with waiting_refused():
                 take(step)
             expected = outcome()
-            # Other threads may use the device meanwhile; the step itself computes gradients in one.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                step()
+            graph, _ = graph_of(step, stream, pool)
         except RuntimeError as error:
-            # A capture that fails leaves the generator in its midst, where nothing can be drawn, and the allocator.
-            generator.graphsafe_set_state(random_state)
-            with contextlib.suppress(RuntimeError, AttributeError):
-                torch._C._cuda_endAllocateToPool(stream.device_index, pool)
-            return _first_line(error)
+            return reason_of(error)
         take(graph.replay)
         found, rounding = outcome(), torch.finfo(torch.float32).eps
         if not near("replays", found, expected, rounding=rounding, scale=expected.abs()).all():
@@ -84,27 +70,3 @@ def record_steps(
             )
         replays[size] = graph.replay
     return replays
-
-
-@contextlib.contextmanager
-def _waiting_refused() -> Iterator[None]:
-    """Within the block, an operation that waits for the device raises a RuntimeError that names it.
-
-    It would also end a capture, which then can name no reason.
-    """
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings():
-        # That it does not detect all.
-        warnings.simplefilter("ignore")
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of the error that led to an error: that of the operation, not that of the end of the capture."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -132,3 +132,12 @@ def ignores_layout(loss: Callable[[Batch], Tensor], batch: Batch) -> bool:
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type for sums of many numbers: float32 for half precision, which a sum does not fit into, else the same."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def largest_values(tensors: Iterable[Tensor]) -> Tensor:
+    """The largest magnitude in each tensor: infinite or not a number where one of its values is.
+
+    With few calls for all of them, so that a CUDA device is asked once about a whole state.
+    """
+    filled = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
+    return torch.stack(torch.ops.aten._foreach_norm.Scalar(filled, float("inf"))) if filled else torch.zeros(0)

@@ -55,6 +55,7 @@ from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.recalibration import check_recalibration, recalibrated_statistics
 from lmc_curvature.objective.soundness import Soundness
 from lmc_curvature.objective.wrappers import unwrap
+from lmc_curvature.replay import Replays
 
 
 class Objective:
@@ -73,10 +74,9 @@ class Objective:
             than the first are warned of.
         loss_fn: `loss_fn(output, target)` returning the scalar mean over the batch (default: cross-entropy), or a
             `BatchLoss`.
-        batch_norm: `"interpolate"`, `"batch"` or `"recalibrate"`; see `BatchNormPolicy`. Derivatives
-            under `"recalibrate"` are those of `"batch"`.
-        recalibration: Under `"recalibrate"`, the loader to re-estimate statistics on, by default `loader`.
-            They should be those that the network was trained on, augmentation included.
+        batch_norm: See `BatchNormPolicy`. Derivatives under `"recalibrate"` are those of `"batch"`.
+        recalibration: Under `"recalibrate"`, the loader to re-estimate statistics on, by default `loader`. They should
+            be those that the network was trained on, augmentation included.
         max_batches: Use only this many batches of each loader.
         device: Where to compute; the model's device by default.
         dtype: Floating-point type to compute in; by default the one that holds all of the model's, float32 at least.
@@ -92,6 +92,7 @@ class Objective:
         device, dtype: Where, and in which floating-point type, it computes.
         numerics: The precision and the kernels it computes with: derivatives within `numerics.differentiating()`.
         memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
+        replays: Calls functions of tensors, and replays them on a CUDA device; they go with the objective.
 
     Raises:
         OptionError: `batch_norm`, `max_batches`, `device`, `dtype` or `allow_tf32` has a bad value, or `recalibration`
@@ -153,7 +154,7 @@ class Objective:
             witness=witness,
             note=precision_note(self.dtype, tensors),
         )
-        self.memo = Memo()
+        self.memo, self.replays = Memo(), Replays.on(self.device)
 
     @property
     def rounding(self) -> float:

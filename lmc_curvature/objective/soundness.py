@@ -27,6 +27,9 @@ from lmc_curvature.objective.twins import check_twin
 from lmc_curvature.objective.witness import WITHOUT_WITNESS, check_derivatives
 from lmc_curvature.objective.wrappers import unwrap
 
+# Numbers of a tensor that is not copied to be summed with others.
+_LARGE = 2**20
+
 
 @dataclass(frozen=True, eq=False)
 class Soundness:
@@ -207,6 +210,9 @@ def check_soundness(
 def _fingerprint(state: State) -> tuple[float, ...]:
     """Numbers that two states hardly share unless they are equal, also where one is a permutation of the other."""
     flat = [tensor.flatten() for tensor in state.values() if tensor.is_floating_point()]
+    # Few calls for all that are small, and no copy of what is large.
+    small = [tensor for tensor in flat if tensor.numel() < _LARGE]
+    flat = [tensor for tensor in flat if tensor.numel() >= _LARGE] + ([torch.cat(small)] if small else [])
     sums = [part.sum(dtype=torch.float64) for tensor in flat for part in (tensor, tensor[::2], tensor[::3])]
     return tuple(torch.stack(sums).tolist()) if sums else ()
 

@@ -107,3 +107,19 @@ def test_values_that_are_not_finite_name_batch_and_state():
         check_values((math.nan, zeros, np.zeros((2, 2))), _BATCH, _POINT)
     with pytest.raises(NonFiniteError, match=r"curvature are not finite at batch 3 \(5 examples\) at state 2 of 2"):
         check_values((1.0, zeros, infinite), _BATCH, _POINT)
+
+
+def test_what_a_direction_leaves_where_it_is_is_not_displaced():
+    nothing, something = torch.zeros(6, 5), torch.zeros(6, 5)
+    something[3, 2] = -1e-30
+    directions = [{"0.weight": nothing, "0.bias": torch.ones(6)}, {"0.weight": something}]
+    assert Problem.of(_objective(), [{}], directions[:1]).displaced == {"0.bias"}
+    assert Problem.of(_objective(), [{}], directions).displaced == {"0.bias", "0.weight"}
+    assert Problem.of(_objective(), [{}], [{"0.weight": nothing}]).displaced == {"0.weight"}
+
+
+def test_the_entry_of_one_direction_among_many_that_is_not_finite_is_named():
+    directions = {"fine": {"0.bias": torch.ones(6)}, "bad": {"0.bias": torch.ones(6), "0.weight": torch.ones(6, 5)}}
+    directions["bad"]["0.weight"][1, 1] = math.nan
+    with pytest.raises(DirectionError, match="Direction 'bad' has values in '0.weight' that are infinite or not"):
+        Problem.of(_objective(), [{}], directions)

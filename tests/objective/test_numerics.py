@@ -1,5 +1,7 @@
 """Claim: a batch's layout changes how fast derivatives are computed, never what they are, and is decided once."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,13 @@ from lmc_curvature import (
 )
 from lmc_curvature.errors import NonFiniteError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.numerics import channels_last, ignores_layout, outside_inference, wide_dtype
+from lmc_curvature.objective.numerics import (
+    channels_last,
+    ignores_layout,
+    largest_values,
+    outside_inference,
+    wide_dtype,
+)
 
 
 class Watching(nn.Module):
@@ -191,3 +199,13 @@ def test_leaving_inference_mode_switches_no_gradients_on():
     with torch.inference_mode(), outside_inference():
         assert not (2 * x).requires_grad
         assert not torch.ones(2).is_inference()
+
+
+def test_the_largest_values_of_tensors_tell_what_is_not_finite():
+    inf, nan = math.inf, math.nan
+    tensors = [torch.tensor(values) for values in ([1.0, -3.0], [nan, 1.0], [1.0, -inf], [[0.0], [0.0]], [])]
+    found = largest_values([*tensors, torch.tensor(-2.0)])
+    torch.testing.assert_close(found, torch.tensor([3.0, nan, inf, 0.0, 0.0, 2.0]), equal_nan=True)
+    assert largest_values([]).isfinite().all()
+    # A number that rounds to zero when it is squared is none.
+    assert largest_values([torch.tensor([1e-30])]).item() == pytest.approx(1e-30)

@@ -12,10 +12,10 @@ from lmc_curvature import Objective, Projection
 from lmc_curvature.curvature.problem import Tiling
 from lmc_curvature.curvature.sweep import BatchTree
 from lmc_curvature.curvature.sweep.plan import Plan
+from lmc_curvature.curvature.sweep.propagation import adjoints_of
 from lmc_curvature.curvature.sweep.rules import Contributions, OpCall, Stack, stacked
 from lmc_curvature.curvature.sweep.rules.autodiff import ByAutodiff
 from lmc_curvature.curvature.sweep.rules.selection import Pick
-from lmc_curvature.curvature.sweep.sweep import adjoints_of
 from tests.support.sweeping import (
     assert_curved,
     assert_projections_agree,

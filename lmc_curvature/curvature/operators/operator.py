@@ -9,15 +9,18 @@ from jaxtyping import Float, Float64
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor
 
+from lmc_curvature.agreement import all_near
 from lmc_curvature.curvature.operators.dense import add_columns, add_diagonal
 from lmc_curvature.curvature.operators.scipy import ScipyOperator
 from lmc_curvature.curvature.products import (
     BatchMatrix,
     BatchProducts,
     BlockDiagonal,
+    ReplayedMatrix,
     StackedDirections,
     Vectorizer,
     places_of,
+    replayed_matrix,
 )
 from lmc_curvature.curvature.products.derivatives import all_finite
 from lmc_curvature.errors import DirectionError, NonFiniteError, OperatorError, check_memory
@@ -190,7 +193,7 @@ class CurvatureOperator:
 
     def _products(self, directions: State, count: int) -> Float64[Tensor, "k rows"]:
         """The product with each of k directions, which are stacked along a first axis, as a row."""
-        _check_finite_vectors(directions)
+        check_finite(directions, "the vector")
         total = torch.zeros(count, self.shape[0], dtype=torch.float64, device=self.device)
         if not directions or not count:
             return total
@@ -201,7 +204,7 @@ class CurvatureOperator:
                 for name, rows in found.items():
                     total[done, places[name]].add_(rows, alpha=products.batch.weight)
 
-        return self._mean_of(total, self._visit(add))
+        return self._mean_of(total, self._visit(add, replay=True))
 
     def check_derivatives(self, batch: Batch) -> None:
         """Before the first derivative is taken, compare those in rows and columns with differences of the loss.
@@ -214,19 +217,36 @@ class CurvatureOperator:
         for entries in dict.fromkeys((self.rows, self.columns, (*self.rows, *self.columns))):
             self.objective.check_derivatives(self.point, batch, set(entries))
 
-    def _visit(self, add: Callable[[BatchProducts], None]) -> float:
-        """Visit the loader once, and call `add` with the products of each batch; returns the sum of their weights."""
+    def _visit(self, add: Callable[[BatchProducts], None], *, replay: bool = False) -> float:
+        """Visit the loader once, and call `add` with the products of each batch; returns the sum of their weights.
+
+        If asked to, matrices are replayed where a device can.
+        """
         entries = [name for name in self.state if name in {*self.rows, *self.columns}]
         weight = 0.0
         with self.objective.one_pass(progress=False) as batches:
             for batch in batches:
                 data = self.objective.laid_out(batch) if self.curvature.native else batch
                 self.check_derivatives(batch)
-                matrix = self.curvature.of_batch(self.objective, self.point, data, entries)
+                matrix = self._replayed(data, entries) if replay and self.curvature.native else None
+                if matrix is None:
+                    matrix = self.curvature.of_batch(self.objective, self.point, data, entries)
                 finite_loss(matrix.loss, batch)
                 add(BatchProducts(matrix, batch, self._vectorizer))
                 weight += batch.weight
         return weight
+
+    def _replayed(self, batch: Batch, entries: Sequence[str]) -> BatchMatrix | None:
+        """The matrix of a batch, replayed where one of its kind was recorded; None if the network has changed since."""
+        objective = self.objective
+        matrix = replayed_matrix(self.curvature.of_batch, objective, self.point, batch, entries)
+        if isinstance(matrix, ReplayedMatrix) and batch.is_first:
+            with objective.numerics.differentiating(), torch.no_grad():
+                loss = objective.batch_loss(self.point, batch)
+            if not all_near("replayed derivatives", matrix.loss, loss, rounding=objective.rounding):
+                objective.replays.forget()
+                return None
+        return matrix
 
     def _mean_of(self, total: Float64[Tensor, "*n"], weight: float) -> Float64[Tensor, "*n"]:
         """A sum over batches divided, in place, by the sum of their weights.
@@ -300,15 +320,3 @@ class CurvatureOperator:
     def to_scipy(self) -> LinearOperator:
         """The same operator for SciPy: NumPy in and out, float64, computed on the objective's device."""
         return ScipyOperator(self.shape, self.matmat, self.transposed().matmat)
-
-
-def _check_finite_vectors(directions: State) -> None:
-    """Refuse vectors with values that are not finite.
-
-    Raises:
-        NonFiniteError: Names the entry.
-    """
-    # One question to the device for all of them; which entry it is matters only when the answer is no.
-    parts = [torch.isfinite(tensor).all() for tensor in directions.values()]
-    if parts and not bool(torch.stack(parts).all()):
-        check_finite(directions, "the vector")

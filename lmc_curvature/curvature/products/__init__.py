@@ -4,6 +4,7 @@ from lmc_curvature.curvature.products.directions import StackedDirections, UnitV
 from lmc_curvature.curvature.products.gauss_newton import BatchGaussNewton
 from lmc_curvature.curvature.products.gradient import BatchGradient, inner
 from lmc_curvature.curvature.products.matrix import BatchMatrix, BatchProducts, BlockDiagonal
+from lmc_curvature.curvature.products.replays import ReplayedMatrix, replayed_matrix
 from lmc_curvature.curvature.products.vectorization import Vectorizer
 
 __all__ = [
@@ -12,10 +13,12 @@ __all__ = [
     "BatchMatrix",
     "BatchProducts",
     "BlockDiagonal",
+    "ReplayedMatrix",
     "StackedDirections",
     "UnitVectors",
     "Vectorizer",
     "inner",
     "places_of",
+    "replayed_matrix",
     "unit_vectors",
 ]

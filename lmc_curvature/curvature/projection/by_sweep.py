@@ -49,10 +49,12 @@ def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValue
 
     compiled = objective.memo(key, compile_now)
     try:
-        values, result = sweep_batch(problem, compiled, point, batch)
+        read, result = sweep_batch(problem, compiled, point, batch)
+        # Before it is waited for: a device has much to do meanwhile.
         if not problem.memo(compiled, lambda: is_current(objective, compiled, point, batch, result)):
             compiled = objective.memo.replace(key, compile_now())
-            values, result = sweep_batch(problem, compiled, point, batch)
+            read, result = sweep_batch(problem, compiled, point, batch)
+        values = read()
         check_values(values, batch, point)
         compiled.memo("verified", verify_now)
         # A weight that mixes examples may be zero at one state, and not at another.

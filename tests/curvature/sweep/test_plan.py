@@ -5,8 +5,8 @@ import torch
 
 from lmc_curvature.curvature.sweep.capture import capture
 from lmc_curvature.curvature.sweep.plan import Plan
+from lmc_curvature.curvature.sweep.propagation import adjoints_of, push
 from lmc_curvature.curvature.sweep.rules import Contributions, stacked
-from lmc_curvature.curvature.sweep.sweep import adjoints_of, push
 from lmc_curvature.errors import CaptureError
 
 
