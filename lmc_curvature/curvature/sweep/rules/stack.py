@@ -67,7 +67,7 @@ class Stack:
         zero = self.tensors.new_zeros(()).expand(self.shape)
         return torch.stack([self.at(i) if i in self.directions else zero for i in directions])
 
-    def times(self, factor: Tensor | float) -> "Stack":
+    def times(self, factor: Tensor | float | int) -> "Stack":
         """The tangents, each times a tensor of their shape or a number."""
         if self.joining is None:
             return Stack(self.directions, self.first.mul_(factor) if self.is_own else self.first * factor, is_own=True)
