@@ -10,6 +10,9 @@ from torch import nn
 
 from lmc_curvature.forking.graphs import record_steps
 
+# What stands in for a CUDA device's streams and graphs is of other types.
+pytestmark = pytest.mark.usefixtures("untyped")
+
 STREAM = SimpleNamespace(device_index=0)
 
 

@@ -15,6 +15,9 @@ from lmc_curvature.forking import Trainer, TrainingConfig, TrainingState, train,
 from lmc_curvature.forking.trainers import Trainers, trainers_that_fit
 from lmc_curvature.sources import ImageDataset, digits_resnet, load_data, make_model
 
+# What stands in for a CUDA device's streams and graphs is of other types.
+pytestmark = pytest.mark.usefixtures("untyped")
+
 # Batches of 48, 48, 48, 48 and 8.
 CONFIG = TrainingConfig(epochs=3, learning_rate=0.1, milestones=(2,), weight_decay=1e-4, batch_size=48, warmup_epochs=2)
 ON_A_GPU = [
