@@ -1,10 +1,11 @@
 """Work that a GPU repeats, as one CUDA graph, so that it does not wait for launches from Python."""
 
-import gc
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from lmc_curvature.replay import graph_of, on_stream
 
 # What libraries choose or allocate at first calls must be over before the work is captured.
 _WARM_UPS = 3
@@ -18,14 +19,8 @@ def replayed(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     if device.type != "cuda":
         return run
     stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    with on_stream(stream):
         for _ in range(_WARM_UPS):
             run()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    # Nothing may be freed while it is captured.
-    gc.collect()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
+    graph, _ = graph_of(run, stream, torch.cuda.graph_pool_handle())
     return graph.replay

@@ -72,16 +72,15 @@ class Objective:
         model: Any module. Its parameters need not require gradients.
         loader: Yields `(x, y)` batches, or what `loss_fn` expects. Visited once per evaluation; passes with other data
             than the first are warned of.
-        loss_fn: `loss_fn(output, target)` returning the scalar mean over the batch (default: cross-entropy), or a
-            `BatchLoss`.
+        loss_fn: `loss_fn(output, target)`, the scalar mean over the batch (default: cross-entropy), or a `BatchLoss`.
         batch_norm: See `BatchNormPolicy`. Derivatives under `"recalibrate"` are those of `"batch"`.
         recalibration: Under `"recalibrate"`, the loader to re-estimate statistics on, by default `loader`. They should
             be those that the network was trained on, augmentation included.
         max_batches: Use only this many batches of each loader.
         device: Where to compute; the model's device by default.
         dtype: Floating-point type to compute in; by default the one that holds all of the model's, float32 at least.
-        allow_tf32: Let convolutions on a CUDA device round float32 to TF32's ten bits of mantissa: faster, with errors
-            of about 1e-3. Matrix products follow `torch.backends.cuda.matmul`, where it is off unless switched on.
+        allow_tf32: Let convolutions on a CUDA device round float32 to ten bits of mantissa, with errors of about 1e-3.
+            Matrix products follow `torch.backends.cuda.matmul`, where that is off unless switched on.
         witness: Compare derivatives with differences of the loss before the first is used; see `witness.py`.
         twins: Further networks of the same structure. On the first batch each must have the loss that this objective
             has with the same entries (see `check_twin`).
@@ -92,7 +91,7 @@ class Objective:
         device, dtype: Where, and in which floating-point type, it computes.
         numerics: The precision and the kernels it computes with: derivatives within `numerics.differentiating()`.
         memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
-        replays: Calls functions of tensors, and replays them on a CUDA device; they go with the objective.
+        replays: Calls functions of tensors, and replays them on a CUDA device.
 
     Raises:
         OptionError: `batch_norm`, `max_batches`, `device`, `dtype` or `allow_tf32` has a bad value, or `recalibration`

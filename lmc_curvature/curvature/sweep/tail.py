@@ -22,7 +22,7 @@ aten = torch.ops.aten
 _WIDE = 4
 # Rows that the graph is written down with; it holds for any number.
 ROWS = 2
-_SHAPES = {"view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "clone", "alias", "contiguous"}
+_SHAPES = {"view", "reshape", "_unsafe_view", "squeeze", "unsqueeze", "clone", "alias"}
 _SELECTIONS = {"slice", "select"}
 _ELEMENTWISE = """
     add sub rsub mul div neg _to_copy exp log tanh sigmoid relu gelu silu pow square where masked_fill
@@ -95,6 +95,7 @@ class _Rows:
     exits: dict[fx.Node, tuple[fx.Node, float | fx.Node, Tensor]] = field(default_factory=dict)
 
     def tail(self) -> Tail | None:
+        """The tail; None where rows meet, or do not all end in sums."""
         operations = [node for node in self.stage.operations if node in self.active]
         all_rows = torch.arange(len(value_of(self.source)))
         self.inputs[self.source] = self._given(self.source, (ROWS, *value_of(self.source).shape[1:]))
@@ -145,6 +146,11 @@ class _Rows:
         return ends and whole and all(torch.equal(each.flatten(), order) for each in numbers)
 
     def _follow(self, node: fx.Node, operand: fx.Node) -> None:
+        """Write down an operation that reads rows.
+
+        Raises:
+            _MixedRowsError: It does not treat each row for itself, as far as is known.
+        """
         name = "getitem" if node.target is operator.getitem else str(node.target).split(".")[1]
         numbers, shape = self.numbers[operand], tuple(getattr(value_of(node), "shape", ()))
         rank = numbers.ndim
@@ -198,7 +204,7 @@ class _Rows:
 
     def _reshaped(self, numbers: Tensor, shape: Sequence[int]) -> Tensor:
         """The rows of a value whose shape is another, where no row is cut."""
-        for axes in range(len(shape) + 1):
+        for axes in range(1, len(shape) + 1):
             if math.prod(shape[:axes]) == numbers.numel():
                 return numbers.reshape(tuple(shape[:axes]))
         raise _MixedRowsError

@@ -92,12 +92,12 @@ def _read_twice(model, batch):
     return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten()) + 0.1 * logits.var(1).mean()
 
 
-def _objective(loss, *, sizes=(3, 2), **options):
+def _objective(loss, *, sizes=(3, 2), tokens=TOKENS, **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = randomized(_Model(**options).double())
     generator = torch.Generator().manual_seed(1)
-    batches = [torch.randint(VOCABULARY, (2, size, TOKENS), generator=generator) for size in sizes]
+    batches = [torch.randint(VOCABULARY, (2, size, tokens), generator=generator) for size in sizes]
     return Objective(
         model, [tuple(batch) for batch in batches], loss_fn=BatchLoss(loss, size=lambda batch: batch[1].numel())
     )
@@ -132,6 +132,11 @@ def test_what_cannot_be_cut_is_swept_whole(loss, monkeypatch):
     monkeypatch.setattr(plan.Plan, "rows_at_once", lambda self, directions: 2)
     objective = _objective(loss)
     assert_sweep_agrees(objective)
+
+
+@pytest.mark.parametrize("loss", [_flat, _masked, _gathered])
+def test_a_single_row(loss):
+    assert_sweep_agrees(_objective(loss, sizes=(1,), tokens=1))
 
 
 def test_a_head_that_does_not_widen_is_no_tail():

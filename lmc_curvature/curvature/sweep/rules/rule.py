@@ -79,7 +79,10 @@ class OpCall:
     def tangents_of(self, argument: Any) -> Stack | None:
         """Tangents of an argument; None if it does not depend on the directions."""
         stack = self.tangents.get(argument) if isinstance(argument, fx.Node) else None
-        if stack is None or not stack.is_own or (self.is_last and len(argument.users) == 1):
+        # An operation may have one argument twice.
+        if stack is None or not stack.is_own:
+            return stack
+        if self.is_last and len(argument.users) == 1 and self.node.args.count(argument) == 1:
             return stack
         return replace(stack, is_own=False)
 

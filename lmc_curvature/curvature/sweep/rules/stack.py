@@ -97,9 +97,13 @@ def along(function: Callable[..., Any], *stacks: Stack) -> Stack:
     """A linear function of tangents along every direction that has reached any of them, vectorised by torch."""
     directions = union(stacks)
     found = torch.vmap(function)(*(stack.spread(directions) for stack in stacks))
-    # A view of what nothing else reads, or new.
-    is_own = all(stack.is_own for stack in stacks) and isinstance(found, Tensor) and 0 not in found.stride()
-    return Stack(directions, found, is_own)
+    # A view of what nothing else reads, or new; elements of some views are the same numbers.
+    return Stack(directions, found, all(stack.is_own for stack in stacks) and _is_dense(found))
+
+
+def _is_dense(found: Any) -> bool:
+    """Whether a tensor has a place of its own in memory for each number, and no gaps."""
+    return isinstance(found, Tensor) and torch.empty_like(found, device="meta").stride() == found.stride()
 
 
 def total(terms: Iterable[Stack], shape: Sequence[int]) -> Stack:
@@ -125,7 +129,8 @@ def _added(stack: Stack, term: Stack, rank: int) -> Stack:
     is_first = term.directions == stack.directions[:count]
     if stack.is_own and is_first and count <= len(stack.first):
         stack.first[:count].add_(tensor)
-        return stack
+        # A new one, because the old one may have kept all its tangents joined.
+        return replace(stack)
     out = stack.tensors if stack.is_own else stack.tensors.clone()
     if is_first:
         out[:count].add_(tensor)
