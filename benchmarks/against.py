@@ -1,8 +1,8 @@
 """Time of the sweep in this checkout beside another one, and the operators that it calls.
 
-Of three networks: ResNet-20 and ResNet-56 on random images, and a small GPT-2 on random tokens. Both checkouts are
-measured in pairs of processes that take turns, each by the median of some sweeps after the first; every network has the
-ratio of its pairs, and all of them the geometric mean of theirs.
+Of three networks: ResNet-20 and ResNet-56 on random images, and a small GPT-2 on random tokens. Each checkout has a
+process, which is asked for one sweep more when it is its turn. Two sweeps in a row are a pair; every network has the
+ratios of its pairs, and all of them the geometric mean of theirs.
 
 Operators are counted by torch's profiler in the sweep of a batch of two examples. Checkouts may cut a batch into tiles
 of different sizes, and each tile calls the same operators again; two examples are a single tile to either, so that what
@@ -12,12 +12,13 @@ is compared is the sweep of a tile, with what is done once a batch.
 """
 
 import argparse
-import functools
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,18 @@ _TILE = 2
 # Options of `sweep_once` by network.
 SIZES = {
     "full": {
-        "resnet20": {"batch": 128, "width": 16, "pixels": 32, "calls": 5},
-        "resnet56": {"batch": 64, "width": 16, "pixels": 32, "calls": 3},
-        "gpt2": {"batch": 8, "width": 128, "layers": 4, "heads": 4, "vocabulary": 1024, "tokens": 64, "calls": 5},
+        "resnet20": {"batch": 128, "width": 16, "pixels": 32},
+        "resnet56": {"batch": 64, "width": 16, "pixels": 32},
+        "gpt2": {"batch": 8, "width": 128, "layers": 4, "heads": 4, "vocabulary": 1024, "tokens": 64},
     },
     "quick": {
-        "resnet20": {"batch": 32, "width": 16, "pixels": 32, "calls": 3},
-        "resnet56": {"batch": 8, "width": 8, "pixels": 32, "calls": 3},
-        "gpt2": {"batch": 4, "width": 64, "layers": 2, "heads": 4, "vocabulary": 256, "tokens": 32, "calls": 3},
+        "resnet20": {"batch": 32, "width": 16, "pixels": 32},
+        "resnet56": {"batch": 8, "width": 8, "pixels": 32},
+        "gpt2": {"batch": 4, "width": 64, "layers": 2, "heads": 4, "vocabulary": 256, "tokens": 32},
     },
     "smoke": {
-        "resnet8": {"batch": 2, "width": 2, "pixels": 8, "calls": 1},
-        "gpt2": {"batch": 2, "width": 8, "layers": 1, "heads": 2, "vocabulary": 16, "tokens": 4, "calls": 1},
+        "resnet8": {"batch": 2, "width": 2, "pixels": 8},
+        "gpt2": {"batch": 2, "width": 8, "layers": 1, "heads": 2, "vocabulary": 16, "tokens": 4},
     },
 }
 PAIRS = {"full": 10, "quick": 3, "smoke": 1}
@@ -66,7 +67,7 @@ class Comparison:
     """The sweep of a network by two checkouts.
 
     Attributes:
-        seconds: Of every process, by checkout.
+        seconds: Of every sweep, by checkout.
         calls: Operators that the sweep of a tile calls, by checkout.
         error: Relative difference of the two matrices.
     """
@@ -76,14 +77,10 @@ class Comparison:
     error: float
 
     @classmethod
-    def of(cls, found: Mapping[str, list[dict[str, Any]]]) -> "Comparison":
-        """The comparison of the results of `sweep_once`, by checkout."""
-        matrices = [torch.tensor(found[name][0]["curvature"], dtype=torch.float64) for name in (OURS, OTHER)]
-        return cls(
-            {name: [each["seconds"] for each in results] for name, results in found.items()},
-            {name: results[0]["calls"] for name, results in found.items()},
-            relative_error(*matrices),
-        )
+    def of(cls, found: Mapping[str, dict[str, Any]], seconds: Mapping[str, list[float]]) -> "Comparison":
+        """The comparison of what `sweep_once` prints first, and later, by checkout."""
+        ours, other = (torch.tensor(found[name]["curvature"], dtype=torch.float64) for name in (OURS, OTHER))
+        return cls(seconds, {name: first["calls"] for name, first in found.items()}, relative_error(ours, other))
 
     @property
     def ratios(self) -> list[float]:
@@ -132,23 +129,55 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _compare(
     network: str, size: dict[str, Any], checkouts: Mapping[str, Path], pairs: int, device: torch.device
 ) -> Comparison:
-    runs = {name: functools.partial(sweep_in, folder, network, size, device) for name, folder in checkouts.items()}
-    return Comparison.of(timing.in_turns(runs, pairs))
+    with contextlib.ExitStack() as processes:
+        started = {
+            name: processes.enter_context(sweeps_of(folder, network, size, device))
+            for name, folder in checkouts.items()
+        }
+        seconds = timing.in_turns({name: sweep for name, (_, sweep) in started.items()}, pairs)
+    return Comparison.of({name: first for name, (first, _) in started.items()}, seconds)
 
 
-def sweep_in(checkout: Path, network: str, size: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The results of `sweep_once` in a process that finds the library in a checkout."""
+@contextlib.contextmanager
+def sweeps_of(
+    checkout: Path, network: str, size: dict[str, Any], device: torch.device
+) -> Iterator[tuple[dict[str, Any], Callable[[], float]]]:
+    """A process of `sweep_once` that finds the library in a checkout, for as long as it is used.
+
+    Yields:
+        What it finds first, and a function that has it time one sweep more.
+
+    Raises:
+        RuntimeError: It failed, or it found the library elsewhere.
+    """
     words = {"network": network, **size, "tile": _TILE, "threads": torch.get_num_threads(), "device": device}
     # Without -P the folder of the file would come before the checkout.
     command = [sys.executable, "-P", sweep_once.__file__, *(f"--{name}={value}" for name, value in words.items())]
     environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"The sweep of {checkout} failed:\n{done.stderr}")
-    result = json.loads(done.stdout.splitlines()[-1])
-    if Path(result["checkout"]).resolve() != checkout.resolve():
-        raise RuntimeError(f"Python found the library in {result['checkout']} instead of {checkout}.")
-    return result
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, stderr=errors, text=True) as process,
+    ):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        answers = process.stdout
+
+        def answer() -> Any:
+            line = answers.readline()
+            if not line:
+                errors.seek(0)
+                raise RuntimeError(f"The sweep of {checkout} failed:\n{errors.read()}")
+            return json.loads(line)
+
+        def sweep() -> float:
+            print(file=process.stdin, flush=True)
+            return answer()
+
+        first = answer()
+        if Path(first["checkout"]).resolve() != checkout.resolve():
+            raise RuntimeError(f"Python found the library in {first['checkout']} instead of {checkout}.")
+        yield first, sweep
 
 
 def _rows(network: str, comparison: Comparison, commits: Mapping[str, str]) -> list[dict[str, Any]]:

@@ -1,13 +1,16 @@
-"""Time of the sweep of a network in the library that Python finds, and the operators that it calls, printed as JSON.
+"""Sweeps of a network in the library that Python finds, timed one at a time.
+
+It prints a line of JSON: the matrix, and the operators that a sweep calls; and then, for every line that it reads, the
+seconds of another sweep. The first one, which captures and checks, is not among them.
 
 It is run as a file of its own (see `benchmarks/against.py`), and imports nothing of the benchmarks, so that the library
-of another checkout can be measured by the same code. The first call, which captures and checks, is not counted.
+of another checkout can be measured by the same code.
 """
 
 import argparse
 import json
 import runpy
-import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,29 +30,24 @@ _GPT2, _KINKS = (runpy.run_path(str(Path(__file__).with_name(name))) for name in
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse, print what is found once, and a time for each line."""
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
+    calls = operator_calls(sweep_of(options, options.tile))
     sweep = sweep_of(options, options.batch)
-    curvature, seconds = sweep(), []
-    for _ in range(options.calls):
+    found = {"checkout": str(Path(lmc_curvature.__file__).parents[1]), "curvature": sweep(), "calls": calls}
+    print(json.dumps(found), flush=True)
+    for _ in sys.stdin:
         start = time.perf_counter()
         # The result is on the host, so the device has finished.
         sweep()
-        seconds.append(time.perf_counter() - start)
-    result = {
-        "checkout": str(Path(lmc_curvature.__file__).parents[1]),
-        "seconds": statistics.median(seconds),
-        "curvature": curvature,
-        "calls": operator_calls(sweep_of(options, options.tile)),
-    }
-    print(json.dumps(result))
+        print(time.perf_counter() - start, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--network", required=True, help="resnet20, resnet56, …, or gpt2")
-    for name in ("batch", "tile", "width", "calls", "threads"):
+    for name in ("batch", "tile", "width", "threads"):
         parser.add_argument(f"--{name}", type=int, required=True)
     for name in ("pixels", "layers", "heads", "vocabulary", "tokens"):
         parser.add_argument(f"--{name}", type=int)

@@ -27,8 +27,9 @@ def test_a_checkout_beside_itself(tmp_path):
 @pytest.mark.slow
 def test_another_library_is_refused(tmp_path):
     (tmp_path / "lmc_curvature.py").write_text("raise ImportError('another library')")
-    with pytest.raises(RuntimeError, match="another library"):
-        against.sweep_in(tmp_path, "resnet8", against.SIZES["smoke"]["resnet8"], torch.device("cpu"))
+    sweeps = against.sweeps_of(tmp_path, "resnet8", against.SIZES["smoke"]["resnet8"], torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="another library"), sweeps:
+        pass
 
 
 def test_ratios_are_of_pairs_and_their_mean_is_geometric():
