@@ -91,6 +91,7 @@ def _push_rows(
         None if node not in adjoints else adjoints[node] * share for node, share in zip(tail.exits, shares, strict=True)
     ]
     totals: list[Stack | None] = [None for _ in shares]
+    sums: list[Any] = [0 for _ in shares]
     at_once = plan.rows_at_once(len(union(moved.values())))
     for start in range(0, tail.count, at_once):
         chosen = slice(start, min(start + at_once, tail.count))
@@ -106,12 +107,19 @@ def _push_rows(
         if outer[source] in moved:
             stack = moved[outer[source]]
             along[outer[source]] = Stack(stack.directions, stack.tensors[:, rows])
+        sums = [
+            before + at[node].detach().sum(dtype=torch.float64)
+            for before, node in zip(sums, tail.stage.outputs, strict=True)
+        ]
         parts = push(plan.rows, at, along, adjoints_of(plan.rows, at, of_rows), contributions)
         for place, (part, share) in enumerate(zip(parts, shares, strict=True)):
             if part is not None:
                 summed = Stack(part.directions, part.tensors.flatten(1).sum(1) * share)
                 before = totals[place]
                 totals[place] = summed if before is None else total([before, summed], ())
+    contributions.equal += [
+        (found * share, values[node]) for found, share, node in zip(sums, shares, tail.exits, strict=True)
+    ]
     return dict(zip(tail.exits, totals, strict=True))
 
 

@@ -17,7 +17,6 @@ loss of its output. The network is swept in tiles of examples, so that the tange
 see whole batches, so a loss may weigh its examples as it likes.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from lmc_curvature.agreement import near
 from lmc_curvature.curvature.problem import BatchValues, Point, Problem
 from lmc_curvature.curvature.sweep.compiled import CompiledBatch
 from lmc_curvature.curvature.sweep.program import Program
@@ -34,6 +34,7 @@ from lmc_curvature.curvature.sweep.rules import Contributions, Stack, stacked
 from lmc_curvature.curvature.sweep.tiles import Tile, joined, tiles_of
 from lmc_curvature.curvature.sweep.tiling import groups
 from lmc_curvature.curvature.sweep.tree import BatchTree
+from lmc_curvature.errors import SweepError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.memo import Memo
 
@@ -60,7 +61,7 @@ def sweep_batch(
     """
     inputs = BatchTree.of((point.state, list(problem.directions), batch.data))
 
-    def on(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Contributions]]:
+    def on(tensors: Sequence[Tensor]) -> tuple[list[Tensor], "_Parts"]:
         state, directions, data = inputs.rebuilt(tensors)
         # What is recorded holds nothing that was made elsewhere, such as a prelude.
         own = replace(problem, directions=directions, memo=Memo())
@@ -72,37 +73,74 @@ def sweep_batch(
         torch.autocast(problem.objective.device.type, enabled=False),
     ):
         if problem.objective.replays.records:
-            (result, *found), groupwise = problem.objective.replays(compiled, on, inputs.tensors)
+            (numbers, result), parts = problem.objective.replays(compiled, on, inputs.tensors)
         else:
-            (result, *found), groupwise = _on_device(problem, compiled, point, batch)
-    count = len(problem.directions)
-    return partial(_read, count, groups(count, compiled.tiling.directions), found, groupwise), result
+            (numbers, result), parts = _on_device(problem, compiled, point, batch)
+    return partial(_read, problem, numbers, parts), result
 
 
-def _on_device(
-    problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch
-) -> tuple[list[Tensor], list[Contributions]]:
-    """All that the device computes, and does not wait for: the result, and loss, slopes and curvature of each group."""
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """What the numbers of a sweep are, end to end: the loss, and slopes and curvature of each group of directions.
+
+    Attributes:
+        groups: The directions of each group; every pair of directions is in one of them.
+        curvature: The curvature of the prelude, along all directions, and of each group.
+    """
+
+    groups: list[list[int]]
+    curvature: list[Contributions]
+
+    @property
+    def equal(self) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of numbers, after all others, that were computed on two ways."""
+        return [pair for contributions in self.curvature for pair in contributions.equal]
+
+
+def _on_device(problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch) -> tuple[list[Tensor], _Parts]:
+    """All that the device computes, and does not wait for: the numbers and the result; and what the numbers are."""
     tiles = tiles_of(compiled, batch)
     preludes = _preludes(problem, compiled, point, tiles)
     values: dict[Tile, Values] = {}
     result = _result(compiled, tiles, preludes, values)
-    together = groups(len(problem.directions), compiled.tiling.directions)
-    found = [_sweep_group(compiled, batch, tiles, preludes, values, result, group) for group in together]
-    return [result, *(numbers for numbers, _ in found)], [contributions for _, contributions in found]
+    loss, adjoint, push_loss = _loss_of(compiled.loss, result, batch)
+    parts = _Parts(groups(len(problem.directions), compiled.tiling.directions), [Contributions()])
+    parts.curvature.extend(Contributions() for _ in parts.groups)
+    slopes = []
+    found = _sweep_tiles(tiles, preludes, values, adjoint, parts)
+    for group, tangents, contributions in zip(parts.groups, found, parts.curvature[1:], strict=True):
+        of_loss = push_loss(tangents, contributions)
+        slopes.append(torch.zeros_like(loss).expand(len(group)) if of_loss is None else of_loss.spread(group))
+    flat = [tensor for contributions in parts.curvature for tensor in contributions.flat()]
+    equal = [number.detach().reshape(1) for pair in parts.equal for number in pair]
+    return [torch.cat([loss.reshape(1), *slopes, *flat, *equal]).double(), result], parts
 
 
-def _read(
-    count: int, together: Sequence[list[int]], found: Sequence[Tensor], groupwise: Sequence[Contributions]
-) -> BatchValues:
-    """Loss, slopes and curvature along all directions: here the host waits for the device."""
-    loss, slopes, curvature = math.nan, np.empty(count), np.empty((count, count))
-    for group, tensor, contributions in zip(together, found, groupwise, strict=True):
-        loss, *numbers = tensor.tolist()
-        slopes[group] = numbers[: len(group)]
-        of_group = contributions.assemble(np.array(numbers[len(group) :]), count)
+def _read(problem: Problem, numbers: Tensor, parts: _Parts) -> BatchValues:
+    """Loss, slopes and curvature along all directions: here the host waits for the device.
+
+    Raises:
+        SweepError: Two ways to a number disagree.
+    """
+    count = len(problem.directions)
+    remaining = numbers.cpu().numpy()
+
+    def take(size: int) -> np.ndarray:
+        nonlocal remaining
+        taken, remaining = np.split(remaining, [size])
+        return taken
+
+    slopes, curvature = np.empty(count), np.empty((count, count))
+    loss = float(take(1)[0])
+    for group in parts.groups:
+        slopes[group] = take(len(group))
+    of_prelude, *groupwise = (each.assemble(take(each.count), count) for each in parts.curvature)
+    for group, of_group in zip(parts.groups, groupwise, strict=True):
         curvature[np.ix_(group, group)] = of_group[np.ix_(group, group)]
-    return loss, slopes, curvature
+    for found, whole in remaining.reshape(-1, 2):
+        if not near("captured values", found, whole, rounding=problem.objective.rounding, scale=max(1.0, abs(whole))):
+            raise SweepError(f"What follows the widest product is {found:.6g} in chunks of its rows, not {whole:.6g}.")
+    return loss, slopes, curvature + of_prelude
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,31 +187,22 @@ def _result(
     return joined(tiles, results)
 
 
-def _sweep_group(
-    compiled: CompiledBatch,
-    batch: Batch,
-    tiles: Sequence[Tile],
-    preludes: Mapping[Program, _Prelude],
-    values: dict[Tile, Values],
-    result: Tensor,
-    group: list[int],
-) -> tuple[Tensor, Contributions]:
-    """Loss, slopes and contributions to the curvature for some of the directions, end to end; and the latter."""
-    contributions = Contributions()
-    if compiled.loss is None:
-        loss = result
-        slopes = _sweep_tiles(tiles, preludes, values, torch.ones_like(result), group, contributions)
-    else:
-        program = compiled.loss
-        assert program.argument is not None
-        of_loss = program.evaluate(program.constants, BatchTree.of((result, batch.data[1])))
-        loss = of_loss[program.result].detach()
-        adjoints = adjoints_of(program.body, of_loss, [torch.ones_like(loss)])
-        adjoint = adjoints.get(program.argument, torch.zeros_like(result))
-        tangents = _sweep_tiles(tiles, preludes, values, adjoint, group, contributions)
-        (slopes,) = push(program.body, of_loss, {program.argument: tangents}, adjoints, contributions)
-    along = torch.zeros_like(loss).expand(len(group)) if slopes is None else slopes.spread(group)
-    return torch.cat([loss.reshape(1), along, *contributions.flat()]).double(), contributions
+def _loss_of(
+    program: Program | None, result: Tensor, batch: Batch
+) -> tuple[Tensor, Tensor, Callable[[Stack | None, Contributions], Stack | None]]:
+    """The loss of the joined results, their adjoint, and a function that pushes their tangents through the loss."""
+    if program is None:
+        return result, torch.ones_like(result), lambda tangents, _: tangents
+    argument = program.argument
+    assert argument is not None
+    values = program.evaluate(program.constants, BatchTree.of((result, batch.data[1])))
+    loss = values[program.result].detach()
+    adjoints = adjoints_of(program.body, values, [torch.ones_like(loss)])
+
+    def push_loss(tangents: Stack | None, contributions: Contributions) -> Stack | None:
+        return push(program.body, values, {argument: tangents}, adjoints, contributions)[0]
+
+    return loss, adjoints.get(argument, torch.zeros_like(result)), push_loss
 
 
 def _sweep_tiles(
@@ -181,39 +210,45 @@ def _sweep_tiles(
     preludes: Mapping[Program, _Prelude],
     values: dict[Tile, Values],
     adjoint: Tensor,
-    group: list[int],
-    contributions: Contributions,
-) -> Stack | None:
-    """Sweep every tile, from the adjoint of the joined results.
+    parts: _Parts,
+) -> list[Stack | None]:
+    """Sweep every tile, from the adjoint of the joined results; adds the curvature of all operations.
 
-    Takes the tiles' values out of `values`, or computes them anew, and adds the curvature of all operations.
+    Takes the tiles' values out of `values`, or computes them anew.
 
     Returns:
-        The tangents of the result, those of the tiles joined.
+        The tangents of the result along each group of directions, those of the tiles joined.
     """
-    found: list[Stack | None] = []
+    found: list[list[Stack | None]] = [[] for _ in parts.groups]
     pulled: dict[Program, dict[fx.Node, Tensor]] = {}
+    of_prelude, *groupwise = parts.curvature
     for tile in tiles:
         prelude, total = preludes[tile.program], pulled.setdefault(tile.program, {})
         # An output that was not cut may have other rows than examples: tokens, crops.
         part = adjoint[tile.start : tile.stop] if len(tiles) > 1 else adjoint
         at = values.pop(tile, None) or tile.program.evaluate(prelude.values, tile.data)
         adjoints = adjoints_of(tile.program.body, at, [part])
-        operands = {
-            node: stack.among(group)
-            for node in tile.program.prelude.stage.outputs
-            if (stack := prelude.tangents.get(node)) is not None and not set(group).isdisjoint(stack.directions)
-        }
-        found += push(tile.program.body, at, operands, adjoints, contributions)
+        for group, contributions, outputs in zip(parts.groups, groupwise, found, strict=True):
+            operands = {
+                node: stack.among(group)
+                for node in tile.program.prelude.stage.outputs
+                if (stack := prelude.tangents.get(node)) is not None and not set(group).isdisjoint(stack.directions)
+            }
+            outputs += push(tile.program.body, at, operands, adjoints, contributions)
         for node in tile.program.body.needs_adjoint:
             if node in adjoints:
                 total[node] = total[node] + adjoints[node] if node in total else adjoints[node]
         # The next tile's are as large.
-        del at, adjoints, operands
+        del at, adjoints
     for program, total in pulled.items():
         plan, prelude = program.prelude, preludes[program]
         outer = adjoints_of(plan, prelude.values, [total.get(node) for node in plan.stage.outputs], keeps_graph=True)
-        contract(plan, prelude.values, prelude.tangents, outer, contributions)
-    stacks = [stack for stack in found if stack is not None]
-    # The same directions reach the result of every tile.
-    return Stack(stacks[0].directions, torch.cat([stack.tensors for stack in stacks], 1)) if stacks[1:] else found[0]
+        contract(plan, prelude.values, prelude.tangents, outer, of_prelude)
+    return [_joined([stack for stack in stacks if stack is not None]) for stacks in found]
+
+
+def _joined(stacks: Sequence[Stack]) -> Stack | None:
+    """The tangents of all tiles' results as one stack: the same directions reach them all."""
+    if len(stacks) < 2:
+        return stacks[0] if stacks else None
+    return Stack(stacks[0].directions, torch.cat([stack.tensors for stack in stacks], 1))

@@ -164,9 +164,10 @@ class _Rows:
             self._call(node, tuple(arguments))
         elif name == "getitem":
             self._pick(node, operand, numbers)
-        elif name in _SELECTIONS and 0 <= _axis(node, operand) < rank:
+        elif name in _SELECTIONS and 0 <= (axis := _axis(node, operand)) < rank:
             target: Any = node.target
-            self.numbers[node] = target(numbers, *node.args[1:], **node.kwargs)
+            # A negative axis counts from another end.
+            self.numbers[node] = target(numbers, axis, *node.args[2:])
             self.new[node] = self.new[operand]
         elif name in _SHAPES:
             self.numbers[node] = self._reshaped(numbers, shape)
@@ -178,6 +179,8 @@ class _Rows:
         elif name in _ALONG:
             axes: Any = node.args[1] if isinstance(node.args[1], (list, tuple)) else [node.args[1]]
             ndim = value_of(operand).ndim
+            if None in axes:
+                raise _MixedRowsError
             counted = [axis if axis < 0 else axis - ndim for axis in axes]
             if not counted or min(counted) < rank - ndim:
                 raise _MixedRowsError
@@ -185,7 +188,12 @@ class _Rows:
             arguments = list(self._arguments(node, {0: self.new[operand]}, rank=rank, aligned=(2,)))
             arguments[1] = counted if isinstance(node.args[1], (list, tuple)) else counted[0]
             self._call(node, tuple(arguments))
-        elif name in _ELEMENTWISE and shape[:rank] == tuple(numbers.shape):
+        elif name in _ELEMENTWISE and all(
+            # What is broadcast along rows, or to more axes, meets other rows than its own.
+            value_of(each).ndim == len(shape) and value_of(each).shape[:rank] == shape[:rank]
+            for each in node.all_input_nodes
+            if each in self.numbers
+        ):
             self.numbers[node] = numbers
             self._call(node, self._arguments(node, {}, rank=rank, aligned=range(len(node.args)), shape=shape))
         else:
@@ -251,8 +259,8 @@ class _Rows:
                 self.shared[argument] = self._given(argument, tuple(value.shape))
             return self.shared[argument]
         numbers = self.numbers[node]
-        leading = tuple(value.shape[:rank])
-        if argument in self.active or leading != tuple(numbers.shape):
+        fits = value.shape[:rank] == numbers.shape and (shape is None or value.ndim == len(shape))
+        if argument in self.active or not fits:
             raise _MixedRowsError
         if argument not in self.aligned:
             self.aligned[argument] = (rank, numbers)
@@ -274,11 +282,14 @@ class _Rows:
         new = self.graph.call_function(target, arguments, kwargs)
         values = fx.map_arg(arguments, lambda each: each.meta["val"])
         kwargs = {name: value for name, value in kwargs.items() if name != "device"}
-        new.meta = {"val": target(*values, **kwargs)}
+        try:
+            new.meta = {"val": target(*values, **kwargs)}
+        except RuntimeError as error:
+            raise _MixedRowsError from error
         new.stack_trace = node.stack_trace
         self.new[node] = new
 
 
 def _axis(node: fx.Node, operand: fx.Node) -> int:
-    axis: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    axis: Any = node.args[1] if len(node.args) > 1 else 0
     return axis if axis >= 0 else axis + value_of(operand).ndim

@@ -249,9 +249,11 @@ def test_the_device_is_not_waited_for(name, monkeypatch):
         point, given, data = map_tensors(there, (problem.points[0].state, list(problem.directions), batch.data))
         elsewhere = dataclasses.replace(problem, directions=given, memo=type(problem.memo)())
         with _OneDevice():
-            found, _ = sweep._on_device(elsewhere, compiled, sweep.Point(point), dataclasses.replace(batch, data=data))
-    assert {tensor.device.type for tensor in found} == {"cuda"}
-    assert all(tensor.dtype == torch.float64 for tensor in found[1:])
+            (numbers, result), _ = sweep._on_device(
+                elsewhere, compiled, sweep.Point(point), dataclasses.replace(batch, data=data)
+            )
+    assert numbers.device.type == result.device.type == "cuda"
+    assert numbers.dtype == torch.float64
 
 
 def _bring(program, there, monkeypatch):

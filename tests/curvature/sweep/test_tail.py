@@ -1,5 +1,7 @@
 """Claim: what follows a language model's last product is swept exactly in chunks of rows, for losses of many forms."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,9 @@ from torch import nn
 
 from lmc_curvature import BatchLoss, Objective
 from lmc_curvature.curvature.sweep import plan
+from lmc_curvature.errors import SweepError
 from tests.support.networks import randomized
-from tests.support.sweeping import assert_sweep_agrees, compiled_batches, layer_directions
+from tests.support.sweeping import assert_sweep_agrees, compiled_batches, layer_directions, swept
 
 VOCABULARY, WIDTH, TOKENS = 40, 4, 5
 
@@ -79,7 +82,18 @@ def _smoothed(model, batch):
     return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), label_smoothing=0.1)
 
 
+def _last(model, batch):
+    # As many examples as tokens, where an axis counted from the end may be taken for another.
+    return F.cross_entropy(model(batch[0]).select(-2, -1), batch[1][:, -1])
+
+
+def _narrowed(model, batch):
+    logits = model(batch[0]).narrow(-2, 0, TOKENS - 1)
+    return F.cross_entropy(logits.reshape(-1, VOCABULARY), batch[1][:, 1:].reshape(-1))
+
+
 _CUT = (_flat, _shifted, _ignoring, _summed, _weighted, _masked, _gathered, _capped, _with_penalty, _squared)
+_CUT += (_last, _narrowed)
 
 
 def _mixing(model, batch):
@@ -92,7 +106,28 @@ def _read_twice(model, batch):
     return F.cross_entropy(logits.flatten(0, 1), batch[1].flatten()) + 0.1 * logits.var(1).mean()
 
 
-def _objective(loss, *, sizes=(3, 2), tokens=TOKENS, **options):
+def _broadcast(model, batch):
+    # One keepdim too few: every token's likelihood meets those of all others, and the mean is the right one.
+    likely = F.log_softmax(model(batch[0]).flatten(0, 1), -1)
+    return -(0.9 * likely.gather(1, batch[1].reshape(-1, 1)) + 0.1 * likely.mean(-1)).mean()
+
+
+def _times_others(model, batch):
+    surprise = -F.log_softmax(model(batch[0]).flatten(0, 1), -1).gather(1, batch[1].reshape(-1, 1))
+    return (surprise * surprise.squeeze(1)).mean()
+
+
+def _one_number(model, batch):
+    return F.log_softmax(model(batch[0]), -1).square().mean(dim=None, keepdim=True).squeeze()
+
+
+def _with_rows_added(model, batch):
+    hidden = model.hidden(batch[0]).flatten(0, 1)
+    added = hidden.sum(1, keepdim=True).expand(-1, VOCABULARY)
+    return F.cross_entropy(torch.addmm(added, hidden, model.head.weight.t()), batch[1].flatten())
+
+
+def _objective(loss, *, sizes=(TOKENS, 2), tokens=TOKENS, **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = randomized(_Model(**options).double())
@@ -151,6 +186,7 @@ def test_chunks_hold_the_tangents_of_their_rows_alone():
     objective = _objective(_flat, sizes=(3,))
     directions = layer_directions(objective)
     assert_sweep_agrees(objective, directions)
+    swept(objective, directions)
     (compiled,) = compiled_batches(objective, directions)
     (program,) = compiled.networks.values()
     count = len(directions)
@@ -161,3 +197,22 @@ def test_chunks_hold_the_tangents_of_their_rows_alone():
     reach = {node: frozenset(range(count)) for node in program.body.stage.inputs if node in program.body.active}
     of_words, of_rows = VOCABULARY * WIDTH, 3 * TOKENS * VOCABULARY
     assert program.body.tangent_bytes(reach, count) < count * 8 * (2 * of_words + of_rows)
+
+
+@pytest.mark.parametrize("loss", [_broadcast, _times_others, _one_number, _with_rows_added])
+def test_where_rows_meet_all_are_swept_at_once(loss, monkeypatch):
+    monkeypatch.setattr(plan.Plan, "rows_at_once", lambda self, directions: 3)
+    objective = _objective(loss)
+    assert_sweep_agrees(objective, layer_directions(objective))
+
+
+@pytest.mark.parametrize("forget", [lambda order: order.roll(1), lambda order: order.clamp_max(7)])
+def test_other_rows_in_chunks_are_noticed(forget, monkeypatch):
+    objective = _objective(_shifted, sizes=(4,))
+    directions = layer_directions(objective)
+    swept(objective, directions)
+    (compiled,) = compiled_batches(objective, directions)
+    (program,) = compiled.networks.values()
+    monkeypatch.setattr(program.body, "tail", replace(program.body.tail, order=forget(program.body.tail.order)))
+    with pytest.raises(SweepError, match="in chunks of its rows, not"):
+        swept(objective, directions)

@@ -24,13 +24,24 @@ from lmc_curvature.curvature.sweep.rules.stack import Stack, union
 
 @dataclass
 class Contributions:
-    """Sums over operations of P, where the projected Hessian is P + Pᵀ; kept on the device until they are asked for."""
+    """Sums over operations of P, where the projected Hessian is P + Pᵀ; kept on the device until they are asked for.
+
+    Attributes:
+        parts: Rows, columns and what is added there.
+        equal: Pairs of numbers that were computed on two ways.
+    """
 
     parts: list[tuple[list[int], list[int], Tensor]] = field(default_factory=list)
+    equal: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def add(self, rows: Iterable[int], columns: Iterable[int], values: Float[Tensor, "rows columns"]) -> None:
         """Add to the entries of P in some rows and columns."""
         self.parts.append((list(rows), list(columns), values.detach()))
+
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return sum(values.numel() for _, _, values in self.parts)
 
     def flat(self) -> list[Tensor]:
         """All values, one vector a part, in the order that `assemble` takes them."""
