@@ -86,7 +86,7 @@ class Objective:
             has with the same entries (see `check_twin`).
 
     Attributes:
-        network: The network's structure; its values come from a state.
+        network, network_loss: The network's structure, and with its loss; their values come from a state.
         loss_fn: The loss, a copy if it is a module.
         device, dtype: Where, and in which floating-point type, it computes.
         numerics: The precision and the kernels it computes with: derivatives within `numerics.differentiating()`.
@@ -136,10 +136,10 @@ class Objective:
         self.network, pristine = skeleton_of(model), skeleton_of(model)
         self.numerics = Numerics.of(self.network, self.device, self.dtype, allow_tf32)
         self._normalization = Normalization(self.network, "running" if batch_norm == "interpolate" else "batch")
-        self._network_loss = NetworkLoss(self.network, self.loss_fn)
+        self.network_loss = NetworkLoss(self.network, self.loss_fn)
         self._entries, self._aliases = placed_entries(model, self.device, self.dtype), tied_names(model)
         self._soundness = Soundness(
-            self._network_loss,
+            self.network_loss,
             self._entries,
             self._movable,
             placeholders=[pair for pair in entries_of(self.network).items() if pair[0] in self._movable],
@@ -203,7 +203,7 @@ class Objective:
         place = functools.partial(place_data, device=self.device, dtype=self.dtype)
         visited = self.loader if loader is None else loader
         total = loader_length(visited, self.max_batches)
-        count = functools.partial(self._network_loss.count, state=self._entries, place=place)
+        count = functools.partial(self.network_loss.count, state=self._entries, place=place)
         with (
             outside_inference(),
             one_function(),
@@ -229,7 +229,7 @@ class Objective:
         """Loss, network output and target of one batch at `state`; the last two are None for a `BatchLoss`."""
         entries = {**self._entries, **state}
         self._soundness.check(entries, batch)
-        return self._network_loss.at(entries, batch.data, batch.index)
+        return self.network_loss.at(entries, batch.data, batch.index)
 
     def check_derivatives(
         self, state: State, batch: Batch, entries: Collection[str] = (), *, second: bool = True
@@ -285,7 +285,7 @@ class Objective:
                 "A BatchLoss calls the network itself, so the network's output is not known: pass "
                 "loss_fn(output, target) with batches (x, y)."
             )
-        return self._network_loss.of_output
+        return self.network_loss.of_output
 
     def loss(self, state: State | None = None) -> float:
         """Mean loss over the data set at `state` (default: the snapshot), in one pass over the loader.

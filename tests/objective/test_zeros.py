@@ -90,7 +90,7 @@ class _Normalized(nn.Module):
 def test_padded_tokens_raise_no_alarm():
     torch.manual_seed(0)
     objective = Objective(_Normalized().double(), [(X, Y)])
-    assert meets_zeros(objective._network_loss, objective._entries, (X, Y))
+    assert meets_zeros(objective.network_loss, objective._entries, (X, Y))
     assert HessianOperator(objective).to_dense().isfinite().all()
 
 
@@ -98,4 +98,4 @@ def test_powers_with_whole_exponents_are_smooth():
     network = _network()
     for penalty, met in ((lambda p: (p**2).sum(), False), (lambda p: (p * 0 + p.abs()).pow(1.5).sum(), True)):
         objective = Objective(network, [(X, Y)], loss_fn=_penalized(penalty))
-        assert meets_zeros(objective._network_loss, objective._entries, (X, Y)) == met
+        assert meets_zeros(objective.network_loss, objective._entries, (X, Y)) == met

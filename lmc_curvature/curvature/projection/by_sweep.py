@@ -1,6 +1,7 @@
 """The projection of one batch by the sweep, believed only after one of its answers was compared with a product."""
 
 from lmc_curvature.curvature.problem import BatchValues, Point, Problem, check_values
+from lmc_curvature.curvature.projection.halves import is_mean_of_halves, project_halves
 from lmc_curvature.curvature.projection.verification import refuse_mixing, verify
 from lmc_curvature.curvature.sweep import (
     CompiledBatch,
@@ -11,7 +12,7 @@ from lmc_curvature.curvature.sweep import (
     is_current,
     sweep_batch,
 )
-from lmc_curvature.errors import CaptureError, SweepError
+from lmc_curvature.errors import CaptureError, MemoryBudgetError, SweepError
 from lmc_curvature.objective.batches import Batch
 
 
@@ -47,6 +48,17 @@ def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValue
         verify(problem, compiled, point, batch, values, result, evaluation)
         problem.memo((compiled, point), lambda: None)
 
+    def needs_halves() -> bool:
+        """Whether all directions at once take too much memory, and the batch cannot be cut into tiles, but halved."""
+        try:
+            compiled = objective.memo(key, compile_now)
+            fits = compiled.loss is not None or compiled.tiling.directions >= len(problem.directions)
+        except MemoryBudgetError:
+            fits = not whole
+        return not fits and problem.tiling is None and is_mean_of_halves(problem, point, batch)
+
+    if objective.memo(("halves", *key), needs_halves):
+        return project_halves(problem, point, batch, project_by_sweep)
     compiled = objective.memo(key, compile_now)
     try:
         read, result = sweep_batch(problem, compiled, point, batch)

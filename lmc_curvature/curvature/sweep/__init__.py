@@ -10,7 +10,7 @@ from lmc_curvature.curvature.sweep.compiled import (
     is_current,
     part_size,
 )
-from lmc_curvature.curvature.sweep.mixing import mixes_examples
+from lmc_curvature.curvature.sweep.mixing import mixes_examples, state_near
 from lmc_curvature.curvature.sweep.sweep import sweep_batch
 from lmc_curvature.curvature.sweep.tree import BatchTree
 
@@ -25,5 +25,6 @@ __all__ = [
     "is_current",
     "mixes_examples",
     "part_size",
+    "state_near",
     "sweep_batch",
 ]

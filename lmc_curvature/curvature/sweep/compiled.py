@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lmc_curvature.agreement import all_near
 from lmc_curvature.curvature.problem import Point, Problem, Tiling
+from lmc_curvature.curvature.sweep.plan import is_large
 from lmc_curvature.curvature.sweep.program import Program
 from lmc_curvature.curvature.sweep.tiling import budget_bytes, choose_tiling
 from lmc_curvature.curvature.sweep.tree import BatchTree
@@ -110,7 +111,7 @@ def compile_batch(problem: Problem, batch: Batch, evaluation: Evaluation, *, who
     """
     objective = problem.objective
     _refuse_changing_frames(objective, BatchTree.of(batch.data).signature[1])
-    output = evaluation.output
+    output: Any = None if _ends_wide(problem, batch, evaluation.output) else evaluation.output
     loss = _loss_program(objective, output, batch) if isinstance(output, Tensor) else None
     tileable = loss is not None and not whole and output.ndim > 0 and output.shape[0] == batch.size
     inputs = BatchTree.of(batch.data[0] if loss is not None else batch.data)
@@ -181,6 +182,14 @@ def _network_program(problem: Problem, data: BatchTree, size: int, *, whole_loss
 
     with objective.numerics.differentiating():
         return Program.of(loss if whole_loss else output, problem.points[0].state, data, moved=problem.moved)
+
+
+def _ends_wide(problem: Problem, batch: Batch, output: Any) -> bool:
+    """Whether the tangents of a whole output are too many, and what follows it can be swept in chunks of its rows."""
+    if not isinstance(output, Tensor) or not is_large(output.nbytes * len(problem.directions)):
+        return False
+    whole = _network_program(problem, BatchTree.of(batch.data), batch.size, whole_loss=True)
+    return whole.body.tail is not None
 
 
 def _loss_program(objective: Objective, output: Tensor, batch: Batch) -> Program:

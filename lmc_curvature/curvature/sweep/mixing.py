@@ -32,7 +32,7 @@ def mixes_examples(
         batch: The batch, of more examples than that.
         among_few: Among a few of the other examples instead of all.
     """
-    state, size = _near(problem, point), min(compiled.part, compiled.tiling.examples)
+    state, size = state_near(problem, point), min(compiled.part, compiled.tiling.examples)
     alone = _output(problem, compiled, state, batch, size)
     company = _company(size, min(batch.size, _FEW * size) if among_few else batch.size)
     inputs = compiled.data_of(batch).chosen(company, batch.size).structure
@@ -52,7 +52,8 @@ def _company(size: int, total: int) -> torch.Tensor:
     return backwards.roll(-1) if total - copies > size else backwards
 
 
-def _near(problem: Problem, point: Point) -> State:
+def state_near(problem: Problem, point: Point) -> State:
+    """A state a hundredth of all directions away, where nothing vanishes by chance."""
     near = dict(point.state)
     for direction in problem.directions:
         for name, tensor in direction.items():

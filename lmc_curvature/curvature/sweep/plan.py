@@ -126,6 +126,11 @@ class Plan:
         return sum(bytes_of(node) for node in self.nonlinear)
 
 
+def is_large(size: int) -> bool:
+    """Whether tangents of a size in bytes are more than a chunk."""
+    return size > _CHUNK_BYTES
+
+
 @contextlib.contextmanager
 def naming(node: fx.Node) -> Iterator[None]:
     """Within the block, an operation that fails is named, with its line.

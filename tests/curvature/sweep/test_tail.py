@@ -216,3 +216,20 @@ def test_other_rows_in_chunks_are_noticed(forget, monkeypatch):
     monkeypatch.setattr(program.body, "tail", replace(program.body.tail, order=forget(program.body.tail.order)))
     with pytest.raises(SweepError, match="in chunks of its rows, not"):
         swept(objective, directions)
+
+
+def test_a_network_whose_output_is_wide_is_swept_in_rows_too(monkeypatch):
+    monkeypatch.setattr(plan, "_CHUNK_BYTES", 2000)
+
+    def loss_fn(logits, target):
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+    model = randomized(_Model().double())
+    batches = [tuple(torch.randint(VOCABULARY, (2, size, TOKENS))) for size in (3, 2)]
+    wide, narrow = (Objective(model, batches, loss_fn=loss_fn) for _ in range(2))
+    directions = layer_directions(wide)
+    assert_sweep_agrees(wide, directions)
+    assert all(tail is not None for tail in _tails(wide, directions))
+    monkeypatch.setattr(plan, "_CHUNK_BYTES", 2**28)
+    assert_sweep_agrees(narrow, directions)
+    assert all(batch.loss is not None for batch in compiled_batches(narrow, directions))

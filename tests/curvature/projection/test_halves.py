@@ -1,0 +1,138 @@
+"""Claim: a batch that does not fit memory is swept in halves where its loss is the mean of theirs, and then exactly."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmc_curvature import BatchLoss, Objective
+from lmc_curvature.curvature.projection import by_sweep
+from lmc_curvature.curvature.sweep.tiling import needs_of
+from lmc_curvature.errors import SweepError
+from tests.support.sweeping import assert_sweep_agrees, compiled_batches, swept
+
+CLASSES, WIDTH = 5, 6
+
+
+class _Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, WIDTH), nn.Linear(WIDTH, CLASSES)
+        self.mixing = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def _mean(model, batch):
+    return F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def _ignoring(model, batch):
+    return F.cross_entropy(model(batch["x"]), batch["y"].masked_fill(batch["y"] == 0, -100))
+
+
+def _by_tokens(model, batch):
+    mask = (batch["y"] > 0).double()
+    return (F.cross_entropy(model(batch["x"]), batch["y"], reduction="none") * mask).sum() / mask.sum()
+
+
+def _contrastive(model, batch):
+    out = F.normalize(model(batch["x"]), dim=1)
+    return F.cross_entropy(out @ out.t(), torch.arange(len(out)))
+
+
+def _mixing_elsewhere(model, batch):
+    # Examples meet with a weight that is zero at the state.
+    out = model(batch["x"])
+    return F.cross_entropy(out, batch["y"]) + model.mixing * (out.mean(0) ** 2).sum()
+
+
+def _objective(loss, size=None, *, examples=9, labels=None):
+    torch.manual_seed(0)
+    model = _Model().double()
+    y = torch.randint(CLASSES, (examples,)) if labels is None else labels
+    batch = {"x": torch.randn(len(y), 3).double(), "y": y}
+    return Objective(model, [batch], loss_fn=BatchLoss(loss, size))
+
+
+def _directions(objective):
+    # So many that their tangents are most of what takes memory.
+    generator = torch.Generator().manual_seed(2)
+    return {
+        f"direction {i}": {
+            name: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+            for name, tensor in objective.state().items()
+        }
+        for i in range(16)
+    }
+
+
+def _tight(objective, directions):
+    """GiB that all directions do not fit at once for all examples, but for half of them."""
+    (compiled,) = compiled_batches(objective, directions)
+    (program,) = compiled.networks.values()
+    every = list(directions.values())
+    needs = needs_of(program, None, every, probe=compiled.size, together=len(every))
+    return 0.7 * needs.total(compiled.tiling, compiled.size) / 2**30
+
+
+def _count_halves(monkeypatch):
+    found = []
+    project = by_sweep.project_halves
+    monkeypatch.setattr(by_sweep, "project_halves", lambda *given: found.append(given[2].size) or project(*given))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("loss", "size"),
+    [
+        (_mean, None),
+        (_ignoring, lambda batch: int((batch["y"] > 0).sum())),
+        (_by_tokens, lambda batch: (batch["y"] > 0).double().sum()),
+    ],
+)
+def test_a_mean_is_swept_in_halves(loss, size, monkeypatch):
+    objective = _objective(loss, size)
+    directions = _directions(objective)
+    swept(objective, directions)
+    cut = _count_halves(monkeypatch)
+    assert_sweep_agrees(objective, directions, memory_gib=_tight(objective, directions))
+    assert cut
+
+
+def test_a_half_without_a_label_that_counts_is_left_out(monkeypatch):
+    labels = torch.tensor([0, 0, 0, 0, 1, 2, 3, 4])
+    objective = _objective(_ignoring, lambda batch: int((batch["y"] > 0).sum()), labels=labels)
+    directions = _directions(objective)
+    swept(objective, directions)
+    cut = _count_halves(monkeypatch)
+    assert_sweep_agrees(objective, directions, memory_gib=_tight(objective, directions))
+    assert cut
+
+
+@pytest.mark.parametrize("loss", [_contrastive, _mixing_elsewhere])
+def test_what_is_no_mean_is_not_cut(loss, monkeypatch):
+    objective = _objective(loss)
+    directions = _directions(objective)
+    swept(objective, directions)
+    cut = _count_halves(monkeypatch)
+    assert_sweep_agrees(objective, directions, memory_gib=_tight(objective, directions))
+    assert not cut
+
+
+def test_a_later_batch_that_is_no_mean_is_refused():
+    def loss(model, batch):
+        out = model(batch["x"])
+        apart = F.cross_entropy(out, batch["y"])
+        return apart + torch.where(batch["x"].sum() > 20, out.var(0).sum(), 0.0)
+
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3).double(), torch.randint(CLASSES, (8,))
+    objective = Objective(_Model().double(), [{"x": x, "y": y}], loss_fn=BatchLoss(loss))
+    directions = _directions(objective)
+    swept(objective, directions)
+    memory_gib = _tight(objective, directions)
+    both = Objective(_Model().double(), [{"x": x, "y": y}, {"x": x + 2, "y": y}], loss_fn=BatchLoss(loss))
+    with pytest.raises(SweepError, match="batch 1 is not the mean"):
+        swept(both, directions, memory_gib=memory_gib)
