@@ -16,7 +16,7 @@ from lmc_curvature.errors import CaptureError
 aten = torch.ops.aten
 
 # Tangents of a chunk of rows: matrix products like many rows, and caches few.
-_CHUNK_BYTES = 256 * 2**20
+_CHUNK_BYTES = 512 * 2**20
 
 
 class Plan:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lmc_curvature.curvature.sweep.capture import value_of
 from lmc_curvature.curvature.sweep.plan import Plan, naming
 from lmc_curvature.curvature.sweep.rules import Contributions, OpCall, Stack, total, union
 from lmc_curvature.curvature.sweep.tail import Tail
@@ -117,8 +118,11 @@ def _push_rows(
                 summed = Stack(part.directions, part.tensors.flatten(1).sum(1) * share)
                 before = totals[place]
                 totals[place] = summed if before is None else total([before, summed], ())
+    # Losses may compute in a coarser type than the network.
+    types = {value_of(node).dtype for node in tail.stage.operations if isinstance(value_of(node), Tensor)}
+    rounding = max(torch.finfo(each).eps for each in types if each.is_floating_point)
     contributions.equal += [
-        (found * share, values[node]) for found, share, node in zip(sums, shares, tail.exits, strict=True)
+        (found * share, values[node], rounding) for found, share, node in zip(sums, shares, tail.exits, strict=True)
     ]
     return dict(zip(tail.exits, totals, strict=True))
 

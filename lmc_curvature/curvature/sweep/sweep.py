@@ -92,8 +92,8 @@ class _Parts:
     curvature: list[Contributions]
 
     @property
-    def equal(self) -> list[tuple[Tensor, Tensor]]:
-        """Pairs of numbers, after all others, that were computed on two ways."""
+    def equal(self) -> list[tuple[Tensor, Tensor, float]]:
+        """Pairs of numbers, after all others, that were computed on two ways, and their rounding."""
         return [pair for contributions in self.curvature for pair in contributions.equal]
 
 
@@ -112,7 +112,7 @@ def _on_device(problem: Problem, compiled: CompiledBatch, point: Point, batch: B
         of_loss = push_loss(tangents, contributions)
         slopes.append(torch.zeros_like(loss).expand(len(group)) if of_loss is None else of_loss.spread(group))
     flat = [tensor for contributions in parts.curvature for tensor in contributions.flat()]
-    equal = [number.detach().reshape(1) for pair in parts.equal for number in pair]
+    equal = [number.detach().reshape(1) for pair in parts.equal for number in pair[:2]]
     return [torch.cat([loss.reshape(1), *slopes, *flat, *equal]).double(), result], parts
 
 
@@ -137,8 +137,9 @@ def _read(problem: Problem, numbers: Tensor, parts: _Parts) -> BatchValues:
     of_prelude, *groupwise = (each.assemble(take(each.count), count) for each in parts.curvature)
     for group, of_group in zip(parts.groups, groupwise, strict=True):
         curvature[np.ix_(group, group)] = of_group[np.ix_(group, group)]
-    for found, whole in remaining.reshape(-1, 2):
-        if not near("captured values", found, whole, rounding=problem.objective.rounding, scale=max(1.0, abs(whole))):
+    for (found, whole), (_, _, rounding) in zip(remaining.reshape(-1, 2), parts.equal, strict=True):
+        rounding = max(rounding, problem.objective.rounding)
+        if not near("captured values", found, whole, rounding=rounding, scale=max(1.0, abs(whole))):
             raise SweepError(f"What follows the widest product is {found:.6g} in chunks of its rows, not {whole:.6g}.")
     return loss, slopes, curvature + of_prelude
 

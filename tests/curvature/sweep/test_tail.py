@@ -93,6 +93,12 @@ def _narrowed(model, batch):
 
 
 _CUT = (_flat, _shifted, _ignoring, _summed, _weighted, _masked, _gathered, _capped, _with_penalty, _squared)
+
+
+def _in_single_precision(model, batch):
+    return F.cross_entropy(model(batch[0]).flatten(0, 1).float(), batch[1].flatten())
+
+
 _CUT += (_last, _narrowed)
 
 
@@ -197,6 +203,14 @@ def test_chunks_hold_the_tangents_of_their_rows_alone():
     reach = {node: frozenset(range(count)) for node in program.body.stage.inputs if node in program.body.active}
     of_words, of_rows = VOCABULARY * WIDTH, 3 * TOKENS * VOCABULARY
     assert program.body.tangent_bytes(reach, count) < count * 8 * (2 * of_words + of_rows)
+
+
+def test_a_loss_in_a_coarser_type_than_the_network(monkeypatch):
+    monkeypatch.setattr(plan.Plan, "rows_at_once", lambda self, directions: 4)
+    objective = _objective(_in_single_precision, sizes=(4,))
+    directions = layer_directions(objective)
+    assert_sweep_agrees(objective, directions, relative=1e-4)
+    assert all(tail is not None for tail in _tails(objective, directions))
 
 
 @pytest.mark.parametrize("loss", [_broadcast, _times_others, _one_number, _with_rows_added])

@@ -4,6 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+# Numbers of a stack that are multiplied at a time on a CPU.
+_PART = 2**18
+
 
 def gram(left: Tensor, right: Tensor) -> Float[Tensor, "rows columns"]:
     """Inner products of every tangent of one stack with every one of another."""
@@ -14,8 +17,14 @@ def gram(left: Tensor, right: Tensor) -> Float[Tensor, "rows columns"]:
 def weighted_gram(weight: Tensor, tangents: Tensor) -> Float[Tensor, "k k"]:
     """Σ weight · u_i · u_j for every pair of tangents of a stack."""
     last = _has_channels_last(tangents)
-    rows = _as_rows(tangents, last)
-    return torch.mm(rows * _as_rows(weight.expand(tangents.shape[1:]).unsqueeze(0), last), rows.t())
+    rows, weights = _as_rows(tangents, last), _as_rows(weight.expand(tangents.shape[1:]).unsqueeze(0), last)
+    # On a CPU, part by part, so that the products stay in its cache.
+    width = max(1, _PART // len(rows)) if rows.device.type == "cpu" else rows.shape[1]
+    parts = zip(rows.split(width, 1), weights.split(width, 1), strict=True)
+    total = rows.new_zeros(len(rows), len(rows))
+    for part, weight_of_part in parts:
+        total.addmm_(part * weight_of_part, part.t())
+    return total
 
 
 def _has_channels_last(tangents: Tensor) -> bool:
