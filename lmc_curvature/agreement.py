@@ -137,8 +137,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             tolerance=Tolerance(0.4, most=1e-3),
         ),
         "captured values": Check(
-            catches="A captured graph, tiles or halves of a batch, or chunks of rows, whose values are not those of the "
-            "whole.",
+            catches="A captured graph, tiles or halves of a batch, or chunks of rows, whose values are not those of "
+            "the whole.",
             runs="First batch of every shape; halves and chunks in every batch.",
             cost=1.0,
             tolerance=Tolerance(0.5),
