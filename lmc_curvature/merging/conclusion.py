@@ -38,7 +38,7 @@ def conclusion(
         f"is {budget_in_words(prediction, selection.budget, 3)}.",
     ]
     if verification is None:
-        return [*found, f"Nothing was measured: {measure}."]
+        return [*found, f"It was not measured: {measure}."]
     chosen, held_out = verification.chosen, verification.held_out
 
     def measured(trial: "SetTrial") -> str:
