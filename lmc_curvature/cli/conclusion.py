@@ -19,7 +19,7 @@ def conclusion(selection: "Selection", verification: "Verification | None") -> l
     """Sentences as `merging.conclusion` has them, with the options that measure more."""
     from lmc_curvature.merging.conclusion import conclusion
 
-    options = {"measure": "--measurements 10 does", "hold_out": "--held-out measures that"}
+    options = {"unmeasured": "Nothing was measured: --measurements 10 does.", "hold_out": "--held-out measures that"}
     return conclusion(selection, verification, **options)
 
 

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lmc_curvature.averages import with_error
 from lmc_curvature.errors import counted
 from lmc_curvature.merging.budgets import budget_in_words
@@ -19,7 +17,7 @@ def conclusion(
     selection: "Selection",
     verification: "Verification | None",
     *,
-    measure: str = "its `verify` does",
+    unmeasured: str = "It was not measured: its `verify` does.",
     hold_out: str = "`verify(…, held_out=…)` measures that",
 ) -> list[str]:
     """Sentences: the set, its predicted and measured rises of the loss, and whether these are within the budget.
@@ -27,7 +25,7 @@ def conclusion(
     Args:
         selection: The set in the end.
         verification: Its measurements; None if nothing was measured.
-        measure: What measures a selection, where nothing was measured.
+        unmeasured: The sentence where nothing was measured.
         hold_out: What measures it on other data, where there were none.
     """
     prediction = selection.choice.prediction
@@ -38,7 +36,7 @@ def conclusion(
         f"is {budget_in_words(prediction, selection.budget, 3)}.",
     ]
     if verification is None:
-        return [*found, f"It was not measured: {measure}."]
+        return [*found, unmeasured]
     chosen, held_out = verification.chosen, verification.held_out
 
     def measured(trial: "SetTrial") -> str:
@@ -67,6 +65,7 @@ def selected(selection: "Selection") -> str:
     if len(selection.members) == len(choice.weights):
         return "All layers are averaged"
     inside, parameters = choice.members(selection.members), choice.prediction.parameters
-    share = np.nan if parameters is None else parameters[inside].sum() / parameters.sum()
     counts = f"{len(selection.members)} of {counted(len(choice.weights), 'layer')}"
-    return f"Average {counts} ({share:.1%} of the parameters): {', '.join(selection.members)}; the others are {whose}"
+    # Files of earlier versions do not tell the parameters.
+    share = "" if parameters is None else f" ({parameters[inside].sum() / parameters.sum():.1%} of the parameters)"
+    return f"Average {counts}{share}: {', '.join(selection.members)}; the others are {whose}"

@@ -12,10 +12,12 @@ from lmc_curvature.errors import counted
 from lmc_curvature.merging import Selection, Verification
 from lmc_curvature.merging.budgets import budget_in_words
 from lmc_curvature.merging.conclusion import conclusion
-from lmc_curvature.report.contents import Pair, compare
+from lmc_curvature.report.contents import Pair, compare, shown_curves
 
 # So many layers are named where the worst are.
 _NAMED = 3
+# And so many where all are.
+_LISTED = 8
 _UNKNOWN = "The averaged network was not evaluated, so there is no answer: predict with three anchors, or measure."
 
 
@@ -104,28 +106,27 @@ def _error_fact(midpoint: Midpoint) -> Fact:
 
 
 def _barrier_facts(pair: Pair) -> list[Fact]:
-    prediction = pair.prediction
-    measured = [
-        f"{name} {with_error(each.barrier(), each.standard_error(), 3)}"
-        for name, each in pair.loss_measurements.items()
-        if len(each.alphas) > 1
-    ]
+    """The barrier, as it was measured or else predicted, with all others beside it."""
+    prediction, found = pair.prediction, []
+    for name, each in pair.loss_measurements.items():
+        if name in shown_curves(pair):
+            where = f"{name}, at α = {each.alphas[each.curve().argmax()]:.2g}"
+            found.append((with_error(each.barrier(), each.standard_error(), 3), where))
     if prediction is not None:
-        value = with_error(prediction.barrier(), prediction.standard_error(), 3)
-        detail = "predicted, at its highest (± sampling)"
-        if prediction.expansion == "anchored":
-            detail += f"; expansion error about {prediction.expansion_error():.2g}"
-        return [Fact(name="Barrier", value=value, detail="; ".join([detail, *measured]))]
-    if measured:
-        (first, *others), each = measured, next(iter(pair.loss_measurements.values()))
-        value = with_error(each.barrier(), each.standard_error(), 3)
-        detail = f"measured, at α = {each.alphas[each.curve().argmax()]:.3g} (± sampling)"
-        return [Fact(name="Barrier", value=value, detail="; ".join([detail, *others]))]
-    return []
+        about = f"expansion error about {prediction.expansion_error():.2g}"
+        where = "predicted" + (f", {about}" if prediction.expansion == "anchored" else " to second order")
+        found.append((with_error(prediction.barrier(), prediction.standard_error(), 3), where))
+    if not found:
+        return []
+    (value, where), *others = found
+    detail = "; ".join([f"{where} (± sampling)", *(f"{other}: {number}" for number, other in others)])
+    return [Fact(name="Barrier", value=value, detail=detail)]
 
 
 def _selection(selection: Selection, verification: Verification | None) -> list[str]:
-    found = conclusion(selection, verification, measure="`verify` of the selection, or `lmc-curvature select`, does")
+    found = conclusion(
+        selection, verification, unmeasured="It was not measured: `lmc-curvature select`, or its `verify`, does."
+    )
     if verification is None and _is_uncertain(selection):
         found.insert(-1, "By its expansion error it may as well be above the budget: measure before you merge.")
     return found
@@ -157,7 +158,8 @@ def _obstacles(prediction: BarrierPrediction, selection: Selection) -> list[str]
     left = [name for name in names if name not in selection.members]
     if not left:
         return ["None: all layers can be averaged within the budget."]
-    found = [f"Left out of the largest set within the budget: {', '.join(left)}."]
+    counts = f"{len(left)} of {counted(count, 'layer')}"
+    found = [f"Left out of the largest set within the budget: {counts if len(left) > _LISTED else ', '.join(left)}."]
     eye = np.eye(count, dtype=bool)
     whole, without, alone = (prediction.set_barriers(sets) for sets in (~eye[:1] | True, ~eye, eye))
     lower = [index for index in np.argsort(without, kind="stable")[:_NAMED] if without[index] < whole[0]]
@@ -165,9 +167,7 @@ def _obstacles(prediction: BarrierPrediction, selection: Selection) -> list[str]
         shown = ", ".join(f"{names[index]} (to {without[index]:.3g})" for index in lower)
         found.append(f"Leaving one layer out lowers the barrier at α = ½, {whole[0]:.3g}, most for {shown}.")
     elif count > 1:
-        found.append(
-            f"No single layer is to blame: without any one of them the barrier is no lower than {whole[0]:.3g}."
-        )
+        found.append(f"No single layer is to blame: without any one the barrier is no lower than {whole[0]:.3g}.")
     worst = np.argsort(alone, kind="stable")[::-1][:_NAMED]
     shown = ", ".join(f"{names[index]} ({alone[index]:.3g})" for index in worst)
     return [*found, f"Moved alone, the highest barriers have {shown}."]

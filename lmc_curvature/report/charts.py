@@ -9,7 +9,7 @@ import numpy as np
 from lmc_curvature.barrier import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.curvature.spectra import SpectralDensity
 from lmc_curvature.plotting.style import BLUE, GREEN, GREY, PURPLE, VERMILION
-from lmc_curvature.report.contents import Pair, compare
+from lmc_curvature.report.contents import Pair, compare, shown_curves
 
 Chart = dict[str, Any]
 """`data` and `layout` of plotly, and `label`, what it shows in words."""
@@ -47,8 +47,7 @@ def pair_charts(pair: Pair) -> dict[str, Chart]:
 
 
 def _curves(pair: Pair) -> Chart | None:
-    prediction, measurements = pair.prediction, pair.loss_measurements
-    measurements = {name: each for name, each in measurements.items() if len(each.alphas) > 1}
+    prediction, measurements = pair.prediction, shown_curves(pair)
     if prediction is None and not measurements:
         return None
     data = [] if prediction is None else _predicted_curves(prediction)
@@ -88,15 +87,15 @@ def _measured_curve(name: str, measurement: BarrierMeasurement, metric: str, num
 
 
 def _errors(pair: Pair) -> Chart | None:
-    found = {name: each for name, each in pair.measurements.items() if "error" in each.metrics and len(each.alphas) > 1}
+    found = shown_curves(pair, "error")
     if not found:
         return None
     data = []
     for number, (name, measurement) in enumerate(found.items()):
-        trace = _points(measurement.alphas, 100 * measurement.values("error"), name, HUES[number % len(HUES)])
-        trace["marker"]["symbol"] = SYMBOLS[number % len(SYMBOLS)]
-        trace |= {"mode": "lines+markers", "error_y": _bar(100 * measurement.curve_errors("error")[0], HUES[number])}
-        data.append(trace)
+        hue, symbol = HUES[number % len(HUES)], SYMBOLS[number % len(SYMBOLS)]
+        bars = _bar(100 * measurement.curve_errors("error")[0], hue)
+        points = _points(measurement.alphas, 100 * measurement.values("error"), name, hue, symbol)
+        data.append(points | {"mode": "lines+markers", "error_y": bars})
     said = (f"{name}: at most {100 * each.values('error').max():.3g} %" for name, each in found.items())
     layout = _axes("α, from A (0) to B (1)", "error (% of the examples)")
     return {"data": data, "layout": layout, "label": f"Error along the segment; {'; '.join(said)}"}
@@ -117,17 +116,10 @@ def _layers(pair: Pair, prediction: BarrierPrediction) -> Chart:
         data[0]["error_x"] = _bar(error, GREY)
     single = measured_alone(pair, prediction)
     if single:
-        values, errors = (
-            np.array([single.get(name, (np.nan, np.nan))[k] for name in prediction.layers]) for k in (0, 1)
-        )
-        points = {
-            "type": "scatter",
-            "mode": "markers",
-            "y": names,
-            "x": compact(values),
-            "name": "measured, moved alone",
-        }
-        data.insert(1, points | {"marker": _marker(GREEN, "circle"), "error_x": _bar(errors, GREEN)})
+        unknown = (np.nan, np.nan)
+        values, errors = np.array([single.get(name, unknown) for name in prediction.layers]).T
+        points = _points(values, errors, "measured, moved alone", GREEN) | {"error_x": _bar(errors, GREEN)}
+        data.insert(1, points | {"y": names})
     layout = _axes("barrier of the loss at α = ½", "")
     layout["yaxis"] |= {"autorange": "reversed", "type": "category", "automargin": True, "dtick": 1}
     layout |= {"height": 150 + 24 * len(names), "bargap": 0.35, "hovermode": "closest"}

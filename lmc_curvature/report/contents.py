@@ -14,10 +14,15 @@ from lmc_curvature.merging import Selection, Verification, select_layers
 from lmc_curvature.merging.rises import mean_loss
 from lmc_curvature.tracing import Traces
 
+TITLE = "Can these networks be averaged?"
+
 Result = BarrierPrediction | BarrierMeasurement | Selection | Verification | Traces | SpectralDensity
 """What a report can be made of."""
 Results = Result | Sequence[Result]
 """One result, or several of the same two networks."""
+
+# Measurements at so many positions are of sets of layers, and draw no curve.
+_COARSE = 3
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,6 +61,13 @@ class Pair:
 def is_of_layers(prediction: BarrierPrediction, measurement: BarrierMeasurement) -> bool:
     """Whether the measured sets are of the prediction's layers."""
     return set(prediction.layers).issuperset(name for members in measurement.sets for name in members)
+
+
+def shown_curves(pair: Pair, metric: str = "loss") -> dict[str, BarrierMeasurement]:
+    """The measurements of the whole network between its ends: of a few positions only if there are no finer ones."""
+    found = {name: each for name, each in pair.measurements.items() if metric in each.metrics and len(each.alphas) > 1}
+    fine = {name: each for name, each in found.items() if len(each.alphas) > _COARSE}
+    return fine or found
 
 
 class Comparison(NamedTuple):
@@ -141,7 +153,7 @@ def gather(
         for number, density in enumerate(found, 1)
     }
     return Contents(
-        title=title or "Can these networks be averaged?",
+        title=title or TITLE,
         pairs=tuple(pairs),
         traces=_only(_of(flat, Traces), "traces"),
         densities=densities,

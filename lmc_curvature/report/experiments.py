@@ -91,7 +91,9 @@ def _growth(traces: Traces) -> Chart:
         line = _series(number, rows, "barrier", f"fork {fork}, predicted ({expansion})", dash="dot")
         line["marker"]["symbol"] += "-open"
         data.append(line | ({"error_y": _errors(rows, "expansion_error")} if expansion == "anchored" else {}))
-    layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": {"title": {"text": "barrier of the training loss"}}}
+    # Barriers of later forks are lower by orders of magnitude; those of zero have no place.
+    axis = {"type": "log", "dtick": 1, "title": {"text": "barrier of the training loss, log scale"}}
+    layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": axis}
     last = having(measured, "epoch", measured["epoch"].max())
     said = (f"fork {fork:.0f}: {value:.3g}" for fork, value in zip(last["fork"], last["barrier"], strict=True))
     return {"data": data, "layout": layout, "label": f"Barriers over epochs; measured at the end: {', '.join(said)}"}

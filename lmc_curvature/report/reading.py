@@ -1,7 +1,9 @@
 """The contents of a report from files: of results, of the demo, and of a forking experiment."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 from lmc_curvature.barrier import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.errors import CheckpointError, FileFormatError, OptionError
 from lmc_curvature.forking import open_directory
-from lmc_curvature.report.contents import Contents, Pair, gather, pair_of
+from lmc_curvature.merging import Selection, Verification
+from lmc_curvature.merging.trials import SetTrial
+from lmc_curvature.report.contents import TITLE, Contents, Pair, pair_of
 from lmc_curvature.storage import read_safetensors
 from lmc_curvature.tracing import read_traces
 from lmc_curvature.tracing.pair import Pair as TracedPair
@@ -30,7 +34,7 @@ def read_contents(
     budget: float | None = None,
     relative_budget: float | None = None,
     merge: Sequence[str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
+    records: Mapping[str, Mapping[str, Any]] | None = None,
     raw: bool = False,
 ) -> Contents:
     """What a report on files shows.
@@ -40,7 +44,8 @@ def read_contents(
         budget: The largest rise of the loss where layers are averaged; by default what counts as none.
         relative_budget: The same, as a part of the mean loss of the two networks.
         merge: The words of the command that merges the two networks, where it is known.
-        provenance: What the results were computed from.
+        records: What commands printed as JSON about the same networks, by the names of the files: their provenance, and
+            of `select` what was measured.
         raw: Whether the values of every batch become part of the page.
 
     Raises:
@@ -49,18 +54,41 @@ def read_contents(
         CheckpointError: A directory holds nothing that was traced.
         FileFormatError: A file is damaged, or holds no result.
     """
-    directories = [path for path in paths if path.is_dir()]
-    if not paths or (directories and len(paths) > 1):
+    directories, records = [path for path in paths if path.is_dir()], records or {}
+    if not paths or (directories and (len(paths) > 1 or records)):
         raise OptionError("Pass one directory of an experiment, or files of results of the same two networks.")
     options = {"budget": budget, "relative_budget": relative_budget}
     if directories:
         make = partial(pair_of, **options)
         return (_demo if (paths[0] / "barriers").is_dir() else _experiment)(paths[0], make, raw)
-    results = [read_result(path) for path in paths]
-    found = gather(results, **options, provenance={"files": [str(path) for path in paths], **(provenance or {})})
-    (pair,) = found.pairs
-    pairs = (Pair(**{**vars(pair), "merge": None if merge is None else tuple(merge)}),)
-    return Contents(**{**vars(found), "pairs": pairs, "raw": raw})
+    pair = pair_of("", [read_result(path) for path in paths], merge=merge, **options)
+    for record in records.values():
+        pair = _verified(pair, record)
+    provenance = {name: record.get("provenance") for name, record in records.items()}
+    return Contents(title=TITLE, pairs=(pair,), provenance={"files": list(map(str, paths)), **provenance}, raw=raw)
+
+
+def _verified(pair: Pair, record: Mapping[str, Any]) -> Pair:
+    """The pair with the selection that `select` found, and what it measured; as it is by records of others."""
+    if pair.selection is None or not record.get("measurements") or not record.get("measured"):
+        return pair
+    trials = [_trial(each) for each in record["measurements"]]
+    held_out, chosen = record.get("held_out"), _trial(record["measured"])
+    choice = replace(pair.selection.choice, budget=float(record["budget"]), bases=(chosen.base,))
+    selection = Selection.of(choice, choice.members(chosen.members), chosen.base)
+    caution = float(record.get("provenance", {}).get("options", {}).get("caution", 2.0))
+    verification = Verification(selection, tuple(trials), chosen, caution, held_out and _trial(held_out))
+    return replace(pair, selection=selection, verification=verification)
+
+
+def _trial(record: Mapping[str, Any]) -> SetTrial:
+    numbers = {name: _number(record[name]) for name in ("predicted", "expected", "rise", "standard_error", "weight")}
+    return SetTrial(members=tuple(record["layers"]), base=record["base"], **numbers)
+
+
+def _number(value: float | None) -> float:
+    """A number as it was before JSON, which has none that are not finite."""
+    return math.nan if value is None else float(value)
 
 
 def read_result(path: Path) -> BarrierPrediction | BarrierMeasurement:

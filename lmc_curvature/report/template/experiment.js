@@ -70,7 +70,7 @@ const experiment = (() => {
     const scene = {
       xaxis: { ...axis, title: { text: "α" } }, yaxis: { ...axis, title: { text: what }, ...ticks },
       zaxis: { ...axis, title: { text: quantity().value ? title.split(",")[0] : "barrier" }, type: log ? "log" : "linear" },
-      camera: { eye: { x: 1.5, y: -1.6, z: 0.75 } }, aspectratio: { x: 1, y: 1.2, z: 0.75 },
+      camera: { eye: { x: 1.15, y: -1.3, z: 0.55 }, center: { x: 0, y: 0, z: -0.12 } }, aspectratio: { x: 1, y: 1.2, z: 0.75 },
     };
     draw("ridges", { data, layout: { height: 560, title: { text: title + left }, margin: { l: 0, r: 0, t: 40, b: 0 }, scene } }, label);
   }

@@ -12,7 +12,7 @@
     return {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font, height: 400, margin: { l: 60, r: 15, t: 30, b: 50 },
       hovermode: "x unified", modebar: { bgcolor: "rgba(0,0,0,0)", color: "#808890", activecolor: "#0072B2" }, hoverlabel: { bgcolor: "#1b1f24", bordercolor: "#1b1f24", font: { color: "#ffffff" } },
-      legend: { orientation: "h", x: 0, y: -0.22, yanchor: "top" }, xaxis: axis(), yaxis: axis(), title: { font: { size: 15 }, x: 0, xref: "paper" },
+      legend: { orientation: "h", x: 0, yref: "container", y: 0, yanchor: "bottom" }, xaxis: axis(), yaxis: axis(), title: { font: { size: 15 }, x: 0, xref: "paper" },
     };
   }
 
