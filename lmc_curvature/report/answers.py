@@ -135,7 +135,9 @@ def _selection(selection: Selection, verification: Verification | None) -> list[
 def _selection_fact(selection: Selection, verification: Verification | None) -> Fact:
     prediction, choice = selection.choice.prediction, selection.choice
     budget = f"the budget is {budget_in_words(prediction, choice.budget, 3)}"
-    what = "parameters" if np.array_equal(choice.weights, prediction.parameters) else "weight"
+    parameters = prediction.parameters
+    of_parameters = parameters is not None and np.array_equal(choice.weights, parameters)
+    what = "parameters" if of_parameters else "weight"
     rise = f"{selection.rise:.3g}, expansion error about {selection.expansion_error:.2g}"
     detail = f"{selection.share:.1%} of the {what}; the loss is predicted to rise by {rise}; {budget}"
     if verification is not None:

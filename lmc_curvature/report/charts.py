@@ -160,7 +160,7 @@ def _agreement(pair: Pair, prediction: BarrierPrediction) -> Chart | None:
     ends = [min(values.min(), 0.0), values.max()]
     if values.min() > 0 and values.max() > _DECADES * values.min():
         ends, log = [float(values.min()), float(values.max())], ", log scale"
-    layout = _axes(f"measured barrier{log}", f"predicted barrier{log}") | {"hovermode": "closest"}
+    layout: Chart = _axes(f"measured barrier{log}", f"predicted barrier{log}") | {"hovermode": "closest"}
     if log:
         # Bars may reach below zero, which has no place on the axis.
         reach = [float(np.log10(ends[0] / 1.6)), float(np.log10(1.6 * ends[1]))]
@@ -182,7 +182,7 @@ def spectrum_chart(name: str, density: SpectralDensity) -> Chart:
     return {"data": [_line(grid, shown, plain(name), BLUE)], "layout": layout, "label": label}
 
 
-def _axes(x: str, y: str) -> Chart:
+def _axes(x: str, y: str) -> dict[str, Any]:
     return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
 
 

@@ -174,14 +174,14 @@ def pair_of(
 
     Without a selection among them, layers are selected within a budget, by default the rise that counts as none.
     """
-    named = results if isinstance(results, Mapping) else dict(enumerate(results))
+    named: Mapping[Any, Any] = results if isinstance(results, Mapping) else dict(enumerate(results))
     of_all = list(named.values())
     verification = _only(_of(of_all, Verification), "verification")
     selection = _only(_of(of_all, Selection), "selection") or (verification and verification.selection)
     prediction = _only(_of(of_all, BarrierPrediction), "prediction") or (selection and selection.choice.prediction)
     if selection is None and prediction is not None:
         selection = _selection(prediction, budget, relative_budget)
-    measurements = {name: each for name, each in named.items() if isinstance(each, BarrierMeasurement)}
+    measurements = {str(name): each for name, each in named.items() if isinstance(each, BarrierMeasurement)}
     if not isinstance(results, Mapping):
         names = ["measured", *(f"measured ({number})" for number in range(2, len(measurements) + 1))]
         measurements = dict(zip(names, measurements.values(), strict=False))
@@ -202,8 +202,8 @@ def _selection(prediction: BarrierPrediction, budget: float | None, relative_bud
     return select_layers(prediction, budget, relative_budget=relative_budget, weight=weight)
 
 
-def _listed(results: Results) -> list[Result]:
-    listed = list(results) if isinstance(results, (list, tuple)) else [results]
+def _listed(results: Results) -> list[Any]:
+    listed = [results] if isinstance(results, Result) or not isinstance(results, Iterable) else list(results)
     for result in listed:
         if not isinstance(result, Result):
             raise OptionError(

@@ -1,6 +1,5 @@
 """What a report shows of an experiment: ridges, maps of layers, barriers and geometry over epochs."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -128,5 +127,5 @@ def _errors(rows: pd.DataFrame, column: str) -> Chart:
     return {"type": "data", "array": compact(np.nan_to_num(_column(rows, column))), "thickness": 1}
 
 
-def _column(rows: pd.DataFrame, column: str) -> Iterable[float]:
+def _column(rows: pd.DataFrame, column: str) -> np.ndarray:
     return numbers(rows.sort_values(["epoch"], kind="stable"), column)

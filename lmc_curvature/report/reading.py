@@ -10,6 +10,7 @@ from typing import Any
 
 from lmc_curvature.barrier import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.errors import CheckpointError, FileFormatError, OptionError
+from lmc_curvature.figures.frames import by_fork, numbers
 from lmc_curvature.forking import open_directory
 from lmc_curvature.merging import Selection, Verification
 from lmc_curvature.merging.trials import SetTrial
@@ -101,7 +102,7 @@ def read_result(path: Path) -> BarrierPrediction | BarrierMeasurement:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     kind = read_safetensors(path, "np")[0].get("kind")
-    if kind not in _LOADERS:
+    if kind is None or kind not in _LOADERS:
         raise FileFormatError(
             f"{path} holds {'no result' if kind is None else repr(kind)}; expected a file that `save` of a prediction "
             "or a measurement wrote, as by --save of predict, measure and select."
@@ -112,8 +113,7 @@ def read_result(path: Path) -> BarrierPrediction | BarrierMeasurement:
 def _demo(path: Path, make: MakePair, raw: bool) -> Contents:
     pairs = []
     for folder in sorted((path / "barriers").glob("fork-*")):
-        results = {"predicted": BarrierPrediction.load(folder / "predicted.safetensors")}
-        results["measured"] = BarrierMeasurement.load(folder / "measured.safetensors")
+        results = {name: read_result(folder / f"{name}.safetensors") for name in ("predicted", "measured")}
         fork = int(folder.name.removeprefix("fork-"))
         pairs.append(make(_fork_title(fork), results, merge=_merge_words(path / "forks", fork, None)))
     if not pairs:
@@ -125,14 +125,15 @@ def _demo(path: Path, make: MakePair, raw: bool) -> Contents:
 def _experiment(path: Path, make: MakePair, raw: bool) -> Contents:
     traces, directory = read_traces(path), open_directory(path)
     pairs = []
-    for fork, epoch in sorted(traces.geometry.groupby("fork")["epoch"].max().items()):
-        traced = TracedPair(directory, int(fork), int(epoch))
+    for fork, rows in by_fork(traces.geometry).items():
+        epoch = int(numbers(rows, "epoch").max())
+        traced = TracedPair(directory, fork, epoch)
         results: dict[str, Any] = {}
         for file in traced.files():
             if file.is_file() and file.stem != "geometry":
                 results[_TITLES.get(file.stem, file.stem)] = read_result(file)
         if results:
-            pairs.append(make(_fork_title(int(fork)), results, merge=_merge_words(path, int(fork), int(epoch))))
+            pairs.append(make(_fork_title(fork), results, merge=_merge_words(path, fork, epoch)))
     title = f"Can siblings be averaged? The experiment in {path.name}"
     return Contents(title=title, pairs=tuple(pairs), traces=traces, provenance=_provenance(path), raw=raw)
 

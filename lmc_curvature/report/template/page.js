@@ -26,23 +26,39 @@
     place.setAttribute("aria-label", label || chart.label);
     const layout = merged(look(), chart.layout);
     if (chart.data.some((trace) => trace.type === "heatmap" || trace.type === "surface")) layout.hovermode = "closest";
+    shorten(layout, chart.data);
     const isDeep = chart.data.some((trace) => trace.type === "surface" || trace.type === "scatter3d");
     return Plotly.react(place, chart.data, layout, config(isDeep)).then(() => keepForPrint(place, isDeep));
   }
 
-  // A canvas of WebGL prints as nothing: an image of it is kept for that.
+  // Names of layers would take half of a narrow page: their ends tell them apart.
+  function shorten(layout, data) {
+    if (innerWidth > 600) return;
+    for (const key of ["xaxis", "yaxis"]) {
+      if (!layout[key] || layout[key].type !== "category") continue;
+      const names = data[0][key[0]];
+      Object.assign(layout[key], { tickvals: names, ticktext: names.map((name) => (name.length > 15 ? `…${name.slice(-14)}` : name)), tickfont: { size: 10 } });
+    }
+    for (const trace of data) if (trace.colorbar) Object.assign(trace.colorbar, { thickness: 10, x: 1.01 });
+  }
+
+  // A canvas of WebGL prints as nothing: an image of it is kept for that, once the chart has stopped changing.
+  const timers = new Map();
   function keepForPrint(place, isDeep) {
-    place.classList.toggle("has-print", isDeep);
+    clearTimeout(timers.get(place));
+    place.classList.remove("has-print");
     const old = place.parentElement.querySelector(".printed");
     if (old) old.remove();
-    if (!isDeep) return null;
-    return Plotly.toImage(place, { format: "png", width: 900, height: 560, scale: 1.5 }).then((source) => {
-      const image = document.createElement("img");
-      image.className = "printed";
-      image.alt = place.getAttribute("aria-label");
-      image.src = source;
-      place.after(image);
-    }).catch(() => place.classList.remove("has-print"));
+    if (isDeep) timers.set(place, setTimeout(() => keepImage(place), 800));
+  }
+
+  async function keepImage(place) {
+    const image = document.createElement("img");
+    image.className = "printed";
+    image.alt = place.getAttribute("aria-label");
+    image.src = await Plotly.toImage(place, { format: "png", width: 900, height: 560, scale: 1.5 });
+    place.after(image);
+    place.classList.add("has-print");
   }
 
   function showCharts(charts) {

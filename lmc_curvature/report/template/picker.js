@@ -7,7 +7,7 @@ const picker = (() => {
     return value === 0 ? "0" : String(Number(value.toPrecision(digits)));
   };
   const BLUE = "#0072B2", VERMILION = "#D55E00", GREEN = "#009E73";
-  let shown = null, boxes = [], draw = null;
+  let shown = null, boxes = [], draw = null, waiting = false;
 
   const chosen = () => boxes.map((box) => (box.checked ? 1 : 0));
   const alphaNow = () => Number(find("alpha").value);
@@ -126,7 +126,18 @@ const picker = (() => {
     document.querySelector('[data-copy="command"]').disabled = !command;
     find("command-hint").textContent = shown.words ? "" : "Put your files and your network for the words in capitals.";
     find("copied").textContent = "";
-    if (draw) draw("set-curve", curveChart(x, alpha, barrier), `Barrier curve of the picked layers: ${number(barrier)} at α = ${alpha}`);
+    drawSoon();
+  }
+
+  // A curve a frame at most: α is dragged faster than charts are drawn.
+  function drawSoon() {
+    if (waiting) return;
+    waiting = true;
+    requestAnimationFrame(() => {
+      waiting = false;
+      const x = chosen(), alpha = alphaNow(), barrier = formula.barrier(shown.cube, x, alpha);
+      draw("set-curve", curveChart(x, alpha, barrier), `Barrier curve of the picked layers: ${number(barrier)} at α = ${alpha}`);
+    });
   }
 
   async function copy(id) {
