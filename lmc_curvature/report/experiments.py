@@ -91,7 +91,7 @@ def _growth(traces: Traces) -> Chart:
         line["marker"]["symbol"] += "-open"
         data.append(line | ({"error_y": _errors(rows, "expansion_error")} if expansion == "anchored" else {}))
     # Barriers of later forks are lower by orders of magnitude; those of zero have no place.
-    axis = {"type": "log", "dtick": 1, "title": {"text": "barrier of the training loss, log scale"}}
+    axis = {"type": "log", "dtick": 1, "title": {"text": "barrier, log scale"}}
     layout = {"xaxis": {"title": {"text": "epoch"}}, "yaxis": axis}
     last = having(measured, "epoch", measured["epoch"].max())
     said = (f"fork {fork:.0f}: {value:.3g}" for fork, value in zip(last["fork"], last["barrier"], strict=True))

@@ -42,8 +42,9 @@ def write_report(
     layer picker computes the predicted barrier of any set of layers at any α from the anchors' arrays, by the formula
     of `BarrierPrediction.set_barriers`.
 
-    Typical calls are `write_report([prediction, measurement], "report.html")`, `write_report(read_traces("runs/digits"),
-    "run.html")` and, of several pairs, `write_report({"fork 0": early, "fork 8": [late, measured]}, "forks.html")`.
+    Typical calls are `write_report([prediction, measurement], "report.html")`, of several pairs
+    `write_report({"early": [prediction, measurement], "late": other}, "forks.html")`, and of an experiment
+    `write_report(read_traces("runs/digits"), "run.html")`.
 
     Args:
         results: A prediction, a measurement, a selection, its verification, the tables of traces or a spectral density;

@@ -26,20 +26,25 @@
     place.setAttribute("aria-label", label || chart.label);
     const layout = merged(look(), chart.layout);
     if (chart.data.some((trace) => trace.type === "heatmap" || trace.type === "surface")) layout.hovermode = "closest";
-    shorten(layout, chart.data);
+    narrow(layout, chart.data);
     const isDeep = chart.data.some((trace) => trace.type === "surface" || trace.type === "scatter3d");
     return Plotly.react(place, chart.data, layout, config(isDeep)).then(() => keepForPrint(place, isDeep));
   }
 
-  // Names of layers would take half of a narrow page: their ends tell them apart.
-  function shorten(layout, data) {
+  // On a narrow page names of layers, legends and charts side by side would leave no room for what they are of.
+  function narrow(layout, data) {
     if (innerWidth > 600) return;
+    layout.title.text = "";
     for (const key of ["xaxis", "yaxis"]) {
-      if (!layout[key] || layout[key].type !== "category") continue;
-      const names = data[0][key[0]];
-      Object.assign(layout[key], { tickvals: names, ticktext: names.map((name) => (name.length > 15 ? `…${name.slice(-14)}` : name)), tickfont: { size: 10 } });
+      const axis = layout[key], names = data[0][key[0]];
+      if (!axis || axis.type !== "category" || data[0].type === "heatmap" && !names.some(isNaN)) continue;
+      const shown = (name) => (key === "xaxis" ? "" : name.length > 15 ? `…${name.slice(-14)}` : name);
+      Object.assign(axis, { tickvals: names, ticktext: names.map(shown), tickfont: { size: 10 } });
     }
     for (const trace of data) if (trace.colorbar) Object.assign(trace.colorbar, { thickness: 10, x: 1.01 });
+    if (layout.grid) Object.assign(layout, { grid: { ...layout.grid, rows: 4, columns: 1 }, height: 900, xaxis3: {} });
+    if (layout.scene) Object.assign(layout, { height: 400, scene: { ...layout.scene, camera: { eye: { x: 1.7, y: -1.9, z: 0.9 } } } });
+    if (data.length > 8 && !layout.grid) layout.height = 600;
   }
 
   // A canvas of WebGL prints as nothing: an image of it is kept for that, once the chart has stopped changing.
