@@ -25,6 +25,7 @@ from .merging.select import Selection as Selection
 from .merging.select import select_layers as select_layers
 from .objective.losses import BatchLoss as BatchLoss
 from .objective.risk import Objective as Objective
+from .report.page import write_report as write_report
 from .segment.partition import LayerPartition as LayerPartition
 from .segment.segment import Segment as Segment
 

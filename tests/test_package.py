@@ -87,6 +87,7 @@ def test_the_wheel_predicts_where_nothing_else_of_the_project_is(tmp_path):
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     assert (site / "lmc_curvature" / "py.typed").exists()
     assert (site / "lmc_curvature" / "__init__.pyi").exists()
+    assert (site / "lmc_curvature" / "report" / "template" / "page.html").exists()
 
     def run(*command):
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -99,5 +100,8 @@ def test_the_wheel_predicts_where_nothing_else_of_the_project_is(tmp_path):
     assert str(site) in run(folder / "python", "-c", "import lmc_curvature; print(lmc_curvature.__file__)")
     assert run(folder / "lmc-curvature", "--version") == f"lmc-curvature {lmc_curvature.__version__}\n"
     network = ["--model", "digits-resnet", "--model-option", "width=2", "--data", "digits", "--limit", "60"]
-    record = json.loads(run(folder / "lmc-curvature", "predict", "a.pt", "b.pt", *network, "--json"))
+    predict = [folder / "lmc-curvature", "predict", "a.pt", "b.pt", *network, "--json"]
+    record = json.loads(run(*predict, "--save", "predicted.safetensors"))
     assert (record["examples"], len(record["layers"])) == (60, 10)
+    run(folder / "lmc-curvature", "report", "predicted.safetensors", "--out", "report.html")
+    assert "const formula" in (tmp_path / "report.html").read_text(encoding="utf-8")

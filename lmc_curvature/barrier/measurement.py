@@ -245,6 +245,10 @@ class BarrierMeasurement:
         """Standard error of `barrier`, from the spread between batches; NaN for a single batch."""
         return float(self._standard_errors(metric)[0])
 
+    def curve_errors(self, metric: str = "loss") -> Float[np.ndarray, "curves n"]:
+        """Standard errors of `curve`, and then of each of `layer_curves`, at every position."""
+        return standard_error(self._batch_curves(metric), self.weights(metric))
+
     @property
     def kind(self) -> CurveKind:
         """Name of the shape of the loss's barrier curve; see `classify_curve` for the kinds and their thresholds."""

@@ -1,12 +1,12 @@
 """What a prediction says in words: whether two networks can be averaged, and how far to trust that."""
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier.expansions import Expansion
+from lmc_curvature.barrier.midpoint import Midpoint, answer, percent, predicted_midpoint, question
 from lmc_curvature.errors import counted
 
 if TYPE_CHECKING:
@@ -17,17 +17,7 @@ if TYPE_CHECKING:
 _UNRELATED = 0.05
 # Sets of layers are known to this part of their barrier, in the median, or are better measured.
 _TRUSTED = 0.5
-# A rise of the loss costs nothing up to this part of one more than the ends' mean loss, and a price up to this part of
-# that loss. A rise of the error by so much costs something; below that, whatever the loss, no more than a price; and
-# above so much, it is too high a price.
-_FREE, _PRICE, _POINT, _HARM = 0.02, 0.5, 0.01, 0.1
-# Networks that err on so much, or have such losses as classifiers, have not learned what they are shown.
-_HOPELESS, _FAR_OFF = 0.8, 10.0
-# Ratios of losses are told up to this; above, and of losses below zero, the losses themselves are.
-_RATIO = 10.0
 _SETS = 200
-_SELECT = "`select_layers(prediction, relative_budget=0.1)` (on the command line `lmc-curvature select`)"
-_DOUBT = "are data, labels and normalisation those they were trained with?"
 
 
 def summary(prediction: "BarrierPrediction") -> str:
@@ -55,20 +45,24 @@ def verdict(prediction: "BarrierPrediction") -> list[str]:
     The answer is that of the midpoint as it was evaluated. It is none, but a question, where both networks are useless
     on the data.
     """
-    middle = next((n for n, anchor in enumerate(prediction.anchors) if math.isclose(anchor.alpha, 0.5)), None)
-    question = _question(prediction)
-    found = [] if question is None else [question]
-    if middle is None:
+    midpoint, errors = predicted_midpoint(prediction), prediction.errors
+    doubt = question([end.loss for end in prediction.endpoints], None if errors is None else list(errors[[0, -1]]))
+    found = [] if doubt is None else [doubt]
+    if midpoint is None:
         found.append(
             "The averaged network was not evaluated, only expanded from the anchors: predict with anchors=3, or call "
             "`measure_barrier`."
         )
     else:
-        answer, advice = _answer(prediction, middle)
-        facts = _average(prediction, middle)
-        found += [answer, facts, advice] if question is None else [facts]
-    if prediction.expansion == "anchored":
-        found += _trust(prediction)
+        facts = _average(midpoint, prediction.batch_norm)
+        said, advice = answer(midpoint)
+        found += [said, facts, advice] if doubt is None else [facts]
+    return found + trust(prediction)
+
+
+def trust(prediction: "BarrierPrediction") -> list[str]:
+    """Sentences: how far to trust what is predicted for sets of layers."""
+    found = _trust_in_sets(prediction) if prediction.expansion == "anchored" else []
     if look_unrelated(prediction):
         found.append(
             f"The two look as if they came from different initialisations (the cosine of their weights is "
@@ -83,99 +77,22 @@ def look_unrelated(prediction: "BarrierPrediction") -> bool:
     return prediction.cosine is not None and prediction.cosine < _UNRELATED
 
 
-def _question(prediction: "BarrierPrediction") -> str | None:
-    """What to ask first where both networks are useless on the data, as far as their errors tell."""
-    if prediction.errors is None:
-        return None
-    errors, losses = prediction.errors[[0, -1]], [end.loss for end in prediction.endpoints]
-    if min(errors) >= _HOPELESS:
-        return f"Both networks err on {_both([_percent(error) for error in errors])}: {_DOUBT}"
-    if min(losses) > _FAR_OFF:
-        return f"Both networks have a loss of {_both([f'{loss:.3g}' for loss in losses])}: {_DOUBT}"
-    return None
-
-
-def _both(texts: list[str]) -> str:
-    return texts[0] if texts[0] == texts[1] else " and ".join(texts)
-
-
-def _answer(prediction: "BarrierPrediction", middle: int) -> tuple[str, str]:
-    """Whether to average all layers, and what to do next."""
-    mean, rise, noise = _mean_loss(prediction), float(prediction.curve([0.5])[0]), _noise(prediction)
-    before, after = _errors(prediction, middle) or (0.0, 0.0)
-    changes = _changes(prediction, middle)
-    # Of few examples, errors differ by more by chance.
-    chance = 2 * math.sqrt(after * (1 - after) / prediction.examples)
-    is_free, is_alike = rise <= _FREE * (1 + abs(mean)), after - before < max(_POINT, chance)
-    if is_alike and rise <= noise and not is_free:
-        # A large sampling error makes no average a good one.
-        return (
-            f"These data do not tell: {changes}, which is within twice its sampling error.",
-            "Next: predict from more batches, or from smaller ones, whose spread tells more.",
-        )
-    if is_alike and is_free:
-        word = "Yes, and the average is better than the two are on the whole" if rise < -noise else "Yes"
-        return (
-            f"{word}: {changes}.",
-            "Next: `merge`, and `measure_barrier` on data that neither network was trained on.",
-        )
-    is_small = prediction.errors is not None and after - before < _POINT
-    is_price = rise <= _PRICE * abs(mean) and after - before <= _HARM
-    word = "At a cost" if is_small or is_price else "No"
-    return f"{word}: {changes}.", f"Fewer layers may cost less: {_SELECT} finds which."
-
-
-def _changes(prediction: "BarrierPrediction", middle: int) -> str:
-    """Loss and error of the average, each beside the mean of the two."""
-    mean, loss = _mean_loss(prediction), prediction.anchors[middle].projection.loss
-    if mean > 0 and 0 <= loss <= _RATIO * mean:
-        # Adding zero takes the sign from -0.
-        found = f"{round(100 * (loss / mean - 1), 1) + 0.0:+.3g} % loss"
-    else:
-        found = f"loss {mean:.3g} → {loss:.3g}"
-    errors = _errors(prediction, middle)
-    if errors is None:
-        return found
-    texts = [_percent(error) for error in errors]
-    return f"{found}, error{' unchanged' if texts[0] == texts[1] else ''} ({' → '.join(texts)})"
-
-
-def _errors(prediction: "BarrierPrediction", middle: int) -> tuple[float, float] | None:
-    """The mean of both networks' errors, and that of the average."""
-    errors = prediction.errors
-    return None if errors is None else (float(errors[0] + errors[-1]) / 2, float(errors[middle]))
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
-
-
-def _mean_loss(prediction: "BarrierPrediction") -> float:
-    return sum(end.loss for end in prediction.endpoints) / 2
-
-
-def _noise(prediction: "BarrierPrediction") -> float:
-    """Twice the standard error of the rise in the middle; 0 where a single batch does not tell it."""
-    error = prediction.standard_error(alpha=0.5)
-    return 2 * error if math.isfinite(error) else 0.0
-
-
-def _average(prediction: "BarrierPrediction", middle: int) -> str:
+def _average(midpoint: Midpoint, batch_norm: str) -> str:
     """What is known of the network in the middle, which is an anchor."""
-    loss, (first, second) = prediction.anchors[middle].projection.loss, prediction.endpoints
-    barrier = with_error(float(prediction.curve([0.5])[0]), prediction.standard_error(alpha=0.5), 3)
+    first, second = midpoint.ends
+    barrier = with_error(midpoint.rise, midpoint.standard_error, 3)
     where = "evaluated at α = 1/2 on the data given"
-    if prediction.batch_norm == "recalibrate":
+    if batch_norm == "recalibrate":
         where += ", normalised by each batch"
-    found = f"The averaged network has a loss of {loss:.4g} ({where}); the two have {first.loss:.4g} and "
-    found += f"{second.loss:.4g}, so the barrier is {barrier}"
-    if prediction.errors is not None:
-        errors = [_percent(prediction.errors[number]) for number in (middle, 0, -1)]
-        found += f", and it errs on {errors[0]} (the two on {errors[1]} and {errors[2]})"
+    found = f"The averaged network has a loss of {midpoint.loss:.4g} ({where}); the two have {first:.4g} and "
+    found += f"{second:.4g}, so the barrier is {barrier}"
+    if midpoint.errors is not None:
+        *ends, own = map(percent, midpoint.errors)
+        found += f", and it errs on {own} (the two on {ends[0]} and {ends[1]})"
     return f"{found}."
 
 
-def _trust(prediction: "BarrierPrediction") -> list[str]:
+def _trust_in_sets(prediction: "BarrierPrediction") -> list[str]:
     members = _some_sets(len(prediction.layers))
     barriers = prediction.set_barriers(members)
     errors = prediction.set_expansion_errors(members)

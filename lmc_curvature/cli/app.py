@@ -26,6 +26,7 @@ from lmc_curvature.cli.options import (
 )
 from lmc_curvature.cli.parsing import anchor_positions, metric_names
 from lmc_curvature.cli.printing import show
+from lmc_curvature.cli.report import register as register_report
 from lmc_curvature.cli.select import register as register_select
 from lmc_curvature.errors import OptionError
 
@@ -174,6 +175,7 @@ def measure(
 
 register_select(app)
 register_file_commands(app)
+register_report(app)
 
 
 def _print_version(asked: bool) -> bool:

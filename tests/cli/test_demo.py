@@ -9,6 +9,8 @@ from lmc_curvature import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.cli.demo import BUDGET, CONFIG, layer_rank_correlations, layer_sets, median_errors, run_demo
 from lmc_curvature.cli.tables import demo_tables
 from lmc_curvature.forking import load_child, load_fork_data, run_forks
+from lmc_curvature.report import read_contents, write_page
+from tests.support.browser import browser, needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +94,23 @@ def test_results_are_kept(result, out):
         np.testing.assert_array_equal(measured.batch_values, result.measurements[fork].batch_values)
         predicted = BarrierPrediction.load(folder / "predicted.safetensors")
         np.testing.assert_array_equal(predicted.layer_barriers(), result.predictions[fork].layer_barriers())
+
+
+@needs_browser
+@pytest.mark.check
+def test_its_report_opens(result, out, tmp_path):
+    write_page(read_contents([out]), tmp_path / "report.html")
+    assert (tmp_path / "report.html").stat().st_size < 7e6
+    with browser() as open_page:
+        page = open_page(tmp_path / "report.html")
+        headlines = page.run("return [...document.querySelectorAll('.headline')].map((each) => each.textContent)")
+        page.run("document.querySelector('[data-pick=all]').click()")
+        predicted = page.run("return Number(document.getElementById('predicted').dataset.value)")
+        assert (page.complaints(), page.requests()) == ([], [])
+    first, last = CONFIG.fork_epochs[0], CONFIG.fork_epochs[-1]
+    assert predicted == pytest.approx(result.predictions[first].curve([0.5])[0], rel=1e-9)
+    assert headlines[0].startswith(f"fork at epoch {first} No: ")
+    assert headlines[-1].startswith(f"fork at epoch {last} Yes")
 
 
 @pytest.mark.check
