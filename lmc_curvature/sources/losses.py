@@ -1,10 +1,21 @@
 """Losses by name: those that most networks are trained with, or any importable one."""
 
+from typing import Any
+
 import torch.nn.functional as F
+from torch import Tensor
 
 from lmc_curvature.errors import ConfigurationError, suggest
 from lmc_curvature.objective import BatchLoss, LossFunction
 from lmc_curvature.sources.models import import_function
+
+
+def _returned_loss(model: Any, batch: Any) -> Tensor:
+    return model(**batch).loss
+
+
+OWN_LOSS = BatchLoss(_returned_loss)
+"""The loss that a network returns for a batch of named tensors, as those of Hugging Face do."""
 
 _LOSSES: dict[str, LossFunction] = {
     "cross-entropy": F.cross_entropy,
