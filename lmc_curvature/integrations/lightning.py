@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import torch
 from torch import nn
 
 from lmc_curvature.errors import OptionError
@@ -36,7 +37,9 @@ class LightningCallback(Recorder, Callback):
         if trainer.is_global_zero:
             self.begin(pl_module, trainer.global_step, training_data=trainer.train_dataloader)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Record after a step."""
         if trainer.is_global_zero:
             _log(trainer, self.after_step(pl_module, trainer.global_step))
@@ -56,6 +59,6 @@ class LightningCallback(Recorder, Callback):
 def _log(trainer: Trainer, numbers: dict[str, float]) -> None:
     # Not by `log_dict`, which leaves out what is not at its own interval.
     if numbers:
-        trainer.callback_metrics.update(numbers)
+        trainer.callback_metrics.update({name: torch.tensor(number) for name, number in numbers.items()})
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)

@@ -194,7 +194,9 @@ def _check_reference(reference: Reference) -> Reference:
 
 def _check_interval(steps: int | None, epochs: int | None) -> tuple[int | None, int | None]:
     if (steps is None) == (epochs is None):
-        raise OptionError(f"Give one of every_n_steps and every_n_epochs; {'neither' if steps is None else 'both'} was.")
+        raise OptionError(
+            f"Give one of every_n_steps and every_n_epochs; {'neither' if steps is None else 'both'} was."
+        )
     for name, value in {"every_n_steps": steps, "every_n_epochs": epochs}.items():
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise OptionError(f"{name}={value!r}: expected a whole number from 1.")

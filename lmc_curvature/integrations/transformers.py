@@ -7,8 +7,9 @@ from torch import nn
 
 from lmc_curvature.errors import OptionError
 from lmc_curvature.integrations.recorder import Recorder
-from lmc_curvature.objective import BatchLoss, LossFunction
-from lmc_curvature.sources.losses import OWN_LOSS
+from lmc_curvature.objective import LossFunction
+from lmc_curvature.sources.libraries import kind_of
+from lmc_curvature.sources.losses import NEXT_TOKEN_LOSS, OWN_LOSS
 
 try:
     from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -31,14 +32,15 @@ class TransformersCallback(Recorder, TrainerCallback):
         trainer: The trainer that it is added to.
         loader: A DataLoader of one's own over batches on the CPU, best with `trainer.data_collator`; not one that the
             trainer makes, which shares the data out between processes.
-        loss_fn: The loss, by default what the network itself returns, `model(**batch).loss`.
+        loss_fn: The loss, by default what the network itself returns, `model(**batch).loss`; that of a causal
+            language model is a mean over tokens.
         **options: The other arguments of `Recorder`.
     """
 
-    def __init__(
-        self, trainer: Trainer, loader: Iterable[Any], *, loss_fn: LossFunction | None = None, **options: Any
-    ):
-        super().__init__(loader, loss_fn=OWN_LOSS if loss_fn is None else loss_fn, **options)
+    def __init__(self, trainer: Trainer, loader: Iterable[Any], *, loss_fn: LossFunction | None = None, **options: Any):
+        is_causal = kind_of(type(trainer.model).__name__) == "CausalLM"
+        own = NEXT_TOKEN_LOSS if is_causal else OWN_LOSS
+        super().__init__(loader, loss_fn=own if loss_fn is None else loss_fn, **options)
         self._trainer = trainer
 
     def on_train_begin(
@@ -53,9 +55,7 @@ class TransformersCallback(Recorder, TrainerCallback):
         if state.is_world_process_zero:
             self._log(self.after_step(given["model"], state.global_step))
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
-    ) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Record after an epoch."""
         if state.is_world_process_zero:
             self._log(self.after_epoch(given["model"], state.global_step, round(state.epoch or 0)))
