@@ -158,6 +158,8 @@ class Recorder:
         # The network that is the reference has no barrier to itself; one step may consist of several batches.
         if step <= self._last or step == self._reference:
             return {}
+        if self._entries is None and "eigenvalues" not in self._record:
+            return {}
         self._last = step
         try:
             with global_rng_preserved(), _generators_preserved(self._loader), torch.enable_grad():
