@@ -13,6 +13,7 @@ import typer
 from lmc_curvature import __version__
 from lmc_curvature.cli.failures import one_message, saving
 from lmc_curvature.cli.files import register as register_file_commands
+from lmc_curvature.cli.help import COMPUTATION, PlainCommand, PlainGroup
 from lmc_curvature.cli.options import (
     Anchors,
     Comparison,
@@ -35,8 +36,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Can two neural networks be averaged? Predict the loss barrier between them, and measure it.",
+    cls=PlainGroup,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     # Plain help: tables cut long words such as package.module:factory.
     rich_markup_mode=None,
@@ -45,10 +47,12 @@ app = typer.Typer(
 _CONTINUES = "the same command continues where it stopped"
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @one_message("the same command keeps the networks that are trained")
 def demo(
-    out: Annotated[Path, typer.Option(help="Where networks, results and figures go.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where networks, results and figures go.")] = Path(
+        "runs/demo"
+    ),
     device: Device = "cpu",
     progress: Progress = None,
 ) -> None:
@@ -61,18 +65,27 @@ def demo(
     show(*demo_tables(result), *(f"drawn: {path}" for path in result.figures))
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @one_message(_CONTINUES)
 def fork(
-    config: Annotated[Path, typer.Argument(help="A YAML file; the project's are in configs/.")],
-    out: Annotated[Path, typer.Option(help="Where networks go. The same directory continues what was stopped.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; the project's are in configs/.")],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where networks go. The same directory continues what was stopped.")
+    ],
     data: OtherData = None,
     device: Device = "cpu",
     workers: Workers = 1,
     together: Annotated[
-        int | None, typer.Option(help="Networks that a process trains in turns; by default as many as fit on a GPU.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=COMPUTATION,
+            help="Networks that a process trains in turns; by default as many as fit on a GPU.",
+        ),
     ] = None,
-    tensorboard: Annotated[Path | None, typer.Option(help="Also log metrics there, for TensorBoard.")] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also log metrics there, for TensorBoard.")
+    ] = None,
     progress: Progress = None,
 ) -> None:
     """Train a parent, and children forked from it at several epochs."""
@@ -84,7 +97,7 @@ def fork(
     show(f"trained: {out}; next: lmc-curvature trace {out}")
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @one_message(_CONTINUES)
 def trace(
     directory: ForkDir, data: OtherData = None, device: Device = "cpu", workers: Workers = 1, progress: Progress = None
@@ -98,11 +111,13 @@ def trace(
     show(*trace_tables(traces), f"tables: {directory / 'traces'}; next: lmc-curvature figures {directory}")
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @one_message()
 def figures(
     directory: ForkDir,
-    out: Annotated[Path | None, typer.Option(help="Where figures go; by default DIRECTORY/figures.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where figures go; by default DIRECTORY/figures.")
+    ] = None,
     progress: Progress = None,
 ) -> None:
     """Draw every figure of the paper from what was traced."""
@@ -113,7 +128,7 @@ def figures(
     show(*(f"drawn: {path}" for path in draw_all(directory, out, progress=progress)))
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @one_message()
 @with_comparison
 def predict(
@@ -140,15 +155,18 @@ def predict(
     )
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 @one_message()
 @with_comparison
 def measure(
     comparison: Comparison,
     each: Annotated[bool, typer.Option("--each", help="Measure each layer alone.")] = False,
-    alphas: Annotated[int, typer.Option(help="Evenly spaced positions, the ends included.")] = 11,
+    alphas: Annotated[int, typer.Option(metavar="N", help="Evenly spaced positions, the ends included.")] = 11,
     metrics: Annotated[
-        str | None, typer.Option(help="loss, error, or both with a comma; by default the error, too, of classifiers.")
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="loss, error, or both with a comma; by default the error, too, of classifiers."
+        ),
     ] = None,
 ) -> None:
     """Measure the barrier between networks A and B by evaluating the networks in between."""

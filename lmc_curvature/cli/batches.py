@@ -13,6 +13,7 @@ from lmc_curvature.errors import DataError, OptionError
 from lmc_curvature.sources import Batches, transformed_folder
 from lmc_curvature.sources.augmentation import Crops
 from lmc_curvature.sources.data import is_image_folder, load_data
+from lmc_curvature.sources.libraries import is_of_text
 from lmc_curvature.sources.models import import_function
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ def make_batches(comparison: "Comparison", *, augment: bool = False) -> Iterable
     """
     if not is_known_by_name(comparison.data):
         return _own_batches(comparison)
+    if is_of_text(comparison.model):
+        raise OptionError(
+            f"--model {comparison.model} reads text, and --data {comparison.data} are images. Pass --data "
+            "package.module:factory, a function that returns batches such as {'input_ids': …, 'attention_mask': …, "
+            "'labels': …}, with --loss own or, of causal language models, next-token."
+        )
     is_folder = is_image_folder(comparison.data)
     if comparison.transform is not None:
         if not is_folder:

@@ -14,4 +14,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.insert(0, str(Path.cwd()))
         from lmc_curvature.cli.app import app
 
-        app(arguments)
+        # Also where it is started as a module, by torchrun or `python -m`.
+        app(arguments, prog_name="lmc-curvature")

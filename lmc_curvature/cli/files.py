@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lmc_curvature.cli.failures import one_message
+from lmc_curvature.cli.help import PlainCommand
 from lmc_curvature.cli.options import Comparison
 from lmc_curvature.cli.parsing import names_in
 from lmc_curvature.errors import OptionError
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
 Partition = Annotated[
     str | None,
-    typer.Option(help="fused, module, tensor, block or block:DEPTH; by default fused, without --model module."),
+    typer.Option(
+        metavar="RULE",
+        help="How layers are cut: fused, module, tensor, block[:DEPTH]; by default fused, or module without --model.",
+    ),
 ]
 
 
@@ -33,29 +37,40 @@ _OPTIONAL = ("model", "data")
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    left_out = ("layers", "set_", "save")
+    left_out = ("layers", "set_", "save", "plot")
     for command, more in ((merge, ("base", "frozen", "dtype", "batch_norm")), (check, ())):
-        app.command(name=command.__name__)(one_message()(_with_files(command, *left_out, *more)))
+        app.command(name=command.__name__, cls=PlainCommand)(one_message()(_with_files(command, *left_out, *more)))
 
 
 def merge(
     files: Comparison,
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The safetensors file to write.")],
+    out: Annotated[Path, typer.Option(dir_okay=False, metavar="FILE", help="The safetensors file to write.")],
     layers: Annotated[
-        str | None, typer.Option(help="The layers that are averaged: A,B. By default all, or those of --alpha.")
+        str | None,
+        typer.Option(metavar="A,B", help="The layers that are averaged. By default all, or those of --alpha."),
     ] = None,
     alpha: Annotated[
         list[str] | None,
-        typer.Option(help="Where between A (0) and B (1): a number, by default 0.5, or LAYER=NUMBER. Repeatable."),
+        typer.Option(
+            metavar="[LAYER=]NUMBER",
+            help="Where between A (0) and B (1): a number, by default 0.5, or LAYER=NUMBER. Repeatable.",
+        ),
     ] = None,
     partition: Partition = None,
-    base: Annotated[Literal["a", "b"], typer.Option(help="The network whose entries all other layers keep.")] = "a",
+    base: Annotated[
+        Literal["a", "b"], typer.Option(metavar="a|b", help="The network whose entries all other layers keep.")
+    ] = "a",
     batch_norm: Annotated[
-        Literal["interpolate", "recalibrate"], typer.Option(help="What becomes of running statistics.")
+        Literal["interpolate", "recalibrate"],
+        typer.Option(metavar="interpolate|recalibrate", help="What becomes of running statistics."),
     ] = "interpolate",
     mergekit: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, help="Also write the same for mergekit, to run by: mergekit-yaml FILE DIRECTORY."),
+        typer.Option(
+            dir_okay=False,
+            metavar="FILE",
+            help="Also write the same for mergekit, to run by: mergekit-yaml FILE DIRECTORY.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
@@ -155,7 +170,9 @@ def _with_files(command: Callable[..., None], *left_out: str) -> Callable[..., N
         given: dict[str, Any] = {name: options.pop(name) for name in shared}
         # What is not given has an empty name.
         given |= {name: given[name] or "" for name in _OPTIONAL}
-        command(Comparison(**given), **options)
+        files = Comparison(**given)
+        with files.with_threads():
+            command(files, **options)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     # typer reads a command's options from its signature, where those without a default may follow others by keyword.

@@ -13,90 +13,157 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal
 
 import typer
 
+from lmc_curvature.cli.help import COMPUTATION, DATA, LAYERS, NETWORKS, OUTPUT
 from lmc_curvature.cli.parsing import image_options, key_and_value
 from lmc_curvature.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     from torch import nn
 
-Checkpoint = Annotated[
-    Path, typer.Argument(help="A safetensors file or a torch.save file that holds tensors only, or a folder of shards.")
+_FILE_OF_A_NETWORK = "a safetensors file, a torch.save file that holds tensors only, or a folder of either."
+
+A = Annotated[Path, typer.Argument(metavar="A", help=f"The one network: {_FILE_OF_A_NETWORK}")]
+B = Annotated[Path, typer.Argument(metavar="B", help="The other network, likewise.")]
+Device = Annotated[
+    str, typer.Option(metavar="NAME", rich_help_panel=COMPUTATION, help="Where to compute: cpu, cuda, cuda:1, …")
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
-ForkDir = Annotated[Path, typer.Argument(help="A directory that lmc-curvature fork wrote.")]
-OtherData = Annotated[str | None, typer.Option("--data", help="Instead of the configured data, for moved folders.")]
-Workers = Annotated[int, typer.Option(help="Processes that share the work; more may be started from elsewhere.")]
+ForkDir = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="A directory that lmc-curvature fork wrote.")]
+OtherData = Annotated[
+    str | None, typer.Option("--data", metavar="FOLDER", help="Instead of the configured data, for moved folders.")
+]
+Workers = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=COMPUTATION,
+        help="Processes that share the work; more may be started from elsewhere.",
+    ),
+]
 Anchors = Annotated[
-    str, typer.Option(help="Points to differentiate at: how many, evenly spaced, or their positions, such as 0,0.3,1.")
+    str,
+    typer.Option(
+        metavar="N|POSITIONS",
+        help="Points to differentiate at: how many, evenly spaced, or their positions, such as 0,0.3,1.",
+    ),
 ]
 Witness = Annotated[
-    bool, typer.Option("--witness/--no-witness", help="Compare derivatives with differences of the loss first.")
+    bool,
+    typer.Option(
+        "--witness/--no-witness",
+        show_default=False,
+        help="Compare derivatives with differences of the loss first, as by default.",
+    ),
 ]
 Progress = Annotated[
-    bool | None, typer.Option("--progress/--no-progress", help="Progress on standard error; by default on a terminal.")
+    bool | None,
+    typer.Option(
+        "--progress/--no-progress",
+        rich_help_panel=OUTPUT,
+        help="Progress on standard error; by default on a terminal.",
+    ),
 ]
+
+
+def _option(section: str, metavar: str | None, text: str, *names: str, **options: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=section, metavar=metavar, help=text, **options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Two networks, their data, and how to compute: what `predict` and `measure` both ask for."""
 
-    a: Checkpoint
-    b: Checkpoint
-    model: Annotated[str, typer.Option(help="digits-resnet, resnet20, …; torchvision:NAME; or package.module:factory.")]
-    data: Annotated[
-        str, typer.Option(help="digits; a folder (ROOT/train/CLASS/*.png); or package.module:factory giving a loader.")
+    a: A
+    b: B
+    model: Annotated[
+        str,
+        _option(
+            NETWORKS,
+            "MODEL",
+            "digits-resnet, resnet20, …; torchvision:NAME; timm:NAME; transformers:DIRECTORY, with the config.json of "
+            "the networks; or package.module:factory.",
+        ),
     ]
-    loss: Annotated[str, typer.Option(help="cross-entropy, mse, bce (of logits); or package.module:name.")] = (
-        "cross-entropy"
-    )
+    data: Annotated[
+        str,
+        _option(DATA, "DATA", "digits; a folder (ROOT/train/CLASS/*.png); or package.module:factory giving a loader."),
+    ]
+    loss: Annotated[
+        str,
+        _option(
+            DATA,
+            "LOSS",
+            "cross-entropy, mse, bce (of logits); own or next-token, of networks that return their loss, the latter "
+            "for causal language models; or package.module:name.",
+        ),
+    ] = "cross-entropy"
     model_option: Annotated[
-        list[str] | None, typer.Option(help="KEY=VALUE for the network's factory, such as num_classes=10. Repeatable.")
+        list[str] | None,
+        _option(NETWORKS, "KEY=VALUE", "For the network's factory, such as num_classes=10. Repeatable."),
     ] = None
     key: Annotated[
-        str | None, typer.Option(help="Where the state dict lies in both checkpoints, such as state_dict or ema.")
+        str | None,
+        _option(NETWORKS, "KEY", "Where the state dict lies in both checkpoints, such as state_dict or ema."),
     ] = None
     strip_prefix: Annotated[
-        str | None, typer.Option(help="What the names of entries begin with in both checkpoints, such as net.")
+        str | None,
+        _option(NETWORKS, "PREFIX", "What the names of entries begin with in both checkpoints, such as net."),
     ] = None
-    layers: Annotated[str, typer.Option(help="The partition: fused, module, tensor, block or block:DEPTH.")] = "fused"
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Layers to move together: A,B. Repeatable.")] = None
+    layers: Annotated[
+        str, _option(LAYERS, "RULE", "How layers are cut: fused, module, tensor, block or block:DEPTH.")
+    ] = "fused"
+    set_: Annotated[list[str] | None, _option(LAYERS, "A,B", "Layers to move together. Repeatable.", "--set")] = None
     frozen: Annotated[
-        list[str] | None, typer.Option(help="A layer that stays, or a pattern of its entries' names. Repeatable.")
+        list[str] | None,
+        _option(LAYERS, "PATTERN", "A layer that stays, or a pattern of its entries' names. Repeatable."),
     ] = None
-    base: Annotated[Literal["a", "b"], typer.Option(help="The network in which --frozen layers stay.")] = "a"
+    base: Annotated[Literal["a", "b"], _option(LAYERS, "a|b", "The network in which --frozen layers stay.")] = "a"
     batch_norm: Annotated[
-        Literal["interpolate", "batch", "recalibrate"], typer.Option(help="Batch normalisation between the networks.")
+        Literal["interpolate", "batch", "recalibrate"],
+        _option(LAYERS, "interpolate|batch|recalibrate", "Batch normalisation between the networks."),
     ] = "interpolate"
     recalibration: Annotated[
-        str | None, typer.Option(help="Under recalibrate: data as for --data, of training; by default those of --data.")
+        str | None,
+        _option(DATA, "DATA", "Under recalibrate: data as for --data, of training; by default those of --data."),
     ] = None
     augmentation: Annotated[
         Literal["none", "crop-flip"] | None,
-        typer.Option(help="Under recalibrate: how training augments images; by default crop-flip, none for digits."),
+        _option(
+            DATA,
+            "none|crop-flip",
+            "Under recalibrate: how training augments images; by default crop-flip, none for digits.",
+        ),
     ] = None
-    split: Annotated[Literal["train", "test"], typer.Option(help="Of digits and folders.")] = "train"
-    limit: Annotated[int | None, typer.Option(help="Use a fixed random sample of this many examples.")] = None
+    split: Annotated[Literal["train", "test"], _option(DATA, "train|test", "Of digits and folders.")] = "train"
+    limit: Annotated[int | None, _option(DATA, "N", "Use a fixed random sample of this many examples.")] = None
     mean: Annotated[
-        str | None,
-        typer.Option(help="Of pixels from 0 to 1: 0.485,0.456,0.406; by default the data's own."),
+        str | None, _option(DATA, "NUMBERS", "Of pixels from 0 to 1: 0.485,0.456,0.406; by default the data's own.")
     ] = None
-    std: Annotated[str | None, typer.Option(help="Standard deviation, likewise.")] = None
+    std: Annotated[str | None, _option(DATA, "NUMBERS", "Standard deviation, likewise.")] = None
     resize: Annotated[
-        str | None, typer.Option(help="Scale images of a folder to SIZE pixels and cut out the middle: SIZE[,CROP].")
+        str | None,
+        _option(DATA, "SIZE[,CROP]", "Scale images of a folder to SIZE pixels and cut out the middle CROP of them."),
     ] = None
     transform: Annotated[
-        str | None, typer.Option(help="Instead: package.module:name of a function from a PIL image to a tensor.")
+        str | None,
+        _option(DATA, "NAME", "Instead: package.module:name of a function from a PIL image to a tensor."),
     ] = None
-    batch_size: Annotated[int, typer.Option(help="Examples a batch.")] = 256
-    max_batches: Annotated[int | None, typer.Option(help="Use only this many batches.")] = None
+    batch_size: Annotated[int, _option(DATA, "N", "Examples a batch.")] = 256
+    max_batches: Annotated[int | None, _option(DATA, "N", "Use only this many batches.")] = None
     device: Device = "cpu"
-    dtype: Annotated[Literal["float32", "float64"], typer.Option(help="Type to compute in.")] = "float32"
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default as many as torch takes.")] = None
-    save: Annotated[Path | None, typer.Option(dir_okay=False, help="Also save the result here, for Python.")] = None
-    plot: Annotated[Path | None, typer.Option(dir_okay=False, help="Also draw it: FILE.png, .pdf, .svg, …")] = None
+    dtype: Annotated[Literal["float32", "float64"], _option(COMPUTATION, "float32|float64", "Type to compute in.")] = (
+        "float32"
+    )
+    threads: Annotated[
+        int | None, _option(COMPUTATION, "N", "CPU threads; by default as many as torch takes.", min=1)
+    ] = None
+    save: Annotated[Path | None, _option(OUTPUT, "FILE", "Also save the result here, for Python.", dir_okay=False)] = (
+        None
+    )
+    plot: Annotated[Path | None, _option(OUTPUT, "FILE", "Also draw it: FILE.png, .pdf, .svg, …", dir_okay=False)] = (
+        None
+    )
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of tables, with what it was computed from.")
+        bool, _option(OUTPUT, None, "Print JSON instead of tables, with what it was computed from.", "--json")
     ] = False
     progress: Progress = None
 
@@ -137,7 +204,15 @@ class Comparison:
         """The two networks, with the weights of their checkpoints."""
         from lmc_curvature.checkpoints import load_checkpoint
 
-        first, second = (self._load(load_checkpoint, self.make_network, path) for path in (self.a, self.b))
+        try:
+            first, second = (self._load(load_checkpoint, self.make_network, path) for path in (self.a, self.b))
+        except CheckpointError as error:
+            if not self.model.startswith("transformers:"):
+                raise
+            raise CheckpointError(
+                f"{error} (transformers writes networks of some kinds under other names than it computes with; "
+                "torch.save(model.state_dict(), FILE) keeps these, of model = ….from_pretrained(DIRECTORY).)"
+            ) from error
         of_first = {id(tensor) for tensor in (*first.parameters(), *first.buffers())}
         shared = [n for n, t in (*second.named_parameters(), *second.named_buffers()) if id(t) in of_first]
         if shared:

@@ -14,6 +14,7 @@ import typer
 
 from lmc_curvature.cli.failures import one_message, saving
 from lmc_curvature.cli.files import check_new_file, write_merge
+from lmc_curvature.cli.help import LAYERS, PlainCommand
 from lmc_curvature.cli.options import Anchors, Comparison, Witness, with_comparison
 from lmc_curvature.cli.parsing import anchor_positions, names_in
 from lmc_curvature.cli.printing import show
@@ -31,43 +32,60 @@ _LEFT_OUT = ("set_", "frozen", "base", "batch_norm", "plot")
 
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command()(one_message()(with_comparison(select, *_LEFT_OUT)))
+    app.command(cls=PlainCommand)(one_message()(with_comparison(select, *_LEFT_OUT)))
 
 
 def select(
     comparison: Comparison,
     budget: Annotated[
-        float | None, typer.Option(help="The most that the loss may be above the mean loss of A and B.")
+        float | None,
+        typer.Option(metavar="NUMBER", help="The most that the loss may be above the mean loss of A and B."),
     ] = None,
-    relative_budget: Annotated[float | None, typer.Option(help="Instead: as a part of that mean, such as 0.1.")] = None,
+    relative_budget: Annotated[
+        float | None, typer.Option(metavar="NUMBER", help="Instead: as a part of that mean, such as 0.1.")
+    ] = None,
     base: Annotated[
         Literal["a", "b", "mean"] | None,
-        typer.Option(help="Whose the other layers are, by default the better; mean: bound the mean of both merges."),
+        typer.Option(
+            metavar="a|b|mean",
+            help="Whose the other layers are, by default the better; mean: bound the mean of both merges.",
+        ),
     ] = None,
     weight: Annotated[
-        Literal["parameters", "distance"], typer.Option(help="What the averaged layers should have most of.")
+        Literal["parameters", "distance"],
+        typer.Option(metavar="parameters|distance", help="What the averaged layers should have most of."),
     ] = "parameters",
-    required: Annotated[str | None, typer.Option(help="Layers that are averaged in any case: A,B.")] = None,
-    excluded: Annotated[str | None, typer.Option(help="Layers that are not averaged: A,B.")] = None,
+    required: Annotated[str | None, typer.Option(metavar="A,B", help="Layers that are averaged in any case.")] = None,
+    excluded: Annotated[str | None, typer.Option(metavar="A,B", help="Layers that are not averaged.")] = None,
     batch_norm: Annotated[
-        Literal["interpolate", "recalibrate"], typer.Option(help="What becomes of running statistics.")
+        Literal["interpolate", "recalibrate"],
+        typer.Option(
+            metavar="interpolate|recalibrate", rich_help_panel=LAYERS, help="What becomes of running statistics."
+        ),
     ] = "interpolate",
     measurements: Annotated[
-        int, typer.Option(min=0, help="Measure so many sets at most; 0: select by the prediction alone.")
+        int, typer.Option(min=0, metavar="N", help="Measure so many sets at most; 0: select by the prediction alone.")
     ] = 10,
     caution: Annotated[
-        float, typer.Option(min=0, help="How many standard errors a measured rise has to stay below the budget.")
+        float,
+        typer.Option(
+            min=0, metavar="NUMBER", help="How many standard errors a measured rise has to stay below the budget."
+        ),
     ] = 2.0,
     held_out: Annotated[
-        str | None, typer.Option(help="Other data, as for --data, on which the selected set is measured in the end.")
+        str | None,
+        typer.Option(
+            metavar="DATA", help="Other data, as for --data, on which the selected set is measured in the end."
+        ),
     ] = None,
     held_out_split: Annotated[
-        Literal["train", "test"], typer.Option(help="Of --held-out, if it is digits or a folder.")
+        Literal["train", "test"], typer.Option(metavar="train|test", help="Of --held-out, if it is digits or a folder.")
     ] = "test",
     anchors: Anchors = "3",
     witness: Witness = True,
     out: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Also write the merged network to this safetensors file.")
+        Path | None,
+        typer.Option(dir_okay=False, metavar="FILE", help="Also write the merged network to this safetensors file."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --out if it exists.")] = False,
 ) -> None:

@@ -1,6 +1,5 @@
-"""Networks by name: the project's own, torchvision's, or what any importable function returns."""
+"""Networks by name: the project's own, those of other libraries, or what any importable function returns."""
 
-import functools
 import importlib
 import inspect
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lmc_curvature.errors import ConfigurationError, suggest
+from lmc_curvature.sources.libraries import timm_factory, torchvision_factory, transformers_factory
 from lmc_curvature.sources.resnets import cifar_resnet18, digits_resnet, resnet, resnet20
 
 _FACTORIES: dict[str, Callable[..., nn.Module]] = {
@@ -17,16 +17,19 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {
     "cifar-resnet18": cifar_resnet18,
     "resnet": resnet,
 }
+_LIBRARIES = {"torchvision": torchvision_factory, "timm": timm_factory, "transformers": transformers_factory}
 
 
 def make_model(spec: str, /, **options: Any) -> nn.Module:
     """Build a network from its name.
 
     Args:
-        spec: One of `model_names()`; `torchvision:NAME` for a classification network of torchvision, with
-            fresh weights; or `package.module:factory` for any importable function or class that returns a
-            module.
-        **options: Passed to the factory, e.g. `num_classes=10`.
+        spec: One of `model_names()`; `torchvision:NAME` for a classification network of torchvision, or `timm:NAME`
+            for one of timm, with fresh weights; `transformers:DIRECTORY` for the network that a directory's
+            `config.json` describes, a causal language model or a classifier of texts or images; or
+            `package.module:factory` for any importable function or class that returns a module.
+        **options: Passed to the factory, e.g. `num_classes=10`; for `transformers:DIRECTORY`, entries of the
+            configuration, e.g. `num_labels=10`.
 
     Returns:
         The network, initialised from torch's global random state.
@@ -39,6 +42,8 @@ def make_model(spec: str, /, **options: Any) -> nn.Module:
     _check_option_names(spec, factory, options)
     try:
         model = factory(**options)
+    except ConfigurationError:
+        raise
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"model {spec!r} refuses its options {options}: {error}") from error
     if not isinstance(model, nn.Module):
@@ -53,26 +58,16 @@ def model_names() -> list[str]:
 
 def _find_factory(spec: str) -> Callable[..., nn.Module]:
     source, colon, name = spec.partition(":")
-    if source == "torchvision" and colon:
-        return _torchvision_factory(name)
+    if colon and source in _LIBRARIES:
+        return _LIBRARIES[source](name)
     if colon:
         return import_function(spec, what=f"model {spec!r}")
     if spec not in _FACTORIES:
         raise ConfigurationError(
             f"model {spec!r} is unknown: {suggest(spec, _FACTORIES)} Networks from elsewhere are written "
-            "'torchvision:NAME' or 'package.module:factory'."
+            "'torchvision:NAME', 'timm:NAME', 'transformers:DIRECTORY' or 'package.module:factory'."
         )
     return _FACTORIES[spec]
-
-
-def _torchvision_factory(name: str) -> Callable[..., nn.Module]:
-    from torchvision import models
-
-    # Detection and segmentation networks are left out: their outputs are not logits of one label per image.
-    names = models.list_models(module=models)
-    if name not in names:
-        raise ConfigurationError(f"torchvision has no classification network {name!r}: {suggest(name, names)}")
-    return functools.partial(models.get_model, name, weights=None)
 
 
 def import_function(spec: str, *, what: str, also: tuple[type, ...] = ()) -> Any:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lmc_curvature import merge
+from lmc_curvature.errors import OptionError
 from lmc_curvature.merging.checking import check_checkpoints
 from lmc_curvature.sources.data import load_data
 from lmc_curvature.sources.resnets import digits_resnet
@@ -176,3 +177,18 @@ def test_check_tells_what_a_prediction_costs(run, paths):
     assert cost["seconds"] == pytest.approx(cost["first"] + 2 * cost["further"])
     status, _, err = run("check", *paths, *MODEL, *DATA, "--device", "tpu9")
     assert (status, "device='tpu9' is not a device" in err) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["merge", "check"])
+def test_threads_are_as_many_as_asked_for(command, run, paths, tmp_path, monkeypatch):
+    found = []
+    before, more = torch.get_num_threads(), ["--out", tmp_path / "m"] if command == "merge" else []
+    inner = {"merge": "merging.files.plan_merge", "check": "merging.checking.check_checkpoints"}[command]
+
+    def refuse(*_, **__):
+        found.append(torch.get_num_threads())
+        raise OptionError("seen")
+
+    monkeypatch.setattr(f"lmc_curvature.{inner}", refuse)
+    assert run(command, *paths, *more, "--threads", before + 1)[0] == 2
+    assert (found, torch.get_num_threads()) == ([before + 1], before)

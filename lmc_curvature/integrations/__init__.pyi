@@ -1,0 +1,2 @@
+from .lightning import LightningCallback as LightningCallback
+from .transformers import TransformersCallback as TransformersCallback

@@ -1,0 +1,82 @@
+"""The numbers that a callback records: barriers between a network and a reference, and eigenvalues of its Hessian."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from lmc_curvature.barrier.measurement import measure_barrier
+from lmc_curvature.barrier.metrics import Metric
+from lmc_curvature.barrier.predict import predict_barrier
+from lmc_curvature.curvature.operators import HessianOperator
+from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
+from lmc_curvature.errors import OptionError, check_choice
+from lmc_curvature.objective import LossFunction, Objective
+
+Quantity = Literal["barrier", "predicted-barrier", "eigenvalues"]
+
+
+def check_quantities(quantities: Sequence[str]) -> None:
+    """Refuse what cannot be recorded.
+
+    Raises:
+        OptionError: There is none, or one is unknown.
+    """
+    if isinstance(quantities, str) or not quantities:
+        raise OptionError(f"record={quantities!r}: expected a list of {', '.join(map(repr, get_args(Quantity)))}.")
+    for quantity in quantities:
+        check_choice("record", quantity, get_args(Quantity))
+
+
+def network_numbers(
+    network: nn.Module,
+    reference: nn.Module | None,
+    loader: Iterable[Any],
+    quantities: Sequence[Quantity],
+    *,
+    loss_fn: LossFunction | None = None,
+    metrics: Sequence[Metric] = ("loss",),
+    eigenvalues: int = 1,
+    max_batches: int | None = None,
+    **options: Any,
+) -> dict[str, float]:
+    """Compute what is to be recorded of a network; neither network is modified.
+
+    Args:
+        network: The network.
+        reference: The network at the other end of the barriers; without it there are none.
+        loader: The data; visited once for each of the quantities, and many times for eigenvalues.
+        quantities: What to compute.
+        loss_fn: The loss; see `measure_barrier`.
+        metrics: What is measured of a barrier; see `measure_barrier`.
+        eigenvalues: How many of the largest eigenvalues to compute.
+        max_batches: Use only this many batches.
+        **options: Options of barriers, as `measure_barrier` and `predict_barrier` both take them.
+
+    Returns:
+        Name to number. `barrier` is the loss halfway to the reference, minus the mean loss of both, and
+        `barrier_standard_error` belongs to it; `error_barrier` is that of the classification error.
+        `predicted_barrier` is the highest point of the anchored curve, with two errors of its own, of sampling and of
+        the expansion. `eigenvalue_1` is the largest eigenvalue of the Hessian.
+    """
+    found: dict[str, float] = {}
+    shared: dict[str, Any] = {"loss_fn": loss_fn, "max_batches": max_batches, "progress": False}
+    if reference is not None and "barrier" in quantities:
+        measured = measure_barrier(
+            network, reference, loader, alphas=[0.5], metrics=tuple(metrics), **shared, **options
+        )
+        for metric in measured.metrics:
+            name = "barrier" if metric == "loss" else f"{metric}_barrier"
+            found[name], found[f"{name}_standard_error"] = measured.barrier(metric), measured.standard_error(metric)
+    if reference is not None and "predicted-barrier" in quantities:
+        predicted = predict_barrier(network, reference, loader, **shared, **options)
+        found["predicted_barrier"] = predicted.barrier()
+        found["predicted_barrier_standard_error"] = predicted.standard_error()
+        found["predicted_barrier_expansion_error"] = predicted.expansion_error()
+    if "eigenvalues" in quantities:
+        batch_norm = {name: value for name, value in options.items() if name in ("batch_norm", "device", "dtype")}
+        objective = Objective(network, loader, loss_fn=loss_fn, max_batches=max_batches, **batch_norm)
+        values = top_eigenpairs(HessianOperator(objective), eigenvalues, progress=False).values.tolist()
+        found |= {f"eigenvalue_{place}": value for place, value in enumerate(values, start=1)}
+    # One batch alone has no spread.
+    return {name: float(number) for name, number in found.items() if number == number}
