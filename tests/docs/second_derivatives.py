@@ -1,6 +1,6 @@
 """Losses whose second derivatives torch gets wrong or refuses, and what torch and the library make of each.
 
-    python -m tests.docs.second_derivatives    # writes the tables of docs/torch.md anew
+python -m tests.docs.second_derivatives    # writes the tables of docs/torch.md anew
 """
 
 import re
