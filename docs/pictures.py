@@ -1,9 +1,10 @@
 """Draw the pictures of the pages on concepts, each from a computation on siblings that are trained first.
 
-python docs/pictures.py    # a minute or two on two cores; writes docs/pictures/*.svg and *.png
+python docs/pictures.py [cube.png …]    # a minute or two on two cores; writes docs/pictures/
 """
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,7 @@ def draw_cube(siblings: Siblings) -> Figure:
     points = [dict(zip(prediction.layers, map(float, each), strict=True)) for each in grid]
     measurement = measure_barrier(siblings.a, siblings.b, siblings.loader, layers=halves, points=points, alphas=3)
     measured = measurement.rises() + np.mean(measurement.ends())
-    figure = new_figure(TEXT_WIDTH, 3.2)
+    figure = new_figure(TEXT_WIDTH, 3.7)
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     levels = np.linspace(0, measured.max(), 11)
     for axes, title, detail, losses in (
@@ -285,12 +286,12 @@ PICTURES: dict[str, Callable[[Siblings], Figure]] = {
 
 
 def main() -> None:
-    """Train, and draw every picture."""
+    """Train, and draw every picture, or those that were named."""
     siblings = train_siblings()
     FOLDER.mkdir(exist_ok=True)
-    for name, draw in PICTURES.items():
+    for name in sys.argv[1:] or PICTURES:
         with look():
-            figure = draw(siblings)
+            figure = PICTURES[name](siblings)
         write_figure(figure, FOLDER / name)
         print(FOLDER / name)
 
