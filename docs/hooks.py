@@ -32,10 +32,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def command_help(name: str) -> str:
-    """What `lmc-curvature NAME --help` prints, 100 columns wide; of the whole if there is no name."""
+    """What `lmc-curvature NAME --help` prints, 80 columns wide; of the whole if there is no name."""
     group = typer.main.get_command(app)
-    program = Context(group, info_name="lmc-curvature", max_content_width=100, terminal_width=100)
+    program = Context(group, info_name="lmc-curvature", max_content_width=80, terminal_width=80)
     if not name:
         return group.get_help(program)
     command = group.commands[name]  # pyright: ignore[reportAttributeAccessIssue]
-    return command.get_help(Context(command, info_name=name, parent=program, max_content_width=100, terminal_width=100))
+    return command.get_help(Context(command, info_name=name, parent=program, max_content_width=80, terminal_width=80))

@@ -3,6 +3,7 @@
 python -m tests.docs.second_derivatives    # writes the tables of docs/torch.md anew
 """
 
+import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -214,6 +215,7 @@ def direction(x: Tensor) -> Tensor:
     return torch.cos(torch.arange(x.numel(), dtype=torch.float64)).reshape(x.shape)
 
 
+@functools.cache
 def by_torch(row: Row) -> str:
     """The derivative by torch, or the word that it refuses by."""
     x = row.point()
@@ -223,6 +225,7 @@ def by_torch(row: Row) -> str:
         return "an error"
 
 
+@functools.cache
 def by_differences(row: Row) -> float:
     """The same derivative from values of the loss alone: two central differences, extrapolated."""
     f, x = row.function(), row.point()
@@ -240,6 +243,7 @@ def by_differences(row: Row) -> float:
     return float((4 * narrow - wide) / 3) if row.by == "backward three times" else float(narrow)
 
 
+@functools.cache
 def by_library(row: Row) -> str:
     """`right` or `refused`, by a product of the operator and by the sweep, which must both say so."""
     x = row.point()

@@ -12,7 +12,7 @@ from lmc_curvature.cli.app import app
 from tests.docs.pages import DOCS, ROOT, blocks, pages
 
 # Their networks are trained, or imported from elsewhere, which takes seconds.
-LONG = {"five-minutes.md", "howto/language.md", "concepts/anchors.md"}
+LONG = {"five-minutes.md", "howto/language.md", "concepts/anchors.md", "concepts/batch-norm.md"}
 NAMES = [str(page.relative_to(DOCS)) for page in pages()]
 WITH_CODE = [name for name in NAMES if any(block.language == "python" for block in blocks(DOCS / name))]
 
@@ -125,3 +125,10 @@ def test_the_site_is_built_without_a_warning_or_a_network(tmp_path):
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="(https?://[^"]+)"', page.read_text())
         assert not [url for url in loaded if "fonts" in url or url.endswith((".js", ".css", ".png", ".svg"))], page
+
+
+def test_code_fits_into_the_column_of_a_page():
+    for page in pages():
+        for block in blocks(page):
+            for line in block.text.splitlines():
+                assert len(line) <= 88, f"{page}: {line}"
