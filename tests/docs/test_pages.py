@@ -131,4 +131,4 @@ def test_code_fits_into_the_column_of_a_page():
     for page in pages():
         for block in blocks(page):
             for line in block.text.splitlines():
-                assert len(line) <= 80, f"{page}: {line}"
+                assert len(line) <= 88, f"{page}: {line}"

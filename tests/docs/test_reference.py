@@ -7,7 +7,7 @@ import pytest
 
 import lmc_curvature
 from lmc_curvature import errors
-from tests.docs.pages import DOCS, pages
+from tests.docs.pages import DOCS, ROOT, pages
 
 SHOWN = [name for page in pages() for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
 ROOMS = (
@@ -38,7 +38,7 @@ def test_the_public_names_are_shown():
 
 
 def test_every_picture_is_drawn_by_the_script():
-    script = (DOCS / "pictures.py").read_text()
+    script = (ROOT / "scripts" / "site_pictures.py").read_text()
     files = {path.name for path in (DOCS / "pictures").iterdir()}
     assert set(re.findall(r'^    "([\w-]+\.(?:svg|png))": draw_', script, re.MULTILINE)) == files
     used = {name for page in pages() for name in re.findall(r"pictures/([\w.-]+)", page.read_text())}

@@ -1,4 +1,4 @@
-"""What the site shows of files outside this folder: the page of the benchmarks, and the help of every command."""
+"""What the documentation site shows of files outside docs: the benchmarks, and the help of every command."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the page of the benchmarks with its pictures."""
     text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     # Markdown within HTML is asked for here; and options in brackets, outside of code, are no links.
-    content = re.sub(r"^(python -m .*)$", r"`\1`", text.replace("<details>", "<details markdown>"), flags=re.MULTILINE)
+    content = re.sub(
+        r"^(python -m .*)$",
+        r"`\1`",
+        text.replace("<details>", "<details markdown>"),
+        flags=re.MULTILINE,
+    )
     files.append(File.generated(config, "benchmarks.md", content=content))
     for name in sorted(set(re.findall(r"\]\((results/[^)]+\.png)\)", text))):
         files.append(File.generated(config, name, abs_src_path=str(BENCHMARKS / name)))
@@ -28,7 +33,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put the help of a command where a comment names it: `<!-- help: predict -->`."""
-    return re.sub(r"<!-- help: (\w*) -->", lambda found: f"```text\n{command_help(found[1])}\n```", markdown)
+    return re.sub(
+        r"<!-- help: (\w*) -->",
+        lambda found: f"```text\n{command_help(found[1])}\n```",
+        markdown,
+    )
 
 
 def command_help(name: str) -> str:
@@ -38,4 +47,12 @@ def command_help(name: str) -> str:
     if not name:
         return group.get_help(program)
     command = group.commands[name]  # pyright: ignore[reportAttributeAccessIssue]
-    return command.get_help(Context(command, info_name=name, parent=program, max_content_width=80, terminal_width=80))
+    return command.get_help(
+        Context(
+            command,
+            info_name=name,
+            parent=program,
+            max_content_width=80,
+            terminal_width=80,
+        )
+    )

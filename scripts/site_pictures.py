@@ -1,6 +1,6 @@
 """Draw the pictures of the pages on concepts, each from a computation on siblings that are trained first.
 
-python docs/pictures.py [cube.png …]    # a minute or two on two cores; writes docs/pictures/
+python scripts/site_pictures.py [cube.png …]    # a minute or two on two cores; writes docs/pictures/
 """
 
 import copy
@@ -16,7 +16,13 @@ from matplotlib.figure import Figure
 from torch import nn
 
 from lmc_curvature import LayerPartition, measure_barrier, predict_barrier
-from lmc_curvature.barrier.drawing import ALPHA_LABEL, ALPHAS, ANCHOR, EXPANSION_PENS, alpha_axis
+from lmc_curvature.barrier.drawing import (
+    ALPHA_LABEL,
+    ALPHAS,
+    ANCHOR,
+    EXPANSION_PENS,
+    alpha_axis,
+)
 from lmc_curvature.figures.files import write_figure
 from lmc_curvature.forking import TrainingConfig, train
 from lmc_curvature.plotting.axes import heading, plain_ticks, zero_line
@@ -36,7 +42,7 @@ from lmc_curvature.plotting.style import (
 )
 from lmc_curvature.sources import Batches, ImageDataset, digits_resnet, load_digits
 
-FOLDER = Path(__file__).parent / "pictures"
+FOLDER = Path(__file__).parents[1] / "docs" / "pictures"
 LOSS_LABEL = "loss (nats)"
 _MEASURED = {"color": INK, "marker": "o", "markersize": 3, "linewidth": 1}
 
@@ -59,7 +65,12 @@ def train_siblings() -> Siblings:
     """Two children of a parent of one epoch, trained for nine more."""
     torch.manual_seed(0)
     digits, parent = load_digits(), digits_resnet(width=4)
-    train(parent, digits, TrainingConfig(epochs=1, learning_rate=0.3, batch_size=32), order_seed=9)
+    train(
+        parent,
+        digits,
+        TrainingConfig(epochs=1, learning_rate=0.3, batch_size=32),
+        order_seed=9,
+    )
     children = [copy.deepcopy(parent) for _ in range(2)]
     schedule = TrainingConfig(epochs=9, learning_rate=0.3, milestones=(7,), weight_decay=0.001, batch_size=32)
     for order_seed, child in enumerate(children):
@@ -75,11 +86,30 @@ def draw_prediction(siblings: Siblings) -> Figure:
     axes = figure.add_subplot()
     alpha_axis(axes)
     zero_line(axes)
-    for expansion, label in (("second-order", "predicted from the two ends alone"), ("anchored", "from three anchors")):
-        axes.plot(ALPHAS, prediction.curve(ALPHAS, None, expansion), label=label, **EXPANSION_PENS[expansion].style)
+    for expansion, label in (
+        ("second-order", "predicted from the two ends alone"),
+        ("anchored", "from three anchors"),
+    ):
+        axes.plot(
+            ALPHAS,
+            prediction.curve(ALPHAS, None, expansion),
+            label=label,
+            **EXPANSION_PENS[expansion].style,
+        )
     alphas = [anchor.alpha for anchor in prediction.anchors]
-    axes.plot(alphas, prediction.curve(alphas), color=EXPANSION_PENS["anchored"].color, label="anchors", **ANCHOR)
-    axes.plot(measurement.alphas, measurement.curve(), label="measured", **{**_MEASURED, "linestyle": "none"})
+    axes.plot(
+        alphas,
+        prediction.curve(alphas),
+        color=EXPANSION_PENS["anchored"].color,
+        label="anchors",
+        **ANCHOR,
+    )
+    axes.plot(
+        measurement.alphas,
+        measurement.curve(),
+        label="measured",
+        **{**_MEASURED, "linestyle": "none"},
+    )
     axes.set(xlabel=ALPHA_LABEL, ylabel="loss above the chord (nats)")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -87,7 +117,10 @@ def draw_prediction(siblings: Siblings) -> Figure:
 
 def draw_cube(siblings: Siblings) -> Figure:
     """The loss over a cube of two layers: measured, and predicted from three anchors on its diagonal."""
-    halves = {"first half": [r"^conv", r"^norm", r"^stage1", r"^stage2"], "second half": [".*"]}
+    halves = {
+        "first half": [r"^conv", r"^norm", r"^stage1", r"^stage2"],
+        "second half": [".*"],
+    }
     side = np.linspace(0, 1, 17)
     grid = np.array([(x, y) for y in side for x in side])
     prediction = predict_barrier(siblings.a, siblings.b, siblings.loader, layers=halves)
@@ -99,10 +132,20 @@ def draw_cube(siblings: Siblings) -> Figure:
     levels = np.linspace(0, measured.max(), 11)
     for axes, title, detail, losses in (
         (panels[0], "measured", f"{len(grid)} networks evaluated", measured),
-        (panels[1], "predicted", "from what is known at the three anchors", prediction.loss_at(grid)),
+        (
+            panels[1],
+            "predicted",
+            "from what is known at the three anchors",
+            prediction.loss_at(grid),
+        ),
     ):
         shown = axes.contourf(
-            side, side, np.clip(losses, 0, None).reshape(17, 17), levels, cmap="cividis", extend="max"
+            side,
+            side,
+            np.clip(losses, 0, None).reshape(17, 17),
+            levels,
+            cmap="cividis",
+            extend="max",
         )
         _draw_ways(axes)
         heading(axes, title, detail)
@@ -121,7 +164,10 @@ def _draw_ways(axes: Axes) -> None:
     for ends in ([0, 0.5], [1, 0.5]):
         height = ends[0]
         axes.annotate(
-            "", (0.5, height), (ends[0], height), arrowprops={"color": VERMILION, "arrowstyle": "->", "lw": 1.6}
+            "",
+            (0.5, height),
+            (ends[0], height),
+            arrowprops={"color": VERMILION, "arrowstyle": "->", "lw": 1.6},
         )
     for x, y, text, across in ((0.03, 0.06, "A", "left"), (0.97, 0.9, "B", "right")):
         axes.text(x, y, text, color="white", fontsize=11, weight="bold", ha=across)
@@ -142,7 +188,10 @@ def draw_barrier(siblings: Siblings) -> Figure:
     axes.plot([0, 1], ends, color=GREY, linestyle="--", linewidth=1)
     at = measurement.alphas[top]
     axes.annotate(
-        "", (at, values[top]), (at, chord[top]), arrowprops={"color": VERMILION, "arrowstyle": "<->", "lw": 1.4}
+        "",
+        (at, values[top]),
+        (at, chord[top]),
+        arrowprops={"color": VERMILION, "arrowstyle": "<->", "lw": 1.4},
     )
     axes.text(at + 0.02, (values[top] + chord[top]) / 2, "barrier", color=VERMILION)
     axes.annotate("L(θ(α))", (0.25, values[5]), (-8, 8), textcoords="offset points", ha="right")
@@ -169,11 +218,23 @@ def draw_layers(siblings: Siblings) -> Figure:
         shades = {layer: (BLUE, PALE, GREEN)[number % 3] for number, layer in enumerate(dict.fromkeys(owners))}
         for row, owner in enumerate(owners):
             axes.barh(
-                row, 0.9, left=column, height=1.02, color=shades[owner], alpha=0.75 if shades[owner] != PALE else 1
+                row,
+                0.9,
+                left=column,
+                height=1.02,
+                color=shades[owner],
+                alpha=0.75 if shades[owner] != PALE else 1,
             )
         for layer in dict.fromkeys(owners):
             rows = [row for row, owner in enumerate(owners) if owner == layer]
-            axes.text(column + 0.45, np.mean(rows), layer, ha="center", va="center", fontsize=SMALL)
+            axes.text(
+                column + 0.45,
+                np.mean(rows),
+                layer,
+                ha="center",
+                va="center",
+                fontsize=SMALL,
+            )
         axes.text(column + 0.45, -1, title, ha="center", va="center", weight="bold")
     axes.set_ylim(len(entries) - 0.4, -1.6)
     axes.set_yticks(range(len(entries)), entries, fontsize=SMALL)
@@ -210,10 +271,22 @@ def draw_anchors(siblings: Siblings) -> Figure:
         prediction = predict_barrier(siblings.a, siblings.b, siblings.loader, anchors=count)
         alpha_axis(axes)
         zero_line(axes)
-        axes.plot(measurement.alphas, measurement.curve(), label="measured", **{**_MEASURED, "linestyle": "none"})
+        axes.plot(
+            measurement.alphas,
+            measurement.curve(),
+            label="measured",
+            **{**_MEASURED, "linestyle": "none"},
+        )
         axes.plot(ALPHAS, prediction.curve(ALPHAS), color=BLUE, label="predicted")
         alphas = [anchor.alpha for anchor in prediction.anchors]
-        axes.plot(alphas, prediction.curve(alphas), color=BLUE, label="anchors", clip_on=False, **ANCHOR)
+        axes.plot(
+            alphas,
+            prediction.curve(alphas),
+            color=BLUE,
+            label="anchors",
+            clip_on=False,
+            **ANCHOR,
+        )
         heading(axes, f"{count} anchors", "second order" if count == 2 else "anchored")
     panels[1].set_xlabel(ALPHA_LABEL)
     panels[0].set_ylabel("loss above the chord (nats)")
@@ -230,17 +303,34 @@ def draw_errors(siblings: Siblings) -> Figure:
     sets = [[name for name, chosen in zip(prediction.layers, row, strict=True) if chosen] for row in members]
     sets = [each for each in sets if 1 < len(each) < len(prediction.layers)]
     measured = measure_barrier(siblings.a, siblings.b, loader, sets=sets, alphas=[0, 0.5, 1]).layer_curves()[:, 1]
-    predicted, expansion = prediction.set_barriers(sets), prediction.set_expansion_errors(sets)
+    predicted, expansion = (
+        prediction.set_barriers(sets),
+        prediction.set_expansion_errors(sets),
+    )
     sampling = [prediction.standard_error(each, alpha=0.5) for each in sets]
     figure = new_figure(COLUMN_WIDTH * 1.3, 3.6)
     axes = figure.add_subplot()
     top = 1.1 * max(measured.max(), predicted.max())
     axes.plot([0, top], [0, top], color=GREY, linewidth=0.8, label="predicted = measured")
     axes.errorbar(
-        measured, predicted, expansion, fmt="none", ecolor=BLUE, alpha=0.3, elinewidth=3, label="± expansion error"
+        measured,
+        predicted,
+        expansion,
+        fmt="none",
+        ecolor=BLUE,
+        alpha=0.3,
+        elinewidth=3,
+        label="± expansion error",
     )
     axes.errorbar(
-        measured, predicted, sampling, fmt="o", color=INK, markersize=3, elinewidth=1, label="± sampling error"
+        measured,
+        predicted,
+        sampling,
+        fmt="o",
+        color=INK,
+        markersize=3,
+        elinewidth=1,
+        label="± sampling error",
     )
     plain_ticks(axes.xaxis)
     plain_ticks(axes.yaxis)
