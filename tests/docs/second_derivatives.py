@@ -196,6 +196,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row("F.huber_loss(x, B)", "A", "`jvp` of `grad`"),
         Row("torch.cdist(x, A[:2]).sum()", "B", "`jvp` of `grad`"),
         Row("F.grid_sample(A[None, None], x[:2, :2].tanh()[None, None]).pow(2).sum()", "B", "`jvp` of `grad`"),
+        Row("F.batch_norm(A, x, w.exp()).pow(3).sum()", "w", "backward twice"),
         Row("F.embedding_bag(ids[None], x).pow(2).sum()", "A", "backward twice"),
         Row("F.multi_margin_loss(x, ids, p=2)", "A", "backward twice"),
     ),

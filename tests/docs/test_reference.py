@@ -4,6 +4,7 @@ import importlib
 import re
 
 import pytest
+import yaml
 
 import lmc_curvature
 from lmc_curvature import errors
@@ -44,3 +45,14 @@ def test_every_picture_is_drawn_by_the_script():
     used = {name for page in pages() for name in re.findall(r"pictures/([\w.-]+)", page.read_text())}
     assert used == files
     assert all((DOCS / "pictures" / name).stat().st_size < 200_000 for name in files)
+
+
+def test_every_page_is_in_the_navigation():
+    def files(entry):
+        if isinstance(entry, str):
+            return {entry}
+        return set().union(*map(files, entry.values() if isinstance(entry, dict) else entry))
+
+    shown = files(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    # The page of the benchmarks is that of their folder.
+    assert shown == {str(page.relative_to(DOCS)) for page in pages()} | {"benchmarks.md"}
