@@ -13,7 +13,7 @@ PYTEST := -m pytest -n auto --dist worksteal
 # Shapes written in signatures are checked against every call the tests make, which takes twice the time.
 TYPED := --jaxtyping-packages=lmc_curvature,beartype.beartype
 
-.PHONY: demo quick test check test-oldest lint bench clean
+.PHONY: demo quick test check test-oldest lint bench docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/lmc-curvature demo
@@ -59,6 +59,10 @@ $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
 		--constraint $(OLDEST)/constraints.txt --editable '.[dev]'
 	touch $@
+
+# The site, in runs/site, where it opens without a network.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache .hypothesis

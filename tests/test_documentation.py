@@ -1,9 +1,7 @@
-"""Claim: the Python of the README and of every docstring's example runs as it stands."""
+"""Claim: the Python of the README and of every docstring's example runs as it stands; of the site: `tests/docs`."""
 
 import doctest
 import importlib
-import re
-from pathlib import Path
 
 import pytest
 import scipy.sparse.linalg
@@ -11,11 +9,9 @@ import torch
 
 import lmc_curvature
 from lmc_curvature import Objective, Segment
+from tests.docs.pages import README, ROOT, blocks
 from tests.support.cases import CASES
 from tests.support.configurations import SECONDS
-
-ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
 
 
 @pytest.mark.check
@@ -24,11 +20,10 @@ def test_readme_runs_when_pasted_block_by_block(tmp_path, monkeypatch, capsys):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "digits.yaml").write_text(SECONDS)
     monkeypatch.chdir(tmp_path)
-    text = README.read_text()
     namespace = {}
-    for block in re.finditer(r"```python\n(.*?)```", text, re.DOTALL):
-        before = text[: block.start(1)].count("\n")
-        exec(compile("\n" * before + block[1], str(README), "exec"), namespace)
+    for block in blocks(README):
+        if block.language == "python":
+            block.run(namespace)
     assert "Barrier predicted from 1437 examples" in capsys.readouterr().out
     assert (tmp_path / "prediction.png").stat().st_size > 10_000
     assert len(namespace["traces"].barriers) > 0
