@@ -241,6 +241,10 @@ class BarrierMeasurement:
             raise OptionError("No sets of layers were measured: pass sets='each' or sets=[…] to measure_barrier.")
         return self.layer_curves(metric).max(axis=1)
 
+    def layer_standard_errors(self, metric: str = "loss") -> Float[np.ndarray, " sets"]:
+        """Standard errors of `layer_barriers`, from the spread between batches; NaN for a single batch."""
+        return self._standard_errors(metric)[1:]
+
     def standard_error(self, metric: str = "loss") -> float:
         """Standard error of `barrier`, from the spread between batches; NaN for a single batch."""
         return float(self._standard_errors(metric)[0])
@@ -279,7 +283,7 @@ class BarrierMeasurement:
         columns: dict[str, Any] = {"layers": list(self.layers), "set": list(self.sets)}
         for metric in self.metrics:
             columns[f"{metric}_barrier"] = self.layer_curves(metric).max(axis=1)
-            columns[f"{metric}_barrier_se"] = self._standard_errors(metric)[1:]
+            columns[f"{metric}_barrier_se"] = self.layer_standard_errors(metric)
         return pd.DataFrame(columns)
 
     def save(self, path: str | PathLike[str]) -> None:
