@@ -76,9 +76,11 @@ def draw_cumulative_barriers(cumulative: pd.DataFrame, *, epoch: int | None = No
 
 def _draw_measured(axes: Axes, rows: pd.DataFrame, color: str, label: str) -> None:
     """Measured barriers, and their standard errors where tables have them."""
-    errors = numbers(rows, "measured_se") if any_known(rows, "measured_se") else None
-    style: dict[str, Any] = {"color": color, "elinewidth": 0.7, **_MEASURED}
-    axes.errorbar(numbers(rows, "count"), numbers(rows, "measured"), yerr=errors, label=label, **style)
+    counts, barriers = numbers(rows, "count"), numbers(rows, "measured")
+    axes.plot(counts, barriers, color=color, label=label, **_MEASURED)
+    if any_known(rows, "measured_se"):
+        style: dict[str, Any] = {"fmt": "none", "ecolor": color, "elinewidth": 0.7, "label": f"{label}, error"}
+        axes.errorbar(counts, barriers, yerr=numbers(rows, "measured_se"), **style)
 
 
 def _draw_band(axes: Axes, rows: pd.DataFrame, color: str, label: str) -> None:

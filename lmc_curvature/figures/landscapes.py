@@ -148,7 +148,7 @@ def _draw_curves(axes: Axes, barriers: Mapping[str, tuple[BarrierPrediction, Bar
         axes.plot(ALPHAS[inside], proposed, color=color, linestyle="--", label="_Proposition 1")
         axes.plot(ALPHAS[inside], anchored, color=color, label="_anchored", **_ANCHORED)
     alpha_axis(axes)
-    axes.set(xlabel=ALPHA_LABEL, ylabel="barrier (log scale)", yscale="log")
+    axes.set(xlabel=ALPHA_LABEL, ylabel="barrier\n(units of the loss, log scale)", yscale="log")
     axes.set_ylim(bottom=min(measurement.barrier() for _, measurement in barriers.values()) / 10)
     axes.yaxis.set_minor_locator(NullLocator())
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.03, 1.0), "alignment": "left"}
