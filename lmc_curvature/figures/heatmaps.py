@@ -92,7 +92,7 @@ def draw_layer_heatmaps(layers: pd.DataFrame, *, fork: int) -> Figure:
         step = math.ceil(len(epochs) / _MOST_EPOCHS)
         axes.set_xticks(range(0, len(epochs), step), epochs[::step])
         axes.set_xlabel(EPOCH_LABEL)
-    _draw_bar(panels[:-2], meshes[0], _signed_ticks(barriers, powers=2), _signed_label(barriers, "units of the loss"))
+    _draw_bar(panels[:-2], meshes[-3], _signed_ticks(barriers, powers=2), _signed_label(barriers, "units of the loss"))
     _draw_bar(panels[-2:-1], meshes[-2], _signed_ticks(energies, powers=1), _signed_label(energies))
     ticks = LogLocator(numticks=4) if logarithmic else MaxNLocator(nbins=3)
     name = "log scale" if logarithmic else "linear scale"

@@ -220,26 +220,28 @@ def test_the_legend_says_what_is_hollow_where_something_is(draw, small, text, tr
 
 @pytest.mark.parametrize("draw", [draw_barriers_by_fork, draw_barrier_growth])
 def test_a_logarithmic_axis_says_that_it_is_one_and_has_one_notation(draw, traces):
-    # From 8 down to 8e-4 without a fork at zero.
-    barriers = changed(traces.barriers, 8e-4, fork=5)
-    figure = draw(barriers, traces.predictions)
+    # Ticks from 1 down to 1e-4.
+    tables = [table.assign(barrier=0.1 * table["barrier"]) for table in (traces.barriers, traces.predictions)]
+    figure = draw(changed(tables[0], 1e-4, fork=5), tables[1])
     axes = figure.axes[0]
     assert axes.get_yscale() == "log"
     assert "log scale" in axes.get_ylabel() + figure.get_supylabel()
     figure.draw_without_rendering()
     numbers = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(numbers) >= 5
     assert all("10^" in number for number in numbers)
 
 
 @pytest.mark.parametrize("forks", [range(3), range(5), range(8)])
 def test_no_place_of_a_panel_is_empty(forks, traces):
-    tables = []
-    for table in (traces.barriers, traces.predictions):
-        tables.append(pd.concat([table[table["fork"] == 0].assign(fork=fork) for fork in forks]))
+    tables = [
+        pd.concat([table[table["fork"] == 0].assign(fork=fork) for fork in forks])
+        for table in (traces.barriers, traces.predictions)
+    ]
     figure = draw_barrier_growth(*tables)
     rows, columns = figure.axes[0].get_subplotspec().get_gridspec().get_geometry()
     places = [axes.get_subplotspec().num1 for axes in figure.axes]
-    legends = [sub.get_subplotspec() for sub in figure.subfigs if sub.legends]
+    legends = [sub._subplotspec for sub in figure.subfigs if sub.legends]
     places += [number for spec in legends for number in range(spec.num1, spec.num2 + 1)]
     assert sorted(places) == list(range(rows * columns))
     # Where there is no place to fill, the legend stands above.

@@ -99,7 +99,7 @@ def test_the_two_barriers_share_a_signed_scale_and_a_bar(traces, pick):
     figure.draw_without_rendering()
     bar, left, right = (
         axes.get_window_extent()
-        for axes in (found["measured"].colorbar.ax, found["measured"].axes, found["predicted"].axes)
+        for axes in (found["predicted"].colorbar.ax, found["measured"].axes, found["predicted"].axes)
     )
     assert_allclose([bar.x0, bar.x1], [left.x0, right.x1], atol=1)
     assert found["measured"].colorbar is None
