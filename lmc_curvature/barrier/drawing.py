@@ -48,8 +48,7 @@ def draw_prediction(prediction: BarrierPrediction) -> Figure:
     Args:
         prediction: A result of `predict_barrier`.
     """
-    expansions = prediction.expansions
-    anchored = "anchored" in expansions
+    anchored = "anchored" in prediction.expansions
     # The legend below the curves takes 1 inch, and 0.7 more for anchors, errors and diamonds.
     below = 1.0 + 0.7 * anchored
     height = max(rows_height(len(prediction.layers), _ROW_HEIGHT) + 0.6, _CURVE_HEIGHT + below)
@@ -57,17 +56,7 @@ def draw_prediction(prediction: BarrierPrediction) -> Figure:
     grid = figure.add_gridspec(2, 2, height_ratios=[_CURVE_HEIGHT, height - _CURVE_HEIGHT])
     curves, legend, layers = (figure.add_subplot(cell) for cell in (grid[0, 0], grid[1, 0], grid[:, 1]))
 
-    alpha_axis(curves)
-    zero_line(curves)
-    for expansion in expansions:
-        barrier = number_with_error(prediction.barrier(None, expansion), prediction.standard_error(None, expansion))
-        draw_expansion(curves, prediction, expansion, label=f"{EXPANSION_PENS[expansion].label}: barrier {barrier}")
-    if anchored:
-        error = short_number(prediction.expansion_error())
-        draw_expansion_error(curves, prediction, label=f"expansion error: ± {error} at the highest")
-        draw_anchors(curves, prediction, label="anchors")
-    curves.set(xlabel=ALPHA_LABEL, ylabel=BARRIER_LABEL)
-    heading(curves, "whole network, predicted", distance_text(prediction))
+    _draw_expansions(curves, prediction)
     alone = [(name,) for name in prediction.layers]
     marks = predicted_bars(prediction, alone, "second-order") if anchored else None
     handles = [*curves.get_legend_handles_labels()[0], *error_lines("of a layer", is_anchored=anchored)]
@@ -108,6 +97,52 @@ def draw_measurement(measurement: BarrierMeasurement) -> Figure:
         layers.set_xlabel(f"{metrics[0]} barrier ({_METRIC_UNITS[metrics[0]]})")
         heading(layers, f"{sets_title(sets)}, measured", "the others stay; thin lines: standard errors")
     return figure
+
+
+@look()
+def draw_predicted_curves(prediction: BarrierPrediction) -> Figure:
+    """Draw the barrier curve of the whole network by every expansion, small, beside what they are.
+
+    Args:
+        prediction: A result of `predict_barrier`.
+    """
+    figure = new_figure(TEXT_WIDTH, _CURVE_HEIGHT)
+    curves = figure.add_subplot()
+    _draw_expansions(curves, prediction)
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+@look()
+def draw_measured_curves(measurement: BarrierMeasurement) -> Figure:
+    """Draw every metric along the segment, small, side by side.
+
+    Args:
+        measurement: A result of `measure_barrier`.
+    """
+    metrics = measurement.metrics
+    figure = new_figure(COLUMN_WIDTH * len(metrics), _CURVE_HEIGHT + 0.2)
+    panels = list(figure.subplots(1, len(metrics), squeeze=False).flat)
+    for axes, metric in zip(panels, metrics, strict=True):
+        _draw_metric(axes, measurement, metric)
+        axes.set_xlabel(ALPHA_LABEL)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    return figure
+
+
+def _draw_expansions(axes: Axes, prediction: BarrierPrediction) -> None:
+    """The curves of the whole network, with their barriers in the legend; anchored ones with anchors and error."""
+    alpha_axis(axes)
+    zero_line(axes)
+    for expansion in prediction.expansions:
+        barrier = number_with_error(prediction.barrier(None, expansion), prediction.standard_error(None, expansion))
+        draw_expansion(axes, prediction, expansion, label=f"{EXPANSION_PENS[expansion].label}: barrier {barrier}")
+    if "anchored" in prediction.expansions:
+        error = short_number(prediction.expansion_error())
+        draw_expansion_error(axes, prediction, label=f"expansion error: ± {error} at the highest")
+        draw_anchors(axes, prediction, label="anchors")
+    axes.set(xlabel=ALPHA_LABEL, ylabel=BARRIER_LABEL)
+    heading(axes, "whole network, predicted", distance_text(prediction))
 
 
 def alpha_axis(axes: Axes) -> None:

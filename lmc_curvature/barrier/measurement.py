@@ -16,10 +16,12 @@ from lmc_curvature.barrier.kinds import CurveKind, classify_curve
 from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics
 from lmc_curvature.barrier.requests import Sets, positions_of, refuse_former_options, resolve_sets
 from lmc_curvature.barrier.setup import segment_and_objective
+from lmc_curvature.barrier.summaries import measurement_summary
 from lmc_curvature.errors import OptionError, check_choice, counted
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
 from lmc_curvature.objective.recalibration import running_statistics
 from lmc_curvature.objective.wrappers import unwrap
+from lmc_curvature.plotting.summary import Display
 from lmc_curvature.segment import Frozen, PartitionSpec, SegmentPoints, check_points
 from lmc_curvature.segment.frozen import frozen_choices
 from lmc_curvature.storage import load_arrays, save_arrays
@@ -139,8 +141,8 @@ def measure_barrier(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class BarrierMeasurement:
+@dataclass(frozen=True, eq=False, repr=False)
+class BarrierMeasurement(Display):
     """Measured barrier curves of the whole network and of sets of layers, with the values of every batch.
 
     Attributes:
@@ -311,6 +313,8 @@ class BarrierMeasurement:
         from lmc_curvature.barrier.drawing import draw_measurement
 
         return draw_measurement(self)
+
+    _summary = measurement_summary
 
     def __str__(self) -> str:
         lines = [f"Barrier measured on {counted(self.examples, 'example')}, batch_norm={self.batch_norm!r}"]

@@ -10,20 +10,21 @@ from jaxtyping import Bool, Float
 from torch import nn
 
 from lmc_curvature.barrier import BarrierPrediction
-from lmc_curvature.errors import OptionError, PartitionError, check_choice, counted
-from lmc_curvature.merging.budgets import budget_in_words, check_not_negative, limit_of
+from lmc_curvature.errors import OptionError, PartitionError, check_choice
+from lmc_curvature.merging.budgets import check_not_negative, limit_of
 from lmc_curvature.merging.merge import merge_predicted
 from lmc_curvature.merging.rises import (
     BASES,
     Base,
     mean_loss,
     points_of,
-    rise_in_words,
     sampling_error,
     set_errors,
     set_rises,
 )
 from lmc_curvature.merging.search import Score, every_set, search_sets
+from lmc_curvature.merging.summaries import selection_summary, selection_text
+from lmc_curvature.plotting.summary import Display
 from lmc_curvature.segment import layer_indices
 
 if TYPE_CHECKING:
@@ -191,8 +192,8 @@ class Choice:
         return score
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection(Display):
     """A set of layers to average, with its predicted rise of the loss.
 
     Attributes:
@@ -302,20 +303,8 @@ class Selection:
             options=options,
         )
 
-    def __str__(self) -> str:
-        others = {"a": "model_a", "b": "model_b", "mean": "either network (the mean of both merges)"}[self.base]
-        layers, prediction = counted(len(self.choice.weights), "layer"), self.choice.prediction
-        first = f"Average {len(self.members)} of {layers}, {self.share:.1%} of the weight; the others from {others}"
-        if not (self.members or self.choice.excluded.all()):
-            first = f"Nothing can be averaged within the budget: all layers from {others}"
-        rise = rise_in_words(prediction, self.rise, self.standard_error, self.expansion_error)
-        lines = [
-            first,
-            f"  layers          {', '.join(self.members) or 'none'}",
-            f"  predicted rise  {rise}; budget {budget_in_words(prediction, self.budget)}",
-            "  every set was looked at" if self.exact else "  the best set that a search found",
-        ]
-        return "\n".join(lines)
+    _summary = selection_summary
+    __str__ = selection_text
 
 
 def _undominated(choice: Choice, base: Base, sets: Iterable[Bool[np.ndarray, "sets L"]]) -> np.ndarray:
