@@ -57,9 +57,7 @@ def draw_merge(alphas: Mapping[str, float], rises: Sequence[Rise], *, budget: fl
         bars.plot([number], [rise.value], "o", color=color, markersize=4, label=rise.name)
     if budget is not None:
         bars.axhline(budget, color=GREY, linestyle="--", linewidth=1, label="budget")
-        bars.annotate(
-            "budget", (1, budget), (-2, 2), bars.get_yaxis_transform(), "offset points", ha="right", color=GREY
-        )
+        bars.text(0.98, budget, "budget", color=GREY, transform=bars.get_yaxis_transform(), ha="right", va="bottom")
     bars.set_xticks(range(len(rises)), [rise.name for rise in rises], rotation=20, ha="right", rotation_mode="anchor")
     bars.set(xlim=(-0.6, len(rises) - 0.4))
     plain_ticks(bars.yaxis)

@@ -3,7 +3,8 @@
 import base64
 import html
 import io
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -50,10 +51,8 @@ class Summary:
 
     def _rows(self) -> dict[str, str]:
         room = LINES - 1 - bool(self.more)
-        return {
-            **dict([*self.facts.items()][:room]),
-            **({"more" if self.facts else "": self.more} if self.more else {}),
-        }
+        shown = dict([*self.facts.items()][:room])
+        return shown | {"more": self.more} if self.more else shown
 
 
 class Display:
@@ -69,10 +68,12 @@ class Display:
         return self._summary().html()
 
 
-def some(names: Mapping[str, str] | tuple[str, ...] | list[str], most: int = 4) -> str:
-    """The first of some names, and how many there are besides."""
-    shown = ", ".join([*names][:most]) or "none"
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def some(names: Sequence[str], columns: int = 60) -> str:
+    """As many of some names as there is room for, one at least, and how many there are besides."""
+    ends = itertools.accumulate(len(name) + 2 for name in names)
+    count = max(sum(end <= columns for end in ends), 1)
+    shown = ", ".join(names[:count]) or "none"
+    return f"{shown} and {len(names) - count} more" if len(names) > count else shown
 
 
 def _one_line(text: str) -> str:

@@ -11,7 +11,8 @@ from jaxtyping import Float, Float64
 from lmc_curvature.curvature.spectra.lanczos import Chains
 from lmc_curvature.curvature.spectra.symmetric import Distribution, Matrix, Operator, check_count_option
 from lmc_curvature.curvature.spectra.trace import Estimate
-from lmc_curvature.errors import OptionError, check_budget, check_choice
+from lmc_curvature.errors import OptionError, check_budget, check_choice, counted
+from lmc_curvature.plotting.summary import Display, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 WIDTH_SHARE = 0.004
 
 
-@dataclass(frozen=True, eq=False)
-class SpectralDensity:
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralDensity(Display):
     """The distribution of the eigenvalues of a symmetric matrix, as a discrete measure for each random vector.
 
     The measures' mean approximates the spectral measure (1/n) Σ_i δ(λ − λ_i), which gives each eigenvalue the same
@@ -100,6 +101,25 @@ class SpectralDensity:
         from lmc_curvature.curvature.spectra.drawing import draw_spectral_density
 
         return draw_spectral_density(self)
+
+    def _summary(self) -> Summary:
+        low, high = self.support
+        probes, steps = self.nodes.shape
+        mean = self.moment(1)
+        error = f" ± {mean.standard_error:.2g} (sampling)" if mean.standard_error > 0 else ""
+        made = "by the eigenvalues themselves" if self.exact else f"from {probes} × {steps} Lanczos nodes"
+
+        def draw() -> "Figure":
+            from lmc_curvature.curvature.spectra.drawing import draw_small_density
+
+            return draw_small_density(self)
+
+        return Summary(
+            f"SpectralDensity of {counted(self.dimension, 'eigenvalue')}, {made}",
+            {"mean eigenvalue": f"{mean.value:.4g}{error}", "from, to": f"{low:.4g}, {high:.4g}"},
+            ".plot(), .curve(density.grid()), .moment(order), .nodes, .weights",
+            draw,
+        )
 
 
 def check_width(width: float) -> float:

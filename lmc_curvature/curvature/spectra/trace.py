@@ -11,12 +11,13 @@ from torch import Tensor
 
 from lmc_curvature.curvature.spectra.symmetric import Distribution, Matrix, Operator, check_count_option
 from lmc_curvature.errors import OptionError, check_choice
+from lmc_curvature.plotting.summary import Display, Summary
 
 TraceMethod = Literal["hutch++", "hutchinson"]
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Display):
     """A number that was estimated by random vectors.
 
     Attributes:
@@ -27,6 +28,14 @@ class Estimate:
 
     value: float
     standard_error: float
+
+    def _summary(self) -> Summary:
+        if self.standard_error == 0:
+            return Summary(f"Estimate: {self.value:.6g} (exact)")
+        if not math.isfinite(self.standard_error):
+            return Summary(f"Estimate: {self.value:.6g} from a single random vector, which tells no error")
+        error = f"± {self.standard_error:.2g} (standard error, from the spread between random vectors)"
+        return Summary(f"Estimate: {self.value:.6g} {error}")
 
     @classmethod
     def mean_of(cls, samples: Float64[np.ndarray, " n"]) -> "Estimate":
