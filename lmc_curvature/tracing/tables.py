@@ -18,18 +18,19 @@ import pandas as pd
 from lmc_curvature.barrier.expansions import EXPANSIONS
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
-from lmc_curvature.errors import CheckpointError
+from lmc_curvature.errors import CheckpointError, counted
 from lmc_curvature.forking import ForkDirectory, open_directory
 from lmc_curvature.forking.directory import explain_damage
 from lmc_curvature.geometry import SiblingGeometry
+from lmc_curvature.plotting.summary import Display, Summary, some
 from lmc_curvature.storage import read_json, write_atomically, write_json
 from lmc_curvature.tracing.pair import Pair, cumulative_sets
 
 Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Traces:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Traces(Display):
     """The tables of a traced experiment.
 
     Attributes:
@@ -54,6 +55,18 @@ class Traces:
     layers: pd.DataFrame
     cumulative: pd.DataFrame
     geometry: pd.DataFrame
+
+    def _summary(self) -> Summary:
+        forks, epochs = (sorted(set(self.barriers[name])) for name in ("fork", "epoch"))
+        return Summary(
+            f"Traces of {counted(len(forks), 'fork')} over {counted(len(epochs), 'epoch')}, in tables",
+            {
+                "forks at": some([str(fork) for fork in forks]),
+                "epochs": some([str(epoch) for epoch in epochs]),
+                "rows": ", ".join(f"{name} {len(table)}" for name, table in vars(self).items()),
+            },
+            ".curves, .barriers, .predictions, .layers, .cumulative, .geometry",
+        )
 
 
 _COLUMNS = {

@@ -29,6 +29,7 @@ from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State, check_finite
 from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.objective.risk import Objective
+from lmc_curvature.plotting.summary import Display, Summary, some
 from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
 
 
@@ -58,7 +59,7 @@ class Curvature:
         return dataclasses.replace(self, of_batch=of_batch)
 
 
-class CurvatureOperator:
+class CurvatureOperator(Display):
     """A symmetric matrix of second derivatives over the entries of a state, or a block of it.
 
     The matrix is a mean over examples. A product visits the loader once, whatever the number of vectors: on each batch
@@ -112,6 +113,18 @@ class CurvatureOperator:
         self.rows, self.columns = self._entries_of(self._row_layers), self._entries_of(self._column_layers)
         self.shape = (self._count(self.rows), self._count(self.columns))
         self._vectorizer = Vectorizer(objective.rounding, elements=None if curvature.native else 0)
+
+    def _summary(self) -> Summary:
+        rows, columns = self.shape
+        layers = {"layers": some(self._row_layers)}
+        if self._row_layers != self._column_layers:
+            layers = {"rows of": some(self._row_layers), "columns of": some(self._column_layers)}
+        objective = self.objective._summary()
+        return Summary(
+            f"{type(self).__name__} of shape {rows:,} × {columns:,}: {self.curvature.name}",
+            {**layers, "objective": objective.title.removeprefix("Objective: "), **objective.facts},
+            "H @ v, H.matmat(V), H.block(layer), H.to_dense(), H.diagonal(), H.to_scipy()",
+        )
 
     def _names_of(self, layers: Iterable[str] | str | None) -> tuple[str, ...]:
         names = self.partition.names

@@ -81,7 +81,7 @@ class Lanczos(Display):
                 "smallest": some(found),
                 "next entry of T": "0: the subspace is invariant" if self.invariant else f"{self.residual_norm:.4g}",
             },
-            ".ritz_values(), .ritz_vectors(), .tridiagonal(), lanczos(operator, steps, resume=this)",
+            ".ritz_values(), .ritz_vectors(), .tridiagonal(), lanczos(…, resume=this)",
             draw,
         )
 
