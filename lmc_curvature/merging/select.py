@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float
 from torch import nn
+from tqdm.auto import tqdm
 
 from lmc_curvature.barrier import BarrierPrediction
 from lmc_curvature.errors import OptionError, PartitionError, check_choice
@@ -168,14 +169,15 @@ class Choice:
             return search_sets(score, [self.required], self.free, width=_EXHAUSTIVE)
         return search_sets(score, [*starts, *self.starts], self.free, width=width)
 
-    def front(self, base: Base) -> Bool[np.ndarray, "sets L"]:
+    def front(self, base: Base, *, progress: bool | None = None) -> Bool[np.ndarray, "sets L"]:
         """Sets of which none is lighter than another with as little a rise, from light to heavy."""
         if self.exact:
             return _undominated(self, base, every_set(self.required, self.free))
         lowest = self.search(lambda members: -set_rises(self.prediction, members, base))
         ends = set_rises(self.prediction, np.stack([lowest, ~self.excluded]), base)
         found = [lowest]
-        for budget in np.linspace(ends.min(), ends.max(), _BUDGETS):
+        budgets = np.linspace(ends.min(), ends.max(), _BUDGETS)
+        for budget in tqdm(budgets, desc="budgets", disable=None if progress is None else not progress, leave=False):
             found.append(self.search(self._score(base, float(budget)), starts=found[-1:]))
         return _undominated(self, base, [np.stack(found)])
 
@@ -238,8 +240,12 @@ class Selection(Display):
         """Weight of the set as a part of that of all layers."""
         return self.weight / self.choice.total
 
-    def curve(self) -> "pd.DataFrame":
+    def curve(self, *, progress: bool | None = None) -> "pd.DataFrame":
         """The trade-off between weight and rise for the selection's base, whatever the budget.
+
+        Args:
+            progress: Show a progress bar over budgets, of more than 20 layers; by default on a terminal and in
+                notebooks.
 
         Returns:
             A row a set, from light to heavy: `weight`, `share`, `rise`, `expansion_error` and `layers`. No set is
@@ -248,7 +254,7 @@ class Selection(Display):
         """
         import pandas as pd
 
-        sets, prediction = self.choice.front(self.base), self.choice.prediction
+        sets, prediction = self.choice.front(self.base, progress=progress), self.choice.prediction
         weights = sets @ self.choice.weights
         return pd.DataFrame(
             {

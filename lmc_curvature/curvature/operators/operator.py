@@ -1,6 +1,7 @@
 """A curvature matrix over the data as a linear operator: rows, columns, blocks, and one pass a product."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, overload
 
@@ -230,14 +231,16 @@ class CurvatureOperator(Display):
         for entries in dict.fromkeys((self.rows, self.columns, (*self.rows, *self.columns))):
             self.objective.check_derivatives(self.point, batch, set(entries))
 
-    def _visit(self, add: Callable[[BatchProducts], None], *, replay: bool = False) -> float:
+    def _visit(
+        self, add: Callable[[BatchProducts], None], *, replay: bool = False, progress: bool | None = False
+    ) -> float:
         """Visit the loader once, and call `add` with the products of each batch; returns the sum of their weights.
 
         If asked to, matrices are replayed where a device can.
         """
         entries = [name for name in self.state if name in {*self.rows, *self.columns}]
         weight = 0.0
-        with self.objective.one_pass(progress=False) as batches:
+        with self.objective.one_pass(progress=progress, description=self.curvature.name) as batches:
             for batch in batches:
                 data = self.objective.laid_out(batch) if self.curvature.native else batch
                 self.check_derivatives(batch)
@@ -291,13 +294,14 @@ class CurvatureOperator(Display):
         return {name: part.view((*leading, *self.state[name].shape)) for name, part in zip(entries, parts, strict=True)}
 
     @outside_inference()
-    def to_dense(self, *, memory_gib: float = 4.0) -> Float64[Tensor, "rows columns"]:
+    def to_dense(self, *, memory_gib: float = 4.0, progress: bool | None = None) -> Float64[Tensor, "rows columns"]:
         """The dense matrix, float64, on the objective's device; one pass over the loader per 64 to 4,096 columns.
 
         Many columns are computed at once where calls cost more than arithmetic; see `Vectorizer`.
 
         Args:
             memory_gib: The largest matrix to make, in GiB.
+            progress: Show a progress bar over the batches of each pass; by default on a terminal and in notebooks.
 
         Raises:
             MemoryBudgetError: The matrix would need more than `memory_gib`.
@@ -311,12 +315,16 @@ class CurvatureOperator(Display):
             "use products (H @ v, H.to_scipy()), a layer's block (H.block(layer)), or raise memory_gib.",
         )
         transposed = torch.zeros(columns, rows, dtype=torch.float64, device=self.device)
-        weight = add_columns(transposed, self._tensors(self.rows), self._tensors(self.columns), self._visit)
+        visit = functools.partial(self._visit, progress=progress)
+        weight = add_columns(transposed, self._tensors(self.rows), self._tensors(self.columns), visit)
         return self._mean_of(transposed, weight).T
 
     @outside_inference()
-    def diagonal(self) -> Float64[Tensor, " n"]:
+    def diagonal(self, *, progress: bool | None = None) -> Float64[Tensor, " n"]:
         """The diagonal, exactly: one product for each coordinate, one pass over the loader per 4,096; float64.
+
+        Args:
+            progress: Show a progress bar over the batches of each pass; by default on a terminal and in notebooks.
 
         Raises:
             OperatorError: Rows and columns are of different layers.
@@ -328,7 +336,8 @@ class CurvatureOperator(Display):
                 "H.block(layer)."
             )
         total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
-        return self._mean_of(total, add_diagonal(total, self._tensors(self.rows), self._visit))
+        visit = functools.partial(self._visit, progress=progress)
+        return self._mean_of(total, add_diagonal(total, self._tensors(self.rows), visit))
 
     def to_scipy(self) -> LinearOperator:
         """The same operator for SciPy: NumPy in and out, float64, computed on the objective's device."""

@@ -164,7 +164,7 @@ def spectral_density(
         memory_gib: Largest size of the bases, which hold n × `probes` × `steps` numbers of 4 or 8 bytes. If they do
             not fit, the recurrences run without reorthogonalisation and keep two vectors each: eigenvalues found early
             then come as several nodes that share the weight, to the same density (Chen, Trogdon and Ubaru 2021).
-        progress: Show a progress bar over steps; by default on a terminal and in notebooks.
+        progress: Show a progress bar over steps, or products; by default on a terminal and in notebooks.
 
     Raises:
         OperatorError: The operator is not square, or is found not to be symmetric at the second step.
@@ -179,7 +179,8 @@ def spectral_density(
     check_budget(memory_gib)
     size = matrix.size
     if size <= probes * steps and matrix.gib(3 * size) <= memory_gib:
-        values = torch.linalg.eigvalsh(matrix.dense()).cpu().numpy()
+        with matrix.progress_bar("spectral density", size, progress) as watched:
+            values = torch.linalg.eigvalsh(watched.dense()).cpu().numpy()
         return SpectralDensity(values[None], np.full((1, size), 1 / size), size, exact=True)
     steps = min(steps, size)
     matrix.check_room(4 * probes, memory_gib, "take fewer probes")

@@ -151,7 +151,8 @@ def top_eigenpairs(
     rank = {"largest": torch.positive, "smallest": torch.neg, "magnitude": torch.abs}[which]
     capacity, generator = _capacity(matrix, k, block_size, memory_gib), torch.Generator().manual_seed(seed)
     search = _Search(matrix, rank, tolerance, capacity, block_size, max_products, generator)
-    with tqdm(total=k, desc="eigenpairs", disable=None if progress is None else not progress) as bar:
+    # Without miniters the count of products would stand still until the next pair has converged, which may take long.
+    with tqdm(total=k, desc="eigenpairs", disable=None if progress is None else not progress, miniters=0) as bar:
         space, norms, converged = _all_copies(search, k, bar)
     values = space.values[:k]
     residuals = norms / values.abs().clamp(min=1e-300)
