@@ -21,7 +21,7 @@ from lmc_curvature.errors import OptionError, check_choice, counted
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
 from lmc_curvature.objective.recalibration import running_statistics
 from lmc_curvature.objective.wrappers import unwrap
-from lmc_curvature.plotting.summary import Display
+from lmc_curvature.plotting.summary import Display, Summary
 from lmc_curvature.segment import Frozen, PartitionSpec, SegmentPoints, check_points
 from lmc_curvature.segment.frozen import frozen_choices
 from lmc_curvature.storage import load_arrays, save_arrays
@@ -314,7 +314,8 @@ class BarrierMeasurement(Display):
 
         return draw_measurement(self)
 
-    _summary = measurement_summary
+    def _summary(self) -> Summary:
+        return measurement_summary(self)
 
     def __str__(self) -> str:
         lines = [f"Barrier measured on {counted(self.examples, 'example')}, batch_norm={self.batch_norm!r}"]

@@ -24,7 +24,7 @@ from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import BatchNormPolicy
 from lmc_curvature.objective.network import movable_entries
 from lmc_curvature.objective.wrappers import unwrap
-from lmc_curvature.plotting.summary import Display
+from lmc_curvature.plotting.summary import Display, Summary
 from lmc_curvature.segment import LayerPartition
 from lmc_curvature.storage import load_arrays, save_arrays
 
@@ -327,7 +327,8 @@ class BarrierPrediction(Display):
 
         return draw_prediction(self)
 
-    _summary = prediction_summary
+    def _summary(self) -> Summary:
+        return prediction_summary(self)
 
     def __str__(self) -> str:
         from lmc_curvature.barrier.verdict import summary

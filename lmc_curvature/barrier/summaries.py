@@ -21,7 +21,7 @@ def prediction_summary(prediction: "BarrierPrediction") -> Summary:
     first, second = prediction.endpoints
     barriers = prediction.layer_barriers()
     highest = np.argsort(barriers, kind="stable")[::-1][:3]
-    expansions = [each for each in ("anchored", "second-order") if each in prediction.expansions]
+    expansions = [each for each in prediction.expansions if each in ("anchored", "second-order")]
     positions = ", ".join(f"{anchor.alpha:.3g}" for anchor in prediction.anchors)
 
     def draw() -> "Figure":

@@ -53,7 +53,7 @@ def draw_cumulative_barriers(cumulative: pd.DataFrame, *, epoch: int | None = No
         for side, color in _SIDES.items():
             side_rows = having(each, "side", side, by="count")
             for column, (_, style) in predicted.items():
-                pen = {"linestyle": style, "color": color, "label": f"_{side}, {column}"}
+                pen: dict[str, Any] = {"linestyle": style, "color": color, "label": f"_{side}, {column}"}
                 axes.plot(numbers(side_rows, "count"), numbers(side_rows, column), **pen)
             _draw_measured(axes, side_rows, color, f"_{side}, measured")
             if any_known(side_rows, "expansion_error"):

@@ -49,8 +49,8 @@ class Heights:
     def ticks(self) -> list[float]:
         """Round values within the ends, few enough for their numbers to be apart."""
         if self.kind == "linear":
-            values = MaxNLocator(nbins=4).tick_values(self.low, self.high)
-            return [value for value in values.tolist() if self.low <= value <= self.high]
+            values = np.asarray(MaxNLocator(nbins=4).tick_values(self.low, self.high)).tolist()
+            return [value for value in values if self.low <= value <= self.high]
         smallest = self.low if self.kind == "log" else self.linear
         largest = max(abs(self.low), self.high)
         decades = 10.0 ** np.arange(math.floor(math.log10(smallest)), math.ceil(math.log10(largest)) + 1)

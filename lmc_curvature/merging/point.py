@@ -15,7 +15,7 @@ from lmc_curvature.merging.residuals import Correction
 from lmc_curvature.merging.rises import point_rises, rise_in_words, sampling_error
 from lmc_curvature.merging.summaries import point_summary, point_verification_summary
 from lmc_curvature.merging.trials import Bench, PointTrial, check_trials
-from lmc_curvature.plotting.summary import Display
+from lmc_curvature.plotting.summary import Display, Summary
 
 # Random starts beside the anchors, and the step of differences.
 _RANDOM, _STEP = 8, 1e-6
@@ -103,7 +103,8 @@ class BestPoint(Display):
         again = None if held_out is None else _measured(bench, x[None], correction, held_out)[0][0]
         return PointVerification(BestPoint.of(self.prediction, x), tuple(trials), chosen, again)
 
-    _summary = point_summary
+    def _summary(self) -> Summary:
+        return point_summary(self)
 
     def __str__(self) -> str:
         ends = " and ".join(f"{end.loss:.4g}" for end in self.prediction.endpoints)
@@ -137,7 +138,8 @@ class PointVerification(Display):
     chosen: PointTrial
     held_out: PointTrial | None = None
 
-    _summary = point_verification_summary
+    def _summary(self) -> Summary:
+        return point_verification_summary(self)
 
     def __str__(self) -> str:
         lines = [str(self.point), f"  measured rise   {with_error(self.chosen.rise, self.chosen.standard_error)}"]

@@ -25,7 +25,7 @@ from lmc_curvature.merging.rises import (
 )
 from lmc_curvature.merging.search import Score, every_set, search_sets
 from lmc_curvature.merging.summaries import selection_summary, selection_text
-from lmc_curvature.plotting.summary import Display
+from lmc_curvature.plotting.summary import Display, Summary
 from lmc_curvature.segment import layer_indices
 
 if TYPE_CHECKING:
@@ -309,8 +309,11 @@ class Selection(Display):
             options=options,
         )
 
-    _summary = selection_summary
-    __str__ = selection_text
+    def _summary(self) -> Summary:
+        return selection_summary(self)
+
+    def __str__(self) -> str:
+        return selection_text(self)
 
 
 def _undominated(choice: Choice, base: Base, sets: Iterable[Bool[np.ndarray, "sets L"]]) -> np.ndarray:

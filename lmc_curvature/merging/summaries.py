@@ -1,6 +1,7 @@
 """What selections, best points and their verifications are, in a few lines."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
 
 from lmc_curvature.averages import with_error
 from lmc_curvature.errors import counted
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from lmc_curvature.merging.select import Selection
     from lmc_curvature.merging.trials import Trial
     from lmc_curvature.merging.verify import Verification
+
+_AnyTrial = TypeVar("_AnyTrial", bound="Trial")
 
 
 def selection_summary(selection: "Selection") -> Summary:
@@ -56,12 +59,12 @@ def verification_summary(verification: "Verification") -> Summary:
             **{
                 name: f"{with_error(trial.rise, trial.standard_error)} (sampling), "
                 f"{verification.against_budget(trial)} the budget"
-                for name, trial in _measured(verification).items()
+                for name, trial in _measured(verification.chosen, verification.held_out).items()
             },
             "measured sets": str(len(verification.trials)),
         },
         "print(verification), .trials, .holds, .selection.merge(a, b)",
-        lambda: _selection_figure(selection, _measured(verification)),
+        lambda: _selection_figure(selection, _measured(verification.chosen, verification.held_out)),
     )
 
 
@@ -77,7 +80,7 @@ def point_summary(point: "BestPoint") -> Summary:
 
 def point_verification_summary(verification: "PointVerification") -> Summary:
     """The point in the end, and what was measured there."""
-    measured = _measured(verification)
+    measured = _measured(verification.chosen, verification.held_out)
     rises = {name: f"{with_error(trial.rise, trial.standard_error)} (sampling)" for name, trial in measured.items()}
     return Summary(
         "PointVerification: the measured point with the least rise of the loss",
@@ -116,12 +119,11 @@ def _point_facts(point: "BestPoint") -> dict[str, str]:
     }
 
 
-def _measured(verification: "Verification | PointVerification") -> "dict[str, Trial]":
-    trials = {"measured rise": verification.chosen, "on held-out data": verification.held_out}
-    return {name: trial for name, trial in trials.items() if trial is not None}
+def _measured(chosen: "_AnyTrial", held_out: "_AnyTrial | None") -> "dict[str, _AnyTrial]":
+    return {"measured rise": chosen} | ({} if held_out is None else {"on held-out data": held_out})
 
 
-def _selection_figure(selection: "Selection", measured: "dict[str, Trial]") -> "Figure":
+def _selection_figure(selection: "Selection", measured: "Mapping[str, Trial]") -> "Figure":
     from lmc_curvature.merging.drawing import Rise, draw_merge
 
     still = 1.0 if selection.base == "b" else 0.0
@@ -131,7 +133,7 @@ def _selection_figure(selection: "Selection", measured: "dict[str, Trial]") -> "
     return draw_merge(alphas, rises, budget=selection.budget)
 
 
-def _point_figure(point: "BestPoint", measured: "dict[str, Trial]") -> "Figure":
+def _point_figure(point: "BestPoint", measured: "Mapping[str, Trial]") -> "Figure":
     from lmc_curvature.merging.drawing import Rise, draw_merge
 
     rises = [Rise("predicted", point.rise, point.standard_error, point.expansion_error)]
