@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lmc_curvature.errors import ArchitectureMismatchError, NonFiniteError
 from lmc_curvature.objective.normalization import is_batch_counter
+from lmc_curvature.plotting.summary import Display, Summary
 from lmc_curvature.storage import load_arrays, save_arrays
 
 State = Mapping[str, Tensor]
@@ -52,8 +53,8 @@ def solution_plane_cosine(a: State, b: State, final_a: State, final_b: State) ->
     return _cosine(second - first, final_second - final_first)
 
 
-@dataclasses.dataclass(frozen=True)
-class SiblingGeometry:
+@dataclasses.dataclass(frozen=True, repr=False)
+class SiblingGeometry(Display):
     """The distance between two siblings, and angles that they make with their fork and with their end.
 
     Attributes:
@@ -67,6 +68,16 @@ class SiblingGeometry:
     cosine_origin: float
     cosine_fork: float
     cosine_final: float
+
+    def _summary(self) -> Summary:
+        return Summary(
+            f"SiblingGeometry: two siblings at a distance of {self.distance:.4g}",
+            {
+                "from the origin": f"cosine {self.cosine_origin:.4g}",
+                "from their fork": f"cosine {self.cosine_fork:.4g}",
+                "with the end": f"cosine {self.cosine_final:.4g} of their difference with the final one",
+            },
+        )
 
     @classmethod
     def of(cls, a: State, b: State, base: State, final_a: State, final_b: State) -> "SiblingGeometry":

@@ -19,6 +19,7 @@ from lmc_curvature.plotting.text import number_with_error, short_number
 ALPHAS = np.linspace(0.0, 1.0, 201)
 ALPHA_LABEL = "position α on the segment"
 BARRIER_LABEL = "barrier (units of the loss)"
+LOG_BARRIER_LABEL = "barrier (units of the loss, log scale)"
 _EXPANSION_NAMES: dict[Expansion, str] = {
     "anchored": "anchored",
     "second-order": "second order",
@@ -40,38 +41,29 @@ _ROW_HEIGHT = 0.15
 def draw_prediction(prediction: BarrierPrediction) -> Figure:
     """Draw a prediction: the barrier curve of the whole network by every expansion, and the barrier of each layer.
 
-    Where there are anchors between the ends, they are marked on the anchored curve, bars are anchored, and what is
-    broad and pale is the expansion error; else bars are of second order. Thin lines are standard errors, where there
-    was more than one batch.
+    Where there are anchors between the ends, they are marked on the anchored curve, bars are anchored, diamonds are of
+    second order, and what is broad and pale is the expansion error; else bars are of second order. Thin lines are
+    standard errors, where there was more than one batch.
 
     Args:
         prediction: A result of `predict_barrier`.
     """
-    expansions = prediction.expansions
-    anchored = "anchored" in expansions
-    # The legend below the curves takes 0.85 inches, and 0.6 more for anchors and errors.
-    below = 0.85 + 0.6 * anchored
+    anchored = "anchored" in prediction.expansions
+    # The legend below the curves takes 1 inch, and 0.7 more for anchors, errors and diamonds.
+    below = 1.0 + 0.7 * anchored
     height = max(rows_height(len(prediction.layers), _ROW_HEIGHT) + 0.6, _CURVE_HEIGHT + below)
     figure = new_figure(TEXT_WIDTH, height)
     grid = figure.add_gridspec(2, 2, height_ratios=[_CURVE_HEIGHT, height - _CURVE_HEIGHT])
     curves, legend, layers = (figure.add_subplot(cell) for cell in (grid[0, 0], grid[1, 0], grid[:, 1]))
 
-    alpha_axis(curves)
-    zero_line(curves)
-    for expansion in expansions:
-        barrier = number_with_error(prediction.barrier(None, expansion), prediction.standard_error(None, expansion))
-        draw_expansion(curves, prediction, expansion, label=f"{EXPANSION_PENS[expansion].label}: barrier {barrier}")
-    if anchored:
-        error = short_number(prediction.expansion_error())
-        draw_expansion_error(curves, prediction, label=f"expansion error: ± {error} at the highest")
-        draw_anchors(curves, prediction, label="anchors")
-    curves.set(xlabel=ALPHA_LABEL, ylabel=BARRIER_LABEL)
-    heading(curves, "whole network, predicted", distance_text(prediction))
-    handles = [*curves.get_legend_handles_labels()[0], *(error_lines("of a layer") if anchored else [])]
+    _draw_expansions(curves, prediction)
+    alone = [(name,) for name in prediction.layers]
+    marks = predicted_bars(prediction, alone, "second-order") if anchored else None
+    handles = [*curves.get_legend_handles_labels()[0], *error_lines("of a layer", is_anchored=anchored)]
     legend.set_axis_off()
-    legend.legend(handles=handles, loc="upper left", borderaxespad=0)
+    legend.legend(handles=[*handles, *([diamond(marks)] if marks else [])], loc="upper left", borderaxespad=0)
 
-    draw_rows(layers, prediction.layers, [predicted_bars(prediction, [(name,) for name in prediction.layers])])
+    draw_rows(layers, prediction.layers, [predicted_bars(prediction, alone)], marks=marks)
     layers.set_xlabel(BARRIER_LABEL)
     heading(layers, "each layer alone, predicted", EXPANSION_PENS[prediction.expansion].label)
     return figure
@@ -103,8 +95,54 @@ def draw_measurement(measurement: BarrierMeasurement) -> Figure:
         layers = figure.add_subplot(grid[:, 1])
         draw_rows(layers, measurement.layers, [measured_bars(measurement, metrics[0])])
         layers.set_xlabel(f"{metrics[0]} barrier ({_METRIC_UNITS[metrics[0]]})")
-        heading(layers, f"{sets_title(sets)}, measured", "the other layers stay at either end")
+        heading(layers, f"{sets_title(sets)}, measured", "the others stay; thin lines: standard errors")
     return figure
+
+
+@look()
+def draw_predicted_curves(prediction: BarrierPrediction) -> Figure:
+    """Draw the barrier curve of the whole network by every expansion, small, beside what they are.
+
+    Args:
+        prediction: A result of `predict_barrier`.
+    """
+    figure = new_figure(TEXT_WIDTH, _CURVE_HEIGHT)
+    curves = figure.add_subplot()
+    _draw_expansions(curves, prediction)
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+@look()
+def draw_measured_curves(measurement: BarrierMeasurement) -> Figure:
+    """Draw every metric along the segment, small, side by side.
+
+    Args:
+        measurement: A result of `measure_barrier`.
+    """
+    metrics = measurement.metrics
+    figure = new_figure(COLUMN_WIDTH * len(metrics), _CURVE_HEIGHT + 0.2)
+    panels = list(figure.subplots(1, len(metrics), squeeze=False).flat)
+    for axes, metric in zip(panels, metrics, strict=True):
+        _draw_metric(axes, measurement, metric)
+        axes.set_xlabel(ALPHA_LABEL)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    return figure
+
+
+def _draw_expansions(axes: Axes, prediction: BarrierPrediction) -> None:
+    """The curves of the whole network, with their barriers in the legend; anchored ones with anchors and error."""
+    alpha_axis(axes)
+    zero_line(axes)
+    for expansion in prediction.expansions:
+        barrier = number_with_error(prediction.barrier(None, expansion), prediction.standard_error(None, expansion))
+        draw_expansion(axes, prediction, expansion, label=f"{EXPANSION_PENS[expansion].label}: barrier {barrier}")
+    if "anchored" in prediction.expansions:
+        error = short_number(prediction.expansion_error())
+        draw_expansion_error(axes, prediction, label=f"expansion error: ± {error} at the highest")
+        draw_anchors(axes, prediction, label="anchors")
+    axes.set(xlabel=ALPHA_LABEL, ylabel=BARRIER_LABEL)
+    heading(axes, "whole network, predicted", distance_text(prediction))
 
 
 def alpha_axis(axes: Axes) -> None:
@@ -136,18 +174,24 @@ def draw_anchors(axes: Axes, prediction: BarrierPrediction, *, label: str = "_an
     axes.plot(alphas, prediction.curve(alphas, None, "anchored"), **points)
 
 
-def error_lines(what: str = "") -> list[Line2D]:
-    """Entries of a legend for the errors on anchored bars."""
-    kinds = {"standard error": THIN_ERROR, "expansion error": BROAD_ERROR}
+def error_lines(what: str = "", *, is_anchored: bool = True) -> list[Line2D]:
+    """Entries of a legend for the errors on bars; of those, anchored ones have expansion errors."""
+    kinds = {"standard error": THIN_ERROR} | ({"expansion error": BROAD_ERROR} if is_anchored else {})
     return [
         legend_line(f"{name} {what}".strip(), color=style["ecolor"], linewidth=style["elinewidth"])
         for name, style in kinds.items()
     ]
 
 
+def diamond(marks: Bars) -> Line2D:
+    """Entry of a legend for marks over bars."""
+    return legend_line(marks.label, color=marks.color, marker="D", markersize=3, linestyle="none")
+
+
 def measured_bars(measurement: BarrierMeasurement, metric: str = "loss") -> Bars:
-    """Measured barriers of sets of layers, as bars."""
-    return Bars("measured", measurement.layer_barriers(metric), _BAR_GREY)
+    """Measured barriers of sets of layers, as bars with standard errors."""
+    barriers, errors = measurement.layer_barriers(metric), measurement.layer_standard_errors(metric)
+    return Bars("measured", barriers, _BAR_GREY, errors)
 
 
 def predicted_bars(

@@ -16,10 +16,12 @@ from lmc_curvature.barrier.kinds import CurveKind, classify_curve
 from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics
 from lmc_curvature.barrier.requests import Sets, positions_of, refuse_former_options, resolve_sets
 from lmc_curvature.barrier.setup import segment_and_objective
+from lmc_curvature.barrier.summaries import measurement_summary
 from lmc_curvature.errors import OptionError, check_choice, counted
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
 from lmc_curvature.objective.recalibration import running_statistics
 from lmc_curvature.objective.wrappers import unwrap
+from lmc_curvature.plotting.summary import Display, Summary
 from lmc_curvature.segment import Frozen, PartitionSpec, SegmentPoints, check_points
 from lmc_curvature.segment.frozen import frozen_choices
 from lmc_curvature.storage import load_arrays, save_arrays
@@ -139,8 +141,8 @@ def measure_barrier(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class BarrierMeasurement:
+@dataclass(frozen=True, eq=False, repr=False)
+class BarrierMeasurement(Display):
     """Measured barrier curves of the whole network and of sets of layers, with the values of every batch.
 
     Attributes:
@@ -241,6 +243,10 @@ class BarrierMeasurement:
             raise OptionError("No sets of layers were measured: pass sets='each' or sets=[…] to measure_barrier.")
         return self.layer_curves(metric).max(axis=1)
 
+    def layer_standard_errors(self, metric: str = "loss") -> Float[np.ndarray, " sets"]:
+        """Standard errors of `layer_barriers`, from the spread between batches; NaN for a single batch."""
+        return self._standard_errors(metric)[1:]
+
     def standard_error(self, metric: str = "loss") -> float:
         """Standard error of `barrier`, from the spread between batches; NaN for a single batch."""
         return float(self._standard_errors(metric)[0])
@@ -283,7 +289,7 @@ class BarrierMeasurement:
         columns: dict[str, Any] = {"layers": list(self.layers), "set": list(self.sets)}
         for metric in self.metrics:
             columns[f"{metric}_barrier"] = self.layer_curves(metric).max(axis=1)
-            columns[f"{metric}_barrier_se"] = self._standard_errors(metric)[1:]
+            columns[f"{metric}_barrier_se"] = self.layer_standard_errors(metric)
         return pd.DataFrame(columns)
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -311,6 +317,9 @@ class BarrierMeasurement:
         from lmc_curvature.barrier.drawing import draw_measurement
 
         return draw_measurement(self)
+
+    def _summary(self) -> Summary:
+        return measurement_summary(self)
 
     def __str__(self) -> str:
         lines = [f"Barrier measured on {counted(self.examples, 'example')}, batch_norm={self.batch_norm!r}"]

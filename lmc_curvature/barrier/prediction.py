@@ -18,11 +18,13 @@ from lmc_curvature.barrier.expansions import (
     check_alphas,
     highest,
 )
+from lmc_curvature.barrier.summaries import prediction_summary
 from lmc_curvature.curvature.projection import Projection
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import BatchNormPolicy
 from lmc_curvature.objective.network import movable_entries
 from lmc_curvature.objective.wrappers import unwrap
+from lmc_curvature.plotting.summary import Display, Summary
 from lmc_curvature.segment import LayerPartition
 from lmc_curvature.storage import load_arrays, save_arrays
 
@@ -36,8 +38,8 @@ _OPTIONAL = ("parameters", "errors", "norms")
 Alphas = float | Sequence[float] | Float[np.ndarray, " n"]
 
 
-@dataclass(frozen=True, eq=False)
-class BarrierPrediction:
+@dataclass(frozen=True, eq=False, repr=False)
+class BarrierPrediction(Display):
     """A prediction of the barrier between two networks, for any set of layers.
 
     A set of layers is given by names; None means all of them, the whole network. Positions α run from `model_a` at 0
@@ -324,6 +326,9 @@ class BarrierPrediction:
         from lmc_curvature.barrier.drawing import draw_prediction
 
         return draw_prediction(self)
+
+    def _summary(self) -> Summary:
+        return prediction_summary(self)
 
     def __str__(self) -> str:
         from lmc_curvature.barrier.verdict import summary

@@ -31,7 +31,7 @@ def summary(prediction: "BarrierPrediction") -> str:
         f"{counted(len(prediction.layers), 'layer')}, anchors at {positions}, batch_norm={prediction.batch_norm!r}"
         + (" (differentiated through batch statistics)" if prediction.batch_norm == "recalibrate" else ""),
         f"  loss at the ends   {first.loss:.4g}, {second.loss:.4g}; distance {prediction.distance:.4g}",
-        *(f"  {expansion:<18} {_barrier(prediction, expansion)}" for expansion in prediction.expansions),
+        *(f"  {expansion:<18} {barrier_in_words(prediction, expansion)}" for expansion in prediction.expansions),
         "  highest layers     " + ", ".join(f"{prediction.layers[index]} {barriers[index]:.4g}" for index in highest),
         *(f"  {note}" for note in prediction.notes),
         "Verdict: " + " ".join(verdict(prediction)),
@@ -119,7 +119,7 @@ def _some_sets(layers: int) -> np.ndarray:
     return found[found.any(axis=1)]
 
 
-def _barrier(prediction: "BarrierPrediction", expansion: Expansion) -> str:
+def barrier_in_words(prediction: "BarrierPrediction", expansion: Expansion) -> str:
     """The highest point of a curve; where nothing rises, its value in the middle, with its sign."""
     barrier, error = prediction.barrier(None, expansion), prediction.standard_error(None, expansion)
     if barrier > 0:

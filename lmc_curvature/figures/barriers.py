@@ -13,7 +13,7 @@ from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.figures.panels import Measurements, Predictions, fork_title, paired_forks
 from lmc_curvature.plotting.axes import heading, legend_line, zero_line
-from lmc_curvature.plotting.grids import label_panels, panel_cells, share_scale
+from lmc_curvature.plotting.grids import Panels, label_panels, panel_cells, panel_legend, share_scale
 from lmc_curvature.plotting.rows import draw_rows, rows_height
 from lmc_curvature.plotting.style import look
 from lmc_curvature.plotting.text import short_number
@@ -38,9 +38,9 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
     """
     pairs = paired_forks(predictions, measurements)
     handles = _curve_handles([prediction for prediction, _ in pairs.values()])
-    figure, cells = panel_cells(len(pairs), 1.9, margin=_margin(len(pairs), len(handles)))
-    panels = [figure.add_subplot(cell) for cell in cells]
-    for (fork, (prediction, measurement)), axes in zip(pairs.items(), panels, strict=True):
+    panels = panel_cells(len(pairs), 1.9, margin=0.33, legend=_legend_height(len(pairs), len(handles)))
+    drawn = [panels.figure.add_subplot(cell) for cell in panels.cells]
+    for (fork, (prediction, measurement)), axes in zip(pairs.items(), drawn, strict=True):
         drawing.alpha_axis(axes)
         zero_line(axes)
         measured = short_number(measurement.barrier())
@@ -55,10 +55,10 @@ def draw_barrier_curves(predictions: Predictions, measurements: Measurements) ->
             drawing.draw_anchors(axes, prediction)
         axes.set_title(fork_title(fork), loc="left", pad=29)
         axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.02), ncols=2, **_TIGHT_LEGEND)
-    share_scale(panels)
-    label_panels(figure, drawing.ALPHA_LABEL, drawing.BARRIER_LABEL)
-    _legend_above(figure, handles, len(pairs))
-    return figure
+    share_scale(drawn)
+    label_panels(panels.figure, drawing.ALPHA_LABEL, drawing.BARRIER_LABEL)
+    _draw_legend(panels, handles)
+    return panels.figure
 
 
 def _compared(prediction: BarrierPrediction) -> tuple[Expansion, Expansion]:
@@ -91,9 +91,9 @@ def draw_layer_bars(
 ) -> Figure:
     """Draw the barrier of each layer alone, measured and predicted, a panel a fork, in the order of the network.
 
-    Where there are anchors between the ends, predicted bars are anchored, with standard errors, and broad and pale the
-    expansion errors, and diamonds are of second order; else bars are of second order, and diamonds with slopes. Every
-    panel has its own scale.
+    Where there are anchors between the ends, predicted bars are anchored, with expansion errors broad and pale, and
+    diamonds are of second order; else bars are of second order, and diamonds with slopes. Thin lines are standard
+    errors. Every panel has its own scale.
 
     Args:
         predictions: Fork epoch, or any label, to the prediction for its two children.
@@ -112,13 +112,13 @@ def draw_layer_bars(
     ]
     height = rows_height(max(map(len, names)), 0.19) + 0.55
     anchored = any(prediction.expansion == "anchored" for prediction, _ in pairs.values())
-    errors = drawing.error_lines() if anchored else []
+    errors = drawing.error_lines(is_anchored=anchored)
     expected = {expansion for prediction, _ in pairs.values() for expansion in _compared(prediction)}
-    margin = _margin(len(pairs), 1 + len(expected) + len(errors))
-    figure, cells = panel_cells(len(pairs), height, margin=margin)
+    legend = _legend_height(len(pairs), 1 + len(expected) + len(errors))
+    panels = panel_cells(len(pairs), height, margin=0.33, legend=legend)
     handles: dict[str, Any] = {}
-    for (fork, (prediction, measurement)), rows, cell in zip(pairs.items(), names, cells, strict=True):
-        axes = figure.add_subplot(cell)
+    for (fork, (prediction, measurement)), rows, cell in zip(pairs.items(), names, panels.cells, strict=True):
+        axes = panels.figure.add_subplot(cell)
         first, second = _compared(prediction)
         bars = [drawing.measured_bars(measurement), drawing.predicted_bars(prediction, measurement.sets, first)]
         marks = drawing.predicted_bars(prediction, measurement.sets, second)
@@ -126,11 +126,10 @@ def draw_layer_bars(
         draw_rows(axes, rows, bars, marks=marks, label_rows=label_rows)
         heading(axes, fork_title(fork), drawing.distance_text(prediction))
         handles |= {group.label: Patch(color=group.color, label=group.label) for group in bars}
-        diamond = legend_line(marks.label, color=marks.color, marker="D", markersize=3, linestyle="none")
-        handles[f"{marks.label}, diamond"] = diamond
-    label_panels(figure, drawing.BARRIER_LABEL)
-    _legend_above(figure, [*handles.values(), *errors], len(pairs))
-    return figure
+        handles[f"{marks.label}, diamond"] = drawing.diamond(marks)
+    label_panels(panels.figure, drawing.BARRIER_LABEL)
+    _draw_legend(panels, [*handles.values(), *errors])
+    return panels.figure
 
 
 def _legend_columns(panels: int) -> int:
@@ -138,10 +137,10 @@ def _legend_columns(panels: int) -> int:
     return {1: 1, 2: 3, 4: 3}.get(panels, 5)
 
 
-def _margin(panels: int, entries: int) -> float:
-    """Inches for the legend, and for the label below the panels."""
-    return 0.33 + 0.17 * math.ceil(entries / _legend_columns(panels))
+def _legend_height(panels: int, entries: int) -> float:
+    """Inches for a legend above the panels."""
+    return 0.17 * math.ceil(entries / _legend_columns(panels))
 
 
-def _legend_above(figure: Figure, handles: list[Any], panels: int) -> None:
-    figure.legend(handles=handles, loc="outside upper left", ncols=_legend_columns(panels))
+def _draw_legend(panels: Panels, handles: list[Any]) -> None:
+    panel_legend(panels, handles, columns=_legend_columns(len(panels.cells)))

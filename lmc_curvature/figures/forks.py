@@ -10,16 +10,18 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lmc_curvature.barrier.drawing import BARRIER_LABEL, EXPANSION_PENS
+from lmc_curvature.barrier.drawing import EXPANSION_PENS, LOG_BARRIER_LABEL
 from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures.frames import at_epoch, by_fork, checked, having, known, numbers
-from lmc_curvature.figures.panels import EPOCH_LABEL, fork_title
-from lmc_curvature.plotting.axes import count_axis, legend_line
+from lmc_curvature.figures.panels import EPOCH_LABEL, fork_title, strip_entries
+from lmc_curvature.plotting.axes import legend_line, ticks_among
 from lmc_curvature.plotting.decades import Decades, decades, decades_axis
-from lmc_curvature.plotting.grids import label_panels, panel_cells
+from lmc_curvature.plotting.grids import label_panels, panel_cells, panel_legend
 from lmc_curvature.plotting.style import COLUMN_WIDTH, INK, Color, look, new_figure
 
+# Barriers this many orders of magnitude below the largest stand in the strip.
+_MOST_DECADES = 5
 _MARKERS: dict[Expansion, str] = {"anchored": "v", "second-order": "s", "with-slopes": "D", "hermite": "^"}
 
 
@@ -46,10 +48,10 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     """Draw the loss barrier between siblings at their last epoch, by fork: measured, and predicted beside it.
 
     Figure 4 of Singh et al. 2024. The axis is logarithmic; hollow points in the grey strip at its foot are barriers of
-    zero or below, or over 1e5 times below the largest. Bars are standard errors; where one reaches into the strip, zero
-    is within it. Predictions are anchored, with broad pale bars for the expansion error, and to second order; where
-    none is anchored, they are to second order, with slopes, and of Hermite's quintic. They are always of the loss on
-    the training data, whatever the split.
+    zero or below, or over 1e5 times below the largest. Every kind stands at its fork's tick, the measurement in front.
+    Bars are standard errors; where one reaches into the strip, zero is within it. Predictions are anchored, with broad
+    pale bars for the expansion error, and to second order; where none is anchored, they are to second order, with
+    slopes, and of Hermite's quintic. They are always of the loss on the training data, whatever the split.
 
     Args:
         barriers: A row a fork, epoch, split and metric, with the columns `barrier` and `standard_error`.
@@ -77,10 +79,14 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     figure = new_figure(max(COLUMN_WIDTH, 0.5 * len(times) + 1.2), 3.1)
     axes = figure.add_subplot()
     scale = _scale(kind.rows for kind in kinds)
-    unjoined: dict[str, Any] = {"markersize": 4.0, "linestyle": "none"}
+    positions = np.arange(len(times))
+    styles: list[dict[str, Any]] = []
     for number, kind in enumerate(kinds):
-        positions = np.arange(len(times)) + 0.16 * (number - (len(kinds) - 1) / 2)
-        _draw_barriers(axes, positions, kind, scale, elinewidth=0.8, **unjoined)
+        # All at the fork's tick: what is in front is smaller, and its bars are thinner, than what is behind it.
+        styles.append({"markersize": 3.5 + 1.5 * number, "linestyle": "none"})
+        front = {"elinewidth": 0.8 + 0.8 * number, "zorder": 4 - 0.3 * number}
+        kind = kind._replace(share=1 - (number + 1) / (len(kinds) + 1))
+        _draw_barriers(axes, positions, kind, scale, **front, **styles[-1])
         _draw_expansion_errors(axes, positions, kind, scale)
         # Faint, since there is nothing between two forks: it leads the eye.
         shown = scale.above(numbers(kind.rows, "barrier"))
@@ -88,8 +94,9 @@ def draw_barriers_by_fork(barriers: pd.DataFrame, predictions: pd.DataFrame, *, 
     decades_axis(axes, scale)
     axes.grid(axis="y")
     axes.set_xticks(range(len(times)), [f"{fork:.0f}" for fork in times["fork"]])
-    axes.set(xlim=(-0.6, len(times) - 0.4), xlabel="fork at epoch", ylabel=BARRIER_LABEL)
-    handles = [_handle(kind, **unjoined) for kind in kinds]
+    axes.set(xlim=(-0.6, len(times) - 0.4), xlabel="fork at epoch", ylabel=LOG_BARRIER_LABEL)
+    handles = [_handle(kind, **style) for kind, style in zip(kinds, styles, strict=True)]
+    handles += strip_entries([scale], _MOST_DECADES, marker="o", markersize=3.5)
     figure.legend(handles=handles, loc="outside upper left", ncols=1, borderaxespad=0.2)
     return figure
 
@@ -122,9 +129,10 @@ def draw_barrier_growth(barriers: pd.DataFrame, predictions: pd.DataFrame) -> Fi
     kinds = [kind for kind in kinds if len(kind.rows)]
     scale = _scale(rows for kind in kinds for rows in by_fork(kind.rows).values())
     forks = sorted({int(fork) for kind in kinds for fork in kind.rows["fork"]})
-    figure, cells = panel_cells(len(forks), 1.9, margin=0.6)
+    panels = panel_cells(len(forks), 1.9, margin=0.33, legend=0.45)
+    figure, epochs = panels.figure, np.concatenate([numbers(kind.rows, "epoch") for kind in kinds])
     first: Axes | None = None
-    for fork, cell in zip(forks, cells, strict=True):
+    for fork, cell in zip(forks, panels.cells, strict=True):
         axes = figure.add_subplot(cell, sharex=first, sharey=first)
         first = first or axes
         for kind in kinds:
@@ -133,17 +141,17 @@ def draw_barrier_growth(barriers: pd.DataFrame, predictions: pd.DataFrame) -> Fi
             thickness, opacity = (0.8, 1.0) if kind is measured else (3.0, 0.3)
             style = {"linewidth": 1, "elinewidth": thickness, "ecolor": to_rgba(kind.color, opacity)}
             if len(each.rows):
-                epochs = numbers(each.rows, "epoch")
-                _draw_barriers(axes, epochs, each, scale, markersize=2.5, **style)
-                _draw_expansion_errors(axes, epochs, each, scale, joined=len(epochs) > 1)
+                own = numbers(each.rows, "epoch")
+                _draw_barriers(axes, own, each, scale, markersize=2.5, **style)
+                _draw_expansion_errors(axes, own, each, scale, joined=len(own) > 1)
         decades_axis(axes, scale)
         axes.grid(axis="y")
-        count_axis(axes, "")
+        ticks_among(axes.xaxis, epochs)
         axes.set_title(fork_title(fork), loc="left")
-    label_panels(figure, EPOCH_LABEL, BARRIER_LABEL)
+    label_panels(figure, EPOCH_LABEL, LOG_BARRIER_LABEL)
     handles = [_handle(kind, markersize=3) for kind in kinds[::-1]]
-    columns = 1 + (figure.get_figwidth() > 4) + (figure.get_figwidth() > 6)
-    figure.legend(handles=handles, loc="outside upper left", ncols=columns)
+    handles += strip_entries([scale], _MOST_DECADES, marker="o", markersize=3)
+    panel_legend(panels, handles, columns=1 + (figure.get_figwidth() > 4) + (figure.get_figwidth() > 6))
     return figure
 
 
@@ -165,7 +173,7 @@ def _predicted(predictions: pd.DataFrame, expansion: Expansion, name: str = "pre
 
 
 def _handle(kind: Kind, **style: Any) -> Line2D:
-    broad = " (pale: expansion error)" if np.isfinite(_expansion_errors(kind.rows)).any() else ""
+    broad = "\n(pale: expansion error)" if np.isfinite(_expansion_errors(kind.rows)).any() else ""
     return legend_line(f"{kind.label}{broad}", color=kind.color, marker=kind.marker, **style)
 
 
@@ -182,7 +190,7 @@ def _scale(tables: Iterable[pd.DataFrame]) -> Decades:
         lower, upper = (barriers - errors)[positive], (barriers + errors)[positive]
         least = 0.1 * barriers[positive].min(initial=np.inf)
         reached += [barriers, np.where(lower < least, 0.0, lower), upper]
-    return decades(np.concatenate(reached))
+    return decades(np.concatenate(reached), most=_MOST_DECADES)
 
 
 def _draw_barriers(axes: Axes, positions: np.ndarray, kind: Kind, scale: Decades, **style: Any) -> None:

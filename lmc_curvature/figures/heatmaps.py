@@ -15,20 +15,23 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FixedLocator, Locator, LogLocator, MaxNLocator, NullLocator
 
-from lmc_curvature.figures.frames import checked, of_fork
+from lmc_curvature.figures.frames import any_known, checked, of_fork
 from lmc_curvature.figures.panels import EPOCH_LABEL, fork_title
-from lmc_curvature.plotting.axes import short_ticks
+from lmc_curvature.plotting.axes import plain_numbers
 from lmc_curvature.plotting.rows import name_rows, rows_height
 from lmc_curvature.plotting.style import GREY, PALE, SMALL, TEXT_WIDTH, look, new_figure
+from lmc_curvature.plotting.text import short_number
 
 Cells = Float64[np.ndarray, "layers epochs"]
 
 _TITLES = {
     "measured": "measured barrier\nof the layer alone",
+    "predicted_anchored": "predicted barrier\nanchored",
     "predicted": "predicted barrier\nsecond order",
     "hessian_energy": "Hessian energy\nΔᵀHΔ of the layer",
     "distance": "distance\n‖Δ‖ of the layer",
 }
+_BARRIERS = ("measured", "predicted_anchored", "predicted")
 # A signed scale is logarithmic over this many decades on either side of zero, and linear between them. The linear part
 # takes as much room as this share of a decade: little, so that colours tell orders of magnitude apart.
 _SIGNED_DECADES = 3
@@ -44,52 +47,56 @@ _UNKNOWN: dict[str, Any] = {"facecolor": PALE, "edgecolor": GREY, "hatch": "////
 def draw_layer_heatmaps(layers: pd.DataFrame, *, fork: int) -> Figure:
     """Draw what is known of every layer over training, a row a layer and a column an epoch, side by side.
 
-    Figures 5 and 15 to 20 of Singh et al. 2024: the barrier of the layer alone, measured and predicted to second order,
-    on one scale; its Hessian energy; and its distance. The first layer is on top. Columns are the epochs in the table,
-    all of one width. Hatched cells are not known.
+    Figures 5 and 15 to 20 of Singh et al. 2024: the barrier of the layer alone, measured, predicted by anchors where
+    that is known, and predicted to second order, on one scale; its Hessian energy; and its distance. The first layer is
+    on top. Columns are the epochs in the table, all of one width. Hatched cells are not known.
 
     Barriers and energies have signed scales, which are logarithmic but for their middle: white is zero, and red is
     above it. Where a curve nowhere rises above the chord, blue says how far it sinks below: measured at its lowest
-    point, predicted at α = ½. Distances that span more than a factor of 30 have a logarithmic scale over at most four
-    decades, and cells below it are white.
+    point, predicted to second order at α = ½; anchored barriers are then white. Distances that span more than a factor
+    of 30 have a logarithmic scale over at most four decades, and cells below it are white.
 
     Args:
         layers: A row a fork, epoch and layer, with the columns `position`, `layer`, `measured`, `measured_lowest`,
-            `predicted`, `hessian_energy` and `distance`.
+            `predicted`, `hessian_energy` and `distance`, and `predicted_anchored` where that is known.
         fork: The fork of the siblings.
 
     Raises:
         OptionError: A column is missing, or the table does not have this fork.
     """
-    columns = ["position", "layer", "measured_lowest", *_TITLES]
-    rows = of_fork(checked(layers, "layers", columns), "layers", fork)
+    always = [column for column in _TITLES if column != "predicted_anchored"]
+    rows = of_fork(checked(layers, "layers", ["position", "layer", "measured_lowest", *always]), "layers", fork)
+    shown = [*_TITLES] if any_known(rows, "predicted_anchored") else always
     # At α = ½ the second-order curve is an eighth of the mean energy of both ends.
     lowest = {"measured": rows["measured_lowest"], "predicted": rows["hessian_energy"] / 8}
     # Where there is no barrier, how far the curve sinks below the chord.
     signed = {column: rows[column].mask(rows[column] <= 0, low.clip(upper=0.0)) for column, low in lowest.items()}
-    table = rows.assign(**signed).pivot(index="position", columns="epoch", values=[*_TITLES])
-    cells = {column: table[column].to_numpy(np.float64) for column in _TITLES}
-    barriers = _signed_scale(np.concatenate([cells["measured"], cells["predicted"]]))
+    table = rows.assign(**signed).pivot(index="position", columns="epoch", values=shown)
+    cells = {column: table[column].to_numpy(np.float64) for column in shown}
+    of_barriers = [column for column in shown if column in _BARRIERS]
+    barriers = _signed_scale(np.concatenate([cells[column] for column in of_barriers]))
     energies, distances = _signed_scale(cells["hessian_energy"]), _positive_scale(cells["distance"])
     logarithmic, floor = isinstance(distances, LogNorm), distances.vmin or 0.0
     below = bool((cells["distance"] < floor).any())
     # Zero has no logarithm, and would be left out as if it were not known.
     cells["distance"] = np.maximum(cells["distance"], floor / 10)
 
-    figure = new_figure(TEXT_WIDTH, rows_height(len(table), 0.15) + 1.75)
+    figure = new_figure(TEXT_WIDTH, rows_height(len(table), 0.15) + 2.0)
     panels = list(figure.subplots(1, len(cells), sharey=True))
     meshes = []
     epochs = [f"{epoch:.0f}" for epoch in table["measured"].columns]
-    for axes, column, scale in zip(panels, cells, (barriers, barriers, energies, distances), strict=True):
+    scales = {**dict.fromkeys(of_barriers, barriers), "hessian_energy": energies, "distance": distances}
+    for axes, (column, scale) in zip(panels, scales.items(), strict=True):
         meshes.append(_draw_cells(axes, cells[column], scale))
         axes.set_title(_TITLES[column], loc="left", fontsize=SMALL + 0.5)
         step = math.ceil(len(epochs) / _MOST_EPOCHS)
         axes.set_xticks(range(0, len(epochs), step), epochs[::step])
         axes.set_xlabel(EPOCH_LABEL)
-    _draw_bar(panels[:2], meshes[1], _signed_ticks(barriers, powers=2))
-    _draw_bar(panels[2:3], meshes[2], _signed_ticks(energies, powers=1))
+    _draw_bar(panels[:-2], meshes[-3], _signed_ticks(barriers, powers=2), _signed_label(barriers, "units of the loss"))
+    _draw_bar(panels[-2:-1], meshes[-2], _signed_ticks(energies, powers=1), _signed_label(energies))
     ticks = LogLocator(numticks=4) if logarithmic else MaxNLocator(nbins=3)
-    _draw_bar(panels[3:], meshes[3], ticks, digits=1 if logarithmic else 2, extend="min" if below else "neither")
+    name = "log scale" if logarithmic else "linear scale"
+    _draw_bar(panels[-1:], meshes[-1], ticks, name, extend="min" if below else "neither")
     names = dict(zip(rows["position"], rows["layer"], strict=True))
     name_rows(panels[0], [str(names[position]) for position in table.index], longest=24)
     figure.suptitle(fork_title(fork), x=0.01, ha="left", fontsize="medium")
@@ -132,14 +139,21 @@ def _signed_ticks(scale: SymLogNorm, *, powers: int) -> FixedLocator:
     return FixedLocator([*-ticks[::-1], 0, *ticks])
 
 
-def _draw_bar(panels: Sequence[Axes], mesh: QuadMesh, ticks: Locator, *, digits: int = 1, **options: Any) -> None:
-    """The colours of a mesh under the panels that have them, with short numbers."""
+def _signed_label(scale: SymLogNorm, unit: str = "") -> str:
+    """That a scale is logarithmic on either side of zero, and where it is not."""
+    linear = f"linear within ±{short_number(scale.linthresh)}"
+    return f"{unit}, symlog scale: {linear}" if unit else f"symlog scale:\n{linear}"
+
+
+def _draw_bar(panels: Sequence[Axes], mesh: QuadMesh, ticks: Locator, label: str, **options: Any) -> None:
+    """The colours of a mesh under the panels that have them, with plain numbers, and what scale it is."""
     # One height for all, however many panels a bar is for.
     options |= {"location": "bottom", "aspect": 14 * len(panels), "pad": 0.02}
     bar = panels[0].figure.colorbar(mesh, ax=panels, **options)
     bar.ax.xaxis.set_major_locator(ticks)
     bar.ax.xaxis.set_minor_locator(NullLocator())
-    short_ticks(bar.ax.xaxis, digits)
+    plain_numbers(bar.ax.xaxis)
+    bar.set_label(label, fontsize=SMALL)
     bar.outline.set_linewidth(0.4)
 
 

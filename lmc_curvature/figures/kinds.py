@@ -7,7 +7,7 @@ from lmc_curvature.barrier.drawing import ALPHA_LABEL, ALPHAS, alpha_axis
 from lmc_curvature.barrier.kinds import classify_curve
 from lmc_curvature.plotting.axes import heading, zero_line
 from lmc_curvature.plotting.grids import label_panels
-from lmc_curvature.plotting.style import BLUE, PALE, TEXT_WIDTH, look, new_figure
+from lmc_curvature.plotting.style import BLUE, PALE, SKETCH, TEXT_WIDTH, look, new_figure
 
 _TOLERANCE = 0.03
 # A curve of each kind, and how its kind is told.
@@ -36,5 +36,6 @@ def draw_barrier_kinds() -> Figure:
         axes.set_ylim(-0.3, 0.3)
         axes.set_yticks([-_TOLERANCE, _TOLERANCE], ["−t", "t"])
         heading(axes, classify_curve(ALPHAS, curve, tolerance=_TOLERANCE), description)
+    figure.suptitle("schematic: curves drawn for each kind, not measured", x=0.01, ha="left", **SKETCH)
     label_panels(figure, ALPHA_LABEL, "barrier curve B(α)")
     return figure

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,16 +13,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
-from lmc_curvature.barrier.drawing import ALPHA_LABEL, ALPHAS, BARRIER_LABEL, alpha_axis
+from lmc_curvature.barrier.drawing import ALPHA_LABEL, ALPHAS, alpha_axis
 from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
 from lmc_curvature.barrier.predict import predict_barrier
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.landscapes import QuadraticProduct, landscape_loss, origin
 from lmc_curvature.plotting.axes import heading, legend_line, plain_ticks
-from lmc_curvature.plotting.style import BLUE, GREEN, INK, TEXT_WIDTH, VERMILION, look, new_figure
+from lmc_curvature.plotting.style import BLUE, GREEN, INK, SMALL, TEXT_WIDTH, VERMILION, look, new_figure
 from lmc_curvature.plotting.text import short_number
 
+# The proposition knows the two minima alone.
 _PROPOSITION = "second-order"
+_ANCHORED: dict[str, Any] = {"linestyle": ":", "linewidth": 2.2}
 _FAINT = LinearSegmentedColormap.from_list("faint", ["white", "#8a8a8a"])
 
 
@@ -56,8 +59,7 @@ class Toy:
         networks = self.at(self.minima[first]), self.at(self.minima[second])
         loader = origin(self.minima.shape[1])
         return (
-            # The proposition knows the two minima alone.
-            predict_barrier(*networks, loader, loss_fn=landscape_loss, anchors=2, progress=False),
+            predict_barrier(*networks, loader, loss_fn=landscape_loss, progress=False),
             measure_barrier(*networks, loader, loss_fn=landscape_loss, metrics=("loss",), alphas=101, progress=False),
         )
 
@@ -83,8 +85,9 @@ def draw_toy_landscapes() -> Figure:
     """Draw the toy of Singh et al. 2024: landscapes with known minima, and the barriers between these.
 
     Above, products of quadratics in one and in two dimensions, with the segments between some minima. Below, the
-    barrier curve of each segment, measured and by Proposition 1. The proposition sees the curvature at the minima
-    only, and overestimates the ridge between two of them: fourfold in the first landscape.
+    barrier curve of each segment, measured, by Proposition 1 (second order), and anchored. The proposition sees the
+    curvature at the minima only, and overestimates the ridge between two of them: fourfold in the first landscape.
+    An anchor in the middle sees the ridge.
     """
     figure = new_figure(TEXT_WIDTH, 4.7)
     for column, toy in enumerate(toys()):
@@ -97,8 +100,9 @@ def draw_toy_landscapes() -> Figure:
         heading(above, toy.title, "in one dimension" if toy.minima.shape[1] == 1 else "in two dimensions")
         _draw_curves(below, barriers)
     solid = legend_line("barrier curve, measured", color=INK)
-    dashed = legend_line("barrier curve, Proposition 1", color=INK, linestyle="--")
-    figure.legend(handles=[solid, dashed], loc="outside lower left", ncols=2)
+    dashed = legend_line("barrier curve, Proposition 1 (second order)", color=INK, linestyle="--")
+    dotted = legend_line("barrier curve, anchored", color=INK, **_ANCHORED)
+    figure.legend(handles=[solid, dashed, dotted], loc="outside lower left", ncols=3)
     return figure
 
 
@@ -135,15 +139,17 @@ def _draw_plane(axes: Axes, toy: Toy) -> None:
 def _draw_curves(axes: Axes, barriers: Mapping[str, tuple[BarrierPrediction, BarrierMeasurement]]) -> None:
     """The measured and the predicted barrier curve of each segment, on a logarithmic scale."""
     for color, (prediction, measurement) in barriers.items():
-        highest = short_number(prediction.barrier(None, _PROPOSITION))
-        label = f"{short_number(measurement.barrier())}, predicted {highest}"
+        expected = [short_number(prediction.barrier(None, expansion)) for expansion in (_PROPOSITION, "anchored")]
+        label = f"{short_number(measurement.barrier())}; {expected[0]}; {expected[1]}"
         # The logarithm of the zeros at the ends is left out.
         inside = slice(1, -1)
         axes.plot(measurement.alphas[inside], measurement.curve()[inside], color=color, label=label)
-        predicted = prediction.curve(ALPHAS[inside], None, _PROPOSITION)
-        axes.plot(ALPHAS[inside], predicted, color=color, linestyle="--", label="_Proposition 1")
+        proposed, anchored = (prediction.curve(ALPHAS[inside], None, each) for each in (_PROPOSITION, "anchored"))
+        axes.plot(ALPHAS[inside], proposed, color=color, linestyle="--", label="_Proposition 1")
+        axes.plot(ALPHAS[inside], anchored, color=color, label="_anchored", **_ANCHORED)
     alpha_axis(axes)
-    axes.set(xlabel=ALPHA_LABEL, ylabel=BARRIER_LABEL, yscale="log")
+    axes.set(xlabel=ALPHA_LABEL, ylabel="barrier\n(units of the loss, log scale)", yscale="log")
     axes.set_ylim(bottom=min(measurement.barrier() for _, measurement in barriers.values()) / 10)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.legend(loc="lower left", bbox_to_anchor=(-0.03, 1.0), borderaxespad=0)
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.03, 1.0), "alignment": "left"}
+    axes.legend(title="measured; Prop. 1; anchored", title_fontsize=SMALL, borderaxespad=0, **place)

@@ -12,7 +12,7 @@ from matplotlib.patheffects import withStroke
 from mpl_toolkits.mplot3d import Axes3D
 
 from lmc_curvature.plotting.axes import heading
-from lmc_curvature.plotting.style import BLUE, GREY, INK, SMALL, TEXT_WIDTH, VERMILION, look, new_figure
+from lmc_curvature.plotting.style import BLUE, GREY, INK, SKETCH, SMALL, TEXT_WIDTH, VERMILION, look, new_figure
 
 Numbers = Float64[np.ndarray, "..."]
 
@@ -117,7 +117,8 @@ def draw_mountainside() -> Figure:
     leave it late are close to each other, with a low narrow ridge between them. Beside the mountain stand both ridges,
     as they are met along the segments between the siblings. The mountain is a formula, not the loss of a network.
     """
-    figure = new_figure(TEXT_WIDTH, 3.5)
+    figure = new_figure(TEXT_WIDTH, 3.65)
+    figure.suptitle("sketch: the mountain is a formula, not the loss of a network", x=0.01, ha="left", **SKETCH)
     grid = figure.add_gridspec(1, 2, width_ratios=[2.5, 1])
     mountain = figure.add_subplot(grid[0, 0], projection="3d")
     _draw_mountain(mountain)

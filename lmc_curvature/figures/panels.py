@@ -1,17 +1,19 @@
 """Figures with a panel or a colour a fork: which forks, their titles, and their legend."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.errors import OptionError
 from lmc_curvature.plotting.axes import legend_line
-from lmc_curvature.plotting.style import Color
+from lmc_curvature.plotting.decades import Decades
+from lmc_curvature.plotting.style import GREY, Color
 
 EPOCH_LABEL = "epoch"
 
@@ -49,6 +51,24 @@ def _plain(fork: Fork) -> Fork:
 def fork_title(fork: Fork) -> str:
     """Title of a fork's panel: an epoch is spelt out, any other label stands as it is."""
     return f"fork at epoch {fork}" if isinstance(fork, int) else fork
+
+
+def strip_entries(scales: Iterable[Decades], most: int, **style: Any) -> list[Line2D]:
+    """The entry of a legend that says what hollow points in the grey strip are; none where there is no strip.
+
+    Args:
+        scales: The axes, which leave out what is this many orders of magnitude below the largest.
+        most: That number.
+        **style: Marker and size of the points.
+    """
+    strips = [scale for scale in scales if scale.low < scale.floor]
+    if not strips:
+        return []
+    cut = any(scale.cut for scale in strips)
+    label = "in the grey strip: no barrier (≤ 0)"
+    if cut:
+        label = f"in the grey strip: no barrier\n(≤ 0, or over 1e{most} times\nbelow the largest)"
+    return [legend_line(label, **{**style, "color": GREY, "markerfacecolor": "none", "linestyle": "none"})]
 
 
 def fork_legend(figure: Figure, colors: Mapping[int, Color]) -> None:

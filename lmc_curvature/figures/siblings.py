@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from lmc_curvature.figures.frames import by_fork, checked, known, numbers
 from lmc_curvature.figures.panels import EPOCH_LABEL, fork_legend
-from lmc_curvature.plotting.axes import count_axis, plain_ticks
+from lmc_curvature.plotting.axes import plain_ticks, ticks_among
 from lmc_curvature.plotting.style import COLUMN_WIDTH, GREY, TEXT_WIDTH, look, new_figure, sequential_colors
 
 # Width and height of the figure of a single panel.
@@ -84,7 +84,8 @@ def _draw_lines(rows: pd.DataFrame, columns: list[str], width: float, height: fl
         for fork, each in by_fork(known(rows, "geometry", column)).items():
             style = {"color": colors[fork], "marker": "o", "markersize": 2.5}
             axes.plot(numbers(each, "epoch"), numbers(each, column), label=f"_{fork}", **style)
-        count_axis(axes, EPOCH_LABEL)
+        ticks_among(axes.xaxis, numbers(rows, "epoch"))
+        axes.set_xlabel(EPOCH_LABEL)
         plain_ticks(axes.yaxis)
     fork_legend(figure, colors)
     return figure, panels

@@ -13,7 +13,9 @@ from lmc_curvature.barrier import BarrierPrediction
 from lmc_curvature.merging.merge import merge_predicted
 from lmc_curvature.merging.residuals import Correction
 from lmc_curvature.merging.rises import point_rises, rise_in_words, sampling_error
+from lmc_curvature.merging.summaries import point_summary, point_verification_summary
 from lmc_curvature.merging.trials import Bench, PointTrial, check_trials
+from lmc_curvature.plotting.summary import Display, Summary
 
 # Random starts beside the anchors, and the step of differences.
 _RANDOM, _STEP = 8, 1e-6
@@ -21,8 +23,8 @@ _RANDOM, _STEP = 8, 1e-6
 _NEAR = 1e-3
 
 
-@dataclass(frozen=True, eq=False)
-class BestPoint:
+@dataclass(frozen=True, eq=False, repr=False)
+class BestPoint(Display):
     """The point of the cube of layers with the least predicted loss: θ(x) = θ₁ + Σ_ℓ x_ℓ Δ_ℓ.
 
     Attributes:
@@ -101,6 +103,9 @@ class BestPoint:
         again = None if held_out is None else _measured(bench, x[None], correction, held_out)[0][0]
         return PointVerification(BestPoint.of(self.prediction, x), tuple(trials), chosen, again)
 
+    def _summary(self) -> Summary:
+        return point_summary(self)
+
     def __str__(self) -> str:
         ends = " and ".join(f"{end.loss:.4g}" for end in self.prediction.endpoints)
         width = max(map(len, self.alphas))
@@ -117,8 +122,8 @@ class BestPoint:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True, eq=False)
-class PointVerification:
+@dataclass(frozen=True, eq=False, repr=False)
+class PointVerification(Display):
     """A point of the cube that was measured, and improved by what was learned.
 
     Attributes:
@@ -132,6 +137,9 @@ class PointVerification:
     trials: tuple[PointTrial, ...]
     chosen: PointTrial
     held_out: PointTrial | None = None
+
+    def _summary(self) -> Summary:
+        return point_verification_summary(self)
 
     def __str__(self) -> str:
         lines = [str(self.point), f"  measured rise   {with_error(self.chosen.rise, self.chosen.standard_error)}"]

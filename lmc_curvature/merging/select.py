@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float
 from torch import nn
+from tqdm.auto import tqdm
 
 from lmc_curvature.barrier import BarrierPrediction
-from lmc_curvature.errors import OptionError, PartitionError, check_choice, counted
-from lmc_curvature.merging.budgets import budget_in_words, check_not_negative, limit_of
+from lmc_curvature.errors import OptionError, PartitionError, check_choice
+from lmc_curvature.merging.budgets import check_not_negative, limit_of
 from lmc_curvature.merging.merge import merge_predicted
 from lmc_curvature.merging.rises import (
     BASES,
     Base,
     mean_loss,
     points_of,
-    rise_in_words,
     sampling_error,
     set_errors,
     set_rises,
 )
 from lmc_curvature.merging.search import Score, every_set, search_sets
+from lmc_curvature.merging.summaries import selection_summary, selection_text
+from lmc_curvature.plotting.summary import Display, Summary
 from lmc_curvature.segment import layer_indices
 
 if TYPE_CHECKING:
@@ -167,14 +169,15 @@ class Choice:
             return search_sets(score, [self.required], self.free, width=_EXHAUSTIVE)
         return search_sets(score, [*starts, *self.starts], self.free, width=width)
 
-    def front(self, base: Base) -> Bool[np.ndarray, "sets L"]:
+    def front(self, base: Base, *, progress: bool | None = None) -> Bool[np.ndarray, "sets L"]:
         """Sets of which none is lighter than another with as little a rise, from light to heavy."""
         if self.exact:
             return _undominated(self, base, every_set(self.required, self.free))
         lowest = self.search(lambda members: -set_rises(self.prediction, members, base))
         ends = set_rises(self.prediction, np.stack([lowest, ~self.excluded]), base)
         found = [lowest]
-        for budget in np.linspace(ends.min(), ends.max(), _BUDGETS):
+        budgets = np.linspace(ends.min(), ends.max(), _BUDGETS)
+        for budget in tqdm(budgets, desc="budgets", disable=None if progress is None else not progress, leave=False):
             found.append(self.search(self._score(base, float(budget)), starts=found[-1:]))
         return _undominated(self, base, [np.stack(found)])
 
@@ -191,8 +194,8 @@ class Choice:
         return score
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection(Display):
     """A set of layers to average, with its predicted rise of the loss.
 
     Attributes:
@@ -237,8 +240,12 @@ class Selection:
         """Weight of the set as a part of that of all layers."""
         return self.weight / self.choice.total
 
-    def curve(self) -> "pd.DataFrame":
+    def curve(self, *, progress: bool | None = None) -> "pd.DataFrame":
         """The trade-off between weight and rise for the selection's base, whatever the budget.
+
+        Args:
+            progress: Show a progress bar over budgets, of more than 20 layers; by default on a terminal and in
+                notebooks.
 
         Returns:
             A row a set, from light to heavy: `weight`, `share`, `rise`, `expansion_error` and `layers`. No set is
@@ -247,7 +254,7 @@ class Selection:
         """
         import pandas as pd
 
-        sets, prediction = self.choice.front(self.base), self.choice.prediction
+        sets, prediction = self.choice.front(self.base, progress=progress), self.choice.prediction
         weights = sets @ self.choice.weights
         return pd.DataFrame(
             {
@@ -302,20 +309,11 @@ class Selection:
             options=options,
         )
 
+    def _summary(self) -> Summary:
+        return selection_summary(self)
+
     def __str__(self) -> str:
-        others = {"a": "model_a", "b": "model_b", "mean": "either network (the mean of both merges)"}[self.base]
-        layers, prediction = counted(len(self.choice.weights), "layer"), self.choice.prediction
-        first = f"Average {len(self.members)} of {layers}, {self.share:.1%} of the weight; the others from {others}"
-        if not (self.members or self.choice.excluded.all()):
-            first = f"Nothing can be averaged within the budget: all layers from {others}"
-        rise = rise_in_words(prediction, self.rise, self.standard_error, self.expansion_error)
-        lines = [
-            first,
-            f"  layers          {', '.join(self.members) or 'none'}",
-            f"  predicted rise  {rise}; budget {budget_in_words(prediction, self.budget)}",
-            "  every set was looked at" if self.exact else "  the best set that a search found",
-        ]
-        return "\n".join(lines)
+        return selection_text(self)
 
 
 def _undominated(choice: Choice, base: Base, sets: Iterable[Bool[np.ndarray, "sets L"]]) -> np.ndarray:

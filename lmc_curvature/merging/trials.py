@@ -22,7 +22,7 @@ _SAME = 1e-3
 _SAME_DATA = 1e-5
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Trial:
     """A merge that was measured. A rise is its loss minus the mean loss of the two networks.
 
@@ -43,11 +43,14 @@ class Trial:
         """The standard error, or 0 where a single batch does not tell it."""
         return float(np.nan_to_num(self.standard_error))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rise {self})"
+
     def __str__(self) -> str:
         return f"{with_error(self.rise, self.standard_error)}, expected {self.expected:.4g}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SetTrial(Trial):
     """A set of layers that was averaged and measured; see `Trial`.
 
@@ -62,7 +65,7 @@ class SetTrial(Trial):
     weight: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PointTrial(Trial):
     """A point of the cube of layers that was measured; see `Trial`.
 

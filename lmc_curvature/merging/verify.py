@@ -15,14 +15,16 @@ from lmc_curvature.merging.residuals import Correction
 from lmc_curvature.merging.rises import Base, point_rises, points_of
 from lmc_curvature.merging.search import Score
 from lmc_curvature.merging.select import Choice, Selection
+from lmc_curvature.merging.summaries import verification_summary
 from lmc_curvature.merging.trials import Bench, SetTrial, check_trials
+from lmc_curvature.plotting.summary import Display, Summary
 
 # Trials end where the next promises less than this part of the weight; searches look at 2^10 sets at a time.
 _LEAST_GAIN, _WIDTH = 1e-7, 10
 
 
-@dataclass(frozen=True, eq=False)
-class Verification:
+@dataclass(frozen=True, eq=False, repr=False)
+class Verification(Display):
     """A selection that was measured, and repaired by what was learned.
 
     Attributes:
@@ -60,6 +62,9 @@ class Verification:
         """What "just within" means; None where no measurement is."""
         found = [self.against_budget(trial) for trial in (*self.trials, self.chosen, self.held_out) if trial]
         return f"just within: by less than {self.caution:g} standard errors" if "just within" in found else None
+
+    def _summary(self) -> Summary:
+        return verification_summary(self)
 
     def __str__(self) -> str:
         measured = {"measured rise": self.chosen, "on held-out": self.held_out}

@@ -54,11 +54,12 @@ from lmc_curvature.objective.numerics import Numerics, bears_channels_last, chan
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.recalibration import check_recalibration, recalibrated_statistics
 from lmc_curvature.objective.soundness import Soundness
+from lmc_curvature.objective.summary import ObjectiveDisplay
 from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.replay import Replays
 
 
-class Objective:
+class Objective(ObjectiveDisplay):
     """The mean loss of a network over a data set, as a function of the network's state.
 
         L(θ) = (1/n) Σ_i loss(model_θ(x_i), y_i)
@@ -127,8 +128,8 @@ class Objective:
         self._movable = movable_entries(model, batch_norm)
         # What acts on its mode is a copy by now.
         originals = [*original.named_parameters(), *(b for b in model.named_buffers() if b[0] in self._movable)]
-        self.loader, self.max_batches, self.allow_tf32 = loader, max_batches, allow_tf32
-        self.recalibration = recalibration
+        self.loader, self.recalibration = loader, recalibration
+        self.max_batches, self.allow_tf32 = max_batches, allow_tf32
         self.batch_norm: BatchNormPolicy = batch_norm
         tensors = [*model.parameters(), *model.buffers()]
         self.device, self.dtype = choose_device(device, tensors), choose_dtype(dtype, tensors)
@@ -178,8 +179,7 @@ class Objective:
             DirectionError: An entry is unknown, has another shape, is not of a real floating-point type, or has other
                 numbers under a further name.
         """
-        state = {name: tensor for name, tensor in state.items() if not is_batch_counter(name)}
-        state = with_first_names(state, self._aliases)
+        state = with_first_names({n: t for n, t in state.items() if not is_batch_counter(n)}, self._aliases)
         check_entries(state, self._entries, self._movable)
         return {name: to_device(tensor.detach(), self.device, self.dtype) for name, tensor in state.items()}
 

@@ -8,8 +8,9 @@ from jaxtyping import Float64
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from lmc_curvature.plotting.axes import short_ticks
+from lmc_curvature.plotting.axes import plain_numbers
 from lmc_curvature.plotting.style import PALE, SMALL
+from lmc_curvature.plotting.text import has_exponents
 
 Values = Float64[np.ndarray, "..."]
 
@@ -82,7 +83,7 @@ def decades_axis(
         below: The text beside the strip.
         gap: The distance of that text from the panel, as a share of it.
         clear: The share of the axis above the strip that has no ticks, whose numbers would meet the text.
-        powers: Write ticks that are powers of ten as such, 10⁻³.
+        powers: Write ticks that are powers of ten as such, 10⁻³, also where all are plain numbers.
     """
     axis = axes.yaxis if name == "y" else axes.xaxis
     axes.set(**{f"{name}scale": "log", f"{name}lim": (scale.low, scale.high)})
@@ -92,10 +93,11 @@ def decades_axis(
     decade = 10.0 ** np.arange(first, last + 1, 1 + (last - first) // 9)
     ticks = np.outer(decade, [1, 2, 5] if few else [1]).ravel()
     lowest = scale.floor * extent**clear if scale.low < scale.floor else scale.floor
-    axis.set_major_locator(FixedLocator(ticks[(ticks >= lowest) & (ticks <= scale.high)].tolist()))
+    ticks = ticks[(ticks >= lowest) & (ticks <= scale.high)].tolist()
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    if few or not powers:
-        short_ticks(axis, 1)
+    if few or not (powers or has_exponents(ticks)):
+        plain_numbers(axis)
     if scale.low < scale.floor and name == "y":
         axes.axhspan(scale.low, scale.floor, color=PALE, linewidth=0, zorder=0)
         place = axes.get_yaxis_transform()

@@ -30,7 +30,7 @@ class Bars:
         label: Their name in the legend; a leading underscore keeps them out of it.
         values: Lengths, (rows,).
         color: The colour of the bars.
-        errors: Errors drawn as thin lines, (rows,), or None.
+        errors: Errors drawn as thin lines, (rows,), or None; of marks, too.
         broad_errors: Errors drawn as broad pale lines behind these, (rows,), or None.
     """
 
@@ -76,6 +76,8 @@ def draw_rows(
     if marks is not None:
         middles = rows + 0.4 - thickness / 2
         axes.plot(marks.values, middles, "D", color=marks.color, markersize=3, clip_on=False, label=marks.label)
+        if marks.errors is not None and np.isfinite(marks.errors).any():
+            axes.errorbar(marks.values, middles, xerr=marks.errors, fmt="none", label="_error", **THIN_ERROR)
     axes.axvline(0, color=GREY, linewidth=0.6, label="_zero")
     axes.set_ylim(max(len(names), _FEWEST_ROWS) - 0.4, -0.6)
     name_rows(axes, names if label_rows else [""] * len(names))

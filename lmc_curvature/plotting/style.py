@@ -22,6 +22,10 @@ SMALL = 7.0
 PALE = "#e6e6e6"
 GREY = "#777777"
 INK = "#222222"
+# How a figure says that it is drawn by hand or by a formula, and holds nothing that was measured.
+SKETCH: dict[str, Any] = {"fontsize": 8.0, "color": GREY, "style": "italic"}
+# The end of the colours of sequences, as a share of their map.
+_LIGHTEST = 0.62
 # Hues of Okabe and Ito, told apart with every common colour blindness.
 _HUES = BLUE, VERMILION, GREEN, PURPLE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"
 
@@ -90,11 +94,19 @@ def new_figure(width: float, height: float) -> Figure:
     return NotebookFigure(figsize=(width, height), layout="constrained")
 
 
+def sequential_color(share: float) -> Color:
+    """The colour at a share of the way from dark to light, in the darker part of the map plasma.
+
+    The lightest has a contrast of over 3 : 1 with white, as guidelines ask of lines (WCAG 2.1, 1.4.11).
+    """
+    return mpl.colormaps["plasma"](_LIGHTEST * share)
+
+
 def sequential_colors(names: Iterable[Name]) -> dict[Name, Color]:
-    """A colour a name, from dark for the first to light for the last (viridis, without its palest end)."""
+    """A colour a name, from dark for the first to light for the last, each legible on white."""
     names = list(names)
     steps = max(len(names) - 1, 1)
-    return {name: mpl.colormaps["viridis"](0.9 * number / steps) for number, name in enumerate(names)}
+    return {name: sequential_color(number / steps) for number, name in enumerate(names)}
 
 
 def pens(labels: Mapping[Name, str]) -> dict[Name, Pen]:

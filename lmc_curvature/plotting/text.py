@@ -1,6 +1,7 @@
 """Numbers and names as figures write them."""
 
 import math
+from collections.abc import Sequence
 
 
 def short_number(value: float, digits: int = 2) -> str:
@@ -25,9 +26,21 @@ def number_with_error(value: float, error: float) -> str:
     return (f"({both})e{shown}" if shown else both).replace("-", "−")
 
 
-def tick_number(value: float) -> str:
-    """The number of a tick, as it is: 0.25, 12000, 5e−4."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
+def tick_numbers(values: Sequence[float]) -> list[str]:
+    """The numbers of an axis's ticks as they are, in one notation: 0, 0.25, 0.5, or 0, 5e−4, 1e−3."""
+    largest = max(map(abs, values), default=0.0)
+    # Where ticks are multiples of a step, zero may be the rounding of another.
+    values = [0.0 if abs(value) <= 1e-12 * largest else value for value in values]
+    return [_tick_number(value, has_exponent=has_exponents(values)) for value in values]
+
+
+def has_exponents(values: Sequence[float]) -> bool:
+    """Whether numbers side by side are written with exponents, which one is enough to ask for."""
+    return not all(value == 0 or 1e-3 <= abs(value) < 1e5 for value in values)
+
+
+def _tick_number(value: float, *, has_exponent: bool) -> str:
+    if value == 0 or not has_exponent:
         return f"{value:.6g}".replace("-", "−")
     mantissa, exponent = f"{value:.4e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", "−")

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lmc_curvature.errors import PartitionError, suggest
+from lmc_curvature.errors import PartitionError, counted, suggest
 from lmc_curvature.objective.network import movable_entries, tied_names
 from lmc_curvature.objective.normalization import BatchNormPolicy
 from lmc_curvature.objective.wrappers import unwrap
+from lmc_curvature.plotting.summary import Display, Summary, some
 from lmc_curvature.segment.frozen import Frozen, frozen_entries
 from lmc_curvature.segment.norms import weights_of_norms
 
 
-@dataclass(frozen=True)
-class LayerPartition:
+@dataclass(frozen=True, repr=False)
+class LayerPartition(Display):
     """Named layers that together hold each entry of a state exactly once.
 
     Attributes:
@@ -95,6 +96,12 @@ class LayerPartition:
         groups = _groups(spec, nn.Module(), entries)
         _check_cover(groups, entries, ())
         return cls({layer: tuple(members) for layer, members in groups.items()})
+
+    def _summary(self) -> Summary:
+        shown = [f"{name} ({counted(len(members), 'entry')})" for name, members in self.groups.items()]
+        count = sum(map(len, self.groups.values()))
+        title = f"LayerPartition of {counted(count, 'entry')} into {counted(len(self.groups), 'layer')}"
+        return Summary(title, {"layers": some(shown)}, ".names, .groups, .entries(layer), .layer_of(entry)")
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -16,13 +16,14 @@ from lmc_curvature.objective.network import check_finite, check_module, entries_
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy
 from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.objective.wrappers import unwrap
+from lmc_curvature.plotting.summary import Display, Summary, some
 from lmc_curvature.segment.adapters import check_adapters
 from lmc_curvature.segment.compatibility import check_same_architecture
 from lmc_curvature.segment.frozen import REQUIRES_GRAD, Frozen, frozen_choices
 from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
 
 
-class Segment:
+class Segment(Display):
     """The segment θ(α) = (1−α) θ₁ + α θ₂ between the states of two networks of one architecture.
 
     Args:
@@ -102,6 +103,24 @@ class Segment:
             not torch.equal(*(own[name].detach().to(entries[0][name].device) for own in entries)) for name in others
         )
         self.notes = _notes(choices, base, len(others), differ) + ((EQUAL,) if self.is_point else ())
+
+    def _summary(self) -> Summary:
+        distances, layers = self.distances(), self.layers
+        first = next(iter(self.start.values()))
+        moving = [name for members in self.partition.groups.values() for name in members]
+        far = np.argsort(distances, kind="stable")[::-1]
+        return Summary(
+            f"Segment between two networks, {counted(len(layers), 'layer')} with "
+            f"{sum(self.start[name].numel() for name in moving):,} numbers that move",
+            {
+                "distance": f"{float(np.linalg.norm(distances)):.4g}",
+                "farthest layers": some([f"{layers[index]} {distances[index]:.3g}" for index in far]),
+                "entries": f"{len(moving)} of {len(self.start)} move",
+                "device, dtype": f"{first.device}, {first.dtype}",
+                **({"notes": some(self.notes)} if self.notes else {}),
+            },
+            ".layers, .directions(), .point(alpha, layers), .distances(), .partition",
+        )
 
     @property
     def layers(self) -> tuple[str, ...]:

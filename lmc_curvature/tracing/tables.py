@@ -18,18 +18,19 @@ import pandas as pd
 from lmc_curvature.barrier.expansions import EXPANSIONS
 from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.prediction import BarrierPrediction
-from lmc_curvature.errors import CheckpointError
+from lmc_curvature.errors import CheckpointError, counted
 from lmc_curvature.forking import ForkDirectory, open_directory
 from lmc_curvature.forking.directory import explain_damage
 from lmc_curvature.geometry import SiblingGeometry
+from lmc_curvature.plotting.summary import Display, Summary, some
 from lmc_curvature.storage import read_json, write_atomically, write_json
 from lmc_curvature.tracing.pair import Pair, cumulative_sets
 
 Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Traces:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Traces(Display):
     """The tables of a traced experiment.
 
     Attributes:
@@ -42,8 +43,8 @@ class Traces:
             `measured_lowest`, the minimum of the measured curve: zero, or how far it sinks below the chord. The last
             two are not numbers where nothing was measured, nor are anchored predictions where there are no anchors.
         cumulative: `side` (`"first"` or `"last"`), `count`: barriers of the first and last `count` layers: `measured`,
-            `predicted` (second order), `predicted_with_slopes`, `predicted_anchored`, its `expansion_error`, and
-            `predicted_shared`, the interactions' sum (eq. 21).
+            `predicted` (second order), `predicted_with_slopes`, `predicted_anchored`, its `expansion_error`,
+            `predicted_shared`, the interactions' sum (eq. 21), and `measured_se`, the standard error of the first.
         geometry: `distance` between siblings, `cosine_origin` and `cosine_fork` of the angle between them, and
             `cosine_final` of their difference with the final one: of parameters.
     """
@@ -55,6 +56,18 @@ class Traces:
     cumulative: pd.DataFrame
     geometry: pd.DataFrame
 
+    def _summary(self) -> Summary:
+        forks, epochs = (sorted(set(self.barriers[name])) for name in ("fork", "epoch"))
+        return Summary(
+            f"Traces of {counted(len(forks), 'fork')} over {counted(len(epochs), 'epoch')}, in tables",
+            {
+                "forks at": some([str(fork) for fork in forks]),
+                "epochs": some([str(epoch) for epoch in epochs]),
+                "rows": ", ".join(f"{name} {len(table)}" for name, table in vars(self).items()),
+            },
+            ".curves, .barriers, .predictions, .layers, .cumulative, .geometry",
+        )
+
 
 _COLUMNS = {
     "curves": "fork epoch split metric alpha value barrier",
@@ -63,11 +76,11 @@ _COLUMNS = {
     "layers": "fork epoch position layer distance hessian_energy predicted predicted_with_slopes predicted_anchored "
     "expansion_error measured measured_lowest",
     "cumulative": "fork epoch side count measured predicted predicted_with_slopes predicted_anchored expansion_error "
-    "predicted_shared",
+    "predicted_shared measured_se",
     "geometry": "fork epoch distance cosine_origin cosine_fork cosine_final",
 }
 # Columns that tables of earlier versions do not have.
-_LATER = ("predicted_anchored", "expansion_error")
+_LATER = ("predicted_anchored", "expansion_error", "measured_se")
 _VERSION = "1"
 
 
@@ -123,8 +136,9 @@ def write_tables(directory: ForkDirectory, pairs: Sequence[Pair]) -> Traces:
 
 def _with_later(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """A table with all columns of today, if it lacks some that came later: nothing is known of these."""
-    earlier = [column for column in columns if column not in _LATER]
-    return table.reindex(columns=pd.Index(columns)) if list(table.columns) == earlier else table
+    found = list(table.columns)
+    earlier = [column for column in columns if column in found or column not in _LATER]
+    return table.reindex(columns=pd.Index(columns)) if found == earlier else table
 
 
 def _table_path(directory: ForkDirectory, name: str) -> Path:
@@ -150,9 +164,11 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
     prediction = BarrierPrediction.load(files["predicted"])
     measured = {split: BarrierMeasurement.load(files[split]) for split in ("train", "test") if split in files}
     sets: dict[tuple[str, ...], np.ndarray] = {}
+    errors: dict[tuple[str, ...], float] = {}
     if "sets" in files:
         measurement = BarrierMeasurement.load(files["sets"])
         sets = dict(zip(measurement.sets, measurement.layer_curves(), strict=True))
+        errors = dict(zip(measurement.sets, measurement.layer_standard_errors().tolist(), strict=True))
     return {
         "curves": [
             {"split": split, "metric": metric, "alpha": alpha, "value": value, "barrier": barrier}
@@ -182,7 +198,7 @@ def _rows_of(path: Path) -> dict[str, list[Row]]:
             if expansion != "anchored" or prediction.expansion == "anchored"
         ],
         "layers": list(_layer_rows(prediction, sets)),
-        "cumulative": list(_cumulative_rows(prediction, sets)),
+        "cumulative": list(_cumulative_rows(prediction, sets, errors)),
         "geometry": [dataclasses.asdict(SiblingGeometry.load(files["geometry"]))],
     }
 
@@ -204,7 +220,9 @@ def _layer_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...], np.
         }
 
 
-def _cumulative_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...], np.ndarray]) -> Iterator[Row]:
+def _cumulative_rows(
+    prediction: BarrierPrediction, curves: dict[tuple[str, ...], np.ndarray], errors: dict[tuple[str, ...], float]
+) -> Iterator[Row]:
     for side, count, members in cumulative_sets(prediction.layers):
         # Not every epoch has these if the configuration says so.
         if members in curves and prediction.layers in curves:
@@ -216,6 +234,7 @@ def _cumulative_rows(prediction: BarrierPrediction, curves: dict[tuple[str, ...]
                 "predicted_with_slopes": prediction.barrier(members, "with-slopes"),
                 **_anchored(prediction, members),
                 "predicted_shared": prediction.barrier(members, "shared-hessian"),
+                "measured_se": errors[members],
             }
 
 

@@ -79,7 +79,8 @@ def test_without_anchors_between_the_ends_there_is_no_expansion_error(of_two_end
     assert "anchors" not in curves_by_name(figure.axes[0], lines)
     assert not figure.axes[0].collections
     assert len(figure.axes[-1].collections) == 1
-    assert not [text for text in legend_texts(figure.axes[1].get_legend()) if "error" in text]
+    errors = [text for text in legend_texts(figure.axes[1].get_legend()) if "error" in text]
+    assert errors == ["standard error of a layer"]
 
 
 def test_layers_stand_in_the_order_of_the_network(predictions):
@@ -91,8 +92,10 @@ def test_layers_stand_in_the_order_of_the_network(predictions):
 def test_bars_of_a_prediction_have_both_its_errors(predictions):
     prediction = predictions[3]
     figure = draw_prediction(prediction)
-    broad, thin = figure.axes[-1].collections
-    assert_allclose(half_lengths(thin), [prediction.standard_error([layer]) for layer in prediction.layers])
+    broad, thin, of_second_order = figure.axes[-1].collections
+    for drawn, expansion in ((thin, "anchored"), (of_second_order, "second-order")):
+        expected = [prediction.standard_error([layer], expansion) for layer in prediction.layers]
+        assert_allclose(half_lengths(drawn), expected)
     assert_allclose(half_lengths(broad), [prediction.expansion_error([layer]) for layer in prediction.layers])
     legend = figure.axes[1].get_legend()
     handles = dict(zip(legend_texts(legend), legend.legend_handles, strict=True))

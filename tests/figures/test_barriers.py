@@ -104,12 +104,26 @@ def test_every_fork_has_its_layer_bars(made, expected, request, measurements, sa
 
 
 @EITHER
+def test_bars_and_diamonds_of_layers_have_their_standard_errors(made, expected, request, measurements):
+    predictions, (expansions, _) = request.getfixturevalue(made), expected
+    figure = draw_layer_bars(predictions, measurements)
+    for axes, epoch in zip(figure.axes, (0, 3, 8), strict=True):
+        prediction = predictions[epoch]
+        drawn = [np.array([np.ptp(part[:, 0]) / 2 for part in each.get_segments()]) for each in axes.collections]
+        by_expansion = [
+            [prediction.standard_error([layer], expansion) for layer in prediction.layers] for expansion in expansions
+        ]
+        for errors in (measurements[epoch].layer_standard_errors(), *by_expansion):
+            assert any(np.allclose(each, errors) for each in drawn)
+
+
+@EITHER
 def test_the_legend_of_layer_bars_names_what_it_shows(made, expected, request, measurements):
     predictions, (expansions, names) = request.getfixturevalue(made), expected
     figure = draw_layer_bars(predictions, measurements)
     handles = figure.legends[0].legend_handles
     bar_colors = [group[0].get_facecolor() for group in figure.axes[0].containers if isinstance(group, BarContainer)]
-    errors = ["standard error", "expansion error"] if expansions[0] == "anchored" else []
+    errors = ["standard error", *(["expansion error"] if expansions[0] == "anchored" else [])]
     assert legend_texts(figure.legends[0]) == ["measured", *names, *errors]
     assert [handle.get_facecolor() for handle in handles[:2]] == bar_colors
     assert handles[2].get_marker() == "D"

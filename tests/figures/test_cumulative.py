@@ -1,7 +1,8 @@
 """Cumulative barriers are those of the table, a panel a fork."""
 
+import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures import draw_cumulative_barriers
@@ -47,6 +48,32 @@ def test_anchored_predictions_take_the_place_of_one_end(anchored, pick, lines, s
         assert len(drawn) == 7
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts[2:] == ["measured", "predicted, anchored", "predicted, second order"]
+
+
+def test_measured_barriers_have_bars_and_anchored_ones_bands_of_their_errors(anchored, pick, uncut):
+    table = anchored.cumulative.assign(
+        measured_se=0.1 * anchored.cumulative["measured"],
+        expansion_error=0.3 * anchored.cumulative["measured"],
+    )
+    figure = draw_cumulative_barriers(table)
+    uncut(figure)
+    for fork, axes in zip((0, 2, 5), figure.axes, strict=True):
+        for side in ("first", "last"):
+            rows = pick(table, fork=fork, epoch=8, side=side).sort_values("count")
+            (group,) = (each for each in axes.containers if each.get_label() == f"_{side}, measured, error")
+            (bars,) = group[2]
+            ends = np.array([segment[:, 1] for segment in bars.get_segments()]).T
+            assert_allclose(ends, np.outer([0.9, 1.1], rows["measured"]))
+            (band,) = (each for each in axes.collections if each.get_label() == f"_{side}, expansion error")
+            corners = band.get_paths()[0].vertices
+            for _, row in rows.iterrows():
+                heights = corners[corners[:, 0] == row["count"], 1]
+                middle = row["predicted_anchored"]
+                expected = [middle - row["expansion_error"], middle + row["expansion_error"]]
+                assert_allclose([heights.min(), heights.max()], expected)
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts[2] == "measured ± standard error"
+    assert texts[-1] == "expansion error"
 
 
 def test_a_column_without_a_number_is_as_none(traces, lines):

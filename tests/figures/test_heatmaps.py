@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures import draw_layer_heatmaps
+from lmc_curvature.plotting.text import short_number
 
 COLUMNS = ("measured", "predicted", "hessian_energy", "distance")
 SIGNS = ["above the chord", "below the chord (no barrier)"]
@@ -18,7 +19,13 @@ def meshes(figure):
     """Column to its mesh; bars of colours have meshes, too."""
     panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
     found = [next(each for each in axes.collections if isinstance(each, QuadMesh)) for axes in panels]
-    return dict(zip(COLUMNS, found, strict=True))
+    anchored = ("measured", "predicted_anchored", *COLUMNS[1:])
+    return dict(zip(COLUMNS if len(panels) == len(COLUMNS) else anchored, found, strict=True))
+
+
+def bar_labels(figure):
+    """Labels of the bars of colours, from the left."""
+    return [axes.get_xlabel() for axes in figure.axes if not axes.get_title(loc="left")]
 
 
 def matrix(rows, column):
@@ -55,6 +62,28 @@ def test_cells_are_those_of_the_table(traces, pick, saved, uncut):
     assert names == ["conv", "block.0.conv1", "block.0.conv2", "linear"]
     assert figure.get_suptitle() == "fork at epoch 0"
     assert legend(figure) == SIGNS
+
+
+def test_anchored_barriers_stand_beside_those_of_second_order(anchored, pick, uncut):
+    figure = draw_layer_heatmaps(anchored.layers, fork=2)
+    uncut(figure)
+    found, rows = meshes(figure), pick(anchored.layers, fork=2)
+    assert_array_equal(found["predicted_anchored"].get_array(), matrix(rows, "predicted_anchored"))
+    assert found["predicted_anchored"].norm is found["predicted"].norm is found["measured"].norm
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles[1:3] == ["predicted barrier\nanchored", "predicted barrier\nsecond order"]
+    assert found["measured"].norm.vmax == rows[["measured", "predicted_anchored", "predicted"]].to_numpy().max()
+
+
+@pytest.mark.parametrize(("ratio", "name"), [(2.0, "linear scale"), (100.0, "log scale")])
+def test_every_bar_of_colours_says_its_scale(ratio, name, traces):
+    table = traces.layers.assign(distance=np.where(traces.layers["position"] == 0, ratio, 1.0))
+    figure = draw_layer_heatmaps(table, fork=0)
+    barriers, energies, distances = bar_labels(figure)
+    width = meshes(figure)["measured"].norm.linthresh
+    assert barriers == f"units of the loss, symlog scale: linear within ±{short_number(width)}"
+    assert energies.startswith("symlog scale:")
+    assert distances == name
 
 
 def test_the_two_barriers_share_a_signed_scale_and_a_bar(traces, pick):

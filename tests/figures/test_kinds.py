@@ -9,4 +9,5 @@ from lmc_curvature.figures import draw_barrier_kinds
 def test_every_kind_is_drawn_once(saved):
     figure = draw_barrier_kinds()
     saved(figure)
+    assert figure.get_suptitle() == "schematic: curves drawn for each kind, not measured"
     assert sorted(axes.get_title(loc="left") for axes in figure.axes) == sorted(get_args(CurveKind))

@@ -17,7 +17,7 @@ def test_toy_landscapes(figure, saved):
     saved(figure)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert [title for title in titles if title] == [toy.title for toy in toys()]
-    assert sum(axes.get_ylabel() == "barrier (units of the loss)" for axes in figure.axes) == 3
+    assert sum(axes.get_ylabel() == "barrier\n(units of the loss, log scale)" for axes in figure.axes) == 3
 
 
 def test_the_first_toy_in_closed_form(figure, lines):
@@ -25,10 +25,18 @@ def test_the_first_toy_in_closed_form(figure, lines):
     above, below = figure.axes[:2]
     theta, loss = above.get_lines()[0].get_data()
     assert_allclose(loss, (np.asarray(theta) ** 2 - 1) ** 2 / 4, atol=1e-12)
-    alphas, measured = lines(below)["0.25, predicted 1.0"]
+    alphas, measured = lines(below)["0.25; 1.0; 0.25"]
     assert_allclose(measured, ((2 * alphas - 1) ** 2 - 1) ** 2 / 4)
     alphas, predicted = lines(below)["_Proposition 1"]
     assert_allclose(predicted, 4 * alphas * (1 - alphas))
+    # An anchor in the middle sees a quartic whole.
+    alphas, anchored = lines(below)["_anchored"]
+    assert_allclose(anchored, ((2 * alphas - 1) ** 2 - 1) ** 2 / 4, atol=1e-6)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "barrier curve, measured",
+        "barrier curve, Proposition 1 (second order)",
+        "barrier curve, anchored",
+    ]
 
 
 def test_segments_join_minima():

@@ -89,6 +89,10 @@ def test_paths_and_segments_lie_on_the_ground(figure, saved):
         assert_allclose(drawn[f"{name} segment"][0][[0, -1]], ends)
 
 
+def test_it_says_that_it_is_a_sketch(figure):
+    assert figure.get_suptitle() == "sketch: the mountain is a formula, not the loss of a network"
+
+
 def test_no_name_is_cut_or_crossed_by_a_curve(figure, uncut):
     uncut(figure)
     axes = figure.axes[1]

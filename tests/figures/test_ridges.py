@@ -9,6 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from lmc_curvature.errors import OptionError
 from lmc_curvature.figures import draw_ridges
 from lmc_curvature.figures.ridges import shown_epochs
+from lmc_curvature.plotting.text import short_number
 
 
 def drawn(axes):
@@ -39,8 +40,12 @@ def test_curves_are_those_of_the_table(metric, quantity, split, traces, pick, un
         assert set(lines) == set(rows["epoch"])
         for epoch, line in lines.items():
             curve = rows[rows["epoch"] == epoch].sort_values("alpha")
-            assert_array_equal(line.get_data_3d(), curve[["alpha", "epoch", quantity]].to_numpy().T)
-        assert axes.get_zlabel() == (metric if quantity == "value" else "barrier")
+            alphas, epochs, heights = line.get_data_3d()
+            assert_array_equal([alphas, epochs], curve[["alpha", "epoch"]].to_numpy().T)
+            is_logarithmic = (metric, quantity) == ("loss", "value")
+            assert_allclose(10**heights if is_logarithmic else heights, curve[quantity])
+        label = f"{metric} (log scale)" if is_logarithmic else metric
+        assert axes.get_zlabel() == (label if quantity == "value" else "barrier")
     title = figure.get_suptitle()
     assert title.startswith(f"{split} {'barrier of the ' if quantity == 'barrier' else ''}{metric}")
 
@@ -48,7 +53,7 @@ def test_curves_are_those_of_the_table(metric, quantity, split, traces, pick, un
 @pytest.mark.parametrize(("height", "own"), [(2.9, False), (3.1, True)])
 def test_panels_of_values_have_one_scale_while_they_are_alike(height, own, traces):
     curves = traces.curves.assign(value=np.where(traces.curves["fork"] == 0, height, 1.0))
-    figure = draw_ridges(curves, split="test", metric="loss")
+    figure = draw_ridges(curves, split="test", metric="error")
     assert [axes.get_zlim()[1] for axes in figure.axes] == ([height, 1, 1] if own else [height] * 3)
     assert figure.get_suptitle().endswith("each panel has its own scale") == own
     first, *others = figure.axes
@@ -69,35 +74,93 @@ def test_each_panel_of_barriers_has_its_own_scale_and_a_sheet_at_zero(traces, pi
         assert sheet.get_zorder() < min(line.get_zorder() for line in axes.get_lines())
 
 
-def test_a_deep_valley_is_cut_and_its_depth_is_said(traces, pick):
-    # Before the last epoch, siblings are in one valley three times as deep as the ridge is high in the end.
+def numbers_at_ticks(axes):
+    """Value at each tick of the heights, by what is written there."""
+    axes.figure.draw_without_rendering()
+    written = [label.get_text() for label in axes.get_zticklabels()]
+    return dict(zip(written, axes.get_zticks(), strict=True))
+
+
+def value_of(text):
+    return float(text.replace("−", "-"))
+
+
+@pytest.mark.parametrize("depth", [3.0, 40.0])
+def test_a_valley_deeper_than_the_ridge_is_whole_and_does_not_flatten_it(depth, traces):
     curves = traces.curves.assign(
-        barrier=np.where(traces.curves["epoch"] < 8, -3.0, 1.0) * traces.curves["alpha"] * (1 - traces.curves["alpha"])
+        barrier=np.where(traces.curves["epoch"] < 8, -depth, 1.0)
+        * traces.curves["alpha"]
+        * (1 - traces.curves["alpha"])
     )
     figure = draw_ridges(curves, quantity="barrier")
-    assert details(figure) == ["highest at epoch 8: 0.25; lowest: −0.75"] * 3
+    lowest = short_number(-depth / 4)
+    assert details(figure) == [f"highest at epoch 8: 0.25; lowest: {lowest}"] * 3
     for axes in figure.axes:
+        assert axes.get_zlabel() == "barrier (symlog scale)"
         floor, top = axes.get_zlim()
-        assert (floor, top) == pytest.approx((-0.25 / 3, 0.25))
-        for epoch, line in drawn(axes).items():
-            alphas, _, heights = line.get_data_3d()
-            if epoch == 8:
-                assert len(alphas) == 5
-                continue
-            # Straight from 0 at α = 0 to 3·3/16 below at α = ¼, and cut on the way.
-            shown = np.isfinite(heights)
-            assert_allclose(heights[shown & (alphas < 0.25)], -2.25 * alphas[shown & (alphas < 0.25)], atol=1e-12)
-            assert floor <= heights[shown].min() < floor + 0.01
-            assert not shown[(alphas > 0.04) & (alphas < 0.96)].any()
+        heights = {epoch: line.get_data_3d()[2] for epoch, line in drawn(axes).items()}
+        # Nothing is cut, and the ridge has more than its share.
+        assert min(each.min() for each in heights.values()) == pytest.approx(floor)
+        assert all(len(each) == 5 and np.isfinite(each).all() for each in heights.values())
+        assert top / (top - floor) > 1.4 / (1 + depth)
+        # Ticks stand where the curves have their values: at α = ½ and ¼, a quarter and 3/16 of the depth.
+        ticks = numbers_at_ticks(axes)
+        places = np.array(list(ticks.values()))
+        assert_allclose(np.sinh(places) * 0.25 / 3, [value_of(text) for text in ticks], atol=1e-9)
+        assert_allclose(np.sinh(heights[8][2]) * 0.25 / 3, 0.25)
+        assert 0 in places
+        assert (places < 0).any()
+        assert (places > 0).any()
 
 
-@pytest.mark.parametrize(("quantity", "in_front"), [("value", 8), ("barrier", 2)])
-def test_what_is_nearest_covers_what_is_behind(quantity, in_front, traces, saved):
+def test_losses_are_logarithmic_so_that_one_early_epoch_does_not_flatten_the_others(traces):
+    # A thousand times as high at the first epoch.
+    value = np.where(traces.curves["epoch"] == 2, 20.0, 0.02 * (1 + traces.curves["alpha"]))
+    figure = draw_ridges(traces.curves.assign(value=value), metric="loss")
+    assert len({axes.get_zlim() for axes in figure.axes}) == 1
+    for axes in figure.axes:
+        assert axes.get_zlabel() == "loss (log scale)"
+        low, high = axes.get_zlim()
+        last = drawn(axes)[8].get_data_3d()[2]
+        assert_allclose(10**last, 0.02 * (1 + np.linspace(0, 1, 5)))
+        assert np.ptp(last) / (high - low) > 0.05
+        for text, place in numbers_at_ticks(axes).items():
+            assert 10**place == pytest.approx(value_of(text))
+
+
+@pytest.mark.parametrize("least", [0.0, -1.0])
+def test_losses_without_a_logarithm_have_a_linear_scale(least, traces):
+    curves = traces.curves.assign(value=np.where(traces.curves["epoch"] == 8, least, 20.0))
+    for axes in draw_ridges(curves, metric="loss").axes:
+        assert axes.get_zlabel() == "loss"
+        assert axes.get_zlim() == (least, 20)
+
+
+def test_epochs_have_their_ticks_at_snapshots(traces):
+    for axes in draw_ridges(traces.curves).axes:
+        assert set(axes.get_yticks()) <= {2, 4, 6, 8}
+        assert 8 in axes.get_yticks()
+
+
+def test_in_the_place_that_panels_leave_stand_the_epochs_in_their_colours(traces, uncut):
+    curves = pd.concat([traces.curves[traces.curves["fork"] == 0].assign(fork=fork) for fork in range(5)])
+    figure = draw_ridges(curves)
+    uncut(figure)
+    (legend,) = figure.subfigs[0].legends
+    entries = zip(legend.get_texts(), legend.legend_handles, strict=True)
+    lines = drawn(figure.axes[0])
+    assert {int(text.get_text()): line.get_color() for text, line in entries} == {
+        epoch: line.get_color() for epoch, line in lines.items()
+    }
+
+
+@pytest.mark.parametrize("quantity", ["value", "barrier"])
+def test_the_last_epoch_is_in_front_and_what_is_nearest_covers_what_is_behind(quantity, traces, saved):
     figure = draw_ridges(traces.curves, quantity=quantity)
     saved(figure)
     axes = figure.axes[0]
     lines = drawn(axes)
-    assert list(lines)[-1] == in_front
+    assert list(lines)[-1] == 8
     # Seen from above, what is nearer stands lower in the picture.
     _, lower, _ = proj3d.proj_transform(np.zeros(3), np.array(list(lines)), np.zeros(3), axes.get_proj())
     assert (np.diff(lower) < 0).all()
@@ -130,7 +193,7 @@ def test_the_small_print_is_the_maximum_at_the_last_epoch(quantity, traces):
 def test_the_noise_of_a_zero_barrier_is_not_shown(traces):
     curves = traces.curves.assign(barrier=np.where(traces.curves["alpha"] == 0.5, -0.25, 7e-17))
     figure = draw_ridges(curves, quantity="barrier")
-    assert details(figure) == ["highest at epoch 8: 0"] * 3
+    assert details(figure) == ["highest at epoch 8: 0; lowest: −0.25"] * 3
     # Convex: the whole height is for what lies below.
     assert_allclose([axes.get_zlim() for axes in figure.axes], [(-0.25, 0)] * 3)
 

@@ -10,11 +10,16 @@ from lmc_curvature.plotting.style import TEXT_WIDTH, new_figure
     ("count", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (1, 3)), (4, (2, 2)), (5, (2, 3)), (9, (3, 3))]
 )
 def test_panels_fill_rows_from_the_left(count, shape):
-    figure, cells = panel_cells(count, 2.0, margin=0.5)
+    figure, cells, spare = panel_cells(count, 2.0, margin=0.5, legend=0.25)
     assert cells[0].get_gridspec().get_geometry() == shape
     places = [(cell.rowspan.start, cell.colspan.start) for cell in cells]
     assert places == [divmod(number, shape[1]) for number in range(count)]
-    assert figure.get_figheight() == 2.0 * shape[0] + 0.5
+    full = count == shape[0] * shape[1]
+    assert (spare is None) == full
+    if spare is not None:
+        assert [*range(count, spare.num2 + 1)] == [*range(spare.num1, shape[0] * shape[1])]
+    # Room for a legend is needed above panels that leave none beside them.
+    assert figure.get_figheight() == 2.0 * shape[0] + 0.5 + 0.25 * full
     assert figure.get_figwidth() <= TEXT_WIDTH
 
 

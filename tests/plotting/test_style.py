@@ -44,6 +44,14 @@ def test_sequences_go_from_dark_to_light():
     assert len(sequential_colors([5])) == 1
 
 
+@pytest.mark.parametrize("count", [1, 2, 5, 20])
+def test_every_colour_of_a_sequence_is_legible_on_white(count):
+    for color in sequential_colors(range(count)).values():
+        # Relative luminance and contrast as WCAG 2.1 defines them.
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in color[:3]]
+        assert 1.05 / (np.dot(linear, [0.2126, 0.7152, 0.0722]) + 0.05) >= 3
+
+
 @pytest.mark.parametrize(("count", "styles"), [(4, 4), (5, 5), (7, 5)])
 def test_pens_differ_in_colour_and_up_to_five_in_line_style(count, styles):
     found = pens({number: str(number) for number in range(count)})

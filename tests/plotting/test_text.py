@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmc_curvature.plotting.text import correlation_text, number_with_error, short_name, short_number, tick_number
+from lmc_curvature.plotting.text import correlation_text, number_with_error, short_name, short_number, tick_numbers
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,18 @@ def test_numbers_with_errors(value, error, text):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.25, "0.25"), (-12000.0, "−12000"), (5e-4, "5e−4"), (0.0, "0"), (1.25e6, "1.25e6")]
+    ("values", "texts"),
+    [
+        ([0.25, -12000.0, 0.0], ["0.25", "−12000", "0"]),
+        ([0.0, 5e-4, 1e-3], ["0", "5e−4", "1e−3"]),
+        ([1e-4, 1e-3, 0.01, 0.1], ["1e−4", "1e−3", "1e−2", "1e−1"]),
+        ([1.25e6, -10.0], ["1.25e6", "−1e1"]),
+        # What rounding leaves of zero is zero, and asks for no exponent.
+        ([-0.1, 2.8e-17, 0.1], ["−0.1", "0", "0.1"]),
+    ],
 )
-def test_numbers_of_ticks(value, text):
-    assert tick_number(value) == text
+def test_numbers_of_ticks_have_one_notation(values, texts):
+    assert tick_numbers(values) == texts
 
 
 def test_correlations():

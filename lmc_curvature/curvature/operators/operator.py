@@ -1,6 +1,7 @@
 """A curvature matrix over the data as a linear operator: rows, columns, blocks, and one pass a product."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, overload
 
@@ -29,6 +30,7 @@ from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State, check_finite
 from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.objective.risk import Objective
+from lmc_curvature.plotting.summary import Display, Summary, some
 from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
 
 
@@ -58,7 +60,7 @@ class Curvature:
         return dataclasses.replace(self, of_batch=of_batch)
 
 
-class CurvatureOperator:
+class CurvatureOperator(Display):
     """A symmetric matrix of second derivatives over the entries of a state, or a block of it.
 
     The matrix is a mean over examples. A product visits the loader once, whatever the number of vectors: on each batch
@@ -112,6 +114,18 @@ class CurvatureOperator:
         self.rows, self.columns = self._entries_of(self._row_layers), self._entries_of(self._column_layers)
         self.shape = (self._count(self.rows), self._count(self.columns))
         self._vectorizer = Vectorizer(objective.rounding, elements=None if curvature.native else 0)
+
+    def _summary(self) -> Summary:
+        rows, columns = self.shape
+        layers = {"layers": some(self._row_layers)}
+        if self._row_layers != self._column_layers:
+            layers = {"rows of": some(self._row_layers), "columns of": some(self._column_layers)}
+        objective = self.objective._summary()
+        return Summary(
+            f"{type(self).__name__} of shape {rows:,} × {columns:,}: {self.curvature.name}",
+            {**layers, "objective": objective.title.removeprefix("Objective: "), **objective.facts},
+            "H @ v, H.matmat(V), H.block(layer), H.to_dense(), H.diagonal(), H.to_scipy()",
+        )
 
     def _names_of(self, layers: Iterable[str] | str | None) -> tuple[str, ...]:
         names = self.partition.names
@@ -217,14 +231,16 @@ class CurvatureOperator:
         for entries in dict.fromkeys((self.rows, self.columns, (*self.rows, *self.columns))):
             self.objective.check_derivatives(self.point, batch, set(entries))
 
-    def _visit(self, add: Callable[[BatchProducts], None], *, replay: bool = False) -> float:
+    def _visit(
+        self, add: Callable[[BatchProducts], None], *, replay: bool = False, progress: bool | None = False
+    ) -> float:
         """Visit the loader once, and call `add` with the products of each batch; returns the sum of their weights.
 
         If asked to, matrices are replayed where a device can.
         """
         entries = [name for name in self.state if name in {*self.rows, *self.columns}]
         weight = 0.0
-        with self.objective.one_pass(progress=False) as batches:
+        with self.objective.one_pass(progress=progress, description=self.curvature.name) as batches:
             for batch in batches:
                 data = self.objective.laid_out(batch) if self.curvature.native else batch
                 self.check_derivatives(batch)
@@ -278,13 +294,14 @@ class CurvatureOperator:
         return {name: part.view((*leading, *self.state[name].shape)) for name, part in zip(entries, parts, strict=True)}
 
     @outside_inference()
-    def to_dense(self, *, memory_gib: float = 4.0) -> Float64[Tensor, "rows columns"]:
+    def to_dense(self, *, memory_gib: float = 4.0, progress: bool | None = None) -> Float64[Tensor, "rows columns"]:
         """The dense matrix, float64, on the objective's device; one pass over the loader per 64 to 4,096 columns.
 
         Many columns are computed at once where calls cost more than arithmetic; see `Vectorizer`.
 
         Args:
             memory_gib: The largest matrix to make, in GiB.
+            progress: Show a progress bar over the batches of each pass; by default on a terminal and in notebooks.
 
         Raises:
             MemoryBudgetError: The matrix would need more than `memory_gib`.
@@ -298,12 +315,16 @@ class CurvatureOperator:
             "use products (H @ v, H.to_scipy()), a layer's block (H.block(layer)), or raise memory_gib.",
         )
         transposed = torch.zeros(columns, rows, dtype=torch.float64, device=self.device)
-        weight = add_columns(transposed, self._tensors(self.rows), self._tensors(self.columns), self._visit)
+        visit = functools.partial(self._visit, progress=progress)
+        weight = add_columns(transposed, self._tensors(self.rows), self._tensors(self.columns), visit)
         return self._mean_of(transposed, weight).T
 
     @outside_inference()
-    def diagonal(self) -> Float64[Tensor, " n"]:
+    def diagonal(self, *, progress: bool | None = None) -> Float64[Tensor, " n"]:
         """The diagonal, exactly: one product for each coordinate, one pass over the loader per 4,096; float64.
+
+        Args:
+            progress: Show a progress bar over the batches of each pass; by default on a terminal and in notebooks.
 
         Raises:
             OperatorError: Rows and columns are of different layers.
@@ -315,7 +336,8 @@ class CurvatureOperator:
                 "H.block(layer)."
             )
         total = torch.zeros(self.shape[0], dtype=torch.float64, device=self.device)
-        return self._mean_of(total, add_diagonal(total, self._tensors(self.rows), self._visit))
+        visit = functools.partial(self._visit, progress=progress)
+        return self._mean_of(total, add_diagonal(total, self._tensors(self.rows), visit))
 
     def to_scipy(self) -> LinearOperator:
         """The same operator for SciPy: NumPy in and out, float64, computed on the objective's device."""

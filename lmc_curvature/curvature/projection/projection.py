@@ -3,16 +3,22 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int, Real
 
-from lmc_curvature.averages import standard_error, weighted_mean
+from lmc_curvature.averages import standard_error, weighted_mean, with_error
 from lmc_curvature.curvature.problem import BatchValues
+from lmc_curvature.errors import counted
+from lmc_curvature.plotting.summary import Display, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, eq=False)
-class Projection:
+@dataclass(frozen=True, eq=False, repr=False)
+class Projection(Display):
     """Loss, slopes and curvature at a state θ along k directions u_i, with the values of every batch.
 
         loss = L(θ),   slopes[i] = ⟨∇L(θ), u_i⟩,   curvature[i, j] = u_iᵀ ∇²L(θ) u_j
@@ -79,3 +85,30 @@ class Projection:
     def curvature_se(self) -> Float[np.ndarray, "k k"]:
         """Standard errors of `curvature`."""
         return standard_error(self.batch_curvatures, self.weights)
+
+    def plot(self) -> "Figure":
+        """Draw the curvature between all pairs of directions."""
+        from lmc_curvature.curvature.projection.drawing import draw_projection
+
+        return draw_projection(self)
+
+    def _summary(self) -> Summary:
+        # Of no directions there is the loss alone.
+        facts = {"loss": with_error(self.loss, self.loss_se)}
+        if len(self.slopes):
+            steepest, bent = int(np.abs(self.slopes).argmax()), int(np.abs(np.diag(self.curvature)).argmax())
+            slope = with_error(self.slopes[steepest], self.slopes_se[steepest])
+            curvature = with_error(self.curvature[bent, bent], self.curvature_se[bent, bent])
+            facts |= {
+                "largest slope": f"{slope} (direction {steepest})",
+                "largest curvature": f"{curvature} (direction {bent} with itself)",
+                "sum of curvature": f"{self.curvature.sum():.4g}",
+            }
+        batches = counted(len(self.batch_sizes), "batch")
+        return Summary(
+            f"Projection along {counted(len(self.slopes), 'direction')}, of {counted(self.examples, 'example')} "
+            f"in {batches}",
+            facts | {"±": "standard errors, from the spread between batches"},
+            ".slopes, .curvature, .slopes_se, .curvature_se, .plot()",
+            self.plot if len(self.slopes) else None,
+        )

@@ -11,7 +11,8 @@ from jaxtyping import Float, Float64
 from lmc_curvature.curvature.spectra.lanczos import Chains
 from lmc_curvature.curvature.spectra.symmetric import Distribution, Matrix, Operator, check_count_option
 from lmc_curvature.curvature.spectra.trace import Estimate
-from lmc_curvature.errors import OptionError, check_budget, check_choice
+from lmc_curvature.errors import OptionError, check_budget, check_choice, counted
+from lmc_curvature.plotting.summary import Display, Summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 WIDTH_SHARE = 0.004
 
 
-@dataclass(frozen=True, eq=False)
-class SpectralDensity:
+@dataclass(frozen=True, eq=False, repr=False)
+class SpectralDensity(Display):
     """The distribution of the eigenvalues of a symmetric matrix, as a discrete measure for each random vector.
 
     The measures' mean approximates the spectral measure (1/n) Σ_i δ(λ − λ_i), which gives each eigenvalue the same
@@ -101,6 +102,25 @@ class SpectralDensity:
 
         return draw_spectral_density(self)
 
+    def _summary(self) -> Summary:
+        low, high = self.support
+        probes, steps = self.nodes.shape
+        mean = self.moment(1)
+        error = f" ± {mean.standard_error:.2g} (sampling)" if mean.standard_error > 0 else ""
+        made = "by the eigenvalues themselves" if self.exact else f"from {probes} × {steps} Lanczos nodes"
+
+        def draw() -> "Figure":
+            from lmc_curvature.curvature.spectra.drawing import draw_small_density
+
+            return draw_small_density(self)
+
+        return Summary(
+            f"SpectralDensity of {counted(self.dimension, 'eigenvalue')}, {made}",
+            {"mean eigenvalue": f"{mean.value:.4g}{error}", "from, to": f"{low:.4g}, {high:.4g}"},
+            ".plot(), .curve(density.grid()), .moment(order), .nodes, .weights",
+            draw,
+        )
+
 
 def check_width(width: float) -> float:
     """Return the width of a kernel, and raise `OptionError` unless it is positive and finite."""
@@ -144,7 +164,7 @@ def spectral_density(
         memory_gib: Largest size of the bases, which hold n × `probes` × `steps` numbers of 4 or 8 bytes. If they do
             not fit, the recurrences run without reorthogonalisation and keep two vectors each: eigenvalues found early
             then come as several nodes that share the weight, to the same density (Chen, Trogdon and Ubaru 2021).
-        progress: Show a progress bar over steps; by default on a terminal and in notebooks.
+        progress: Show a progress bar over steps, or products; by default on a terminal and in notebooks.
 
     Raises:
         OperatorError: The operator is not square, or is found not to be symmetric at the second step.
@@ -159,7 +179,8 @@ def spectral_density(
     check_budget(memory_gib)
     size = matrix.size
     if size <= probes * steps and matrix.gib(3 * size) <= memory_gib:
-        values = torch.linalg.eigvalsh(matrix.dense()).cpu().numpy()
+        with matrix.progress_bar("spectral density", size, progress) as watched:
+            values = torch.linalg.eigvalsh(watched.dense()).cpu().numpy()
         return SpectralDensity(values[None], np.full((1, size), 1 / size), size, exact=True)
     steps = min(steps, size)
     matrix.check_room(4 * probes, memory_gib, "take fewer probes")

@@ -13,8 +13,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from lmc_curvature.curvature.spectra.density import WIDTH_SHARE, SpectralDensity, check_width
 from lmc_curvature.curvature.spectra.eigenpairs import Eigenpairs
 from lmc_curvature.errors import OptionError, suggest
-from lmc_curvature.plotting.axes import heading, legend_line, plain_ticks
-from lmc_curvature.plotting.style import GREY, PALE, SMALL, TEXT_WIDTH, look, new_figure, pens
+from lmc_curvature.plotting.axes import count_axis, heading, legend_line, plain_ticks, zero_line
+from lmc_curvature.plotting.style import BLUE, COLUMN_WIDTH, GREY, PALE, SMALL, TEXT_WIDTH, look, new_figure, pens
 from lmc_curvature.plotting.text import short_number
 
 _POINTS = 2001
@@ -89,6 +89,39 @@ def draw_spectral_density(
         handles.append(legend_line("eigenvalue found", color=GREY, **_MARK))
     axes.legend(handles=handles, loc="upper right", fontsize=SMALL)
     return axes.figure
+
+
+@look()
+def draw_small_density(density: SpectralDensity) -> Figure:
+    """Draw one density, small.
+
+    Args:
+        density: A result of `spectral_density`.
+    """
+    figure = new_figure(1.4 * COLUMN_WIDTH, 2.4)
+    draw_spectral_density(density, axes=figure.add_subplot())
+    return figure
+
+
+@look()
+def draw_eigenvalues(values: Float64[np.ndarray, " k"], residuals: Float64[np.ndarray, " k"], title: str) -> Figure:
+    """Draw eigenvalues that were found, in their order, with bars within which an eigenvalue lies.
+
+    Args:
+        values: The eigenvalues.
+        residuals: ‖A v − λ v‖ of each, (k,).
+        title: What they are.
+    """
+    figure = new_figure(COLUMN_WIDTH, 2.3)
+    axes = figure.add_subplot()
+    zero_line(axes)
+    numbers = np.arange(1, len(values) + 1)
+    style: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 3, "linestyle": "none", "elinewidth": 0.8}
+    axes.errorbar(numbers, values, yerr=residuals, label="_eigenvalues", **style)
+    count_axis(axes, "number")
+    plain_ticks(axes.yaxis)
+    heading(axes, title, "bars: residuals, within which an eigenvalue lies")
+    return figure
 
 
 def _named_eigenpairs(

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Float64
@@ -14,6 +14,10 @@ from tqdm.auto import tqdm
 from lmc_curvature.curvature.spectra.ritz import SearchSpace
 from lmc_curvature.curvature.spectra.symmetric import Matrix, Operator, check_count_option
 from lmc_curvature.errors import ConvergenceWarning, OptionError, check_choice, counted
+from lmc_curvature.plotting.summary import Display, Summary, some
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Which = Literal["largest", "smallest", "magnitude"]
 
@@ -32,8 +36,8 @@ _LAST = 0.1
 _MOST_FURTHER = 10
 
 
-@dataclass(frozen=True, eq=False)
-class Eigenpairs:
+@dataclass(frozen=True, eq=False, repr=False)
+class Eigenpairs(Display):
     """Eigenvalues of a symmetric operator at one end of its spectrum, with their vectors and residuals.
 
     All tensors are on the operator's device.
@@ -53,6 +57,26 @@ class Eigenpairs:
     residuals: Float64[Tensor, " k"]
     converged: Bool[Tensor, " k"]
     products: int
+
+    def plot(self) -> "Figure":
+        """Draw the eigenvalues, the outermost first."""
+        from lmc_curvature.curvature.spectra.drawing import draw_eigenvalues
+
+        residuals = self.values.abs() * self.residuals
+        return draw_eigenvalues(self.values.cpu().numpy(), residuals.cpu().numpy(), "eigenvalues")
+
+    def _summary(self) -> Summary:
+        count = len(self.values)
+        return Summary(
+            f"Eigenpairs: {count} in dimension {len(self.vectors):,}, by {counted(self.products, 'product')}",
+            {
+                "values": some([f"{value:.4g}" for value in self.values.tolist()]),
+                "residuals": f"{float(self.residuals.max()):.2g} of its eigenvalue, at most",
+                "converged": "all" if self.converged.all() else f"{int(self.converged.sum())} of {count}",
+            },
+            ".values, .vectors, .residuals, .converged, .plot()",
+            self.plot,
+        )
 
 
 def top_eigenpairs(
@@ -127,7 +151,8 @@ def top_eigenpairs(
     rank = {"largest": torch.positive, "smallest": torch.neg, "magnitude": torch.abs}[which]
     capacity, generator = _capacity(matrix, k, block_size, memory_gib), torch.Generator().manual_seed(seed)
     search = _Search(matrix, rank, tolerance, capacity, block_size, max_products, generator)
-    with tqdm(total=k, desc="eigenpairs", disable=None if progress is None else not progress) as bar:
+    # Without miniters the count of products would stand still until the next pair has converged, which may take long.
+    with tqdm(total=k, desc="eigenpairs", disable=None if progress is None else not progress, miniters=0) as bar:
         space, norms, converged = _all_copies(search, k, bar)
     values = space.values[:k]
     residuals = norms / values.abs().clamp(min=1e-300)

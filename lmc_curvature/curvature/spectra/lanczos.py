@@ -1,6 +1,7 @@
 """The Lanczos recurrence: a symmetric operator as a small tridiagonal matrix."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Float64
@@ -8,11 +9,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lmc_curvature.curvature.spectra.symmetric import Matrix, Operator, check_count_option
-from lmc_curvature.errors import DirectionError, OptionError
+from lmc_curvature.errors import DirectionError, OptionError, counted
+from lmc_curvature.plotting.summary import Display, Summary, some
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, eq=False)
-class Lanczos:
+@dataclass(frozen=True, eq=False, repr=False)
+class Lanczos(Display):
     """A Lanczos decomposition A Q = Q T + r eᵀ, with orthonormal Q, tridiagonal T, and e the last unit vector.
 
     All tensors are on the operator's device.
@@ -59,6 +64,26 @@ class Lanczos:
     def ritz_vectors(self) -> Float[Tensor, "n steps"]:
         """Ritz vectors as columns, in the order of `ritz_values`."""
         return self.basis @ torch.linalg.eigh(self.tridiagonal())[1].to(self.basis.dtype)
+
+    def _summary(self) -> Summary:
+        values, residuals = self.ritz_values()
+        found = [f"{value:.4g} (residual {error:.1g})" for value, error in zip(values, residuals, strict=True)]
+
+        def draw() -> "Figure":
+            from lmc_curvature.curvature.spectra.drawing import draw_eigenvalues
+
+            return draw_eigenvalues(values.cpu().numpy(), residuals.cpu().numpy(), "Ritz values")
+
+        return Summary(
+            f"Lanczos: {counted(self.steps, 'step')} in dimension {len(self.residual):,}",
+            {
+                "largest": some(found[::-1]),
+                "smallest": some(found),
+                "next entry of T": "0: the subspace is invariant" if self.invariant else f"{self.residual_norm:.4g}",
+            },
+            ".ritz_values(), .ritz_vectors(), .tridiagonal(), lanczos(…, resume=this)",
+            draw,
+        )
 
 
 def lanczos(

@@ -1,12 +1,15 @@
 """Symmetric operators as the spectral algorithms use them: products with rows, their precision, and checks."""
 
-from collections.abc import Callable
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from lmc_curvature.errors import NonFiniteError, OperatorError, OptionError, check_memory, counted
 
@@ -91,6 +94,19 @@ class Matrix:
         precision, rounding = _precision(operator)
         matmat = _multiplier(operator) if isinstance(operator, Tensor) else operator.matmat
         return cls(rows, operator.device, torch.promote_types(precision, torch.float32), rounding, matmat)
+
+    @contextlib.contextmanager
+    def progress_bar(self, description: str, products: int, progress: bool | None) -> Iterator["Matrix"]:
+        """The same matrix, whose products move a progress bar while the block runs."""
+        silent = None if progress is None else not progress
+        with tqdm(total=products, desc=description, unit="product", disable=silent) as bar:
+
+            def matmat(columns: Tensor) -> Tensor:
+                found = self.matmat(columns)
+                bar.update(columns.shape[1])
+                return found
+
+            yield dataclasses.replace(self, matmat=matmat)
 
     def multiply(self, vectors: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
         """Products with k vectors, in the vectors' type; vectors and products are rows.

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from lmc_curvature.curvature.spectra.symmetric import Distribution, Matrix, Operator, check_count_option
 from lmc_curvature.errors import OptionError, check_choice
+from lmc_curvature.plotting.summary import Display, Summary
 
 TraceMethod = Literal["hutch++", "hutchinson"]
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Display):
     """A number that was estimated by random vectors.
 
     Attributes:
@@ -27,6 +28,14 @@ class Estimate:
 
     value: float
     standard_error: float
+
+    def _summary(self) -> Summary:
+        if self.standard_error == 0:
+            return Summary(f"Estimate: {self.value:.6g} (exact)")
+        if not math.isfinite(self.standard_error):
+            return Summary(f"Estimate: {self.value:.6g} from a single random vector, which tells no error")
+        error = f"± {self.standard_error:.2g} (standard error, from the spread between random vectors)"
+        return Summary(f"Estimate: {self.value:.6g} {error}")
 
     @classmethod
     def mean_of(cls, samples: Float64[np.ndarray, " n"]) -> "Estimate":
@@ -42,6 +51,7 @@ def trace(
     method: TraceMethod = "hutch++",
     distribution: Distribution = "rademacher",
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Estimate:
     """Estimate the trace of an operator from products with random vectors.
 
@@ -60,6 +70,7 @@ def trace(
         method: `"hutch++"` or `"hutchinson"`.
         distribution: Distribution of the vectors' entries.
         seed: Seed of the random vectors.
+        progress: Show a progress bar over products; by default on a terminal and in notebooks.
 
     Raises:
         OperatorError: The operator is not square.
@@ -70,16 +81,17 @@ def trace(
     check_choice("method", method, get_args(TraceMethod))
     check_choice("distribution", distribution, get_args(Distribution))
     check_count_option("probes", probes)
-    if matrix.size <= probes:
-        units = torch.eye(matrix.size, dtype=torch.float64, device=matrix.device)
-        return Estimate(float(_quadratic_forms(matrix, units).sum()), 0.0)
     least = 6 if method == "hutch++" else 2
-    if probes < least:
+    if least > probes and matrix.size > probes:
         raise OptionError(f"probes={probes}: method={method!r} takes at least {least}.")
     generator = torch.Generator().manual_seed(seed)
-    if method == "hutchinson":
-        return Estimate.mean_of(_quadratic_forms(matrix, matrix.random_rows(probes, generator, distribution)))
-    return _hutch_plus_plus(matrix, probes, distribution, generator)
+    with matrix.progress_bar("trace", min(probes, matrix.size), progress) as watched:
+        if matrix.size <= probes:
+            units = torch.eye(matrix.size, dtype=torch.float64, device=matrix.device)
+            return Estimate(float(_quadratic_forms(watched, units).sum()), 0.0)
+        if method == "hutchinson":
+            return Estimate.mean_of(_quadratic_forms(watched, matrix.random_rows(probes, generator, distribution)))
+        return _hutch_plus_plus(watched, probes, distribution, generator)
 
 
 def _hutch_plus_plus(matrix: Matrix, probes: int, distribution: Distribution, generator: torch.Generator) -> Estimate:

@@ -322,3 +322,14 @@ def test_products_on_a_gpu_equal_those_on_a_cpu(case, dtype):
         product = on_gpu.matmat(V.cuda())
         assert product.device.type == on_gpu.device.type == "cuda"
         torch.testing.assert_close(product.cpu(), on_cpu.matmat(V), **tolerance)
+
+
+@pytest.mark.parametrize("make", [HessianOperator.to_dense, HessianOperator.diagonal])
+def test_long_calls_show_their_batches_if_asked_to(make, capsys):
+    operator = HessianOperator(_objective())
+    make(operator, progress=False)
+    make(operator)
+    assert not capsys.readouterr().err
+    make(operator, progress=True)
+    assert "Hessian: " in (shown := capsys.readouterr().err)
+    assert "0/2" in shown

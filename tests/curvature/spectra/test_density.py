@@ -203,6 +203,11 @@ def test_progress_counts_steps(capsys):
     assert "9/9" in capsys.readouterr().err
 
 
+def test_progress_counts_products_where_the_matrix_is_small(capsys):
+    spectral_density(Counted(spread(10)), probes=2, steps=9, progress=True)
+    assert "10/10" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_devices_agree():

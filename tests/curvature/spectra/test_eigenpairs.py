@@ -1,13 +1,16 @@
 """Claim: top_eigenpairs() finds the outermost eigenpairs, all copies of them, to the residual that it reports."""
 
+import functools
+import re
 import warnings
 
 import numpy as np
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
+from tqdm.auto import tqdm
 
-from lmc_curvature.curvature.spectra import top_eigenpairs
+from lmc_curvature.curvature.spectra import eigenpairs, top_eigenpairs
 from lmc_curvature.errors import ConvergenceWarning, MemoryBudgetError, OptionError
 from tests.support.spectra import Counted, digits_dense, digits_hessian, digits_objective, spread, symmetric
 
@@ -258,6 +261,14 @@ def test_bad_options_are_refused_before_any_product(options, error, message, unt
 def test_progress_counts_eigenpairs(capsys):
     top_eigenpairs(symmetric(spread(100, 3.0, 4.0)), 2, progress=True)
     assert "2/2" in capsys.readouterr().err
+
+
+def test_progress_goes_on_counting_products_between_two_pairs(capsys, monkeypatch):
+    monkeypatch.setattr(eigenpairs, "tqdm", functools.partial(tqdm, mininterval=0))
+    values = torch.cat([torch.tensor([10.0]), torch.linspace(1, 2, 400)])
+    with pytest.warns(ConvergenceWarning):
+        top_eigenpairs(symmetric(values), 2, tolerance=1e-9, max_products=60, progress=True)
+    assert len(set(re.findall(r"1/2 .*?products=(\d+)", capsys.readouterr().err))) > 3
 
 
 @pytest.mark.gpu

@@ -52,6 +52,16 @@ def test_traces_take_the_products_they_are_given_in_few_calls(method, calls, pro
     assert (operator.products, operator.calls) == (probes, calls)
 
 
+@METHODS
+@pytest.mark.parametrize(("size", "total"), [(100, 21), (15, 15)])
+def test_progress_counts_products(method, size, total, capsys):
+    trace(symmetric(spread(size)), probes=21, method=method)
+    trace(symmetric(spread(size)), probes=21, method=method, progress=False)
+    assert not capsys.readouterr().err
+    trace(symmetric(spread(size)), probes=21, method=method, progress=True)
+    assert f"{total}/{total}" in capsys.readouterr().err
+
+
 def test_the_trace_of_a_matrix_of_low_rank_is_exact():
     matrix = symmetric(torch.cat([torch.zeros(195), torch.arange(1.0, 6.0)]))
     estimate = trace(matrix, probes=30)
