@@ -26,10 +26,10 @@ test: lint
 	$(BIN)/python $(PYTEST) -m 'not check'
 
 # End to end, and many networks; what the tests of a file share takes long here, so they stay in one process. Then all
-# other tests with the shapes of what they call.
+# other tests with the shapes of what they call, which a few variants of each show.
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile $(TYPED) -m check
-	$(BIN)/python $(PYTEST) $(TYPED) -m 'not check'
+	$(BIN)/python $(PYTEST) $(TYPED) -m 'not check' --variants 4
 
 # With the lowest versions of its dependencies that the project allows.
 test-oldest: $(OLDEST)/.installed

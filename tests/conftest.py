@@ -1,10 +1,30 @@
-"""Fixtures for all tests."""
+"""Fixtures for all tests, and the option that leaves variants out."""
+
+from collections import Counter
 
 import jaxtyping
 import pytest
 import torch
 
 pytest_plugins = ["tests.support.drawing"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--variants", type=int, help="run at most so many variants of a test with parameters")
+
+
+def pytest_collection_modifyitems(config, items):
+    most = config.getoption("--variants")
+    if most is None:
+        return
+    seen: Counter[str] = Counter()
+    kept, left = [], []
+    for item in items:
+        test = item.nodeid.partition("[")[0]
+        seen[test] += 1
+        (kept if seen[test] <= most else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
 
 
 @pytest.fixture(scope="session", autouse=True)
