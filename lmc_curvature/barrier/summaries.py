@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmc_curvature.averages import with_error
+from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.barrier.verdict import barrier_in_words, verdict
 from lmc_curvature.errors import counted
 from lmc_curvature.plotting.summary import Summary, some
@@ -21,7 +22,8 @@ def prediction_summary(prediction: "BarrierPrediction") -> Summary:
     first, second = prediction.endpoints
     barriers = prediction.layer_barriers()
     highest = np.argsort(barriers, kind="stable")[::-1][:3]
-    expansions = [each for each in prediction.expansions if each in ("anchored", "second-order")]
+    compared: tuple[Expansion, ...] = ("anchored", "second-order")
+    expansions = [each for each in compared if each in prediction.expansions]
     positions = ", ".join(f"{anchor.alpha:.3g}" for anchor in prediction.anchors)
 
     def draw() -> "Figure":
