@@ -23,7 +23,9 @@ def prediction_summary(prediction: "BarrierPrediction") -> Summary:
     barriers = prediction.layer_barriers()
     highest = np.argsort(barriers, kind="stable")[::-1][:3]
     compared: tuple[Expansion, ...] = ("anchored", "second-order")
-    expansions = [each for each in compared if each in prediction.expansions]
+    found = {
+        f"barrier, {each}": barrier_in_words(prediction, each) for each in compared if each in prediction.expansions
+    }
     positions = ", ".join(f"{anchor.alpha:.3g}" for anchor in prediction.anchors)
 
     def draw() -> "Figure":
@@ -36,7 +38,7 @@ def prediction_summary(prediction: "BarrierPrediction") -> Summary:
         f"{counted(prediction.examples, 'example')}, anchors at α = {positions}",
         {
             "verdict": verdict(prediction)[0],
-            **{f"barrier, {each}": barrier_in_words(prediction, each) for each in expansions},
+            **found,
             "loss at the ends": f"{first.loss:.4g}, {second.loss:.4g}; distance {prediction.distance:.4g}",
             "highest layers": some([f"{prediction.layers[index]} {barriers[index]:.3g}" for index in highest]),
             "batch_norm": prediction.batch_norm,
