@@ -74,5 +74,5 @@ def test_tables_of_stored_results_are_read(tmp_path):
         written = pd.read_csv(stored / f"{name}.csv")
         pd.testing.assert_frame_equal(table[written.columns], written)
         later = table.columns.difference(written.columns)
-        assert set(later) <= {"predicted_anchored", "expansion_error"}
+        assert set(later) <= {"predicted_anchored", "expansion_error", "measured_se"}
         assert table[later].isna().all(axis=None)

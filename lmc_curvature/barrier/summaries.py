@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmc_curvature.averages import with_error
+from lmc_curvature.barrier.expansions import Expansion
 from lmc_curvature.barrier.verdict import barrier_in_words, verdict
 from lmc_curvature.errors import counted
 from lmc_curvature.plotting.summary import Summary, some
@@ -21,7 +22,10 @@ def prediction_summary(prediction: "BarrierPrediction") -> Summary:
     first, second = prediction.endpoints
     barriers = prediction.layer_barriers()
     highest = np.argsort(barriers, kind="stable")[::-1][:3]
-    expansions = [each for each in prediction.expansions if each in ("anchored", "second-order")]
+    compared: tuple[Expansion, ...] = ("anchored", "second-order")
+    found = {
+        f"barrier, {each}": barrier_in_words(prediction, each) for each in compared if each in prediction.expansions
+    }
     positions = ", ".join(f"{anchor.alpha:.3g}" for anchor in prediction.anchors)
 
     def draw() -> "Figure":
@@ -34,7 +38,7 @@ def prediction_summary(prediction: "BarrierPrediction") -> Summary:
         f"{counted(prediction.examples, 'example')}, anchors at α = {positions}",
         {
             "verdict": verdict(prediction)[0],
-            **{f"barrier, {each}": barrier_in_words(prediction, each) for each in expansions},
+            **found,
             "loss at the ends": f"{first.loss:.4g}, {second.loss:.4g}; distance {prediction.distance:.4g}",
             "highest layers": some([f"{prediction.layers[index]} {barriers[index]:.3g}" for index in highest]),
             "batch_norm": prediction.batch_norm,

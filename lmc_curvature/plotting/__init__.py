@@ -1,1 +1,1 @@
-"""The look of all figures: styles, axes, scales and texts."""
+"""The look of figures and of summaries: styles, axes, scales and texts."""

@@ -107,15 +107,15 @@ class Segment(Display):
     def _summary(self) -> Summary:
         distances, layers = self.distances(), self.layers
         first = next(iter(self.start.values()))
-        moving = [name for members in self.partition.groups.values() for name in members]
+        movable = [name for members in self.partition.groups.values() for name in members]
         far = np.argsort(distances, kind="stable")[::-1]
         return Summary(
             f"Segment between two networks, {counted(len(layers), 'layer')} with "
-            f"{sum(self.start[name].numel() for name in moving):,} numbers that move",
+            f"{sum(self.start[name].numel() for name in movable):,} numbers that move",
             {
                 "distance": f"{float(np.linalg.norm(distances)):.4g}",
                 "farthest layers": some([f"{layers[index]} {distances[index]:.3g}" for index in far]),
-                "entries": f"{len(moving)} of {len(self.start)} move",
+                "entries": f"{len(movable)} of {len(self.start)} move",
                 "device, dtype": f"{first.device}, {first.dtype}",
                 **({"notes": some(self.notes)} if self.notes else {}),
             },

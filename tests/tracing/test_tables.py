@@ -1,6 +1,7 @@
 import pandas as pd
 import pytest
 
+from lmc_curvature import BarrierMeasurement
 from lmc_curvature.errors import CheckpointError
 from lmc_curvature.forking.directory import create_directory
 from lmc_curvature.tracing import read_traces
@@ -20,6 +21,28 @@ def test_tables_are_read_back(traced):
     read = read_traces(path)
     for name in vars(traces):
         pd.testing.assert_frame_equal(getattr(read, name), getattr(traces, name))
+
+
+def test_growing_sets_have_the_standard_errors_of_their_measurements(traced):
+    path, traces = traced
+    measurements = [BarrierMeasurement.load(file) for file in path.rglob("sets.safetensors")]
+    known = {
+        (round(barrier, 12), round(error, 12))
+        for each in measurements
+        for barrier, error in zip(each.layer_barriers(), each.layer_standard_errors(), strict=True)
+    }
+    found = traces.cumulative[["measured", "measured_se"]].to_numpy()
+    assert len(found)
+    assert {(round(barrier, 12), round(error, 12)) for barrier, error in found} <= known
+
+
+def test_tables_that_lack_the_latest_columns_alone_are_read(traced, copy):
+    (copy / "traces" / "checksums.json").unlink()
+    path = copy / "traces" / "cumulative.csv"
+    pd.read_csv(path).drop(columns="measured_se").to_csv(path, index=False)
+    read = read_traces(copy).cumulative
+    assert read.pop("measured_se").isna().all()
+    pd.testing.assert_frame_equal(read, traced[1].cumulative.drop(columns="measured_se"))
 
 
 def test_tables_that_are_not_there_are_explained(config, tmp_path):

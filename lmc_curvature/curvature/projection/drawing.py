@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lmc_curvature.plotting.axes import heading
 from lmc_curvature.plotting.style import COLUMN_WIDTH, SMALL, look, new_figure
@@ -30,6 +31,8 @@ def draw_projection(projection: "Projection") -> Figure:
     axes = figure.add_subplot()
     image = axes.imshow(projection.curvature, norm=scale, cmap="RdBu_r", interpolation="nearest")
     axes.set(xlabel="direction", ylabel="direction")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     heading(axes, "curvature UᵀHU", f"at a loss of {short_number(projection.loss)}")
     bar = figure.colorbar(image, ax=axes, ticks=[-largest, 0, largest])
     bar.ax.set_yticklabels([short_number(value) for value in (-largest, 0, largest)])

@@ -96,12 +96,12 @@ class Projection(Display):
         # Of no directions there is the loss alone.
         facts = {"loss": with_error(self.loss, self.loss_se)}
         if len(self.slopes):
-            steepest, bent = int(np.abs(self.slopes).argmax()), int(np.abs(np.diag(self.curvature)).argmax())
+            steepest, sharpest = int(np.abs(self.slopes).argmax()), int(np.abs(np.diag(self.curvature)).argmax())
             slope = with_error(self.slopes[steepest], self.slopes_se[steepest])
-            curvature = with_error(self.curvature[bent, bent], self.curvature_se[bent, bent])
+            curvature = with_error(self.curvature[sharpest, sharpest], self.curvature_se[sharpest, sharpest])
             facts |= {
                 "largest slope": f"{slope} (direction {steepest})",
-                "largest curvature": f"{curvature} (direction {bent} with itself)",
+                "largest curvature": f"{curvature} (direction {sharpest} with itself)",
                 "sum of curvature": f"{self.curvature.sum():.4g}",
             }
         batches = counted(len(self.batch_sizes), "batch")

@@ -179,8 +179,8 @@ def spectral_density(
     check_budget(memory_gib)
     size = matrix.size
     if size <= probes * steps and matrix.gib(3 * size) <= memory_gib:
-        with matrix.progress_bar("spectral density", size, progress) as watched:
-            values = torch.linalg.eigvalsh(watched.dense()).cpu().numpy()
+        with matrix.progress_bar("spectral density", size, progress) as operand:
+            values = torch.linalg.eigvalsh(operand.dense()).cpu().numpy()
         return SpectralDensity(values[None], np.full((1, size), 1 / size), size, exact=True)
     steps = min(steps, size)
     matrix.check_room(4 * probes, memory_gib, "take fewer probes")

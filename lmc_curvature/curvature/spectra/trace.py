@@ -85,13 +85,13 @@ def trace(
     if least > probes and matrix.size > probes:
         raise OptionError(f"probes={probes}: method={method!r} takes at least {least}.")
     generator = torch.Generator().manual_seed(seed)
-    with matrix.progress_bar("trace", min(probes, matrix.size), progress) as watched:
+    with matrix.progress_bar("trace", min(probes, matrix.size), progress) as operand:
         if matrix.size <= probes:
             units = torch.eye(matrix.size, dtype=torch.float64, device=matrix.device)
-            return Estimate(float(_quadratic_forms(watched, units).sum()), 0.0)
+            return Estimate(float(_quadratic_forms(operand, units).sum()), 0.0)
         if method == "hutchinson":
-            return Estimate.mean_of(_quadratic_forms(watched, matrix.random_rows(probes, generator, distribution)))
-        return _hutch_plus_plus(watched, probes, distribution, generator)
+            return Estimate.mean_of(_quadratic_forms(operand, matrix.random_rows(probes, generator, distribution)))
+        return _hutch_plus_plus(operand, probes, distribution, generator)
 
 
 def _hutch_plus_plus(matrix: Matrix, probes: int, distribution: Distribution, generator: torch.Generator) -> Estimate:
