@@ -129,5 +129,15 @@
     experiment.start(data.experiment, draw);
     for (const [name, chart] of Object.entries(data.experiment.charts)) draw(name, chart);
   }
+  // Paper is narrower than most windows, and charts do not follow by themselves.
+  const drawn = () => [...document.querySelectorAll(".js-plotly-plot")].filter((place) => place.offsetParent);
+  addEventListener("beforeprint", () => {
+    document.documentElement.classList.add("printing");
+    for (const place of drawn()) Plotly.relayout(place, { width: place.clientWidth });
+  });
+  addEventListener("afterprint", () => {
+    document.documentElement.classList.remove("printing");
+    for (const place of drawn()) Plotly.relayout(place, { width: null, autosize: true });
+  });
   document.documentElement.dataset.ready = "yes";
 })();
