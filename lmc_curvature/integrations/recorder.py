@@ -42,8 +42,8 @@ class Recorder:
             is not trained on, or training data without augmentation.
         reference: The network at the other end of barriers: the one after so many steps of this training, by default
             that at its start, or a checkpoint file or state dict.
-        every_n_steps: Record after every so many steps of the optimiser; or
-        every_n_epochs: after every so many epochs.
+        every_n_steps: Record after every so many steps of the optimiser.
+        every_n_epochs: Record after every so many epochs, instead.
         record: What to record: `"barrier"`, measured halfway to the reference; `"predicted-barrier"`, by
             `predict_barrier`; `"eigenvalues"`, the largest of the Hessian. See `network_numbers` for the names of
             what is logged.

@@ -103,6 +103,26 @@ def test_training_goes_on_as_if_nothing_were_computed():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_the_network_and_its_generators_are_left_as_they_were():
+    found = {}
+    for record in (None, ["barrier", "predicted-barrier", "eigenvalues"]):
+        network = make_network().cuda()
+        recorder = record and Recorder(DATA, every_n_steps=1, record=record, on_error="raise")
+        if recorder:
+            recorder.begin(network, 0)
+        torch.cuda.manual_seed_all(0)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        for step in (1, 2):
+            nn.functional.cross_entropy(network(DATA[0][0].cuda()), DATA[0][1].cuda()).backward()
+            optimizer.step()
+            if recorder:
+                assert len(recorder.after_step(network, step)) > 3
+        found[record is None] = [*network.state_dict().values(), torch.rand(3, device="cuda")]
+    assert all(torch.equal(one, other) for one, other in zip(*found.values(), strict=True))
+
+
 def test_steps_and_epochs_are_counted():
     assert list(train(make_network(), Recorder(DATA, every_n_steps=4))) == [4]
     assert list(train(make_network(), Recorder(DATA, every_n_epochs=1))) == [3, 6]
