@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lmc_curvature.barrier.prediction import BarrierPrediction
 
 
+_SHOWN: tuple[Expansion, ...] = ("anchored", "second-order")
+
+
 def prediction_summary(prediction: "BarrierPrediction") -> Summary:
     """Barriers with both errors, an answer, and the ends."""
     first, second = prediction.endpoints
