@@ -190,7 +190,7 @@ def test_it_is_for_keyboards_screen_readers_and_both_themes(open_page, pair, tmp
     page.wait("document.documentElement.scrollWidth <= 390")
     page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     page.run("dispatchEvent(new Event('beforeprint'))")
-    wide = "[...document.querySelectorAll('.main-svg')].some((each) => each.getBoundingClientRect().right > 961)"
+    wide = "[...document.querySelectorAll('.main-svg')].some((each) => each.clientWidth > 961)"
     page.wait(f"!{wide}")
     page.run("dispatchEvent(new Event('afterprint'))")
     page.wait(wide)
