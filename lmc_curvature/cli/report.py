@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from lmc_curvature.cli.failures import one_message
+from lmc_curvature.cli.help import PlainCommand
 from lmc_curvature.cli.options import Comparison
 from lmc_curvature.cli.printing import show
 from lmc_curvature.errors import FileFormatError, OptionError
@@ -17,7 +18,7 @@ from lmc_curvature.errors import FileFormatError, OptionError
 
 def register(app: typer.Typer) -> None:
     """Add the command to the command line."""
-    app.command()(one_message()(report))
+    app.command(cls=PlainCommand)(one_message()(report))
 
 
 def report(
@@ -29,12 +30,13 @@ def report(
             "beside them what --json printed.",
         ),
     ],
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The HTML file to write.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="The HTML file to write.")],
     budget: Annotated[
-        float | None, typer.Option(help="The most that the loss may rise where layers are averaged.")
+        float | None, typer.Option(metavar="NUMBER", help="The most that the loss may rise where layers are averaged.")
     ] = None,
     relative_budget: Annotated[
-        float | None, typer.Option(help="Instead: as a part of the mean loss of the two networks, such as 0.1.")
+        float | None,
+        typer.Option(metavar="NUMBER", help="Instead: as a part of the mean loss of the two networks, such as 0.1."),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Keep the values of every batch, too: every set gets its sampling error.")
