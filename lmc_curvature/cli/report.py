@@ -25,7 +25,7 @@ def report(
     results: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN_OR_RESULT...",
+            metavar="PATH...",
             help="A directory of demo, or of fork and trace; or files that --save wrote for the same two networks, and "
             "beside them what --json printed.",
         ),
