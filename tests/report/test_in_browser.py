@@ -129,6 +129,15 @@ def test_a_fork_run(open_page, traced, tmp_path):
     _clean(page)
 
 
+def test_traces_alone_and_a_measurement_alone(open_page, traced, pair, tmp_path):  # noqa: F811
+    for name, result, shown in (("traces", traced[1], "ridges"), ("measured", pair[1], "curves")):
+        write_report(result, tmp_path / f"{name}.html")
+        page = open_page(tmp_path / f"{name}.html")
+        page.wait(f"document.querySelector('[data-chart=\"{shown}\"] .main-svg') !== null")
+        assert page.run("return document.getElementById('picker')") is None
+        _clean(page)
+
+
 def test_spectra_and_selections(open_page, pair, tmp_path):
     import torch
 

@@ -66,7 +66,7 @@ const picker = (() => {
     const rise = `${loss >= mean ? "+" : "−"}${number(Math.abs(loss - mean))}`;
     const known = alpha === 0.5 && shown.merges.find((each) => each.base === base && same(each.members, x));
     const measured = known ? `; measured rise ${number(known.rise)}${known.error === null ? "" : ` ± ${number(known.error, 2)}`}` : "";
-    return `predicted loss ${number(loss)} (${rise} above the mean of A and B), expansion error ${number(error, 2)}${measured}`;
+    return `predicted loss ${number(loss)}, rise ${rise}, expansion error ${number(error, 2)}${measured}`;
   }
 
   const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`);
