@@ -6,7 +6,7 @@ const picker = (() => {
     if (value === null || !Number.isFinite(value)) return "–";
     return value === 0 ? "0" : String(Number(value.toPrecision(digits)));
   };
-  const BLUE = "#0072B2", VERMILION = "#D55E00", GREEN = "#009E73";
+  const BLUE = "#1A86C7", VERMILION = "#D55E00", GREEN = "#009E73";
   let shown = null, boxes = [], draw = null, waiting = false;
 
   const chosen = () => boxes.map((box) => (box.checked ? 1 : 0));
