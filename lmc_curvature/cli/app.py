@@ -62,7 +62,7 @@ def demo(
     from lmc_curvature.cli.tables import demo_tables
 
     result = run_demo(out, device=device, progress=progress)
-    show(*demo_tables(result), *(f"drawn: {path}" for path in result.figures))
+    show(*demo_tables(result), *(f"drawn: {path}" for path in result.figures), _next_report(out))
 
 
 @app.command(cls=PlainCommand)
@@ -125,7 +125,7 @@ def figures(
     _check_writable(out)
     from lmc_curvature.figures.experiment import draw_all
 
-    show(*(f"drawn: {path}" for path in draw_all(directory, out, progress=progress)))
+    show(*(f"drawn: {path}" for path in draw_all(directory, out, progress=progress)), _next_report(directory))
 
 
 @app.command(cls=PlainCommand)
@@ -230,6 +230,10 @@ def _answer(
                 from lmc_curvature.figures.files import write_figure
 
                 write_figure(result.plot(), comparison.plot)
+
+
+def _next_report(directory: Path) -> str:
+    return f"next, all of it on one page: lmc-curvature report {directory} --out report.html"
 
 
 def _check_writable(*directories: Path | None) -> None:

@@ -143,6 +143,8 @@ def _selection_fact(selection: Selection, verification: Verification | None) -> 
     if verification is not None:
         measured = with_error(verification.chosen.rise, verification.chosen.standard_error, 3)
         detail += f"; measured, it rises by {measured}"
+    if not selection.members:
+        detail = f"nothing can be averaged within it; {budget}"
     value = f"{len(selection.members)} of {counted(len(choice.weights), 'layer')}"
     if verification is None and _is_uncertain(selection):
         value += ", unsure"

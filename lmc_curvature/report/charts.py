@@ -8,13 +8,14 @@ import numpy as np
 
 from lmc_curvature.barrier import BarrierMeasurement, BarrierPrediction
 from lmc_curvature.curvature.spectra import SpectralDensity
-from lmc_curvature.plotting.style import BLUE, GREEN, GREY, PURPLE, VERMILION
+from lmc_curvature.plotting.style import GREEN, GREY, PURPLE, VERMILION
 from lmc_curvature.report.contents import Pair, compare, shown_curves
 
 Chart = dict[str, Any]
 """`data` and `layout` of plotly, and `label`, what it shows in words."""
 
-# Okabe and Ito's, as far as they are told apart from white and from black.
+# Okabe and Ito's hues, as far as they are told apart from white and from black; their blue is too dark for that.
+BLUE = "#1A86C7"
 HUES = (VERMILION, GREEN, PURPLE, BLUE)
 SYMBOLS = ("circle", "square", "triangle-up", "x")
 _POINTS = 41

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 
 from lmc_curvature.figures.frames import by_fork, having, numbers
-from lmc_curvature.plotting.style import BLUE, GREEN, PURPLE, VERMILION
-from lmc_curvature.report.charts import SYMBOLS, Chart, compact, plain
+from lmc_curvature.plotting.style import GREEN, PURPLE, VERMILION
+from lmc_curvature.report.charts import BLUE, SYMBOLS, Chart, compact, plain
 from lmc_curvature.tracing import Traces
 
 _HUES = (BLUE, VERMILION, GREEN, PURPLE)

@@ -88,6 +88,8 @@ def test_an_uncertain_selection_is_called_so(pair):
     selection = gather(prediction, budget=1e-3).pairs[0].selection
     unsure = bool(selection.members) and selection.rise + selection.expansion_error > selection.budget
     assert (", unsure" in _facts(answer)["Largest set within the budget"].value) == unsure
+    nothing = _facts(_answer(_separable([8.0, 8.0]), budget=1e-6))["Largest set within the budget"]
+    assert (nothing.value, nothing.detail[:24]) == ("0 of 2 layers", "nothing can be averaged ")
     sure = _answer(_separable([0.0, 0.0]), budget=1.0)
     assert "unsure" not in _facts(sure)["Largest set within the budget"].value
     assert any("measure before you merge" in text for text in _answer(_separable([8.0, 8.0]), budget=1.0).selection)

@@ -1,6 +1,7 @@
 """Claim: the page opens from the file system with the network off, without errors, and computes as the library does."""
 
 import json
+import shlex
 
 import numpy as np
 import pytest
@@ -129,6 +130,15 @@ def test_a_fork_run(open_page, traced, tmp_path):
     _clean(page)
 
 
+def test_traces_alone_and_a_measurement_alone(open_page, traced, pair, tmp_path):
+    for name, result, shown in (("traces", traced[1], "ridges"), ("measured", pair[1], "curves")):
+        write_report(result, tmp_path / f"{name}.html")
+        page = open_page(tmp_path / f"{name}.html")
+        page.wait(f"document.querySelector('[data-chart=\"{shown}\"] .main-svg') !== null")
+        assert page.run("return document.getElementById('picker')") is None
+        _clean(page)
+
+
 def test_spectra_and_selections(open_page, pair, tmp_path):
     import torch
 
@@ -153,6 +163,8 @@ def test_names_do_nothing(open_page, pair, named, tmp_path):
     assert labels == list(EVIL)
     page.run(PICK, [True, False, False], 0.5)
     assert json.dumps(EVIL[0]) in page.text("#python")
+    words = shlex.split(page.run("return document.getElementById('command').textContent"))
+    assert words[words.index("--layers") + 1] == EVIL[0]
     ticks = page.run(
         "return [...document.querySelectorAll('[data-chart=layers] .ytick text')].map((e) => e.textContent)"
     )

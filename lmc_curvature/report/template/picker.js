@@ -6,7 +6,7 @@ const picker = (() => {
     if (value === null || !Number.isFinite(value)) return "–";
     return value === 0 ? "0" : String(Number(value.toPrecision(digits)));
   };
-  const BLUE = "#0072B2", VERMILION = "#D55E00", GREEN = "#009E73";
+  const BLUE = "#1A86C7", VERMILION = "#D55E00", GREEN = "#009E73";
   let shown = null, boxes = [], draw = null, waiting = false;
 
   const chosen = () => boxes.map((box) => (box.checked ? 1 : 0));
@@ -66,7 +66,7 @@ const picker = (() => {
     const rise = `${loss >= mean ? "+" : "−"}${number(Math.abs(loss - mean))}`;
     const known = alpha === 0.5 && shown.merges.find((each) => each.base === base && same(each.members, x));
     const measured = known ? `; measured rise ${number(known.rise)}${known.error === null ? "" : ` ± ${number(known.error, 2)}`}` : "";
-    return `predicted loss ${number(loss)} (${rise} above the mean of A and B), expansion error ${number(error, 2)}${measured}`;
+    return `predicted loss ${number(loss)}, rise ${rise}, expansion error ${number(error, 2)}${measured}`;
   }
 
   const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'"'"'`)}'`);
