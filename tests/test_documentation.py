@@ -11,22 +11,22 @@ import lmc_curvature
 from lmc_curvature import Objective, Segment
 from tests.docs.pages import README, ROOT, blocks
 from tests.support.cases import CASES
-from tests.support.configurations import SECONDS
 
 
 @pytest.mark.check
 def test_readme_runs_when_pasted_block_by_block(tmp_path, monkeypatch, capsys):
-    # The experiment of the README takes minutes; the same name here stands for one that takes seconds.
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "digits.yaml").write_text(SECONDS)
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks(README):
         if block.language == "python":
             block.run(namespace)
-    assert "Barrier predicted from 1437 examples" in capsys.readouterr().out
-    assert (tmp_path / "prediction.png").stat().st_size > 10_000
-    assert len(namespace["traces"].barriers) > 0
+    out = capsys.readouterr().out
+    # Numbers of trained networks are the machine's own; what stands around them is not.
+    (shown,) = (block.text for block in blocks(README) if block.language == "text")
+    for line in ("Barrier predicted from 1437 examples, 10 layers", "anchored ", "Verdict: ", "measured rise "):
+        assert line in out
+        assert line in shown
+    assert (tmp_path / "report.html").stat().st_size < 7e6
 
 
 def _docstring_examples():
