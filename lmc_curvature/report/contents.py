@@ -123,7 +123,7 @@ class Contents:
 
 
 def gather(
-    results: Results | Mapping[str, Results],
+    results: Results | Mapping[Any, Results],
     *,
     title: str | None = None,
     budget: float | None = None,

@@ -27,7 +27,7 @@ _TEMPLATE = Path(__file__).parent / "template"
 
 
 def write_report(
-    results: Results | Mapping[str, Results],
+    results: Results | Mapping[Any, Results],
     path: str | PathLike[str],
     *,
     title: str | None = None,
