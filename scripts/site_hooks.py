@@ -1,4 +1,4 @@
-"""What the documentation site shows of files outside docs: the benchmarks, and the help of every command."""
+"""What the documentation site shows of files outside docs: benchmarks, notebooks, and the help of every command."""
 
 import re
 from pathlib import Path
@@ -13,10 +13,11 @@ from lmc_curvature.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
+NOTEBOOKS = ROOT / "examples" / "notebooks"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the page of the benchmarks with its pictures."""
+    """Add the page of the benchmarks with its pictures, and the notebooks."""
     text = (BENCHMARKS / "README.md").read_text(encoding="utf-8")
     # Markdown within HTML is asked for here; and options in brackets, outside of code, are no links.
     content = re.sub(
@@ -28,6 +29,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "benchmarks.md", content=content))
     for name in sorted(set(re.findall(r"\]\((results/[^)]+\.png)\)", text))):
         files.append(File.generated(config, name, abs_src_path=str(BENCHMARKS / name)))
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 

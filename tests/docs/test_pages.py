@@ -13,7 +13,7 @@ from lmc_curvature.cli.app import app
 from tests.docs.pages import DOCS, ROOT, blocks, pages
 
 # Their networks are trained, or imported from elsewhere, which takes seconds.
-LONG = {"five-minutes.md", "howto/language.md", "concepts/anchors.md", "concepts/batch-norm.md"}
+LONG = {"five-minutes.md", "howto/language.md", "howto/training.md", "concepts/anchors.md", "concepts/batch-norm.md"}
 NAMES = [str(page.relative_to(DOCS)) for page in pages()]
 WITH_CODE = [name for name in NAMES if any(block.language == "python" for block in blocks(DOCS / name))]
 
@@ -72,7 +72,7 @@ def test_two_checkpoints_become_one_as_the_page_says(folder, capsys):
             capsys.readouterr()
             block.run({})
     assert float(capsys.readouterr().out) > 0.85
-    assert {path.name for path in folder.iterdir()} >= {"prediction.png", "merged.safetensors", "average.safetensors"}
+    assert {path.name for path in folder.iterdir()} >= {"prediction.png", "report.html", "merged.safetensors", "average.safetensors"}
 
 
 COMMANDS = [

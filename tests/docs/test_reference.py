@@ -13,6 +13,7 @@ from tests.docs.pages import DOCS, ROOT, pages
 SHOWN = [name for page in pages() for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
 ROOMS = (
     *("barrier", "merging", "objective", "segment", "checkpoints", "sources", "forking", "tracing", "figures"),
+    *("report", "integrations"),
     *(f"curvature.{name}" for name in ("projection", "operators", "blocks", "backends", "spectra")),
 )
 
