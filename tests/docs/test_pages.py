@@ -13,7 +13,7 @@ from lmc_curvature.cli.app import app
 from tests.docs.pages import DOCS, ROOT, blocks, pages
 
 # Their networks are trained, or imported from elsewhere, which takes seconds.
-LONG = {"five-minutes.md", "howto/language.md", "concepts/anchors.md", "concepts/batch-norm.md"}
+LONG = {"five-minutes.md", "howto/language.md", "howto/training.md", "concepts/anchors.md", "concepts/batch-norm.md"}
 NAMES = [str(page.relative_to(DOCS)) for page in pages()]
 WITH_CODE = [name for name in NAMES if any(block.language == "python" for block in blocks(DOCS / name))]
 
@@ -72,7 +72,12 @@ def test_two_checkpoints_become_one_as_the_page_says(folder, capsys):
             capsys.readouterr()
             block.run({})
     assert float(capsys.readouterr().out) > 0.85
-    assert {path.name for path in folder.iterdir()} >= {"prediction.png", "merged.safetensors", "average.safetensors"}
+    assert {path.name for path in folder.iterdir()} >= {
+        "prediction.png",
+        "report.html",
+        "merged.safetensors",
+        "average.safetensors",
+    }
 
 
 COMMANDS = [
@@ -121,6 +126,16 @@ def test_the_site_is_built_without_a_warning_or_a_network(tmp_path):
     site = tmp_path / "site"
     assert (site / "index.html").exists()
     assert (site / "search" / "search_index.js").exists()
+    notebook = (site / "notebooks" / "two_checkpoints.html").read_text()
+    # Its text, what it prints, its tables and its pictures.
+    for part in (
+        "Two networks were trained",
+        "all measured sets",
+        "<th>expansion error</th>",
+        "data:image/png;base64,",
+    ):
+        assert part in notebook
+    assert (site / "notebooks" / "two_checkpoints.ipynb").exists()
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="(https?://[^"]+)"', page.read_text())
         assert not [url for url in loaded if "fonts" in url or url.endswith((".js", ".css", ".png", ".svg"))], page

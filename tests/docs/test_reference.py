@@ -13,6 +13,7 @@ from tests.docs.pages import DOCS, ROOT, pages
 SHOWN = [name for page in pages() for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
 ROOMS = (
     *("barrier", "merging", "objective", "segment", "checkpoints", "sources", "forking", "tracing", "figures"),
+    *("report", "integrations"),
     *(f"curvature.{name}" for name in ("projection", "operators", "blocks", "backends", "spectra")),
 )
 
@@ -54,5 +55,6 @@ def test_every_page_is_in_the_navigation():
         return set().union(*map(files, entry.values() if isinstance(entry, dict) else entry))
 
     shown = files(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
-    # The page of the benchmarks is that of their folder.
-    assert shown == {str(page.relative_to(DOCS)) for page in pages()} | {"benchmarks.md"}
+    # The pages of benchmarks and notebooks are made of files elsewhere.
+    notebooks = {f"notebooks/{path.stem}.md" for path in (ROOT / "examples" / "notebooks").glob("*.ipynb")}
+    assert shown == {str(page.relative_to(DOCS)) for page in pages()} | {"benchmarks.md"} | notebooks
