@@ -28,8 +28,7 @@ class LightningCallback(Recorder, Callback):
     a module of it, and `loss_fn=BatchLoss(lambda module, batch: …)` computes a loss in another way.
 
     Example:
-        >>> callback = LightningCallback(loader, every_n_epochs=1)                # doctest: +SKIP
-        >>> Trainer(max_epochs=10, callbacks=[callback]).fit(module, loader)      # doctest: +SKIP
+        `Trainer(max_epochs=10, callbacks=[LightningCallback(loader, every_n_epochs=1)]).fit(module, loader)`
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -25,8 +25,7 @@ class TransformersCallback(Recorder, TrainerCallback):
     So they stand in `trainer.state.log_history`, and go to whatever the trainer reports to.
 
     Example:
-        >>> trainer = Trainer(model, arguments, train_dataset=texts)                           # doctest: +SKIP
-        >>> trainer.add_callback(TransformersCallback(trainer, loader, every_n_steps=500))     # doctest: +SKIP
+        `trainer.add_callback(TransformersCallback(trainer, loader, every_n_steps=500))` for a trainer that was made.
 
     Args:
         trainer: The trainer that it is added to.

@@ -106,6 +106,7 @@ def test_predict_prints_tables_and_ends_with_a_verdict(run, networks, checkpoint
     assert out.index("± expansion") < out.index("Verdict: ") > out.index("conv + stage1")
 
 
+@pytest.mark.check
 def test_anchors_are_counted_or_named(run, networks, checkpoints, tmp_path):
     saved = tmp_path / "p.safetensors"
     common = ["predict", *checkpoints, *COMMON, "--layers", "block", "--no-witness", "--save", saved]
@@ -295,6 +296,7 @@ def test_the_three_commands_explain_what_is_missing(run, tmp_path):
     assert "config.json is missing; run_forks" in run("figures", tmp_path / "out", "--no-progress")[2]
 
 
+@pytest.mark.check
 def test_layers_stay_where_they_are_and_notes_are_printed(run, networks, checkpoints):
     options = ["--frozen", "stage2.0.conv1", "--frozen", "stage1.*", "--base", "b", "--batch-size", 60]
     expected = measure_barrier(

@@ -59,6 +59,7 @@ def test_merge_writes_the_merged_network(run, networks, paths, plain_paths, tmp_
     _same(tmp_path / "n", merge(*networks, alpha={"stage1": 0.25, "linear": 1.0}, partition="block"))
 
 
+@pytest.mark.check
 def test_layers_mean_what_the_command_says(run, networks, paths, tmp_path):
     """A layer of that name is another one with the network and without it."""
     for options, partition in (([*MODEL], "fused"), (["--partition", "module"], "module")):

@@ -165,7 +165,7 @@ def test_one_that_diverges_leaves_those_it_was_trained_with(finished, config, wa
     assert {name: kept[name] for name in others} == {name: expected[name] for name in others}
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_several_processes_share_the_work(settings, tmp_path):
     config = ForkConfig(**{**settings, "threads": 1})
     run_forks(config, tmp_path / "one", progress=False)
@@ -251,6 +251,7 @@ def test_what_a_diverged_network_had_is_computed_again_if_it_is_lost(config, wat
     assert contents(tmp_path) == before
 
 
+@pytest.mark.check
 def test_threads_are_those_of_the_configuration(settings, watch, tmp_path):
     seen, before = set(), torch.get_num_threads()
 

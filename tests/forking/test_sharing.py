@@ -60,7 +60,7 @@ def test_a_task_somebody_else_works_on_is_left_to_them(tmp_path):
     assert order(tmp_path) == ["a"]
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_processes_share_tasks(tmp_path):
     with helpers(1, functools.partial(share_writes, tmp_path)):
         deadline = time.monotonic() + 60
@@ -93,7 +93,7 @@ def fail():
     raise ValueError("nothing to divide by")
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_why_helpers_end_early_is_told_by_who_asked_for_them(capfd):
     message = r"2 of 2 helper processes ended early \(ValueError: nothing to divide by\); their work was done by the"
     with pytest.warns(UserWarning, match=message), helpers(2, fail):

@@ -111,6 +111,7 @@ def test_a_backend_that_computes_something_else_is_refused(monkeypatch, peer):
         H @ torch.ones(H.shape[1], dtype=torch.float64)
 
 
+@pytest.mark.check
 def test_spectra_and_diagonals_are_those_of_our_own_products(peer):
     objective = _objective()
     H, P = (hessian_operator(objective, backend=name, layers="middle") for name in ("native", peer))
