@@ -244,11 +244,15 @@ class BarrierMeasurement(Display):
         return self.layer_curves(metric).max(axis=1)
 
     def layer_standard_errors(self, metric: str = "loss") -> Float[np.ndarray, " sets"]:
-        """Standard errors of `layer_barriers`, from the spread between batches; NaN for a single batch."""
+        """Standard errors of `layer_barriers`, see `standard_error`."""
         return self._standard_errors(metric)[1:]
 
     def standard_error(self, metric: str = "loss") -> float:
-        """Standard error of `barrier`, from the spread between batches; NaN for a single batch."""
+        """Standard error of `barrier`, from the spread between batches.
+
+        It is that of the curve at its highest position, or nearest to α = 1/2 where the curve nowhere rises above the
+        chord. NaN for a single batch.
+        """
         return float(self._standard_errors(metric)[0])
 
     def curve_errors(self, metric: str = "loss") -> Float[np.ndarray, "curves n"]:
@@ -280,6 +284,9 @@ class BarrierMeasurement(Display):
     def _standard_errors(self, metric: str) -> Float[np.ndarray, " curves"]:
         curves = self._batch_curves(metric)
         peaks = weighted_mean(curves, self.weights(metric)).argmax(axis=1)
+        # At the ends every batch's curve is zero, whatever that of all data is.
+        is_between = (self.alphas > 0) & (self.alphas < 1)
+        peaks = np.where(is_between[peaks], peaks, np.abs(self.alphas - 0.5).argmin())
         return standard_error(curves[:, np.arange(len(peaks)), peaks], self.weights(metric))
 
     def to_dataframe(self) -> "pd.DataFrame":
@@ -327,10 +334,10 @@ class BarrierMeasurement(Display):
             lines[0] += f": {self.kind}"
         for metric in self.metrics:
             first, second = self.ends(metric)
-            lines.append(
-                f"  {metric:<6} {with_error(self.barrier(metric), self.standard_error(metric))} "
-                f"at alpha {self.alphas[self.curve(metric).argmax()]:.2f}; at the ends {first:.4g}, {second:.4g}"
-            )
+            barrier, highest = self.barrier(metric), self.alphas[self.curve(metric).argmax()]
+            place = f"at alpha {highest:.2f}" if barrier > 0 else "(nowhere above the chord)"
+            height = with_error(barrier, self.standard_error(metric))
+            lines.append(f"  {metric:<6} {height} {place}; at the ends {first:.4g}, {second:.4g}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 

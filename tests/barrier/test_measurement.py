@@ -189,9 +189,27 @@ def test_every_network_is_measured_and_left_alone(case):
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
+def test_where_the_curve_is_nowhere_above_the_chord_the_error_is_that_of_the_middle():
+    # Ends on either side of the optimum; that no batch has a barrier at an end says nothing about other data.
+    torch.manual_seed(0)
+    x = torch.randn(40, 3, dtype=torch.float64)
+    batches = list(zip(x.split(8), (x.sum(1, keepdim=True) + torch.randn(40, 1).double()).split(8), strict=True))
+    models = [torch.nn.Linear(3, 1, bias=False).double() for _ in range(2)]
+    for model, weight in zip(models, (0.0, 2.0), strict=True):
+        torch.nn.init.constant_(model.weight, weight)
+    options = {"loss_fn": torch.nn.functional.mse_loss, "metrics": ("loss",), "progress": False}
+    found = measure_barrier(*models, batches, alphas=5, sets=[["weight"]], layers="tensor", **options)
+    middle = [measure_barrier(*models, [batch], alphas=5, **options).curve()[2] for batch in batches]
+    expected = np.std(middle, ddof=1) / np.sqrt(5)
+    assert (found.barrier(), found.layer_barriers()[0]) == (0, 0)
+    assert found.standard_error() == pytest.approx(expected)
+    assert found.layer_standard_errors()[0] == pytest.approx(expected)
+    assert f"loss   0 ± {expected:.2g} (nowhere above the chord)" in str(found)
+
+
 def test_standard_error_is_that_of_the_batches():
     found = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches((5,) * 6), alphas=5, progress=False)
-    at = found.curve().argmax()
+    at = found.curve().argmax() or 2
     curves = [
         measure_barrier(CONV.model(0), CONV.model(1), [batch], alphas=5, progress=False).curve()[at]
         for batch in CONV.batches((5,) * 6)

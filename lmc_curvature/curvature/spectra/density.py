@@ -64,7 +64,9 @@ class SpectralDensity(Display):
     def default_width(self) -> float:
         """Standard deviation of the kernel by default, `WIDTH_SHARE` of the support."""
         low, high = self.support
-        return WIDTH_SHARE * ((high - low) or max(abs(high), 1.0))
+        # Eigenvalues that coincide up to rounding have no width that a grid of them could show.
+        size = max(abs(low), abs(high))
+        return WIDTH_SHARE * (high - low if high - low > 1e-9 * size else size or 1.0)
 
     def grid(self, points: int = 1001, *, width: float | None = None) -> Float64[np.ndarray, " points"]:
         """Equally spaced points that cover the support and four kernel widths on either side.

@@ -126,7 +126,8 @@ def top_eigenpairs(
         progress: Show a progress bar over eigenpairs; by default on a terminal and in notebooks.
 
     Warns:
-        ConvergenceWarning: Some pairs have not converged; `Eigenpairs.converged` says which.
+        ConvergenceWarning: Some pairs have not converged, or copies of a multiple eigenvalue were not searched for that
+            may stand before them; `Eigenpairs.converged` says which.
 
     Raises:
         OperatorError: The operator is not square, or is found not to be symmetric at the second step.
@@ -280,23 +281,28 @@ def _all_copies(search: _Search, k: int, bar: tqdm) -> tuple[SearchSpace, Float6
     nothing = search.matrix.random_rows(0, search.generator)
     space = SearchSpace(search.capacity, excluded=nothing, rank=search.rank)
     norms, converged = _refine(search, space, search.random_block(space, search.block_size), k, bar)
-    while search.left > 0 and space.rest > 0 and converged.all() and _may_hide_copies(search, space, norms):
+    while search.left > 0 and space.rest > 0 and converged.all() and _copies_hide_before(search, space, norms):
         # Nothing is hidden from a space that is complete, and completing it is then the shorter way.
         near = space.rest <= min(space.size, search.left, space.capacity - space.size)
         missed = search.random_block(space, space.rest) if near else _missed(search, space, len(norms))
         if len(missed) == 0:
             break
         norms, converged = _refine(search, space, space.orthonormalised(missed), k, bar)
+    if search.left == 0 and space.rest > 0 and (first := _copies_hide_before(search, space, norms)):
+        # The search for copies was cut short: another pair may stand in each of these places.
+        converged[first:] = False
     return space, norms, converged
 
 
-def _may_hide_copies(search: _Search, space: SearchSpace, norms: Float64[Tensor, " k"]) -> bool:
-    """Tell whether a multiple eigenvalue may have copies outside the space, whose first pairs have converged.
+def _copies_hide_before(search: _Search, space: SearchSpace, norms: Float64[Tensor, " k"]) -> int:
+    """The first pair that a multiple eigenvalue's copies outside the space may come before; 0 where none hide.
 
-    A block of b vectors sees b copies, so it may where b Ritz values coincide that lie further out than the last one.
+    A block of b vectors sees b copies, so others may hide where b Ritz values coincide that lie further out than the
+    last one.
     """
     values, k, seen = space.values, len(norms), search.block_size
     order = values[:k].argsort().tolist()
+    places = []
     for window in (order[start : start + seen] for start in range(k - seen + 1)):
         others = torch.ones(len(values), dtype=torch.bool)
         others[window] = False
@@ -304,8 +310,8 @@ def _may_hide_copies(search: _Search, space: SearchSpace, norms: Float64[Tensor,
         # Ritz values are exact to the square of their residuals over the gap (Parlett 1998, section 11.7).
         error = 4 * float((norms[window] ** 2).sum()) / max(gap, 1e-300) + search.rounding
         if k - 1 not in window and float(values[window].max() - values[window].min()) <= error:
-            return True
-    return False
+            places.append(max(window) + 1)
+    return min(places, default=0)
 
 
 def _missed(search: _Search, space: SearchSpace, k: int) -> Float[Tensor, "missed n"]:
@@ -321,12 +327,20 @@ def _missed(search: _Search, space: SearchSpace, k: int) -> Float[Tensor, "misse
 
 
 def _warn_unless_converged(pairs: Eigenpairs, tolerance: float, max_products: int) -> None:
-    lacking = int((~pairs.converged).sum())
-    if lacking:
+    lacking = ~pairs.converged
+    count, products = len(pairs.values), counted(pairs.products, "product")
+    if lacking.any() and bool((pairs.residuals[lacking] <= tolerance).all()):
         warnings.warn(
-            f"{lacking} of {len(pairs.values)} eigenpairs have not reached the relative residual {tolerance:g} after "
-            f"{counted(pairs.products, 'product')}; the worst stands at {float(pairs.residuals.max()):.2g}. Raise "
-            f"max_products={max_products}, or the tolerance if products are too inexact for it.",
+            f"The last {int(lacking.sum())} of {count} eigenpairs may not be the outermost: {products} were not enough "
+            f"to search for all copies of a multiple eigenvalue before them. Raise max_products={max_products}.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    elif lacking.any():
+        warnings.warn(
+            f"{int(lacking.sum())} of {count} eigenpairs have not reached the relative residual {tolerance:g} after "
+            f"{products}; the worst stands at {float(pairs.residuals.max()):.2g}. Raise max_products={max_products}, "
+            "or the tolerance if products are too inexact for it.",
             ConvergenceWarning,
             stacklevel=3,
         )

@@ -280,3 +280,36 @@ def test_everything_stays_on_the_operators_device(which):
     for name in ("values", "vectors", "residuals", "converged"):
         assert getattr(found, name).is_cuda
     torch.testing.assert_close(found.values.cpu(), wanted(values, 5, which), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("which", ["largest", "smallest"])
+@pytest.mark.parametrize("max_products", [60, 100, 200, 300, 600])
+def test_copies_that_were_not_searched_for_are_warned_of(max_products, which):
+    # Every eigenvalue ten times, which is more than a block of random vectors sees.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 40, dtype=torch.float64, generator=generator)
+    matrix = torch.kron(x.T @ x / 300, torch.eye(10, dtype=torch.float64))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = top_eigenpairs(matrix, 15, which=which, max_products=max_products)
+    expected = wanted(torch.linalg.eigvalsh(matrix), 15, which)
+    assert torch.allclose(found.values, expected, rtol=1e-4) or caught
+    assert bool(found.converged.all()) == (not caught)
+
+
+def test_a_search_for_copies_that_was_cut_short_is_named(monkeypatch):
+    def refine(search, space, *given, **options):
+        # The budget ends with the first search.
+        found = original(search, space, *given, **options)
+        search.max_products = search.products
+        return found
+
+    original = eigenpairs._refine
+    monkeypatch.setattr(eigenpairs, "_refine", refine)
+    matrix = torch.diag(torch.cat([torch.full((30,), 3.0), torch.linspace(1, 2, 170)]).double())
+    with pytest.warns(ConvergenceWarning, match="may not be the outermost: .* all copies of a multiple eigenvalue"):
+        found = top_eigenpairs(matrix, 12)
+    certain = int(found.converged.sum())
+    assert found.converged.tolist() == [True] * certain + [False] * (12 - certain)
+    assert certain < 12
+    assert torch.allclose(found.values[:certain], torch.full((certain,), 3.0, dtype=torch.float64))
