@@ -151,7 +151,7 @@ def draw_barrier_growth(barriers: pd.DataFrame, predictions: pd.DataFrame) -> Fi
     label_panels(figure, EPOCH_LABEL, LOG_BARRIER_LABEL)
     handles = [_handle(kind, markersize=3) for kind in kinds[::-1]]
     handles += strip_entries([scale], _MOST_DECADES, marker="o", markersize=3)
-    panel_legend(panels, handles, columns=1 + (figure.get_figwidth() > 4) + (figure.get_figwidth() > 6))
+    panel_legend(panels, handles, columns=1 + int(figure.get_figwidth() > 4) + int(figure.get_figwidth() > 6))
     return figure
 
 

@@ -38,7 +38,7 @@ class OneNotation(Formatter):
     def __call__(self, x: float, pos: int | None = None) -> str:  # noqa: D102
         return tick_numbers([x])[0]
 
-    def format_ticks(self, values: Sequence[float]) -> list[str]:  # noqa: D102
+    def format_ticks(self, values: Sequence[float] | np.ndarray) -> list[str]:  # noqa: D102
         return tick_numbers(list(values))
 
 
