@@ -169,9 +169,9 @@ def _obstacles(prediction: BarrierPrediction, selection: Selection) -> list[str]
     lower = [index for index in np.argsort(without, kind="stable")[:_NAMED] if without[index] < whole[0]]
     if lower and count > 1:
         shown = ", ".join(f"{names[index]} (to {without[index]:.3g})" for index in lower)
-        found.append(f"Leaving one layer out lowers the barrier at α = ½, {whole[0]:.3g}, most for {shown}.")
+        found.append(f"Leaving one layer out lowers the predicted barrier at α = ½, {whole[0]:.3g}, most for {shown}.")
     elif count > 1:
-        found.append(f"No single layer is to blame: without any one the barrier is no lower than {whole[0]:.3g}.")
+        found.append(f"No single layer is to blame: whichever stays, a barrier of {whole[0]:.3g} or more is predicted.")
     worst = np.argsort(alone, kind="stable")[::-1][:_NAMED]
     shown = ", ".join(f"{names[index]} ({alone[index]:.3g})" for index in worst)
     return [*found, f"Moved alone, the highest barriers have {shown}."]
@@ -199,9 +199,12 @@ def _sampling(midpoint: Midpoint) -> str:
     data = f"{midpoint.examples:,.0f} examples" if np.isfinite(midpoint.examples) else "the data"
     if not np.isfinite(midpoint.standard_error):
         return f"Sampling: the average was evaluated on {data} in a single batch, which does not tell how sure that is."
+    free = free_rise(midpoint.mean)
+    is_close = abs(midpoint.rise - free) < 2 * midpoint.standard_error
+    flips = f" So on other data it may be on the other side of what counts as none, {free:.2g}." if is_close else ""
     return (
         f"Sampling: evaluated on {data}, the rise of the average's loss is {midpoint.rise:.3g} ± "
-        f"{midpoint.standard_error:.2g}, from the spread between batches. Other data may differ by more."
+        f"{midpoint.standard_error:.2g}, from the spread between batches. Other data may differ by more.{flips}"
     )
 
 

@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from lmc_curvature.barrier.midpoint import Midpoint
 from lmc_curvature.barrier.verdict import verdict
+from lmc_curvature.report import answers
 from lmc_curvature.report.answers import answer_of
 from lmc_curvature.report.contents import gather
 from tests.support.predictions import prediction_of
@@ -80,6 +82,13 @@ def test_layers_that_only_together_are_in_the_way_are_not_blamed():
     answer = _answer(dataclasses.replace(prediction, anchors=tuple(anchors)), budget=0.01)
     assert "No single layer is to blame" in answer.obstacles[1]
     assert "12 of 12 layers" in answer.obstacles[0]
+
+
+@pytest.mark.parametrize(("rise", "is_close"), [(0.03, True), (0.05, True), (0.5, False), (-0.2, False)])
+def test_an_answer_that_other_data_may_turn_says_so(rise, is_close):
+    # A rise of 0.04 counts as none where the two have a mean loss of 1.
+    text = answers._sampling(Midpoint((1.0, 1.0), 1 + rise, rise, 0.014, None, 512))
+    assert ("on the other side of what counts as none, 0.04" in text) == is_close
 
 
 def test_an_uncertain_selection_is_called_so(pair):
