@@ -58,9 +58,10 @@ def measurement_summary(measurement: "BarrierMeasurement") -> Summary:
     facts = {}
     for metric in measurement.metrics:
         first, second = measurement.ends(metric)
-        barrier = with_error(measurement.barrier(metric), measurement.standard_error(metric))
-        where = f"at α = {measurement.alphas[measurement.curve(metric).argmax()]:.2g}"
-        facts[f"{metric} barrier"] = f"{barrier} (sampling) {where}; at the ends {first:.4g}, {second:.4g}"
+        height, highest = measurement.barrier(metric), measurement.alphas[measurement.curve(metric).argmax()]
+        barrier = f"{with_error(height, measurement.standard_error(metric))} (sampling)"
+        where = f"at α = {highest:.2g}" if height > 0 else "nowhere above the chord"
+        facts[f"{metric} barrier"] = f"{barrier} {where}; at the ends {first:.4g}, {second:.4g}"
     if "loss" in measurement.metrics:
         facts["kind of curve"] = measurement.kind
     if measurement.sets:

@@ -43,8 +43,8 @@ class Heights:
     def places(self, values: np.ndarray) -> np.ndarray:
         """Places of values on the axis."""
         if self.kind == "log":
-            return np.log10(values)
-        return np.arcsinh(values / self.linear) if self.kind == "symlog" else values
+            return np.asarray(np.log10(values))
+        return np.asarray(np.arcsinh(values / self.linear)) if self.kind == "symlog" else values
 
     def ticks(self) -> list[float]:
         """Round values within the ends, few enough for their numbers to be apart."""

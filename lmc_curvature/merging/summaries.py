@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lmc_curvature.merging.trials import Trial
     from lmc_curvature.merging.verify import Verification
 
-_AnyTrial = TypeVar("_AnyTrial", bound="Trial")
+_AnyTrial = TypeVar("_AnyTrial")
 
 
 def selection_summary(selection: "Selection") -> Summary:
@@ -119,7 +119,7 @@ def _point_facts(point: "BestPoint") -> dict[str, str]:
     }
 
 
-def _measured(chosen: "_AnyTrial", held_out: "_AnyTrial | None") -> "dict[str, _AnyTrial]":
+def _measured(chosen: _AnyTrial, held_out: _AnyTrial | None) -> dict[str, _AnyTrial]:
     return {"measured rise": chosen} | ({} if held_out is None else {"on held-out data": held_out})
 
 
