@@ -35,7 +35,7 @@ def draw_projection(projection: "Projection") -> Figure:
         axis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     heading(axes, "curvature UᵀHU", f"at a loss of {short_number(projection.loss)}")
     bar = figure.colorbar(image, ax=axes, ticks=[-largest, 0, largest])
-    bar.ax.set_yticklabels([short_number(value) for value in (-largest, 0, largest)])
+    bar.ax.set_yticklabels([short_number(value) for value in (-largest, 0.0, largest)])
     bar.ax.minorticks_off()
     bar.set_label(f"symlog scale: linear within ±{short_number(scale.linthresh)}", fontsize=SMALL)
     return figure
