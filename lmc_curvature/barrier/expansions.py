@@ -70,11 +70,13 @@ def highest(
         curves: The curves' values at n positions each.
         count: How many curves there are.
     """
-    found, width = np.full(count, 0.5), 0.5
-    for points in (_GRID, *[21] * _REFINEMENTS):
-        grid = np.clip(found + np.linspace(-width, width, points)[:, None], 0.0, 1.0)
+    # Dense towards the ends, where a curve that is below the chord otherwise may rise for a little.
+    grid = np.repeat((1 - np.cos(np.linspace(0, np.pi, _GRID)[:, None])) / 2, count, axis=1)
+    found, width = grid[curves(grid).argmax(axis=0), np.arange(count)], np.pi / 2 / (_GRID - 1)
+    for _ in range(_REFINEMENTS):
+        grid = np.clip(found + np.linspace(-width, width, 21)[:, None], 0.0, 1.0)
         found = grid[curves(grid).argmax(axis=0), np.arange(count)]
-        width = 2 * width / (points - 1)
+        width /= 10
     # Curves vanish at both ends.
     return np.where(curves(found[None])[0] > 0, found, 0.0)
 
