@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lmc_curvature.barrier.measurement import BarrierMeasurement
     from lmc_curvature.barrier.prediction import BarrierPrediction
 
-
 _SHOWN: tuple[Expansion, ...] = ("anchored", "second-order")
 
 
@@ -25,10 +24,7 @@ def prediction_summary(prediction: "BarrierPrediction") -> Summary:
     first, second = prediction.endpoints
     barriers = prediction.layer_barriers()
     highest = np.argsort(barriers, kind="stable")[::-1][:3]
-    compared: tuple[Expansion, ...] = ("anchored", "second-order")
-    found = {
-        f"barrier, {each}": barrier_in_words(prediction, each) for each in compared if each in prediction.expansions
-    }
+    found = {f"barrier, {each}": barrier_in_words(prediction, each) for each in _SHOWN if each in prediction.expansions}
     positions = ", ".join(f"{anchor.alpha:.3g}" for anchor in prediction.anchors)
 
     def draw() -> "Figure":

@@ -19,6 +19,7 @@ from lmc_curvature.objective.batches import Batch
 def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValues:
     """Loss, slopes and curvature of one batch at one state.
 
+    A batch that neither fits memory whole nor can be cut into tiles is swept in halves, where its loss is their mean.
     Graphs are compiled once for every shape of batch, and kept with the objective. They are compared with the network
     once in every pass, in case it has changed, and with a Hessian-vector product once.
 
