@@ -10,7 +10,7 @@ import typer.main
 
 from lmc_curvature.cli import main
 from lmc_curvature.cli.app import app
-from tests.docs.pages import DOCS, ROOT, blocks, pages
+from tests.docs.pages import DOCS, README, ROOT, blocks, pages
 
 # Their networks are trained, or imported from elsewhere, which takes seconds.
 LONG = {"five-minutes.md", "howto/language.md", "howto/training.md", "concepts/anchors.md", "concepts/batch-norm.md"}
@@ -82,7 +82,7 @@ def test_two_checkpoints_become_one_as_the_page_says(folder, capsys):
 
 COMMANDS = [
     (block, words)
-    for page in pages()
+    for page in (README, *pages())
     for block in blocks(page)
     if block.language == "bash"
     for words in block.commands()
