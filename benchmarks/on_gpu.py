@@ -63,6 +63,8 @@ ROOT = Path(__file__).parents[1]
 _PATIENCE = 1.25
 # A section with less than this part of its share of all seconds left for it is skipped.
 _LEAST = 0.3
+# Processes that run tests.
+_MOST_PROCESSES = 8
 # Of the memory that is free, what a process that compiles may take: there are three beside this one.
 _SHARE_OF_MEMORY = 0.2
 _RESNET20 = {"network": "resnet20", "batch": 512, "width": 16, "pixels": 32}
@@ -340,9 +342,12 @@ def run_tests(run: Run, report: Report, until: float) -> Figure | None:
         report.notes.append(f"The tests are missing: {' and '.join(missing)} cannot be imported.")
         return None
     files = run.size["tests"] or sorted(
-        str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()
+        str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py") if "gpu" in path.read_text()
     )
     words = ["-m", "gpu", "-v", "-rfE", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    # Most of their time is Python's.
+    if importlib.util.find_spec("xdist") is not None:
+        words += ["-n", str(min(_MOST_PROCESSES, os.cpu_count() or 1))]
     command = [sys.executable, "-m", "pytest", *words, *files]
     run.chosen.out.mkdir(parents=True, exist_ok=True)
     log = run.chosen.out / f"{report.name}.log"
@@ -372,7 +377,10 @@ def run_tests(run: Run, report: Report, until: float) -> Figure | None:
 
 def outcomes(log: str) -> tuple[dict[str, int], list[str]]:
     """The number of tests with each outcome in what `pytest -v` has printed, finished or not, and those that failed."""
-    found = re.findall(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", log, re.MULTILINE)
+    kinds = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+    found = re.findall(rf"^(\S+::.+?) ({kinds})\b", log, re.MULTILINE)
+    # By several processes.
+    found += [(name, kind) for kind, name in re.findall(rf"^\[gw\d+\].*? ({kinds}) (\S+::.+?) *$", log, re.MULTILINE)]
     collecting = re.findall(r"^ERROR (\S+\.py)(?: - .*)?$", log, re.MULTILINE)
     counts = {key: sum(outcome == key.upper() for _, outcome in found) for key in ("passed", "failed", "skipped")}
     errors = [name for name, outcome in found if outcome == "ERROR"] + list(dict.fromkeys(collecting))

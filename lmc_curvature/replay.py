@@ -29,6 +29,8 @@ Recorder = Callable[[Callable[[], Outcome]], tuple[Callable[[], Any], Outcome]]
 
 # Functions that are kept at the same time.
 _MOST = 8
+# Kernels that are timed for a convolution: each takes the first call longer.
+_KERNELS = 4
 # Streams that torch has for a device.
 _STREAMS = 32
 
@@ -96,14 +98,24 @@ class Replays:
         """
         if self._make_recorder is None:
             return function(inputs)
-        key = _with_precision(key)
+        with fastest_kernels():
+            return self._call(self._make_recorder, _with_precision(key), function, inputs, at_once)
+
+    def _call(
+        self,
+        make_recorder: Callable[[], Recorder],
+        key: Hashable,
+        function: Callable[[list[Tensor]], Outcome],
+        inputs: list[Tensor],
+        at_once: bool,
+    ) -> Outcome:
         if key not in self._replays:
             calls = self._calls[hash(key)] = self._calls.get(hash(key), 0) + 1
             if hash(key) in self._failures or (calls <= self._patience and not at_once):
                 return function(inputs)
             if len(self._replays) >= self._most:
                 self.forget()
-            self._recorder = self._recorder or self._make_recorder()
+            self._recorder = self._recorder or make_recorder()
             try:
                 self._replays[key] = _Replay(self._recorder, function, inputs)
             except Exception as error:  # noqa: BLE001 - whatever it is, it comes again, or does not, where it is called
@@ -121,7 +133,7 @@ class Replays:
                 "Operations are launched one by one, which is slower, because they cannot be replayed as a CUDA graph: "
                 f"{reason_of(error)}{_line_of(error)}.",
                 FallbackWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         self._has_warned = True
 
@@ -131,6 +143,21 @@ class Replays:
         self._recorder = None
         self._calls.clear()
         self._patience *= 2
+
+
+@contextlib.contextmanager
+def fastest_kernels() -> Iterator[None]:
+    """Within the block, cuDNN times its kernels for a convolution that is new to it, and keeps the fastest.
+
+    What it takes otherwise is a guess, for many small images at once up to forty times slower: Fourier transforms.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.benchmark_limit
+    cudnn.benchmark, cudnn.benchmark_limit = True, _KERNELS
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.benchmark_limit = before
 
 
 def _with_precision(key: Hashable) -> Hashable:

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from lmc_curvature.errors import CaptureError, FallbackWarning
+from lmc_curvature.objective.numerics import Numerics
 from lmc_curvature.replay import CudaRecorder, Replays, copy_all, reason_of
+from tests.support.devices import gpu
 from tests.support.replaying import Repeater
 
 # What stands in for a CUDA device's streams and graphs is of other types.
@@ -49,6 +51,22 @@ def test_where_nothing_is_recorded_functions_are_called():
     tensors = inputs(0)
     outcome = [tensors], None
     assert replays("same", lambda given: ([given], None), tensors) == outcome
+
+
+def test_what_is_recorded_convolves_by_the_kernels_that_were_fastest():
+    cudnn, seen = torch.backends.cudnn, []
+
+    def look(given):
+        # As whatever computes derivatives does.
+        with Numerics(torch.device("cuda"), torch.float32).exact():
+            seen.append((cudnn.benchmark, cudnn.deterministic))
+        return list(given), None
+
+    before = cudnn.benchmark, cudnn.benchmark_limit
+    for replays in (Replays(Repeater), Replays(None)):
+        replays("look", look, inputs(0))
+        assert before == (cudnn.benchmark, cudnn.benchmark_limit)
+    assert seen == [(True, True), (before[0], True)]
 
 
 def test_functions_are_told_apart_by_their_keys():
@@ -311,9 +329,6 @@ def test_a_replay_that_gives_other_numbers_is_refused(device, other):
 
 
 # --- On a device
-
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @gpu

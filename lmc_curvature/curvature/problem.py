@@ -1,5 +1,6 @@
 """The question that the engine is asked, placed and checked once, and its answer for one batch."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -54,6 +55,7 @@ class Problem:
         objective: The loss and its data.
         points: The states.
         directions: k sparse states on the objective's device; each holds only the entries it moves.
+        displaced: Names of the entries that a direction moves by more than zero; all that are moved if there are none.
         memory_gib: GiB that the sweep may take for values and tangents; None for the default.
         tiling: The tiles to sweep batches in that can be cut; None to choose them by memory and cache.
         memo: `memo(key, make)` keeps what is made once for this problem.
@@ -62,6 +64,7 @@ class Problem:
     objective: Objective
     points: Sequence[Point]
     directions: Sequence[State]
+    displaced: frozenset[str]
     memory_gib: float | None = None
     tiling: Tiling | None = None
     memo: Memo = field(default_factory=Memo)
@@ -90,7 +93,7 @@ class Problem:
         if not named:
             raise DirectionError("There is no direction to project onto; expected at least one.")
         placed = [_place_direction(objective, name, direction) for name, direction in named.items()]
-        _check_finite_directions(dict(zip(named, placed, strict=True)))
+        displaced = _displaced(dict(zip(named, placed, strict=True)))
         points = []
         if not isinstance(states, Mapping):
             number = len(states)
@@ -99,19 +102,12 @@ class Problem:
             complete = objective.complete(state)
             check_finite(complete, name or "the state")
             points.append(Point(complete, f" at {name}" if name else ""))
-        return cls(objective, points, placed, memory_gib)
+        return cls(objective, points, placed, displaced, memory_gib)
 
     @property
     def moved(self) -> frozenset[str]:
         """Names of the entries that a direction moves."""
         return frozenset(name for direction in self.directions for name in direction)
-
-    @property
-    def displaced(self) -> frozenset[str]:
-        """Those of them that a direction moves by more than zero, if there are any."""
-        entries = [pair for direction in self.directions for pair in direction.items()]
-        sizes = largest_values(tensor for _, tensor in entries).tolist()
-        return frozenset(name for (name, _), size in zip(entries, sizes, strict=True) if size) or self.moved
 
 
 def check_values(values: BatchValues, batch: Batch, point: Point) -> None:
@@ -146,10 +142,18 @@ def _place_direction(objective: Objective, label: str | int, direction: State) -
     return placed
 
 
-def _check_finite_directions(directions: Mapping[Any, State]) -> None:
-    if largest_values(tensor for direction in directions.values() for tensor in direction.values()).isfinite().all():
-        return
-    for label, direction in directions.items():
-        for name, tensor in direction.items():
-            if not torch.isfinite(tensor).all():
-                raise DirectionError(f"Direction {label!r} has values in {name!r} that are infinite or not a number.")
+def _displaced(directions: Mapping[Any, State]) -> frozenset[str]:
+    """Names of the entries that are moved by more than zero, or all of them.
+
+    Raises:
+        DirectionError: A direction has values that are infinite or not a number.
+    """
+    entries = [(label, name) for label, direction in directions.items() for name in direction]
+    # The device is asked once.
+    sizes = largest_values(tensor for direction in directions.values() for tensor in direction.values()).tolist()
+    for (label, name), size in zip(entries, sizes, strict=True):
+        if not math.isfinite(size):
+            raise DirectionError(f"Direction {label!r} has values in {name!r} that are infinite or not a number.")
+    return frozenset(name for (_, name), size in zip(entries, sizes, strict=True) if size) or frozenset(
+        name for _, name in entries
+    )

@@ -184,6 +184,8 @@ class NetworkLoss(nn.Module):
 
 def _weight(class_loss: ClassLoss, target: Tensor, classes: int | None, index: int) -> float:
     if not target.is_floating_point():
+        # A device is asked once.
+        target = target.cpu()
         # Here, because a label out of range ends the process's use of a CUDA device.
         if classes is not None:
             class_loss.check_labels(target, classes, index)

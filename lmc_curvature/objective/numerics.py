@@ -60,13 +60,21 @@ class Numerics:
     def exact(self, *, cudnn: bool = True) -> AbstractContextManager[None]:
         """Within the block, convolutions on a CUDA device are deterministic, and rounded to TF32 only if allowed.
 
+        Where `torch.backends.cudnn.benchmark` is on, cuDNN times its kernels, and which is fastest may change from run
+        to run.
+
         Args:
             cudnn: Let cuDNN compute.
         """
         if self.device.type != "cuda":
             return contextlib.nullcontext()
-        return torch.backends.cudnn.flags(
-            enabled=cudnn, benchmark=False, deterministic=True, allow_tf32=self.allow_tf32
+        now = torch.backends.cudnn
+        return now.flags(
+            enabled=cudnn,
+            benchmark=now.benchmark,
+            benchmark_limit=now.benchmark_limit,
+            deterministic=True,
+            allow_tf32=self.allow_tf32,
         )
 
     @contextlib.contextmanager

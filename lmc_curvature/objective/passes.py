@@ -1,5 +1,7 @@
 """Passes over a loader that should yield the same data: compared by sums over all examples, and warned of."""
 
+import dataclasses
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -67,6 +69,14 @@ class Fingerprint:
             sums = torch.stack(list(rows.values()))
             self.products[tuple(rows)] = self.products.get(tuple(rows), 0) + sums @ sums.T
 
+    def on_host(self) -> "Fingerprint":
+        """The same with all sums on the host, which a device is asked for as few times as possible."""
+        return dataclasses.replace(
+            self,
+            moments={place: sums.cpu() for place, sums in self.moments.items()},
+            products={places: sums.cpu() for places, sums in self.products.items()},
+        )
+
     def agrees_with(self, other: "Fingerprint") -> bool:
         """Whether two passes have had the same examples, as far as sums tell it, up to rounding."""
         rounding = torch.finfo(torch.float64).eps
@@ -117,7 +127,7 @@ def _weighted_sums(tensor: Tensor) -> Tensor:
     """Of each row of a tensor the sum of its numbers, weighted by their position in it, in float64."""
     rows = _real(tensor)
     # One weight a place along each axis, so that one pass over the numbers is enough.
-    weights = [_unit_vector(length).to(rows.device) for length in rows.shape[1:]]
+    weights = [_unit_vector(length, rows.device) for length in rows.shape[1:]]
     sums = []
     for part in rows.split(max(1, _CHUNK // max(1, rows[:1].numel()))):
         numbers = part.double()
@@ -127,9 +137,10 @@ def _weighted_sums(tensor: Tensor) -> Tensor:
     return torch.cat(sums)
 
 
-def _unit_vector(length: int) -> Tensor:
+@functools.lru_cache(maxsize=64)
+def _unit_vector(length: int, device: torch.device) -> Tensor:
     vector = torch.randn(length, generator=torch.Generator().manual_seed(length), dtype=torch.float64)
-    return vector / torch.linalg.vector_norm(vector)
+    return (vector / torch.linalg.vector_norm(vector)).to(device)
 
 
 def _moments(tensor: Tensor) -> Tensor:
@@ -159,6 +170,7 @@ class Passes:
                 found.add(batch)
             yield batch
         self._count += 1
+        found = found.on_host()
         if self._first is None:
             self._first = found
         elif not found.agrees_with(self._first):

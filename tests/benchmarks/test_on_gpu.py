@@ -101,6 +101,14 @@ ERROR tests/test_c.py - ModuleNotFoundError: No module named 'beartype'
     counts, failed = on_gpu.outcomes(log)
     assert counts == {"passed": 1, "failed": 1, "skipped": 1, "error": 2}
     assert failed == ["tests/test_a.py::test_two", "tests/test_b.py::test_four", "tests/test_c.py"]
+    by_several = """
+tests/test_a.py::test_one[x y]
+[gw1] [ 20%] PASSED tests/test_a.py::test_one[x y]
+[gw0] [ 40%] FAILED tests/test_a.py::test_two
+"""
+    counts, failed = on_gpu.outcomes(by_several)
+    assert counts == {"passed": 1, "failed": 1, "skipped": 0, "error": 0}
+    assert failed == ["tests/test_a.py::test_two"]
 
 
 def test_shares_are_of_a_whole_run():

@@ -41,7 +41,8 @@ def project_hessian(
             and batch. `"auto"`: the sweep, and products with a `FallbackWarning` where it cannot go, or takes more
             memory than it may.
         memory_gib: GiB that the sweep may take for values, adjoints and tangents: examples and directions are cut to
-            fit. By default half of the memory that is free on the device. Beside it there are the directions, folded
+            fit. By default half of the memory that is free, and on a CUDA device no more than three times what a
+            gradient of the first batch keeps. Beside it there are the directions, folded
             weights and their tangents (about as large as state and directions), and for the first batch of every
             shape a pass without gradients over all of it; the objective's own check of the first batch keeps a graph
             of it for a moment, and products keep one of every batch, whatever they may take.

@@ -109,7 +109,7 @@ def _agrees_on_a_part(problem: Problem, compiled: CompiledBatch, point: Point, b
             of_part = compile_batch(problem, part, evaluate_batch(problem.objective, point, part), whole=True)
         if of_part.operations != compiled.operations:
             return False
-        values = sweep_batch(problem, of_part, point, part)[0]()
+        values = sweep_batch(problem, of_part, point, part, once=True)[0]()
         check_values(values, part, point)
         _compare_derivatives(problem, point, part, values)
     except Exception:  # noqa: BLE001 - what a loss makes of a part is nobody's concern: the whole is compared

@@ -153,8 +153,10 @@ def compile_part(problem: Problem, compiled: CompiledBatch, part: Batch, output:
 def _tiling(problem: Problem, network: Program, loss: Program | None, *, probe: int, size: int, whole: bool) -> Tiling:
     if problem.tiling is not None:
         return replace(problem.tiling, examples=size if whole else min(problem.tiling.examples, size))
-    device = problem.objective.device
-    budget = budget_bytes(device, problem.memory_gib)
+    objective, device = problem.objective, problem.objective.device
+    # That of the first batch, also where its halves are swept.
+    gradient = objective.memo("gradient bytes", lambda: network.body.value_bytes / probe * size)
+    budget = budget_bytes(device, problem.memory_gib, gradient)
     return choose_tiling(
         network, loss, problem.directions, probe=probe, size=size, whole=whole, budget=budget, device=device
     )

@@ -40,7 +40,7 @@ from lmc_curvature.objective.memo import Memo
 
 
 def sweep_batch(
-    problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch
+    problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, *, once: bool = False
 ) -> tuple[Callable[[], BatchValues], Tensor]:
     """Sweep one batch at one state; on a CUDA device the whole sweep is one graph from its second time on.
 
@@ -51,6 +51,7 @@ def sweep_batch(
         compiled: The graphs for the batch's shape.
         point: The state.
         batch: The batch.
+        once: There is no other batch of this shape, so nothing is recorded.
 
     Returns:
         A function that waits for the device and returns loss, slopes and curvature; and the graphs' result on the way,
@@ -72,7 +73,7 @@ def sweep_batch(
         problem.objective.numerics.differentiating_operations(),
         torch.autocast(problem.objective.device.type, enabled=False),
     ):
-        if problem.objective.replays.records:
+        if problem.objective.replays.records and not once:
             (numbers, result), parts = problem.objective.replays(compiled, on, inputs.tensors)
         else:
             (numbers, result), parts = _on_device(problem, compiled, point, batch)

@@ -8,6 +8,7 @@ import torch
 from lmc_curvature import BatchLoss, GGNOperator, HessianOperator, Objective
 from lmc_curvature.errors import FallbackWarning
 from tests.support.cases import CASES
+from tests.support.devices import gpu
 from tests.support.networks import randomized
 from tests.support.replaying import let_replay
 from tests.support.sweeping import TwoLayers, vectors
@@ -149,8 +150,6 @@ def test_what_cannot_be_recorded_is_computed_with_one_warning():
 
 
 # --- On a device
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @gpu

@@ -20,6 +20,7 @@ from lmc_curvature.objective.batches import map_tensors
 from lmc_curvature.replay import Replays
 from lmc_curvature.sources.resnets import resnet20
 from tests.support.cases import CASES
+from tests.support.devices import gpu
 from tests.support.networks import randomized
 from tests.support.replaying import let_replay
 from tests.support.sweeping import (
@@ -269,8 +270,6 @@ def _bring(program, there, monkeypatch):
 
 
 # --- On a device
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def _on(device, name, dtype=torch.float64, **options):

@@ -13,10 +13,11 @@ All tangents of a value are one tensor, a `Stack`, which a direction joins where
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, fx
 
 from lmc_curvature.curvature.sweep.rules.stack import Stack, union
@@ -49,12 +50,17 @@ class Contributions:
 
     def assemble(self, values: Float[np.ndarray, " n"], size: int) -> Float[np.ndarray, "size size"]:
         """P + Pᵀ from the values of `flat`, end to end."""
-        half = np.zeros((size, size))
-        start = 0
-        for rows, columns, part in self.parts:
-            half[np.ix_(rows, columns)] += values[start : start + part.numel()].reshape(part.shape)
-            start += part.numel()
+        rows, columns = self._places
+        half = np.bincount(rows * size + columns, values, size * size).reshape(size, size)
         return half + half.T
+
+    @cached_property
+    def _places(self) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """Row and column of every value; nothing is added any more."""
+        grids = [np.meshgrid(rows, columns, indexing="ij") for rows, columns, _ in self.parts]
+        none = np.zeros(0, dtype=int)
+        rows, columns = (np.concatenate([none, *(grid[axis].ravel() for grid in grids)]) for axis in (0, 1))
+        return rows, columns
 
 
 @dataclass(frozen=True, eq=False)
