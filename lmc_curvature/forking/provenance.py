@@ -3,7 +3,6 @@
 provenance.json    SHA-256 of each split of the data, wherever it lies; versions, device and threads
 """
 
-import importlib.metadata
 import os
 import platform
 import warnings
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lmc_curvature import __version__
 from lmc_curvature.errors import DataError
 from lmc_curvature.forking.configuration import ForkConfig
 from lmc_curvature.forking.directory import ForkDirectory, check_config, explain_damage, open_directory, write_config
@@ -28,7 +28,7 @@ def conditions(config: ForkConfig, device: torch.device) -> Conditions:
     # On a CPU, it is the vector instructions that torch uses there.
     processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "lmc_curvature": importlib.metadata.version("lmc-curvature"),
+        "lmc_curvature": __version__,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor,
         "threads": config.threads or torch.get_num_threads(),

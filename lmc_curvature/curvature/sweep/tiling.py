@@ -18,25 +18,28 @@ from lmc_curvature.objective.network import State
 # On a CPU, tangents in its last cache are several times faster to work on than those in main memory. Half of it is left
 # to values and weights; tiles larger than the most hardly save calls. The least is for where none is reported.
 _LEAST_CACHE_BYTES, _MOST_CACHE_BYTES = 32 * 2**20, 128 * 2**20
-# Of what a gradient takes, what a sweep may take on a CUDA device.
-_GRADIENTS = 3
+# Of what a gradient takes, what a sweep may take on a CUDA device by default, and what it may take in any case; and the
+# share of a budget that is for values and tangents there.
+_GRADIENTS, _LEAST_BYTES, _SHARE = 3, 256 * 2**20, 0.95
 
 
 def budget_bytes(device: torch.device, memory_gib: float | None, gradient: float) -> float:
     """Bytes that values and tangents may take.
 
     By default half of what is free; on a CUDA device, where larger tiles are no faster and what is recorded stays
-    taken, no more than three gradients take.
+    taken, no more than three gradients take, or a little. There a part is left to what is recorded besides: copies of
+    what comes in, and kernels' workspaces.
 
     Args:
         device: The device.
         memory_gib: GiB that are given.
         gradient: Bytes that a gradient of the first batch keeps.
     """
-    if memory_gib is not None:
-        return memory_gib * 2**30
-    half = free_bytes(device) / 2
-    return min(half, _GRADIENTS * gradient) if device.type == "cuda" else half
+    on_gpu = device.type == "cuda"
+    given = free_bytes(device) / 2 if memory_gib is None else memory_gib * 2**30
+    if memory_gib is None and on_gpu:
+        given = min(given, max(_GRADIENTS * gradient, _LEAST_BYTES))
+    return _SHARE * given if on_gpu else given
 
 
 def choose_tiling(
