@@ -133,10 +133,10 @@ def _place_direction(objective: Objective, label: str | int, direction: State) -
         placed = objective.place(direction)
     except DirectionError as error:
         raise DirectionError(f"Direction {label!r}: {error}") from error
-    fixed = [name for name in placed if name not in objective.state()]
+    fixed = placed.keys() - objective.state().keys()
     if fixed:
         raise DirectionError(
-            f"Direction {label!r} moves {fixed[0]!r}, which is not part of the state under "
+            f"Direction {label!r} moves {min(fixed)!r}, which is not part of the state under "
             f"batch_norm={objective.batch_norm!r}."
         )
     return placed

@@ -227,14 +227,15 @@ def is_current(objective: Objective, compiled: CompiledBatch, point: Point, batc
         output = network_output(objective, point.state, part)
         return all_near("captured graphs", found, output, rounding=objective.rounding)
 
-    # As few examples as the network is known to take, and all of them if it should mix them.
-    if not any(holds(size) for size in dict.fromkeys((compiled.part, batch.size))):
-        return False
+    # All that is compared is asked for before any of it is waited for.
     with objective.numerics.differentiating(), torch.no_grad():
         with torch.autocast(objective.device.type, enabled=False):
             values = compiled.loss.evaluate(compiled.loss.constants, BatchTree.of((result, batch.data[1])))
         found, loss = values[compiled.loss.result], objective.output_loss(result, batch)
-    return all_near("captured graphs", found, loss, rounding=objective.rounding)
+    # As few examples as the network is known to take, and all of them if it should mix them.
+    return any(holds(size) for size in dict.fromkeys((compiled.part, batch.size))) and all_near(
+        "captured graphs", found, loss, rounding=objective.rounding
+    )
 
 
 def network_output(objective: Objective, state: State, batch: Batch) -> Any:
