@@ -125,14 +125,30 @@ def _scaled(call: OpCall, name: str, tensor: Tensor) -> Tensor:
     return tensor if factor == 1 else tensor * factor
 
 
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for batches of matrices, of which one is a stack of them.
+
+    torch copies the other for every direction. Where it is large, as attention's weights are, the directions are taken
+    as further columns of b or rows of a instead.
+    """
+    (rows, inner), columns = a.shape[-2:], b.shape[-1]
+    if 3 <= a.ndim == b.ndim - 1 and rows * inner > (rows + inner) * columns:
+        wide = a @ b.movedim(0, -2).flatten(-2)
+        return wide.unflatten(-1, (len(b), columns)).movedim(-2, 0)
+    if 3 <= b.ndim == a.ndim - 1 and inner * columns > (inner + columns) * rows:
+        tall = a.movedim(0, -3).flatten(-3, -2) @ b
+        return tall.unflatten(-2, (len(a), rows)).movedim(-3, 0)
+    return a @ b
+
+
 def matrix_product(left: int, right: int, added: int | None = None) -> MatrixProduct:
     """The rule of a matrix product, given the positions of its arguments."""
     return MatrixProduct(
         left,
         right,
-        lambda call, a, b: _scaled(call, "alpha", a @ b),
-        lambda call, g, b: _scaled(call, "alpha", g @ b.mT),
-        lambda call, g, a: _scaled(call, "alpha", a.mT @ g),
+        lambda call, a, b: _scaled(call, "alpha", _matmul(a, b)),
+        lambda call, g, b: _scaled(call, "alpha", _matmul(g, b.mT)),
+        lambda call, g, a: _scaled(call, "alpha", _matmul(a.mT, g)),
         added=added,
         pass_added=lambda call, tangent: _scaled(call, "beta", tangent),
     )
