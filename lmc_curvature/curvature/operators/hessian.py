@@ -1,5 +1,6 @@
 """The Hessian of an objective as a linear operator."""
 
+import functools
 from collections.abc import Iterable
 
 from lmc_curvature.curvature.operators.operator import Curvature, CurvatureOperator
@@ -7,6 +8,9 @@ from lmc_curvature.curvature.products import BatchGradient
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment.partition import PartitionSpec
+
+# Of products, the gradient is only on the way.
+_OF_BATCH = functools.partial(BatchGradient, sloped=False)
 
 
 class HessianOperator(CurvatureOperator):
@@ -35,4 +39,4 @@ class HessianOperator(CurvatureOperator):
         layers: Iterable[str] | str | None = None,
         partition: PartitionSpec = "fused",
     ):
-        super().__init__(Curvature("Hessian", BatchGradient), objective, state, layers=layers, partition=partition)
+        super().__init__(Curvature("Hessian", _OF_BATCH), objective, state, layers=layers, partition=partition)

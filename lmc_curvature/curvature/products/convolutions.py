@@ -13,6 +13,7 @@ where the rectifier is open, and adds it up with the rest.
 """
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -31,12 +32,13 @@ class DifferentiableConvolutions(TorchFunctionMode):
 
     Attributes:
         is_linear: Whether the backward pass under way differentiates gradients in their slopes alone.
+        is_valued: Whether the gradients of the backward pass under way are asked for, or their derivatives alone.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._left_out: set[int] = set()
-        self.is_linear = False
+        self.is_linear, self.is_valued = False, True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLUTIONS:
@@ -46,7 +48,7 @@ class DifferentiableConvolutions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
-    def backward(self, *, without: Iterable[Tensor] = (), linear: bool = False) -> Iterator[None]:
+    def backward(self, *, without: Iterable[Tensor] = (), linear: bool = False, valued: bool = True) -> Iterator[None]:
         """Within the block, backward passes leave derivatives out that they do not need.
 
         torch's own operations know which derivatives a pass needs; others know only which it could need.
@@ -55,12 +57,14 @@ class DifferentiableConvolutions(TorchFunctionMode):
             without: Leaves that no derivative is taken in.
             linear: Differentiate gradients in the slope that they were given, and in nothing else. That is enough for
                 the derivative of Jᵀu in the cotangent u, and as much work as a forward pass of tangents.
+            valued: Compute the gradients, and not only what differentiates them again: else those in the weights of
+                convolutions may be not-a-number.
         """
-        self._left_out, self.is_linear = {id(weight) for weight in without}, linear
+        self._left_out, self.is_linear, self.is_valued = {id(weight) for weight in without}, linear, valued
         try:
             yield
         finally:
-            self._left_out, self.is_linear = set(), False
+            self._left_out, self.is_linear, self.is_valued = set(), False, True
 
     def needs(self, weight: Tensor) -> bool:
         """Whether the backward pass under way needs a derivative in a weight."""
@@ -121,7 +125,9 @@ class _Convolution(torch.autograd.Function):
         for_x, for_w, for_bias, *_ = ctx.needs_input_grad
         x, w = ctx.saved_tensors
         for_w = for_w and ctx.mode.needs(w)
-        in_x, in_w = _ConvolutionGradients.apply(slope, x, w, ctx.geometry, ctx.mode, for_x, for_w)
+        # What follows the gradient in another tensor than an entry may compute with it.
+        valued = ctx.mode.is_valued or not w.is_leaf
+        in_x, in_w = _ConvolutionGradients.apply(slope, x, w, ctx.geometry, ctx.mode, for_x, for_w, valued)
         in_bias = slope.sum((0, *range(2, slope.ndim))) if for_bias else None
         return in_x, in_w, in_bias, None, None
 
@@ -136,8 +142,10 @@ class _ConvolutionGradients(torch.autograd.Function):
         mode: DifferentiableConvolutions,
         for_x: bool,
         for_w: bool,
+        valued: bool,
     ) -> tuple:
-        return _gradients(slope, x, w, geometry, for_x, for_w)
+        in_x, in_w = _gradients(slope, x, w, geometry, for_x, for_w and valued)
+        return in_x, w.new_full((), math.nan).expand_as(w) if for_w and not valued else in_w
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -159,7 +167,7 @@ class _ConvolutionGradients(torch.autograd.Function):
         for_x, for_w = for_x and a is not None, for_w and u is not None and ctx.mode.needs(w)
         if (for_x or for_w) and not ctx.mode.is_linear:
             in_x, in_w = _gradients(slope, x if u is None else u, w if a is None else a, ctx.geometry, for_x, for_w)
-        return in_slope, in_x, in_w, None, None, None, None
+        return in_slope, in_x, in_w, None, None, None, None, None
 
 
 class _Rectifier(torch.autograd.Function):

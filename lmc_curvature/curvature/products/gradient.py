@@ -31,6 +31,7 @@ class BatchGradient:
         state: Where to differentiate, on the objective's device.
         batch: The examples.
         entries: Entries to differentiate in; by default all of the state.
+        sloped: Compute the gradient's values, too, for `slope`.
 
     Attributes:
         loss: The batch's mean loss, a scalar tensor without graph.
@@ -41,8 +42,16 @@ class BatchGradient:
             would differentiate twice with parts left out, without a word, is looked for on the first batch.
     """
 
-    def __init__(self, objective: Objective, state: State, batch: Batch, entries: Iterable[str] | None = None):
-        self._objective = objective
+    def __init__(
+        self,
+        objective: Objective,
+        state: State,
+        batch: Batch,
+        entries: Iterable[str] | None = None,
+        *,
+        sloped: bool = True,
+    ):
+        self._objective, self._sloped = objective, sloped
         self._leaves = as_leaves({name: state[name] for name in (state if entries is None else entries)})
         self._convolutions = DifferentiableConvolutions()
         with objective.numerics.differentiating():
@@ -51,7 +60,8 @@ class BatchGradient:
             # A few entries may well have no part in the loss.
             if len(self._leaves) >= len(objective.state()):
                 check_differentiable(loss)
-            self._gradient = gradients([loss], self._leaves, create_graph=True)
+            with self._convolutions.backward(valued=sloped):
+                self._gradient = gradients([loss], self._leaves, create_graph=True)
         self._graph = loss
         self.loss = loss.detach()
         if batch.is_first:
@@ -80,7 +90,9 @@ class BatchGradient:
         return {name: count(name) for name in entries}
 
     def slope(self, direction: State) -> Float[Tensor, ""]:
-        """⟨∇L, v⟩ for a direction v."""
+        """⟨∇L, v⟩ for a direction v, if slopes were asked for."""
+        if not self._sloped:
+            raise ValueError("This gradient was made for products alone: pass sloped=True.")
         return inner({name: tensor.detach() for name, tensor in self._gradient.items()}, direction)
 
     def at(self, values: Sequence[Tensor]) -> list[Tensor | None]:

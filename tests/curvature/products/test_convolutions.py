@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.parametrizations import weight_norm
 
 from lmc_curvature import HessianOperator, Objective
+from lmc_curvature.curvature.products import BatchGradient
 from lmc_curvature.curvature.products.convolutions import DifferentiableConvolutions
+from lmc_curvature.objective.batches import Batch
 
 CONVOLUTIONS = {
     "1d": (F.conv1d, (2, 4, 7), (3, 4, 3), {}),
@@ -54,6 +57,37 @@ def test_an_operand_without_gradient_is_left_alone(fixed):
     operands[fixed] = operands[fixed].detach()
     convolve = _recorded(F.conv2d, {})
     assert gradgradcheck(convolve, operands)
+
+
+def test_products_need_no_value_of_a_gradient_in_weights():
+    generator = torch.Generator().manual_seed(0)
+    # One kernel is an entry, one is computed from entries, and one is used twice.
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), weight_norm(nn.Conv2d(3, 3, 2)), nn.Tanh(), nn.Flatten())
+    network.append(_Twice()).append(nn.Linear(3, 2)).double()
+    batch = torch.randn(4, 2, 5, 5, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+    objective = Objective(network, [batch])
+    state, direction = objective.state(), {n: torch.randn_like(t) for n, t in objective.state().items()}
+    for_products, whole = (
+        BatchGradient(objective, state, Batch(0, 4, batch), list(state), sloped=sloped) for sloped in (False, True)
+    )
+    for name, product in whole.product(direction).items():
+        torch.testing.assert_close(for_products.product(direction)[name], product, rtol=0, atol=0)
+    near = [objective.gradient({n: t + h * direction[n] for n, t in state.items()}) for h in (1e-5, -1e-5)]
+    for name, product in for_products.product(direction).items():
+        torch.testing.assert_close(product, (near[0][name] - near[1][name]) / 2e-5, rtol=1e-6, atol=1e-7)
+    assert whole.slope(direction).isfinite()
+    with pytest.raises(ValueError, match="sloped=True"):
+        for_products.slope(direction)
+
+
+class _Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x):
+        x = x.view(len(x), 3, 2, 2)
+        return self.convolution(self.convolution(x).tanh()).tanh().mean((2, 3))
 
 
 def test_derivatives_that_are_left_out_change_no_other():

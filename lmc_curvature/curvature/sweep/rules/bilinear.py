@@ -126,7 +126,7 @@ def _scaled(call: OpCall, name: str, tensor: Tensor) -> Tensor:
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for batches of matrices, of which one is a stack of them.
+    """Products of matrices, a @ b, one of which is a stack of them with a further axis first.
 
     torch copies the other for every direction. Where it is large, as attention's weights are, the directions are taken
     as further columns of b or rows of a instead.
