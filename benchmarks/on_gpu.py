@@ -64,7 +64,7 @@ _PATIENCE = 1.25
 # A section with less than this part of its share of all seconds left for it is skipped.
 _LEAST = 0.3
 # Processes that run tests.
-_MOST_PROCESSES = 8
+_MOST_PROCESSES = 14
 # Of the memory that is free, what a process that compiles may take: there are three beside this one.
 _SHARE_OF_MEMORY = 0.2
 _RESNET20 = {"network": "resnet20", "batch": 512, "width": 16, "pixels": 32}
@@ -549,16 +549,16 @@ def run_spectrum(run: Run, report: Report, until: float) -> Figure | None:
 
 
 SECTIONS = (
-    Section("tests", "Do the tests that need a GPU pass?", 90, run_tests),
+    Section("tests", "Do the tests that need a GPU pass?", 110, run_tests),
     Section("projection-resnet20", "What does UᵀHU cost?", 50, _projection_of("resnet20", exact=True)),
     Section("products", "What do one and several products cost?", 30, run_products),
     Section("projection-resnet18", "What does UᵀHU cost?", 60, _projection_of("resnet18", exact=False)),
     Section("training", "How fast are siblings trained?", 60, run_training),
     Section("memory", "Does the sweep keep to its budget of memory?", 20, run_memory),
     Section("barriers", "How long does a barrier take, and how much of it in kernels?", 30, run_barriers),
-    Section("growth", "What does a dense Hessian cost, in Hessian-vector products?", 50, run_growth),
+    Section("growth", "What does a dense Hessian cost, in Hessian-vector products?", 40, run_growth),
     Section("language", "What does UᵀHU of a language model cost?", 50, run_language),
-    Section("spectrum", "What do eigenvalues and densities of equal accuracy cost?", 40, run_spectrum),
+    Section("spectrum", "What do eigenvalues and densities of equal accuracy cost?", 30, run_spectrum),
 )
 
 
