@@ -61,6 +61,8 @@ from lmc_curvature.errors import LMCCurvatureError
 ROOT = Path(__file__).parents[1]
 # Of its share, what a section may take before it is interrupted.
 _PATIENCE = 1.25
+# Of its share, when a section begins nothing new: what it has begun is to end, and to be written.
+_BEGINS = 0.7
 # A section with less than this part of its share of all seconds left for it is skipped.
 _LEAST = 0.3
 # Processes that run tests.
@@ -219,7 +221,7 @@ def _run_section(run: Run, section: Section, seconds: float, overview: Report, r
     begun, figure, note = clock(), None, ""
     try:
         with _at_most(min(_PATIENCE * seconds, run.ends - clock())), _warnings_noted(report):
-            figure = section.run(run, report, begun + seconds)
+            figure = section.run(run, report, begun + _BEGINS * seconds)
     except OutOfTime:
         note = "interrupted: it took longer than its share"
     except (Exception, SystemExit) as error:  # noqa: BLE001 (the others shall run)
@@ -357,7 +359,8 @@ def run_tests(run: Run, report: Report, until: float) -> Figure | None:
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            # What was brought along may be on the path already.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
         try:
@@ -371,6 +374,10 @@ def run_tests(run: Run, report: Report, until: float) -> Figure | None:
     counts, failed = outcomes(log.read_text())
     report.add("outcomes", "Tests that are marked for a GPU", [{"what": key, "calls": counts[key]} for key in counts])
     report.notes += [f"Not passed: {line}" for line in failed]
+    if not sum(counts.values()):
+        last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "nothing was printed")
+        report.notes.append(f"The tests are missing, because none ran: {last}")
+        return None
     report.bars.append(Bar("tests that failed", float(counts["failed"] + counts["error"]), "at most", 0))
     return None
 

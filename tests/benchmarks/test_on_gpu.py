@@ -111,6 +111,14 @@ tests/test_a.py::test_one[x y]
     assert failed == ["tests/test_a.py::test_two"]
 
 
+def test_tests_that_did_not_run_have_not_passed(tmp_path):
+    run = dataclasses.replace(_run_of(tmp_path, 480.0), size={"tests": ("tests/nowhere.py",)})
+    report = _overview()
+    on_gpu.run_tests(run, report, on_gpu.clock() + 60)
+    assert not report.bars
+    assert any("none ran" in note for note in report.notes)
+
+
 def test_shares_are_of_a_whole_run():
     assert math.isclose(sum(section.seconds for section in on_gpu.SECTIONS), 480)
 

@@ -20,7 +20,7 @@ from lmc_curvature.objective.network import State
 _LEAST_CACHE_BYTES, _MOST_CACHE_BYTES = 32 * 2**20, 128 * 2**20
 # Of what a gradient takes, what a sweep may take on a CUDA device by default, and what it may take in any case; and the
 # share of a budget that is for values and tangents there.
-_GRADIENTS, _LEAST_BYTES, _SHARE = 3, 256 * 2**20, 0.95
+_GRADIENTS, _LEAST_BYTES, _SHARE = 3, 256 * 2**20, 0.9
 
 
 def budget_bytes(device: torch.device, memory_gib: float | None, gradient: float) -> float:
