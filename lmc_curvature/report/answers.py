@@ -12,6 +12,7 @@ from lmc_curvature.errors import counted
 from lmc_curvature.merging import Selection, Verification
 from lmc_curvature.merging.budgets import budget_in_words
 from lmc_curvature.merging.conclusion import conclusion
+from lmc_curvature.merging.summaries import alone_beside
 from lmc_curvature.report.contents import Pair, compare, shown_curves
 
 # So many layers are named where the worst are.
@@ -145,6 +146,8 @@ def _selection_fact(selection: Selection, verification: Verification | None) -> 
         detail += f"; measured, it rises by {measured}"
     if not selection.members:
         detail = f"nothing can be averaged within it; {budget}"
+        if verification is not None and verification.doubt:
+            detail += f". {verification.doubt}"
     value = f"{len(selection.members)} of {counted(len(choice.weights), 'layer')}"
     if verification is None and _is_uncertain(selection):
         value += ", unsure"
@@ -161,7 +164,8 @@ def _obstacles(prediction: BarrierPrediction, selection: Selection) -> list[str]
     names, count = prediction.layers, len(prediction.layers)
     left = [name for name in names if name not in selection.members]
     if not left:
-        return ["None: all layers can be averaged within the budget."]
+        alone = alone_beside(selection, selection.rise)
+        return ["None: all layers can be averaged within the budget.", *([f"But {alone}"] if alone else [])]
     counts = f"{len(left)} of {counted(count, 'layer')}"
     found = [f"Left out of the largest set within the budget: {counts if len(left) > _LISTED else ', '.join(left)}."]
     eye = np.eye(count, dtype=bool)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lmc_curvature.barrier.midpoint import Midpoint
+from lmc_curvature.barrier.midpoint import Midpoint, measured_midpoint, predicted_midpoint
 from lmc_curvature.barrier.verdict import verdict
 from lmc_curvature.report import answers
 from lmc_curvature.report.answers import answer_of
@@ -26,6 +26,8 @@ def test_the_headline_is_the_verdict_s_answer(forks):
     for prediction, measurement in forks.values():
         assert _answer(prediction).headline == verdict(prediction)[0]
         assert _answer(measurement).headline == verdict(prediction)[0]
+        gaps = predicted_midpoint(prediction).gap_error, measured_midpoint(measurement).gap_error
+        assert gaps[0] == pytest.approx(gaps[1], rel=1e-3)
 
 
 def test_numbers_have_both_errors(pair):
@@ -67,6 +69,14 @@ def test_the_layer_with_the_barrier_is_in_the_way():
 
 def test_where_all_can_be_averaged_none_is_in_the_way():
     assert _answer(_separable([-1.0, 0.0, -2.0])).obstacles == ("None: all layers can be averaged within the budget.",)
+
+
+def test_where_one_network_alone_is_better_that_is_said_beside_the_layers():
+    unequal = prediction_of(np.zeros((3, 2)), np.zeros((3, 2, 2)), [0.475, 0.055, 0.0155], spread=0.0)
+    answer = _answer(unequal, budget=0.05)
+    assert answer.headline.startswith("Keep model_b: ")
+    assert answer.obstacles[1:] == ("But model_b alone has less loss (0.0155).",)
+    assert "model_b alone has less loss (0.0155)." in answer.selection
 
 
 def test_layers_that_only_together_are_in_the_way_are_not_blamed():
