@@ -113,7 +113,7 @@ def verify_selection(
         held_out: Other data, on which the selection is measured in the end.
         caution: How many standard errors a measured rise has to stay below the budget.
         options: Options of `measure_barrier`, the same as those of the prediction, which itself
-            tells the layers and what is frozen.
+            tells its loss, the layers and what is frozen.
 
     Raises:
         LMCCurvatureError: The networks, a loader or an option are not what they should be; the subclasses of
