@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lmc_curvature.averages import standard_error, weighted_mean
+from lmc_curvature.barrier.losses import unit_of
 
 if TYPE_CHECKING:
     from lmc_curvature.barrier.measurement import BarrierMeasurement
@@ -35,6 +36,7 @@ class Midpoint(NamedTuple):
         standard_error: Sampling error of the rise; NaN where a single batch does not tell it.
         errors: The share of the examples on which the two networks and itself err; None where that is not known.
         examples: Number of examples.
+        unit: What the examples are counted in, see `unit_of`.
         gap_error: Sampling error of its loss above that of the better of the two networks; NaN likewise.
     """
 
@@ -44,6 +46,7 @@ class Midpoint(NamedTuple):
     standard_error: float
     errors: tuple[float, float, float] | None
     examples: float
+    unit: str = "example"
     gap_error: float = math.nan
 
     @property
@@ -69,7 +72,9 @@ def predicted_midpoint(prediction: "BarrierPrediction") -> Midpoint | None:
             ends = (first.loss, second.loss)
             gaps = projection.batch_losses - prediction.endpoints[_better(ends)].batch_losses
             gap_error = float(standard_error(gaps, first.weights))
-            return Midpoint(ends, projection.loss, rise, error, errors, prediction.examples, gap_error)
+            return Midpoint(
+                ends, projection.loss, rise, error, errors, prediction.examples, unit_of(prediction.loss), gap_error
+            )
     return None
 
 
@@ -91,6 +96,7 @@ def measured_midpoint(measurement: "BarrierMeasurement") -> Midpoint | None:
         float(standard_error(rises, weights)),
         errors,
         measurement.examples,
+        unit_of(measurement.loss),
         float(standard_error(gaps, weights)),
     )
 

@@ -116,6 +116,10 @@ class BarrierPrediction(Display):
         """Predicted barrier of a set of layers: the maximum of its curve over [0, 1], so 0 where no α rises."""
         return float(self._highest(self._cube.sets([layers]), expansion)[1][0])
 
+    def position(self, layers: Iterable[str] | str | None = None, expansion: Expansion | None = None) -> float:
+        """Position α of `barrier`; 1/2 where the curve nowhere rises."""
+        return self._position(self._cube.sets([layers]), expansion)
+
     def layer_barriers(self, expansion: Expansion | None = None) -> Float[np.ndarray, " layers"]:
         """Predicted barrier of each layer alone (Proposition 2)."""
         return self._highest(np.eye(len(self.layers), dtype=bool), expansion)[1]

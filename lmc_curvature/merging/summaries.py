@@ -77,7 +77,7 @@ def verification_summary(verification: "Verification") -> Summary:
         {
             **_selection_facts(selection),
             **{
-                name: f"{with_error(trial.rise, trial.standard_error)} (sampling), "
+                name: f"{with_error(trial.rise, trial.standard_error, of='sampling')}, "
                 f"{verification.against_budget(trial)} the budget"
                 for name, trial in _measured(verification.chosen, verification.held_out).items()
                 if selection.members
@@ -130,7 +130,7 @@ def point_summary(point: "BestPoint") -> Summary:
 def point_verification_summary(verification: "PointVerification") -> Summary:
     """The point in the end, and what was measured there."""
     measured = _measured(verification.chosen, verification.held_out)
-    rises = {name: f"{with_error(trial.rise, trial.standard_error)} (sampling)" for name, trial in measured.items()}
+    rises = {name: with_error(trial.rise, trial.standard_error, of="sampling") for name, trial in measured.items()}
     return Summary(
         "PointVerification: the measured point with the least rise of the loss",
         {**_point_facts(verification.point), **rises, "measured points": str(len(verification.trials))},

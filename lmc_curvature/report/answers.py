@@ -90,11 +90,11 @@ def _facts(pair: Pair) -> tuple[Fact, ...]:
 
 
 def _loss_fact(midpoint: Midpoint, name: str) -> Fact:
-    rise = with_error(midpoint.rise, midpoint.standard_error, 3)
+    rise = with_error(midpoint.rise, midpoint.standard_error, 3, of="standard error")
     return Fact(
         name=name,
         value=f"{midpoint.mean:.3g} → {midpoint.loss:.3g}",
-        detail=f"mean of the two → their average, evaluated at α = ½; it rises by {rise} (± sampling), and up to "
+        detail=f"mean of the two → their average, evaluated at α = ½; it rises by {rise}; up to "
         f"{free_rise(midpoint.mean):.2g} counts as none",
     )
 
@@ -114,13 +114,16 @@ def _barrier_facts(pair: Pair) -> list[Fact]:
             where = f"{name}, at α = {each.alphas[each.curve().argmax()]:.2g}"
             found.append((with_error(each.barrier(), each.standard_error(), 3), where))
     if prediction is not None:
-        about = f"expansion error about {prediction.expansion_error():.2g}"
-        where = "predicted" + (f", {about}" if prediction.expansion == "anchored" else " to second order")
+        where = f"predicted, at α = {prediction.position():.2g}"
+        if prediction.expansion == "anchored":
+            where += f", expansion error about {prediction.expansion_error():.2g}"
+        else:
+            where += ", to second order from the two networks alone, and may be far off"
         found.append((with_error(prediction.barrier(), prediction.standard_error(), 3), where))
     if not found:
         return []
     (value, where), *others = found
-    detail = "; ".join([f"{where} (± sampling)", *(f"{other}: {number}" for number, other in others)])
+    detail = "; ".join([f"{where} (± standard error)", *(f"{other}: {number}" for number, other in others)])
     return [Fact(name="Barrier", value=value, detail=detail)]
 
 
@@ -200,15 +203,16 @@ def _trust(pair: Pair) -> list[str]:
 
 
 def _sampling(midpoint: Midpoint) -> str:
-    data = f"{midpoint.examples:,.0f} examples" if np.isfinite(midpoint.examples) else "the data"
+    data = f"{midpoint.examples:,.0f} {midpoint.unit}s" if np.isfinite(midpoint.examples) else "the data"
     if not np.isfinite(midpoint.standard_error):
         return f"Sampling: the average was evaluated on {data} in a single batch, which does not tell how sure that is."
     free = free_rise(midpoint.mean)
     is_close = abs(midpoint.rise - free) < 2 * midpoint.standard_error
     flips = f" So on other data it may be on the other side of what counts as none, {free:.2g}." if is_close else ""
+    rise = with_error(midpoint.rise, midpoint.standard_error, 3)
     return (
-        f"Sampling: evaluated on {data}, the rise of the average's loss is {midpoint.rise:.3g} ± "
-        f"{midpoint.standard_error:.2g}, from the spread between batches. Other data may differ by more.{flips}"
+        f"Sampling: evaluated on {data}, the rise of the average's loss is {rise}. Each ± is a standard error, by the "
+        f"spread between batches. Other data may differ by more.{flips}"
     )
 
 

@@ -203,7 +203,7 @@ def test_a_predicted_rise_is_told_with_what_is_known_of_it():
     prediction = random_prediction(5, 3)
     strangers = dataclasses.replace(prediction, cosine=0.01)
     assert rise_in_words(prediction, 0.5, 0.01, 0.123) == "0.5 ± 0.01 (sampling), expansion error about 0.12"
-    assert rise_in_words(prediction, 0.5, np.nan, 0.123) == "0.5, expansion error about 0.12"
+    assert rise_in_words(prediction, 0.5, np.nan, 0.123) == "0.5 ± unknown (one batch), expansion error about 0.12"
     unreliable = ", unreliable between different initialisations: measure"
     assert rise_in_words(strangers, 0.5, 0.01, 0.123).endswith(f"about 0.12{unreliable}")
     assert unreliable in str(select_layers(strangers, 0.2, excluded="layer0"))
