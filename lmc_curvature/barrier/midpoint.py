@@ -197,7 +197,7 @@ def _changes(midpoint: Midpoint) -> str:
     if mean > 0 and loss >= 0 and free_rise(mean) > _TINY * mean:
         # Of tiny losses a large part is little.
         rise = loss - mean if abs(loss - mean) > _NOTHING * mean else 0.0
-        found = f"{rise:+.2g} loss ({mean:.3g} → {loss:.3g})"
+        found = f"{rise:+.3g} loss ({mean:.3g} → {loss:.3g})"
     elif mean > 0 and 0 <= loss <= _RATIO * mean:
         # Adding zero takes the sign from -0.
         found = f"{round(100 * (loss / mean - 1), 1) + 0.0:+.3g} % loss"

@@ -51,9 +51,10 @@ def conclusion(
     def measured(trial: "SetTrial") -> str:
         return f"{with_error(trial.rise, trial.standard_error, 3)}, {verification.against_budget(trial)} the budget"
 
-    found.append(f"Measured on the data that it was chosen on, it is {measured(chosen)}.")
-    if chosen.rise <= selection.budget < selection.rise:
-        found.append("That decides: the prediction alone has it above.")
+    decides = (
+        ", which decides: the prediction alone has it above" if chosen.rise <= selection.budget < selection.rise else ""
+    )
+    found.append(f"Measured on the data that it was chosen on, it is {measured(chosen)}{decides}.")
     if not verification.is_safe(chosen):
         found.append("No measured set is surely within it.")
     if held_out is None:

@@ -106,7 +106,7 @@ def verification_text(verification: "Verification") -> str:
                 f"  the base was switched from {verification.trials[0].base} to {chosen.base} by what was measured"
             )
     lines += [f"  {verification.doubt}"] if verification.doubt else []
-    lines.append("  measured sets (expected: by the prediction, corrected by those before):")
+    lines.append("  measured sets (expected: by the prediction, corrected by those before; +: measured beside them):")
     rows = [(f"{number}.", trial) for number, trial in enumerate(verification.trials, 1)]
     # The other base of a tried set, no layer and all layers are measured beside.
     rows += [] if chosen in verification.trials else [("+", chosen)]

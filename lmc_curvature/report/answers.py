@@ -111,10 +111,12 @@ def _barrier_facts(pair: Pair) -> list[Fact]:
     prediction, found = pair.prediction, []
     for name, each in pair.loss_measurements.items():
         if name in shown_curves(pair):
-            where = f"{name}, at α = {each.alphas[each.curve().argmax()]:.2g}"
+            place = each.alphas[each.curve().argmax()]
+            where = f"{name}, " + (f"at α = {place:.2g}" if each.barrier() > 0 else "nowhere above the chord")
             found.append((with_error(each.barrier(), each.standard_error(), 3), where))
     if prediction is not None:
-        where = f"predicted, at α = {prediction.position():.2g}"
+        rises = prediction.barrier() > 0
+        where = "predicted, " + (f"at α = {prediction.position():.2g}" if rises else "nowhere above the chord")
         if prediction.expansion == "anchored":
             where += f", expansion error about {prediction.expansion_error():.2g}"
         else:
@@ -123,6 +125,7 @@ def _barrier_facts(pair: Pair) -> list[Fact]:
     if not found:
         return []
     (value, where), *others = found
+    value += ", predicted" if where.startswith("predicted") else ""
     detail = "; ".join([f"{where} (± standard error)", *(f"{other}: {number}" for number, other in others)])
     return [Fact(name="Barrier", value=value, detail=detail)]
 

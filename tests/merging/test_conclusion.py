@@ -128,7 +128,8 @@ def test_a_prediction_above_the_budget_of_a_set_within_it_does_not_decide():
     within, above = trial(selection.members, 0.1), trial(selection.members, 0.16)
     found = Verification(strict, (within,), within, 2.0)
     assert "what was measured decides: the prediction alone has it above the budget" in str(found)
-    assert "That decides: the prediction alone has it above." in conclusion(strict, found)
+    sentence = "Measured on the data that it was chosen on, it is 0.1 ± 0.001, within the budget"
+    assert f"{sentence}, which decides: the prediction alone has it above." in conclusion(strict, found)
     assert "decides" not in " ".join(texts(strict, Verification(strict, (above,), above, 2.0)))
     assert "decides" not in " ".join(texts(selection, Verification(selection, (within,), within, 2.0)))
 

@@ -40,6 +40,25 @@ def test_numbers_have_both_errors(pair):
     assert f"{100 * measurement.ends('error')[0]:.3g} %" in facts["Error"].detail
 
 
+def test_a_barrier_that_was_not_measured_is_called_predicted(pair, of_two_ends):
+    prediction, measurement = pair
+    assert _facts(_answer(prediction))["Barrier"].value.endswith(", predicted")
+    assert f"at α = {prediction.position():.2g}, expansion error" in _facts(_answer(prediction))["Barrier"].detail
+    ends = _facts(_answer(of_two_ends[3]))["Barrier"]
+    assert ends.value == f"{ends.value.partition(' ±')[0]} ± {of_two_ends[3].standard_error():.2g}, predicted"
+    assert "to second order from the two networks alone, and may be far off" in ends.detail
+    assert "predicted" not in _facts(_answer(of_two_ends[3], measurement))["Barrier"].value
+    below = _facts(_answer(_separable([-1.0, 0.0])))["Barrier"]
+    assert below.detail.startswith("predicted, nowhere above the chord")
+
+
+def test_shares_of_no_parameters_are_left_out():
+    """Of files in which no layer has a parameter that moves."""
+    prediction = dataclasses.replace(_separable([8.0, 0.0]), parameters=np.zeros(2, dtype=int))
+    answer = _answer(prediction, budget=0.01)
+    assert not any("nan" in text for text in (*answer.selection, *(fact.detail for fact in answer.facts)))
+
+
 def test_without_a_midpoint_there_is_no_answer(pair, two_sided):
     prediction = pair[0]
     ends = dataclasses.replace(prediction, anchors=(prediction.anchors[0], prediction.anchors[-1]))

@@ -41,6 +41,11 @@ def test_curves_have_both_errors(shown, pair):
     np.testing.assert_allclose(errors["y"], 100 * measurement.values("error"), rtol=1e-5)
 
 
+def test_a_curve_of_two_ends_is_called_a_prediction_whose_band_is_sampling_alone(pair, of_two_ends):
+    names = [trace["name"] for trace in pair_charts(gather(of_two_ends[3]).pairs[0])["curves"]["data"]]
+    assert names == ["± sampling alone", "predicted to second order", "anchors"]
+
+
 def test_layers_alone_and_left_out(shown, pair):
     prediction, measurement = pair
     chart = pair_charts(shown)["layers"]

@@ -25,7 +25,7 @@ const picker = (() => {
       const text = document.createElement("span"), small = document.createElement("small");
       box.type = "checkbox";
       text.textContent = name;
-      small.textContent = record.parameters ? `${number(100 * record.parameters[index] / total, 2)} %` : "";
+      small.textContent = total ? `${number(100 * record.parameters[index] / total, 2)} %` : "";
       small.title = "of the parameters";
       label.style.setProperty("--share", `${100 * Math.max(alone[index], 0) / most}%`);
       label.append(box, text, small);
@@ -54,8 +54,8 @@ const picker = (() => {
 
   function movedText(x) {
     const count = x.filter(Boolean).length, layers = `${count} of ${x.length} layers move`;
-    if (!shown.parameters) return layers;
-    const total = shown.parameters.reduce((a, b) => a + b, 0);
+    const total = (shown.parameters || []).reduce((a, b) => a + b, 0);
+    if (!total) return layers;
     const moved = shown.parameters.reduce((sum, each, index) => sum + each * x[index], 0);
     return `${layers}: ${moved.toLocaleString("en")} of ${total.toLocaleString("en")} parameters (${number(100 * moved / total)} %)`;
   }
