@@ -55,6 +55,8 @@ def conclusion(
         ", which decides: the prediction alone has it above" if chosen.rise <= selection.budget < selection.rise else ""
     )
     found.append(f"Measured on the data that it was chosen on, it is {measured(chosen)}{decides}.")
+    if not selection.is_whole and chosen.base != (before := verification.trials[0].base):
+        found.append(f"The base was switched from {before.upper()} to {chosen.base.upper()} by what was measured.")
     if not verification.is_safe(chosen):
         found.append("No measured set is surely within it.")
     if held_out is None:

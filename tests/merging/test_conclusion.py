@@ -114,6 +114,9 @@ def test_the_chosen_set_is_listed_and_marked_and_a_switched_base_is_said():
     assert [row.split()[0] for row in rows] == ["1.", "2.", "+"]
     assert [row.endswith(" (selected)") for row in rows] == [False, False, True]
     assert "the base was switched from b to a by what was measured" in text
+    said = "The base was switched from B to A by what was measured."
+    assert said in conclusion(selection, Verification(selection, tried, other, 2.0))
+    assert said not in conclusion(selection, Verification(selection, tried[:1], tried[0], 2.0))
     text = str(Verification(selection, tried, tried[1], 2.0))
     rows = [line for line in text.splitlines() if "of the weight: " in line]
     assert [row.endswith(" (selected)") for row in rows] == [False, True]
