@@ -314,7 +314,6 @@ class BarrierPrediction(Display):
             projection = Projection(**{field: arrays[name] for field, name in names.items() if name in arrays})
             anchors.append(Anchor(alpha, projection))
         layers, notes = tuple(metadata["layers"]), tuple(metadata.get("notes", ()))
-        optional = {name: arrays.get(name) for name in _OPTIONAL}
         metadata = {"groups": None, "base": "a", "cosine": None, "loss": None, **metadata}
         groups = metadata["groups"]
         return cls(
@@ -323,7 +322,9 @@ class BarrierPrediction(Display):
             arrays["distances"],
             metadata["batch_norm"],
             notes,
-            **optional,
+            parameters=arrays.get("parameters"),
+            errors=arrays.get("errors"),
+            norms=arrays.get("norms"),
             cosine=metadata["cosine"],
             groups=groups and {layer: tuple(entries) for layer, entries in groups.items()},
             base=metadata["base"],

@@ -95,6 +95,7 @@ def selected(selection: "Selection") -> str:
     inside, parameters = choice.members(selection.members), choice.prediction.parameters
     counts = f"{len(selection.members)} of {counted(len(choice.weights), 'layer')}"
     # Files of earlier versions do not tell the parameters.
-    known = parameters is not None and parameters.sum() > 0
-    share = f" ({parameters[inside].sum() / parameters.sum():.1%} of the parameters)" if known else ""
+    share = ""
+    if parameters is not None and parameters.sum() > 0:
+        share = f" ({parameters[inside].sum() / parameters.sum():.1%} of the parameters)"
     return f"Average {counts}{share}: {', '.join(selection.members)}; the others are {whose}"

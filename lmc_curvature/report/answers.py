@@ -125,7 +125,8 @@ def _barrier_facts(pair: Pair) -> list[Fact]:
     if not found:
         return []
     (value, where), *others = found
-    value += ", predicted" if where.startswith("predicted") else ""
+    if (said := where.removeprefix("predicted, ")) != where:
+        value, where = f"{value}, predicted", said
     detail = "; ".join([f"{where} (± standard error)", *(f"{other}: {number}" for number, other in others)])
     return [Fact(name="Barrier", value=value, detail=detail)]
 

@@ -49,7 +49,7 @@ def test_a_barrier_that_was_not_measured_is_called_predicted(pair, of_two_ends):
     assert "to second order from the two networks alone, and may be far off" in ends.detail
     assert "predicted" not in _facts(_answer(of_two_ends[3], measurement))["Barrier"].value
     below = _facts(_answer(_separable([-1.0, 0.0])))["Barrier"]
-    assert below.detail.startswith("predicted, nowhere above the chord")
+    assert below.detail.startswith("nowhere above the chord")
 
 
 def test_shares_of_no_parameters_are_left_out():
