@@ -151,6 +151,7 @@ def _selection_facts(selection: "Selection") -> dict[str, str]:
         "layers": some(selection.members),
         **({} if selection.is_whole else {"base of others": _OTHERS[selection.base]}),
         **({"predicted rise": rise} if selection.members else {}),
+        **({"but": alone} if (alone := alone_beside(selection, selection.rise)) else {}),
         "budget": budget_in_words(prediction, selection.budget),
         "search": "every set was looked at" if selection.exact else "the best set that a search found",
     }

@@ -72,7 +72,8 @@ def _predicted_curves(prediction: BarrierPrediction) -> list[Chart]:
         found.append(_band(alphas, curve, expansion, "rgba(0,114,178,0.18)", "± expansion"))
     # Of the two ends alone nothing is known of how far off that is.
     band, name = ("± sampling", "predicted") if anchored else ("± sampling alone", "predicted to second order")
-    found.append(_band(alphas, curve, sampling, "rgba(0,114,178,0.40)", band))
+    if np.isfinite(prediction.standard_error()):
+        found.append(_band(alphas, curve, sampling, "rgba(0,114,178,0.40)", band))
     found.append(_line(alphas, curve, name, BLUE))
     if anchored:
         second = prediction.curve(alphas, expansion="second-order")
