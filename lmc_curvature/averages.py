@@ -25,9 +25,18 @@ def standard_error(values: Float[np.ndarray, " batches *shape"], weights: Real[n
     return np.asarray(np.sqrt(batches / (batches - 1) * np.tensordot(shares**2, deviations**2, axes=1)))
 
 
-def with_error(value: float, error: float, digits: int = 4) -> str:
-    """A number and its standard error, where that is known: 0.1234 ± 0.012."""
-    return f"{value:.{digits}g}" + (f" ± {error:.2g}" if math.isfinite(error) else "")
+def with_error(value: float, error: float, digits: int = 4, *, of: str = "") -> str:
+    """A number and its standard error: 0.1234 ± 0.012; that it is unknown, where a single batch does not tell it.
+
+    Args:
+        value: The number.
+        error: Its standard error.
+        digits: Digits of the number.
+        of: What the error is called in parentheses behind it.
+    """
+    if not math.isfinite(error):
+        return f"{value:.{digits}g} ± unknown (one batch)"
+    return f"{value:.{digits}g} ± {error:.2g}" + (f" ({of})" if of else "")
 
 
 def rank_correlation(first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"]) -> float:

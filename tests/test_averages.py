@@ -74,7 +74,9 @@ def test_ranks_of_few_or_equal_values_have_no_correlation(first, second, recwarn
     assert not recwarn
 
 
-def test_an_error_is_shown_where_it_is_known():
+def test_an_error_is_shown_and_that_it_is_unknown():
     assert with_error(0.123456, 0.0123) == "0.1235 ± 0.012"
     assert with_error(-2e-7, 0.0, digits=3) == "-2e-07 ± 0"
-    assert with_error(0.5, math.nan) == with_error(0.5, math.inf) == "0.5"
+    assert with_error(0.5, math.nan) == with_error(0.5, math.inf) == "0.5 ± unknown (one batch)"
+    assert with_error(0.5, 0.1, of="sampling") == "0.5 ± 0.1 (sampling)"
+    assert with_error(0.5, math.nan, of="sampling") == "0.5 ± unknown (one batch)"

@@ -15,7 +15,7 @@ NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 PRINTED = {
     "forks_and_figures": "second-order",
     "spectra_and_blocks": "relative difference",
-    "two_checkpoints": "all measured sets",
+    "two_checkpoints": "measured sets",
 }
 
 

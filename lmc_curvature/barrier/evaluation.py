@@ -104,6 +104,14 @@ def _batch_values(
     return values, weights
 
 
+def chord(
+    alphas: Float[np.ndarray, " n"], first: Float[np.ndarray, "*shape"], second: Float[np.ndarray, "*shape"]
+) -> np.ndarray:
+    """The chord (1−α) first + α second, without rounding at its ends and where they are equal."""
+    gap = second - first
+    return np.where(alphas < 0.5, first + alphas * gap, second - (1 - alphas) * gap)
+
+
 class ErrorWatch:
     """Classification errors at several states, of every batch that it is called with; nothing for other losses.
 

@@ -11,13 +11,14 @@ from jaxtyping import Float, Int, Real
 from torch import nn
 
 from lmc_curvature.averages import standard_error, weighted_mean, with_error
-from lmc_curvature.barrier.evaluation import evaluate_points
+from lmc_curvature.barrier.evaluation import chord, evaluate_points
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
+from lmc_curvature.barrier.losses import data_in_words, loss_name
 from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics
 from lmc_curvature.barrier.requests import Sets, positions_of, refuse_former_options, resolve_sets
 from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.barrier.summaries import measurement_summary
-from lmc_curvature.errors import OptionError, check_choice, counted
+from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
 from lmc_curvature.objective.recalibration import running_statistics
 from lmc_curvature.objective.wrappers import unwrap
@@ -132,12 +133,13 @@ def measure_barrier(
         batch_norm,
         sizes,
         ends,
-        _between(positions, sides[..., 0], sides[..., 1]),
+        chord(positions, sides[..., 0], sides[..., 1]),
         objective.notes + segment.notes,
         batch_weights=weights,
         batch_sides=sides[:, :, 1:],
         points=places,
         batch_points=values[:, :, numbers],
+        loss=loss_name(objective.loss_fn),
     )
 
 
@@ -161,6 +163,7 @@ class BarrierMeasurement(Display):
             (batches, metrics, sets, n, 2); None in files of earlier versions. At α = 0 and 1 both are the end.
         points: The measured points of the cube, each a number for every layer.
         batch_points: Metrics of each batch at these points, (batches, metrics, points); None in such files.
+        loss: Name of the loss; None likewise.
     """
 
     alphas: Float[np.ndarray, " n"]
@@ -175,6 +178,7 @@ class BarrierMeasurement(Display):
     batch_sides: Float[np.ndarray, "batches metrics sets n 2"] | None = None
     points: tuple[dict[str, float], ...] = ()
     batch_points: Float[np.ndarray, "batches metrics points"] | None = None
+    loss: str | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -271,8 +275,8 @@ class BarrierMeasurement(Display):
     def _batch_curves(self, metric: str) -> Float[np.ndarray, "batches curves n"]:
         index = self._metric(metric)
         ends = self.batch_ends[:, index]
-        chord = _between(self.alphas, ends[:, :1], ends[:, 1:])
-        return self.batch_values[:, index] - chord[:, None]
+        line = chord(self.alphas, ends[:, :1], ends[:, 1:])
+        return self.batch_values[:, index] - line[:, None]
 
     def batch_rises(self, metric: str = "loss") -> Float[np.ndarray, "batches points"]:
         """The rises of every batch, of which `rises` are the means."""
@@ -302,7 +306,7 @@ class BarrierMeasurement(Display):
     def save(self, path: str | PathLike[str]) -> None:
         """Write the measurement to one safetensors file, without loss."""
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        metadata = {name: getattr(self, name) for name in ("sets", "points", "metrics", "batch_norm", "notes")}
+        metadata = {name: getattr(self, name) for name in ("sets", "points", "metrics", "batch_norm", "notes", "loss")}
         save_arrays(path, _KIND, arrays, **metadata)
 
     @classmethod
@@ -317,7 +321,8 @@ class BarrierMeasurement(Display):
         # JSON has lists only, and files of earlier versions have no notes.
         sets, metrics = tuple(map(tuple, metadata["sets"])), tuple(metadata["metrics"])
         notes, points = tuple(metadata.get("notes", ())), tuple(metadata.get("points", ()))
-        return cls(**arrays, sets=sets, points=points, metrics=metrics, batch_norm=metadata["batch_norm"], notes=notes)
+        single = {"batch_norm": metadata["batch_norm"], "loss": metadata.get("loss")}
+        return cls(**arrays, **single, sets=sets, points=points, metrics=metrics, notes=notes)
 
     def plot(self) -> "Figure":
         """Draw the measured curves."""
@@ -329,7 +334,8 @@ class BarrierMeasurement(Display):
         return measurement_summary(self)
 
     def __str__(self) -> str:
-        lines = [f"Barrier measured on {counted(self.examples, 'example')}, batch_norm={self.batch_norm!r}"]
+        data = data_in_words(self.examples, self.weights(self.metrics[0]), self.loss)
+        lines = [f"Barrier measured on {data}, batch_norm={self.batch_norm!r}"]
         if "loss" in self.metrics:
             lines[0] += f": {self.kind}"
         for metric in self.metrics:
@@ -339,11 +345,3 @@ class BarrierMeasurement(Display):
             height = with_error(barrier, self.standard_error(metric))
             lines.append(f"  {metric:<6} {height} {place}; at the ends {first:.4g}, {second:.4g}")
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
-
-
-def _between(
-    alphas: Float[np.ndarray, " n"], first: Float[np.ndarray, "*shape"], second: Float[np.ndarray, "*shape"]
-) -> np.ndarray:
-    """The chord (1−α) first + α second, without rounding at its ends and where they are equal."""
-    gap = second - first
-    return np.where(alphas < 0.5, first + alphas * gap, second - (1 - alphas) * gap)

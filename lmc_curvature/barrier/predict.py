@@ -11,6 +11,7 @@ from torch import nn
 from lmc_curvature.barrier.cube import Anchor
 from lmc_curvature.barrier.evaluation import ErrorWatch
 from lmc_curvature.barrier.expansions import check_anchors
+from lmc_curvature.barrier.losses import loss_name
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.curvature.problem import Method
@@ -166,6 +167,8 @@ def predict_on_segment(
         segment.whole.groups,
         segment.base,
         segment.norms(),
+        loss_name(objective.loss_fn),
+        objective.loss_fn,
     )
 
 

@@ -21,7 +21,7 @@ from lmc_curvature.barrier.expansions import (
 from lmc_curvature.barrier.summaries import prediction_summary
 from lmc_curvature.curvature.projection import Projection
 from lmc_curvature.errors import OptionError, check_choice
-from lmc_curvature.objective import BatchNormPolicy
+from lmc_curvature.objective import BatchNormPolicy, LossFunction
 from lmc_curvature.objective.network import movable_entries
 from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.plotting.summary import Display, Summary
@@ -63,6 +63,8 @@ class BarrierPrediction(Display):
         base: The network at which they are, `"a"` or `"b"`.
         norms: Norms of each layer's parameters at `model_a` and at `model_b`, (2, L), by which they are known again;
             None in such files.
+        loss: Name of the loss, `"cross_entropy"` for the default; None in such files.
+        loss_fn: The loss itself, with which selections are verified; None where the prediction was read from a file.
     """
 
     layers: tuple[str, ...]
@@ -76,6 +78,8 @@ class BarrierPrediction(Display):
     groups: Mapping[str, tuple[str, ...]] | None = None
     base: Literal["a", "b"] = "a"
     norms: Float[np.ndarray, "2 layers"] | None = None
+    loss: str | None = None
+    loss_fn: LossFunction | None = None
 
     @property
     def endpoints(self) -> tuple[Projection, Projection]:
@@ -111,6 +115,10 @@ class BarrierPrediction(Display):
     def barrier(self, layers: Iterable[str] | str | None = None, expansion: Expansion | None = None) -> float:
         """Predicted barrier of a set of layers: the maximum of its curve over [0, 1], so 0 where no α rises."""
         return float(self._highest(self._cube.sets([layers]), expansion)[1][0])
+
+    def position(self, layers: Iterable[str] | str | None = None, expansion: Expansion | None = None) -> float:
+        """Position α of `barrier`; 1/2 where the curve nowhere rises."""
+        return self._position(self._cube.sets([layers]), expansion)
 
     def layer_barriers(self, expansion: Expansion | None = None) -> Float[np.ndarray, " layers"]:
         """Predicted barrier of each layer alone (Proposition 2)."""
@@ -284,8 +292,8 @@ class BarrierPrediction(Display):
             fields = {field: getattr(projection, field) for field in _FIELDS}
             arrays |= {f"anchor_{number}.{field}": array for field, array in fields.items() if array is not None}
         positions = [anchor.alpha for anchor in self.anchors]
-        metadata = {name: getattr(self, name) for name in ("layers", "batch_norm", "notes", "cosine", "groups", "base")}
-        metadata["anchors"] = positions
+        names = ("layers", "batch_norm", "notes", "cosine", "groups", "base", "loss")
+        metadata = {name: getattr(self, name) for name in names} | {"anchors": positions}
         save_arrays(path, "barrier-prediction", arrays, **metadata)
 
     @classmethod
@@ -306,8 +314,7 @@ class BarrierPrediction(Display):
             projection = Projection(**{field: arrays[name] for field, name in names.items() if name in arrays})
             anchors.append(Anchor(alpha, projection))
         layers, notes = tuple(metadata["layers"]), tuple(metadata.get("notes", ()))
-        optional = {name: arrays.get(name) for name in _OPTIONAL}
-        metadata = {"groups": None, "base": "a", "cosine": None, **metadata}
+        metadata = {"groups": None, "base": "a", "cosine": None, "loss": None, **metadata}
         groups = metadata["groups"]
         return cls(
             layers,
@@ -315,10 +322,13 @@ class BarrierPrediction(Display):
             arrays["distances"],
             metadata["batch_norm"],
             notes,
-            **optional,
+            parameters=arrays.get("parameters"),
+            errors=arrays.get("errors"),
+            norms=arrays.get("norms"),
             cosine=metadata["cosine"],
             groups=groups and {layer: tuple(entries) for layer, entries in groups.items()},
             base=metadata["base"],
+            loss=metadata["loss"],
         )
 
     def plot(self) -> "Figure":

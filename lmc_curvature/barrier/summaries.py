@@ -6,6 +6,7 @@ import numpy as np
 
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier.expansions import Expansion
+from lmc_curvature.barrier.losses import data_in_words
 from lmc_curvature.barrier.verdict import barrier_in_words, verdict
 from lmc_curvature.errors import counted
 from lmc_curvature.plotting.summary import Summary, some
@@ -24,6 +25,7 @@ def prediction_summary(prediction: "BarrierPrediction") -> Summary:
     first, second = prediction.endpoints
     barriers = prediction.layer_barriers()
     highest = np.argsort(barriers, kind="stable")[::-1][:3]
+    data = data_in_words(prediction.examples, first.weights, prediction.loss)
     found = {f"barrier, {each}": barrier_in_words(prediction, each) for each in _SHOWN if each in prediction.expansions}
     positions = ", ".join(f"{anchor.alpha:.3g}" for anchor in prediction.anchors)
 
@@ -33,8 +35,7 @@ def prediction_summary(prediction: "BarrierPrediction") -> Summary:
         return draw_predicted_curves(prediction)
 
     return Summary(
-        f"BarrierPrediction for {counted(len(prediction.layers), 'layer')} from "
-        f"{counted(prediction.examples, 'example')}, anchors at α = {positions}",
+        f"BarrierPrediction for {counted(len(prediction.layers), 'layer')} from {data}, anchors at α = {positions}",
         {
             "verdict": verdict(prediction)[0],
             **found,
@@ -51,11 +52,12 @@ def prediction_summary(prediction: "BarrierPrediction") -> Summary:
 def measurement_summary(measurement: "BarrierMeasurement") -> Summary:
     """Barriers in every metric with their sampling errors, the ends, and the highest sets."""
     sets = f" and {counted(len(measurement.sets), 'set')} of layers" if measurement.sets else ""
+    data = data_in_words(measurement.examples, measurement.weights(measurement.metrics[0]), measurement.loss)
     facts = {}
     for metric in measurement.metrics:
         first, second = measurement.ends(metric)
         height, highest = measurement.barrier(metric), measurement.alphas[measurement.curve(metric).argmax()]
-        barrier = f"{with_error(height, measurement.standard_error(metric))} (sampling)"
+        barrier = with_error(height, measurement.standard_error(metric), of="sampling")
         where = f"at α = {highest:.2g}" if height > 0 else "nowhere above the chord"
         facts[f"{metric} barrier"] = f"{barrier} {where}; at the ends {first:.4g}, {second:.4g}"
     if "loss" in measurement.metrics:
@@ -74,7 +76,7 @@ def measurement_summary(measurement: "BarrierMeasurement") -> Summary:
         return draw_measured_curves(measurement)
 
     return Summary(
-        f"BarrierMeasurement of the whole network{sets} on {counted(measurement.examples, 'example')}",
+        f"BarrierMeasurement of the whole network{sets} on {data}",
         facts,
         "print(measurement), .plot(), .to_dataframe(), .curve(metric)",
         draw,

@@ -6,6 +6,7 @@ import numpy as np
 
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier.expansions import Expansion
+from lmc_curvature.barrier.losses import data_in_words
 from lmc_curvature.barrier.midpoint import Midpoint, answer, percent, predicted_midpoint, question
 from lmc_curvature.errors import counted
 
@@ -27,7 +28,8 @@ def summary(prediction: "BarrierPrediction") -> str:
     highest = np.argsort(barriers, kind="stable")[::-1][:3]
     positions = ", ".join(f"{anchor.alpha:.3g}" for anchor in prediction.anchors)
     lines = [
-        f"Barrier predicted from {counted(prediction.examples, 'example')}, "
+        f"Barrier predicted from "
+        f"{data_in_words(prediction.examples, prediction.endpoints[0].weights, prediction.loss)}, "
         f"{counted(len(prediction.layers), 'layer')}, anchors at {positions}, batch_norm={prediction.batch_norm!r}"
         + (" (differentiated through batch statistics)" if prediction.batch_norm == "recalibrate" else ""),
         f"  loss at the ends   {first.loss:.4g}, {second.loss:.4g}; distance {prediction.distance:.4g}",
@@ -80,12 +82,12 @@ def look_unrelated(prediction: "BarrierPrediction") -> bool:
 def _average(midpoint: Midpoint, batch_norm: str) -> str:
     """What is known of the network in the middle, which is an anchor."""
     first, second = midpoint.ends
-    barrier = with_error(midpoint.rise, midpoint.standard_error, 3)
+    barrier = with_error(midpoint.rise, midpoint.standard_error, 3, of="standard error")
     where = "evaluated at α = 1/2 on the data given"
     if batch_norm == "recalibrate":
         where += ", normalised by each batch"
     found = f"The averaged network has a loss of {midpoint.loss:.4g} ({where}); the two have {first:.4g} and "
-    found += f"{second:.4g}, so the barrier is {barrier}"
+    found += f"{second:.4g}, so the barrier there is {barrier}"
     if midpoint.errors is not None:
         *ends, own = map(percent, midpoint.errors)
         found += f", and it errs on {own} (the two on {ends[0]} and {ends[1]})"
@@ -123,7 +125,7 @@ def barrier_in_words(prediction: "BarrierPrediction", expansion: Expansion) -> s
     """The highest point of a curve; where nothing rises, its value in the middle, with its sign."""
     barrier, error = prediction.barrier(None, expansion), prediction.standard_error(None, expansion)
     if barrier > 0:
-        found = with_error(barrier, error)
+        found = f"{with_error(barrier, error)} at α = {prediction.position(None, expansion):.2g}"
         return (
             f"{found}, expansion error about {prediction.expansion_error():.2g}" if expansion == "anchored" else found
         )

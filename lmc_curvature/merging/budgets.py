@@ -13,13 +13,16 @@ def limit_of(prediction: BarrierPrediction, budget: float | int | None, relative
     """The largest rise of the loss that one of the two allows, in units of the loss.
 
     Raises:
-        OptionError: Neither is given, or both are, or it is not a number that is not negative.
+        OptionError: Neither is given, or both are; or it is no finite number, or the relative one is negative.
     """
     if (budget is None) == (relative_budget is None):
         given = "neither was given" if budget is None else f"got {budget!r} and {relative_budget!r}"
         raise OptionError(f"Give budget, in units of the loss, or relative_budget, a part of the mean loss; {given}.")
-    name, value = ("budget", budget) if budget is not None else ("relative_budget", relative_budget)
-    return check_not_negative(name, value) * (1.0 if name == "budget" else abs(mean_loss(prediction)))
+    if budget is None:
+        return check_not_negative("relative_budget", relative_budget) * abs(mean_loss(prediction))
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, np.number)) or not math.isfinite(budget):
+        raise OptionError(f"budget={budget!r}: expected a finite number.")
+    return float(budget)
 
 
 def check_not_negative(name: str, value: object) -> float:

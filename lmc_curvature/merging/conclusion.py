@@ -3,9 +3,11 @@
 from typing import TYPE_CHECKING
 
 from lmc_curvature.averages import with_error
+from lmc_curvature.barrier.midpoint import free_rise, predicted_midpoint
 from lmc_curvature.errors import counted
 from lmc_curvature.merging.budgets import budget_in_words
 from lmc_curvature.merging.rises import rise_in_words
+from lmc_curvature.merging.summaries import alone_beside, nothing
 
 if TYPE_CHECKING:
     from lmc_curvature.merging.select import Selection
@@ -29,12 +31,19 @@ def conclusion(
         hold_out: What measures it on other data, where there were none.
     """
     prediction = selection.choice.prediction
+    budget = budget_in_words(prediction, selection.budget, 3)
+    if not selection.members:
+        doubt = unmeasured if verification is None else verification.doubt
+        return [f"{selected(selection)}.", f"The budget is {budget}.", *([doubt] if doubt else []), *_both(selection)]
     predicted = rise_in_words(prediction, selection.rise, selection.standard_error, selection.expansion_error, 3)
     found = [
         f"{selected(selection)}.",
         f"The rise of the merged network's loss above the mean of the two is predicted to be {predicted}; the budget "
-        f"is {budget_in_words(prediction, selection.budget, 3)}.",
+        f"is {budget}.",
+        *_both(selection),
     ]
+    alone = alone_beside(selection, selection.rise if verification is None else verification.chosen.rise)
+    found += [alone] if alone else []
     if verification is None:
         return [*found, unmeasured]
     chosen, held_out = verification.chosen, verification.held_out
@@ -42,7 +51,12 @@ def conclusion(
     def measured(trial: "SetTrial") -> str:
         return f"{with_error(trial.rise, trial.standard_error, 3)}, {verification.against_budget(trial)} the budget"
 
-    found.append(f"Measured on the data that it was chosen on, it is {measured(chosen)}.")
+    decides = (
+        ", which decides: the prediction alone has it above" if chosen.rise <= selection.budget < selection.rise else ""
+    )
+    found.append(f"Measured on the data that it was chosen on, it is {measured(chosen)}{decides}.")
+    if not selection.is_whole and chosen.base != (before := verification.trials[0].base):
+        found.append(f"The base was switched from {before.upper()} to {chosen.base.upper()} by what was measured.")
     if not verification.is_safe(chosen):
         found.append("No measured set is surely within it.")
     if held_out is None:
@@ -54,18 +68,34 @@ def conclusion(
     return found
 
 
+def _both(selection: "Selection") -> list[str]:
+    """Why the verdict on all layers and the budget say different things, where they do."""
+    midpoint = predicted_midpoint(selection.choice.prediction)
+    if midpoint is None or selection.choice.excluded.any():
+        return []
+    free, rise = free_rise(midpoint.mean), f"{midpoint.rise:.3g}"
+    if selection.is_whole and free < midpoint.rise:
+        return [f"The budget allows the rise of all layers, {rise}, of which {free:.2g} would count as none."]
+    if not selection.is_whole and selection.budget < midpoint.rise <= free:
+        return [
+            f"The average of all layers has a rise of {rise}: above this budget, but up to {free:.2g} counts as none."
+        ]
+    return []
+
+
 def selected(selection: "Selection") -> str:
     """What is averaged, and whose the other layers are."""
     others = {"a": "those of A", "b": "those of B", "mean": "those of either, of which the rises are the mean"}
     whose = others[selection.base]
     choice = selection.choice
     if not selection.members:
-        reason = "No layer is averaged" if choice.excluded.all() else "Nothing can be averaged within the budget"
-        return f"{reason}: all layers are {whose}"
-    if len(selection.members) == len(choice.weights):
+        return f"{nothing(selection)}: all layers are {whose}"
+    if selection.is_whole:
         return "All layers are averaged"
     inside, parameters = choice.members(selection.members), choice.prediction.parameters
     counts = f"{len(selection.members)} of {counted(len(choice.weights), 'layer')}"
     # Files of earlier versions do not tell the parameters.
-    share = "" if parameters is None else f" ({parameters[inside].sum() / parameters.sum():.1%} of the parameters)"
+    share = ""
+    if parameters is not None and parameters.sum() > 0:
+        share = f" ({parameters[inside].sum() / parameters.sum():.1%} of the parameters)"
     return f"Average {counts}{share}: {', '.join(selection.members)}; the others are {whose}"

@@ -10,7 +10,7 @@ from torch import nn
 from lmc_curvature.barrier import BarrierPrediction
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
-from lmc_curvature.merging.trials import check_networks
+from lmc_curvature.merging.trials import check_networks, loss_option
 from lmc_curvature.objective import LossFunction, Objective
 from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation, entries_of
 from lmc_curvature.objective.normalization import is_batch_counter, statistic_names, tracked_modules
@@ -134,6 +134,7 @@ def merge_predicted(
             "statistics, which batch_norm='interpolate' averages with their layers: pass batch_norm='recalibrate' with "
             "a loader."
         )
+    options |= loss_option(prediction, options) if batch_norm == "recalibrate" else {}
     # Layers of running statistics alone are those of the base.
     alphas = dict.fromkeys(segment.layers, 1.0 if base == "b" else 0.0) | dict(alphas)
     return network_at(segment, alphas, model_a, model_b, base=base, batch_norm=batch_norm, **options)

@@ -60,8 +60,7 @@ def rise_in_words(
     prediction: BarrierPrediction, rise: float, standard_error: float, expansion_error: float, digits: int = 4
 ) -> str:
     """A predicted rise with both of its errors, and whether to rely on it."""
-    found = with_error(rise, standard_error, digits)
-    found += " (sampling)" if np.isfinite(standard_error) else ""
+    found = with_error(rise, standard_error, digits, of="sampling")
     # At an anchor the loss was evaluated.
     if expansion_error <= _EVALUATED * (1 + abs(rise)):
         return found

@@ -14,15 +14,7 @@ from lmc_curvature.barrier import BarrierPrediction
 from lmc_curvature.errors import OptionError, PartitionError, check_choice
 from lmc_curvature.merging.budgets import check_not_negative, limit_of
 from lmc_curvature.merging.merge import merge_predicted
-from lmc_curvature.merging.rises import (
-    BASES,
-    Base,
-    mean_loss,
-    points_of,
-    sampling_error,
-    set_errors,
-    set_rises,
-)
+from lmc_curvature.merging.rises import BASES, Base, mean_loss, points_of, sampling_error, set_errors, set_rises
 from lmc_curvature.merging.search import Score, every_set, search_sets
 from lmc_curvature.merging.summaries import selection_summary, selection_text
 from lmc_curvature.plotting.summary import Display, Summary
@@ -63,7 +55,8 @@ def select_layers(
 
     Args:
         prediction: The prediction.
-        budget: The largest rise, in units of the loss.
+        budget: The largest rise, in units of the loss, above the mean of the two: of unequal networks the better alone
+            may have far less loss than a merge within it. Below zero it asks for less than that mean.
         relative_budget: The largest rise as a part of the mean loss of the two networks, without its sign, instead of
             `budget`.
         base: Whose the other layers are, `"a"` or `"b"`; `"mean"` bounds the mean rise of both merges, the barrier
@@ -239,6 +232,11 @@ class Selection(Display):
     def share(self) -> float:
         """Weight of the set as a part of that of all layers."""
         return self.weight / self.choice.total
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers are averaged."""
+        return len(self.members) == len(self.choice.weights)
 
     def curve(self, *, progress: bool | None = None) -> "pd.DataFrame":
         """The trade-off between weight and rise for the selection's base, whatever the budget.

@@ -11,6 +11,7 @@ from torch import nn
 
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier import BarrierMeasurement, BarrierPrediction, measure_barrier
+from lmc_curvature.barrier.losses import DEFAULT_LOSS
 from lmc_curvature.errors import LoaderError, OptionError
 from lmc_curvature.merging.rises import Base
 from lmc_curvature.objective.memo import Memo
@@ -102,6 +103,7 @@ class Bench:
                 f"batch_norm={policy!r}: the prediction was made under {self.prediction.batch_norm!r}; leave it out, "
                 "or predict again."
             )
+        loss_option(self.prediction, self.options)
         if self.prediction.groups is not None:
             options = self.prediction.segment_options(self.model_a, policy)
             check_networks(self.prediction, Segment(self.model_a, self.model_b, batch_norm=policy, **options))
@@ -114,6 +116,7 @@ class Bench:
         """
         named = [dict(zip(self.prediction.layers, point, strict=True)) for point in points.tolist()]
         options = {"batch_norm": self.prediction.batch_norm, "metrics": ("loss",), **self.options}
+        options |= loss_option(self.prediction, self.options)
         options |= self.prediction.segment_options(self.model_a, options["batch_norm"])
         if held_out is not None and options["batch_norm"] == "recalibrate" and options.get("recalibration") is None:
             # The network is the one that was chosen, whose statistics are not those of the held-out data.
@@ -145,6 +148,22 @@ class Bench:
                 stacklevel=5,
             )
         return found.ends()
+
+
+def loss_option(prediction: BarrierPrediction, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The prediction's loss, as an option of what evaluates networks; nothing where another is given or it is default.
+
+    Raises:
+        OptionError: It is known by its name alone, for the prediction was read from a file.
+    """
+    if options.get("loss_fn") is not None or (prediction.loss_fn is None and prediction.loss in (None, DEFAULT_LOSS)):
+        return {}
+    if prediction.loss_fn is None:
+        raise OptionError(
+            f"The prediction was made with the loss {prediction.loss!r}, which its file cannot hold: pass the same as "
+            "loss_fn=…, as in verify(…, loss_fn=…)."
+        )
+    return {"loss_fn": prediction.loss_fn}
 
 
 def check_networks(prediction: BarrierPrediction, segment: Segment) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Bool
 from torch import nn
 
-from lmc_curvature.averages import standard_error, weighted_mean, with_error
+from lmc_curvature.averages import standard_error, weighted_mean
 from lmc_curvature.merging.budgets import check_not_negative
 from lmc_curvature.merging.residuals import Correction
 from lmc_curvature.merging.rises import Base, point_rises, points_of
 from lmc_curvature.merging.search import Score
 from lmc_curvature.merging.select import Choice, Selection
-from lmc_curvature.merging.summaries import verification_summary
+from lmc_curvature.merging.summaries import verification_summary, verification_text
 from lmc_curvature.merging.trials import Bench, SetTrial, check_trials
 from lmc_curvature.plotting.summary import Display, Summary
 
@@ -30,10 +30,12 @@ class Verification(Display):
     Attributes:
         selection: The selection in the end: the heaviest measured set within the budget or, where there is none, the
             one least above it.
-        trials: Every measured set, in order.
+        trials: The sets that were tried, in order, each with the base that it was tried with.
         chosen: What was measured of the selection.
         caution: How many standard errors a measured rise had to stay below the budget.
         held_out: What was measured of it on the held-out data; None without such data.
+        measured: Every measured set, `chosen` among them: those of `trials`, the same with the other base, and no layer
+            and all layers, which are measured beside the first at no cost. Empty where it was read from a file.
     """
 
     selection: Selection
@@ -41,6 +43,7 @@ class Verification(Display):
     chosen: SetTrial
     caution: float
     held_out: SetTrial | None = None
+    measured: tuple[SetTrial, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -63,24 +66,23 @@ class Verification(Display):
         found = [self.against_budget(trial) for trial in (*self.trials, self.chosen, self.held_out) if trial]
         return f"just within: by less than {self.caution:g} standard errors" if "just within" in found else None
 
+    @property
+    def doubt(self) -> str | None:
+        """Why nothing is averaged although a measured set is within the budget; None where that is not so."""
+        near = {each.members for each in self.measured or self.trials if each.rise <= self.selection.budget} - {()}
+        if self.selection.members or not near:
+            return None
+        sets = "One measured set is" if len(near) == 1 else f"{len(near)} measured sets are"
+        return (
+            f"{sets} within the budget, but too uncertain, by less than {self.caution:g} standard errors: use more "
+            "data, or a lower caution."
+        )
+
     def _summary(self) -> Summary:
         return verification_summary(self)
 
     def __str__(self) -> str:
-        measured = {"measured rise": self.chosen, "on held-out": self.held_out}
-        lines = [
-            f"  {name:<14}  {with_error(trial.rise, trial.standard_error)}, {self.against_budget(trial)} the budget"
-            for name, trial in measured.items()
-            if trial is not None
-        ]
-        total = self.selection.choice.total
-        shown = (
-            f"  {number:>3}. {self.against_budget(trial):<11}  base {trial.base}, {trial.weight / total:6.1%} of the "
-            f"weight: {trial}"
-            for number, trial in enumerate(self.trials, 1)
-        )
-        legend = [f"  {self.legend}"] if self.legend else []
-        return "\n".join([str(self.selection), *lines, "  all measured sets:", *shown, *legend])
+        return verification_text(self)
 
 
 def verify_selection(
@@ -111,7 +113,7 @@ def verify_selection(
         held_out: Other data, on which the selection is measured in the end.
         caution: How many standard errors a measured rise has to stay below the budget.
         options: Options of `measure_barrier`, the same as those of the prediction, which itself
-            tells the layers and what is frozen.
+            tells its loss, the layers and what is frozen.
 
     Raises:
         LMCCurvatureError: The networks, a loader or an option are not what they should be; the subclasses of
@@ -136,9 +138,9 @@ def verify_selection(
     members = choice.members(chosen.members)
     final = Selection.of(choice, members, chosen.base)
     if held_out is None:
-        return Verification(final, tuple(trials), chosen, caution)
+        return Verification(final, tuple(trials), chosen, caution, measured=tuple(found))
     again, _ = _measured(dataclasses.replace(choice, bases=(chosen.base,)), bench, [members], correction, held_out)
-    return Verification(final, tuple(trials), chosen, caution, again[0])
+    return Verification(final, tuple(trials), chosen, caution, again[0], tuple(found))
 
 
 def _proposal(

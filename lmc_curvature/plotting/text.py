@@ -16,7 +16,9 @@ def short_number(value: float, digits: int = 2) -> str:
 
 
 def number_with_error(value: float, error: float) -> str:
-    """A number and its standard error, where that is known: 0.0027 ± 0.0007, (9.6 ± 0.7)e−4."""
+    """A number and its standard error, or that a single batch does not tell it: 0.0027 ± 0.0007, (9.6 ± 0.7)e−4."""
+    if math.isnan(error) and value != 0:
+        return f"{short_number(value)} ± unknown (one batch)"
     if not (math.isfinite(error) and error > 0 and value != 0):
         return short_number(value)
     power = math.floor(math.log10(max(abs(value), error)))

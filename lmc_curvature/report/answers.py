@@ -12,6 +12,7 @@ from lmc_curvature.errors import counted
 from lmc_curvature.merging import Selection, Verification
 from lmc_curvature.merging.budgets import budget_in_words
 from lmc_curvature.merging.conclusion import conclusion
+from lmc_curvature.merging.summaries import alone_beside
 from lmc_curvature.report.contents import Pair, compare, shown_curves
 
 # So many layers are named where the worst are.
@@ -89,11 +90,11 @@ def _facts(pair: Pair) -> tuple[Fact, ...]:
 
 
 def _loss_fact(midpoint: Midpoint, name: str) -> Fact:
-    rise = with_error(midpoint.rise, midpoint.standard_error, 3)
+    rise = with_error(midpoint.rise, midpoint.standard_error, 3, of="standard error")
     return Fact(
         name=name,
         value=f"{midpoint.mean:.3g} → {midpoint.loss:.3g}",
-        detail=f"mean of the two → their average, evaluated at α = ½; it rises by {rise} (± sampling), and up to "
+        detail=f"mean of the two → their average, evaluated at α = ½; it rises by {rise}; up to "
         f"{free_rise(midpoint.mean):.2g} counts as none",
     )
 
@@ -110,16 +111,23 @@ def _barrier_facts(pair: Pair) -> list[Fact]:
     prediction, found = pair.prediction, []
     for name, each in pair.loss_measurements.items():
         if name in shown_curves(pair):
-            where = f"{name}, at α = {each.alphas[each.curve().argmax()]:.2g}"
+            place = each.alphas[each.curve().argmax()]
+            where = f"{name}, " + (f"at α = {place:.2g}" if each.barrier() > 0 else "nowhere above the chord")
             found.append((with_error(each.barrier(), each.standard_error(), 3), where))
     if prediction is not None:
-        about = f"expansion error about {prediction.expansion_error():.2g}"
-        where = "predicted" + (f", {about}" if prediction.expansion == "anchored" else " to second order")
+        rises = prediction.barrier() > 0
+        where = "predicted, " + (f"at α = {prediction.position():.2g}" if rises else "nowhere above the chord")
+        if prediction.expansion == "anchored":
+            where += f", expansion error about {prediction.expansion_error():.2g}"
+        else:
+            where += ", to second order from the two networks alone, and may be far off"
         found.append((with_error(prediction.barrier(), prediction.standard_error(), 3), where))
     if not found:
         return []
     (value, where), *others = found
-    detail = "; ".join([f"{where} (± sampling)", *(f"{other}: {number}" for number, other in others)])
+    if (said := where.removeprefix("predicted, ")) != where:
+        value, where = f"{value}, predicted", said
+    detail = "; ".join([f"{where} (± standard error)", *(f"{other}: {number}" for number, other in others)])
     return [Fact(name="Barrier", value=value, detail=detail)]
 
 
@@ -145,6 +153,8 @@ def _selection_fact(selection: Selection, verification: Verification | None) -> 
         detail += f"; measured, it rises by {measured}"
     if not selection.members:
         detail = f"nothing can be averaged within it; {budget}"
+        if verification is not None and verification.doubt:
+            detail += f". {verification.doubt}"
     value = f"{len(selection.members)} of {counted(len(choice.weights), 'layer')}"
     if verification is None and _is_uncertain(selection):
         value += ", unsure"
@@ -161,7 +171,8 @@ def _obstacles(prediction: BarrierPrediction, selection: Selection) -> list[str]
     names, count = prediction.layers, len(prediction.layers)
     left = [name for name in names if name not in selection.members]
     if not left:
-        return ["None: all layers can be averaged within the budget."]
+        alone = alone_beside(selection, selection.rise)
+        return ["None: all layers can be averaged within the budget.", *([f"But {alone}"] if alone else [])]
     counts = f"{len(left)} of {counted(count, 'layer')}"
     found = [f"Left out of the largest set within the budget: {counts if len(left) > _LISTED else ', '.join(left)}."]
     eye = np.eye(count, dtype=bool)
@@ -196,15 +207,16 @@ def _trust(pair: Pair) -> list[str]:
 
 
 def _sampling(midpoint: Midpoint) -> str:
-    data = f"{midpoint.examples:,.0f} examples" if np.isfinite(midpoint.examples) else "the data"
+    data = f"{midpoint.examples:,.0f} {midpoint.unit}s" if np.isfinite(midpoint.examples) else "the data"
     if not np.isfinite(midpoint.standard_error):
         return f"Sampling: the average was evaluated on {data} in a single batch, which does not tell how sure that is."
     free = free_rise(midpoint.mean)
     is_close = abs(midpoint.rise - free) < 2 * midpoint.standard_error
     flips = f" So on other data it may be on the other side of what counts as none, {free:.2g}." if is_close else ""
+    rise = with_error(midpoint.rise, midpoint.standard_error, 3)
     return (
-        f"Sampling: evaluated on {data}, the rise of the average's loss is {midpoint.rise:.3g} ± "
-        f"{midpoint.standard_error:.2g}, from the spread between batches. Other data may differ by more.{flips}"
+        f"Sampling: evaluated on {data}, the rise of the average's loss is {rise}. Each ± is a standard error, by the "
+        f"spread between batches. Other data may differ by more.{flips}"
     )
 
 

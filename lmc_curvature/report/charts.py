@@ -66,13 +66,16 @@ def _predicted_curves(prediction: BarrierPrediction) -> list[Chart]:
     alphas = np.linspace(0, 1, _POINTS)
     curve = prediction.curve(alphas)
     sampling = np.nan_to_num([prediction.standard_error(alpha=alpha) for alpha in alphas])
-    found = []
-    if prediction.expansion == "anchored":
+    found, anchored = [], prediction.expansion == "anchored"
+    if anchored:
         expansion = prediction.set_expansion_errors([None], alphas)[0]
         found.append(_band(alphas, curve, expansion, "rgba(0,114,178,0.18)", "± expansion"))
-    found.append(_band(alphas, curve, sampling, "rgba(0,114,178,0.40)", "± sampling"))
-    found.append(_line(alphas, curve, "predicted", BLUE))
-    if prediction.expansion == "anchored":
+    # Of the two ends alone nothing is known of how far off that is.
+    band, name = ("± sampling", "predicted") if anchored else ("± sampling alone", "predicted to second order")
+    if np.isfinite(prediction.standard_error()):
+        found.append(_band(alphas, curve, sampling, "rgba(0,114,178,0.40)", band))
+    found.append(_line(alphas, curve, name, BLUE))
+    if anchored:
         second = prediction.curve(alphas, expansion="second-order")
         found.append(_line(alphas, second, "second order", GREY, "dash"))
     positions = np.array([anchor.alpha for anchor in prediction.anchors])

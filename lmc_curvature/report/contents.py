@@ -71,7 +71,7 @@ def shown_curves(pair: Pair, metric: str = "loss") -> dict[str, BarrierMeasureme
 
 
 class Comparison(NamedTuple):
-    """Barriers of measured sets, each at the position where it was measured to be highest.
+    """Barriers of measured sets, each at the position between the ends where it was measured to be highest.
 
     Attributes:
         measured: By measurement, (sets,).
@@ -86,12 +86,17 @@ class Comparison(NamedTuple):
     expansion: np.ndarray
 
 
+def highest_places(measurement: BarrierMeasurement) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of `layer_curves` where each is highest between the ends, at which every barrier is zero."""
+    curves, inside = measurement.layer_curves(), (measurement.alphas > 0) & (measurement.alphas < 1)
+    return np.arange(len(curves)), np.where(inside, curves, -np.inf).argmax(axis=1)
+
+
 def compare(prediction: BarrierPrediction | None, measurement: BarrierMeasurement) -> Comparison | None:
     """The measured sets beside their predictions; None where there are none, or no prediction of these layers."""
     if prediction is None or not measurement.sets or not is_of_layers(prediction, measurement):
         return None
-    curves = measurement.layer_curves()
-    place = np.arange(len(curves)), curves.argmax(axis=1)
+    curves, place = measurement.layer_curves(), highest_places(measurement)
     sets, alphas = list(measurement.sets), measurement.alphas
     return Comparison(
         curves[place],

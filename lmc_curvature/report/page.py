@@ -14,6 +14,8 @@ import numpy as np
 from markupsafe import Markup, escape
 
 import lmc_curvature
+from lmc_curvature.barrier import BarrierMeasurement, BarrierPrediction
+from lmc_curvature.barrier.losses import unit_of
 from lmc_curvature.report.answers import answer_of
 from lmc_curvature.report.charts import pair_charts, spectrum_chart
 from lmc_curvature.report.contents import Contents, Results, gather
@@ -124,15 +126,19 @@ def _provenance(contents: Contents) -> dict[str, Any]:
         about: dict[str, Any] = {}
         if pair.prediction is not None:
             about |= {
-                "predicted from": f"{pair.prediction.examples:,} examples in {_batches(pair.prediction)} batches",
+                "predicted from": f"{_data(pair.prediction)} in {_batches(pair.prediction)} batches",
                 "anchors": [anchor.alpha for anchor in pair.prediction.anchors],
                 "batch normalisation": pair.prediction.batch_norm,
             }
         for name, each in pair.measurements.items():
-            about[name] = f"{each.examples:,} examples, {len(each.alphas)} positions, {len(each.sets)} sets of layers"
+            about[name] = f"{_data(each)}, {len(each.alphas)} positions, {len(each.sets)} sets of layers"
         found[pair.title or "results"] = about
     versions = {"lmc_curvature": lmc_curvature.__version__, "python": platform.python_version()}
     return {**found, **contents.provenance, "report written by": versions | {"numpy": np.__version__}}
+
+
+def _data(result: BarrierPrediction | BarrierMeasurement) -> str:
+    return f"{result.examples:,} {unit_of(result.loss)}s"
 
 
 def _batches(prediction: Any) -> int:

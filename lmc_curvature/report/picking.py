@@ -80,7 +80,7 @@ def _merges(pair: Pair, prediction: BarrierPrediction) -> list[dict[str, Any]]:
             "rise": trial.rise,
             "error": trial.standard_error if np.isfinite(trial.standard_error) else None,
         }
-        for trial in (*pair.verification.trials, pair.verification.chosen)
+        for trial in pair.verification.measured or (*pair.verification.trials, pair.verification.chosen)
     ]
 
 

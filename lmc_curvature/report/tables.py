@@ -7,7 +7,7 @@ import numpy as np
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier import BarrierPrediction
 from lmc_curvature.report.charts import measured_alone
-from lmc_curvature.report.contents import Pair, compare
+from lmc_curvature.report.contents import Pair, compare, highest_places
 
 
 class Table(NamedTuple):
@@ -65,10 +65,10 @@ def _measured_sets(pair: Pair) -> list[Table]:
     for name, measurement in pair.loss_measurements.items():
         if not measurement.sets:
             continue
-        compared, curves = compare(pair.prediction, measurement), measurement.layer_curves()
-        errors = measurement.curve_errors()[1:][np.arange(len(curves)), curves.argmax(axis=1)]
+        compared, place = compare(pair.prediction, measurement), highest_places(measurement)
+        barriers, errors = measurement.layer_curves()[place], measurement.curve_errors()[1:][place]
         rows = []
-        for row, (title, barrier, error) in enumerate(zip(measurement.layers, curves.max(axis=1), errors, strict=True)):
+        for row, (title, barrier, error) in enumerate(zip(measurement.layers, barriers, errors, strict=True)):
             numbers = ("–", "–") if compared is None else (compared.predicted[row], compared.expansion[row])
             rows.append((title, with_error(barrier, error, 3), *map(_short, numbers)))
         headings = ("layers moved", "measured ± sampling", "predicted", "expansion error")

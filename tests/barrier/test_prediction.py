@@ -201,7 +201,10 @@ def test_dataframe_has_a_row_a_layer(prediction):
 def test_text_shows_the_barrier_and_its_error(prediction):
     text = str(prediction)
     second = prediction.barrier(None, "second-order"), prediction.standard_error(None, "second-order")
-    assert "  second-order       {:.4g} ± {:.2g}\n".format(*second) in text
+    place = prediction.position(None, "second-order")
+    fine = np.linspace(0, 1, 1001)
+    assert place == pytest.approx(fine[prediction.curve(fine, None, "second-order").argmax()], abs=2e-3)
+    assert "  second-order       {:.4g} ± {:.2g} at α = {:.2g}\n".format(*second, place) in text
     middle = prediction.curve([0.5])[0]
     assert (prediction.barrier(), middle < 0) == (0, True), "nothing rises, and the sign is shown"
     assert f"  anchored           {middle:.4g} ± {prediction.standard_error():.2g} (nowhere above the chord" in text
@@ -214,14 +217,16 @@ def test_text_shows_the_barrier_and_its_error(prediction):
     assert "differentiated through batch statistics" in str(recalibrated)
 
 
-def test_text_says_nothing_of_an_error_that_one_batch_does_not_tell():
+def test_text_says_that_one_batch_does_not_tell_an_error():
     one = predict_barrier(
         CONV.model(0), CONV.model(1), CONV.batches((1,)), layers={"all": [".*"]}, witness=False, progress=False
     )
     text = str(one)
     assert "1 example, 1 layer, anchors at 0, 0.5, 1, batch_norm=" in text
     assert "nan" not in text
-    assert f"second-order       {one.barrier(None, 'second-order'):.4g}\n" in text
+    assert f"second-order       {one.barrier(None, 'second-order'):.4g} ± unknown (one batch) at α = " in text
+    assert f"so the barrier there is {one.curve([0.5])[0]:.3g} ± unknown (one batch)" in text
+    assert "± unknown (one batch)" in repr(one)
 
 
 def test_progress_bars_are_shown_when_asked_and_silent_without_a_terminal(capsys):

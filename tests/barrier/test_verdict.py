@@ -1,10 +1,12 @@
 """Claim: a verdict begins with the answer that the evaluated midpoint gives, and ends with what to do next."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
+from lmc_curvature.barrier.midpoint import predicted_midpoint
 from lmc_curvature.barrier.verdict import look_unrelated, verdict
 from tests.support.predictions import prediction_of
 
@@ -25,18 +27,24 @@ def evaluated(ends, middle, errors=None, *, spread=1e-5, batch_size=10_000, **fi
     ("ends", "middle", "errors", "answer"),
     [
         ((0.5, 0.5), 0.505, None, "Yes: +1 % loss."),
-        ((0.02, 0.02), 0.03, (0.01, 0.012, 0.01), "Yes: +50 % loss, error (1 % → 1.2 %)."),
-        ((0.4, 0.6), 0.45, (0.1, 0.1, 0.2), "Yes, and the average is better than the two are on the whole: -10 % loss"),
+        ((0.02, 0.02), 0.03, (0.01, 0.012, 0.01), "Yes: +0.01 loss (0.02 → 0.03), error (1 % → 1.2 %)."),
+        ((0.5, 0.52), 0.45, (0.1, 0.1, 0.2), "Yes, and the average is better than the mean of the two: -11.8 % loss"),
         ((1.0, 1.0), 1.06, (0.021, 0.021, 0.021), "At a cost: +6 % loss, error unchanged (2.1 % → 2.1 %)."),
         # A loss that doubles beside an error that stays, and an error that rises beside a loss that hardly does.
-        ((0.1, 0.3), 0.4, (0.02, 0.025, 0.02), "At a cost: +100 % loss, error (2 % → 2.5 %)."),
+        ((0.4, 0.4), 0.8, (0.02, 0.025, 0.02), "At a cost: +100 % loss, error (2 % → 2.5 %)."),
+        # Of tiny losses percents say little, and do not order the answers.
+        ((0.01, 0.01), 0.0168, None, "Yes: +0.0068 loss (0.01 → 0.0168)."),
+        ((0.01, 0.01), 0.05, (0.002, 0.004, 0.002), "At a cost: +0.04 loss (0.01 → 0.05), error (0.2 % → 0.4 %)."),
+        ((0.15, 0.15), 0.25, (0.05, 0.16, 0.05), "No: +0.1 loss (0.15 → 0.25), error (5 % → 16 %)."),
+        ((0.01, 0.01), 0.01 + 1e-9, None, "Yes: +0 loss (0.01 → 0.01)."),
         ((2.0, 2.0), 2.8, (0.3, 0.39, 0.3), "At a cost: +40 % loss, error (30 % → 39 %)."),
         ((2.0, 2.0), 2.01, (0.3, 0.39, 0.3), "At a cost: +0.5 % loss, error (30 % → 39 %)."),
         ((2.0, 2.0), 2.8, (0.0, 0.42, 0.0), "No: +40 % loss, error (0 % → 42 %)."),
         ((2.0, 2.0), 2.8, None, "At a cost: +40 % loss."),
         ((2.0, 2.0), 3.2, None, "No: +60 % loss."),
-        ((0.1, 0.1), 1.9, (0.02, 0.42, 0.03), "No: loss 0.1 → 1.9, error (2.5 % → 42 %)."),
-        ((-1.0, -3.0), -1.5, None, "At a cost: loss -2 → -1.5."),
+        ((0.1, 0.1), 1.9, (0.02, 0.42, 0.03), "No: +1.8 loss (0.1 → 1.9), error (2.5 % → 42 %)."),
+        ((0.3, 0.3), 3.9, (0.02, 0.42, 0.03), "No: loss 0.3 → 3.9, error (2.5 % → 42 %)."),
+        ((-1.0, -3.0), -1.5, None, "At a cost: loss -2 → -1.5. model_b alone has less loss (-3)."),
         ((-1.0, -3.0), 0.5, None, "No: loss -2 → 0.5."),
     ],
 )
@@ -46,6 +54,50 @@ def test_the_first_words_are_the_answer(ends, middle, errors, answer):
     text = " ".join(found)
     assert f"The averaged network has a loss of {middle:.4g} (evaluated at α = 1/2 on the data given" in text
     assert "`measure_barrier` on data that neither" in text if answer.startswith("Yes") else "`select_layers(" in text
+
+
+@pytest.mark.parametrize(
+    ("ends", "middle", "errors", "answer"),
+    [
+        (
+            (0.475, 0.0155),
+            0.055,
+            None,
+            "Keep model_b: the average is better than the mean of the two, -0.19 loss (0.245 → 0.055), but worse than "
+            "model_b alone (0.0155).",
+        ),
+        (
+            (0.4, 0.6),
+            0.505,
+            (0.1, 0.12, 0.2),
+            "Keep model_a: the average is no worse than the mean of the two, +1 % loss, error (15 % → 12 %), but worse "
+            "than model_a alone (0.4).",
+        ),
+        # An average that errs less than either is not worse for its loss alone.
+        ((0.4, 0.6), 0.45, (0.1, 0.08, 0.2), "Yes, and the average is better than the mean of the two: -10 % loss"),
+        ((0.4, 0.6), 0.41, None, "Yes, and the average is better than the mean of the two: -18 % loss."),
+        ((0.1, 0.7), 0.5, None, "At a cost: +25 % loss. model_a alone has less loss (0.1)."),
+        ((0.5, 1.5), 1.7, None, "No: +70 % loss. model_a alone has less loss (0.5)."),
+    ],
+)
+def test_the_average_is_compared_with_the_better_of_the_two(ends, middle, errors, answer):
+    found = verdict(evaluated(ends, middle, errors))
+    assert found[0].startswith(answer)
+    # The other way round it is the other network.
+    swapped = verdict(evaluated(ends[::-1], middle, None if errors is None else errors[::-1]))
+    names = {"model_a": "model_b", "model_b": "model_a"}
+    assert swapped[0] == re.sub("model_[ab]", lambda name: names[name[0]], found[0])
+    assert ("best_point" in found[2]) == answer.startswith("Keep")
+
+
+def test_no_network_is_kept_for_what_sampling_may_be():
+    noisy, sharp = (evaluated((0.4, 0.6), 0.47, spread=spread) for spread in (0.2, 1e-5))
+    assert verdict(sharp)[0].startswith("Keep model_a: ")
+    assert not verdict(noisy)[0].startswith("Keep")
+    midpoint = predicted_midpoint(noisy)
+    gaps = noisy.anchors[1].projection.batch_losses - noisy.endpoints[0].batch_losses
+    assert midpoint.gap_error == pytest.approx(gaps.std(ddof=1) / np.sqrt(3))
+    assert 2 * midpoint.gap_error > 0.07
 
 
 def test_a_rise_within_its_sampling_error_is_no_plain_yes():

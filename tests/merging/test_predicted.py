@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmc_curvature import BarrierPrediction, best_point, measure_barrier, merge, predict_barrier, select_layers
+from lmc_curvature import (
+    BarrierPrediction,
+    BatchLoss,
+    best_point,
+    measure_barrier,
+    merge,
+    predict_barrier,
+    select_layers,
+)
 from lmc_curvature.errors import LoaderError, OptionError
 from lmc_curvature.merging.trials import Bench
 from tests.support.networks import randomized
@@ -159,6 +167,76 @@ def test_measurements_are_of_one_loss_and_of_the_same_data():
 def _negative_likelihood(output, target):
     """Of a density, far below zero."""
     return F.cross_entropy(output, target) - 5
+
+
+def _focal(output, target):
+    """Cross-entropy, but little of what is nearly right (Lin et al. 2017)."""
+    each = F.cross_entropy(output, target, reduction="none")
+    return ((1 - (-each).exp()) ** 2 * each).mean()
+
+
+def _of_batch(model, batch):
+    return _focal(model(batch["x"]), batch["y"])
+
+
+NAMED = [{"x": x, "y": y} for x, y in LOADER]
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "loader"), [(_focal, LOADER), (BatchLoss(_of_batch), NAMED)], ids=["function", "batch loss"]
+)
+def test_the_loss_is_that_of_the_prediction(loss_fn, loader, tmp_path):
+    options = {"batch_norm": "recalibrate", "progress": False}
+    prediction = predict_barrier(*MODELS, loader, loss_fn=loss_fn, progress=False)
+    normalised = predict_barrier(*MODELS, loader, loss_fn=loss_fn, **options)
+
+    def loss(model):
+        with torch.no_grad():
+            return np.average(
+                [_focal(model.eval()(x), y).item() for x, y in LOADER], weights=[len(y) for _, y in LOADER]
+            )
+
+    selection = select_layers(prediction, 1e9)
+    mean = sum(map(loss, MODELS)) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        verified = selection.verify(*MODELS, loader, measurements=1, held_out=loader, progress=False)
+        point = best_point(prediction).verify(*MODELS, loader, measurements=1, progress=False)
+    assert verified.chosen.rise == pytest.approx(loss(selection.merge(*MODELS)) - mean, rel=1e-9)
+    assert verified.held_out.rise == pytest.approx(verified.chosen.rise, rel=1e-9)
+    assert point.chosen.rise == pytest.approx(loss(point.point.merge(*MODELS)) - mean, rel=1e-9)
+    merged = select_layers(normalised, 1e9).merge(*MODELS, loader=loader, progress=False)
+    assert merged.recalibration.after == pytest.approx(loss(merged), rel=1e-9)
+
+    # Read from a file, it is known by its name alone.
+    for number, each in enumerate((prediction, normalised)):
+        each.save(tmp_path / f"{number}.safetensors")
+    again, other = (BarrierPrediction.load(tmp_path / f"{number}.safetensors") for number in range(2))
+    assert (again.loss, again.loss_fn) == (prediction.loss, None)
+    selection, error = select_layers(again, 1e9), r"made with the loss .*_(focal|of_batch).*verify\(…, loss_fn=…\)"
+    for use in (
+        lambda: selection.verify(*MODELS, [], progress=False),
+        lambda: best_point(again).verify(*MODELS, [], progress=False),
+        lambda: select_layers(other, 1e9).merge(*MODELS, loader=loader, progress=False),
+    ):
+        with pytest.raises(OptionError, match=error):
+            use()
+    given = selection.verify(*MODELS, loader, measurements=1, loss_fn=loss_fn, progress=False)
+    assert given.chosen.rise == verified.chosen.rise
+    merged = select_layers(other, 1e9).merge(*MODELS, loader=loader, loss_fn=loss_fn, progress=False)
+    assert merged.recalibration.after == pytest.approx(loss(merged), rel=1e-9)
+    # A merge that looks at no data needs no loss.
+    select_layers(again, 1e9).merge(*MODELS)
+
+
+def test_cross_entropy_is_known_from_a_file(tmp_path):
+    prediction = predict_barrier(*MODELS, LOADER, loss_fn=nn.CrossEntropyLoss(), progress=False)
+    prediction.save(tmp_path / "p.safetensors")
+    again = BarrierPrediction.load(tmp_path / "p.safetensors")
+    # Those of earlier versions do not say.
+    for each in (again, dataclasses.replace(again, loss=None)):
+        found = select_layers(each, 1e9).verify(*MODELS, LOADER, measurements=1, progress=False)
+        assert found.chosen.rise == pytest.approx(found.chosen.predicted, abs=1e-9)
 
 
 def test_losses_below_zero_are_losses():

@@ -203,7 +203,7 @@ def test_a_predicted_rise_is_told_with_what_is_known_of_it():
     prediction = random_prediction(5, 3)
     strangers = dataclasses.replace(prediction, cosine=0.01)
     assert rise_in_words(prediction, 0.5, 0.01, 0.123) == "0.5 ± 0.01 (sampling), expansion error about 0.12"
-    assert rise_in_words(prediction, 0.5, np.nan, 0.123) == "0.5, expansion error about 0.12"
+    assert rise_in_words(prediction, 0.5, np.nan, 0.123) == "0.5 ± unknown (one batch), expansion error about 0.12"
     unreliable = ", unreliable between different initialisations: measure"
     assert rise_in_words(strangers, 0.5, 0.01, 0.123).endswith(f"about 0.12{unreliable}")
     assert unreliable in str(select_layers(strangers, 0.2, excluded="layer0"))
@@ -216,7 +216,7 @@ def test_where_nothing_can_be_averaged_that_is_said():
     nothing = select_layers(prediction, 1e-6, base="b")
     assert str(nothing).startswith("Nothing can be averaged within the budget: all layers from model_b\n")
     excluded = select_layers(prediction, 9.0, base="b", excluded=prediction.layers)
-    assert str(excluded).startswith("Average 0 of 2 layers, ")
+    assert str(excluded).startswith("No layer is averaged: all layers from model_b\n")
 
 
 def test_the_curve_holds_what_every_budget_selects():
@@ -254,7 +254,8 @@ PREDICTION = random_prediction(4, 0)
     [
         ({}, OptionError, "Give budget, .* or relative_budget.*neither was given"),
         ({"budget": 0.1, "relative_budget": 0.2}, OptionError, "got 0.1 and 0.2"),
-        ({"budget": -0.1}, OptionError, "budget=-0.1: expected a number that is not negative"),
+        ({"budget": math.inf}, OptionError, "budget=inf: expected a finite number"),
+        ({"budget": -9.0}, OptionError, "budget=-9: no set of layers stays within it"),
         ({"relative_budget": -2}, OptionError, "relative_budget=-2: expected"),
         ({"budget": math.nan}, OptionError, "budget=nan: expected"),
         ({"budget": "much"}, OptionError, "budget='much': expected"),

@@ -75,7 +75,9 @@ def test_reported_rises_are_those_of_plain_networks_and_the_budget_holds(predict
         sides = ["a", "b"] if trial.base == "mean" else [trial.base]
         return np.mean([plain_rise(MODELS, batches, alphas_of(prediction, trial.members, each)) for each in sides])
 
-    for trial in [*found.trials, found.chosen]:
+    assert found.chosen in found.measured
+    assert {*found.trials} <= {*found.measured}
+    for trial in found.measured:
         assert trial.rise == pytest.approx(plain(trial, LOADER), abs=1e-10)
         assert trial.weight == sum(prediction.parameters[prediction.layers.index(name)] for name in trial.members)
     assert found.held_out.rise == pytest.approx(plain(found.held_out, OTHERS), abs=1e-10)
@@ -130,7 +132,8 @@ def test_the_text_has_every_measurement(prediction):
         assert f"  {number:>3}. {found.against_budget(trial):<11}  base {trial.base}, " in text
     assert f"measured rise   {found.chosen.rise:.4g} ± {found.chosen.standard_error:.2g}, within the budget" in text
     assert f"on held-out     {found.held_out.rise:.4g} ± " in text
-    assert text.count("of the weight: ") == len(found.trials)
+    assert text.count("of the weight: ") == len({*found.trials, found.chosen})
+    assert text.count(" (selected)\n") + text.endswith(" (selected)") == 1
     single = select_layers(prediction, budget).verify(*MODELS, LOADER[:1], measurements=2, progress=False)
     assert "nan" not in str(single)
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lmc_curvature.barrier.midpoint import Midpoint
+from lmc_curvature.barrier.midpoint import Midpoint, measured_midpoint, predicted_midpoint
 from lmc_curvature.barrier.verdict import verdict
 from lmc_curvature.report import answers
 from lmc_curvature.report.answers import answer_of
@@ -26,6 +26,8 @@ def test_the_headline_is_the_verdict_s_answer(forks):
     for prediction, measurement in forks.values():
         assert _answer(prediction).headline == verdict(prediction)[0]
         assert _answer(measurement).headline == verdict(prediction)[0]
+        gaps = predicted_midpoint(prediction).gap_error, measured_midpoint(measurement).gap_error
+        assert gaps[0] == pytest.approx(gaps[1], rel=1e-3)
 
 
 def test_numbers_have_both_errors(pair):
@@ -36,6 +38,25 @@ def test_numbers_have_both_errors(pair):
     assert f"{prediction.barrier():.3g}" in facts["Barrier"].detail
     assert "±" in facts["Loss"].detail
     assert f"{100 * measurement.ends('error')[0]:.3g} %" in facts["Error"].detail
+
+
+def test_a_barrier_that_was_not_measured_is_called_predicted(pair, of_two_ends):
+    prediction, measurement = pair
+    assert _facts(_answer(prediction))["Barrier"].value.endswith(", predicted")
+    assert f"at α = {prediction.position():.2g}, expansion error" in _facts(_answer(prediction))["Barrier"].detail
+    ends = _facts(_answer(of_two_ends[3]))["Barrier"]
+    assert ends.value == f"{ends.value.partition(' ±')[0]} ± {of_two_ends[3].standard_error():.2g}, predicted"
+    assert "to second order from the two networks alone, and may be far off" in ends.detail
+    assert "predicted" not in _facts(_answer(of_two_ends[3], measurement))["Barrier"].value
+    below = _facts(_answer(_separable([-1.0, 0.0])))["Barrier"]
+    assert below.detail.startswith("nowhere above the chord")
+
+
+def test_shares_of_no_parameters_are_left_out():
+    """Of files in which no layer has a parameter that moves."""
+    prediction = dataclasses.replace(_separable([8.0, 0.0]), parameters=np.zeros(2, dtype=int))
+    answer = _answer(prediction, budget=0.01)
+    assert not any("nan" in text for text in (*answer.selection, *(fact.detail for fact in answer.facts)))
 
 
 def test_without_a_midpoint_there_is_no_answer(pair, two_sided):
@@ -67,6 +88,14 @@ def test_the_layer_with_the_barrier_is_in_the_way():
 
 def test_where_all_can_be_averaged_none_is_in_the_way():
     assert _answer(_separable([-1.0, 0.0, -2.0])).obstacles == ("None: all layers can be averaged within the budget.",)
+
+
+def test_where_one_network_alone_is_better_that_is_said_beside_the_layers():
+    unequal = prediction_of(np.zeros((3, 2)), np.zeros((3, 2, 2)), [0.475, 0.055, 0.0155], spread=0.0)
+    answer = _answer(unequal, budget=0.05)
+    assert answer.headline.startswith("Keep model_b: ")
+    assert answer.obstacles[1:] == ("But model_b alone has less loss (0.0155).",)
+    assert "model_b alone has less loss (0.0155)." in answer.selection
 
 
 def test_layers_that_only_together_are_in_the_way_are_not_blamed():

@@ -1,10 +1,13 @@
 """Claim: charts show the numbers of the results."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from lmc_curvature import spectral_density
+from lmc_curvature.barrier.cube import Anchor
 from lmc_curvature.report.charts import compact, pair_charts, plain, spectrum_chart
 from lmc_curvature.report.contents import gather
 from lmc_curvature.report.experiments import experiment_charts, experiment_record
@@ -39,6 +42,24 @@ def test_curves_have_both_errors(shown, pair):
     assert points["error_y"]["array"][peak] == pytest.approx(measurement.standard_error(), rel=1e-5)
     errors = _trace(pair_charts(shown)["errors"], "measured")
     np.testing.assert_allclose(errors["y"], 100 * measurement.values("error"), rtol=1e-5)
+
+
+def test_a_curve_of_two_ends_is_called_a_prediction_whose_band_is_sampling_alone(pair, of_two_ends):
+    names = [trace["name"] for trace in pair_charts(gather(of_two_ends[3]).pairs[0])["curves"]["data"]]
+    assert names == ["± sampling alone", "predicted to second order", "anchors"]
+
+
+def test_a_single_batch_has_no_band_of_sampling(pair):
+    prediction = pair[0]
+    anchors = []
+    for alpha, projection in prediction.anchors:
+        fields = {name: value[:1] for name, value in vars(projection).items() if isinstance(value, np.ndarray)}
+        fields = {name: value for name, value in fields.items() if name.startswith("batch_")}
+        anchors.append(Anchor(alpha, dataclasses.replace(projection, **fields)))
+    one = dataclasses.replace(prediction, anchors=tuple(anchors))
+    names = [trace["name"] for trace in pair_charts(gather(one).pairs[0])["curves"]["data"]]
+    assert "± expansion" in names
+    assert not any("sampling" in name for name in names)
 
 
 def test_layers_alone_and_left_out(shown, pair):

@@ -1,5 +1,7 @@
 """Claim: results are sorted into pairs, and what does not fit is refused by name."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,7 @@ from lmc_curvature import select_layers
 from lmc_curvature.barrier.midpoint import measured_midpoint, predicted_midpoint
 from lmc_curvature.errors import OptionError
 from lmc_curvature.report.contents import Pair, compare, gather, shown_curves
+from lmc_curvature.report.tables import pair_tables
 from tests.support.predictions import random_prediction
 
 
@@ -64,11 +67,29 @@ def test_sets_are_compared_where_they_were_measured_to_be_highest(pair, named):
     found = compare(prediction, measurement)
     for row, members in enumerate(measurement.sets):
         curve = measurement.layer_curves()[row]
-        alpha = measurement.alphas[curve.argmax()]
-        assert found.measured[row] == curve.max()
+        alpha = measurement.alphas[1:-1][curve[1:-1].argmax()]
+        assert found.measured[row] == curve[1:-1].max()
         assert found.predicted[row] == pytest.approx(prediction.curve([alpha], members)[0], rel=1e-12)
         assert found.expansion[row] == pytest.approx(prediction.expansion_error(members, alpha=alpha), rel=1e-12)
     assert compare(named(prediction, "xyz"), measurement) is None
+
+
+def test_sets_that_rise_nowhere_are_compared_between_the_ends(pair):
+    prediction, measurement = pair
+    convex = dataclasses.replace(measurement, batch_values=measurement.batch_values - 9.0 * _between(measurement))
+    found = compare(prediction, convex)
+    assert (convex.layer_curves().argmax(axis=1) == 0).all()
+    assert (found.measured < 0).all()
+    assert (found.measured == convex.layer_curves()[:, 1:-1].max(axis=1)).all()
+    assert np.isfinite(found.sampling).all()
+    assert (found.sampling > 0).all()
+    rows = pair_tables(Pair(prediction=prediction, measurements={"measured": convex}))[-1].rows
+    for row, measured in zip(rows, found.measured, strict=True):
+        assert row[1].startswith(f"{measured:.3g} ± ")
+
+
+def _between(measurement):
+    return np.isin(measurement.alphas, measurement.alphas[1:-1]).astype(float)
 
 
 def test_curves_of_few_positions_are_drawn_only_where_there_are_no_finer_ones(pair, two_sided):

@@ -178,6 +178,11 @@ def test_it_is_for_keyboards_screen_readers_and_both_themes(open_page, pair, tmp
 
     write_report(list(pair), tmp_path / "report.html")
     page = open_page(tmp_path / "report.html")
+    # Of three layers the chart is low, and nothing is empty below it.
+    gaps = "return [...document.querySelectorAll('.js-plotly-plot')].filter((each) => each.offsetParent).map((each) => "
+    gaps += "each.clientHeight - each.querySelector('.svg-container').clientHeight)"
+    page.wait("document.querySelector('[data-chart=\"layers\"] .main-svg') !== null")
+    assert max(map(abs, page.run(gaps))) <= 1
     unnamed = page.run(UNNAMED)
     assert unnamed == []
     assert page.run("return document.getElementById('picked').getAttribute('aria-live')") == "polite"
@@ -200,6 +205,8 @@ def test_it_is_for_keyboards_screen_readers_and_both_themes(open_page, pair, tmp
         "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     )
     page.wait("document.documentElement.scrollWidth <= 390")
+    line = "return parseFloat(getComputedStyle(document.querySelector('.bases legend')).lineHeight)"
+    assert page.run("return document.querySelector('.bases legend').clientHeight") < 1.5 * page.run(line)
     page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     page.run("dispatchEvent(new Event('beforeprint'))")
     wide = "[...document.querySelectorAll('.main-svg')].some((each) => each.clientWidth > 961)"

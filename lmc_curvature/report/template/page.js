@@ -28,6 +28,8 @@
     if (chart.data.some((trace) => trace.type === "heatmap" || trace.type === "surface")) layout.hovermode = "closest";
     narrow(layout, chart.data);
     const isDeep = chart.data.some((trace) => trace.type === "surface" || trace.type === "scatter3d");
+    // A chart of few layers is lower than others.
+    place.style.minHeight = `${layout.height}px`;
     return Plotly.react(place, chart.data, layout, config(isDeep)).then(() => keepForPrint(place, isDeep));
   }
 

@@ -6,6 +6,7 @@ const picker = (() => {
     if (value === null || !Number.isFinite(value)) return "–";
     return value === 0 ? "0" : String(Number(value.toPrecision(digits)));
   };
+  const withError = (error) => ` ± ${error === null ? "unknown (one batch)" : number(error, 2)}`;
   const BLUE = "#1A86C7", VERMILION = "#D55E00", GREEN = "#009E73";
   let shown = null, boxes = [], draw = null, waiting = false;
 
@@ -24,7 +25,7 @@ const picker = (() => {
       const text = document.createElement("span"), small = document.createElement("small");
       box.type = "checkbox";
       text.textContent = name;
-      small.textContent = record.parameters ? `${number(100 * record.parameters[index] / total, 2)} %` : "";
+      small.textContent = total ? `${number(100 * record.parameters[index] / total, 2)} %` : "";
       small.title = "of the parameters";
       label.style.setProperty("--share", `${100 * Math.max(alone[index], 0) / most}%`);
       label.append(box, text, small);
@@ -44,7 +45,7 @@ const picker = (() => {
   function measuredText(x, alpha) {
     const found = shown.measured.filter((curve) => same(curve.members, x)).map((curve) => {
       const gaps = curve.alphas.map((each) => Math.abs(each - alpha)), place = gaps.indexOf(Math.min(...gaps));
-      const error = curve.errors[place] === null ? "" : ` ± ${number(curve.errors[place], 2)}`;
+      const error = withError(curve.errors[place]);
       const where = gaps[place] > 1e-9 ? ` at α = ${number(curve.alphas[place])}` : "";
       return `${curve.name}${where}: ${number(curve.curve[place])}${error}`;
     });
@@ -53,8 +54,8 @@ const picker = (() => {
 
   function movedText(x) {
     const count = x.filter(Boolean).length, layers = `${count} of ${x.length} layers move`;
-    if (!shown.parameters) return layers;
-    const total = shown.parameters.reduce((a, b) => a + b, 0);
+    const total = (shown.parameters || []).reduce((a, b) => a + b, 0);
+    if (!total) return layers;
     const moved = shown.parameters.reduce((sum, each, index) => sum + each * x[index], 0);
     return `${layers}: ${moved.toLocaleString("en")} of ${total.toLocaleString("en")} parameters (${number(100 * moved / total)} %)`;
   }
@@ -65,7 +66,7 @@ const picker = (() => {
     const error = formula.lossError(cube, point);
     const rise = `${loss >= mean ? "+" : "−"}${number(Math.abs(loss - mean))}`;
     const known = alpha === 0.5 && shown.merges.find((each) => each.base === base && same(each.members, x));
-    const measured = known ? `; measured rise ${number(known.rise)}${known.error === null ? "" : ` ± ${number(known.error, 2)}`}` : "";
+    const measured = known ? `; measured rise ${number(known.rise)}${withError(known.error)}` : "";
     return `predicted loss ${number(loss)}, rise ${rise}, expansion error ${number(error, 2)}${measured}`;
   }
 
