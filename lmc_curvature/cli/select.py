@@ -48,7 +48,7 @@ def select(
         Literal["a", "b", "mean"] | None,
         typer.Option(
             metavar="a|b|mean",
-            help="Whose the other layers are, by default the better; mean: bound the mean of both merges.",
+            help="Whose the other layers are, by default of the one that lets more be averaged; mean: bound the mean of both merges.",
         ),
     ] = None,
     weight: Annotated[

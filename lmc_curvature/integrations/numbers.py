@@ -54,10 +54,11 @@ def network_numbers(
         **options: Options of barriers, as `measure_barrier` and `predict_barrier` both take them.
 
     Returns:
-        Name to number. `barrier` is the loss halfway to the reference, minus the mean loss of both, and
+        Name to number. `barrier` is the loss halfway to the reference, minus the mean loss of both, with its sign, and
         `barrier_standard_error` belongs to it; `error_barrier` is that of the classification error.
-        `predicted_barrier` is the highest point of the anchored curve, with two errors of its own, of sampling and of
-        the expansion. `eigenvalue_1` is the largest eigenvalue of the Hessian.
+        `predicted_barrier` is the same number by the prediction, which evaluates the midpoint, too. `predicted_maximum`
+        is the highest point of the anchored curve, at the least the 0 of its ends, with two errors of its own, of
+        sampling and of the expansion. `eigenvalue_1` is the largest eigenvalue of the Hessian.
     """
     found: dict[str, float] = {}
     shared: dict[str, Any] = {"loss_fn": loss_fn, "max_batches": max_batches, "progress": False}
@@ -67,12 +68,15 @@ def network_numbers(
         )
         for metric in measured.metrics:
             name = "barrier" if metric == "loss" else f"{metric}_barrier"
+            # Halfway alone, so the highest point of the curve is the value there, with its sign.
             found[name], found[f"{name}_standard_error"] = measured.barrier(metric), measured.standard_error(metric)
     if reference is not None and "predicted-barrier" in quantities:
         predicted = predict_barrier(network, reference, loader, **shared, **options)
-        found["predicted_barrier"] = predicted.barrier()
-        found["predicted_barrier_standard_error"] = predicted.standard_error()
-        found["predicted_barrier_expansion_error"] = predicted.expansion_error()
+        found["predicted_barrier"] = float(predicted.curve([0.5])[0])
+        found["predicted_barrier_standard_error"] = predicted.standard_error(alpha=0.5)
+        found["predicted_maximum"] = predicted.barrier()
+        found["predicted_maximum_standard_error"] = predicted.standard_error()
+        found["predicted_maximum_expansion_error"] = predicted.expansion_error()
     if "eigenvalues" in quantities:
         batch_norm = {name: value for name, value in options.items() if name in ("batch_norm", "device", "dtype")}
         objective = Objective(network, loader, loss_fn=loss_fn, max_batches=max_batches, **batch_norm)
