@@ -156,9 +156,15 @@ class Comparison:
     threads: Annotated[
         int | None, _option(COMPUTATION, "N", "CPU threads; by default as many as torch takes.", min=1)
     ] = None
-    save: Annotated[Path | None, _option(OUTPUT, "FILE", "Also save the result here, for Python.", dir_okay=False)] = (
-        None
-    )
+    save: Annotated[
+        Path | None,
+        _option(
+            OUTPUT,
+            "FILE",
+            "Also save the prediction (measure: the measurement) here, for report and Python.",
+            dir_okay=False,
+        ),
+    ] = None
     plot: Annotated[Path | None, _option(OUTPUT, "FILE", "Also draw it: FILE.png, .pdf, .svg, …", dir_okay=False)] = (
         None
     )

@@ -85,7 +85,7 @@ def test_the_numbers_are_those_computed_by_hand():
 
 
 def test_a_valley_is_below_zero_whether_measured_or_predicted():
-    """On a convex loss, of one layer, the midpoint lies below the chord, and the curve's highest points are its ends."""
+    """On a convex loss the midpoint lies below the chord, and the curve's highest points are its ends."""
     torch.manual_seed(0)
     network = nn.Linear(5, 3)
     recorder = Recorder(DATA, every_n_steps=1, record=["barrier", "predicted-barrier"], on_error="raise")
