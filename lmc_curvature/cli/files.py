@@ -180,8 +180,8 @@ def write_merge(
 
 
 def _is_folder(out: Path, files: Comparison) -> bool:
-    """Whether the merged network is written as a folder: where both networks are folders of transformers."""
-    return out.suffix != ".safetensors" and all((path / "config.json").is_file() for path in (files.a, files.b))
+    """Whether the merged network is written as a folder, as the two networks are."""
+    return out.suffix != ".safetensors" and files.are_folders()
 
 
 def _copy_descriptions(source: Path, folder: Path) -> None:

@@ -197,6 +197,10 @@ class Comparison:
         networks = (self.a.resolve(), self.b.resolve())
         return path.resolve() in networks or path.resolve().parent in networks
 
+    def are_folders(self) -> bool:
+        """Whether both networks are folders as transformers writes them."""
+        return all((path / "config.json").is_file() for path in (self.a, self.b))
+
     def _check_output(self, option: str, path: Path) -> None:
         from lmc_curvature.storage import check_writable
 

@@ -44,6 +44,9 @@ def test_a_language_model_is_predicted_and_measured(directories, run, tmp_path):
     )
     assert status == 0, err
     assert (tmp_path / "merged" / "config.json").is_file()
+    # Without --out the command that writes it is told, of a folder again.
+    status, out, err = run("select", first, second, *named, "--budget", 10, "--measurements", 0)
+    assert (status, json.loads(out)["merge"].endswith("--out merged")) == (0, True), err
     merged = load_checkpoint(make_gpt2(2), tmp_path / "merged").state_dict()
     for name, tensor in models[0].state_dict().items():
         torch.testing.assert_close(merged[name], (tensor + models[1].state_dict()[name]) / 2)
