@@ -182,6 +182,32 @@ def test_eigenvalues_need_no_reference():
     recorder.begin(make_network(), 500)
 
 
+@pytest.mark.parametrize("batch_norm", ["interpolate", "batch"])
+def test_eigenvalues_are_of_the_parameters_alone(batch_norm):
+    network = make_network().double()
+    network[1].running_mean.normal_()
+    network[1].running_var.uniform_(0.05, 0.1)
+    batch = [tensor.double() if tensor.is_floating_point() else tensor for tensor in DATA[0]]
+    recorder = Recorder([batch], every_n_steps=1, record=["eigenvalues"], batch_norm=batch_norm, on_error="raise")
+    recorder.begin(network, 0)
+    found = recorder.after_step(network, 1)["lmc/eigenvalue_1"]
+    plain = copy.deepcopy(network).eval()
+    plain[1].train(batch_norm == "batch")
+    parameters = dict(plain.named_parameters())
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    buffers = {name: buffer.clone() for name, buffer in plain.named_buffers()}
+
+    def loss(vector):
+        parts = zip(parameters.items(), vector.split(sizes), strict=True)
+        entries = {name: part.view_as(parameter) for (name, parameter), part in parts}
+        output = torch.func.functional_call(plain, entries | {n: b.clone() for n, b in buffers.items()}, batch[0])
+        return nn.functional.cross_entropy(output, batch[1])
+
+    point = torch.cat([parameter.detach().flatten() for parameter in parameters.values()])
+    expected = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, point))[-1]
+    assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_a_part_of_what_is_trained():
     whole = nn.ModuleDict({"model": make_network(), "head": nn.Linear(2, 2)})
     recorder = Recorder(DATA, every_n_steps=1, network="model", on_error="raise")
