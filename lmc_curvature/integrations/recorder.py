@@ -45,8 +45,8 @@ class Recorder:
         every_n_steps: Record after every so many steps of the optimiser.
         every_n_epochs: Record after every so many epochs, instead.
         record: What to record: `"barrier"`, measured halfway to the reference; `"predicted-barrier"`, by
-            `predict_barrier`; `"eigenvalues"`, the largest of the Hessian. See `network_numbers` for the names of
-            what is logged.
+            `predict_barrier`; `"eigenvalues"`, the largest of the Hessian in the parameters. See `network_numbers` for
+            the names of what is logged.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
         metrics: `"loss"`, and `"error"` for classifiers: what is measured of a barrier.
         eigenvalues: How many of the largest eigenvalues to record.
