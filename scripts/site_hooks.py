@@ -38,11 +38,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Put the help of a command where a comment names it: `<!-- help: predict -->`."""
+    """Put the help of a command where a comment names it: `<!-- help: predict -->`.
+
+    What a page of the reference says to those who read it as a file is left out.
+    """
     return re.sub(
         r"<!-- help: (\w*) -->",
         lambda found: f"```text\n{command_help(found[1])}\n```",
-        markdown,
+        re.sub(r"^> Read as a file, .*\n+", "", markdown, flags=re.MULTILINE),
     )
 
 

@@ -2,9 +2,9 @@
 
     python scripts/time_selection.py
 
-Predictions of random numbers with indefinite curvature, at three anchors; the better base is chosen, too. With up to 20
-layers every set is looked at; with more, a search is made. Seconds on this machine are printed in Markdown, with the
-share of the weight that is selected.
+Predictions of random numbers with indefinite curvature, at three anchors; the base that lets more be averaged is
+chosen, too. With up to 20 layers every set is looked at; with more, a search is made. Seconds on this machine are
+printed in Markdown, with the share of the weight that is selected.
 """
 
 import time

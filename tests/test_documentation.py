@@ -23,7 +23,7 @@ def test_readme_runs_when_pasted_block_by_block(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     # Numbers of trained networks are the machine's own; what stands around them is not.
     (shown,) = (block.text for block in blocks(README) if block.language == "text")
-    for line in ("Barrier predicted from 1437 examples, 10 layers", "anchored ", "Verdict: ", "measured rise "):
+    for line in ("Barrier predicted from 1437 examples, 10 layers", "anchored ", "Verdict: No: ", "measured rise "):
         assert line in out
         assert line in shown
     assert (tmp_path / "report.html").stat().st_size < 7e6

@@ -33,7 +33,7 @@ def merge_command(comparison: Comparison, selection: "Selection") -> str | None:
     words = merge_words(comparison)
     if len(selection.members) < len(selection.choice.weights):
         words += ["--layers", ",".join(selection.members), "--base", "b" if selection.base == "b" else "a"]
-    return shlex.join([*words, "--out", "merged.safetensors"])
+    return shlex.join([*words, "--out", "merged" if comparison.are_folders() else "merged.safetensors"])
 
 
 def merge_words(comparison: Comparison) -> list[str]:

@@ -3,9 +3,11 @@
 As in `app`, the library is imported inside the commands.
 """
 
+import contextlib
 import dataclasses
 import inspect
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -33,6 +35,8 @@ Partition = Annotated[
 
 
 _OPTIONAL = ("model", "data")
+# Configurations, vocabularies and tokenizers, templates of chats, and networks' own code.
+_DESCRIPTIONS = (".json", ".txt", ".model", ".jinja", ".py")
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +48,14 @@ def register(app: typer.Typer) -> None:
 
 def merge(
     files: Comparison,
-    out: Annotated[Path, typer.Option(dir_okay=False, metavar="FILE", help="The safetensors file to write.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="The safetensors file to write; of two folders of transformers a folder, unless it ends in "
+            ".safetensors.",
+        ),
+    ],
     layers: Annotated[
         str | None,
         typer.Option(metavar="A,B", help="The layers that are averaged. By default all, or those of --alpha."),
@@ -74,7 +85,10 @@ def merge(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
 ) -> None:
-    """Write the average of networks A and B, of all their layers or of some, to a safetensors file."""
+    """Write the average of networks A and B, of all their layers or of some, to a safetensors file.
+
+    Two folders with a config.json become such a folder again, which transformers loads.
+    """
     for option, path in (("--out", out), ("--mergekit", mergekit)):
         check_new_file(option, path, files, force=force)
     coordinate = _coordinates(alpha or [])
@@ -153,7 +167,29 @@ def write_merge(
     said |= {"batch_norm": files.batch_norm, **(facts or {})}
     if files.batch_norm == "recalibrate":
         network, said["losses"] = _recalibrated(files, recalibration, options)
-    return plan, merge_checkpoints(plan, out, mergekit=mergekit, recalibrated=network, facts=said)
+    if not _is_folder(out, files):
+        return plan, merge_checkpoints(plan, out, mergekit=mergekit, recalibrated=network, facts=said)
+    try:
+        record = merge_checkpoints(plan, out / "model.safetensors", mergekit=mergekit, recalibrated=network, facts=said)
+        _copy_descriptions(plan.kept.path, out)
+    finally:
+        # Empty where the merge was refused.
+        with contextlib.suppress(OSError):
+            out.rmdir()
+    return plan, record
+
+
+def _is_folder(out: Path, files: Comparison) -> bool:
+    """Whether the merged network is written as a folder, as the two networks are."""
+    return out.suffix != ".safetensors" and files.are_folders()
+
+
+def _copy_descriptions(source: Path, folder: Path) -> None:
+    """Copy what describes a network and its tokens, and none of the weights, nor of the state of its training."""
+    for path in sorted(source.iterdir()):
+        is_of_weights = path.name.endswith(".index.json") or path.name == "trainer_state.json"
+        if path.is_file() and path.suffix in _DESCRIPTIONS and not is_of_weights:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _with_files(command: Callable[..., None], *left_out: str) -> Callable[..., None]:
@@ -206,16 +242,21 @@ def _coordinates(alphas: list[str]) -> float | dict[str, float]:
 
 
 def check_new_file(option: str, path: Path | None, files: Comparison, *, force: bool) -> None:
-    """Refuse a file that exists, that would replace a network, or that cannot be written."""
+    """Refuse a file, or a folder, that exists, that would replace a network, or that cannot be written."""
     from lmc_curvature.storage import check_writable
 
     if path is None:
         return
     if files.is_of_network(path):
         raise OptionError(f"{option} {path} would replace a network; expected the name of another file.")
+    if option == "--out" and _is_folder(path, files):
+        if path.exists() and (path.is_file() or any(path.iterdir())):
+            raise OptionError(f"--out {path} exists already: expected a new folder, or an empty one.")
+        check_writable(path, what=f"--out {path}")
+        return
     if path.exists() and not (path.is_file() and force):
-        remedy = "pass --force to replace it" if path.is_file() else "it is not a file"
-        raise OptionError(f"{option} {path} exists already: {remedy}, or name another.")
+        remedy = "pass --force to replace it, or name another" if path.is_file() else "it is no file; name another"
+        raise OptionError(f"{option} {path} exists already: {remedy}.")
     if option == "--out" and path.suffix.lower() not in ("", ".safetensors"):
         raise OptionError(
             f"--out {path}: the merged network is written as safetensors; expected a name in .safetensors."

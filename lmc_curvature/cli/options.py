@@ -156,9 +156,15 @@ class Comparison:
     threads: Annotated[
         int | None, _option(COMPUTATION, "N", "CPU threads; by default as many as torch takes.", min=1)
     ] = None
-    save: Annotated[Path | None, _option(OUTPUT, "FILE", "Also save the result here, for Python.", dir_okay=False)] = (
-        None
-    )
+    save: Annotated[
+        Path | None,
+        _option(
+            OUTPUT,
+            "FILE",
+            "Also save the prediction (measure: the measurement) here, for report and Python.",
+            dir_okay=False,
+        ),
+    ] = None
     plot: Annotated[Path | None, _option(OUTPUT, "FILE", "Also draw it: FILE.png, .pdf, .svg, …", dir_okay=False)] = (
         None
     )
@@ -190,6 +196,10 @@ class Comparison:
         """Whether a file is that of one of the networks, or lies in its folder."""
         networks = (self.a.resolve(), self.b.resolve())
         return path.resolve() in networks or path.resolve().parent in networks
+
+    def are_folders(self) -> bool:
+        """Whether both networks are folders as transformers writes them."""
+        return all((path / "config.json").is_file() for path in (self.a, self.b))
 
     def _check_output(self, option: str, path: Path) -> None:
         from lmc_curvature.storage import check_writable

@@ -26,8 +26,9 @@ def report(
         list[Path],
         typer.Argument(
             metavar="PATH...",
-            help="A directory of demo, or of fork and trace; or files that --save wrote for the same two networks, and "
-            "beside them what --json printed.",
+            help="A directory of demo, or of fork and trace; or files that --save wrote for the same two networks: a "
+            "prediction, by predict or select, and measurements; and beside them what --json printed, which of select "
+            "is what it measured.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="The HTML file to write.")],
@@ -47,8 +48,10 @@ def report(
     from lmc_curvature.report import read_contents, write_page
 
     records = {path.name: _record(path) for path in results if path.suffix == ".json"}
+    saved = [path for path in results if path.suffix != ".json"]
+    _check_predictions(saved)
     contents = read_contents(
-        [path for path in results if path.suffix != ".json"],
+        saved,
         budget=budget,
         relative_budget=relative_budget,
         merge=next((words for record in records.values() if (words := _merge_words(record))), None),
@@ -77,6 +80,20 @@ def _check(results: list[Path], out: Path, budget: float | None, relative_budget
         if out.exists() and out.samefile(path):
             raise OptionError(f"--out {out} would replace what the report is made of; expected another name.")
     check_writable(out.parent, what=f"--out {out}")
+
+
+def _check_predictions(saved: list[Path]) -> None:
+    """Refuse several predictions: a page is of two networks."""
+    from lmc_curvature.storage import read_safetensors
+
+    kinds = {path: read_safetensors(path, "np")[0].get("kind") for path in saved if path.is_file()}
+    predictions = [str(path) for path, kind in kinds.items() if kind == "barrier-prediction"]
+    if len(predictions) > 1:
+        raise OptionError(
+            f"{' and '.join(predictions)} are predictions, and a page shows one: leave out all but one. What select "
+            "saves is the prediction that it chose by; what it measured is in what it prints with --json: pass that, "
+            "as a file in .json, beside the prediction. Other networks are another page."
+        )
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def select(
         Literal["a", "b", "mean"] | None,
         typer.Option(
             metavar="a|b|mean",
-            help="Whose the other layers are, by default the better; mean: bound the mean of both merges.",
+            help="Whose the other layers are, by default of the one that lets more be averaged; "
+            "mean: bound the mean of both merges.",
         ),
     ] = None,
     weight: Annotated[
@@ -85,7 +86,9 @@ def select(
     witness: Witness = True,
     out: Annotated[
         Path | None,
-        typer.Option(dir_okay=False, metavar="FILE", help="Also write the merged network to this safetensors file."),
+        typer.Option(
+            metavar="FILE", help="Also write the merged network to this safetensors file, or folder; see merge."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --out if it exists.")] = False,
 ) -> None:

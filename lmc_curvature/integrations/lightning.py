@@ -25,11 +25,14 @@ class LightningCallback(Recorder, Callback):
     other callbacks find them. Arguments and errors are those of `Recorder`.
 
     By default the network is the whole LightningModule, whose `forward` gives the outputs; `network="model"` looks at
-    a module of it, and `loss_fn=BatchLoss(lambda module, batch: …)` computes a loss in another way.
+    a module of it, and `loss_fn=BatchLoss(lambda module, batch: …)` computes a loss in another way. A LightningModule
+    without `forward` needs one of the two.
 
     Example:
         `Trainer(max_epochs=10, callbacks=[LightningCallback(loader, every_n_epochs=1)]).fit(module, loader)`
     """
+
+    _without_forward = (*Recorder._without_forward, LightningModule.forward)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take or read the reference."""

@@ -1,6 +1,6 @@
 """The numbers that a callback records: barriers between a network and a reference, and eigenvalues of its Hessian."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -12,6 +12,7 @@ from lmc_curvature.curvature.operators import HessianOperator
 from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import LossFunction, Objective
+from lmc_curvature.objective.wrappers import unwrap
 
 Quantity = Literal["barrier", "predicted-barrier", "eigenvalues"]
 
@@ -54,10 +55,12 @@ def network_numbers(
         **options: Options of barriers, as `measure_barrier` and `predict_barrier` both take them.
 
     Returns:
-        Name to number. `barrier` is the loss halfway to the reference, minus the mean loss of both, and
+        Name to number. `barrier` is the loss halfway to the reference, minus the mean loss of both, with its sign, and
         `barrier_standard_error` belongs to it; `error_barrier` is that of the classification error.
-        `predicted_barrier` is the highest point of the anchored curve, with two errors of its own, of sampling and of
-        the expansion. `eigenvalue_1` is the largest eigenvalue of the Hessian.
+        `predicted_barrier` is the same number by the prediction, which evaluates the midpoint, too. `predicted_maximum`
+        is the highest point of the anchored curve, at the least the 0 of its ends, with two errors of its own, of
+        sampling and of the expansion. `eigenvalue_1` is the largest eigenvalue of the Hessian in the parameters:
+        running statistics, which training does not descend in, are no coordinates.
     """
     found: dict[str, float] = {}
     shared: dict[str, Any] = {"loss_fn": loss_fn, "max_batches": max_batches, "progress": False}
@@ -67,16 +70,26 @@ def network_numbers(
         )
         for metric in measured.metrics:
             name = "barrier" if metric == "loss" else f"{metric}_barrier"
+            # Halfway alone, so the highest point of the curve is the value there, with its sign.
             found[name], found[f"{name}_standard_error"] = measured.barrier(metric), measured.standard_error(metric)
     if reference is not None and "predicted-barrier" in quantities:
         predicted = predict_barrier(network, reference, loader, **shared, **options)
-        found["predicted_barrier"] = predicted.barrier()
-        found["predicted_barrier_standard_error"] = predicted.standard_error()
-        found["predicted_barrier_expansion_error"] = predicted.expansion_error()
+        found["predicted_barrier"] = float(predicted.curve([0.5])[0])
+        found["predicted_barrier_standard_error"] = predicted.standard_error(alpha=0.5)
+        found["predicted_maximum"] = predicted.barrier()
+        found["predicted_maximum_standard_error"] = predicted.standard_error()
+        found["predicted_maximum_expansion_error"] = predicted.expansion_error()
     if "eigenvalues" in quantities:
         batch_norm = {name: value for name, value in options.items() if name in ("batch_norm", "device", "dtype")}
         objective = Objective(network, loader, loss_fn=loss_fn, max_batches=max_batches, **batch_norm)
-        values = top_eigenpairs(HessianOperator(objective), eigenvalues, progress=False).values.tolist()
+        hessian = HessianOperator(objective, layers="parameters", partition=_parameters_of(network))
+        values = top_eigenpairs(hessian, eigenvalues, progress=False).values.tolist()
         found |= {f"eigenvalue_{place}": value for place, value in enumerate(values, start=1)}
     # One batch alone has no spread.
     return {name: float(number) for name, number in found.items() if number == number}
+
+
+def _parameters_of(network: nn.Module) -> Callable[[str], str]:
+    """A partition of a network's entries into its parameters and its running statistics."""
+    names = {name for name, _ in unwrap(network).named_parameters(remove_duplicate=False)}
+    return lambda entry: "parameters" if entry in names else "statistics"

@@ -20,7 +20,7 @@ from lmc_curvature.checkpoints.files import read_contents
 from lmc_curvature.checkpoints.unwrapping import unwrap as find_entries
 from lmc_curvature.errors import OptionError, UnsupportedModelError, check_choice, suggest
 from lmc_curvature.integrations.numbers import Quantity, check_quantities, network_numbers
-from lmc_curvature.objective import LossFunction
+from lmc_curvature.objective import BatchLoss, LossFunction
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.wrappers import unwrap
 
@@ -45,8 +45,8 @@ class Recorder:
         every_n_steps: Record after every so many steps of the optimiser.
         every_n_epochs: Record after every so many epochs, instead.
         record: What to record: `"barrier"`, measured halfway to the reference; `"predicted-barrier"`, by
-            `predict_barrier`; `"eigenvalues"`, the largest of the Hessian. See `network_numbers` for the names of
-            what is logged.
+            `predict_barrier`; `"eigenvalues"`, the largest of the Hessian in the parameters. See `network_numbers` for
+            the names of what is logged.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
         metrics: `"loss"`, and `"error"` for classifiers: what is measured of a barrier.
         eigenvalues: How many of the largest eigenvalues to record.
@@ -61,6 +61,9 @@ class Recorder:
     Raises:
         OptionError: An option is unknown, has a bad value, or does not go with another.
     """
+
+    # What stands for a forward in classes that have none.
+    _without_forward: tuple[Any, ...] = (nn.Module.forward,)
 
     def __init__(
         self,
@@ -103,13 +106,15 @@ class Recorder:
 
         Raises:
             CheckpointError: The reference cannot be read, or is not of the network's architecture.
-            OptionError: There is no such network in what is trained, the reference was before the step at which
-                training continues, or the loader cannot be visited while training visits it.
+            OptionError: There is no such network in what is trained, it has no `forward` to give outputs, the
+                reference was before the step at which training continues, or the loader cannot be visited while
+                training visits it.
             UnsupportedModelError: The network is spread over several processes.
         """
         self._entries, self._last = None, step
         network = self._find(trained)
         _check_whole(network)
+        self._check_forward(network)
         if training_data is self._loader and getattr(training_data, "persistent_workers", False):
             raise OptionError(
                 "The loader is that of the training, whose persistent workers can serve one visit at a time: pass "
@@ -174,6 +179,22 @@ class Recorder:
             warnings.warn(f"Nothing was recorded after {when}: {type(error).__name__}: {error}", stacklevel=3)
             return {}
         return {self._prefix + name: number for name, number in found.items()}
+
+    def _check_forward(self, network: nn.Module) -> None:
+        """Refuse a network that gives no outputs, unless the loss does without."""
+        if isinstance(self._options["loss_fn"], BatchLoss) or not self._lacks_forward(unwrap(network)):
+            return
+        parts = {f"{self._network}.{name}".lstrip("."): part for name, part in network.named_children()}
+        names = ", ".join(repr(name) for name, part in parts.items() if not self._lacks_forward(part))
+        raise OptionError(
+            f"{type(network).__name__} has no forward, so it gives no outputs: pass network= with the name of the "
+            f"module that does{f' (there are {names})' if names else ''}, or loss_fn=BatchLoss(lambda module, batch: "
+            "…), which computes the loss of a batch in another way."
+        )
+
+    def _lacks_forward(self, network: nn.Module) -> bool:
+        forward = network.forward
+        return getattr(forward, "__func__", forward) in self._without_forward
 
     def _copy(self, network: nn.Module) -> nn.Module:
         """A copy of the network without what the trainer has attached to it."""

@@ -1,6 +1,7 @@
 """Claim: networks of timm and of Hugging Face go through the commands by their names, with the data that they take."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -42,9 +43,53 @@ def test_a_language_model_is_predicted_and_measured(directories, run, tmp_path):
         "select", first, second, *named[:-1], "--budget", 10, "--measurements", 1, "--out", tmp_path / "merged"
     )
     assert status == 0, err
+    assert (tmp_path / "merged" / "config.json").is_file()
+    # Without --out the command that writes it is told, of a folder again.
+    status, out, err = run("select", first, second, *named, "--budget", 10, "--measurements", 0)
+    assert (status, json.loads(out)["merge"].endswith("--out merged")) == (0, True), err
     merged = load_checkpoint(make_gpt2(2), tmp_path / "merged").state_dict()
     for name, tensor in models[0].state_dict().items():
         torch.testing.assert_close(merged[name], (tensor + models[1].state_dict()[name]) / 2)
+
+
+@pytest.mark.slow
+def test_two_folders_become_a_folder_that_from_pretrained_loads(directories, run, tmp_path):
+    models, (first, second) = directories
+    folders = [tmp_path / name for name in "ab"]
+    for source, folder in zip((first, second), folders, strict=True):
+        shutil.copytree(source, folder)
+    (folders[1] / "tokenizer.json").write_text('{"of": "b"}')
+    for name in ("trainer_state.json", "model.safetensors.index.json", "pytorch_model.pt", "README.md"):
+        (folders[0] / name).write_text("{}")
+    (folders[0] / "model.safetensors.index.json").unlink()
+    (folders[0] / "checkpoint-3").mkdir()
+    # A name with a point in it is that of a folder, too.
+    status, said, err = run("merge", *folders, "--out", f"{tmp_path / 'merged-1.5'}/", "--base", "b")
+    assert status == 0, err
+    assert f"merged: {tmp_path / 'merged-1.5'}; moved from B" in said
+    written = {path.name for path in (tmp_path / "merged-1.5").iterdir()}
+    assert written == {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"}
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged-1.5")
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, (models[0].state_dict()[name] + models[1].state_dict()[name]) / 2)
+    # What is there is not written into, not even by force.
+    status, _, err = run("merge", *folders, "--out", tmp_path / "merged-1.5", "--force")
+    assert (status, "exists already: expected a new folder, or an empty one" in err) == (2, True)
+    # A file where a file is asked for.
+    assert run("merge", *folders, "--out", tmp_path / "m.safetensors")[0] == 0
+    assert (tmp_path / "m.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_merge_that_fails_leaves_no_folder(directories, run, tmp_path):
+    _, (first, _) = directories
+    broken = make_gpt2(0)
+    with torch.no_grad():
+        broken.transformer.ln_f.bias[0] = float("nan")
+    broken.save_pretrained(tmp_path / "b")
+    status, _, err = run("merge", first, tmp_path / "b", "--out", tmp_path / "out")
+    assert (status, "not a number" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -64,6 +64,18 @@ def test_options_that_do_not_fit(run, saved, options, said):
     assert said in errors
 
 
+def test_several_predictions_are_named_with_what_to_do(run, saved, tmp_path):
+    others = [tmp_path / name for name in ("selected.safetensors", "third.st")]
+    for seed, path in enumerate(others):
+        random_prediction(4, seed=seed + 1).save(path)
+    for given in ([saved, others[0]], [saved, *others]):
+        status, _, errors = run("report", *given, "--out", tmp_path / "r.html")
+        assert (status, (tmp_path / "r.html").exists()) == (2, False)
+        assert f"{' and '.join(map(str, given))} are predictions, and a page shows one: leave out all but one" in errors
+        assert "What select saves is the prediction that it chose by" in errors
+        assert "mapping" not in errors
+
+
 def test_what_is_no_result(run, saved, tmp_path):
     page = tmp_path / "r.html"
     for name, contents, said in (

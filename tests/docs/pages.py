@@ -36,10 +36,10 @@ class Block:
         exec(compile("\n" * self.line + self.text, str(self.page), "exec"), namespace)
 
     def commands(self) -> Iterator[list[str]]:
-        """The words of each line of a block of shell commands."""
+        """The words of each line of a block of shell commands, without the file that their output goes to."""
         for line in self.text.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):
-                yield words
+                yield words[: words.index(">")] if ">" in words else words
 
 
 def pages() -> list[Path]:

@@ -126,6 +126,10 @@ def test_the_site_is_built_without_a_warning_or_a_network(tmp_path):
     site = tmp_path / "site"
     assert (site / "index.html").exists()
     assert (site / "search" / "search_index.js").exists()
+    # What is said of pages as files would be wrong here, where the text is.
+    for page in (site / "reference").glob("*.html"):
+        assert "Read as a file" not in page.read_text(), page
+    assert "Usage: lmc-curvature select" in (site / "reference" / "cli.html").read_text()
     notebook = (site / "notebooks" / "two_checkpoints.html").read_text()
     # Its text, what it prints, its tables and its pictures.
     for part in (

@@ -39,6 +39,14 @@ def test_the_public_names_are_shown():
     } <= shown
 
 
+def test_pages_that_are_written_by_the_site_say_so_to_those_who_read_files():
+    for page in (DOCS / "reference").glob("*.md"):
+        text = page.read_text()
+        is_written = re.search(r"^(::: |<!-- help: )", text, re.MULTILINE)
+        said = re.findall(r"^> Read as a file, .*`make docs` writes the text.*$", text, re.MULTILINE)
+        assert len(said) == bool(is_written), page
+
+
 def test_every_picture_is_drawn_by_the_script():
     script = (ROOT / "scripts" / "site_pictures.py").read_text()
     files = {path.name for path in (DOCS / "pictures").iterdir()}

@@ -119,6 +119,34 @@ def test_a_checkpoint_of_lightning_is_a_reference_and_a_loss_may_be_the_module_s
     assert logged(trainer, "lmc/barrier") == {8: pytest.approx(expected, rel=1e-4)}
 
 
+class WithoutForward(Module):
+    """As many people write them: the training step calls a part of the module."""
+
+    forward = lightning.LightningModule.forward
+
+    def training_step(self, batch, index):
+        return F.cross_entropy(self.model(batch[0]), batch[1])
+
+
+def test_a_module_without_forward_is_refused_before_the_first_step(tmp_path):
+    stepped = []
+
+    class Counting(WithoutForward):
+        def training_step(self, batch, index):
+            stepped.append(index)
+            return super().training_step(batch, index)
+
+    with pytest.raises(OptionError, match=r"Counting has no forward.*pass network= .*\(there are 'model', 'dropout'\)"):
+        fit(Counting(), tmp_path / "a", integrations.LightningCallback(LOADER, every_n_epochs=1), epochs=1)
+    assert not stepped
+    loss_fn = BatchLoss(lambda module, batch: F.cross_entropy(module.model(batch[0]), batch[1]))
+    for number, options in enumerate(({"network": "model"}, {"loss_fn": loss_fn})):
+        callback = integrations.LightningCallback(LOADER, every_n_epochs=1, on_error="raise", **options)
+        torch.manual_seed(0)
+        trainer = fit(WithoutForward(), tmp_path / str(number), callback, epochs=1)
+        assert list(logged(trainer, "lmc/barrier")) == [4]
+
+
 def test_accumulated_gradients_make_one_record_a_step(tmp_path):
     callback = integrations.LightningCallback(LOADER, every_n_steps=1, on_error="raise")
     trainer = fit(make_module(), tmp_path, callback, epochs=1, accumulate_grad_batches=2)

@@ -1,5 +1,6 @@
 """Claim: a network in training is recorded when asked for, against the reference asked for, and is left as it was."""
 
+import copy
 import random
 
 import numpy as np
@@ -72,13 +73,37 @@ def test_the_numbers_are_those_computed_by_hand():
         "x/barrier_standard_error": measured.standard_error(),
         "x/error_barrier": float(measured.curve("error")[0]),
         "x/error_barrier_standard_error": measured.standard_error("error"),
-        "x/predicted_barrier": predicted.barrier(),
-        "x/predicted_barrier_standard_error": predicted.standard_error(),
-        "x/predicted_barrier_expansion_error": predicted.expansion_error(),
+        "x/predicted_barrier": float(predicted.curve([0.5])[0]),
+        "x/predicted_barrier_standard_error": predicted.standard_error(alpha=0.5),
+        "x/predicted_maximum": predicted.barrier(),
+        "x/predicted_maximum_standard_error": predicted.standard_error(),
+        "x/predicted_maximum_expansion_error": predicted.expansion_error(),
         "x/eigenvalue_1": float(values[0]),
         "x/eigenvalue_2": float(values[1]),
     }, rel=1e-5, abs=1e-9)  # fmt: skip
     assert found[3] != found[6]
+
+
+def test_a_valley_is_below_zero_whether_measured_or_predicted():
+    """On a convex loss the midpoint lies below the chord, and the curve's highest points are its ends."""
+    torch.manual_seed(0)
+    network = nn.Linear(5, 3)
+    recorder = Recorder(DATA, every_n_steps=1, record=["barrier", "predicted-barrier"], on_error="raise")
+    recorder.begin(network, 0)
+    ends = [copy.deepcopy(network), network]
+    with torch.no_grad():
+        network.weight.add_(torch.randn(3, 5))
+        middle = copy.deepcopy(network)
+        middle.weight.copy_((ends[0].weight + network.weight) / 2)
+        first, second, half = (
+            sum(nn.functional.cross_entropy(each(x), y).item() for x, y in DATA) / 3 for each in (*ends, middle)
+        )
+    found, expected = recorder.after_step(network, 1), half - (first + second) / 2
+    assert expected < -0.01
+    assert found["lmc/barrier"] == pytest.approx(expected, rel=1e-4)
+    assert found["lmc/predicted_barrier"] == pytest.approx(expected, rel=1e-4)
+    assert found["lmc/predicted_barrier_standard_error"] == pytest.approx(found["lmc/barrier_standard_error"], rel=1e-3)
+    assert found["lmc/predicted_maximum"] == 0
 
 
 def test_training_goes_on_as_if_nothing_were_computed():
@@ -157,6 +182,32 @@ def test_eigenvalues_need_no_reference():
     recorder.begin(make_network(), 500)
 
 
+@pytest.mark.parametrize("batch_norm", ["interpolate", "batch"])
+def test_eigenvalues_are_of_the_parameters_alone(batch_norm):
+    network = make_network().double()
+    network[1].running_mean.normal_()
+    network[1].running_var.uniform_(0.05, 0.1)
+    batch = [tensor.double() if tensor.is_floating_point() else tensor for tensor in DATA[0]]
+    recorder = Recorder([batch], every_n_steps=1, record=["eigenvalues"], batch_norm=batch_norm, on_error="raise")
+    recorder.begin(network, 0)
+    found = recorder.after_step(network, 1)["lmc/eigenvalue_1"]
+    plain = copy.deepcopy(network).eval()
+    plain[1].train(batch_norm == "batch")
+    parameters = dict(plain.named_parameters())
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    buffers = {name: buffer.clone() for name, buffer in plain.named_buffers()}
+
+    def loss(vector):
+        parts = zip(parameters.items(), vector.split(sizes), strict=True)
+        entries = {name: part.view_as(parameter) for (name, parameter), part in parts}
+        output = torch.func.functional_call(plain, entries | {n: b.clone() for n, b in buffers.items()}, batch[0])
+        return nn.functional.cross_entropy(output, batch[1])
+
+    point = torch.cat([parameter.detach().flatten() for parameter in parameters.values()])
+    expected = torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, point))[-1]
+    assert found == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_a_part_of_what_is_trained():
     whole = nn.ModuleDict({"model": make_network(), "head": nn.Linear(2, 2)})
     recorder = Recorder(DATA, every_n_steps=1, network="model", on_error="raise")
@@ -212,6 +263,11 @@ def test_mistakes_are_found_when_training_begins(tmp_path):
         Recorder(DATA, every_n_steps=1).begin(network, 7)
     with pytest.raises(OptionError, match="network='modle': ModuleDict has no such module: did you mean 'model'"):
         Recorder(DATA, every_n_steps=1, network="modle").begin(nn.ModuleDict({"model": network}), 0)
+    with pytest.raises(OptionError, match=r"ModuleDict has no forward.*network= with.*\(there are 'model'\)"):
+        Recorder(DATA, every_n_steps=1).begin(nn.ModuleDict({"model": network, "rest": nn.ModuleList()}), 0)
+    inner = nn.ModuleDict({"inner": nn.ModuleDict({"model": network})})
+    with pytest.raises(OptionError, match=r"\(there are 'inner.model'\)"):
+        Recorder(DATA, every_n_steps=1, network="inner").begin(inner, 0)
     loader = torch.utils.data.DataLoader([1, 2], num_workers=1, persistent_workers=True)
     with pytest.raises(OptionError, match="persistent workers"):
         Recorder(loader, every_n_steps=1).begin(network, 0, training_data=loader)
