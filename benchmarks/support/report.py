@@ -139,7 +139,7 @@ def markdown(record: Record) -> list[str]:
     """The lines of a report: where it was measured, its tables, its promises and remarks."""
     tables = [*record["tables"].values(), *([{"title": "Bars", "rows": record["bars"]}] if record["bars"] else [])]
     lines = [measured_at(record), ""]
-    for table in tables:
+    for table in (table for table in tables if table["rows"]):
         lines += [f"{table['title']}:", "", *markdown_table(table["rows"]), ""]
     return [*lines, *(f"- {note}" for note in record["notes"])]
 
