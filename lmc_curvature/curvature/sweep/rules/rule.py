@@ -51,7 +51,8 @@ class Contributions:
     def assemble(self, values: Float[np.ndarray, " n"], size: int) -> Float[np.ndarray, "size size"]:
         """P + Pᵀ from the values of `flat`, end to end."""
         rows, columns = self._places
-        half = np.bincount(rows * size + columns, values, size * size).reshape(size, size)
+        # Of no values it would be whole numbers.
+        half = np.bincount(rows * size + columns, values, size * size).astype(float).reshape(size, size)
         return half + half.T
 
     @cached_property
