@@ -56,7 +56,7 @@ class Dependence(TorchDispatchMode):
         return found
 
 
-def copied(state: State) -> dict[str, Tensor]:
+def copies_of(state: State) -> dict[str, Tensor]:
     """Copies of a state's tensors that nothing has written into, for `refuse_changes`."""
     # By its version, the copy of a tensor made in inference mode was written into.
     return {name: tensor.detach().clone().data for name, tensor in state.items()}

@@ -121,12 +121,12 @@ class _FunctionReplacer(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._lengths and func in _POWERS and (square := self._square(_POWERS[func], args, kwargs)) is not None:
             return square
-        result = _called(_REPLACEMENTS[func], args, kwargs) if func in _REPLACEMENTS else NotImplemented
+        result = _apply(_REPLACEMENTS[func], args, kwargs) if func in _REPLACEMENTS else NotImplemented
         found = func(*args, **kwargs) if result is NotImplemented else result
         if func in _SQUARED_LENGTHS and isinstance(found, Tensor) and not found.is_inference():
             given = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and not each.is_inference())
             of = [(each, each._version) for each in given]
-            self._lengths[found] = (found._version, of, lambda: _called(_SQUARED_LENGTHS[func], args, kwargs))
+            self._lengths[found] = (found._version, of, lambda: _apply(_SQUARED_LENGTHS[func], args, kwargs))
         return found
 
     def _square(self, base_of: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
@@ -134,7 +134,7 @@ class _FunctionReplacer(TorchFunctionMode):
 
         At zero a length has no derivatives, and its square has.
         """
-        x = _called(base_of, args, kwargs)
+        x = _apply(base_of, args, kwargs)
         if not isinstance(x, Tensor) or x not in self._lengths:
             return None
         version, of, make = self._lengths[x]
@@ -149,7 +149,7 @@ _SYNONYMS = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "
 _signature = functools.lru_cache(maxsize=None)(inspect.signature)
 
 
-def _called(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+def _apply(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
     """What a function makes of the arguments of one of torch; NotImplemented for arguments that it does not have."""
     signature = _signature(function)
     named = {name if name in signature.parameters else _SYNONYMS.get(name, name): kwargs[name] for name in kwargs}
@@ -233,22 +233,22 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _squared(input: Tensor) -> Any:
+def _base_of_square(input: Tensor) -> Any:
     return input
 
 
-def _squared_by_power(input: Tensor, exponent: Any) -> Any:
+def _base_of_power(input: Tensor, exponent: Any) -> Any:
     return input if isinstance(exponent, (int, float)) and exponent == 2 else NotImplemented
 
 
-def _squared_by_product(input: Tensor, other: Any) -> Any:
+def _base_of_product(input: Tensor, other: Any) -> Any:
     return input if other is input else NotImplemented
 
 
 _POWERS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys([torch.square, Tensor.square], _squared),
-    **dict.fromkeys([torch.pow, Tensor.pow, Tensor.__pow__], _squared_by_power),
-    **dict.fromkeys([torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__], _squared_by_product),
+    **dict.fromkeys([torch.square, Tensor.square], _base_of_square),
+    **dict.fromkeys([torch.pow, Tensor.pow, Tensor.__pow__], _base_of_power),
+    **dict.fromkeys([torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__], _base_of_product),
 }
 """Powers and products, and what they square, if anything."""
 

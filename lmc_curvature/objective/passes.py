@@ -32,7 +32,7 @@ class Fingerprint:
         products: Of the places that have a row for each example, a matrix: with p the sum of a row's numbers by fixed
             weights, ∑ p p′ over all examples for every two places. It tells flipped images, whose sums are the same,
             and labels that are given to other examples.
-        cuts: Of each place, sums over batches of (∑ x)² and (∑ p)²: they depend on how the examples are cut into
+        batches: Of each place, sums over batches of (∑ x)² and (∑ p)²: they depend on how the examples are cut into
             batches, and on their order neither.
     """
 
@@ -43,7 +43,7 @@ class Fingerprint:
     shapes: dict[str, set[torch.Size]] = field(default_factory=dict)
     integers: set[str] = field(default_factory=set)
     products: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
-    cuts: dict[str, Tensor] = field(default_factory=dict)
+    batches: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, batch: Batch) -> None:
         """Add the examples of a batch."""
@@ -72,7 +72,7 @@ class Fingerprint:
             weighted = rows[place].sum() if place in rows else torch.zeros_like(found[0])
             totals[place] = totals.get(place, 0) + torch.stack([found[0], weighted])
         for place, total in totals.items():
-            self.cuts[place] = self.cuts.get(place, 0) + total.square()
+            self.batches[place] = self.batches.get(place, 0) + total.square()
         if rows:
             sums = torch.stack(list(rows.values()))
             self.products[tuple(rows)] = self.products.get(tuple(rows), 0) + sums @ sums.T
@@ -83,7 +83,7 @@ class Fingerprint:
             self,
             moments={place: sums.cpu() for place, sums in self.moments.items()},
             products={places: sums.cpu() for places, sums in self.products.items()},
-            cuts={place: sums.cpu() for place, sums in self.cuts.items()},
+            batches={place: sums.cpu() for place, sums in self.batches.items()},
         )
 
     def agrees_with(self, other: "Fingerprint") -> bool:
@@ -107,8 +107,8 @@ class Fingerprint:
     def is_cut_like(self, other: "Fingerprint") -> bool:
         """Whether two passes have had the same batches, in any order, as far as sums tell it, up to rounding."""
         rounding = torch.finfo(torch.float64).eps
-        for place in self.cuts.keys() & other.cuts.keys():
-            found, expected = self.cuts[place], other.cuts[place]
+        for place in self.batches.keys() & other.batches.keys():
+            found, expected = self.batches[place], other.batches[place]
             # Within batches, |Σx| ≤ √(n Σx²) and |Σp| ≤ √(rows Σx²): their rounding is relative to that.
             most = torch.tensor([other.counts[place], other.examples]) * other.moments[place][1]
             scale, floor = (expected * most).sqrt(), rounding * most

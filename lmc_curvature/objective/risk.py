@@ -17,7 +17,7 @@ from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
 from lmc_curvature.objective.batches import Batch, place_data, to_device
 from lmc_curvature.objective.copies import Given
-from lmc_curvature.objective.dependence import copied, refuse_changes
+from lmc_curvature.objective.dependence import copies_of, refuse_changes
 from lmc_curvature.objective.differentiable import one_function
 from lmc_curvature.objective.explanations import naming_what_has_no_derivative
 from lmc_curvature.objective.loaders import check_loader, loader_length, visit
@@ -298,7 +298,7 @@ class Objective(ObjectiveDisplay):
         """
         kept = self._point(state)
         kept |= self.recalibrated([kept])[0] if self.batch_norm == "recalibrate" else {}
-        point = copied(kept)
+        point = copies_of(kept)
         with torch.no_grad(), self.measuring(), self.one_pass(progress=False) as batches:
             found = [(finite_loss(self.batch_loss(point, batch), batch), batch.weight) for batch in batches]
         refuse_changes(kept, point)

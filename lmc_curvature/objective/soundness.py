@@ -14,7 +14,7 @@ from lmc_curvature.objective.batches import Batch, tensors_in
 from lmc_curvature.objective.caches import check_caches
 from lmc_curvature.objective.copies import Given, check_copies
 from lmc_curvature.objective.cuts import warn_of_cuts, watch_cuts
-from lmc_curvature.objective.dependence import Dependence, copied, refuse_changes
+from lmc_curvature.objective.dependence import Dependence, copies_of, refuse_changes
 from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
@@ -190,7 +190,7 @@ def check_soundness(
         LossError: The loss is not a real scalar.
     """
     # Copies: what is looked for may write into them.
-    constants = copied(state)
+    constants = copies_of(state)
     leaves = as_leaves({name: constants[name].clone() for name in movable})
     check_finite(constants, "the network")
     losses: list[Any] = []
