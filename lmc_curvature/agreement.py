@@ -110,6 +110,14 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             cost=0.0,
             tolerance=Tolerance(0.5),
         ),
+        "batches of passes": Check(
+            catches="A loader that cuts the same data into other batches in every pass, where batch normalisation or "
+            "the loss makes batches matter.",
+            runs="Every complete pass but the first of such an objective, on squares of the sums, plain and weighted, "
+            "of every batch's numbers.",
+            cost=0.0,
+            tolerance=Tolerance(0.7),
+        ),
         "sorted labels": Check(
             catches="Data in the order of their classes.",
             runs="Every pass, after 2, 4, 8, … batches and at its end, on their labels.",

@@ -100,6 +100,11 @@ def merge(
         )
     if batch_norm == "recalibrate" and not (files.model and files.data):
         raise OptionError("--batch-norm recalibrate evaluates the networks: give --model and --data.")
+    if batch_norm == "recalibrate" and mergekit is not None:
+        raise OptionError(
+            "--mergekit writes a mean of two checkpoints, running statistics included, and --batch-norm recalibrate "
+            "estimates those anew: leave one of the two out."
+        )
     files = dataclasses.replace(files, batch_norm=batch_norm)
     recalibration, model = files.recalibration_batches(), _model(files)
     options: dict[str, Any] = {"alpha": coordinate, "layers": members, "base": base}

@@ -108,12 +108,14 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _merge_words(record: dict[str, Any]) -> list[str] | None:
-    """The command that merges the two networks of a record; None where the statistics it needs are not known."""
+    """The command that merges the two networks of a record; None where something is frozen or is not known."""
     from lmc_curvature.cli.conclusion import merge_words
 
     provenance = record["provenance"]
     try:
         model, options = provenance["model"], provenance["options"]
+        if options.get("frozen"):
+            return None
         comparison = Comparison(
             a=Path(provenance["networks"]["a"]["path"]),
             b=Path(provenance["networks"]["b"]["path"]),

@@ -20,7 +20,7 @@ from lmc_curvature.checkpoints.streaming import (
     metadata_of,
     write_stream,
 )
-from lmc_curvature.errors import ArchitectureMismatchError, CheckpointError, NonFiniteError, counted
+from lmc_curvature.errors import ArchitectureMismatchError, CheckpointError, NonFiniteError, OptionError, counted
 from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
 from lmc_curvature.merging.recipes import check_plain, write_recipe
 from lmc_curvature.objective.network import movable_entries, skeleton_of, tied_names
@@ -301,11 +301,14 @@ def merge_checkpoints(
     Raises:
         CheckpointError: A checkpoint is damaged, or has an entry that safetensors cannot hold, or mergekit would not
             find the entries in it.
+        OptionError: mergekit cannot re-estimate statistics.
         NonFiniteError: An averaged entry is not finite.
         OSError: A file cannot be written.
     """
     if mergekit is not None:
         check_plain(plan.a, plan.b)
+        if recalibrated is not None:
+            raise OptionError("mergekit averages running statistics: leave it out, or the statistics re-estimated.")
     record = provenance(plan) | dict(facts or {})
     forms, statistics = plan.forms(), {} if recalibrated is None else running_statistics(recalibrated)
 

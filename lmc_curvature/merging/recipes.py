@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
+from lmc_curvature.checkpoints.files import files_of
 from lmc_curvature.checkpoints.streaming import MappedCheckpoint
 from lmc_curvature.errors import CheckpointError
 from lmc_curvature.storage import write_atomically
@@ -48,13 +49,21 @@ def check_plain(*checkpoints: MappedCheckpoint) -> None:
     """Refuse checkpoints in which mergekit would not find the entries.
 
     Raises:
-        CheckpointError: A checkpoint has them under a key, or with what wrappers insert in their names.
+        CheckpointError: A checkpoint has them under a key, or with what wrappers insert in their names, or is not the
+            one that mergekit reads from its directory.
     """
     for checkpoint in checkpoints:
         if checkpoint.wrapping is not None:
             raise CheckpointError(
                 f"{checkpoint.path} has its entries {checkpoint.wrapping}, where mergekit does not look for them: save "
                 "the plain state dict to a file of its own, or leave mergekit out."
+            )
+        directory = _directory(checkpoint.path)
+        if directory.is_dir() and files_of(checkpoint.path)[0] not in (own := _read_by_mergekit(directory)):
+            raise CheckpointError(
+                f"{checkpoint.path} is not what mergekit reads from {directory}, which is "
+                f"{own[0].name if own else 'model.safetensors or pytorch_model.bin, and not there'}: move it to a "
+                "directory of its own under such a name, beside its config.json, or leave mergekit out."
             )
 
 
@@ -68,3 +77,9 @@ def write_recipe(path: Path, a: Path, b: Path, base: Literal["a", "b"], coordina
 def _directory(path: Path) -> Path:
     """The directory of a model for mergekit, which has a configuration beside its weights; else the path itself."""
     return path.parent if path.is_file() and (path.parent / "config.json").is_file() else path
+
+
+def _read_by_mergekit(directory: Path) -> list[Path]:
+    """The checkpoint that mergekit reads from a directory, or the index of its shards; empty if there is none."""
+    names = (f"{kind}{index}" for kind in ("model.safetensors", "pytorch_model.bin") for index in (".index.json", ""))
+    return [path for name in names if (path := directory / name).is_file()][:1]

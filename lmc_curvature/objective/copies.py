@@ -16,7 +16,7 @@ from lmc_curvature.agreement import near
 from lmc_curvature.errors import LMCCurvatureError, UnsupportedModelError
 from lmc_curvature.objective.batches import Batch, tensors_in
 from lmc_curvature.objective.caches import LEAST_EXAMPLES, rounding_floor, shifted_state
-from lmc_curvature.objective.dependence import Dependence, refuse_changes
+from lmc_curvature.objective.dependence import Dependence, copies_of, refuse_changes
 from lmc_curvature.objective.losses import LossFunction, NetworkLoss
 from lmc_curvature.objective.network import State, skeleton_of
 from lmc_curvature.objective.normalization import Normalization
@@ -99,7 +99,7 @@ def _difference(
 ) -> str | None:
     """What is wrong with copies of a network and its loss; empty if nothing is, None if nothing can be compared."""
     found, output, said = None, None, ""
-    point = _copied(state)
+    point = copies_of(state)
     try:
         with global_rng_preserved():
             found, output, _ = copies.at(point, data)
@@ -144,7 +144,7 @@ def _evaluate(
         for module in in_training:
             # Without train(), which some networks override.
             module.training = False
-        point = {f"network.{name}": tensor for name, tensor in _copied(state).items()} | of_loss
+        point = {f"network.{name}": tensor for name, tensor in copies_of(state).items()} | of_loss
         with global_rng_preserved(), Dependence(others, given=tensors_in(data)) as dependence:
             loss = functional_call(original, point, (data,))[0]
     except torch.OutOfMemoryError:
@@ -158,10 +158,6 @@ def _evaluate(
             each.update(before)
     dependence.refuse(loss)
     return loss
-
-
-def _copied(state: State) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
 
 
 @contextlib.contextmanager

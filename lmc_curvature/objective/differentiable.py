@@ -4,6 +4,8 @@ Those are the functions whose derivatives in torch are missing, not a number, or
 """
 
 import contextlib
+import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,23 +119,23 @@ class _FunctionReplacer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _POWERS and (square := self._square(func, *args, **kwargs)) is not None:
+        if self._lengths and func in _POWERS and (square := self._square(_POWERS[func], args, kwargs)) is not None:
             return square
-        replacement = _REPLACEMENTS.get(func)
-        result = NotImplemented if replacement is None else replacement(*args, **kwargs)
+        result = _apply(_REPLACEMENTS[func], args, kwargs) if func in _REPLACEMENTS else NotImplemented
         found = func(*args, **kwargs) if result is NotImplemented else result
         if func in _SQUARED_LENGTHS and isinstance(found, Tensor) and not found.is_inference():
-            of = [(each, each._version) for each in args if isinstance(each, Tensor) and not each.is_inference()]
-            self._lengths[found] = (found._version, of, lambda: _SQUARED_LENGTHS[func](*args, **kwargs))
+            given = (each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and not each.is_inference())
+            of = [(each, each._version) for each in given]
+            self._lengths[found] = (found._version, of, lambda: _apply(_SQUARED_LENGTHS[func], args, kwargs))
         return found
 
-    def _square(self, func: Any, x: Any, factor: Any = None, **named: Any) -> Tensor | None:
+    def _square(self, base_of: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
         """The square of a length, from what that is the length of; None for any other power or product.
 
         At zero a length has no derivatives, and its square has.
         """
-        is_square = factor is x if func in _PRODUCTS else func in _SQUARES or (_is_number(factor) and factor == 2)
-        if named or not is_square or not isinstance(x, Tensor) or x not in self._lengths:
+        x = _apply(base_of, args, kwargs)
+        if not isinstance(x, Tensor) or x not in self._lengths:
             return None
         version, of, make = self._lengths[x]
         if x._version != version or any(each._version != before for each, before in of):
@@ -142,17 +144,29 @@ class _FunctionReplacer(TorchFunctionMode):
         return square if isinstance(square, Tensor) and square.shape == x.shape else None
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
+# What torch's parser takes for the names of arguments, besides them.
+_SYNONYMS = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
+_signature = functools.lru_cache(maxsize=None)(inspect.signature)
+
+
+def _apply(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """What a function makes of the arguments of one of torch; NotImplemented for arguments that it does not have."""
+    signature = _signature(function)
+    named = {name if name in signature.parameters else _SYNONYMS.get(name, name): kwargs[name] for name in kwargs}
+    try:
+        bound = signature.bind(*args, **named)
+    except TypeError:
+        return NotImplemented
+    return function(*bound.args, **bound.kwargs)
 
 
 def _hardsigmoid(input: Tensor, inplace: bool = False) -> Tensor:
-    return torch.clamp(input / 6 + 0.5, 0, 1)
+    return input.div_(6).add_(0.5).clamp_(0, 1) if inplace else torch.clamp(input / 6 + 0.5, 0, 1)
 
 
-def _weight_norm(weight: Tensor, length: Tensor, *axis: int) -> Tensor:
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     # Wrong without a word: the second derivative of the fused operation lacks terms.
-    return weight * (length / torch.norm_except_dim(weight, 2, *axis))
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _embedding(
@@ -169,17 +183,17 @@ def _embedding(
 
 
 def _vector_norm(
-    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Any = None
+    input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Any = None
 ):
-    if ord != 2 or out is not None or not x.is_floating_point():
+    if ord != 2 or out is not None or not input.is_floating_point():
         return NotImplemented
-    x = x if dtype is None else x.to(dtype)
-    zero = torch.linalg.vector_norm(x.detach(), dim=dim, keepdim=True) == 0
+    input = input if dtype is None else input.to(dtype)
+    zero = torch.linalg.vector_norm(input.detach(), dim=dim, keepdim=True) == 0
     # The derivatives of a square root at zero are infinite, also where a mask drops them later.
-    length = torch.linalg.vector_norm(torch.where(zero, 1.0, x), dim=dim, keepdim=True).masked_fill(zero, 0.0)
+    length = torch.linalg.vector_norm(torch.where(zero, 1.0, input), dim=dim, keepdim=True).masked_fill(zero, 0.0)
     if keepdim:
         return length
-    axes = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
+    axes = range(input.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
     return length.squeeze(tuple(axes))
 
 
@@ -189,10 +203,10 @@ def _norm(input: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False,
 
 
 def _linalg_norm(
-    A: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, out: Any = None, dtype: Any = None
+    input: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, out: Any = None, dtype: Any = None
 ):
-    is_vector = ord in (None, "fro") or (ord == 2 and (isinstance(dim, int) or (dim is None and A.ndim == 1)))
-    return _vector_norm(A, 2, dim, keepdim, dtype=dtype, out=out) if is_vector else NotImplemented
+    is_vector = ord in (None, "fro") or (ord == 2 and (isinstance(dim, int) or (dim is None and input.ndim == 1)))
+    return _vector_norm(input, 2, dim, keepdim, dtype=dtype, out=out) if is_vector else NotImplemented
 
 
 def _normalize(input: Tensor, p: Any = 2.0, dim: int | Sequence[int] = 1, eps: float = 1e-12, out: Any = None) -> Any:
@@ -219,18 +233,37 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
 }
 
 
-_SQUARES = {torch.square, Tensor.square}
-_PRODUCTS = {torch.mul, Tensor.mul, Tensor.__mul__}
-_POWERS = {torch.pow, Tensor.pow, Tensor.__pow__, *_SQUARES, *_PRODUCTS}
+def _base_of_square(input: Tensor) -> Any:
+    return input
+
+
+def _base_of_power(input: Tensor, exponent: Any) -> Any:
+    return input if isinstance(exponent, (int, float)) and exponent == 2 else NotImplemented
+
+
+def _base_of_product(input: Tensor, other: Any) -> Any:
+    return input if other is input else NotImplemented
+
+
+_POWERS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys([torch.square, Tensor.square], _base_of_square),
+    **dict.fromkeys([torch.pow, Tensor.pow, Tensor.__pow__], _base_of_power),
+    **dict.fromkeys([torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__], _base_of_product),
+}
+"""Powers and products, and what they square, if anything."""
 
 
 def _vector_square(
-    x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Any = None
+    input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Any = None
 ) -> Any:
     if ord != 2 or out is not None:
         return None
-    x = x if dtype is None else x.to(dtype)
-    return _absolute_square(x).sum() if dim is None and not keepdim else _absolute_square(x).sum(dim, keepdim=keepdim)
+    input = input if dtype is None else input.to(dtype)
+    return (
+        _absolute_square(input).sum()
+        if dim is None and not keepdim
+        else _absolute_square(input).sum(dim, keepdim=keepdim)
+    )
 
 
 def _norm_square(
@@ -240,16 +273,16 @@ def _norm_square(
 
 
 def _linalg_square(
-    A: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, out: Any = None, dtype: Any = None
+    input: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, out: Any = None, dtype: Any = None
 ) -> Any:
-    is_vector = ord in (None, "fro") or (ord == 2 and (isinstance(dim, int) or (dim is None and A.ndim == 1)))
-    return _vector_square(A, 2, dim, keepdim, dtype=dtype, out=out) if is_vector else None
+    is_vector = ord in (None, "fro") or (ord == 2 and (isinstance(dim, int) or (dim is None and input.ndim == 1)))
+    return _vector_square(input, 2, dim, keepdim, dtype=dtype, out=out) if is_vector else None
 
 
 def _matrix_square(
-    A: Tensor, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None, out: Any = None
+    input: Tensor, ord: Any = "fro", dim: Any = (-2, -1), keepdim: bool = False, *, dtype: Any = None, out: Any = None
 ) -> Any:
-    return _vector_square(A, 2, dim, keepdim, dtype=dtype, out=out) if ord == "fro" else None
+    return _vector_square(input, 2, dim, keepdim, dtype=dtype, out=out) if ord == "fro" else None
 
 
 def _absolute_square(input: Tensor, out: Any = None) -> Any:
@@ -267,7 +300,9 @@ def _distance_squares(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any 
     if max(x1.shape[-2], x2.shape[-2]) > _MANY_ROWS and compute_mode != "donot_use_mm_for_euclid_dist":
         # All differences at once might not fit into memory; torch computes so, too.
         squares = x1.square().sum(-1).unsqueeze(-1) + x2.square().sum(-1).unsqueeze(-2)
-        return squares - 2 * (x1 @ x2.mT)
+        squares = squares - 2 * (x1 @ x2.mT)
+        # Rounding makes some negative, which torch lifts to zero; their derivatives are not zero.
+        return squares + (squares.clamp_min(0) - squares).detach()
     return (x1.unsqueeze(-2) - x2.unsqueeze(-3)).square().sum(-1)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
 from lmc_curvature.errors import LoaderError, UnsupportedModelError
@@ -34,6 +34,12 @@ def tracked_modules(model: nn.Module) -> Iterator[tuple[str, _NormBase]]:
     for name, module in model.named_modules():
         if isinstance(module, _NormBase) and module.running_mean is not None:
             yield name, module
+
+
+def mixes_examples(model: nn.Module, statistics: Statistics) -> bool:
+    """Tell if a network normalises by the examples of a batch together, so that its loss depends on their cut."""
+    modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return any(statistics == "batch" or module.running_mean is None for module in modules)
 
 
 def statistic_names(module_name: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ _CHUNK = 1 << 22
 
 @dataclass
 class Fingerprint:
-    """Sums over all examples of a pass, which do not depend on their order nor on how they are cut into batches.
+    """Sums over all examples of a pass, which do not depend on their order nor, but for one, on their batches.
 
     Attributes:
         examples: Number of examples.
@@ -32,6 +32,8 @@ class Fingerprint:
         products: Of the places that have a row for each example, a matrix: with p the sum of a row's numbers by fixed
             weights, ∑ p p′ over all examples for every two places. It tells flipped images, whose sums are the same,
             and labels that are given to other examples.
+        batches: Of each place, sums over batches of (∑ x)² and (∑ p)²: they depend on how the examples are cut into
+            batches, and on their order neither.
     """
 
     examples: int = 0
@@ -41,12 +43,14 @@ class Fingerprint:
     shapes: dict[str, set[torch.Size]] = field(default_factory=dict)
     integers: set[str] = field(default_factory=set)
     products: dict[tuple[str, ...], Tensor] = field(default_factory=dict)
+    batches: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, batch: Batch) -> None:
         """Add the examples of a batch."""
         self.examples += batch.size
         self.weight += batch.weight
         rows: dict[str, Tensor] = {}
+        totals: dict[str, Tensor] = {}
         leading = next((len(tensor) for tensor in tensors_in(batch.data) if tensor.ndim), None)
         for path, tensor in tree_flatten_with_path(_plain(batch.data))[0]:
             if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
@@ -65,6 +69,10 @@ class Fingerprint:
                 self.integers.add(place)
             if tensor.ndim and len(tensor) == batch.size and not any(isinstance(key, SequenceKey) for key in path[1:]):
                 rows[place] = _weighted_sums(tensor.detach())
+            weighted = rows[place].sum() if place in rows else torch.zeros_like(found[0])
+            totals[place] = totals.get(place, 0) + torch.stack([found[0], weighted])
+        for place, total in totals.items():
+            self.batches[place] = self.batches.get(place, 0) + total.square()
         if rows:
             sums = torch.stack(list(rows.values()))
             self.products[tuple(rows)] = self.products.get(tuple(rows), 0) + sums @ sums.T
@@ -75,6 +83,7 @@ class Fingerprint:
             self,
             moments={place: sums.cpu() for place, sums in self.moments.items()},
             products={places: sums.cpu() for places, sums in self.products.items()},
+            batches={place: sums.cpu() for place, sums in self.batches.items()},
         )
 
     def agrees_with(self, other: "Fingerprint") -> bool:
@@ -94,6 +103,18 @@ class Fingerprint:
             if not (sums and near("passes", squares, scale, rounding=rounding, scale=scale)):
                 return False
         return all(self._has_products_of(other, places) for places in self.products.keys() & other.products.keys())
+
+    def is_cut_like(self, other: "Fingerprint") -> bool:
+        """Whether two passes have had the same batches, in any order, as far as sums tell it, up to rounding."""
+        rounding = torch.finfo(torch.float64).eps
+        for place in self.batches.keys() & other.batches.keys():
+            found, expected = self.batches[place], other.batches[place]
+            # Within batches, |Σx| ≤ √(n Σx²) and |Σp| ≤ √(rows Σx²): their rounding is relative to that.
+            most = torch.tensor([other.counts[place], other.examples]) * other.moments[place][1]
+            scale, floor = (expected * most).sqrt(), rounding * most
+            if not near("batches of passes", found, expected, rounding=rounding, scale=scale, floor=floor).all():
+                return False
+        return True
 
     def _has_products_of(self, other: "Fingerprint", places: tuple[str, ...]) -> bool:
         # Where padding is, weights depend on the order.
@@ -159,8 +180,13 @@ class Passes:
         self._count = 0
         self._warned = False
 
-    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Pass on the batches of one pass."""
+    def watch(self, batches: Iterator[Batch], cut_matters: str = "") -> Iterator[Batch]:
+        """Pass on the batches of one pass.
+
+        Args:
+            batches: The batches.
+            cut_matters: Why the loss depends on how the examples are cut into batches; empty if it does not.
+        """
         if self._warned:
             yield from batches
             return
@@ -174,12 +200,25 @@ class Passes:
         if self._first is None:
             self._first = found
         elif not found.agrees_with(self._first):
-            self._warned = True
-            warnings.warn(
-                f"Pass {self._count} over the loader has yielded other data than pass 1 (by {found.examples} and "
-                f"{self._first.examples} examples, and the sums of their numbers): what takes several passes, such as "
-                "products of an operator, their spectra or batch_norm='recalibrate', is then of no one function. Pass "
-                "a loader that yields the same examples every time, without random augmentation, sampling with "
-                "replacement, or shuffling with drop_last or max_batches; list(loader) is one.",
-                stacklevel=3,
+            self._warn(
+                f"yielded other data than pass 1 (by {found.examples} and {self._first.examples} examples, and the "
+                f"sums of their numbers): {_SEVERAL} Pass a loader that yields the same examples every time, without "
+                "random augmentation, sampling with replacement, or shuffling with drop_last or max_batches; "
+                "list(loader) is one."
             )
+        elif cut_matters and not found.is_cut_like(self._first):
+            self._warn(
+                f"cut the same examples into other batches than pass 1, and the loss depends on how they are cut, by "
+                f"{cut_matters}: {_SEVERAL} Pass a loader that yields the same batches every time, without shuffling; "
+                "list(loader) is one."
+            )
+
+    def _warn(self, said: str) -> None:
+        self._warned = True
+        warnings.warn(f"Pass {self._count} over the loader has {said}", stacklevel=4)
+
+
+_SEVERAL = (
+    "what takes several passes, such as products of an operator, their spectra or batch_norm='recalibrate', is then of "
+    "no one function."
+)

@@ -17,7 +17,7 @@ from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
 from lmc_curvature.objective.batches import Batch, place_data, to_device
 from lmc_curvature.objective.copies import Given
-from lmc_curvature.objective.dependence import refuse_changes
+from lmc_curvature.objective.dependence import copies_of, refuse_changes
 from lmc_curvature.objective.differentiable import one_function
 from lmc_curvature.objective.explanations import naming_what_has_no_derivative
 from lmc_curvature.objective.loaders import check_loader, loader_length, visit
@@ -287,6 +287,7 @@ class Objective(ObjectiveDisplay):
             )
         return self.network_loss.of_output
 
+    @outside_inference()
     def loss(self, state: State | None = None) -> float:
         """Mean loss over the data set at `state` (default: the snapshot), in one pass over the loader.
 
@@ -296,9 +297,8 @@ class Objective(ObjectiveDisplay):
             NonFiniteError: The loss of a batch is infinite or not a number.
         """
         kept = self._point(state)
-        if self.batch_norm == "recalibrate":
-            kept |= self.recalibrated([kept])[0]
-        point = {name: tensor.clone() for name, tensor in kept.items()}
+        kept |= self.recalibrated([kept])[0] if self.batch_norm == "recalibrate" else {}
+        point = copies_of(kept)
         with torch.no_grad(), self.measuring(), self.one_pass(progress=False) as batches:
             found = [(finite_loss(self.batch_loss(point, batch), batch), batch.weight) for batch in batches]
         refuse_changes(kept, point)

@@ -14,12 +14,12 @@ from lmc_curvature.objective.batches import Batch, tensors_in
 from lmc_curvature.objective.caches import check_caches
 from lmc_curvature.objective.copies import Given, check_copies
 from lmc_curvature.objective.cuts import warn_of_cuts, watch_cuts
-from lmc_curvature.objective.dependence import Dependence, refuse_changes
+from lmc_curvature.objective.dependence import Dependence, copies_of, refuse_changes
 from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, entries_of
-from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization
+from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, mixes_examples
 from lmc_curvature.objective.numerics import Numerics, outside_inference
 from lmc_curvature.objective.passes import Passes
 from lmc_curvature.objective.randomness import drawing_module
@@ -88,9 +88,11 @@ class Soundness:
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass on the batches of one pass; in the first complete one, each is looked at for how its loss is a mean.
 
-        Every further pass is compared with it.
+        Every further pass is compared with it, also in how it is cut where the loss depends on that.
         """
-        batches = self._passes.watch(batches)
+        mixes = mixes_examples(self.network_loss.network, self.normalization.statistics)
+        cause = "batch normalisation" if mixes else "loss_fn" if self.network_loss.is_cut else ""
+        batches = self._passes.watch(batches, cut_matters=cause)
         yield from batches if self._memo.get("cuts", False) else watch_cuts(self.network_loss, self.entries, batches)
         self._memo("cuts", lambda: True)
 
@@ -188,7 +190,7 @@ def check_soundness(
         LossError: The loss is not a real scalar.
     """
     # Copies: what is looked for may write into them.
-    constants = {name: tensor.detach().clone() for name, tensor in state.items()}
+    constants = copies_of(state)
     leaves = as_leaves({name: constants[name].clone() for name in movable})
     check_finite(constants, "the network")
     losses: list[Any] = []

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import ArchitectureMismatchError, UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.dependence import refuse_changes
+from lmc_curvature.objective.dependence import copies_of, refuse_changes
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.network import State, check_module, entries_of, movable_entries, skeleton_of
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, Statistics
@@ -68,7 +68,7 @@ def check_twin(
     own_loss = _own_loss(twin, network_loss, statistics)
     few = _few_examples(network_loss, state, batch, normalization, statistics)
     for owner, source, data in (("its own", entries, batch.data), ("model_a's", state, few)):
-        point = {name: source[name].clone() for name in moved}
+        point = copies_of({name: source[name] for name in moved})
         with torch.no_grad(), global_rng_preserved(), normalization.by(statistics):
             expected, output, _ = network_loss.at({**state, **point}, data)
             own, own_output = _evaluate(own_loss, {**entries, **point}, data, network_loss)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lmc_curvature.errors import OptionError, PartitionError, UnsupportedModelError, check_choice, counted
 from lmc_curvature.objective.network import check_finite, check_module, entries_of, movable_entries
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy
-from lmc_curvature.objective.numerics import outside_inference
+from lmc_curvature.objective.numerics import outside_inference, wide_dtype
 from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.plotting.summary import Display, Summary, some
 from lmc_curvature.segment.adapters import check_adapters
@@ -133,9 +133,12 @@ class Segment(Display):
         return all(torch.equal(tensor, self.end[name]) for name, tensor in self.start.items())
 
     def directions(self) -> dict[str, dict[str, Tensor]]:
-        """Layer name to the direction Δ_ℓ = P_ℓ (θ₂ − θ₁): a sparse state with that layer's entries only."""
+        """Layer name to the direction Δ_ℓ = P_ℓ (θ₂ − θ₁): a sparse state with that layer's entries only.
+
+        Of networks in half precision they are, like points between the ends, in single precision.
+        """
         return {
-            layer: {name: self.end[name] - self.start[name] for name in self.partition.entries(layer)}
+            layer: {name: _wide(self.end[name]) - _wide(self.start[name]) for name in self.partition.entries(layer)}
             for layer in self.layers
         }
 
@@ -185,8 +188,11 @@ class Segment(Display):
         state = dict(self.start)
         for layer, alpha in check_coordinates(alphas, self.layers).items():
             for name in self.partition.entries(layer):
+                first, second = self.start[name], self.end[name]
+                if 0 < alpha < 1:
+                    first, second = _wide(first), _wide(second)
                 # torch.lerp returns the end itself, bit for bit, at alpha = 1.
-                state[name] = torch.lerp(self.start[name], self.end[name], alpha)
+                state[name] = torch.lerp(first, second, alpha)
         return state
 
     def reversed(self) -> "Segment":
@@ -205,6 +211,11 @@ class Segment(Display):
         segment = copy.copy(self)
         segment.start, segment.end = start, end
         return segment
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    # What lies between two numbers of half precision would be rounded to one of them, or nearly so.
+    return tensor.to(wide_dtype(tensor.dtype))
 
 
 def check_coordinates(alphas: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,7 @@ from lmc_curvature.errors import OptionError, counted
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Statistics = Sequence[float]
+Statistics = Sequence[float] | float
 """A number a channel, or one for all."""
 
 Size = int | tuple[int, int]
@@ -32,7 +32,7 @@ def statistics(
     """
     expanded = []
     for option, values in {"mean": mean, "std": std}.items():
-        given = tuple(values)
+        given = tuple(values) if isinstance(values, Iterable) else (values,)
         if len(given) not in (1, channels):
             raise OptionError(
                 f"{option}={given} has {counted(len(given), 'number')}, and the images {counted(channels, 'channel')}: "

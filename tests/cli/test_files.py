@@ -112,6 +112,7 @@ def test_measure_estimates_statistics_on_the_data_given_for_it(run, paths):
         (["--layers", "conv", "--partition", "fused"], "--model on the command line"),
         (["--batch-norm", "recalibrate"], "give --model and --data"),
         (["--augmentation", "none"], "are for --batch-norm recalibrate"),
+        (["--batch-norm", "recalibrate", *MODEL, *DATA, "--mergekit", "m.yaml"], "running statistics included"),
         (["--mergekit", "pyproject.toml"], "--mergekit pyproject.toml exists already: pass --force"),
     ],
 )

@@ -40,6 +40,11 @@ def test_a_prediction_and_its_record_make_a_page(run, saved, tmp_path):
     words = ["lmc-curvature", "merge", "my a.pt", "b.pt", "--model", "resnet20", "--model-option", "width=4"]
     words += ["--model-option", "shortcut=identity", "--key", "ema", "--partition", "module"]
     assert picker["words"] == words
+    # What is frozen the command merge cannot be told.
+    provenance["options"]["frozen"] = ["norm"]
+    (tmp_path / "p.json").write_text(json.dumps({"provenance": provenance}))
+    run("report", saved, tmp_path / "p.json", "--out", tmp_path / "frozen.html")
+    assert _data(tmp_path / "frozen.html")["words"] is None
     assert picker["cube"]["batches"] is not None
     assert "ema" in out.read_text(encoding="utf-8").split('id="provenance"')[1]
 

@@ -21,6 +21,7 @@ from lmc_curvature.errors import (
     ArchitectureMismatchError,
     CheckpointError,
     NonFiniteError,
+    OptionError,
     PartitionError,
     UnsupportedModelError,
 )
@@ -327,6 +328,41 @@ def test_the_recipe_is_a_file_beside_the_network(tmp_path):
     found = yaml.safe_load((tmp_path / "m.yaml").read_text())
     assert [model["model"] for model in found["models"]] == [str(tmp_path / "a"), str(tmp_path / "b")]
     assert found["base_model"] == str(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("x", "a.safetensors", "b.safetensors"), "a.safetensors is not what mergekit reads from .*one.*and not there"),
+        (("one", "a.safetensors", "model.safetensors"), "which is model.safetensors: move it"),
+        (("one", "model.safetensors", "pytorch_model.bin"), "bin is not what .* which is model.safetensors"),
+        (("other", "a.safetensors", "model.safetensors"), "which is model.safetensors.index.json"),
+    ],
+)
+def test_checkpoints_that_mergekit_would_not_read_are_refused(tmp_path, names, said):
+    """Two files in one directory, of which it reads one at most."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for number, name in enumerate(names[1:]):
+        save_file({"w": torch.full((2,), float(number))}, folder / name)
+    if names[0] == "other":
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": "a.safetensors"}}))
+    plan = plan_merge(*(folder / name for name in names[1:]))
+    with pytest.raises(CheckpointError, match=said):
+        merge_checkpoints(plan, tmp_path / "m", mergekit=tmp_path / "m.yaml")
+    assert not (tmp_path / "m").exists()
+    assert not (tmp_path / "m.yaml").exists()
+
+
+def test_a_recipe_has_no_statistics_that_were_estimated_anew(tmp_path):
+    network = torch.nn.BatchNorm1d(2)
+    for name in "ab":
+        save_file(network.state_dict(), tmp_path / name)
+    plan = plan_merge(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(OptionError, match="averages running statistics"):
+        merge_checkpoints(plan, tmp_path / "m", mergekit=tmp_path / "m.yaml", recalibrated=network)
+    assert not (tmp_path / "m").exists()
 
 
 _PEAK = """

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from lmc_curvature import HessianOperator, Objective, measure_barrier
+from lmc_curvature import HessianOperator, Objective, measure_barrier, predict_barrier
 from lmc_curvature.objective.differentiable import one_function, plain_calls
 
 A = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -31,6 +31,16 @@ CALLS = {
     "linalg, matrix of two axes": lambda: torch.linalg.norm(A[0], 2),
     "linalg, vector": lambda: torch.linalg.norm(A[0, 0], 2),
     "linalg, axis": lambda: torch.linalg.norm(A, 2, -1, True),
+    "linalg, as in NumPy": lambda: torch.linalg.norm(a=A, axis=1, keepdims=True),
+    "linalg, by name": lambda: torch.linalg.norm(input=A, ord=1, dim=(0, 1)),
+    "vector, as in NumPy": lambda: torch.linalg.vector_norm(x=A, axis=(0, 2), keepdims=True),
+    "vector, by name": lambda: torch.linalg.vector_norm(input=A, dim=-1, out=torch.empty(4, 5).double()),
+    "matrix, by name": lambda: torch.linalg.matrix_norm(input=A),
+    "squares, by name": lambda: torch.square(input=A) + torch.square(x=A.norm(dim=-1, keepdim=True)),
+    "squares, elsewhere": lambda: torch.square(A.abs(), out=torch.empty_like(A)),
+    "powers, by name": lambda: torch.pow(input=A, exponent=2) + A.abs().pow(exponent=3),
+    "products, by name": lambda: torch.mul(input=A, other=A) + A.abs().mul(x2=B) + torch.multiply(x1=A, other=2),
+    "weight norm, by name": lambda: torch._weight_norm(v=A, g=B[:1, :1, :], dim=2),
     "vector": lambda: torch.linalg.vector_norm(A, dim=-1),
     "vector, wider": lambda: torch.linalg.vector_norm(A.float(), dim=(-1, 0), dtype=torch.float64),
     "vector, largest": lambda: torch.linalg.vector_norm(A, float("inf")),
@@ -41,6 +51,7 @@ CALLS = {
     "similarity": lambda: F.cosine_similarity(A, B),
     "similarity, broadcast": lambda: F.cosine_similarity(A, B[0], dim=-1, eps=2.0),
     "hard sigmoid": lambda: F.hardsigmoid(4 * A),
+    "hard sigmoid, in place": lambda: (lambda x: (F.hardsigmoid(x, inplace=True), x))(4 * A),
     "embedding": lambda: F.embedding(torch.tensor([[0, 3], [1, 0]]), A[0], padding_idx=0, scale_grad_by_freq=True),
 }
 
@@ -156,6 +167,15 @@ SQUARES = {
         lambda x: (torch.linalg.vector_norm(x, dim=1, keepdim=True).square() * _WEIGHTS).sum(),
         lambda x: ((x * x).sum(1, keepdim=True) * _WEIGHTS).sum(),
     ),
+    "by name": (
+        lambda x: torch.pow(input=torch.linalg.norm(x=x, axis=1, keepdims=True), exponent=2).sum(),
+        lambda x: (x * x).sum(),
+    ),
+    "square by name": (lambda x: torch.square(input=torch.linalg.vector_norm(input=x)), lambda x: (x * x).sum()),
+    "product by name": (
+        lambda x: (lambda n: torch.multiply(input=n, other=n))(torch.abs(input=x)).sum(),
+        lambda x: (x * x).sum(),
+    ),
     "product with itself": (lambda x: (lambda n: n * n)(torch.linalg.norm(x)), lambda x: (x * x).sum()),
     "square of a function": (
         lambda x: (x @ _WEIGHTS.T).norm(dim=-1).pow(2.0).sum(),
@@ -201,14 +221,71 @@ def test_powers_of_what_is_no_length_any_more_stay():
     x = torch.tensor([3.0, -4.0], dtype=torch.float64)
     with plain_calls():
         for change in (lambda x, n: x.zero_(), lambda x, n: n.add_(1.0)):
-            other = x.clone()
-            length = other.norm()
-            change(other, length)
-            assert length**2 == length.item() ** 2
+            for length_of in (torch.linalg.norm, lambda other: torch.linalg.vector_norm(x=other)):
+                other = x.clone()
+                length = length_of(other)
+                change(other, length)
+                assert length**2 == length.item() ** 2
         assert x.norm() ** 3 == 125
         assert x.norm(1) ** 2 == 49
         assert torch.pow(2.0, x.abs()).tolist() == [8, 16]
         assert (x.abs() * x).tolist() == [9, -16]
+
+
+def test_squared_distances_of_many_points_are_never_negative():
+    generator = torch.Generator().manual_seed(0)
+    points = 4 * torch.randn(3, 40, 8, generator=generator)
+    with plain_calls():
+        squares = torch.cdist(points, points).pow(2)
+        assert torch.equal(squares, squares.clamp_min(0))
+    # Rounding has a part in it: without the clamp some would be.
+    assert ((points.square().sum(-1)[..., None] + points.square().sum(-1)[:, None]) - 2 * points @ points.mT).min() < 0
+    exact = (points[:, :, None] - points[:, None]).square().sum(-1)
+    torch.testing.assert_close(squares, exact, rtol=1e-5, atol=1e-3)
+
+
+def test_squared_distances_that_are_zero_by_rounding_have_their_derivatives():
+    generator = torch.Generator().manual_seed(0)
+    points = 4 * torch.randn(40, 3, generator=generator, dtype=torch.float64)
+    weights = torch.rand(40, 40, generator=generator, dtype=torch.float64)
+
+    def distances(shift):
+        return (weights * (torch.cdist(points + shift, points).pow(2) + 0.5).sqrt()).sum()
+
+    def written_out(shift):
+        squares = (points[:, None] + shift - points).square().sum(-1)
+        return (weights * (squares + 0.5).sqrt()).sum()
+
+    zero = torch.zeros(3, dtype=torch.float64)
+    torch.testing.assert_close(_hessian(distances, zero), _hessian(written_out, zero), rtol=1e-9, atol=1e-9)
+
+
+class _InPlace(nn.Module):
+    """Uses a hard sigmoid for what it does to its argument."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        self.a, self.b, self.gate = nn.Linear(4, 6), nn.Linear(6, 3), nn.Hardsigmoid(inplace=inplace)
+
+    def forward(self, x):
+        hidden = self.a(x)
+        gated = self.gate(hidden)
+        return self.b(hidden if self.gate.inplace else gated)
+
+
+def test_a_hard_sigmoid_in_place_is_the_same_network():
+    torch.manual_seed(0)
+    plain, network = _InPlace(False).double(), _InPlace(True).double()
+    network.load_state_dict(plain.state_dict())
+    batches = [(torch.randn(9, 4).double(), torch.arange(9) % 3)]
+    found, expected = (HessianOperator(Objective(each, batches)).to_dense() for each in (network, plain))
+    torch.testing.assert_close(found, expected)
+    assert Objective(network, batches).loss() == pytest.approx(
+        F.cross_entropy(network(batches[0][0]), batches[0][1]).item(), rel=1e-12
+    )
+    other = _InPlace(True).double()
+    found, expected = (predict_barrier(each, other, batches).curve([0.0, 0.3, 1.0]) for each in (network, plain))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
 
 
 class _Encoder(nn.Module):

@@ -190,6 +190,39 @@ def test_inference_mode_around_changes_nothing():
             torch.testing.assert_close(value, expected[name], msg=lambda text, at=(way, name): f"{at}: {text}")
 
 
+def _first_batch(objective):
+    with objective.one_pass(progress=False) as batches:
+        return next(batches)
+
+
+# What an objective is asked for first, from itself and a state.
+FIRST_QUESTIONS = {
+    "loss": lambda objective, state: objective.loss(),
+    "loss at a state": lambda objective, state: objective.loss(state),
+    "gradient": lambda objective, state: objective.gradient(state)["0.weight"],
+    "batch loss": lambda objective, state: objective.batch_loss(objective.place(state), _first_batch(objective)),
+    "complete state": lambda objective, state: objective.batch_loss(objective.complete(state), _first_batch(objective)),
+    "output": lambda objective, state: objective.output_loss(
+        objective.output(objective.place(state), _first_batch(objective)), _first_batch(objective)
+    ),
+    "statistics": lambda objective, state: objective.recalibrated([objective.place(state)])[0]["2.running_mean"],
+}
+
+
+@pytest.mark.parametrize("ask", FIRST_QUESTIONS.values(), ids=FIRST_QUESTIONS)
+@pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
+def test_what_an_objective_is_asked_first_in_inference_mode_is_answered(ask, policy):
+    models, batches = _pair(), [(torch.randn(9, 4).double(), torch.arange(9) % 3)]
+    state = Segment(*models).point(0.5)
+    expected = ask(Objective(models[0], batches, batch_norm=policy), state)
+    outside = Objective(models[0], batches, batch_norm=policy)
+    with torch.inference_mode():
+        inside = Objective(models[0], batches, batch_norm=policy)
+        found = [ask(objective, {n: t.clone() for n, t in state.items()}) for objective in (inside, outside)]
+    for value in found:
+        torch.testing.assert_close(value, expected)
+
+
 def test_leaving_inference_mode_switches_no_gradients_on():
     x = torch.ones(2, requires_grad=True)
     with torch.no_grad(), outside_inference():

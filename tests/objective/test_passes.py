@@ -144,6 +144,86 @@ def test_the_two_passes_of_recalibration_are_compared():
             measure_barrier(a, b, loader, batch_norm=policy, progress=False)
 
 
+CUT = "Pass 2 over the loader has cut the same examples into other batches than pass 1"
+
+
+class Turning:
+    """The same batches in another order with every visit, and so their examples."""
+
+    def __init__(self):
+        self.visits = 0
+
+    def __iter__(self):
+        self.visits += 1
+        generator = torch.Generator().manual_seed(self.visits)
+        parts = X.split(12), Y.split(12)
+        for batch in torch.randperm(len(parts[0]), generator=generator).tolist():
+            rows = torch.randperm(len(parts[0][batch]), generator=generator)
+            yield tuple(part[batch][rows] for part in parts)
+
+
+def _normalized(**options):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, **options), nn.Linear(5, 3))
+
+
+def _contrastive(model, batch):
+    output = F.normalize(model(batch[0]), dim=1)
+    return F.cross_entropy(output @ output.T, torch.arange(len(output)))
+
+
+def _instances():
+    norm = nn.InstanceNorm1d(2, track_running_stats=True)
+    return nn.Sequential(nn.Unflatten(1, (2, 2)), norm, nn.Flatten(), nn.Linear(4, 3))
+
+
+# Of a network, options of its objective, and a loss that mixes examples.
+DEPENDS_ON_BATCHES = {
+    "batch": lambda loader: Objective(_normalized(), loader, batch_norm="batch"),
+    "recalibrate": lambda loader: Objective(_normalized(), loader, batch_norm="recalibrate"),
+    "no statistics": lambda loader: Objective(_normalized(track_running_stats=False), loader),
+    "a loss of batches": lambda loader: Objective(nn.Linear(4, 3), loader, loss_fn=BatchLoss(_contrastive)),
+}
+DOES_NOT = {
+    "interpolate": lambda loader: Objective(_normalized(), loader),
+    "no batch norm": lambda loader: Objective(nn.Linear(4, 3), loader, batch_norm="batch"),
+    "instance norm": lambda loader: Objective(_instances(), loader, batch_norm="batch"),
+}
+# What they say about one batch alone is another matter.
+OTHERWISE = "ignore:.*(statistics|depends on how the data are cut|could not be compared)"
+
+
+@pytest.mark.filterwarnings(OTHERWISE)
+@pytest.mark.parametrize("compute", COMPUTATIONS.values(), ids=COMPUTATIONS)
+@pytest.mark.parametrize("make", DEPENDS_ON_BATCHES.values(), ids=DEPENDS_ON_BATCHES)
+def test_the_same_data_in_other_batches_are_warned_of_where_batches_matter(make, compute):
+    said = rf"{CUT.replace('2', '[23]')}.*list\(loader\)"
+    with pytest.warns(UserWarning, match=said) as caught, contextlib.suppress(OperatorError):
+        compute(make(SAME["shuffled"]()))
+    assert sum(str(warning.message).startswith("Pass ") for warning in caught) == 1
+
+
+@pytest.mark.parametrize("loader", [Turning, SAME["shuffled by the global generator"], SAME["a list"]])
+@pytest.mark.parametrize("make", DEPENDS_ON_BATCHES.values(), ids=DEPENDS_ON_BATCHES)
+def test_the_same_batches_in_another_order_are_not(make, loader):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", OTHERWISE.removeprefix("ignore:"))
+        objective = make(loader())
+        for compute in COMPUTATIONS.values():
+            compute(objective)
+
+
+@pytest.mark.parametrize("make", DOES_NOT.values(), ids=DOES_NOT)
+def test_other_batches_do_not_matter_to_other_networks(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", OTHERWISE.removeprefix("ignore:"))
+        objective = make(SAME["shuffled"]())
+        for compute in COMPUTATIONS.values():
+            compute(objective)
+
+
 def test_passes_that_are_not_complete_do_not_count():
     objective = Objective(nn.Linear(4, 3), SAME["shuffled"]())
     with warnings.catch_warnings():
@@ -254,6 +334,21 @@ def test_places_of_numbers_are_told_where_sums_are_the_same(images, change):
         other = _fingerprint({**data, "x": change(images)[rows]}, 7)
         assert torch.allclose(other.moments["(MappingKey(key='x'),)"], first.moments["(MappingKey(key='x'),)"])
         assert not other.agrees_with(first)
+
+
+@pytest.mark.parametrize("images", [*IMAGES.values(), torch.eye(30), torch.ones(30, 5)], ids=[*IMAGES, "ones", "same"])
+def test_one_example_in_another_batch_is_told(images):
+    data = {"x": images, "y": torch.arange(30) % 4}
+    first = _fingerprint(data, 10)
+    order = torch.cat([10 * batch + torch.randperm(10, generator=GENERATOR) for batch in (2, 0, 1)])
+    assert _fingerprint({name: tensor[order] for name, tensor in data.items()}, 10).is_cut_like(first)
+    # The labels of both are the same.
+    exchanged = torch.arange(30)
+    exchanged[[4, 24]] = torch.tensor([24, 4])
+    other = _fingerprint({name: tensor[exchanged] for name, tensor in data.items()}, 10)
+    assert other.agrees_with(first)
+    assert other.is_cut_like(first) == images[4].equal(images[24])
+    assert not _fingerprint(data, 15).is_cut_like(first)
 
 
 @pytest.mark.parametrize("change", [lambda y: y.roll(1, 0), lambda y: y.flip(0)])

@@ -30,6 +30,17 @@ def _assert_same(found, expected, **tolerance):
     torch.testing.assert_close(found, expected, **{"rtol": 0, "atol": 0, **tolerance})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_lies_between_half_precision_is_not_rounded_to_it(dtype):
+    a, b = _networks(dtype)
+    segment, exact = Segment(a, b), Segment(copy.deepcopy(a).double(), copy.deepcopy(b).double())
+    tolerance = {"rtol": 1e-6, "atol": 1e-6, "check_dtype": False}
+    _assert_same(segment.point(0.3), exact.point(0.3), **tolerance)
+    _assert_same(segment.at({"conv1": 0.25, "fc": 1}), exact.at({"conv1": 0.25, "fc": 1}), **tolerance)
+    for layer, direction in segment.directions().items():
+        _assert_same(direction, exact.directions()[layer], **tolerance)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_ends_are_the_networks_bit_for_bit(dtype):
     a, b = _networks(dtype)

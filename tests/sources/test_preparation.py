@@ -67,6 +67,7 @@ def test_images_of_several_sizes_are_told_what_to_do(folder):
 
 def test_known_data_sets_take_statistics_too(monkeypatch):
     data = load_data("digits", "test", 20, mean=[0.5], std=[0.25])
+    assert load_data("digits", "test", 20, mean=0.5, std=0.25).fingerprint() == data.fingerprint()
     x, _ = next(iter(data.batches(20, order=torch.arange(20))))
     assert torch.allclose(x, (load_data("digits", "test", 20).images / 255 - 0.5) / 0.25, atol=1e-6)
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCIFAR10)

@@ -16,6 +16,7 @@ from lmc_curvature.curvature.sweep import state_near
 from lmc_curvature.errors import SweepError
 from lmc_curvature.objective.batches import Batch, map_tensors, tensors_in
 from lmc_curvature.objective.network import State
+from lmc_curvature.objective.normalization import mixes_examples
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,9 @@ class _Half:
 
 def is_mean_of_halves(problem: Problem, point: Point, batch: Batch) -> bool:
     """Whether the loss of a batch is the mean of its halves', at a state and near it."""
+    statistics = "running" if problem.objective.batch_norm == "interpolate" else "batch"
+    if mixes_examples(problem.objective.network, statistics):
+        return False
     try:
         halves = _halves(problem, batch)
         states = (point.state, state_near(problem, point))
@@ -77,4 +81,5 @@ def _is_mean(
         whole = objective.batch_loss(state, batch).item()
         losses = losses or [objective.batch_loss(state, half.batch).item() for half in halves]
     mean = sum(half.share * loss for half, loss in zip(halves, losses, strict=True))
-    return bool(near("captured values", mean, whole, rounding=objective.rounding, scale=max(1.0, abs(whole))))
+    # Not even a small loss: what rounding makes of one that all but vanishes is left to products.
+    return bool(near("captured values", mean, whole, rounding=objective.rounding, scale=abs(whole)))

@@ -19,6 +19,7 @@ from lmc_curvature.curvature.sweep import (
 )
 from lmc_curvature.errors import SweepError
 from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.numerics import largest_values
 
 
 def verify(
@@ -80,7 +81,9 @@ def _compare_values(
     rounding = problem.objective.rounding
     expected = evaluation.loss if compiled.loss is None else evaluation.output
     loss = evaluation.loss.item()
-    same_loss = near("captured values", values[0], loss, rounding=rounding, scale=max(1.0, abs(loss)))
+    # A small loss may be what is left of larger numbers that cancel, such as an output.
+    floor = 4 * rounding * largest_values([result.nan_to_num(0.0, 0.0, 0.0)]).item()
+    same_loss = near("captured values", values[0], loss, rounding=rounding, scale=abs(loss), floor=floor)
     if not (same_loss and all_near("captured values", result, expected, rounding=rounding)):
         raise SweepError(
             f"The captured graph does not give the network's {'output' if same_loss else 'loss'} on batch "

@@ -74,18 +74,19 @@ const picker = (() => {
 
   function commandText(x, alpha, base) {
     const names = shown.layers.filter((_, index) => x[index]);
-    if (!names.length) return "";
-    const words = [...(shown.words || ["lmc-curvature", "merge", "A.safetensors", "B.safetensors", "--model", "MODEL"])];
-    if (names.length < x.length) words.push("--layers", names.join(","), "--base", base);
+    const some = names.length < x.length;
+    if (!names.length || !shown.words || (some && !shown.partition)) return "";
+    const words = [...shown.words];
+    if (some) words.push(...shown.partition, "--layers", names.join(","), "--base", base);
     if (alpha !== 0.5) words.push("--alpha", String(alpha));
     return [...words, "--out", "merged.safetensors"].map(quoted).join(" ");
   }
 
   function pythonText(x, alpha, base) {
     const names = shown.layers.filter((_, index) => x[index]);
-    if (!names.length) return "";
-    const some = names.length < x.length ? `, layers=${JSON.stringify(names)}, base="${base}"` : "";
-    return `merge(model_a, model_b${some}${alpha === 0.5 ? "" : `, alpha=${alpha}`})`;
+    if (!names.length || shown.python === null) return "";
+    const alphas = names.map((name) => `${JSON.stringify(name)}: ${alpha}`).join(", ");
+    return `merge_predicted(prediction, {${alphas}}, model_a, model_b, base="${base}"${shown.python})`;
   }
 
   function curveChart(x, alpha, barrier) {
@@ -120,12 +121,16 @@ const picker = (() => {
     find("measured").textContent = measuredText(x, alpha);
     find("moved").textContent = movedText(x);
     for (const each of ["a", "b"]) document.querySelector(`[data-merge="${each}"]`).textContent = mergeText(x, alpha, each);
-    const command = commandText(x, alpha, base);
-    find("command").textContent = command || "Pick a layer: without one there is nothing to merge.";
-    find("python").textContent = pythonText(x, alpha, base);
-    find("python").parentElement.hidden = !command;
+    const command = commandText(x, alpha, base), python = pythonText(x, alpha, base);
+    const none = x.some(Boolean) ? shown.missing : "Pick a layer: without one there is nothing to merge.";
+    find("command").textContent = command || none;
+    find("python").textContent = python;
+    find("python").parentElement.hidden = !python;
     document.querySelector('[data-copy="command"]').disabled = !command;
-    find("command-hint").textContent = shown.words ? "" : "Put your files and your network for the words in capitals.";
+    find("command-hint").textContent = [
+      command && shown.generic ? "Put your files and your network for the words in capitals." : "",
+      python ? "In Python: from lmc_curvature.merging import merge_predicted, and prediction is the one of this page." : "",
+    ].join(" ").trim();
     find("copied").textContent = "";
     drawSoon();
   }

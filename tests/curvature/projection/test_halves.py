@@ -1,11 +1,12 @@
 """Claim: a batch that does not fit memory is swept in halves where its loss is the mean of theirs, and then exactly."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmc_curvature import BatchLoss, Objective
+from lmc_curvature import BatchLoss, Objective, project_hessian
 from lmc_curvature.curvature.projection import by_sweep
 from lmc_curvature.curvature.sweep.tiling import needs_of
 from lmc_curvature.errors import SweepError
@@ -119,6 +120,62 @@ def test_what_is_no_mean_is_not_cut(loss, monkeypatch):
     cut = _count_halves(monkeypatch)
     assert_sweep_agrees(objective, directions, memory_gib=_tight(objective, directions))
     assert not cut
+
+
+class _Normalized(_Model):
+    def __init__(self, **options):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(WIDTH, **options)
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.norm(self.first(x))))
+
+
+def _small(scale):
+    """A loss of another scale: its numbers are as small as targets and outputs, which are in proportion."""
+
+    def loss(model, batch):
+        return F.mse_loss(scale * model(batch["x"]), scale * torch.sin(3 * batch["x"])[:, :1].expand(-1, CLASSES))
+
+    return loss
+
+
+def _small_spread(model, batch):
+    return 1e-5 * model(batch["x"]).var(0).sum()
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "policy"),
+    [
+        (_Normalized, _small(1e-3), "batch"),
+        (_Normalized, _mean, "batch"),
+        (_Normalized, _small(1e-3), "recalibrate"),
+        (lambda: _Normalized(track_running_stats=False), _small(1e-3), "interpolate"),
+        (_Model, _small_spread, "interpolate"),
+    ],
+)
+def test_what_mixes_examples_is_not_cut_however_small_its_loss_is(model, loss, policy, monkeypatch):
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(9, 3), "y": torch.randint(CLASSES, (9,))}
+    objective = Objective(model(), [batch], loss_fn=BatchLoss(loss), batch_norm=policy)
+    directions = _directions(objective)
+    expected = project_hessian(objective, {}, directions, method="hvp")
+    swept(objective, directions)
+    cut = _count_halves(monkeypatch)
+    found = swept(objective, directions, memory_gib=_tight(objective, directions))
+    assert not cut
+    np.testing.assert_allclose(
+        found.curvature, expected.curvature, rtol=1e-3, atol=1e-5 * abs(expected.curvature).max()
+    )
+
+
+def test_a_mean_is_swept_in_halves_however_small_it_is(monkeypatch):
+    objective = _objective(_small(1e-4))
+    directions = _directions(objective)
+    swept(objective, directions)
+    cut = _count_halves(monkeypatch)
+    assert_sweep_agrees(objective, directions, memory_gib=_tight(objective, directions))
+    assert cut
 
 
 def test_a_later_batch_that_is_no_mean_is_refused():
