@@ -123,7 +123,7 @@ class ErrorWatch:
     """
 
     def __init__(self, objective: Objective, states: Sequence[State]):
-        self._objective, self._states = objective, states
+        self._objective, self._states = objective, [objective.place(state) for state in states]
         self._errors: list[Float[np.ndarray, " states"]] | None = [] if objective.has_output else None
         self._weights: list[float] = []
 
