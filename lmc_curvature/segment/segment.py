@@ -102,6 +102,8 @@ class Segment(Display):
         differ = sum(
             not torch.equal(*(own[name].detach().to(entries[0][name].device) for own in entries)) for name in others
         )
+        # Whether the floating-point type was asked for.
+        self._is_of_type = False
         self.notes = _notes(choices, base, len(others), differ) + ((EQUAL,) if self.is_point else ())
 
     def _summary(self) -> Summary:
@@ -135,10 +137,11 @@ class Segment(Display):
     def directions(self) -> dict[str, dict[str, Tensor]]:
         """Layer name to the direction Δ_ℓ = P_ℓ (θ₂ − θ₁): a sparse state with that layer's entries only.
 
-        Of networks in half precision they are, like points between the ends, in single precision.
+        Of networks in half precision they are, like points between the ends, in single precision, unless `to` was told
+        another type.
         """
         return {
-            layer: {name: _wide(self.end[name]) - _wide(self.start[name]) for name in self.partition.entries(layer)}
+            layer: {n: self._wide(self.end[n]) - self._wide(self.start[n]) for n in self.partition.entries(layer)}
             for layer in self.layers
         }
 
@@ -190,7 +193,7 @@ class Segment(Display):
             for name in self.partition.entries(layer):
                 first, second = self.start[name], self.end[name]
                 if 0 < alpha < 1:
-                    first, second = _wide(first), _wide(second)
+                    first, second = self._wide(first), self._wide(second)
                 # torch.lerp returns the end itself, bit for bit, at alpha = 1.
                 state[name] = torch.lerp(first, second, alpha)
         return state
@@ -205,17 +208,18 @@ class Segment(Display):
             {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
             for state in (self.start, self.end)
         )
-        return self._between(start, end)
+        segment = self._between(start, end)
+        segment._is_of_type = self._is_of_type or dtype is not None
+        return segment
+
+    def _wide(self, tensor: Tensor) -> Tensor:
+        # What lies between two numbers of half precision would be rounded to one of them, or nearly so.
+        return tensor if self._is_of_type else tensor.to(wide_dtype(tensor.dtype))
 
     def _between(self, start: dict[str, Tensor], end: dict[str, Tensor]) -> "Segment":
         segment = copy.copy(self)
         segment.start, segment.end = start, end
         return segment
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    # What lies between two numbers of half precision would be rounded to one of them, or nearly so.
-    return tensor.to(wide_dtype(tensor.dtype))
 
 
 def check_coordinates(alphas: Mapping[str, float], layers: Sequence[str]) -> dict[str, float]:
