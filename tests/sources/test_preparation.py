@@ -65,7 +65,8 @@ def test_images_of_several_sizes_are_told_what_to_do(folder):
         load_data(folder, progress=False)
 
 
-def test_known_data_sets_take_statistics_too(monkeypatch):
+def test_known_data_sets_take_statistics_too(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     data = load_data("digits", "test", 20, mean=[0.5], std=[0.25])
     assert load_data("digits", "test", 20, mean=0.5, std=0.25).fingerprint() == data.fingerprint()
     x, _ = next(iter(data.batches(20, order=torch.arange(20))))
