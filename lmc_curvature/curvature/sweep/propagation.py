@@ -93,6 +93,7 @@ def _push_rows(
     ]
     totals: list[Stack | None] = [None for _ in shares]
     sums: list[Any] = [0 for _ in shares]
+    sizes = list(sums)
     at_once = plan.rows_at_once(len(union(moved.values())))
     for start in range(0, tail.count, at_once):
         chosen = slice(start, min(start + at_once, tail.count))
@@ -108,10 +109,9 @@ def _push_rows(
         if outer[source] in moved:
             stack = moved[outer[source]]
             along[outer[source]] = Stack(stack.directions, stack.tensors[:, rows])
-        sums = [
-            before + at[node].detach().sum(dtype=torch.float64)
-            for before, node in zip(sums, tail.stage.outputs, strict=True)
-        ]
+        found = [at[node].detach().double() for node in tail.stage.outputs]
+        sums = [before + each.sum() for before, each in zip(sums, found, strict=True)]
+        sizes = [before + each.abs().sum() for before, each in zip(sizes, found, strict=True)]
         parts = push(plan.rows, at, along, adjoints_of(plan.rows, at, of_rows), contributions)
         for place, (part, share) in enumerate(zip(parts, shares, strict=True)):
             if part is not None:
@@ -122,7 +122,8 @@ def _push_rows(
     types = {value_of(node).dtype for node in tail.stage.operations if isinstance(value_of(node), Tensor)}
     rounding = max(torch.finfo(each).eps for each in types if each.is_floating_point)
     contributions.equal += [
-        (found * share, values[node], rounding) for found, share, node in zip(sums, shares, tail.exits, strict=True)
+        (each * share, values[node], size * abs(share), rounding)
+        for each, size, share, node in zip(sums, sizes, shares, tail.exits, strict=True)
     ]
     return dict(zip(tail.exits, totals, strict=True))
 

@@ -38,6 +38,9 @@ from lmc_curvature.errors import SweepError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.memo import Memo
 
+# What the mean of rows may be off in any case, in roundings of one operation.
+_ROUNDINGS = 30
+
 
 def sweep_batch(
     problem: Problem, compiled: CompiledBatch, point: Point, batch: Batch, *, once: bool = False
@@ -93,8 +96,8 @@ class _Parts:
     curvature: list[Contributions]
 
     @property
-    def equal(self) -> list[tuple[Tensor, Tensor, float]]:
-        """Pairs of numbers, after all others, that were computed on two ways, and their rounding."""
+    def equal(self) -> list[tuple[Tensor, Tensor, Tensor, float]]:
+        """Sums, after all other numbers, that were computed on two ways; see `Contributions`."""
         return [pair for contributions in self.curvature for pair in contributions.equal]
 
 
@@ -113,7 +116,7 @@ def _on_device(problem: Problem, compiled: CompiledBatch, point: Point, batch: B
         of_loss = push_loss(tangents, contributions)
         slopes.append(torch.zeros_like(loss).expand(len(group)) if of_loss is None else of_loss.spread(group))
     flat = [tensor for contributions in parts.curvature for tensor in contributions.flat()]
-    equal = [number.detach().reshape(1) for pair in parts.equal for number in pair[:2]]
+    equal = [number.detach().reshape(1) for pair in parts.equal for number in pair[:3]]
     return [torch.cat([loss.reshape(1), *slopes, *flat, *equal]).double(), result], parts
 
 
@@ -138,9 +141,10 @@ def _read(problem: Problem, numbers: Tensor, parts: _Parts) -> BatchValues:
     of_prelude, *groupwise = (each.assemble(take(each.count), count) for each in parts.curvature)
     for group, of_group in zip(parts.groups, groupwise, strict=True):
         curvature[np.ix_(group, group)] = of_group[np.ix_(group, group)]
-    for (found, whole), (_, _, rounding) in zip(remaining.reshape(-1, 2), parts.equal, strict=True):
+    for (found, whole, size), (*_, rounding) in zip(remaining.reshape(-1, 3), parts.equal, strict=True):
         rounding = max(rounding, problem.objective.rounding)
-        if not near("captured values", found, whole, rounding=rounding, scale=max(1.0, abs(whole))):
+        # Each row is rounded as the outputs are that it was made of, however small it is.
+        if not near("captured values", found, whole, rounding=rounding, scale=size, floor=_ROUNDINGS * rounding):
             raise SweepError(f"What follows the widest product is {found:.6g} in chunks of its rows, not {whole:.6g}.")
     return loss, slopes, curvature + of_prelude
 

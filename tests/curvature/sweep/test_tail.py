@@ -221,8 +221,9 @@ def test_where_rows_meet_all_are_swept_at_once(loss, monkeypatch):
 
 
 @pytest.mark.parametrize("forget", [lambda order: order.roll(1), lambda order: order.clamp_max(7)])
-def test_other_rows_in_chunks_are_noticed(forget, monkeypatch):
-    objective = _objective(_shifted, sizes=(4,))
+@pytest.mark.parametrize("factor", [1.0, 1e-9])
+def test_other_rows_in_chunks_are_noticed(forget, factor, monkeypatch):
+    objective = _objective(lambda *data: factor * _shifted(*data), sizes=(4,))
     directions = layer_directions(objective)
     swept(objective, directions)
     (compiled,) = compiled_batches(objective, directions)

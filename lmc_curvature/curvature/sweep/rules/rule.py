@@ -29,11 +29,12 @@ class Contributions:
 
     Attributes:
         parts: Rows, columns and what is added there.
-        equal: Pairs of numbers that were computed on two ways, and the rounding error of one operation there.
+        equal: Sums that were computed on two ways, the sums of their terms' sizes, and the rounding error of one
+            operation there.
     """
 
     parts: list[tuple[list[int], list[int], Tensor]] = field(default_factory=list)
-    equal: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    equal: list[tuple[Tensor, Tensor, Tensor, float]] = field(default_factory=list)
 
     def add(self, rows: Iterable[int], columns: Iterable[int], values: Float[Tensor, "rows columns"]) -> None:
         """Add to the entries of P in some rows and columns."""
