@@ -288,25 +288,26 @@ class Objective(ObjectiveDisplay):
         return self.network_loss.of_output
 
     @outside_inference()
-    def loss(self, state: State | None = None) -> float:
+    def loss(self, state: State | None = None, *, progress: bool | None = None) -> float:
         """Mean loss over the data set at `state` (default: the snapshot), in one pass over the loader.
 
-        Under `"recalibrate"` a pass that re-estimates the statistics goes first.
+        Under `"recalibrate"` a pass that re-estimates the statistics goes first. A progress bar is shown on a
+        terminal and in a notebook, unless `progress` says otherwise.
 
         Raises:
             NonFiniteError: The loss of a batch is infinite or not a number.
         """
         kept = self._point(state)
-        kept |= self.recalibrated([kept])[0] if self.batch_norm == "recalibrate" else {}
+        kept |= self.recalibrated([kept], progress=progress)[0] if self.batch_norm == "recalibrate" else {}
         point = copies_of(kept)
-        with torch.no_grad(), self.measuring(), self.one_pass(progress=False) as batches:
+        with torch.no_grad(), self.measuring(), self.one_pass(progress=progress, description="loss") as batches:
             found = [(finite_loss(self.batch_loss(point, batch), batch), batch.weight) for batch in batches]
         refuse_changes(kept, point)
         return float(weighted_mean(*np.array(found).T))
 
     @outside_inference()
-    def gradient(self, state: State | None = None) -> dict[str, Tensor]:
-        """Gradient of the mean loss at `state`: entry name to a tensor of the entry's shape and dtype.
+    def gradient(self, state: State | None = None, *, progress: bool | None = None) -> dict[str, Tensor]:
+        """Gradient of the mean loss at `state`: entry name to a tensor of its shape and type; progress as of `loss`.
 
         Raises:
             NonFiniteError: The loss of a batch or the gradient of an entry is infinite or not a number.
@@ -317,7 +318,7 @@ class Objective(ObjectiveDisplay):
         leaves = as_leaves({name: point[name] for name in self._movable})
         total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
         weight = 0.0
-        with self.one_pass(progress=False) as batches:
+        with self.one_pass(progress=progress, description="gradient") as batches:
             for batch in batches:
                 self.check_derivatives(point, batch, second=False)
                 with self.numerics.differentiating():
@@ -325,10 +326,8 @@ class Objective(ObjectiveDisplay):
                 finite_loss(loss, batch)
                 check_differentiable(loss)
                 with naming_what_has_no_derivative("differentiated"):
-                    gradients = torch.autograd.grad(
-                        loss, list(leaves.values()), allow_unused=True, materialize_grads=True
-                    )
-                for accumulated, gradient in zip(total.values(), gradients, strict=True):
+                    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+                for accumulated, gradient in zip(total.values(), found, strict=True):
                     accumulated.add_(gradient, alpha=batch.weight)
                 weight += batch.weight
         check_gradient(total)

@@ -207,9 +207,13 @@ def test_a_pass_shows_its_progress_only_when_asked(capsys):
     with objective.one_pass(progress=True, description="looking") as batches:
         assert len(list(batches)) == 3
     objective.recalibrated([{}], progress=True)
+    objective.loss(progress=True)
+    objective.gradient(progress=True)
     shown = capsys.readouterr().err
     assert "looking" in shown
     assert "recalibrating" in shown
+    assert "loss" in shown
+    assert "gradient" in shown
     assert "0/3" in shown
 
 
