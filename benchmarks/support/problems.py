@@ -97,7 +97,7 @@ class Problem:
     @cached_property
     def parameter_hessian(self) -> HessianOperator:
         """The Hessian in the parameters alone, in which other libraries differentiate."""
-        return HessianOperator(self.objective, layers="parameters", partition=parameters_only)
+        return HessianOperator(self.objective, statistics=False)
 
     @cached_property
     def gradient_peak(self) -> float:

@@ -1,6 +1,6 @@
 """The numbers that a callback records: barriers between a network and a reference, and eigenvalues of its Hessian."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -12,7 +12,6 @@ from lmc_curvature.curvature.operators import HessianOperator
 from lmc_curvature.curvature.spectra.eigenpairs import top_eigenpairs
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import LossFunction, Objective
-from lmc_curvature.objective.wrappers import unwrap
 
 Quantity = Literal["barrier", "predicted-barrier", "eigenvalues"]
 
@@ -82,14 +81,8 @@ def network_numbers(
     if "eigenvalues" in quantities:
         batch_norm = {name: value for name, value in options.items() if name in ("batch_norm", "device", "dtype")}
         objective = Objective(network, loader, loss_fn=loss_fn, max_batches=max_batches, **batch_norm)
-        hessian = HessianOperator(objective, layers="parameters", partition=_parameters_of(network))
+        hessian = HessianOperator(objective, statistics=False)
         values = top_eigenpairs(hessian, eigenvalues, progress=False).values.tolist()
         found |= {f"eigenvalue_{place}": value for place, value in enumerate(values, start=1)}
     # One batch alone has no spread.
     return {name: float(number) for name, number in found.items() if number == number}
-
-
-def _parameters_of(network: nn.Module) -> Callable[[str], str]:
-    """A partition of a network's entries into its parameters and its running statistics."""
-    names = {name for name, _ in unwrap(network).named_parameters(remove_duplicate=False)}
-    return lambda entry: "parameters" if entry in names else "statistics"

@@ -39,6 +39,7 @@ def hessian_operator(
     backend: Backend = "native",
     layers: Iterable[str] | str | None = None,
     partition: PartitionSpec = "fused",
+    statistics: bool = True,
 ) -> CurvatureOperator:
     """The Hessian as a linear operator whose products are computed by a backend.
 
@@ -50,6 +51,7 @@ def hessian_operator(
         backend: The library that computes products.
         layers: A layer, or a set of layers, along rows and columns; None for the whole network.
         partition: How the network is cut into layers; see `LayerPartition.of`.
+        statistics: Whether running statistics are coordinates, too; see `CurvatureOperator`.
 
     Raises:
         BackendError: The library is not installed; at the first product, it has another result than a native one.
@@ -60,10 +62,10 @@ def hessian_operator(
     """
     check_choice("backend", backend, BACKENDS)
     if backend == "native":
-        return HessianOperator(objective, state, layers=layers, partition=partition)
+        return HessianOperator(objective, state, layers=layers, partition=partition, statistics=statistics)
     load_peer(backend)
     curvature = Curvature("Hessian", _compared_batches(backend), native=False)
-    return CurvatureOperator(curvature, objective, state, layers=layers, partition=partition)
+    return CurvatureOperator(curvature, objective, state, layers=layers, partition=partition, statistics=statistics)
 
 
 def _compared_batches(backend: str) -> Callable[[Objective, State, Batch, Sequence[str]], PeerBatch]:

@@ -40,6 +40,7 @@ class GGNOperator(CurvatureOperator):
         *,
         layers: Iterable[str] | str | None = None,
         partition: PartitionSpec = "fused",
+        statistics: bool = True,
     ):
         if not objective.has_output:
             raise LossError(
@@ -48,4 +49,4 @@ class GGNOperator(CurvatureOperator):
                 "batches (x, y), or use HessianOperator."
             )
         curvature = Curvature("Gauss-Newton matrix", BatchGaussNewton)
-        super().__init__(curvature, objective, state, layers=layers, partition=partition)
+        super().__init__(curvature, objective, state, layers=layers, partition=partition, statistics=statistics)

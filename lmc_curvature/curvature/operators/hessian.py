@@ -38,5 +38,7 @@ class HessianOperator(CurvatureOperator):
         *,
         layers: Iterable[str] | str | None = None,
         partition: PartitionSpec = "fused",
+        statistics: bool = True,
     ):
-        super().__init__(Curvature("Hessian", _OF_BATCH), objective, state, layers=layers, partition=partition)
+        curvature = Curvature("Hessian", _OF_BATCH)
+        super().__init__(curvature, objective, state, layers=layers, partition=partition, statistics=statistics)

@@ -24,7 +24,7 @@ from lmc_curvature.curvature.products import (
     replayed_matrix,
 )
 from lmc_curvature.curvature.products.derivatives import all_finite
-from lmc_curvature.errors import DirectionError, NonFiniteError, OperatorError, check_memory
+from lmc_curvature.errors import DirectionError, NonFiniteError, OperatorError, check_flags, check_memory
 from lmc_curvature.objective.batches import Batch, to_device
 from lmc_curvature.objective.losses import finite_loss
 from lmc_curvature.objective.network import State, check_finite
@@ -64,7 +64,7 @@ class CurvatureOperator(Display):
     """A symmetric matrix of second derivatives over the entries of a state, or a block of it.
 
     The matrix is a mean over examples. A product visits the loader once, whatever the number of vectors: on each batch
-    they share the graph of its derivatives. Under `"interpolate"` the running statistics are among the coordinates.
+    they share the graph of its derivatives.
 
     Args:
         curvature: The kind of matrix.
@@ -73,6 +73,8 @@ class CurvatureOperator(Display):
         layers: A layer, or a set of layers, along the rows; None for the whole network.
         columns: A layer, or a set of layers, along the columns; None for those along the rows.
         partition: How the network is cut into layers; see `LayerPartition.of`.
+        statistics: Whether the running statistics, which a segment moves under `"interpolate"`, are coordinates, too.
+            Other tools differentiate in parameters alone.
 
     Attributes:
         curvature: The kind of matrix.
@@ -101,8 +103,10 @@ class CurvatureOperator(Display):
         layers: Iterable[str] | str | None = None,
         columns: Iterable[str] | str | None = None,
         partition: PartitionSpec = "fused",
+        statistics: bool = True,
     ):
-        self.curvature = curvature
+        check_flags(statistics=statistics)
+        self.curvature, self._statistics = curvature, statistics
         self.objective = objective
         self.device = objective.device
         self.point = {**objective.state(), **objective.place(state or {})}
@@ -133,6 +137,9 @@ class CurvatureOperator(Display):
 
     def _entries_of(self, layers: Iterable[str]) -> tuple[str, ...]:
         held = {entry for layer in layers for entry in self.partition.entries(layer)}
+        held -= (
+            set() if self._statistics else self.state.keys() - dict(self.objective.network.named_parameters()).keys()
+        )
         return tuple(name for name in self.state if name in held)
 
     def _tensors(self, entries: Iterable[str]) -> dict[str, Tensor]:
@@ -164,9 +171,8 @@ class CurvatureOperator(Display):
     def _block_of(
         self, curvature: Curvature, rows: Iterable[str] | str, columns: Iterable[str] | str | None
     ) -> "CurvatureOperator":
-        return CurvatureOperator(
-            curvature, self.objective, self.point, layers=rows, columns=columns, partition=self.partition
-        )
+        shared = {"partition": self.partition, "statistics": self._statistics}
+        return CurvatureOperator(curvature, self.objective, self.point, layers=rows, columns=columns, **shared)
 
     @overload
     def __matmul__(self, other: Tensor) -> Tensor: ...

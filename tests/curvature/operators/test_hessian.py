@@ -5,7 +5,10 @@ import functools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.sparse.linalg import eigsh
+from torch import nn
+from torch.func import functional_call
 
 from lmc_curvature import HessianOperator, Objective, Segment, project_hessian
 from lmc_curvature.errors import (
@@ -18,7 +21,7 @@ from lmc_curvature.errors import (
     UnsupportedModelError,
 )
 from tests.support.cases import CASES
-from tests.support.networks import OnceDifferentiable
+from tests.support.networks import OnceDifferentiable, randomized
 
 
 def _objective(name="LayerNorm and GELU", **options):
@@ -333,3 +336,30 @@ def test_long_calls_show_their_batches_if_asked_to(make, capsys):
     make(operator, progress=True)
     assert "Hessian: " in (shown := capsys.readouterr().err)
     assert "0/2" in shown
+
+
+def test_running_statistics_can_be_left_out():
+    network = randomized(nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)))
+    x, y = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(0)).double(), torch.arange(5) % 3
+    objective = Objective(network.double(), [(x, y)])
+    H, whole = HessianOperator(objective, statistics=False), HessianOperator(objective)
+    names = [name for name, _ in network.named_parameters()]
+    assert list(H.rows) == list(H.columns) == names
+    assert set(whole.rows) - set(names) == {"1.running_mean", "1.running_var"}
+
+    def loss(*tensors):
+        return F.cross_entropy(functional_call(network.eval(), dict(zip(names, tensors, strict=True)), (x,)), y)
+
+    parameters = tuple(parameter.detach() for parameter in network.parameters())
+    blocks = torch.autograd.functional.hessian(loss, parameters)
+    sizes = [parameter.numel() for parameter in parameters]
+    rows = [torch.cat([block.reshape(n, -1) for block in row], 1) for n, row in zip(sizes, blocks, strict=True)]
+    torch.testing.assert_close(H.to_dense(), torch.cat(rows), rtol=1e-9, atol=1e-11)
+    # Blocks are of the same coordinates.
+    (layer,) = {layer for layer in H.partition.names if "1.running_var" in H.partition.entries(layer)}
+    for block in (H.block(layer), H.block_diagonal(), H.block(layer).transposed()):
+        assert not {"1.running_mean", "1.running_var"} & {*block.rows, *block.columns}
+    dense = H.to_dense()
+    own = H.block(layer)
+    places = torch.cat([torch.arange(sum(sizes)).split(sizes)[names.index(name)] for name in own.rows])
+    torch.testing.assert_close(own.to_dense(), dense[places][:, places], rtol=1e-9, atol=1e-12)
