@@ -233,15 +233,15 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _base_of_square(input: Tensor) -> Any:
+def _base_of_square(input: Any) -> Any:
     return input
 
 
-def _base_of_power(input: Tensor, exponent: Any) -> Any:
+def _base_of_power(input: Any, exponent: Any) -> Any:
     return input if isinstance(exponent, (int, float)) and exponent == 2 else NotImplemented
 
 
-def _base_of_product(input: Tensor, other: Any) -> Any:
+def _base_of_product(input: Any, other: Any) -> Any:
     return input if other is input else NotImplemented
 
 
