@@ -7,6 +7,7 @@ from benchmarks.support.problems import image_problem
 from tests.support import benchmarking
 
 
+@pytest.mark.check
 def test_every_check_has_a_row(tmp_path):
     record = benchmarking.run("checks", tmp_path)
     rows = {row["check"]: row for row in benchmarking.rows(record, "checks")}

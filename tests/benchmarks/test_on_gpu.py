@@ -111,6 +111,7 @@ tests/test_a.py::test_one[x y]
     assert failed == ["tests/test_a.py::test_two"]
 
 
+@pytest.mark.check
 def test_tests_that_did_not_run_have_not_passed(tmp_path):
     run = dataclasses.replace(_run_of(tmp_path, 480.0), size={"tests": ("tests/nowhere.py",)})
     report = _overview()
