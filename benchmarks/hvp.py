@@ -15,7 +15,7 @@ from torch.func import grad, jvp, vjp
 
 from benchmarks.support import compilation, options, peers, timing
 from benchmarks.support.charts import draw_roads
-from benchmarks.support.problems import Problem, image_problem, parameters_only
+from benchmarks.support.problems import Problem, image_problem
 from benchmarks.support.report import Bar, Report, new_report, publish
 from benchmarks.support.roads import bar_against_fastest, eager_forward, relative_error, road_rows
 from lmc_curvature import HessianOperator
@@ -172,7 +172,7 @@ def _parameter_part(problem: Problem, vector: Tensor) -> Tensor:
     """The part of a vector over the state that belongs to parameters."""
     sizes = [tensor.numel() for tensor in problem.state.values()]
     parts = zip(problem.state, vector.split(sizes), strict=True)
-    return torch.cat([part for name, part in parts if parameters_only(name) == "parameters"])
+    return torch.cat([part for name, part in parts if name in problem.parameter_hessian.rows])
 
 
 def parameter_parts(problem: Problem, vectors: Tensor) -> Tensor:

@@ -207,11 +207,6 @@ class _Flat(nn.Module):
         return self.model(x).flatten(0, 1)
 
 
-def parameters_only(entry: str) -> str:
-    """Partition of a state into what peers differentiate, `"parameters"`, and running `"statistics"`."""
-    return "statistics" if entry.rpartition(".")[2] in ("running_mean", "running_var") else "parameters"
-
-
 def network_named(name: str, *, width: int = 16, classes: int = 10) -> nn.Module:
     """`"resnet18"` of torchvision, else `"resnet20"`, `"resnet56"`, … for small images, with projections."""
     if name == "resnet18":

@@ -36,7 +36,7 @@ def tracked_modules(model: nn.Module) -> Iterator[tuple[str, _NormBase]]:
             yield name, module
 
 
-def mixes_examples(model: nn.Module, statistics: Statistics) -> bool:
+def normalizes_by_batch(model: nn.Module, statistics: Statistics) -> bool:
     """Tell if a network normalises by the examples of a batch together, so that its loss depends on their cut."""
     modules = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     return any(statistics == "batch" or module.running_mean is None for module in modules)

@@ -19,7 +19,7 @@ from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, entries_of
-from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, mixes_examples
+from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, normalizes_by_batch
 from lmc_curvature.objective.numerics import Numerics, outside_inference
 from lmc_curvature.objective.passes import Passes
 from lmc_curvature.objective.randomness import drawing_module
@@ -90,7 +90,7 @@ class Soundness:
 
         Every further pass is compared with it, also in how it is cut where the loss depends on that.
         """
-        mixes = mixes_examples(self.network_loss.network, self.normalization.statistics)
+        mixes = normalizes_by_batch(self.network_loss.network, self.normalization.statistics)
         cause = "batch normalisation" if mixes else "loss_fn" if self.network_loss.is_cut else ""
         batches = self._passes.watch(batches, cut_matters=cause)
         yield from batches if self._memo.get("cuts", False) else watch_cuts(self.network_loss, self.entries, batches)

@@ -209,7 +209,7 @@ class Segment(Display):
             for state in (self.start, self.end)
         )
         segment = self._between(start, end)
-        segment._is_of_type = self._is_of_type or dtype is not None
+        segment._is_of_type |= dtype is not None
         return segment
 
     def _wide(self, tensor: Tensor) -> Tensor:

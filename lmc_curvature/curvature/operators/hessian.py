@@ -10,7 +10,7 @@ from lmc_curvature.objective.risk import Objective
 from lmc_curvature.segment.partition import PartitionSpec
 
 # Of products, the gradient is only on the way.
-_OF_BATCH = functools.partial(BatchGradient, sloped=False)
+_OF_BATCH = functools.partial(BatchGradient, with_slopes=False)
 
 
 class HessianOperator(CurvatureOperator):

@@ -32,13 +32,13 @@ class DifferentiableConvolutions(TorchFunctionMode):
 
     Attributes:
         is_linear: Whether the backward pass under way differentiates gradients in their slopes alone.
-        is_valued: Whether the gradients of the backward pass under way are asked for, or their derivatives alone.
+        wants_values: Whether the gradients of the backward pass under way are asked for, or their derivatives alone.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._left_out: set[int] = set()
-        self.is_linear, self.is_valued = False, True
+        self.is_linear, self.wants_values = False, True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _CONVOLUTIONS:
@@ -48,7 +48,9 @@ class DifferentiableConvolutions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     @contextlib.contextmanager
-    def backward(self, *, without: Iterable[Tensor] = (), linear: bool = False, valued: bool = True) -> Iterator[None]:
+    def backward(
+        self, *, without: Iterable[Tensor] = (), linear: bool = False, with_values: bool = True
+    ) -> Iterator[None]:
         """Within the block, backward passes leave derivatives out that they do not need.
 
         torch's own operations know which derivatives a pass needs; others know only which it could need.
@@ -57,14 +59,14 @@ class DifferentiableConvolutions(TorchFunctionMode):
             without: Leaves that no derivative is taken in.
             linear: Differentiate gradients in the slope that they were given, and in nothing else. That is enough for
                 the derivative of Jᵀu in the cotangent u, and as much work as a forward pass of tangents.
-            valued: Compute the gradients, and not only what differentiates them again: else those in the weights of
+            with_values: Compute the gradients, and not only what differentiates them again: else those in weights of
                 convolutions may be not-a-number.
         """
-        self._left_out, self.is_linear, self.is_valued = {id(weight) for weight in without}, linear, valued
+        self._left_out, self.is_linear, self.wants_values = {id(weight) for weight in without}, linear, with_values
         try:
             yield
         finally:
-            self._left_out, self.is_linear, self.is_valued = set(), False, True
+            self._left_out, self.is_linear, self.wants_values = set(), False, True
 
     def needs(self, weight: Tensor) -> bool:
         """Whether the backward pass under way needs a derivative in a weight."""
@@ -126,8 +128,8 @@ class _Convolution(torch.autograd.Function):
         x, w = ctx.saved_tensors
         for_w = for_w and ctx.mode.needs(w)
         # What follows the gradient in another tensor than an entry may compute with it.
-        valued = ctx.mode.is_valued or not w.is_leaf
-        in_x, in_w = _ConvolutionGradients.apply(slope, x, w, ctx.geometry, ctx.mode, for_x, for_w, valued)
+        with_values = ctx.mode.wants_values or not w.is_leaf
+        in_x, in_w = _ConvolutionGradients.apply(slope, x, w, ctx.geometry, ctx.mode, for_x, for_w, with_values)
         in_bias = slope.sum((0, *range(2, slope.ndim))) if for_bias else None
         return in_x, in_w, in_bias, None, None
 
@@ -142,10 +144,10 @@ class _ConvolutionGradients(torch.autograd.Function):
         mode: DifferentiableConvolutions,
         for_x: bool,
         for_w: bool,
-        valued: bool,
+        with_values: bool,
     ) -> tuple:
-        in_x, in_w = _gradients(slope, x, w, geometry, for_x, for_w and valued)
-        return in_x, w.new_full((), math.nan).expand_as(w) if for_w and not valued else in_w
+        in_x, in_w = _gradients(slope, x, w, geometry, for_x, for_w and with_values)
+        return in_x, w.new_full((), math.nan).expand_as(w) if for_w and not with_values else in_w
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:

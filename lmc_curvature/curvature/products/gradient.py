@@ -31,7 +31,7 @@ class BatchGradient:
         state: Where to differentiate, on the objective's device.
         batch: The examples.
         entries: Entries to differentiate in; by default all of the state.
-        sloped: Compute the gradient's values, too, for `slope`.
+        with_slopes: Compute the gradient's values, too, for `slope`.
 
     Attributes:
         loss: The batch's mean loss, a scalar tensor without graph.
@@ -49,9 +49,9 @@ class BatchGradient:
         batch: Batch,
         entries: Iterable[str] | None = None,
         *,
-        sloped: bool = True,
+        with_slopes: bool = True,
     ):
-        self._objective, self._sloped = objective, sloped
+        self._objective, self._with_slopes = objective, with_slopes
         self._leaves = as_leaves({name: state[name] for name in (state if entries is None else entries)})
         self._convolutions = DifferentiableConvolutions()
         with objective.numerics.differentiating():
@@ -60,7 +60,7 @@ class BatchGradient:
             # A few entries may well have no part in the loss.
             if len(self._leaves) >= len(objective.state()):
                 check_differentiable(loss)
-            with self._convolutions.backward(valued=sloped):
+            with self._convolutions.backward(with_values=with_slopes):
                 self._gradient = gradients([loss], self._leaves, create_graph=True)
         self._graph = loss
         self.loss = loss.detach()
@@ -91,8 +91,8 @@ class BatchGradient:
 
     def slope(self, direction: State) -> Float[Tensor, ""]:
         """⟨∇L, v⟩ for a direction v, if slopes were asked for."""
-        if not self._sloped:
-            raise ValueError("This gradient was made for products alone: pass sloped=True.")
+        if not self._with_slopes:
+            raise ValueError("This gradient was made for products alone: pass with_slopes=True.")
         return inner({name: tensor.detach() for name, tensor in self._gradient.items()}, direction)
 
     def at(self, values: Sequence[Tensor]) -> list[Tensor | None]:

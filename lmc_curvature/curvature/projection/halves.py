@@ -16,7 +16,7 @@ from lmc_curvature.curvature.sweep import state_near
 from lmc_curvature.errors import SweepError
 from lmc_curvature.objective.batches import Batch, map_tensors, tensors_in
 from lmc_curvature.objective.network import State
-from lmc_curvature.objective.normalization import mixes_examples
+from lmc_curvature.objective.normalization import normalizes_by_batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class _Half:
 def is_mean_of_halves(problem: Problem, point: Point, batch: Batch) -> bool:
     """Whether the loss of a batch is the mean of its halves', at a state and near it."""
     statistics = "running" if problem.objective.batch_norm == "interpolate" else "batch"
-    if mixes_examples(problem.objective.network, statistics):
+    if normalizes_by_batch(problem.objective.network, statistics):
         return False
     try:
         halves = _halves(problem, batch)

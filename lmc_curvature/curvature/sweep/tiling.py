@@ -27,8 +27,8 @@ def budget_bytes(device: torch.device, memory_gib: float | None, gradient: float
     """Bytes that values and tangents may take.
 
     By default half of what is free; on a CUDA device, where larger tiles are no faster and what is recorded stays
-    taken, no more than three gradients take, or a little. There a part is left to what is recorded besides: copies of
-    what comes in, and kernels' workspaces.
+    taken, no more than three gradients take, or 256 MiB. There a tenth of any budget is left to what is recorded
+    besides: copies of what comes in, and kernels' workspaces.
 
     Args:
         device: The device.

@@ -68,7 +68,8 @@ def test_products_need_no_value_of_a_gradient_in_weights():
     objective = Objective(network, [batch])
     state, direction = objective.state(), {n: torch.randn_like(t) for n, t in objective.state().items()}
     for_products, whole = (
-        BatchGradient(objective, state, Batch(0, 4, batch), list(state), sloped=sloped) for sloped in (False, True)
+        BatchGradient(objective, state, Batch(0, 4, batch), list(state), with_slopes=with_slopes)
+        for with_slopes in (False, True)
     )
     for name, product in whole.product(direction).items():
         torch.testing.assert_close(for_products.product(direction)[name], product, rtol=0, atol=0)
@@ -76,7 +77,7 @@ def test_products_need_no_value_of_a_gradient_in_weights():
     for name, product in for_products.product(direction).items():
         torch.testing.assert_close(product, (near[0][name] - near[1][name]) / 2e-5, rtol=1e-6, atol=1e-7)
     assert whole.slope(direction).isfinite()
-    with pytest.raises(ValueError, match="sloped=True"):
+    with pytest.raises(ValueError, match="with_slopes=True"):
         for_products.slope(direction)
 
 
