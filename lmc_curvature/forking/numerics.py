@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lmc_curvature.forking.configuration import Precision
+from lmc_curvature.objective.kernels import has_wrong_kernel
 
 
 @contextlib.contextmanager
@@ -29,13 +30,16 @@ def training_kernels(device: torch.device, precision: Precision) -> Iterator[Non
 
 
 def fastest_layout(model: nn.Module, precision: Precision) -> torch.memory_format:
-    """The layout of images in which a network is trained fastest on its device: channels-last, with two exceptions.
+    """The layout of images in which a network is trained fastest on its device: channels-last, with exceptions.
 
     On several threads of a CPU, torch's backward pass of batch normalisation takes four times longer on channels-last
-    images than on one. On a GPU channels-last is what tensor cores take, which do not compute in float32.
+    images than on one, and some convolutions have a wrong gradient (`has_wrong_kernel`). On a GPU channels-last is
+    what tensor cores take, which do not compute in float32.
     """
     if next(model.parameters()).device.type != "cpu":
         slower = precision == "float32"
     else:
-        slower = torch.get_num_threads() > 1 and any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        modules = list(model.modules())
+        slower = torch.get_num_threads() > 1 and any(isinstance(module, nn.BatchNorm2d) for module in modules)
+        slower = slower or any(map(has_wrong_kernel, modules))
     return torch.contiguous_format if slower else torch.channels_last

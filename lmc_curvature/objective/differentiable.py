@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lmc_curvature.objective.kernels import right_kernel
+
 
 @contextlib.contextmanager
 def plain_calls() -> Iterator[None]:
@@ -182,6 +184,19 @@ def _embedding(
     return torch.embedding(weight, input) if max_norm is None else NotImplemented
 
 
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    input, stride = right_kernel(input, weight, stride, padding)
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
 def _vector_norm(
     input: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None, out: Any = None
 ):
@@ -224,6 +239,7 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.hardsigmoid: _hardsigmoid,
     torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
     F.embedding: _embedding,
+    F.conv2d: _conv2d,
     torch.norm: _norm,
     Tensor.norm: _norm,
     torch.linalg.norm: _linalg_norm,

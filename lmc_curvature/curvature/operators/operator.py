@@ -193,9 +193,9 @@ class CurvatureOperator(Display):
             direction = {name: tensor.unsqueeze(0) for name, tensor in placed.items()}
             return self.unflatten(self._products(direction, 1)[0], self.rows)
         if not isinstance(other, Tensor) or other.ndim not in (1, 2) or other.shape[0] != self.shape[1]:
-            found = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
+            found = f"shape {tuple(other.shape)}" if isinstance(other, Tensor) else f"type {type(other).__name__}"
             raise DirectionError(
-                f"Got an operand of shape {found}; expected ({self.shape[1]},) or ({self.shape[1]}, k)."
+                f"Got an operand of {found}; expected a tensor of shape ({self.shape[1]},) or ({self.shape[1]}, k)."
             )
         if not other.is_floating_point():
             raise DirectionError(f"Got an operand of type {other.dtype}; expected real floating-point numbers.")

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lmc_curvature.objective.kernels import right_kernel
+
 _CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 # A rectifier in place keeps torch's own derivatives.
 _RECTIFIERS = (F.relu, torch.relu, Tensor.relu)
@@ -85,6 +87,7 @@ def _convolve(
     groups: int = 1,
 ) -> Tensor:
     dimensions = _CONVOLUTIONS[func]
+    input, stride = right_kernel(input, weight, stride, padding)
     fits = input.ndim == weight.ndim == dimensions + 2 and input.dtype == weight.dtype and not isinstance(padding, str)
     if not (fits and _is_plain(input)):
         return func(input, weight, bias, stride, padding, dilation, groups)
