@@ -174,7 +174,8 @@ def test_the_selection_says_what_is_predicted_of_it():
         batches = np.mean([prediction.batch_losses(point) for point in points], axis=0) - ends
         assert batches.mean() == pytest.approx(found.rise, abs=1e-12)
         assert found.standard_error == pytest.approx(float(standard_error(batches, np.ones(3))))
-        assert found.expansion_error > 0
+        # The middle of all layers is an anchor, where nothing is expanded.
+        assert members.all() or found.expansion_error > 0
         assert found.weight == prediction.parameters[members].sum()
         assert found.share == pytest.approx(found.weight / prediction.parameters.sum())
         text = str(found)

@@ -192,7 +192,7 @@ def test_what_has_no_hessian_is_refused_as_by_ourselves(peer):
 
 
 def test_bad_input_is_refused_as_by_ourselves(peer):
-    with pytest.raises(DirectionError, match=r"shape \(7,\); expected \(90,\)"):
+    with pytest.raises(DirectionError, match=r"shape \(7,\); expected a tensor of shape \(90,\)"):
         hessian_operator(_objective(), backend=peer) @ torch.ones(7)
     case = CASES["tied weights"]
     batches = case.batches()
