@@ -166,7 +166,8 @@ def test_the_better_base_is_chosen():
 def test_the_selection_says_what_is_predicted_of_it():
     prediction = random_prediction(6, 1)
     for base in ("a", "b", "mean"):
-        found = select_layers(prediction, 1.5, base=base)
+        # All six would be at an anchor, where nothing is expanded.
+        found = select_layers(prediction, 0.02, base=base)
         members = np.array([name in found.members for name in prediction.layers])
         assert found.rise == pytest.approx(rise_of(prediction, members, base), abs=1e-12)
         points = {"a": [members / 2], "b": [1 - members / 2], "mean": [members / 2, 1 - members / 2]}[base]
@@ -174,8 +175,7 @@ def test_the_selection_says_what_is_predicted_of_it():
         batches = np.mean([prediction.batch_losses(point) for point in points], axis=0) - ends
         assert batches.mean() == pytest.approx(found.rise, abs=1e-12)
         assert found.standard_error == pytest.approx(float(standard_error(batches, np.ones(3))))
-        # The middle of all layers is an anchor, where nothing is expanded.
-        assert members.all() or found.expansion_error > 0
+        assert found.expansion_error > 0
         assert found.weight == prediction.parameters[members].sum()
         assert found.share == pytest.approx(found.weight / prediction.parameters.sum())
         text = str(found)
