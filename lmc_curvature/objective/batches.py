@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -117,9 +117,23 @@ def fields_of(data: Any) -> dict[str, Any]:
 
 def tensors_in(data: Any) -> list[Tensor]:
     """All tensors in nested mappings, lists, tuples, dataclasses and namespaces, in their order."""
-    tensors: list[Tensor] = []
-    map_tensors(tensors.append, data)
-    return tensors
+    return [tensor for _, tensor in _places_in(data)]
+
+
+def form_of(data: Any) -> tuple[Any, ...]:
+    """The place, type and number of axes of every tensor in data, in their order: the same for data of one form."""
+    return tuple((place, tensor.dtype, tensor.ndim) for place, tensor in _places_in(data))
+
+
+def _places_in(data: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    if isinstance(data, Tensor):
+        yield place, data
+        return
+    parts = (
+        enumerate(data) if isinstance(data, (list, tuple)) else data if isinstance(data, Mapping) else fields_of(data)
+    )
+    for key, value in parts.items() if isinstance(parts, Mapping) else parts:
+        yield from _places_in(value, (*place, key))
 
 
 def first_rows(data: Any, examples: int, count: int) -> tuple[Any, int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc_curvature.agreement import near
-from lmc_curvature.objective.batches import Batch, are_of_examples, map_tensors, tensors_in
+from lmc_curvature.objective.batches import Batch, are_of_examples, form_of, map_tensors, tensors_in
 from lmc_curvature.objective.losses import BatchLoss, NetworkLoss
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.normalization import tracked_modules
@@ -160,6 +160,8 @@ def _watch_batch(network_loss: NetworkLoss, sight: Sight, batch: Batch) -> None:
 
 def _compare_with_first(network_loss: NetworkLoss, sight: Sight, rows: list[int], target: Any, batch: Batch) -> str:
     """Compare the loss of the first examples and those of a batch with the losses of both."""
+    if form_of(sight.target) != form_of(target):
+        return ""
     output = _rows(sight.output, sight.examples, [*range(sight.examples), *rows])
     joined = _joined(sight.target, target, sight.examples, batch.size)
     return _compare_on(network_loss, output, joined, sight.examples + batch.size, batch.index, joined=sight.examples)
@@ -248,6 +250,7 @@ def _compare_with_network(network_loss: NetworkLoss, state: State, batch: Batch,
             return ""
         raise ValueError("its tensors do not all have one row for each example")
     data, halves = batch.data, _halves(size, batch.index, 2)
+    first = first if first is not None and form_of(first.data) == form_of(batch.data) else None
     if first is not None:
         before = _leading(first) if of_batch else first.size
         few, others = min(before, FEW), min(size, FEW)

@@ -22,13 +22,14 @@ from lmc_curvature.objective.batches import (
     count_examples,
     describe,
     first_rows,
+    form_of,
     map_tensors,
     tensors_in,
     to_device,
 )
 from lmc_curvature.objective.classification import ClassLoss, check_weights, torch_function
 from lmc_curvature.objective.explanations import batch_loss_error, loss_error, network_error, translate_errors
-from lmc_curvature.objective.sight import FEW, Sight, see
+from lmc_curvature.objective.sight import FEW, Sight, check_form, see
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class NetworkLoss(nn.Module):
         class_loss: The loss, if it is cross-entropy or its like.
         classes: The number of classes, once a batch has been evaluated that tells it.
         sight: What is seen within any other loss, once the first batch is counted.
+        sights: What is seen within it in batches of other forms, by their form.
         is_cut: Whether it was warned of that the value depends on how the data are cut into batches.
     """
 
@@ -81,6 +83,7 @@ class NetworkLoss(nn.Module):
         self.class_loss = ClassLoss.of(loss_fn)
         self.classes: int | None = None
         self.sight: Sight | None = None
+        self.sights: dict[Any, Sight] = {}
         self.is_cut = False
 
     def forward(self, data: Any, index: int = 0) -> tuple[Any, Any, Any]:
@@ -123,22 +126,40 @@ class NetworkLoss(nn.Module):
         """
         return functional_call(self, {f"network.{name}": tensor for name, tensor in state.items()}, (data, index))
 
-    def look(self, state: Mapping[str, Tensor], data: Any, examples: int, place: Callable[[Tensor], Tensor]) -> None:
-        """See what a loss that is a function calls, on the first examples of a batch; only once.
+    def look(
+        self,
+        state: Mapping[str, Tensor],
+        data: Any,
+        examples: int,
+        place: Callable[[Tensor], Tensor],
+        index: int = 0,
+    ) -> None:
+        """See what a loss that is a function calls, on the first examples of the first batch of each form.
 
         Args:
             state: Entries of the network.
             data: Data of the batch, as the loader yields them.
             examples: Their number.
             place: Brings a tensor to the state's device.
+            index: Place of the batch in the loader, for errors.
 
         Raises:
-            LossError: It calls cross-entropy with class weights by whose sum nothing can be divided.
+            LossError: It calls cross-entropy with class weights by whose sum nothing can be divided; or it is seen to
+                be a mean that weighs batches, and not so in a batch of this form.
         """
-        if self.sight is None and self.class_loss is None:
-            self.sight = Sight()
+        form = form_of(self._targets_in(data))
+        if self.class_loss is not None or form in self.sights:
+            return
+        self.sights[form] = Sight()
+        # Where the first batch does not tell, all batches weigh by their examples.
+        if self.sight is None or self.sight.class_loss is not None:
             few, number = first_rows(data, examples, FEW)
-            self.sight = self.sight_of(state, map_tensors(place, few), number)
+            self.sights[form] = self.sight_of(state, map_tensors(place, few), number)
+        self.sight = self.sight or self.sights[form]
+        check_form(self.sight, self.sights[form], index)
+
+    def _targets_in(self, data: Any) -> Any:
+        return data if isinstance(self.loss_fn, BatchLoss) else data[1]
 
     def sight_of(self, state: Mapping[str, Tensor], data: Any, examples: int) -> Sight:
         """What is seen within the loss of so many examples, whose data are on the state's device.
@@ -148,7 +169,7 @@ class NetworkLoss(nn.Module):
         """
         # Copies: what is looked for may write into them.
         data, state = map_tensors(torch.clone, data), {name: t.detach().clone() for name, t in state.items()}
-        return see(lambda: self.at(state, data), data if isinstance(self.loss_fn, BatchLoss) else data[1], examples)
+        return see(lambda: self.at(state, data), self._targets_in(data), examples)
 
     def count(
         self, data: Any, index: int, *, state: Mapping[str, Tensor] | None = None, place: Any = None
@@ -170,11 +191,12 @@ class NetworkLoss(nn.Module):
             return _sizes(self.loss_fn.size(data), data, index)
         examples = count_examples(data, index, any_form=of_batch)
         if state is not None:
-            self.look(state, data, examples, place)
+            self.look(state, data, examples, place, index)
         if self.sight is not None and self.sight.class_loss is not None:
-            tensors = data if of_batch else data[1]
-            labels = self.sight.labels_in(tensors)
-            return examples, _weight(self.sight.class_loss, labels, self.sight.classes, index)
+            targets = self._targets_in(data)
+            sight = self.sights.get(form_of(targets), self.sight)
+            if sight.class_loss is not None:
+                return examples, _weight(sight.class_loss, sight.labels_in(targets), sight.classes, index)
         if of_batch:
             check_first_axes(data, index)
         if self.class_loss is None or not isinstance(data[1], Tensor):

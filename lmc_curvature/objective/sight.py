@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmc_curvature.errors import LossError
 from lmc_curvature.objective.batches import tensors_in
 from lmc_curvature.objective.calls import LossCalls, only_call
 from lmc_curvature.objective.classification import ClassLoss
@@ -75,3 +76,18 @@ def see(evaluate: Callable[[], tuple[Any, Any, Any]], tensors: Any, examples: in
     # As many classes as examples: the examples may be the classes, as in a contrastive loss.
     classes = shape[1] if len(shape) > 1 and shape[0] != shape[1] else None
     return dataclasses.replace(sight, class_loss=class_loss, root=call.root, classes=classes)
+
+
+def check_form(first: Sight, other: Sight, index: int) -> None:
+    """Check that batches of another form than the first are weighed by the same loss.
+
+    Raises:
+        LossError: Their loss is another.
+    """
+    if first.class_loss is None or not other.examples or other.class_loss is not None:
+        return
+    raise LossError(
+        f"Batch {index} holds other tensors than the first batch does. The first one's loss is a mean of cross-entropy, "
+        "which tells what batches weigh; this one's is no such mean over labels of the batch. Pass "
+        "BatchLoss(fn, size=…), where size(batch) is what fn divides by."
+    )

@@ -1,0 +1,100 @@
+"""Batches of one loader that hold different tensors weigh by the same labels."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lmc_curvature import BatchLoss, Objective
+from lmc_curvature.errors import LossError
+
+COUNTS = (4, 9, 6, 3)
+
+
+class Reader(nn.Module):
+    """Reads tokens, of which a mask may leave some out."""
+
+    def __init__(self, outputs=3, *, each=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head, self.each = nn.Embedding(20, 4), nn.Linear(4, outputs), each
+
+    def forward(self, ids, mask=None):
+        hidden = self.embedding(ids).tanh()
+        if self.each:
+            return self.head(hidden)
+        mask = torch.ones(ids.shape) if mask is None else mask
+        return self.head((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+def _batches(*, first_with=False):
+    generator = torch.Generator().manual_seed(0)
+    for index, count in enumerate(COUNTS):
+        ids, labels = (torch.randint(high, (count, *more), generator=generator) for high, more in ((20, (5,)), (3, ())))
+        mask = (torch.rand(count, 5, generator=generator) > 0.4).float()
+        mask[:, 0] = 1.0
+        yield ids, labels, mask if (index % 2 == 0) == first_with else None
+
+
+def _none(ids, labels, mask):
+    return {"ids": ids, "mask": mask, "labels": labels}
+
+
+def _absent(ids, labels, mask):
+    return {"ids": ids, "labels": labels} if mask is None else {"mask": mask, "ids": ids, "labels": labels}
+
+
+def _fields(ids, labels, mask):
+    return SimpleNamespace(mask=mask, ids=ids, labels=labels)
+
+
+def _tuples(ids, labels, mask):
+    return (ids, labels) if mask is None else (ids, mask, labels)
+
+
+def _parts(batch):
+    if isinstance(batch, dict):
+        return batch["ids"], batch.get("mask"), batch["labels"]
+    if isinstance(batch, tuple):
+        return batch[0], batch[1] if len(batch) > 2 else None, batch[-1]
+    return batch.ids, batch.mask, batch.labels
+
+
+@pytest.mark.parametrize("first_with", [True, False])
+@pytest.mark.parametrize("form", [_none, _absent, _fields, _tuples])
+def test_labels_are_found_wherever_they_are(form, first_with):
+    def loss(network, batch):
+        ids, mask, labels = _parts(batch)
+        return F.cross_entropy(network(ids, mask), labels)
+
+    network, parts = Reader(), list(_batches(first_with=first_with))
+    objective = Objective(network, [form(*part) for part in parts], loss_fn=BatchLoss(loss))
+    total = sum(F.cross_entropy(network(ids, mask), labels, reduction="sum") for ids, labels, mask in parts)
+    assert objective.loss() == pytest.approx(total.item() / sum(COUNTS), rel=1e-6)
+
+
+def test_targets_may_come_with_something_beside_them():
+    # Half of the batches count by class indices, which are among other numbers.
+    parts = list(_batches())
+    loader = [
+        (ids, {"labels": labels} if mask is None else {"noise": mask, "labels": labels}) for ids, labels, mask in parts
+    ]
+    network = Reader()
+    objective = Objective(network, loader, loss_fn=lambda output, target: F.cross_entropy(output, target["labels"]))
+    total = sum(F.cross_entropy(network(ids), labels, reduction="sum") for ids, labels, _ in parts)
+    assert objective.loss() == pytest.approx(total.item() / sum(COUNTS), rel=1e-6)
+
+
+def test_another_loss_of_another_form_is_refused():
+    def loss(network, batch):
+        outputs = network(batch["ids"])
+        if "mask" not in batch:
+            return F.cross_entropy(outputs[:, 0], batch["labels"])
+        tokens = F.cross_entropy(outputs.mT, batch["ids"] % 3, reduction="none")
+        return (tokens * batch["mask"]).sum() / batch["mask"].sum()
+
+    loader = [_absent(*part) for part in _batches()]
+    with pytest.raises(LossError, match=r"Batch 1 holds other tensors.*BatchLoss\(fn, size=…\)"):
+        Objective(Reader(each=True), loader, loss_fn=BatchLoss(loss)).loss()
