@@ -87,7 +87,7 @@ def check_form(first: Sight, other: Sight, index: int) -> None:
     if first.class_loss is None or not other.examples or other.class_loss is not None:
         return
     raise LossError(
-        f"Batch {index} holds other tensors than the first batch does. The first one's loss is a mean of cross-entropy, "
+        f"Batch {index} holds other tensors than the first batch does. The first one's loss is a mean cross-entropy, "
         "which tells what batches weigh; this one's is no such mean over labels of the batch. Pass "
         "BatchLoss(fn, size=…), where size(batch) is what fn divides by."
     )
