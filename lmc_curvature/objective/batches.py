@@ -125,15 +125,24 @@ def form_of(data: Any) -> tuple[Any, ...]:
     return tuple((place, tensor.dtype, tensor.ndim) for place, tensor in _places_in(data))
 
 
-def _places_in(data: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    if isinstance(data, Tensor):
+def values_in(data: Any) -> tuple[Any, ...]:
+    """The plain values beside the tensors in data (numbers, texts), with their places."""
+    return tuple((place, value) for place, value in _places_in(data, kinds=(bool, int, float, complex, str, bytes)))
+
+
+def _places_in(
+    data: Any, place: tuple[Any, ...] = (), kinds: tuple[type, ...] = (Tensor,)
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(data, kinds):
         yield place, data
         return
     parts = (
-        enumerate(data) if isinstance(data, (list, tuple)) else data if isinstance(data, Mapping) else fields_of(data)
+        enumerate(data)
+        if isinstance(data, (list, tuple))
+        else (data if isinstance(data, Mapping) else fields_of(data)).items()
     )
-    for key, value in parts.items() if isinstance(parts, Mapping) else parts:
-        yield from _places_in(value, (*place, key))
+    for key, value in parts:
+        yield from _places_in(value, (*place, key), kinds)
 
 
 def first_rows(data: Any, examples: int, count: int) -> tuple[Any, int]:

@@ -96,6 +96,14 @@ class ClassLoss:
         labels = self.labels(target)
         return float(labels.numel()) if self.weights is None else float(self.weights[labels.cpu()].sum())
 
+    def weighs_as(self, other: "ClassLoss") -> bool:
+        """Tell if another loss divides by the same, whatever the targets."""
+        if self.weights is None or other.weights is None:
+            same = self.weights is other.weights
+        else:
+            same = torch.equal(self.weights, other.weights)
+        return same and self.ignore_index == other.ignore_index
+
     def check_labels(self, target: Tensor, classes: int, index: int, *, of: str = "the network's output") -> None:
         """Refuse class indices that are none of the classes of the network's output, or of something else.
 

@@ -22,14 +22,13 @@ from lmc_curvature.objective.batches import (
     count_examples,
     describe,
     first_rows,
-    form_of,
     map_tensors,
     tensors_in,
     to_device,
 )
 from lmc_curvature.objective.classification import ClassLoss, check_weights, torch_function
 from lmc_curvature.objective.explanations import batch_loss_error, loss_error, network_error, translate_errors
-from lmc_curvature.objective.sight import FEW, Sight, check_form, see
+from lmc_curvature.objective.sight import FEW, Sight, Sights, see
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,7 @@ class NetworkLoss(nn.Module):
     Attributes:
         class_loss: The loss, if it is cross-entropy or its like.
         classes: The number of classes, once a batch has been evaluated that tells it.
-        sight: What is seen within any other loss, once the first batch is counted.
-        sights: What is seen within it in batches of other forms, by their form.
+        sights: What is seen within any other loss, once batches are counted.
         is_cut: Whether it was warned of that the value depends on how the data are cut into batches.
     """
 
@@ -82,8 +80,7 @@ class NetworkLoss(nn.Module):
         self.loss_fn = loss_fn
         self.class_loss = ClassLoss.of(loss_fn)
         self.classes: int | None = None
-        self.sight: Sight | None = None
-        self.sights: dict[Any, Sight] = {}
+        self.sights = Sights()
         self.is_cut = False
 
     def forward(self, data: Any, index: int = 0) -> tuple[Any, Any, Any]:
@@ -126,37 +123,10 @@ class NetworkLoss(nn.Module):
         """
         return functional_call(self, {f"network.{name}": tensor for name, tensor in state.items()}, (data, index))
 
-    def look(
-        self,
-        state: Mapping[str, Tensor],
-        data: Any,
-        examples: int,
-        place: Callable[[Tensor], Tensor],
-        index: int = 0,
-    ) -> None:
-        """See what a loss that is a function calls, on the first examples of the first batch of each form.
-
-        Args:
-            state: Entries of the network.
-            data: Data of the batch, as the loader yields them.
-            examples: Their number.
-            place: Brings a tensor to the state's device.
-            index: Place of the batch in the loader, for errors.
-
-        Raises:
-            LossError: It calls cross-entropy with class weights by whose sum nothing can be divided; or it is seen to
-                be a mean that weighs batches, and not so in a batch of this form.
-        """
-        form = form_of(self._targets_in(data))
-        if self.class_loss is not None or form in self.sights:
-            return
-        self.sights[form] = Sight()
-        # Where the first batch does not tell, all batches weigh by their examples.
-        if self.sight is None or self.sight.class_loss is not None:
-            few, number = first_rows(data, examples, FEW)
-            self.sights[form] = self.sight_of(state, map_tensors(place, few), number)
-        self.sight = self.sight or self.sights[form]
-        check_form(self.sight, self.sights[form], index)
+    @property
+    def sight(self) -> Sight | None:
+        """What is seen within a loss that is a function in the first batch, once it is counted."""
+        return self.sights.first
 
     def _targets_in(self, data: Any) -> Any:
         return data if isinstance(self.loss_fn, BatchLoss) else data[1]
@@ -190,11 +160,16 @@ class NetworkLoss(nn.Module):
         if isinstance(self.loss_fn, BatchLoss) and self.loss_fn.size is not None:
             return _sizes(self.loss_fn.size(data), data, index)
         examples = count_examples(data, index, any_form=of_batch)
-        if state is not None:
-            self.look(state, data, examples, place, index)
+        if state is not None and self.class_loss is None:
+
+            def look() -> Sight:
+                few, number = first_rows(data, examples, FEW)
+                return self.sight_of(state, map_tensors(place, few), number)
+
+            self.sights.look(look, self._targets_in(data), index)
         if self.sight is not None and self.sight.class_loss is not None:
             targets = self._targets_in(data)
-            sight = self.sights.get(form_of(targets), self.sight)
+            sight = self.sights.of(targets)
             if sight.class_loss is not None:
                 return examples, _weight(sight.class_loss, sight.labels_in(targets), sight.classes, index)
         if of_batch:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmc_curvature.errors import LossError
-from lmc_curvature.objective.batches import tensors_in
+from lmc_curvature.objective.batches import form_of, tensors_in, values_in
 from lmc_curvature.objective.calls import LossCalls, only_call
 from lmc_curvature.objective.classification import ClassLoss
 
@@ -78,16 +78,60 @@ def see(evaluate: Callable[[], tuple[Any, Any, Any]], tensors: Any, examples: in
     return dataclasses.replace(sight, class_loss=class_loss, root=call.root, classes=classes)
 
 
-def check_form(first: Sight, other: Sight, index: int) -> None:
-    """Check that batches of another form than the first are weighed by the same loss.
+class Sights:
+    """What is seen within a loss in the batches of a loader, by their form: which tensors and plain values they hold.
 
-    Raises:
-        LossError: Their loss is another.
+    Attributes:
+        first: What is seen in the first batch; None before that.
     """
-    if first.class_loss is None or not other.examples or other.class_loss is not None:
+
+    def __init__(self) -> None:
+        self.first: Sight | None = None
+        self._by_form: dict[int, Sight] = {}
+        self._looked_at: set[int] = set()
+
+    def of(self, targets: Any) -> Sight:
+        """What is seen in batches of the form of one, by its target or, for a `BatchLoss`, by its data."""
+        return self._by_form.get(_form_of(targets), self.first or Sight())
+
+    def look(self, see: Callable[[], Sight], targets: Any, index: int) -> None:
+        """Look into the loss of a batch that is the first of its form, or in the place 1, 2, 4, 8, and so on.
+
+        Args:
+            see: Looks.
+            targets: Its target or, for a `BatchLoss`, its data.
+            index: Its place in the loader.
+
+        Raises:
+            LossError: Its loss is not the mean that an earlier batch weighs by.
+        """
+        form = _form_of(targets)
+        before = self._by_form.get(form)
+        if before is not None and (index.bit_count() != 1 or index in self._looked_at):
+            return
+        self._looked_at.add(index)
+        # Where the first batch does not tell, all batches weigh by their examples.
+        sight = see() if self.first is None or self.first.class_loss is not None else self.first
+        self.first = self.first or sight
+        _check(before or self.first, sight, index, is_form=before is not None)
+        self._by_form[form] = before or sight
+
+
+def _form_of(targets: Any) -> int:
+    return hash((form_of(targets), values_in(targets)))
+
+
+def _check(before: Sight, found: Sight, index: int, *, is_form: bool) -> None:
+    # Where the loss fails, it says so itself when the whole batch is evaluated.
+    if before.class_loss is None or not found.examples:
+        return
+    if found.class_loss is None:
+        what = "is no such mean over labels of the batch"
+    elif is_form and not (found.root == before.root and found.class_loss.weighs_as(before.class_loss)):
+        what = "has other labels, weights of classes or an `ignore_index` of its own"
+    else:
         return
     raise LossError(
-        f"Batch {index} holds other tensors than the first batch does. The first one's loss is a mean cross-entropy, "
-        "which tells what batches weigh; this one's is no such mean over labels of the batch. Pass "
-        "BatchLoss(fn, size=…), where size(batch) is what fn divides by."
+        f"The loss of an earlier batch is a mean cross-entropy, which tells what batches weigh. That of batch {index} "
+        f"{what}. Pass BatchLoss(fn, size=…), where size(batch) is what fn divides by."
     )

@@ -96,5 +96,50 @@ def test_another_loss_of_another_form_is_refused():
         return (tokens * batch["mask"]).sum() / batch["mask"].sum()
 
     loader = [_absent(*part) for part in _batches()]
-    with pytest.raises(LossError, match=r"Batch 1 holds other tensors.*BatchLoss\(fn, size=…\)"):
+    with pytest.raises(LossError, match=r"That of batch 1 is no such mean.*BatchLoss\(fn, size=…\)"):
         Objective(Reader(each=True), loader, loss_fn=BatchLoss(loss)).loss()
+
+
+WEIGHTS = {"a": torch.tensor([1.0, 1.0, 1.0]), "b": torch.tensor([0.05, 0.1, 0.2])}
+
+
+@pytest.mark.parametrize("of_batch", [True, False])
+def test_tasks_weigh_classes_each_in_their_way(of_batch):
+    parts = [(ids, labels, "ab"[index // 2]) for index, (ids, labels, _) in enumerate(_batches())]
+    network = Reader()
+    if of_batch:
+        loader = [{"ids": ids, "labels": labels, "task": task} for ids, labels, task in parts]
+        loss = BatchLoss(lambda net, q: F.cross_entropy(net(q["ids"]), q["labels"], weight=WEIGHTS[q["task"]]))
+    else:
+        loader = [(ids, (labels, task)) for ids, labels, task in parts]
+
+        def loss(output, target):
+            return F.cross_entropy(output, target[0], weight=WEIGHTS[target[1]])
+
+    total = sum(
+        F.cross_entropy(network(ids), labels, weight=WEIGHTS[task], reduction="sum") for ids, labels, task in parts
+    )
+    weight = sum(WEIGHTS[task][labels].sum() for _, labels, task in parts)
+    assert Objective(network, loader, loss_fn=loss).loss() == pytest.approx((total / weight).item(), rel=1e-6)
+
+
+def test_tasks_have_classes_each_of_their_own():
+    heads = nn.ModuleDict({"few": Reader(3), "many": Reader(7)})
+    loader = [
+        {"ids": ids, "labels": labels + (4 if index % 2 else 0), "task": "many" if index % 2 else "few"}
+        for index, (ids, labels, _) in enumerate(_batches())
+    ]
+    objective = Objective(
+        heads, loader, loss_fn=BatchLoss(lambda net, q: F.cross_entropy(net[q["task"]](q["ids"]), q["labels"]))
+    )
+    total = sum(F.cross_entropy(heads[q["task"]](q["ids"]), q["labels"], reduction="sum") for q in loader)
+    assert objective.loss() == pytest.approx(total.item() / sum(COUNTS), rel=1e-6)
+
+
+def test_weights_that_every_batch_makes_itself_are_refused():
+    def balanced(output, target):
+        return F.cross_entropy(output, target, weight=1 / target.bincount(minlength=3).clamp_min(1))
+
+    loader = [(ids, labels) for ids, labels, _ in _batches()]
+    with pytest.raises(LossError, match=r"That of batch 1 has other labels, weights of classes"):
+        Objective(Reader(), loader, loss_fn=balanced).loss()
