@@ -145,6 +145,32 @@ def _places_in(
         yield from _places_in(value, (*place, key), kinds)
 
 
+def lengths_of_lists(data: Any, place: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
+    """How many tensors each list or tuple in data holds, by its place: of those whose tensors are of one kind."""
+    if isinstance(data, Tensor):
+        return {}
+    is_list = isinstance(data, (list, tuple))
+    if is_list and data and all(isinstance(each, Tensor) for each in data):
+        return {place: len(data)} if len({(each.dtype, each.ndim) for each in data}) == 1 else {}
+    parts = enumerate(data) if is_list else (data if isinstance(data, Mapping) else fields_of(data)).items()
+    return {key: length for name, part in parts for key, length in lengths_of_lists(part, (*place, name)).items()}
+
+
+def check_lengths_of_lists(data: Any, first: Mapping[tuple[Any, ...], int], index: int) -> None:
+    """Refuse a batch whose lists hold more or fewer tensors than in the first: each may be an example then.
+
+    Raises:
+        LoaderError: Says how many there are.
+    """
+    for place, length in lengths_of_lists(data).items():
+        if length != first.get(place, length):
+            raise LoaderError(
+                f"Batch {index} of the loader is {describe(data)}, in which a list holds {length} tensors; the first "
+                f"batch's held {first[place]}. If each is an example, their rows do not count them. Pass "
+                "loss_fn=BatchLoss(fn, size=...) with size(batch) -> what fn(model, batch) divides by."
+            )
+
+
 def first_rows(data: Any, examples: int, count: int) -> tuple[Any, int]:
     """A batch of the first examples alone, and their number; the whole batch where a tensor in it has other rows.
 

@@ -18,10 +18,12 @@ from lmc_curvature.errors import LossError, NonFiniteError, counted
 from lmc_curvature.objective.batches import (
     Batch,
     check_first_axes,
+    check_lengths_of_lists,
     check_size,
     count_examples,
     describe,
     first_rows,
+    lengths_of_lists,
     map_tensors,
     tensors_in,
     to_device,
@@ -81,6 +83,7 @@ class NetworkLoss(nn.Module):
         self.class_loss = ClassLoss.of(loss_fn)
         self.classes: int | None = None
         self.sights = Sights()
+        self._lists: Mapping[tuple[Any, ...], int] | None = None
         self.is_cut = False
 
     def forward(self, data: Any, index: int = 0) -> tuple[Any, Any, Any]:
@@ -174,6 +177,8 @@ class NetworkLoss(nn.Module):
                 return examples, _weight(sight.class_loss, sight.labels_in(targets), sight.classes, index)
         if of_batch:
             check_first_axes(data, index)
+        self._lists = lengths_of_lists(data) if self._lists is None else self._lists
+        check_lengths_of_lists(data, self._lists, index)
         if self.class_loss is None or not isinstance(data[1], Tensor):
             return examples, float(examples)
         return examples, _weight(self.class_loss, data[1], self.classes, index)

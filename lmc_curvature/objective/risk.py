@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
-from lmc_curvature.objective.batches import Batch, place_data, to_device
+from lmc_curvature.objective.batches import Batch, map_tensors, place_data, to_device
 from lmc_curvature.objective.copies import Given
 from lmc_curvature.objective.dependence import copies_of, refuse_changes
 from lmc_curvature.objective.differentiable import one_function
@@ -267,7 +267,7 @@ class Objective(ObjectiveDisplay):
             LossError: The loss is a `BatchLoss`, which calls the network itself.
         """
         self._loss_of_output()
-        return functional_call(self.network, {**self._entries, **state}, (batch.data[0],))
+        return functional_call(self.network, {**self._entries, **state}, (map_tensors(torch.clone, batch.data[0]),))
 
     def output_loss(self, output: Any, batch: Batch) -> Float[Tensor, ""]:
         """Mean loss of a network output over a batch: `batch_loss` is `output_loss(output(state, batch), batch)`.

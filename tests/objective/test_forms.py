@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import BatchLoss, Objective
-from lmc_curvature.errors import LossError
+from lmc_curvature.errors import LoaderError, LossError
 
 COUNTS = (4, 9, 6, 3)
 
@@ -143,3 +143,46 @@ def test_weights_that_every_batch_makes_itself_are_refused():
     loader = [(ids, labels) for ids, labels, _ in _batches()]
     with pytest.raises(LossError, match=r"That of batch 1 has other labels, weights of classes"):
         Objective(Reader(), loader, loss_fn=balanced).loss()
+
+
+def _each(network, images, targets):
+    return torch.stack([F.mse_loss(network(x), y) for x, y in zip(images, targets, strict=True)]).mean()
+
+
+LISTS = {
+    "pairs of tuples": (
+        lambda x, y: (tuple(x), tuple(y)),
+        BatchLoss(lambda net, q: _each(net, *q)),
+        lambda q: len(q[0]),
+    ),
+    "lists by name": (
+        lambda x, y: {"x": x, "y": y},
+        BatchLoss(lambda net, q: _each(net, q["x"], q["y"])),
+        lambda q: len(q["x"]),
+    ),
+    "a list of all": (
+        lambda x, y: [torch.stack(pair) for pair in zip(x, y, strict=True)],
+        BatchLoss(lambda net, q: _each(net, [each[0] for each in q], [each[1] for each in q])),
+        len,
+    ),
+}
+
+
+@pytest.mark.parametrize(("form", "loss", "size"), list(LISTS.values()), ids=list(LISTS))
+def test_lists_of_examples_are_counted_by_nobody_else(form, loss, size):
+    generator = torch.Generator().manual_seed(0)
+    parts = [[torch.randn(count, 6, 2, generator=generator) * (1 + count) for _ in range(2)] for count in (4, 4, 2)]
+    loader = [form(*([*each] for each in pair)) for pair in parts]
+    torch.manual_seed(0)
+    network = nn.Linear(2, 2)
+    with pytest.raises(
+        LoaderError, match=r"Batch 2 .* a list holds 2 tensors; .* held 4.*BatchLoss\(fn, size=\.\.\.\)"
+    ):
+        Objective(network, loader, loss_fn=loss).loss()
+    x, y = (torch.cat([pair[place] for pair in parts]) for place in range(2))
+    sized = BatchLoss(loss.fn, size=size)
+    assert Objective(network, loader, loss_fn=sized).loss() == pytest.approx(F.mse_loss(network(x), y).item(), rel=1e-6)
+    # As many each time: they weigh the same, whatever they count for.
+    assert Objective(network, loader[:2], loss_fn=loss).loss() == pytest.approx(
+        F.mse_loss(network(x[:8]), y[:8]).item(), rel=1e-6
+    )
