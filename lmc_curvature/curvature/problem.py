@@ -133,7 +133,7 @@ def _place_direction(objective: Objective, label: str | int, direction: State) -
         placed = objective.place(direction)
     except DirectionError as error:
         raise DirectionError(f"Direction {label!r}: {error}") from error
-    fixed = placed.keys() - objective.state().keys()
+    fixed = placed.keys() - objective.snapshot.keys()
     if fixed:
         raise DirectionError(
             f"Direction {label!r} moves {min(fixed)!r}, which is not part of the state under "

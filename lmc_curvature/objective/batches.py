@@ -120,14 +120,18 @@ def tensors_in(data: Any) -> list[Tensor]:
     return [tensor for _, tensor in _places_in(data)]
 
 
-def form_of(data: Any) -> tuple[Any, ...]:
-    """The place, type and number of axes of every tensor in data, in their order: the same for data of one form."""
-    return tuple((place, tensor.dtype, tensor.ndim) for place, tensor in _places_in(data))
+def form_of(data: Any) -> int:
+    """A number that is the same for data of one form.
 
-
-def values_in(data: Any) -> tuple[Any, ...]:
-    """The plain values beside the tensors in data (numbers, texts), with their places."""
-    return tuple((place, value) for place, value in _places_in(data, kinds=(bool, int, float, complex, str, bytes)))
+    They hold tensors of the same types and numbers of axes, and the same plain values (numbers, texts), in the same
+    places.
+    """
+    kinds = (Tensor, bool, int, float, complex, str, bytes)
+    parts = (
+        (place, part.dtype, part.ndim) if isinstance(part, Tensor) else (place, part)
+        for place, part in _places_in(data, kinds=kinds)
+    )
+    return hash(tuple(parts))
 
 
 def _places_in(

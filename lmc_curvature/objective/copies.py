@@ -16,9 +16,9 @@ from lmc_curvature.agreement import near
 from lmc_curvature.errors import LMCCurvatureError, UnsupportedModelError
 from lmc_curvature.objective.batches import Batch, tensors_in
 from lmc_curvature.objective.caches import LEAST_EXAMPLES, rounding_floor, shifted_state
-from lmc_curvature.objective.dependence import Dependence, copies_of, refuse_changes
+from lmc_curvature.objective.dependence import Dependence, refuse_changes
 from lmc_curvature.objective.losses import LossFunction, NetworkLoss
-from lmc_curvature.objective.network import State, skeleton_of
+from lmc_curvature.objective.network import State, copies_of, skeleton_of
 from lmc_curvature.objective.normalization import Normalization
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.wrappers import unwrap

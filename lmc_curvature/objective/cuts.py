@@ -221,8 +221,7 @@ def _compare_on(
 
     def evaluate(chosen: list[int]) -> tuple[Tensor, float]:
         part = _rows(target, size, chosen)
-        sight = network_loss.sight
-        weight = float(len(chosen)) if sight is None else sight.weight_of(part, len(chosen))
+        weight = network_loss.sights.of(part).weight_of(part, len(chosen))
         return network_loss.of_output(_rows(output, size, chosen), part), weight
 
     halves = _halves(size, index, 3) if joined is None else [_parts(size, joined)]

@@ -56,12 +56,6 @@ class Dependence(TorchDispatchMode):
         return found
 
 
-def copies_of(state: State) -> dict[str, Tensor]:
-    """Copies of a state's tensors that nothing has written into, for `refuse_changes`."""
-    # By its version, the copy of a tensor made in inference mode was written into.
-    return {name: tensor.detach().clone().data for name, tensor in state.items()}
-
-
 def refuse_changes(before: State, after: State) -> None:
     """Refuse a network that has changed entries while it was evaluated, with or without autograd's knowledge.
 

@@ -137,6 +137,12 @@ def check_gradient(gradient: State) -> None:
     check_finite(gradient, "the gradient", question)
 
 
+def copies_of(state: State) -> dict[str, Tensor]:
+    """Copies of a state's tensors that nothing has written into."""
+    # By its version, the copy of a tensor made in inference mode was written into.
+    return {name: tensor.detach().clone().data for name, tensor in state.items()}
+
+
 def check_entries(state: State, entries: State, movable: Collection[str]) -> None:
     """Refuse a state or direction that does not fit a network.
 

@@ -17,7 +17,7 @@ from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
 from lmc_curvature.objective.batches import Batch, map_tensors, place_data, to_device
 from lmc_curvature.objective.copies import Given
-from lmc_curvature.objective.dependence import copies_of, refuse_changes
+from lmc_curvature.objective.dependence import refuse_changes
 from lmc_curvature.objective.differentiable import one_function
 from lmc_curvature.objective.explanations import naming_what_has_no_derivative
 from lmc_curvature.objective.loaders import check_loader, loader_length, visit
@@ -41,6 +41,7 @@ from lmc_curvature.objective.network import (
     check_module,
     choose_device,
     choose_dtype,
+    copies_of,
     entries_of,
     movable_entries,
     placed_entries,
@@ -87,9 +88,8 @@ class Objective(ObjectiveDisplay):
             has with the same entries (see `check_twin`).
 
     Attributes:
-        network, network_loss: The network's structure, and with its loss; their values come from a state.
-        loss_fn: The loss, a copy if it is a module.
-        device, dtype: Where, and in which floating-point type, it computes.
+        network, network_loss, snapshot: The network's structure, the same with its loss, and what `state()` copies.
+        loss_fn, device, dtype: The loss, a copy if it is a module; where, and in which type, it computes.
         numerics: The precision and the kernels it computes with: derivatives within `numerics.differentiating()`.
         memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
         replays: Calls functions of tensors, and replays them on a CUDA device.
@@ -139,6 +139,7 @@ class Objective(ObjectiveDisplay):
         self._normalization = Normalization(self.network, "running" if batch_norm == "interpolate" else "batch")
         self.network_loss = NetworkLoss(self.network, self.loss_fn)
         self._entries, self._aliases = placed_entries(model, self.device, self.dtype), tied_names(model)
+        self.snapshot = {name: self._entries[name] for name in self._movable}
         self._soundness = Soundness(
             self.network_loss,
             self._entries,
@@ -163,7 +164,7 @@ class Objective(ObjectiveDisplay):
 
     def state(self) -> dict[str, Tensor]:
         """The network's state when the objective was made: entry name to tensor, what a segment may move."""
-        return {name: self._entries[name] for name in self._movable}
+        return copies_of(self.snapshot)
 
     def complete(self, state: State) -> dict[str, Tensor]:
         """A placed state with every floating-point entry of the network: those left out are as in the network."""
@@ -251,7 +252,7 @@ class Objective(ObjectiveDisplay):
 
     def laid_out(self, batch: Batch) -> Batch:
         """The batch with its images laid out as the device convolves them fastest, if the network bears it."""
-        loss = functools.partial(self.batch_loss, self.state())
+        loss = functools.partial(self.batch_loss, self.snapshot)
         bears_it = functools.partial(bears_channels_last, self.network, self.numerics, loss, batch)
         return channels_last(batch) if self.memo("channels last", bears_it) else batch
 
@@ -334,7 +335,7 @@ class Objective(ObjectiveDisplay):
         return {name: (tensor / weight).to(self.dtype) for name, tensor in total.items()}
 
     def _point(self, state: State | None) -> dict[str, Tensor]:
-        point = {**self.state(), **self.place(state or {})}
+        point = {**self.snapshot, **self.place(state or {})}
         check_finite(point, "the state")
         return point
 

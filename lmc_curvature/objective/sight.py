@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmc_curvature.errors import LossError
-from lmc_curvature.objective.batches import form_of, tensors_in, values_in
+from lmc_curvature.objective.batches import form_of, tensors_in
 from lmc_curvature.objective.calls import LossCalls, only_call
 from lmc_curvature.objective.classification import ClassLoss
 
@@ -92,7 +92,7 @@ class Sights:
 
     def of(self, targets: Any) -> Sight:
         """What is seen in batches of the form of one, by its target or, for a `BatchLoss`, by its data."""
-        return self._by_form.get(_form_of(targets), self.first or Sight())
+        return self._by_form.get(form_of(targets), self.first or Sight())
 
     def look(self, see: Callable[[], Sight], targets: Any, index: int) -> None:
         """Look into the loss of a batch that is the first of its form, or in the place 1, 2, 4, 8, and so on.
@@ -105,7 +105,7 @@ class Sights:
         Raises:
             LossError: Its loss is not the mean that an earlier batch weighs by.
         """
-        form = _form_of(targets)
+        form = form_of(targets)
         before = self._by_form.get(form)
         if before is not None and (index.bit_count() != 1 or index in self._looked_at):
             return
@@ -115,10 +115,6 @@ class Sights:
         self.first = self.first or sight
         _check(before or self.first, sight, index, is_form=before is not None)
         self._by_form[form] = before or sight
-
-
-def _form_of(targets: Any) -> int:
-    return hash((form_of(targets), values_in(targets)))
 
 
 def _check(before: Sight, found: Sight, index: int, *, is_form: bool) -> None:

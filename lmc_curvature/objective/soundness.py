@@ -14,11 +14,11 @@ from lmc_curvature.objective.batches import Batch, tensors_in
 from lmc_curvature.objective.caches import check_caches
 from lmc_curvature.objective.copies import Given, check_copies
 from lmc_curvature.objective.cuts import warn_of_cuts, watch_cuts
-from lmc_curvature.objective.dependence import Dependence, copies_of, refuse_changes
+from lmc_curvature.objective.dependence import Dependence, refuse_changes
 from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
-from lmc_curvature.objective.network import State, as_leaves, check_finite, entries_of
+from lmc_curvature.objective.network import State, as_leaves, check_finite, copies_of, entries_of
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, normalizes_by_batch
 from lmc_curvature.objective.numerics import Numerics, outside_inference
 from lmc_curvature.objective.passes import Passes

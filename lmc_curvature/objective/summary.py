@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def objective_summary(objective: "Objective") -> Summary:
     """The network, the loss, the size of the data where that is known, and where and how it is computed."""
-    state = objective.state()
+    state = objective.snapshot
     return Summary(
         f"Objective: mean {_loss_name(objective.loss_fn)} of a {type(objective.network).__name__}",
         {

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import ArchitectureMismatchError, UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.dependence import copies_of, refuse_changes
+from lmc_curvature.objective.dependence import refuse_changes
 from lmc_curvature.objective.losses import NetworkLoss
-from lmc_curvature.objective.network import State, check_module, entries_of, movable_entries, skeleton_of
+from lmc_curvature.objective.network import State, check_module, copies_of, entries_of, movable_entries, skeleton_of
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, Statistics
 from lmc_curvature.objective.randomness import global_rng_preserved
 from lmc_curvature.objective.settings import hidden_differences, members, setting_differences

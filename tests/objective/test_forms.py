@@ -103,6 +103,7 @@ def test_another_loss_of_another_form_is_refused():
 WEIGHTS = {"a": torch.tensor([1.0, 1.0, 1.0]), "b": torch.tensor([0.05, 0.1, 0.2])}
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("of_batch", [True, False])
 def test_tasks_weigh_classes_each_in_their_way(of_batch):
     parts = [(ids, labels, "ab"[index // 2]) for index, (ids, labels, _) in enumerate(_batches())]
@@ -168,6 +169,7 @@ LISTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The loss of batch")
 @pytest.mark.parametrize(("form", "loss", "size"), list(LISTS.values()), ids=list(LISTS))
 def test_lists_of_examples_are_counted_by_nobody_else(form, loss, size):
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Networks that write into their inputs change nothing that the loader holds."""
+"""Who writes into what is handed out, a network into its inputs or a user into a state, changes nothing."""
 
 import pytest
 import torch
@@ -58,3 +58,16 @@ def test_a_network_may_write_into_its_inputs(write):
         assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
     for (x, _), (before, _) in zip(loader, _loader(), strict=True):
         assert torch.equal(x, before)
+
+
+def test_a_state_is_a_copy():
+    objective = Objective(Writer(lambda x: x), _loader())
+    before, matrix = objective.loss(), HessianOperator(objective)
+    vector = torch.ones(matrix.shape[1])
+    product, state = matrix @ vector, objective.state()
+    elsewhere = HessianOperator(objective, state)
+    for name, gradient in objective.gradient().items():
+        state[name] -= 0.5 * gradient
+    assert objective.loss() == before != objective.loss(state)
+    for operator in (matrix, elsewhere, HessianOperator(objective)):
+        torch.testing.assert_close(operator @ vector, product, rtol=0, atol=0)

@@ -27,7 +27,7 @@ from lmc_curvature.curvature.products.derivatives import all_finite
 from lmc_curvature.errors import DirectionError, NonFiniteError, OperatorError, check_flags, check_memory
 from lmc_curvature.objective.batches import Batch, to_device
 from lmc_curvature.objective.losses import finite_loss
-from lmc_curvature.objective.network import State, check_finite
+from lmc_curvature.objective.network import State, check_finite, copies_of
 from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.plotting.summary import Display, Summary, some
@@ -109,9 +109,9 @@ class CurvatureOperator(Display):
         self.curvature, self._statistics = curvature, statistics
         self.objective = objective
         self.device = objective.device
-        self.point = {**objective.state(), **objective.place(state or {})}
+        self.point = {**objective.snapshot, **copies_of(objective.place(state or {}))}
         check_finite(self.point, "the state")
-        self.state = {name: self.point[name] for name in objective.state()}
+        self.state = {name: self.point[name] for name in objective.snapshot}
         self.partition = LayerPartition.of(objective.network, partition, batch_norm=objective.batch_norm)
         self._row_layers = self._names_of(layers)
         self._column_layers = self._row_layers if columns is None else self._names_of(columns)

@@ -58,7 +58,7 @@ class BatchGradient:
             with self._convolutions:
                 loss = objective.batch_loss({**state, **self._leaves}, batch)
             # A few entries may well have no part in the loss.
-            if len(self._leaves) >= len(objective.state()):
+            if len(self._leaves) >= len(objective.snapshot):
                 check_differentiable(loss)
             with self._convolutions.backward(with_values=with_slopes):
                 self._gradient = gradients([loss], self._leaves, create_graph=True)

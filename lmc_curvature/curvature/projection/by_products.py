@@ -52,4 +52,4 @@ def product_of_combination(
 
 def _gradient(problem: Problem, point: Point, batch: Batch) -> BatchGradient:
     moved = problem.moved
-    return BatchGradient(problem.objective, point.state, batch, [n for n in problem.objective.state() if n in moved])
+    return BatchGradient(problem.objective, point.state, batch, [n for n in problem.objective.snapshot if n in moved])
