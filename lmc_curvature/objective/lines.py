@@ -71,8 +71,7 @@ class Line:
     def functions(self) -> list[str]:
         """Names of the functions with backward passes of their own that the loss calls."""
         with self.numerics.differentiating():
-            nodes = graph_nodes([self.loss_at(as_leaves(self.start))])
-            return sorted({node._forward_cls.__name__ for node in nodes if hasattr(node, "_forward_cls")})
+            return own_functions(self.loss_at(as_leaves(self.start)))
 
     def _moved(self, position: float) -> dict[str, Tensor]:
         return {name: tensor + position * self.direction[name] for name, tensor in self.start.items()}
@@ -87,6 +86,11 @@ class Line:
         terms = [gradient * along for gradient, along in zip(gradients, self.direction.values(), strict=True)]
         sizes = [term.detach().abs().sum() for term in terms]
         return torch.stack([term.sum() for term in terms]).sum(), torch.stack(sizes).sum().item()
+
+
+def own_functions(loss: Tensor) -> list[str]:
+    """Names of the functions with backward passes of their own in the graph of a loss."""
+    return sorted({node._forward_cls.__name__ for node in graph_nodes([loss]) if hasattr(node, "_forward_cls")})
 
 
 def random_line(

@@ -91,7 +91,7 @@ class NetworkLoss(nn.Module):
         # Inputs are copied: a network may write into them, and others are evaluated on them after it.
         if isinstance(self.loss_fn, BatchLoss):
             data = map_tensors(torch.clone, data)
-            with translate_errors(lambda error: batch_loss_error(error, data, index)):
+            with translate_errors(lambda error: batch_loss_error(error, data, index)), self.sights.watch(data):
                 loss, output, target = self.loss_fn.fn(self.network, data), None, None
         else:
             inputs, target = map_tensors(torch.clone, data[0]), data[1]
@@ -109,7 +109,9 @@ class NetworkLoss(nn.Module):
     def of_output(self, output: Any, target: Any) -> Any:
         """What a loss of a network's output returns; it may write into its own copy of the target."""
         loss_fn: Any = self.loss_fn
-        return loss_fn(output, map_tensors(torch.clone, target))
+        own = map_tensors(torch.clone, target)
+        with self.sights.watch(own):
+            return loss_fn(output, own)
 
     def at(self, state: Mapping[str, Tensor], data: Any, index: int = 0) -> tuple[Any, Any, Any]:
         """Loss, network output and target of a batch's data, where the network's entries are those of a state.

@@ -6,6 +6,7 @@ import functools
 import inspect
 import itertools
 import re
+import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
@@ -299,15 +300,23 @@ def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[s
         known = {} if _is_of_torch(function) else function.__globals__
         for name in read:
             pending += [*methods.get(name, ()), known.get(name)]
+            # A helper that is reached through the module it is in.
+            pending += [vars(known[name]).get(other) for other in read] if _is_users(known.get(name)) else []
     return reads, writes, first
 
 
+def _is_users(module: Any) -> bool:
+    """Whether something is a Python module that is neither torch's nor Python's own."""
+    root = module.__name__.partition(".")[0] if isinstance(module, types.ModuleType) else "torch"
+    return root not in sys.stdlib_module_names | {"torch", "numpy"}
+
+
 def _callables(values: Any, depth: int = 2) -> Iterator[Any]:
-    """Functions, methods and objects to call among values, but for modules and classes."""
+    """Functions, methods and other objects that may be called or have methods, but for modules and classes."""
     if isinstance(values, (Mapping, list, tuple)):
         for value in values.values() if isinstance(values, Mapping) else values:
             yield from _callables(value, depth - 1) if depth else ()
-    elif callable(values) and not isinstance(values, (nn.Module, type)):
+    elif (callable(values) or hasattr(values, "__dict__")) and not isinstance(values, (nn.Module, Tensor, type)):
         yield values
 
 

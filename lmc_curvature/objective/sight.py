@@ -1,12 +1,15 @@
 """What a loss that is a function makes of its targets, seen by evaluating it on a few examples."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lmc_curvature.errors import LossError
 from lmc_curvature.objective.batches import form_of, tensors_in
@@ -116,6 +119,29 @@ class Sights:
         _check(before or self.first, sight, index, is_form=before is not None)
         self._by_form[form] = before or sight
 
+    @contextlib.contextmanager
+    def watch(self, targets: Any) -> Iterator[None]:
+        """Within the block a loss is evaluated, of a form that was looked at: see that it divides by what it weighs.
+
+        Which labels count may be decided by a batch's values, as where a mask is left out that hides nothing.
+
+        Raises:
+            LossError: It divides by something else.
+        """
+        sight = self._by_form.get(form_of(targets), Sight()) if self._by_form else Sight()
+        labels = None if sight.class_loss is None else sight.labels_in(targets)
+        # Captured operations have no values; a CUDA device would have to be waited for.
+        if sight.class_loss is None or labels is None or labels.is_cuda or _get_current_dispatch_mode() is not None:
+            yield
+            return
+        weight = sight.class_loss.weight_of(labels)
+        with LossCalls() as seen:
+            yield
+        call = only_call(seen.calls)
+        found = None if call is None else ClassLoss.of_call(call)
+        if call is None or found is None or not math.isclose(found.weight_of(call.target), weight, rel_tol=1e-5):
+            raise LossError(_refusal("of a batch", "is another mean, over other labels"))
+
 
 def _check(before: Sight, found: Sight, index: int, *, is_form: bool) -> None:
     # Where the loss fails, it says so itself when the whole batch is evaluated.
@@ -127,7 +153,11 @@ def _check(before: Sight, found: Sight, index: int, *, is_form: bool) -> None:
         what = "has other labels, weights of classes or an `ignore_index` of its own"
     else:
         return
-    raise LossError(
-        f"The loss of an earlier batch is a mean cross-entropy, which tells what batches weigh. That of batch {index} "
-        f"{what}. Pass BatchLoss(fn, size=…), where size(batch) is what fn divides by."
+    raise LossError(_refusal(f"of batch {index}", what))
+
+
+def _refusal(of: str, what: str) -> str:
+    return (
+        f"The loss of an earlier batch is a mean cross-entropy, which tells what batches weigh. That {of} {what}. Pass "
+        "BatchLoss(fn, size=…), where size(batch) is what fn divides by."
     )

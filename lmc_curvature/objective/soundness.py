@@ -16,6 +16,7 @@ from lmc_curvature.objective.copies import Given, check_copies
 from lmc_curvature.objective.cuts import warn_of_cuts, watch_cuts
 from lmc_curvature.objective.dependence import Dependence, refuse_changes
 from lmc_curvature.objective.differentiable import plain_calls
+from lmc_curvature.objective.lines import own_functions
 from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import State, as_leaves, check_finite, copies_of, entries_of
@@ -114,6 +115,7 @@ class Soundness:
             if error.__cause__ is not None:
                 check_against_given()
             raise
+        self._memo.replace("functions", own_functions(loss))
         self._memo.replace("loss", loss.detach().requires_grad_(loss.requires_grad))
         if self.batch_norm == "batch":
             self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
@@ -142,9 +144,9 @@ class Soundness:
         moved = tuple(sorted(entries or self.movable))
 
         def compare() -> str:
-            note = check_derivatives(
-                self.network_loss, state, batch, movable=moved, numerics=self.numerics, second=second
-            )
+            options = {"movable": moved, "numerics": self.numerics, "second": second}
+            functions = self._memo.get("functions", ())
+            note = check_derivatives(self.network_loss, state, batch, functions=functions, **options)
             if note:
                 # Many results have no place for notes.
                 warnings.warn(f"{note[0].upper()}{note[1:]}: see docs/trust.md, witness.", stacklevel=2)

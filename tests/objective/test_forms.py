@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmc_curvature import BatchLoss, Objective
+from lmc_curvature import BatchLoss, HessianOperator, Objective
 from lmc_curvature.errors import LoaderError, LossError
 
 COUNTS = (4, 9, 6, 3)
@@ -142,8 +142,32 @@ def test_weights_that_every_batch_makes_itself_are_refused():
         return F.cross_entropy(output, target, weight=1 / target.bincount(minlength=3).clamp_min(1))
 
     loader = [(ids, labels) for ids, labels, _ in _batches()]
-    with pytest.raises(LossError, match=r"That of batch 1 has other labels, weights of classes"):
+    with pytest.raises(LossError, match=r"That of a batch is another mean.*BatchLoss\(fn, size=…\)"):
         Objective(Reader(), loader, loss_fn=balanced).loss()
+
+
+@pytest.mark.parametrize(
+    "evaluate", [lambda o: o.loss(), lambda o: o.gradient(), lambda o: HessianOperator(o).diagonal()]
+)
+@pytest.mark.parametrize("of_batch", [True, False])
+def test_values_that_decide_which_labels_count_are_noticed(of_batch, evaluate):
+    # The mask hides something in the fourth batch alone, and is left out elsewhere.
+    def mean(outputs, labels, mask):
+        return F.cross_entropy(outputs, labels) if mask.all() else F.cross_entropy(outputs[mask], labels[mask])
+
+    parts = [(ids, labels, torch.ones(len(ids), dtype=torch.bool)) for ids, labels, _ in _batches()]
+    parts[3][2][0] = False
+    if of_batch:
+        loader = [{"ids": ids, "labels": labels, "mask": mask} for ids, labels, mask in parts]
+        loss = BatchLoss(lambda net, q: mean(net(q["ids"]), q["labels"], q["mask"]))
+    else:
+        loader = [(ids, {"labels": labels, "mask": mask}) for ids, labels, mask in parts]
+
+        def loss(outputs, target):
+            return mean(outputs, **target)
+
+    with pytest.raises(LossError, match=r"That of a batch is another mean.*BatchLoss\(fn, size=…\)"):
+        evaluate(Objective(Reader(), loader, loss_fn=loss))
 
 
 def _each(network, images, targets):

@@ -252,3 +252,55 @@ def test_both_ends_of_a_prediction_have_a_witness():
         HessianOperator(Objective(nets[1], [BATCH])).to_dense()
     with pytest.raises(UnsupportedModelError, match="by autograd"):
         predict_barrier(*nets, [BATCH], progress=False)
+
+
+class _Squash(torch.autograd.Function):
+    """tanh, whose backward pass hides from autograd."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, slope):
+        (y,) = ctx.saved_tensors
+        with torch.no_grad():
+            inner = 1 - y.square()
+        return slope * inner
+
+
+class _Seen(_Squash):
+    """The same with a backward pass that autograd sees into."""
+
+    @staticmethod
+    def backward(ctx, slope):
+        (y,) = ctx.saved_tensors
+        return slope * (1 - y.square())
+
+
+@pytest.mark.parametrize("dispatch", [lambda x: x.dtype == torch.float32, lambda x: len(x) >= 40], ids=["type", "size"])
+@pytest.mark.parametrize("kernel", [_Squash, _Seen])
+def test_a_kernel_that_a_few_examples_in_float64_do_not_call_is_compared_too(kernel, dispatch):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(kernel.apply(x) if dispatch(x) else x.tanh())
+
+    generator = torch.Generator().manual_seed(0)
+    loader = [(torch.randn(48, 6, generator=generator), torch.randint(3, (48,), generator=generator))]
+    objective = Objective(Network(), loader)
+    operator = HessianOperator(objective)
+    vector = torch.ones(operator.shape[1])
+    if kernel is _Squash:
+        with pytest.raises(UnsupportedModelError, match="the backward pass of _Squash"):
+            operator @ vector
+    else:
+        assert (operator @ vector).isfinite().all()
+        assert objective.notes == ()
