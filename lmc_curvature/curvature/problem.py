@@ -100,7 +100,7 @@ class Problem:
             states = {f"state {index} of {number}" if number > 1 else "": s for index, s in enumerate(states, 1)}
         for name, state in states.items():
             complete = objective.complete(state)
-            check_finite(complete, name or "the state")
+            check_finite({entry: complete[entry] for entry in objective.snapshot}, name or "the state")
             points.append(Point(complete, f" at {name}" if name else ""))
         return cls(objective, points, placed, displaced, memory_gib)
 

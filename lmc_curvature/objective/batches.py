@@ -95,13 +95,30 @@ def _filled(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     """A copy of a mapping with other values, such as the outputs of transformers, whose keys are attributes, too."""
     if type(data) is dict:
         return items
-    try:
-        filled: Any = copy.copy(data)
-        for key, value in items.items():
-            filled[key] = value
-    except Exception:  # noqa: BLE001 - whatever a class says that takes no such values
-        return items
-    return filled
+    given = dict(data.items())
+    # A class that keeps its items in an attribute has the same ones in a shallow copy; tensors are copied in neither.
+    kept = {id(tensor): tensor for tensor in tensors_in(given)}
+    for duplicate in (copy.copy, lambda data: copy.deepcopy(data, dict(kept))):
+        try:
+            filled: Any = duplicate(data)
+            _fill(filled, items, like=data)
+            if all(data[key] is given[key] for key in given):
+                return filled
+            _fill(filled, given, like=data)
+        except Exception:  # noqa: BLE001 - whatever a class says that takes no such values
+            return items
+    return items
+
+
+def _fill(filled: Any, items: Mapping[Any, Any], *, like: Any) -> None:
+    """Put items into a mapping, and into those of its attributes that are items in another one like it."""
+    attributes = vars(like) if hasattr(like, "__dict__") else {}
+    of_items = [key for key in items if key in attributes and attributes[key] is like[key]]
+    for key, value in items.items():
+        filled[key] = value
+    for key in of_items:
+        # Also where a class says otherwise.
+        vars(filled)[key] = items[key]
 
 
 def fields_of(data: Any) -> dict[str, Any]:
@@ -117,26 +134,13 @@ def fields_of(data: Any) -> dict[str, Any]:
 
 def tensors_in(data: Any) -> list[Tensor]:
     """All tensors in nested mappings, lists, tuples, dataclasses and namespaces, in their order."""
-    return [tensor for _, tensor in _places_in(data)]
+    return [tensor for _, tensor in places_in(data)]
 
 
-def form_of(data: Any) -> int:
-    """A number that is the same for data of one form.
-
-    They hold tensors of the same types and numbers of axes, and the same plain values (numbers, texts), in the same
-    places.
-    """
-    kinds = (Tensor, bool, int, float, complex, str, bytes)
-    parts = (
-        (place, part.dtype, part.ndim) if isinstance(part, Tensor) else (place, part)
-        for place, part in _places_in(data, kinds=kinds)
-    )
-    return hash(tuple(parts))
-
-
-def _places_in(
+def places_in(
     data: Any, place: tuple[Any, ...] = (), kinds: tuple[type, ...] = (Tensor,)
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every tensor in data, or every value of other kinds, after its place: the keys, numbers and names on the way."""
     if isinstance(data, kinds):
         yield place, data
         return
@@ -146,33 +150,7 @@ def _places_in(
         else (data if isinstance(data, Mapping) else fields_of(data)).items()
     )
     for key, value in parts:
-        yield from _places_in(value, (*place, key), kinds)
-
-
-def lengths_of_lists(data: Any, place: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], int]:
-    """How many tensors each list or tuple in data holds, by its place: of those whose tensors are of one kind."""
-    if isinstance(data, Tensor):
-        return {}
-    is_list = isinstance(data, (list, tuple))
-    if is_list and data and all(isinstance(each, Tensor) for each in data):
-        return {place: len(data)} if len({(each.dtype, each.ndim) for each in data}) == 1 else {}
-    parts = enumerate(data) if is_list else (data if isinstance(data, Mapping) else fields_of(data)).items()
-    return {key: length for name, part in parts for key, length in lengths_of_lists(part, (*place, name)).items()}
-
-
-def check_lengths_of_lists(data: Any, first: Mapping[tuple[Any, ...], int], index: int) -> None:
-    """Refuse a batch whose lists hold more or fewer tensors than in the first: each may be an example then.
-
-    Raises:
-        LoaderError: Says how many there are.
-    """
-    for place, length in lengths_of_lists(data).items():
-        if length != first.get(place, length):
-            raise LoaderError(
-                f"Batch {index} of the loader is {describe(data)}, in which a list holds {length} tensors; the first "
-                f"batch's held {first[place]}. If each is an example, their rows do not count them. Pass "
-                "loss_fn=BatchLoss(fn, size=...) with size(batch) -> what fn(model, batch) divides by."
-            )
+        yield from places_in(value, (*place, key), kinds)
 
 
 def first_rows(data: Any, examples: int, count: int) -> tuple[Any, int]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lmc_curvature.agreement import near
-from lmc_curvature.objective.batches import Batch, are_of_examples, form_of, map_tensors, tensors_in
+from lmc_curvature.objective.batches import Batch, are_of_examples, map_tensors, tensors_in
+from lmc_curvature.objective.forms import form_of
 from lmc_curvature.objective.losses import BatchLoss, NetworkLoss
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.normalization import tracked_modules

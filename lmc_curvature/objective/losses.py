@@ -18,18 +18,17 @@ from lmc_curvature.errors import LossError, NonFiniteError, counted
 from lmc_curvature.objective.batches import (
     Batch,
     check_first_axes,
-    check_lengths_of_lists,
     check_size,
     count_examples,
     describe,
     first_rows,
-    lengths_of_lists,
     map_tensors,
     tensors_in,
     to_device,
 )
 from lmc_curvature.objective.classification import ClassLoss, check_weights, torch_function
 from lmc_curvature.objective.explanations import batch_loss_error, loss_error, network_error, translate_errors
+from lmc_curvature.objective.forms import check_lengths_of_lists, lengths_of_lists
 from lmc_curvature.objective.sight import FEW, Sight, Sights, see
 
 

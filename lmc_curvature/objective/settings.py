@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from lmc_curvature.objective.network import equal
+
 
 class Difference(NamedTuple):
     """A setting in which two networks differ.
@@ -258,9 +260,9 @@ def contents(cell: types.CellType) -> Any:
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype):
             return False
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+        return torch.equal(a.cpu(), b.cpu()) or (a.is_floating_point() and equal(a, b))
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(map(_equal, a, b))
     return bool(a == b) or (a != a and b != b)
@@ -300,15 +302,10 @@ def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[s
         known = {} if _is_of_torch(function) else function.__globals__
         for name in read:
             pending += [*methods.get(name, ()), known.get(name)]
-            # A helper that is reached through the module it is in.
-            pending += [vars(known[name]).get(other) for other in read] if _is_users(known.get(name)) else []
+            is_module = isinstance(known.get(name), types.ModuleType)
+            if is_module and known[name].__name__.partition(".")[0] not in _MODULES_OF_OTHERS:
+                pending += [vars(known[name]).get(other) for other in read]
     return reads, writes, first
-
-
-def _is_users(module: Any) -> bool:
-    """Whether something is a Python module that is neither torch's nor Python's own."""
-    root = module.__name__.partition(".")[0] if isinstance(module, types.ModuleType) else "torch"
-    return root not in sys.stdlib_module_names | {"torch", "numpy"}
 
 
 def _callables(values: Any, depth: int = 2) -> Iterator[Any]:
@@ -330,6 +327,7 @@ def _function_of(member: Any) -> types.FunctionType | None:
     return inspect.unwrap(member) if isinstance(member, types.FunctionType) else None
 
 
+_MODULES_OF_OTHERS = sys.stdlib_module_names | {"torch", "numpy"}
 _MUTATORS = {"append", "add", "extend", "insert", "update", "setdefault", "pop", "clear"}
 
 

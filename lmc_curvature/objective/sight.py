@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lmc_curvature.errors import LossError
-from lmc_curvature.objective.batches import form_of, tensors_in
+from lmc_curvature.objective.batches import tensors_in
 from lmc_curvature.objective.calls import LossCalls, only_call
 from lmc_curvature.objective.classification import ClassLoss
+from lmc_curvature.objective.forms import form_of
 
 FEW = 8
 """How many examples a function is looked through on."""

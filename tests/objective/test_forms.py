@@ -1,5 +1,6 @@
 """Batches of one loader that hold different tensors weigh by the same labels."""
 
+from collections.abc import MutableMapping
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmc_curvature import BatchLoss, HessianOperator, Objective
-from lmc_curvature.errors import LoaderError, LossError
+from lmc_curvature import BatchLoss, HessianOperator, Objective, predict_barrier
+from lmc_curvature.errors import FallbackWarning, LoaderError, LossError
 
 COUNTS = (4, 9, 6, 3)
+CPU = torch.Generator().manual_seed(0)
 
 
 class Reader(nn.Module):
@@ -212,3 +214,80 @@ def test_lists_of_examples_are_counted_by_nobody_else(form, loss, size):
     assert Objective(network, loader[:2], loss_fn=loss).loss() == pytest.approx(
         F.mse_loss(network(x[:8]), y[:8]).item(), rel=1e-6
     )
+
+
+class Attributes(dict):
+    """Items that are attributes, too."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.__dict__ = self
+
+
+class Copied(dict):
+    """Items that are written down as attributes once."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        vars(self).update(items)
+
+
+class Around(MutableMapping):
+    """A mapping around a dict."""
+
+    def __init__(self, **items):
+        self._items = items
+
+    def __getattr__(self, name):
+        return super().__getattribute__("_items")[name] if name in ("ids", "labels") else super().__getattribute__(name)
+
+    def __getitem__(self, key):
+        return self._items[key]
+
+    def __setitem__(self, key, value):
+        self._items[key] = value
+
+    def __delitem__(self, key):
+        del self._items[key]
+
+    def __iter__(self):
+        return iter(self._items)
+
+    def __len__(self):
+        return len(self._items)
+
+
+@pytest.mark.parametrize("kind", [Attributes, Copied, Around, SimpleNamespace])
+def test_mappings_whose_items_are_attributes_have_those_of_every_batch(kind):
+    parts = [(torch.randn(9, 4, generator=CPU), torch.randint(3, (9,), generator=CPU)) for _ in range(3)]
+    torch.manual_seed(0)
+    networks = [nn.Linear(4, 3) for _ in range(2)]
+    loss = BatchLoss(lambda net, q: F.cross_entropy(net(q.ids), q.labels))
+    loader = [kind(ids=x, labels=y) for x, y in parts]
+    found, expected = predict_barrier(*networks, loader, loss_fn=loss), predict_barrier(*networks, parts)
+    for one, other in zip(found.endpoints, expected.endpoints, strict=True):
+        assert one.batch_losses == pytest.approx(other.batch_losses, rel=1e-5)
+        assert one.curvature == pytest.approx(other.curvature, rel=1e-4, abs=1e-6)
+    for batch, (x, y) in zip(loader, parts, strict=True):
+        assert batch.ids is x
+        assert batch.labels is y
+
+
+def test_attributes_beside_the_items_are_those_of_every_batch():
+    class Scaled(dict):
+        pass
+
+    loader = []
+    for index in range(3):
+        batch = Scaled(x=torch.randn(6, 4, generator=CPU), y=torch.randint(3, (6,), generator=CPU))
+        batch.scale = torch.tensor(1.0 + index)
+        loader.append(batch)
+    plain = [(batch["x"] * batch.scale, batch["y"]) for batch in loader]
+    torch.manual_seed(0)
+    networks = [nn.Linear(4, 3) for _ in range(2)]
+    loss = BatchLoss(lambda net, q: F.cross_entropy(net(q["x"] * q.scale), q["y"]))
+    with pytest.warns(FallbackWarning, match="an attribute of the batch, which may change"):
+        found = predict_barrier(*networks, loader, loss_fn=loss)
+    expected = predict_barrier(*networks, plain)
+    for one, other in zip(found.endpoints, expected.endpoints, strict=True):
+        assert one.curvature == pytest.approx(other.curvature, rel=1e-4, abs=1e-6)

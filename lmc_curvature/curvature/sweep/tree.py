@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lmc_curvature.errors import CaptureError
-from lmc_curvature.objective.batches import attributes_of, map_tensors
+from lmc_curvature.objective.batches import attributes_of, map_tensors, tensors_in
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,9 @@ def _text(data: Any, describe: Callable[[Tensor], str]) -> str:
         attributes = attributes_of(data)
         # Tensors among these are no inputs of a graph.
         return describe(data) + (f" with {_text(attributes, _refuse)}" if attributes else "")
+    if isinstance(data, (Mapping, list, tuple)):
+        for tensor in _beside_items(data):
+            _refuse(tensor, "an attribute of the batch")
     if isinstance(data, Mapping):
         items = (f"{_text(key, describe)}: {_text(value, describe)}" for key, value in data.items())
         return f"{name}{{{', '.join(items)}}}"
@@ -100,8 +103,15 @@ def _text(data: Any, describe: Callable[[Tensor], str]) -> str:
     return _refuse(data)
 
 
-def _refuse(value: Any) -> NoReturn:
-    where = ", an attribute of a tensor," if isinstance(value, Tensor) else ","
+def _beside_items(data: Any) -> list[Tensor]:
+    """Tensors in the attributes of a mapping, list or tuple that are none of its items."""
+    among = {id(tensor) for tensor in tensors_in(data)}
+    attributes = list(vars(data).values()) if hasattr(data, "__dict__") else []
+    return [tensor for tensor in tensors_in(attributes) if id(tensor) not in among]
+
+
+def _refuse(value: Any, what: str = "an attribute of a tensor") -> NoReturn:
+    where = f", {what}," if isinstance(value, Tensor) else ","
     raise CaptureError(
         f"The loss cannot be captured as a graph: the batch holds a {type(value).__name__}{where} which may change "
         "from batch to batch. Make it a tensor of the batch."
