@@ -15,6 +15,7 @@ from torch import nn
 
 from lmc_curvature import BatchLoss, Objective, measure_barrier, predict_barrier
 from lmc_curvature.errors import ArchitectureMismatchError, UnsupportedModelError
+from tests.support import helpers
 from tests.support.cases import CASES
 from tests.support.networks import AlwaysDropout, normalized_net, randomized, rng_states, untouched
 
@@ -628,6 +629,44 @@ class Bounded(nn.Module):
 
     def forward(self, x):
         return self.linear(x).clamp(max=self.bound + (self.kind is Kind.SINE))
+
+
+class Bound:
+    """A bound with a method of its own."""
+
+    def __init__(self, bound):
+        self.bound = bound
+
+    def apply(self, x):
+        return x.clamp(max=self.bound)
+
+
+class Helped(nn.Module):
+    """Outputs that are bounded by a helper in another module, or by the methods of objects in a list."""
+
+    def __init__(self, bound, *, by_objects):
+        super().__init__()
+        self.linear = nn.Linear(8, 3)
+        self.bounds = [Bound(bound)] if by_objects else []
+        self.options = SimpleNamespace(bound=70 if by_objects else bound)
+
+    def forward(self, x):
+        x = helpers.bounded(self.linear(x), self.options)
+        for each in self.bounds:
+            x = each.apply(x)
+        return x
+
+
+HIDDEN["a helper in another module"] = (
+    lambda: Helped(70, by_objects=False),
+    lambda: Helped(80, by_objects=False),
+    "options.bound: 70 in model_a, 80",
+)
+HIDDEN["a method of an object in a list"] = (
+    lambda: Helped(70, by_objects=True),
+    lambda: Helped(80, by_objects=True),
+    r"bounds\[0\].bound: 70 in model_a, 80",
+)
 
 
 @pytest.mark.parametrize(("make_a", "make_b", "line"), HIDDEN.values(), ids=HIDDEN)
