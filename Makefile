@@ -13,6 +13,9 @@ PYTEST := -m pytest -n auto --dist worksteal
 # Shapes written in signatures are checked against every call the tests make, which takes twice the time.
 TYPED := --jaxtyping-packages=lmc_curvature,beartype.beartype
 
+# What is compiled is kept, for the processes that tests start, and for the next run.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo quick test check test-oldest lint bench docs clean
 
 demo: $(INSTALLED)

@@ -101,6 +101,14 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             cost=4.0,
             tolerance=Tolerance(0.5),
         ),
+        "divisors": Check(
+            catches="A function that returns a mean cross-entropy over labels of a batch, by which that weighs, and "
+            "in some batch another mean: over masked labels, or with other weights of classes.",
+            runs="First batch of every form (which tensors and plain values it holds, and where), and batches 1, 2, 4, "
+            "8, …, on eight examples; on a CPU also wherever the function itself is evaluated.",
+            cost=0.0,
+            tolerance=Tolerance(0.7),
+        ),
         "passes": Check(
             catches="A loader that yields other data in every pass: augmentation, sampling with replacement, shuffling "
             "with `drop_last`.",
@@ -133,7 +141,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             "backward pass that is wrong or hidden from autograd, detached parts, straight-through estimators.",
             runs="Before derivatives at a state, along the entries that move, on four examples of the first batch "
             "(more of small networks, fewer where kinks spoil differences), in float64 up to 50 M parameters, a little "
-            "off the state; and at it where a length is exactly zero, which is looked for on the whole batch. "
+            "off the state; and at it where a length is exactly zero, which is looked for on the whole batch; on the "
+            "batch as it is where that calls functions with backward passes of their own that the few examples do not. "
             "`witness=False` leaves it out.",
             cost=3.0,
             tolerance=Tolerance(0.4),

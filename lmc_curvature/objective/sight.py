@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from lmc_curvature.agreement import near
 from lmc_curvature.errors import LossError
 from lmc_curvature.objective.batches import tensors_in
 from lmc_curvature.objective.calls import LossCalls, only_call
 from lmc_curvature.objective.classification import ClassLoss
 from lmc_curvature.objective.forms import form_of
 
+_ROUNDING = torch.finfo(torch.float32).eps
 FEW = 8
 """How many examples a function is looked through on."""
 
@@ -140,7 +142,8 @@ class Sights:
             yield
         call = only_call(seen.calls)
         found = None if call is None else ClassLoss.of_call(call)
-        if call is None or found is None or not math.isclose(found.weight_of(call.target), weight, rel_tol=1e-5):
+        divisor = math.nan if call is None or found is None else found.weight_of(call.target)
+        if not near("divisors", divisor, weight, rounding=_ROUNDING, scale=weight):
             raise LossError(_refusal("of a batch", "is another mean, over other labels"))
 
 
