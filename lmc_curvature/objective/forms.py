@@ -12,12 +12,12 @@ from lmc_curvature.objective.batches import describe, fields_of, places_in
 def form_of(data: Any) -> int:
     """A number that is the same for data of one form.
 
-    They hold tensors of the same types and numbers of axes, and the same plain values (numbers, texts), in the same
-    places.
+    They hold tensors with the same numbers of axes, of real numbers or of others, and the same plain values (numbers,
+    texts), in the same places. The precision is no part of it, which changes as a batch is brought to a device.
     """
     kinds = (Tensor, bool, int, float, complex, str, bytes)
     parts = (
-        (place, part.dtype, part.ndim) if isinstance(part, Tensor) else (place, part)
+        (place, part.is_floating_point(), part.ndim) if isinstance(part, Tensor) else (place, part)
         for place, part in places_in(data, kinds=kinds)
     )
     return hash(tuple(parts))

@@ -160,7 +160,9 @@ def test_values_that_decide_which_labels_count_are_noticed(of_batch, evaluate):
     parts = [(ids, labels, torch.ones(len(ids), dtype=torch.bool)) for ids, labels, _ in _batches()]
     parts[3][2][0] = False
     if of_batch:
-        loader = [{"ids": ids, "labels": labels, "mask": mask} for ids, labels, mask in parts]
+        # What is brought to another precision is of the same form.
+        beside = torch.zeros(1, dtype=torch.float64)
+        loader = [{"ids": i, "labels": y, "mask": m, "beside": beside.expand(len(i))} for i, y, m in parts]
         loss = BatchLoss(lambda net, q: mean(net(q["ids"]), q["labels"], q["mask"]))
     else:
         loader = [(ids, {"labels": labels, "mask": mask}) for ids, labels, mask in parts]
