@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc_curvature import measure_barrier
-from lmc_curvature.errors import NonFiniteError, OptionError
+from lmc_curvature.errors import LossError, NonFiniteError, OptionError
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(20, 3, generator=GENERATOR)
@@ -277,16 +277,24 @@ def test_positions_that_do_not_count_may_be_no_numbers():
     assert found == expected
 
 
-def test_a_loss_that_calls_something_else_in_between_is_refused():
+@pytest.mark.parametrize(
+    ("torch_loss", "error", "words"),
+    [
+        (F.multi_margin_loss, OptionError, "one loss of torch on an output of batch 0, and none or several on another"),
+        # That batches weigh by another divisor is seen before.
+        (F.cross_entropy, LossError, "That of a batch is another mean"),
+    ],
+)
+def test_a_loss_that_calls_something_else_in_between_is_refused(torch_loss, error, words):
     def loss_fn(output, target):
         # At the middle of these two networks outputs are zero.
         if output.abs().max() > 1e-6:
-            return F.cross_entropy(2 * output, target)
+            return torch_loss(2 * output, target)
         return output.square().mean()
 
     a, b = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
     b.load_state_dict({"weight": -a.weight.detach()})
-    with pytest.raises(OptionError, match="one loss of torch on an output of batch 0, and none or several on another"):
+    with pytest.raises(error, match=words):
         measure_barrier(a, b, [(X, CLASSES)], loss_fn=loss_fn, alphas=3, progress=False)
 
 

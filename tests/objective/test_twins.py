@@ -885,8 +885,8 @@ def test_networks_are_compared_once_and_a_loss_of_batches_too():
     batches = [(X[:8].float(), Y[:8]), (X[8:].float(), Y[8:])]
     objective = Objective(a, batches, loss_fn=BatchLoss(loss_fn), twins=[b])
     counts = [(objective.loss(), len(calls))[1] for _ in range(2)]
-    assert counts == [22, 24], (
-        "a look, two batches, the first twice more, whole and in halves twice, twice nearby, and before and after "
+    assert counts == [23, 25], (
+        "two batches, a look at each, the first twice more, in halves twice, twice nearby, and before and after "
         "that, some of its examples, model_a itself before and beside its copy, and each network at both states"
     )
     assert calls[3:20] == [False] * 17
