@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lmc_curvature.objective import BatchLoss, LossFunction
 from lmc_curvature.objective.batches import map_tensors, tensors_in
-from lmc_curvature.objective.calls import LossCall, LossCalls, only_call
+from lmc_curvature.objective.calls import LossCall, LossCalls
 
 _POSITIONS = 6
 
@@ -20,7 +20,7 @@ def call_within(loss_fn: LossFunction, output: Any, target: Any) -> LossCall | N
     with torch.no_grad(), LossCalls() as seen:
         # A copy: a loss may write into what it is given.
         loss_fn(output, map_tensors(torch.clone, target))
-    return only_call(seen.calls)
+    return seen.only
 
 
 def uses_labels(loss_fn: LossFunction, output: Any, target: Any, call: LossCall) -> bool:

@@ -14,7 +14,7 @@ from lmc_curvature.barrier.margins import call_within, uses_labels
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import Batch, BatchLoss, LossFunction
 from lmc_curvature.objective.batches import describe, map_tensors, tensors_in
-from lmc_curvature.objective.calls import LossCall, LossCalls, only_call
+from lmc_curvature.objective.calls import LossCall, LossCalls
 from lmc_curvature.objective.classification import are_probabilities
 
 Metric = Literal["loss", "error"]
@@ -152,7 +152,7 @@ def _parts(loss_fn: Any, output: Any, target: Any, seed: int) -> Tensor | None:
 
     with torch.inference_mode(False), torch.enable_grad(), LossCalls() as seen:
         loss = loss_fn(map_tensors(random, output), map_tensors(torch.clone, target))
-        call = only_call(seen.calls)
+        call = seen.only
         if call is None or not call.result.requires_grad or not loss.requires_grad:
             return None
         (slope,) = torch.autograd.grad(loss, call.result, allow_unused=True)

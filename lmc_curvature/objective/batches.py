@@ -5,7 +5,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import SimpleNamespace, UnionType
 from typing import Any
 
 import numpy as np
@@ -138,7 +138,7 @@ def tensors_in(data: Any) -> list[Tensor]:
 
 
 def places_in(
-    data: Any, place: tuple[Any, ...] = (), kinds: tuple[type, ...] = (Tensor,)
+    data: Any, place: tuple[Any, ...] = (), kinds: type | UnionType = Tensor
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Every tensor in data, or every value of other kinds, after its place: the keys, numbers and names on the way."""
     if isinstance(data, kinds):

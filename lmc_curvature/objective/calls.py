@@ -1,7 +1,7 @@
 """Calls of torch's classification losses within a function: what it compares, and what it divides by."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,11 +83,16 @@ class LossCalls(TorchFunctionMode):
         calls: The calls, in their order.
     """
 
-    def __init__(self, roots: Sequence[Tensor] = ()):
+    def __init__(self, roots: Iterable[Tensor] = ()):
         super().__init__()
         self.calls: list[LossCall] = []
         # With the tensors themselves, so that no other gets the place of one in memory.
         self._places = {id(root): (place, root, root._version) for place, root in enumerate(roots)}
+
+    @property
+    def only(self) -> LossCall | None:
+        """The call, if there is one and no other."""
+        return self.calls[0] if len(self.calls) == 1 else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -108,8 +113,3 @@ class LossCalls(TorchFunctionMode):
         place, followed, version = self._places[id(tensor)]
         # Written into, itself or through a view, it no longer holds what the loader yielded.
         return place if followed._version == version else None
-
-
-def only_call(calls: Sequence[LossCall]) -> LossCall | None:
-    """The call, if there is one and no other."""
-    return calls[0] if len(calls) == 1 else None

@@ -15,7 +15,7 @@ def form_of(data: Any) -> int:
     They hold tensors with the same numbers of axes, of real numbers or of others, and the same plain values (numbers,
     texts), in the same places. The precision is no part of it, which changes as a batch is brought to a device.
     """
-    kinds = (Tensor, bool, int, float, complex, str, bytes)
+    kinds = Tensor | bool | int | float | complex | str | bytes
     parts = (
         (place, part.is_floating_point(), part.ndim) if isinstance(part, Tensor) else (place, part)
         for place, part in places_in(data, kinds=kinds)

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import LossError
-from lmc_curvature.objective.batches import tensors_in
-from lmc_curvature.objective.calls import LossCalls, only_call
+from lmc_curvature.objective.batches import places_in, tensors_in
+from lmc_curvature.objective.calls import LossCalls
 from lmc_curvature.objective.classification import ClassLoss
 from lmc_curvature.objective.forms import form_of
 
@@ -51,7 +51,7 @@ class Sight:
 
     def labels_in(self, tensors: Any) -> Tensor:
         """The class indices among the tensors of a target or batch."""
-        return tensors_in(tensors)[self.root].long()
+        return [tensor for _, tensor in places_in(tensors)][self.root].long()
 
 
 def see(evaluate: Callable[[], tuple[Any, Any, Any]], tensors: Any, examples: int) -> Sight:
@@ -71,7 +71,7 @@ def see(evaluate: Callable[[], tuple[Any, Any, Any]], tensors: Any, examples: in
         except Exception:  # noqa: BLE001 - what is wrong is said where the whole batch is evaluated
             return Sight()
     sight = Sight(output=output, target=target, examples=examples)
-    call = only_call(seen.calls)
+    call = seen.only
     class_loss = None if call is None or call.result is not loss else ClassLoss.of_call(call)
     if call is None or class_loss is None:
         return sight
@@ -140,7 +140,7 @@ class Sights:
         weight = sight.class_loss.weight_of(labels)
         with LossCalls() as seen:
             yield
-        call = only_call(seen.calls)
+        call = seen.only
         found = None if call is None else ClassLoss.of_call(call)
         divisor = math.nan if call is None or found is None else found.weight_of(call.target)
         if not near("divisors", divisor, weight, rounding=_ROUNDING, scale=weight):
