@@ -76,18 +76,20 @@ class LossCall:
 class LossCalls(TorchFunctionMode):
     """Within the block, calls of torch's classification losses are written down.
 
-    Args:
-        roots: Tensors that are followed to where they are targets.
-
     Attributes:
         calls: The calls, in their order.
     """
 
-    def __init__(self, roots: Iterable[Tensor] = ()):
+    def __init__(self) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
+        self._places: dict[int, tuple[int, Tensor, int]] = {}
+
+    def following(self, roots: Iterable[Tensor]) -> "LossCalls":
+        """This, following tensors to where they are targets."""
         # With the tensors themselves, so that no other gets the place of one in memory.
         self._places = {id(root): (place, root, root._version) for place, root in enumerate(roots)}
+        return self
 
     @property
     def only(self) -> LossCall | None:

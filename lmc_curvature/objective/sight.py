@@ -65,7 +65,7 @@ def see(evaluate: Callable[[], tuple[Any, Any, Any]], tensors: Any, examples: in
     Raises:
         LossError: It calls cross-entropy with class weights by whose sum nothing can be divided.
     """
-    with torch.no_grad(), LossCalls(tensors_in(tensors)) as seen:
+    with torch.no_grad(), LossCalls().following(tensors_in(tensors)) as seen:
         try:
             loss, output, target = evaluate()
         except Exception:  # noqa: BLE001 - what is wrong is said where the whole batch is evaluated
