@@ -97,7 +97,7 @@ def _filled(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
         return items
     given = dict(data.items())
     # A class that keeps its items in an attribute has the same ones in a shallow copy; tensors are copied in neither.
-    kept = {id(tensor): tensor for tensor in tensors_in(given)}
+    kept = {id(tensor): tensor for _, tensor in places_in(given)}
     for duplicate in (copy.copy, lambda data: copy.deepcopy(data, dict(kept))):
         try:
             filled: Any = duplicate(data)
