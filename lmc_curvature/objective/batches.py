@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace, UnionType
 from typing import Any
@@ -97,6 +97,7 @@ def _filled(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
         return items
     given = dict(data.items())
     # A class that keeps its items in an attribute has the same ones in a shallow copy; tensors are copied in neither.
+    # (A network may be watched for random numbers, which the checks of annotations draw for results that are lists.)
     kept = {id(tensor): tensor for _, tensor in places_in(given)}
     for duplicate in (copy.copy, lambda data: copy.deepcopy(data, dict(kept))):
         try:
@@ -117,7 +118,7 @@ def _fill(filled: Any, items: Mapping[Any, Any], *, like: Any) -> None:
     for key, value in items.items():
         filled[key] = value
     for key in of_items:
-        # Also where a class says otherwise.
+        # Around a class's own way to set attributes, which may refuse it.
         vars(filled)[key] = items[key]
 
 
@@ -137,6 +138,13 @@ def tensors_in(data: Any) -> list[Tensor]:
     return [tensor for _, tensor in places_in(data)]
 
 
+def parts_of(data: Any) -> Iterable[tuple[Any, Any]]:
+    """Keys, numbers or names of the parts of a mapping, list, tuple, dataclass or namespace, and the parts."""
+    if isinstance(data, (list, tuple)):
+        return enumerate(data)
+    return data.items() if isinstance(data, Mapping) else fields_of(data).items()
+
+
 def places_in(
     data: Any, place: tuple[Any, ...] = (), kinds: type | UnionType = Tensor
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -144,12 +152,7 @@ def places_in(
     if isinstance(data, kinds):
         yield place, data
         return
-    parts = (
-        enumerate(data)
-        if isinstance(data, (list, tuple))
-        else (data if isinstance(data, Mapping) else fields_of(data)).items()
-    )
-    for key, value in parts:
+    for key, value in parts_of(data):
         yield from places_in(value, (*place, key), kinds)
 
 

@@ -85,8 +85,8 @@ class LossCalls(TorchFunctionMode):
         self.calls: list[LossCall] = []
         self._places: dict[int, tuple[int, Tensor, int]] = {}
 
-    def following(self, roots: Iterable[Tensor]) -> "LossCalls":
-        """This, following tensors to where they are targets."""
+    def follow(self, roots: Iterable[Tensor]) -> "LossCalls":
+        """Follow tensors to where they are targets of a call; returns itself."""
         # With the tensors themselves, so that no other gets the place of one in memory.
         self._places = {id(root): (place, root, root._version) for place, root in enumerate(roots)}
         return self

@@ -6,14 +6,14 @@ from typing import Any
 from torch import Tensor
 
 from lmc_curvature.errors import LoaderError
-from lmc_curvature.objective.batches import describe, fields_of, places_in
+from lmc_curvature.objective.batches import describe, parts_of, places_in
 
 
 def form_of(data: Any) -> int:
     """A number that is the same for data of one form.
 
-    They hold tensors with the same numbers of axes, of real numbers or of others, and the same plain values (numbers,
-    texts), in the same places. The precision is no part of it, which changes as a batch is brought to a device.
+    Such data hold tensors with as many axes, floating-point or not, and the same plain values (numbers, texts), in the
+    same places. The precision has no part in it: it changes as a batch is brought to a device.
     """
     kinds = Tensor | bool | int | float | complex | str | bytes
     parts = (
@@ -27,11 +27,11 @@ def lengths_of_lists(data: Any, place: tuple[Any, ...] = ()) -> dict[tuple[Any, 
     """How many tensors each list or tuple in data holds, by its place: of those whose tensors are of one kind."""
     if isinstance(data, Tensor):
         return {}
-    is_list = isinstance(data, (list, tuple))
-    if is_list and data and all(isinstance(each, Tensor) for each in data):
+    if isinstance(data, (list, tuple)) and data and all(isinstance(each, Tensor) for each in data):
         return {place: len(data)} if len({(each.dtype, each.ndim) for each in data}) == 1 else {}
-    parts = enumerate(data) if is_list else (data if isinstance(data, Mapping) else fields_of(data)).items()
-    return {key: length for name, part in parts for key, length in lengths_of_lists(part, (*place, name)).items()}
+    return {
+        key: length for name, part in parts_of(data) for key, length in lengths_of_lists(part, (*place, name)).items()
+    }
 
 
 def check_lengths_of_lists(data: Any, first: Mapping[tuple[Any, ...], int], index: int) -> None:

@@ -164,18 +164,17 @@ class NetworkLoss(nn.Module):
         if isinstance(self.loss_fn, BatchLoss) and self.loss_fn.size is not None:
             return _sizes(self.loss_fn.size(data), data, index)
         examples = count_examples(data, index, any_form=of_batch)
+        targets = self._targets_in(data)
         if state is not None and self.class_loss is None:
 
             def look() -> Sight:
                 few, number = first_rows(data, examples, FEW)
                 return self.sight_of(state, map_tensors(place, few), number)
 
-            self.sights.look(look, self._targets_in(data), index)
-        if self.sight is not None and self.sight.class_loss is not None:
-            targets = self._targets_in(data)
-            sight = self.sights.of(targets)
-            if sight.class_loss is not None:
-                return examples, _weight(sight.class_loss, sight.labels_in(targets), sight.classes, index)
+            self.sights.look(look, targets, index)
+        sight = self.sights.of(targets)
+        if sight.class_loss is not None:
+            return examples, _weight(sight.class_loss, sight.labels_in(targets), sight.classes, index)
         if of_batch:
             check_first_axes(data, index)
         self._lists = lengths_of_lists(data) if self._lists is None else self._lists

@@ -51,6 +51,7 @@ class Sight:
 
     def labels_in(self, tensors: Any) -> Tensor:
         """The class indices among the tensors of a target or batch."""
+        # Not by `tensors_in`: where annotations are checked, a list that is returned draws a random number.
         return [tensor for _, tensor in places_in(tensors)][self.root].long()
 
 
@@ -65,7 +66,7 @@ def see(evaluate: Callable[[], tuple[Any, Any, Any]], tensors: Any, examples: in
     Raises:
         LossError: It calls cross-entropy with class weights by whose sum nothing can be divided.
     """
-    with torch.no_grad(), LossCalls().following(tensors_in(tensors)) as seen:
+    with torch.no_grad(), LossCalls().follow(tensors_in(tensors)) as seen:
         try:
             loss, output, target = evaluate()
         except Exception:  # noqa: BLE001 - what is wrong is said where the whole batch is evaluated
@@ -97,8 +98,8 @@ class Sights:
         self._looked_at: set[int] = set()
 
     def of(self, targets: Any) -> Sight:
-        """What is seen in batches of the form of one, by its target or, for a `BatchLoss`, by its data."""
-        return self._by_form.get(form_of(targets), self.first or Sight())
+        """What is seen in the batches of a form, that of a target or, for a `BatchLoss`, of a batch."""
+        return self._by_form.get(form_of(targets), Sight()) if self._by_form else Sight()
 
     def look(self, see: Callable[[], Sight], targets: Any, index: int) -> None:
         """Look into the loss of a batch that is the first of its form, or in the place 1, 2, 4, 8, and so on.
@@ -131,7 +132,7 @@ class Sights:
         Raises:
             LossError: It divides by something else.
         """
-        sight = self._by_form.get(form_of(targets), Sight()) if self._by_form else Sight()
+        sight = self.of(targets)
         labels = None if sight.class_loss is None else sight.labels_in(targets)
         # Captured operations have no values; a CUDA device would have to be waited for.
         if sight.class_loss is None or labels is None or labels.is_cuda or _get_current_dispatch_mode() is not None:
