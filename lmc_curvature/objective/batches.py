@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace, UnionType
 from typing import Any
@@ -138,7 +138,7 @@ def tensors_in(data: Any) -> list[Tensor]:
     return [tensor for _, tensor in places_in(data)]
 
 
-def parts_of(data: Any) -> Iterable[tuple[Any, Any]]:
+def parts_of(data: Any) -> Any:
     """Keys, numbers or names of the parts of a mapping, list, tuple, dataclass or namespace, and the parts."""
     if isinstance(data, (list, tuple)):
         return enumerate(data)
