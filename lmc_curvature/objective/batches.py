@@ -43,9 +43,13 @@ class Batch:
         return self.index == self.skipped
 
     def rows(self, chosen: Sequence[int]) -> Any:
-        """Data of some of its examples: rows of every tensor that has as many as the batch has examples."""
+        """Data of some of its examples: rows of every dense tensor that has as many as the batch has examples."""
         rows = list(chosen)
-        return map_tensors(lambda t: t[rows] if t.ndim and len(t) == self.size else t, self.data)
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[rows] if tensor.layout is torch.strided and tensor.shape[:1] == (self.size,) else tensor
+
+        return map_tensors(cut, self.data)
 
     @property
     def kind(self) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lmc_curvature.agreement import near
 from lmc_curvature.objective.batches import Batch, are_of_examples, map_tensors, tensors_in
+from lmc_curvature.objective.explanations import quoted
 from lmc_curvature.objective.forms import form_of
 from lmc_curvature.objective.losses import BatchLoss, NetworkLoss
 from lmc_curvature.objective.network import State
@@ -61,7 +62,7 @@ def warn_of_cuts(network_loss: NetworkLoss, state: State, batch: Batch, output: 
     if failure is not None and (network_loss.sight is None or network_loss.sight.class_loss is None):
         cause = failure.__cause__ or failure
         warnings.warn(
-            f"The loss of batch {batch.index} could not be compared with its halves: {type(cause).__name__}: {cause}. "
+            f"The loss of batch {batch.index} could not be compared with its halves: {quoted(cause)}. "
             "So nothing tells whether it is a mean over the examples, by whose number batches weigh.",
             stacklevel=2,
         )

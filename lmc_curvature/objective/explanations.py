@@ -50,7 +50,7 @@ def naming_what_has_no_derivative(task: str) -> Iterator[None]:
 def network_error(error: Exception, inputs: Any, index: int) -> LMCCurvatureError:
     """The error for what a network raised on its inputs."""
     kind = UnsupportedModelError if isinstance(error, (NotImplementedError, NameError)) else LoaderError
-    where = f"The network failed on batch {index}, whose inputs are {describe(inputs)}: {_quoted(error)}."
+    where = f"The network failed on batch {index}, whose inputs are {describe(inputs)}: {quoted(error)}."
     return kind(f"{where} {_network_remedy(error, inputs)}".rstrip())
 
 
@@ -63,15 +63,20 @@ def loss_error(error: Exception, output: Any, target: Any, index: int, *, of_cla
             "class probabilities of the output's shape; for real-valued targets pass loss_fn=F.mse_loss."
         )
     where = f"loss_fn failed on batch {index}, whose outputs are {describe(output)} and targets {describe(target)}"
-    return LossError(f"{where}: {_quoted(error)}. {remedy}".rstrip())
+    return LossError(f"{where}: {quoted(error)}. {remedy}".rstrip())
 
 
 def batch_loss_error(error: Exception, data: Any, index: int) -> LossError:
     """The error for what the function of a `BatchLoss` raised."""
-    return LossError(f"The function of the BatchLoss failed on batch {index}, {describe(data)}: {_quoted(error)}.")
+    remedy = ""
+    if "does not require grad" in str(error):
+        remedy = " Losses are evaluated without gradients: one that takes some itself does so in torch.enable_grad()."
+    where = f"The function of the BatchLoss failed on batch {index}, {describe(data)}"
+    return LossError(f"{where}: {quoted(error)}.{remedy}")
 
 
-def _quoted(error: Exception) -> str:
+def quoted(error: BaseException) -> str:
+    """The kind of an error, and the first line of what it says, without a full stop."""
     text = str(error).strip()
     name = type(error).__name__
     return f"{name}: {text.splitlines()[0].rstrip('.')}" if text else name

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lmc_curvature import Objective
+from lmc_curvature import BatchLoss, Objective, predict_barrier
 from lmc_curvature.errors import LoaderError
 from lmc_curvature.objective.batches import (
     Batch,
@@ -24,6 +24,7 @@ from lmc_curvature.objective.batches import (
     tensors_in,
     to_device,
 )
+from tests.support.networks import randomized
 
 Pair = namedtuple("Pair", ["x", "y"])
 X, Y = torch.zeros(5, 2), torch.zeros(5, dtype=torch.int64)
@@ -289,3 +290,16 @@ def test_data_in_float64_are_otherwise_rounded():
     placed = place_data(data, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(placed.double(), data, rtol=1e-6, atol=1e-6, equal_nan=True)
     assert place_data(torch.tensor(0.1).double(), torch.device("cpu"), torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+def test_sparse_neighbours_give_what_dense_ones_do(layout):
+    torch.manual_seed(0)
+    pair = [randomized(torch.nn.Linear(4, 3), seed).double() for seed in (0, 1)]
+    x, near = torch.randn(8, 4, dtype=torch.float64), torch.eye(8, dtype=torch.float64).roll(1, 0)
+    loss = BatchLoss(lambda network, batch: F.cross_entropy(batch[0] @ network(batch[1]), batch[2]), size=lambda _: 8)
+    dense, sparse = (
+        predict_barrier(*pair, [(given, x, torch.arange(8) % 3)], loss_fn=loss, progress=False).curve([0.5])
+        for given in (near, getattr(near, layout)())
+    )
+    assert sparse == pytest.approx(dense, rel=1e-9)

@@ -114,6 +114,13 @@ MISTAKES = {
         LossError,
         "BatchLoss failed on batch 0, a mapping with keys 'x': KeyError: 'ids'",
     ),
+    "BatchLoss that differentiates": (
+        nn.Linear(4, 3),
+        (X, Y),
+        {"loss_fn": BatchLoss(lambda model, batch: torch.autograd.grad(model(batch[0]).sum(), model.weight)[0].sum())},
+        LossError,
+        r"element 0 of tensors does not require grad.*one that takes some itself does so in torch\.enable_grad\(\)",
+    ),
     "no forward": (nn.Module(), (X, Y), {}, UnsupportedModelError, "NotImplementedError"),
 }
 

@@ -88,8 +88,7 @@ def _text(data: Any, describe: Callable[[Tensor], str]) -> str:
         # Tensors among these are no inputs of a graph.
         return describe(data) + (f" with {_text(attributes, _refuse)}" if attributes else "")
     if isinstance(data, (Mapping, list, tuple)):
-        for tensor in _beside_items(data):
-            _refuse(tensor, "an attribute of the batch")
+        name += _beside_items(data)
     if isinstance(data, Mapping):
         items = (f"{_text(key, describe)}: {_text(value, describe)}" for key, value in data.items())
         return f"{name}{{{', '.join(items)}}}"
@@ -103,11 +102,26 @@ def _text(data: Any, describe: Callable[[Tensor], str]) -> str:
     return _refuse(data)
 
 
-def _beside_items(data: Any) -> list[Tensor]:
-    """Tensors in the attributes of a mapping, list or tuple that are none of its items."""
-    among = {id(tensor) for tensor in tensors_in(data)}
-    attributes = list(vars(data).values()) if hasattr(data, "__dict__") else []
-    return [tensor for tensor in tensors_in(attributes) if id(tensor) not in among]
+def _beside_items(data: Any) -> str:
+    """A text of the attributes of a mapping, list or tuple, such as a class made of one of them may have.
+
+    Private ones may be of any kind, where no other tensor is in them: encoded sentences keep whole objects there.
+    """
+    items = {id(tensor) for tensor in tensors_in(data)}
+
+    def describe(tensor: Tensor) -> str:
+        return "an item" if id(tensor) in items else _refuse(tensor, "an attribute of the batch")
+
+    told = {}
+    for name, value in getattr(data, "__dict__", {}).items():
+        if value is data:
+            continue
+        try:
+            told[name] = _text(value, describe)
+        except CaptureError:
+            if not name.startswith("_") or any(id(tensor) not in items for tensor in tensors_in(value)):
+                raise
+    return f"<{told}>" if told else ""
 
 
 def _refuse(value: Any, what: str = "an attribute of a tensor") -> NoReturn:

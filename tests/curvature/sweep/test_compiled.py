@@ -1,6 +1,7 @@
 """Claim: a captured graph is made once, and used for nothing but what it was captured of."""
 
 import gc
+import re
 import weakref
 
 import numpy as np
@@ -58,9 +59,20 @@ def _assert_as_products(objective, state=None, **options):
     return found
 
 
-def test_what_leaves_torch_is_no_constant():
-    objective = Objective(randomized(_ByNumpy().double()), vectors(4, 4, 4))
-    with pytest.raises(CaptureError, match=r"Tensor\.numpy hands values out of torch.*in forward: return self"):
+class _ByText(TwoLayers):
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x))) * float(re.findall(r"-?\d+\.\d+", str(x))[0])
+
+
+class _ByPython(TwoLayers):
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x.clone().apply_(abs))))
+
+
+@pytest.mark.parametrize(("network", "name"), [(_ByNumpy, "numpy"), (_ByText, "__repr__"), (_ByPython, "apply_")])
+def test_what_leaves_torch_is_no_constant(network, name):
+    objective = Objective(randomized(network().double()), vectors(4, 4, 4))
+    with pytest.raises(CaptureError, match=rf"Tensor\.{name} hands values out of torch.*in forward: return self"):
         project_hessian(objective, {}, layer_directions(objective), method="sweep")
     with pytest.warns(FallbackWarning, match="hands values out of torch"):
         _assert_as_products(objective)

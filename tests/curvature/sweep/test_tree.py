@@ -6,8 +6,9 @@ import enum
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from lmc_curvature import Objective
+from lmc_curvature import BatchLoss, Objective, predict_barrier
 from lmc_curvature.curvature.sweep import BatchTree
 from lmc_curvature.errors import CaptureError
 from tests.support.networks import randomized
@@ -113,6 +114,53 @@ def test_an_attribute_of_a_tensor_that_may_be_anything_is_refused():
         _ = BatchTree.of([_with(object())]).signature
     with pytest.raises(CaptureError, match="the batch holds a Tensor, an attribute of a tensor, which may change"):
         _ = BatchTree.of([_with({"a": torch.ones(2)})]).signature
+
+
+class _Scaled(dict):
+    """A batch with values of its own beside its items."""
+
+    def __init__(self, items, **attributes):
+        super().__init__(items)
+        vars(self).update(attributes)
+
+
+def test_values_beside_the_items_of_a_batch_are_told():
+    x = torch.ones(2)
+    batches = [
+        _Scaled({"x": x}, scale=1.0),
+        _Scaled({"x": x}, scale=2.0),
+        _Scaled({"x": x}, scale=[1.0]),
+        _Scaled({"x": x}, _scale=1.0),
+        _Scaled({"x": x}),
+    ]
+    assert len({BatchTree.of(batch).signature for batch in batches}) == len(batches)
+    same = _Scaled({"x": torch.zeros(2)}, scale=1.0)
+    assert BatchTree.of(same).signature == BatchTree.of(batches[0]).signature
+
+
+def test_what_may_be_anything_beside_the_items_of_a_batch_is_refused_unless_private():
+    x = torch.ones(2)
+    for wrong in ({"task": object()}, {"_x": torch.ones(2)}, {"_both": [object(), torch.ones(2)]}):
+        with pytest.raises(CaptureError, match="the batch holds a"):
+            _ = BatchTree.of(_Scaled({"x": x}, **wrong)).signature
+    private = BatchTree.of(_Scaled({"x": x}, _made_by=object(), _data={"x": x})).signature
+    assert BatchTree.of(_Scaled({"x": x}, _made_by=object(), _data={"x": x})).signature == private
+
+
+def test_batches_with_a_value_of_their_own_have_their_own_graphs():
+    torch.manual_seed(0)
+    pair = [randomized(torch.nn.Linear(3, 2), seed).double() for seed in (0, 1)]
+    batches = [
+        _Scaled({"x": torch.randn(4, 3, dtype=torch.float64), "y": torch.randint(2, (4,))}, scale=scale)
+        for scale in (0.5, 2.0, 1.0)
+    ]
+    loss = BatchLoss(lambda network, batch: F.cross_entropy(network(batch["x"]), batch["y"]) * batch.scale)
+    by_sweep, by_products = (
+        predict_barrier(*pair, batches, loss_fn=loss, method=method, progress=False) for method in ("sweep", "hvp")
+    )
+    assert by_sweep.curve([0.5]) == pytest.approx(by_products.curve([0.5]), rel=1e-9)
+    direct = sum(float(loss.fn(pair[0], batch).detach()) for batch in batches) / len(batches)
+    assert by_sweep.loss_at(np.zeros((1, 2))) == pytest.approx(direct, rel=1e-9)
 
 
 def test_rows_are_those_of_the_tensors_that_have_one_for_every_example():

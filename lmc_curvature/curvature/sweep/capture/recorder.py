@@ -112,7 +112,9 @@ class _Watching(TorchDispatchMode):
 class _RefusingToLeave(TorchFunctionMode):
     """Refuses to hand values out of torch: what is computed from them elsewhere would become a constant."""
 
-    _WAYS_OUT = frozenset({"numpy", "__array__", "tolist", "data_ptr", "__dlpack__"})
+    _WAYS_OUT = frozenset(
+        {"numpy", "__array__", "tolist", "data_ptr", "__dlpack__", "__repr__", "apply_", "map_", "map2_"}
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
