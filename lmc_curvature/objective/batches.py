@@ -60,17 +60,16 @@ class Batch:
 def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
     """Apply a function to every tensor in nested mappings, lists, tuples, dataclasses and namespaces.
 
-    What they are is kept, as far as it can be copied and filled: other mappings become plain dicts. Tensors keep the
-    attributes that users have set on them.
+    What they are is kept, with the attributes that tensors and instances of users' classes have. Mappings that cannot
+    be filled and have no attributes become plain dicts.
+
+    Raises:
+        LoaderError: A mapping, list or tuple of a class that has attributes cannot be copied and filled.
     """
     if isinstance(data, Tensor):
         return _with_attributes(function(data), data)
-    if isinstance(data, Mapping):
-        return _filled(data, {key: map_tensors(function, value) for key, value in data.items()})
-    if isinstance(data, tuple) and hasattr(data, "_fields"):
-        return type(data)(*(map_tensors(function, value) for value in data))
-    if isinstance(data, (list, tuple)):
-        return type(data)(map_tensors(function, value) for value in data)
+    if isinstance(data, (Mapping, list, tuple)):
+        return _filled(data, {key: map_tensors(function, value) for key, value in parts_of(data)})
     changed = {name: map_tensors(function, value) for name, value in fields_of(data).items()}
     if all(changed[name] is getattr(data, name) for name in changed):
         return data
@@ -95,35 +94,44 @@ def _with_attributes(result: Any, tensor: Tensor) -> Any:
     return result
 
 
-def _filled(data: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """A copy of a mapping with other values, such as the outputs of transformers, whose keys are attributes, too."""
-    if type(data) is dict:
-        return items
-    given = dict(data.items())
-    # A class that keeps its items in an attribute has the same ones in a shallow copy; tensors are copied in neither.
-    # (A network may be watched for random numbers, which the checks of annotations draw for results that are lists.)
-    kept = {id(tensor): tensor for _, tensor in places_in(given)}
-    for duplicate in (copy.copy, lambda data: copy.deepcopy(data, dict(kept))):
-        try:
-            filled: Any = duplicate(data)
-            _fill(filled, items, like=data)
-            if all(data[key] is given[key] for key in given):
-                return filled
-            _fill(filled, given, like=data)
-        except Exception:  # noqa: BLE001 - whatever a class says that takes no such values
-            return items
-    return items
+def _filled(data: Any, parts: dict[Any, Any]) -> Any:
+    """A copy of a mapping, list or tuple with other parts, and with its own attributes where it has any.
+
+    Attributes that are parts, or hold them, such as those of the outputs of transformers, get the others, too.
+    """
+    kind = type(data)
+    if kind is dict:
+        return parts
+    if isinstance(data, tuple) and not hasattr(data, "__dict__"):
+        return kind(*parts.values()) if hasattr(data, "_fields") else kind(parts.values())
+    if kind is list:
+        return list(parts.values())
+    try:
+        filled = tuple.__new__(kind, parts.values()) if isinstance(data, tuple) else copy.copy(data)
+        others = {id(value): parts[key] for key, value in parts_of(data)}
+        for name, value in list(vars(data).items()):
+            # Around a class's own way to set attributes, which may refuse it.
+            vars(filled)[name] = _exchanged(value, others)
+        for key, value in parts.items():
+            if filled[key] is not value:
+                filled[key] = value
+    except Exception as error:
+        if getattr(data, "__dict__", None):
+            raise LoaderError(
+                f"A {kind.__name__}, whose class has attributes, cannot be copied with other tensors in it: make it "
+                "a dict, list, tuple or dataclass."
+            ) from error
+        return parts
+    return filled
 
 
-def _fill(filled: Any, items: Mapping[Any, Any], *, like: Any) -> None:
-    """Put items into a mapping, and into those of its attributes that are items in another one like it."""
-    attributes = vars(like) if hasattr(like, "__dict__") else {}
-    of_items = [key for key in items if key in attributes and attributes[key] is like[key]]
-    for key, value in items.items():
-        filled[key] = value
-    for key in of_items:
-        # Around a class's own way to set attributes, which may refuse it.
-        vars(filled)[key] = items[key]
+def _exchanged(value: Any, others: Mapping[int, Any]) -> Any:
+    """A value, or plain dicts, lists and tuples with it inside, with others in place of what has their identity."""
+    if id(value) in others:
+        return others[id(value)]
+    if type(value) is dict:
+        return {key: _exchanged(part, others) for key, part in value.items()}
+    return type(value)(_exchanged(part, others) for part in value) if type(value) in (list, tuple) else value
 
 
 def fields_of(data: Any) -> dict[str, Any]:

@@ -100,6 +100,66 @@ def test_objects_with_tensors_stay_what_they_are(make):
         assert (data[name] == 0).all()
 
 
+class Listed(list):
+    scale = 1.0
+
+
+class Tupled(tuple):
+    def __new__(cls, items, scale=1.0):
+        made = super().__new__(cls, items)
+        made.scale = scale
+        return made
+
+
+class Named(Pair):
+    scale = 1.0
+
+
+class User(UserDict):
+    scale = 1.0
+
+
+class Within(Mapping):
+    """Its items are in an attribute, and it cannot be filled."""
+
+    def __init__(self, *pairs, scale=1.0):
+        self._items, self.scale = dict(pairs), scale
+
+    def __getitem__(self, key):
+        return self._items[key]
+
+    def __iter__(self):
+        return iter(self._items)
+
+    def __len__(self):
+        return len(self._items)
+
+
+class Computed(Fixed):
+    scale = 1.0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Listed([X]), lambda: Tupled([X]), lambda: Named(X, 1), lambda: User({0: X}), lambda: Within((0, X))],
+)
+def test_attributes_of_users_own_classes_are_kept(make):
+    data = make()
+    data.scale = 2.0
+    moved = map_tensors(lambda tensor: tensor + 1, {"x": data})["x"]
+    assert (type(moved), moved.scale) == (type(data), 2.0)
+    assert (moved[0] == 1).all()
+    assert (data[0] == 0).all()
+
+
+def test_attributes_that_would_be_lost_are_refused():
+    data = Computed()
+    assert type(map_tensors(torch.clone, data)) is dict
+    data.scale = 2.0
+    with pytest.raises(LoaderError, match="A Computed, whose class has attributes, cannot be copied"):
+        map_tensors(torch.clone, data)
+
+
 class Marked(torch.Tensor):
     """A class of tensors whose instances have attributes."""
 

@@ -112,7 +112,9 @@ def _beside_items(data: Any) -> str:
     def describe(tensor: Tensor) -> str:
         return "an item" if id(tensor) in items else _refuse(tensor, "an attribute of the batch")
 
-    told = {}
+    told, factory = {}, getattr(data, "default_factory", None)
+    if not (factory is None or isinstance(factory, type)):
+        _refuse(factory)
     for name, value in getattr(data, "__dict__", {}).items():
         if value is data:
             continue
