@@ -109,7 +109,7 @@ def _filled(data: Any, parts: dict[Any, Any]) -> Any:
     try:
         filled = tuple.__new__(kind, parts.values()) if isinstance(data, tuple) else copy.copy(data)
         others = {id(value): parts[key] for key, value in parts_of(data)}
-        for name, value in list(vars(data).items()):
+        for name, value in list(getattr(data, "__dict__", {}).items()):
             # Around a class's own way to set attributes, which may refuse it.
             vars(filled)[name] = _exchanged(value, others)
         for key, value in parts.items():

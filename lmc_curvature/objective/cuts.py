@@ -151,7 +151,8 @@ def _watch_batch(network_loss: NetworkLoss, sight: Sight, batch: Batch) -> None:
             stacklevel=3,
         )
     elif first == found and batch.index > 0:
-        rows = torch.randint(sight.examples, (batch.size,), generator=_generator(batch.index)).tolist()
+        generator = torch.Generator().manual_seed(batch.index)
+        rows = torch.randint(sight.examples, (batch.size,), generator=generator).tolist()
         output = _rows(sight.output, sight.examples, rows)
         # What a loss makes of a part is nobody's concern, where it was said of the first batch.
         found, _ = _attempt(lambda: _compare_on(network_loss, output, target, batch.size, batch.index))
@@ -193,10 +194,6 @@ def _positions(target: Any, examples: int) -> list[int]:
     return [t.numel() // examples for t in tensors_in(target) if t.ndim and len(t) == examples]
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def _rows(data: Any, size: int, chosen: Sequence[int]) -> Any:
     """Copies of rows of the tensors that have so many."""
     rows = list(chosen)
@@ -228,12 +225,7 @@ def _compare_on(
 
     halves = _halves(size, index, 3) if joined is None else [_parts(size, joined)]
     return _compare(
-        evaluate,
-        halves,
-        index,
-        rounding=_rounding(output),
-        typical=_typical(output),
-        joined=joined is not None,
+        evaluate, halves, index, rounding=_rounding(output), typical=_typical(output), joined=joined is not None
     )
 
 
@@ -273,7 +265,7 @@ def _leading(batch: Batch) -> int:
 
 def _halves(size: int, seed: int, number: int) -> list[Halves]:
     """So many random halves of a batch; none if it has none."""
-    generator = _generator(seed)
+    generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(size, generator=generator).tolist() for _ in range(number)]
     return [(sorted(order[: size // 2]), sorted(order[size // 2 :])) for order in orders if size > 1]
 
@@ -322,7 +314,21 @@ def _compare(
                 "value depends on how the data are cut into batches, because it is no mean over their examples "
                 f"(weights, ignored targets, a sum, statistics of the batch?). {cure}{_REMEDY}"
             )
-    return ""
+    return "" if joined else _ignored_rows(halves, found, whole, total, index, rounding)
+
+
+def _ignored_rows(halves: Any, found: Any, whole: float, total: float, index: int, rounding: float) -> str:
+    """What is to be said of a loss that is a mean over rows, where half of the rows have no less of a size."""
+    for both, parts in zip(halves, found, strict=True):
+        rows = len(both[0]) + len(both[1])
+        mean = (parts[0][0] * len(both[0]) + parts[1][0] * len(both[1])) / rows
+        agree = near("halves of a batch", whole, mean, rounding=rounding, scale=abs(whole))
+        if not agree or min(weight for _, weight in parts) < total:
+            return ""
+    return (
+        f"The loss of batch {index} is the mean over its {rows} rows, and its size {total:.6g}, which is that of "
+        "half of the rows as well: batches weigh by their size. Leave size out, or return what the loss divides by."
+    )
 
 
 def _rounding(data: Any) -> float:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from lmc_curvature.errors import LoaderError, OptionError
-from lmc_curvature.objective.batches import Batch, describe, map_tensors
+from lmc_curvature.errors import LMCCurvatureError, LoaderError, OptionError
+from lmc_curvature.objective.batches import Batch, describe, map_tensors, tensors_in
 from lmc_curvature.objective.sorting import warn_of_sorted_data
 
 
@@ -59,8 +59,15 @@ def _noting_place(batches: Iterable[Any]) -> Iterator[Any]:
     count = 0
     try:
         for data in batches:
+            if any(tensor.is_nested for tensor in tensors_in(data)):
+                raise LoaderError(
+                    f"Batch {count} of the loader holds nested tensors; expected tensors whose first axis is the "
+                    "examples: pad them (torch.nested.to_padded_tensor), beside a mask."
+                )
             yield data
             count += 1
+    except LMCCurvatureError:
+        raise
     except Exception as error:
         error.add_note(f"batch {count} of the loader")
         raise

@@ -9,6 +9,7 @@ A normalisation module that tracks running statistics is a different function un
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -78,7 +79,8 @@ class Normalization:
         for name, module in tracked_modules(network):
             # The instance's own forward stays in charge (subclasses add activations, say); only the
             # functional call inside it is redirected, and only there, so other modules pay nothing.
-            module.forward = self._redirect(module, name)
+            # Partial, so that a deep copy of all calls its own modules.
+            module.forward = functools.partial(self._forward, module, module.forward, name)
 
     @contextlib.contextmanager
     def by(self, statistics: Statistics, records: Records | None = None) -> Iterator[None]:
@@ -152,20 +154,15 @@ class Normalization:
                 stacklevel=2,
             )
 
-    def _redirect(self, module: nn.Module, name: str) -> Callable[..., Any]:
-        forward = module.forward
-
-        def redirected_forward(*args: Any, **kwargs: Any) -> Any:
-            with _Redirection(self, name, module.training) as redirection:
-                found = forward(*args, **kwargs)
-            if self.statistics == "batch" and not redirection.used:
-                raise UnsupportedModelError(
-                    f"Module {name!r} normalises by code of its own, not by torch.nn.functional.batch_norm, so "
-                    "batch statistics cannot be put into it: choose batch_norm='interpolate'."
-                )
-            return found
-
-        return redirected_forward
+    def _forward(self, module: nn.Module, forward: Callable[..., Any], name: str, /, *args: Any, **kwargs: Any) -> Any:
+        with _Redirection(self, name, module.training) as redirection:
+            found = forward(*args, **kwargs)
+        if self.statistics == "batch" and not redirection.used:
+            raise UnsupportedModelError(
+                f"Module {name!r} normalises by code of its own, not by torch.nn.functional.batch_norm, so "
+                "batch statistics cannot be put into it: choose batch_norm='interpolate'."
+            )
+        return found
 
 
 class _Redirection(TorchFunctionMode):

@@ -1,7 +1,7 @@
 """Claim: batches of any form are counted, described and moved without changing what they are."""
 
 import re
-from collections import OrderedDict, UserDict, namedtuple
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -150,6 +150,12 @@ def test_attributes_of_users_own_classes_are_kept(make):
     assert (type(moved), moved.scale) == (type(data), 2.0)
     assert (moved[0] == 1).all()
     assert (data[0] == 0).all()
+
+
+def test_what_stands_for_missing_items_is_kept():
+    moved = map_tensors(lambda tensor: tensor + 1, defaultdict(lambda: 2.0, x=X))
+    assert (moved["x"] == 1).all()
+    assert moved["scale"] == 2.0
 
 
 def test_attributes_that_would_be_lost_are_refused():

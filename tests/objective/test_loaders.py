@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from lmc_curvature import Objective
 from lmc_curvature.errors import LoaderError
 from lmc_curvature.objective.loaders import check_loader, loader_length, refuse_iterator
 from tests.support.networks import rng_states
@@ -77,3 +78,10 @@ def test_what_can_be_visited_again_is_not_started(loader):
     before = rng_states()
     refuse_iterator(loader, "because")
     assert rng_states() == before
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_with_what_to_do(layout):
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=layout)
+    with pytest.raises(LoaderError, match="Batch 0 of the loader holds nested tensors.*pad them"):
+        Objective(torch.nn.Linear(3, 2), [(nested, torch.arange(2))]).loss()

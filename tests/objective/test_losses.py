@@ -588,6 +588,23 @@ def test_a_number_of_the_whole_batch_in_an_output_is_seen_to_be_none_of_examples
         Objective(model, CUT, loss_fn=lambda o, t: F.mse_loss(o[0], F.one_hot(t, 3).float()) + o[1]).loss()
 
 
+@pytest.mark.parametrize("size", [len, lambda batch: 16])
+def test_a_size_that_half_of_a_batch_has_as_well_is_warned_of(size):
+    def mean_of_squares(network, batch):
+        return network(batch["x"]).square().mean()
+
+    torch.manual_seed(0)
+    batches = [{"x": torch.randn(count, 4), "y": torch.zeros(count)} for count in (16, 16, 5)]
+    network = randomized(nn.Linear(4, 3))
+    with pytest.warns(UserWarning, match="The loss of batch 0 is the mean over its 16 rows, and its size"):
+        Objective(network, batches, loss_fn=BatchLoss(mean_of_squares, size=size)).loss()
+    # Two nodes are a graph, whatever part of them there is.
+    sums = BatchLoss(lambda network, batch: network(batch["x"]).square().sum() / 2, size=size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Objective(network, batches, loss_fn=sums).loss()
+
+
 @pytest.mark.parametrize("action", ["always", "error"])
 def test_what_cannot_be_compared_with_its_halves_is_said_once(action):
     def loss_fn(output, target):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from lmc_curvature import BatchLoss, Objective
+from lmc_curvature import BatchLoss, HessianOperator, Objective
 from lmc_curvature.errors import LoaderError, UnsupportedModelError
 from lmc_curvature.objective.normalization import Normalization, normalize_by, statistic_names, tracked_modules
 from tests.support.cases import CASES
@@ -341,3 +341,15 @@ def test_a_module_that_asks_for_the_batch_in_evaluation_gets_it(make, policy):
     gradient = objective.gradient()
     for name, tensor in expected.items():
         torch.testing.assert_close(gradient[name], tensor, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("policy", ["interpolate", "batch"])
+def test_copies_of_an_operator_have_its_matrix(duplicate, policy):
+    case = CASES["conv, interpolate"]
+    operator = HessianOperator(Objective(case.model(), case.batches(), batch_norm=policy))
+    copied = duplicate(operator)
+    vector = torch.randn(operator.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = operator @ vector
+    del operator
+    assert torch.equal(copied @ vector, expected)
