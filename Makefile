@@ -10,7 +10,7 @@ BENCH_OPTIONS ?= --quick
 
 # Each process takes a run of neighbouring tests, which share what their file makes once, and later some of the other's.
 PYTEST := -m pytest -n auto --dist worksteal
-# Shapes written in signatures are checked against every call the tests make, which takes twice the time.
+# Shapes written in signatures are checked against every call the tests make, which takes two to five times as long.
 TYPED := --jaxtyping-packages=lmc_curvature,beartype.beartype
 
 # What is compiled is kept, for the processes that tests start, and for the next run.
@@ -29,10 +29,10 @@ test: lint
 	$(BIN)/python $(PYTEST) -m 'not check'
 
 # End to end, and many networks; what the tests of a file share takes long here, so they stay in one process. Then all
-# other tests with the shapes of what they call, which a few variants of each show.
+# other tests with the shapes of what they call, which two variants of each show.
 check: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile $(TYPED) -m check
-	$(BIN)/python $(PYTEST) $(TYPED) -m 'not check' --variants 4
+	$(BIN)/python -m pytest -n auto --dist loadfile -m check
+	$(BIN)/python $(PYTEST) $(TYPED) -m 'not check' --variants 2
 
 # With the lowest versions of its dependencies that the project allows.
 test-oldest: $(OLDEST)/.installed

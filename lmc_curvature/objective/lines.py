@@ -1,7 +1,7 @@
 """The loss of a few examples along a random line near a state: its values, and its derivatives by autograd."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from lmc_curvature.objective.network import State, as_leaves, graph_nodes
 from lmc_curvature.objective.numerics import Numerics
 from lmc_curvature.objective.precisions import precisions_met
 
-# How far from the state, relative to its entries: many units are at their kinks exactly at an initialisation.
-_SHIFT = 2.0**-5
+# How far from the state, relative to its entries: many units are at their kinks exactly at an initialisation. Nearer
+# where so far off entries have no part in the loss that have one at the state, as those behind units that go off.
+_SHIFTS = (2.0**-5, 2.0**-15)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,14 @@ class Line:
                 found.append(Derivative(curvature.item(), size))
         return found
 
+    def entries(self) -> set[str]:
+        """Names of the entries in which the loss has a slope at the start."""
+        with self.numerics.differentiating():
+            leaves = as_leaves(self.start)
+            loss = self.loss_at(leaves)
+            slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if loss.requires_grad else ()
+        return {name for name, slope in zip(leaves, slopes, strict=False) if slope is not None and bool(slope.any())}
+
     def functions(self) -> list[str]:
         """Names of the functions with backward passes of their own that the loss calls."""
         with self.numerics.differentiating():
@@ -112,10 +121,9 @@ def random_line(
     generator = torch.Generator().manual_seed(seed)
     constants = {name: place(tensor) for name, tensor in state.items()}
     placed_data = map_tensors(place, data)
-    start, direction = {}, {}
+    start, shift, direction = {name: constants[name] for name in movable}, {}, {}
     for name in movable:
-        shift, direction[name] = (_random_like(constants[name], generator) for _ in range(2))
-        start[name] = constants[name] if through_state else constants[name] + _SHIFT * shift
+        shift[name], direction[name] = (_random_like(constants[name], generator) for _ in range(2))
     # The network's own values have another precision, and are not used: all of them are given.
     in_dtype = NetworkLoss(network_loss.network, own_loss(network_loss.loss_fn, numerics.device, dtype))
 
@@ -124,12 +132,17 @@ def random_line(
             return in_dtype.at({**constants, **moved}, placed_data)[0]
 
     with torch.no_grad(), numerics.exact():
-        (loss, output, _), met = precisions_met(in_dtype, lambda: in_dtype.at({**constants, **start}, placed_data))
+        (loss, output, _), met = precisions_met(in_dtype, lambda: in_dtype.at(constants, placed_data))
     # A cross-entropy near zero is the logarithm of a number near one, and rounded like that.
     plain = isinstance(output, Tensor) and output.is_floating_point()
     unit = max(abs(loss.item()), min(1.0, output.abs().max().item()) if plain else 1.0)
     rounding = max(torch.finfo(each).eps for each in met)
-    return Line(loss_at, start, direction, numerics, rounding, unit, _coarse_part(met, dtype))
+    line = through = Line(loss_at, start, direction, numerics, rounding, unit, _coarse_part(met, dtype))
+    for distance in () if through_state else _SHIFTS:
+        line = replace(line, start={name: start[name] + distance * shift[name] for name in movable})
+        if through.entries() <= line.entries():
+            break
+    return line
 
 
 def _coarse_part(met: Mapping[torch.dtype, str], dtype: torch.dtype) -> str:

@@ -4,7 +4,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,7 +13,7 @@ from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.sources import make_model
 from tests.support.cases import CASES
 from tests.support.networks import NETWORKS, Watched, untouched
-from tests.support.random_networks import FAULTS, OutsideAutograd, WrongScale, random_networks
+from tests.support.random_networks import FAULTS, OutsideAutograd, RandomNetwork, WrongScale, random_networks
 
 
 def _check(objective):
@@ -98,9 +98,14 @@ def test_a_network_without_second_derivatives_is_compared_in_slopes():
 # --- Catches
 
 
+# A little off its state, all units behind the fault are off.
+GOING_OFF = RandomNetwork(False, (0, 0), False, False, 0, False, "interpolate", 2, 18263)
+
+
 @pytest.mark.check
 @settings(max_examples=200, deadline=None)
 @given(random_networks, st.sampled_from(sorted(FAULTS)), st.integers(0, 3))
+@example(GOING_OFF, "gradient hook", 0)
 def test_wrong_backward_passes_in_random_networks_are_found(network, fault, place):
     function, right = FAULTS[fault]
     try:
