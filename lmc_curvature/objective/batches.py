@@ -64,7 +64,7 @@ def map_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
     be filled and have no attributes become plain dicts.
 
     Raises:
-        LoaderError: A mapping, list or tuple of a class that has attributes cannot be copied and filled.
+        LoaderError: A list, or a mapping with attributes, is of a class that cannot be copied and filled.
     """
     if isinstance(data, Tensor):
         return _with_attributes(function(data), data)
@@ -112,16 +112,20 @@ def _filled(data: Any, parts: dict[Any, Any]) -> Any:
         for name, value in list(getattr(data, "__dict__", {}).items()):
             # Around a class's own way to set attributes, which may refuse it.
             vars(filled)[name] = _exchanged(value, others)
-        for key, value in parts.items():
-            if filled[key] is not value:
-                filled[key] = value
+        if isinstance(data, (dict, list)):
+            # Around a class's own way to put items, which may change them once more.
+            put: Any = dict.__setitem__ if isinstance(data, dict) else list.__setitem__
+            for key, value in parts.items():
+                put(filled, key, value)
+        elif any(filled[key] is not value for key, value in parts.items()):
+            filled.update(parts)
     except Exception as error:
-        if getattr(data, "__dict__", None):
-            raise LoaderError(
-                f"A {kind.__name__}, whose class has attributes, cannot be copied with other tensors in it: make it "
-                "a dict, list, tuple or dataclass."
-            ) from error
-        return parts
+        if isinstance(data, Mapping) and not getattr(data, "__dict__", None):
+            return parts
+        raise LoaderError(
+            f"A {kind.__name__} cannot be copied with other tensors in it: make it a plain dict, list or tuple, or a "
+            "dataclass."
+        ) from error
     return filled
 
 
