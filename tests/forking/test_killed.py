@@ -33,7 +33,7 @@ def work(path, what, workers, together):
         trace_forks(path, workers=workers, progress=False)
 
 
-KILLS = 4
+KILLS = 3
 
 
 def trace_files(path):
