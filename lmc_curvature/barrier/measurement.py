@@ -209,11 +209,11 @@ class BarrierMeasurement(Display):
 
     def curve(self, metric: str = "loss") -> Float[np.ndarray, " n"]:
         """Barrier curve of the whole network: the metric minus the chord between the ends."""
-        return weighted_mean(self._batch_curves(metric)[:, 0], self.weights(metric))
+        return self._curves(metric)[0]
 
     def layer_curves(self, metric: str = "loss") -> Float[np.ndarray, "sets n"]:
         """Barrier curve of each measured set of layers."""
-        return weighted_mean(self._batch_curves(metric)[:, 1:], self.weights(metric))
+        return self._curves(metric)[1:]
 
     def sides(self, metric: str = "loss") -> Float[np.ndarray, "sets n 2"]:
         """The metric at the two networks whose weighted sum makes up each set's curve: which one is the better base?
@@ -273,21 +273,24 @@ class BarrierMeasurement(Display):
         return self.metrics.index(metric)
 
     def _batch_curves(self, metric: str) -> Float[np.ndarray, "batches curves n"]:
-        index = self._metric(metric)
-        ends = self.batch_ends[:, index]
-        line = chord(self.alphas, ends[:, :1], ends[:, 1:])
-        return self.batch_values[:, index] - line[:, None]
+        ends, values = (each[:, self._metric(metric)] for each in (self.batch_ends, self.batch_values))
+        return values - chord(self.alphas, ends[:, :1], ends[:, 1:])[:, None]
+
+    def _curves(self, metric: str) -> Float[np.ndarray, "curves n"]:
+        curves = weighted_mean(self._batch_curves(metric), self.weights(metric))
+        # Shares of examples often lie on the chord, but for rounding.
+        rounding = 32 * np.finfo(np.float64).eps * np.abs(self.batch_values[:, self._metric(metric)]).max()
+        return np.where(np.abs(curves) <= rounding, 0.0, curves)
 
     def batch_rises(self, metric: str = "loss") -> Float[np.ndarray, "batches points"]:
         """The rises of every batch, of which `rises` are the means."""
-        index = self._metric(metric)
-        if self.batch_points is None:
+        index, points = self._metric(metric), self.batch_points
+        if points is None:
             return np.zeros((len(self.batch_sizes), 0))
-        return self.batch_points[:, index] - self.batch_ends[:, index].mean(axis=1, keepdims=True)
+        return points[:, index] - self.batch_ends[:, index].mean(axis=1, keepdims=True)
 
     def _standard_errors(self, metric: str) -> Float[np.ndarray, " curves"]:
-        curves = self._batch_curves(metric)
-        peaks = weighted_mean(curves, self.weights(metric)).argmax(axis=1)
+        curves, peaks = self._batch_curves(metric), self._curves(metric).argmax(axis=1)
         # At the ends every batch's curve is zero, whatever that of all data is.
         is_between = (self.alphas > 0) & (self.alphas < 1)
         peaks = np.where(is_between[peaks], peaks, np.abs(self.alphas - 0.5).argmin())

@@ -207,6 +207,22 @@ def test_where_the_curve_is_nowhere_above_the_chord_the_error_is_that_of_the_mid
     assert f"loss   0 ± {expected:.2g} (nowhere above the chord)" in str(found)
 
 
+def test_a_curve_that_is_the_chord_but_for_rounding_is_the_chord():
+    # Of ten examples a third more each time are wrong: 0.1, 0.2, 0.3, 0.4, of which some differ from their chord by 1e-17.
+    x = torch.arange(10.0, dtype=torch.float64)[:, None] + 0.5
+    models = [torch.nn.Linear(1, 1).double() for _ in range(2)]
+    for model, bias in zip(models, (-1.0, -7.0), strict=True):
+        torch.nn.init.constant_(model.weight, 1.0)
+        torch.nn.init.constant_(model.bias, bias)
+    batches = [(x[rows], torch.ones(len(rows), 1, dtype=torch.float64)) for rows in torch.arange(10).split(3)]
+    loss_fn = torch.nn.functional.binary_cross_entropy_with_logits
+    found = measure_barrier(*models, batches, loss_fn=loss_fn, alphas=7, metrics=("error",), progress=False)
+    assert found.ends("error") == pytest.approx([0.1, 0.7])
+    assert found.curve("error").tolist() == [0] * 7
+    middle = found.curve_errors("error")[0, 3]
+    assert found.standard_error("error") == pytest.approx(middle)
+
+
 def test_standard_error_is_that_of_the_batches():
     found = measure_barrier(CONV.model(0), CONV.model(1), CONV.batches((5,) * 6), alphas=5, progress=False)
     at = found.curve().argmax() or 2
