@@ -323,7 +323,8 @@ def _ignored_rows(halves: Any, found: Any, whole: float, total: float, index: in
         rows = len(both[0]) + len(both[1])
         mean = (parts[0][0] * len(both[0]) + parts[1][0] * len(both[1])) / rows
         agree = near("halves of a batch", whole, mean, rounding=rounding, scale=abs(whole))
-        if not agree or min(weight for _, weight in parts) < total:
+        # What both halves have in common, as a penalty on weights, tells nothing of rows.
+        if not agree or parts[0][0] == parts[1][0] or min(weight for _, weight in parts) < total:
             return ""
     return (
         f"The loss of batch {index} is the mean over its {rows} rows, and its size {total:.6g}, which is that of "

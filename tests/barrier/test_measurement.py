@@ -208,7 +208,7 @@ def test_where_the_curve_is_nowhere_above_the_chord_the_error_is_that_of_the_mid
 
 
 def test_a_curve_that_is_the_chord_but_for_rounding_is_the_chord():
-    # Of ten examples a third more each time are wrong: 0.1, 0.2, 0.3, 0.4, of which some differ from their chord by 1e-17.
+    # At every step one more of ten examples is wrong: 0.1, 0.2, …, which differ from their chord by up to 6e-17.
     x = torch.arange(10.0, dtype=torch.float64)[:, None] + 0.5
     models = [torch.nn.Linear(1, 1).double() for _ in range(2)]
     for model, bias in zip(models, (-1.0, -7.0), strict=True):

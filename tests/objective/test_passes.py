@@ -282,7 +282,7 @@ LISTS = {
 def test_batches_of_any_form_are_compared(collate):
     def loss(model, batch):
         data = batch["x"] if "x" in batch else batch["nodes"] if "nodes" in batch else batch[0][0]
-        return model(data).square().mean() if isinstance(batch, Mapping) else model(X).square().mean()
+        return model(data if isinstance(batch, Mapping) else X).square().sum() / 7
 
     # A whole number that is no number of rows.
     loss_fn = BatchLoss(loss, size=lambda batch: 7)
