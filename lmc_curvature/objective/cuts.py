@@ -319,8 +319,8 @@ def _compare(
 
 def _ignored_rows(halves: Any, found: Any, whole: float, total: float, index: int, rounding: float) -> str:
     """What is to be said of a loss that is a mean over rows, where half of the rows have no less of a size."""
+    rows = len(halves[0][0]) + len(halves[0][1])
     for both, parts in zip(halves, found, strict=True):
-        rows = len(both[0]) + len(both[1])
         mean = (parts[0][0] * len(both[0]) + parts[1][0] * len(both[1])) / rows
         agree = near("halves of a batch", whole, mean, rounding=rounding, scale=abs(whole))
         # What both halves have in common, as a penalty on weights, tells nothing of rows.
