@@ -24,7 +24,7 @@ def test_a_checkout_beside_itself(tmp_path):
     assert all(row["calls"] > 100 for row in found)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_another_library_is_refused(tmp_path):
     (tmp_path / "lmc_curvature.py").write_text("raise ImportError('another library')")
     sweeps = against.sweeps_of(tmp_path, "resnet8", against.SIZES["smoke"]["resnet8"], torch.device("cpu"))

@@ -138,7 +138,7 @@ def test_a_run_that_is_killed_keeps_what_it_has(tmp_path):
     assert rows(json.loads((tmp_path / "on_gpu-memory.json").read_text()), "peaks")
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("name", ["projection-resnet20", "products", "memory", "barriers", "language", "spectrum"])
 def test_a_section_whose_time_is_over_ends_at_once_and_promises_nothing(name, tmp_path):
     (section,) = (section for section in on_gpu.SECTIONS if section.name == name)
@@ -174,7 +174,7 @@ def test_what_cannot_be_compiled_ends_nothing(tmp_path, monkeypatch):
     assert run.elsewhere == {}
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_it_is_imported_without_what_may_be_missing():
     missing = ["pydantic", "beartype", "backpack", "curvlinops", "pyhessian", "transformers", "typer", "hypothesis"]
     missing += ["yaml", "sklearn", "torchvision"]

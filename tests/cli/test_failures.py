@@ -376,7 +376,7 @@ def test_a_full_disk_is_one_message_however_many_work(run_with_helpers, config, 
     assert os.strerror(errno.EFBIG) in err
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_a_full_device_as_standard_output(comparison, tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("there is no device that is always full")

@@ -64,6 +64,7 @@ print(F.cross_entropy(model(x), y).item())
 """
 
 
+@pytest.mark.check
 def test_a_fresh_process_loads_the_file_strictly_and_has_the_loss(pair, paths, tmp_path):
     options = {"layers": ["conv", "linear"], "alpha": 0.3}
     out = tmp_path / "merged.safetensors"

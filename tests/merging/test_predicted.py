@@ -182,6 +182,7 @@ def _of_batch(model, batch):
 NAMED = [{"x": x, "y": y} for x, y in LOADER]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("loss_fn", "loader"), [(_focal, LOADER), (BatchLoss(_of_batch), NAMED)], ids=["function", "batch loss"]
 )

@@ -23,7 +23,7 @@ def _elsewhere(function, arguments):
     return Elsewhere("Roads", function, arguments, PACES["smoke"], torch.device("cpu"))
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_what_another_process_measures():
     found, notes = _elsewhere(makers, {"value": 1.5}).measured(60)
     assert list(found) == ["good"]
