@@ -93,8 +93,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             tolerance=Tolerance(0.55, most=0.03),
         ),
         "halves of a batch": Check(
-            catches="A loss whose mean over the data depends on how they are cut into batches, or a size that half of the "
-            "rows have as well.",
+            catches="A loss whose mean over the data depends on how they are cut into batches, or a size that half of "
+            "the rows have as well.",
             runs="Every batch of an objective's first pass, on outputs of its first batch; of a `BatchLoss`, "
             "and of outputs without a row for each example, with the network: the first batch, and the batches 1, 2, "
             "4, 8, … and those of new shapes, by what they are divided by or with examples of the first; not for "
@@ -142,9 +142,9 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             "backward pass that is wrong or hidden from autograd, detached parts, straight-through estimators.",
             runs="Before derivatives at a state, along the entries that move, on four examples of the first batch "
             "(more of small networks, fewer where kinks spoil differences), in float64 up to 50 M parameters, a little "
-            "off the state, nearer where entries would lose their part in the loss; and at it where a length is exactly zero, which is looked for on the whole batch; on the "
-            "batch as it is where that calls functions with backward passes of their own that the few examples do not. "
-            "`witness=False` leaves it out.",
+            "off the state, nearer where entries would lose their part in the loss; and at it where a length is exactly "
+            "zero, which is looked for on the whole batch; on the batch as it is where that calls functions with "
+            "backward passes of their own that the few examples do not. `witness=False` leaves it out.",
             cost=3.0,
             tolerance=Tolerance(0.4),
         ),
