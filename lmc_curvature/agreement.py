@@ -143,8 +143,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             runs="Before derivatives at a state, along the entries that move, on four examples of the first batch "
             "(more of small networks, fewer where kinks spoil differences), in float64 up to 50 M parameters, a little "
             "off the state, nearer where entries would lose their part in the loss; and at it where a length is "
-            "exactly zero, which is looked for on the whole batch; on the batch as it is where that calls functions with "
-            "backward passes of their own that the few examples do not. `witness=False` leaves it out.",
+            "exactly zero, which is looked for on the whole batch; on the batch as it is where that calls functions "
+            "with backward passes of their own that the few examples do not. `witness=False` leaves it out.",
             cost=3.0,
             tolerance=Tolerance(0.4),
         ),
