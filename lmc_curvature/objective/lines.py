@@ -13,17 +13,18 @@ from lmc_curvature.objective.network import State, as_leaves, graph_nodes
 from lmc_curvature.objective.numerics import Numerics
 from lmc_curvature.objective.precisions import precisions_met
 
-# How far from the state, relative to its entries: many units are at their kinks exactly at an initialisation. Nearer
-# where so far off entries have no part in the loss that have one at the state, as those behind units that go off.
-_SHIFTS = (2.0**-5, 2.0**-15)
+# How far from the state, relative to its entries: many units are at their kinks exactly at an initialisation.
+_SHIFT = 2.0**-5
+_NEARER = 2.0**-10
 
 
 @dataclass(frozen=True)
 class Derivative:
-    """A derivative by autograd; and the sum of the absolute values of the terms that it is the sum of."""
+    """A derivative by autograd, the sum of the absolute values of its terms, and the entries that have no term."""
 
     value: float
     size: float
+    idle: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,8 @@ class Line:
 
     Attributes:
         loss_at: The loss where the moved entries are those of a state.
-        start: The moved entries at zero.
+        state: The moved entries at the state.
+        offset: From the state to the line's start, which is its position zero.
         direction: The direction of the line.
         numerics: The precision and the kernels that the network is computed with.
         rounding: Relative rounding error of the coarsest operation on the way.
@@ -41,7 +43,8 @@ class Line:
     """
 
     loss_at: Callable[[State], Tensor]
-    start: State
+    state: State
+    offset: State
     direction: State
     numerics: Numerics
     rounding: float
@@ -62,39 +65,41 @@ class Line:
         with self.numerics.differentiating():
             leaves = as_leaves(self._moved(position))
             loss = self.loss_at(leaves)
-            slope, size = self._along(loss, leaves, create_graph=second)
-            found = [Derivative(slope.item(), size)]
-            if second:
-                curvature, size = self._along(slope, leaves)
-                found.append(Derivative(curvature.item(), size))
-        return found
+            slope, first = self._along(loss, leaves, create_graph=second)
+            return [first, self._along(slope, leaves)[1]] if second else [first]
 
-    def entries(self) -> set[str]:
-        """Names of the entries in which the loss has a slope at the start."""
-        with self.numerics.differentiating():
-            leaves = as_leaves(self.start)
-            loss = self.loss_at(leaves)
-            slopes = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if loss.requires_grad else ()
-        return {name for name, slope in zip(leaves, slopes, strict=False) if slope is not None and bool(slope.any())}
+    def nearer(self, idle: Collection[str]) -> "Line":
+        """The line nearer to the state, if some of these entries have a part in the loss there; else the same.
+
+        A little off the state, whole layers may have none, where all units behind them go off.
+        """
+        through = replace(self, offset={name: torch.zeros_like(each) for name, each in self.offset.items()})
+        if through.derivatives(second=False)[0].idle >= set(idle):
+            return self
+        return replace(self, offset={name: _NEARER * each for name, each in self.offset.items()})
 
     def functions(self) -> list[str]:
         """Names of the functions with backward passes of their own that the loss calls."""
         with self.numerics.differentiating():
-            return own_functions(self.loss_at(as_leaves(self.start)))
+            return own_functions(self.loss_at(as_leaves(self._moved(0.0))))
 
     def _moved(self, position: float) -> dict[str, Tensor]:
-        return {name: tensor + position * self.direction[name] for name, tensor in self.start.items()}
+        return {
+            name: tensor + self.offset[name] + position * self.direction[name] for name, tensor in self.state.items()
+        }
 
-    def _along(self, value: Tensor, leaves: State, *, create_graph: bool = False) -> tuple[Tensor, float]:
-        """The derivative of a value along the direction, and the sum of the absolute values of its terms."""
+    def _along(self, value: Tensor, leaves: State, *, create_graph: bool = False) -> tuple[Tensor, Derivative]:
+        """The derivative of a value along the direction, as a tensor and with its terms."""
         if not value.requires_grad:
-            return torch.zeros(()), 0.0
+            return torch.zeros(()), Derivative(0.0, 0.0, frozenset(leaves))
         gradients = torch.autograd.grad(
             value, list(leaves.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
         )
         terms = [gradient * along for gradient, along in zip(gradients, self.direction.values(), strict=True)]
-        sizes = [term.detach().abs().sum() for term in terms]
-        return torch.stack([term.sum() for term in terms]).sum(), torch.stack(sizes).sum().item()
+        sizes = torch.stack([term.detach().abs().sum() for term in terms]).tolist()
+        total = torch.stack([term.sum() for term in terms]).sum()
+        idle = frozenset(name for name, size in zip(leaves, sizes, strict=True) if not size)
+        return total, Derivative(total.item(), sum(sizes), idle)
 
 
 def own_functions(loss: Tensor) -> list[str]:
@@ -121,9 +126,11 @@ def random_line(
     generator = torch.Generator().manual_seed(seed)
     constants = {name: place(tensor) for name, tensor in state.items()}
     placed_data = map_tensors(place, data)
-    start, shift, direction = {name: constants[name] for name in movable}, {}, {}
-    for name in movable:
-        shift[name], direction[name] = (_random_like(constants[name], generator) for _ in range(2))
+    near = {name: constants[name] for name in movable}
+    offset, direction = {}, {}
+    for name, tensor in near.items():
+        shift, direction[name] = (_random_like(tensor, generator) for _ in range(2))
+        offset[name] = (0.0 if through_state else _SHIFT) * shift
     # The network's own values have another precision, and are not used: all of them are given.
     in_dtype = NetworkLoss(network_loss.network, own_loss(network_loss.loss_fn, numerics.device, dtype))
 
@@ -137,12 +144,7 @@ def random_line(
     plain = isinstance(output, Tensor) and output.is_floating_point()
     unit = max(abs(loss.item()), min(1.0, output.abs().max().item()) if plain else 1.0)
     rounding = max(torch.finfo(each).eps for each in met)
-    line = through = Line(loss_at, start, direction, numerics, rounding, unit, _coarse_part(met, dtype))
-    for distance in () if through_state else _SHIFTS:
-        line = replace(line, start={name: start[name] + distance * shift[name] for name in movable})
-        if through.entries() <= line.entries():
-            break
-    return line
+    return Line(loss_at, near, offset, direction, numerics, rounding, unit, _coarse_part(met, dtype))
 
 
 def _coarse_part(met: Mapping[torch.dtype, str], dtype: torch.dtype) -> str:

@@ -174,6 +174,8 @@ def _judge(make_line: Callable[[], Line], second: bool) -> _Verdict:
 
 def _compare(line: Line, second: bool) -> _Verdict:
     slope, *curvatures = line.derivatives(second=second)
+    if slope.idle and (nearer := line.nearer(slope.idle)) is not line:
+        line, (slope, *curvatures) = nearer, nearer.derivatives(second=second)
     # A few entries may have no part in the loss, as those of units that are off.
     if not any(each.size for each in (slope, *curvatures)) and line.loss(0.0) == line.loss(_LOSS_SPACINGS[0]):
         return _Verdict(idle=True)
