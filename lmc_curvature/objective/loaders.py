@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from lmc_curvature.errors import LMCCurvatureError, LoaderError, OptionError
+from lmc_curvature.errors import LoaderError, OptionError
 from lmc_curvature.objective.batches import Batch, describe, map_tensors, tensors_in
 from lmc_curvature.objective.sorting import warn_of_sorted_data
 
@@ -38,7 +38,8 @@ def visit(
             expects.
     """
     index, skipped = -1, 0
-    for index, data in enumerate(warn_of_sorted_data(_noting_place(islice(loader, max_batches)))):
+    batches = _without_nested(_noting_place(islice(loader, max_batches)))
+    for index, data in enumerate(warn_of_sorted_data(batches)):
         size, weight = count(data, index)
         if weight or weightless:
             yield Batch(index, size, map_tensors(place, data), weight, skipped)
@@ -59,18 +60,22 @@ def _noting_place(batches: Iterable[Any]) -> Iterator[Any]:
     count = 0
     try:
         for data in batches:
-            if any(tensor.is_nested for tensor in tensors_in(data)):
-                raise LoaderError(
-                    f"Batch {count} of the loader holds nested tensors; expected tensors whose first axis is the "
-                    "examples: pad them (torch.nested.to_padded_tensor), beside a mask."
-                )
             yield data
             count += 1
-    except LMCCurvatureError:
-        raise
     except Exception as error:
         error.add_note(f"batch {count} of the loader")
         raise
+
+
+def _without_nested(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches, and refuse one with nested tensors, whose examples are no rows."""
+    for index, data in enumerate(batches):
+        if any(tensor.is_nested for tensor in tensors_in(data)):
+            raise LoaderError(
+                f"Batch {index} of the loader holds nested tensors; expected tensors whose first axis is the examples: "
+                "pad them (torch.nested.to_padded_tensor), beside a mask."
+            )
+        yield data
 
 
 def check_loader(loader: Any, max_batches: int | None) -> None:
