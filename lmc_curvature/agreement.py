@@ -96,9 +96,10 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             catches="A loss whose mean over the data depends on how they are cut into batches, or a size that half of "
             "the rows have as well.",
             runs="Every batch of an objective's first pass, on outputs of its first batch; of a `BatchLoss`, "
-            "and of outputs without a row for each example, with the network: the first batch, and the batches 1, 2, "
-            "4, 8, … and those of new shapes, by what they are divided by or with examples of the first; not for "
-            "torch's cross-entropy itself.",
+            "and of outputs without a row for each example, with the network: every batch, if the loss is a mean "
+            "cross-entropy, whatever its labels are made of, by what that divides by; else the first batch, the "
+            "batches 1, 2, 4, 8, … and those of new shapes, with examples of the first; not for torch's cross-entropy "
+            "itself.",
             cost=4.0,
             tolerance=Tolerance(0.5),
         ),

@@ -86,9 +86,9 @@ def watch_cuts(network_loss: NetworkLoss, state: State, batches: Iterator[Batch]
     """Pass on the batches of one pass, and warn, once, of one whose loss is not weighed by what it divides by.
 
     A loss of an output is compared with its halves' without the network: on rows of the output that its first examples
-    had. Where the targets of an example are more or fewer than those of the first, that is warned of instead. With the
-    network, a `BatchLoss`, or a loss of an output that has no rows, is looked at on the batches 0, 1, 2, 4, 8, … and
-    on those whose examples have other shapes than any before.
+    had. Where the targets of an example are more or fewer than those of the first, that is warned of instead. A
+    `BatchLoss`, or a loss of an output that has no rows, is looked at with the network: on every batch, if it is seen
+    what it divides by, and else on the batches 0, 1, 2, 4, 8, … and on those whose examples have shapes of their own.
     """
     ratio: float | None = None
     first: Batch | None = None
@@ -104,10 +104,10 @@ def watch_cuts(network_loss: NetworkLoss, state: State, batches: Iterator[Batch]
             if not of_batch and sight is not None and _has_rows(sight.output, sight.examples):
                 _watch_batch(network_loss, sight, batch)
             # What is seen within a function is what its batches weigh by.
-            elif looked and (sight is None or sight.class_loss is None):
-                if of_batch and (batch.is_first or ratio is not None):
+            elif sight is None or sight.class_loss is None:
+                if batch.is_first or ratio is not None:
                     ratio = _watch_divisor(network_loss, state, batch, ratio)
-                if ratio is None and not batch.is_first:
+                if looked and ratio is None and not batch.is_first:
                     _watch_with_network(network_loss, state, first, batch)
         yield batch
 

@@ -64,6 +64,7 @@ def test_batch_losses_weigh_by_their_size():
     assert Objective(model, batches, loss_fn=hidden).loss() != pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("nothing", [0, 0.0, torch.tensor(0)])
 def test_batches_of_size_zero_are_left_out(nothing):
     def loss(model, batch):
@@ -259,6 +260,7 @@ NO_MEANS = {
 }
 
 
+@pytest.mark.check(after=52)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("size", [9, 8, 5, 2, 1])
 @pytest.mark.parametrize(("loss_fn", "target"), MEANS.values(), ids=MEANS)
@@ -309,6 +311,7 @@ def test_later_batches_are_looked_at_too(loss_fn, usual, late, place):
     assert len(caught) == 1
 
 
+@pytest.mark.check(after=8)
 @pytest.mark.parametrize(("loss_fn", "target"), MEANS.values(), ids=MEANS)
 def test_means_are_not_warned_of_on_later_batches(loss_fn, target, recwarn):
     batches = [
@@ -325,7 +328,7 @@ class _Lines(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.linear = nn.Linear(1, 3)
+        self.linear = randomized(nn.Linear(1, 3))
 
     def forward(self, x):
         return self.linear(x.unsqueeze(-1))
@@ -573,6 +576,7 @@ def test_outputs_of_any_form_are_compared_with_their_halves(form, read, loss_fn)
     assert found != pytest.approx(loss_fn(model.linear(OUTPUTS), UNEVEN.clone()).item(), rel=1e-3)
 
 
+@pytest.mark.check(after=9)
 @forms
 @pytest.mark.parametrize("name", ["in place", "masked", "margin", "ignored, within a function", "of no batch"])
 def test_means_of_outputs_of_any_form_are_not_warned_of(form, read, name, recwarn):
@@ -657,6 +661,32 @@ def test_batch_losses_of_new_lengths_are_looked_at_wherever_they_are(lengths):
     with pytest.warns(UserWarning, match=rf"batch {place} divides by .*cut into batches.*size=") as caught:
         Objective(_Lines(), _named(_tokens(lengths)), loss_fn=BatchLoss(_shifted)).loss()
     assert len(caught) == 1
+
+
+def _hidden(net, batch):
+    return F.cross_entropy(net(batch["x"]).transpose(1, 2), batch["y"].masked_fill(batch["mask"], -100))
+
+
+@pytest.mark.parametrize("hide", [_shifted, _hidden])
+@pytest.mark.parametrize("size", [None, lambda batch: len(batch["x"])])
+@pytest.mark.parametrize("place", [3, 5, 6])
+def test_labels_that_a_batch_loss_masks_in_any_one_batch_are_warned_of(place, size, hide):
+    loader, model = _named(_tokens((5,) * 7)), _Lines()
+    for index, batch in enumerate(loader):
+        batch["mask"] = torch.zeros_like(batch["y"], dtype=torch.bool)
+        batch["mask"][1:, 2:] = index == place
+        if hide is _shifted:
+            batch["y"][batch["mask"]] = -100
+    counts = [batch["mask"].logical_not()[:, int(hide is _shifted) :].sum() for batch in loader]
+    losses = [hide(model, batch) for batch in loader]
+    expected = (sum(n * loss for n, loss in zip(counts, losses, strict=True)) / sum(counts)).item()
+    loss_fn, entries = BatchLoss(hide, size=size), {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    # The sweep evaluates the function itself in the first batch alone.
+    for compute in (Objective.loss, lambda objective: project_hessian(objective, {}, [entries])):
+        with pytest.warns(UserWarning, match=rf"batch {place} divides by .*cut into batches.*size=") as caught:
+            compute(Objective(model, loader, loss_fn=loss_fn))
+        assert len(caught) == 1
+    assert Objective(model, loader, loss_fn=loss_fn).loss() != pytest.approx(expected, rel=1e-5)
 
 
 def _own(net, batch):
