@@ -16,20 +16,16 @@ TYPED := --jaxtyping-packages=lmc_curvature,beartype.beartype
 # What is compiled is kept, for the processes that tests start, and for the next run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test check test-oldest lint bench docs clean
+.PHONY: demo test check test-oldest lint bench docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/lmc-curvature demo
 
-# Under two minutes: what to run between edits.
-quick: lint
-	$(BIN)/python $(PYTEST) -m 'not slow and not check'
-
 test: lint
 	$(BIN)/python $(PYTEST) -m 'not check'
 
-# End to end, and many networks; what the tests of a file share takes long here, so they stay in one process. Then all
-# other tests with the shapes of what they call, which two variants of each show.
+# What takes seconds; what the tests of a file share takes long here, so they stay in one process. Then all other tests
+# with the shapes of what they call, which two variants of each show.
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m check
 	$(BIN)/python $(PYTEST) $(TYPED) -m 'not check' --variants 2

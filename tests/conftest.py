@@ -1,4 +1,4 @@
-"""Fixtures for all tests, and the option that leaves variants out."""
+"""Fixtures for all tests, and which variants of a test run when."""
 
 from collections import Counter
 
@@ -13,16 +13,19 @@ def pytest_addoption(parser):
     parser.addoption("--variants", type=int, help="run at most so many variants of a test with parameters")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    most = config.getoption("--variants")
-    if most is None:
-        return
+    """Leave out what `--variants` says; the first n variants of a test marked `check(after=n)` lose that mark."""
+    most = config.getoption("--variants") or len(items)
     seen: Counter[str] = Counter()
     kept, left = [], []
     for item in items:
         test = item.nodeid.partition("[")[0]
         seen[test] += 1
         (kept if seen[test] <= most else left).append(item)
+        item.own_markers = [
+            mark for mark in item.own_markers if mark.name != "check" or seen[test] > mark.kwargs.get("after", 0)
+        ]
     items[:] = kept
     config.hook.pytest_deselected(items=left)
 

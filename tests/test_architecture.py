@@ -56,6 +56,7 @@ def test_rooms_say_what_they_are_in_one_sentence_and_name_what_they_offer():
         assert "\n" not in sentence, room
 
 
+@pytest.mark.check
 def test_the_path_names_functions_that_exist():
     lines = _path_lines()
     assert len(lines) > 20
@@ -77,6 +78,7 @@ def test_every_step_of_the_path_is_called_where_the_page_says():
         above.append((depth, name, file))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("page", ["words.md"])
 def test_every_word_lives_where_the_page_says(page):
     rows = re.findall(
@@ -88,6 +90,7 @@ def test_every_word_lives_where_the_page_says(page):
         assert any(name in _definitions(file) for file in files), f"{word}: no {name} in {place}"
 
 
+@pytest.mark.check
 def test_names_are_nouns_and_verbs_of_the_field():
     # Participles that once were names, and words that had two meanings in a room.
     gone = {"captured", "bent", "bends", "wanted", "moving", "curved", "cuts", "hold", "Captures", "Captured", "Data"}

@@ -119,6 +119,7 @@ def _in_float64(loss_fn):
     return loss_fn
 
 
+@pytest.mark.check(after=1)
 @kinds
 @few
 @cuts
@@ -133,6 +134,7 @@ def test_loss_and_gradient_are_those_of_one_batch(kind, at, seed):
     torch.testing.assert_close(objective.gradient(), expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.check
 @kinds
 def test_curvature_is_that_of_one_batch(kind):
     model, _, data, loss_fn = _data(kind)
@@ -149,6 +151,7 @@ def test_curvature_is_that_of_one_batch(kind):
     close(cross_layer_hessian(cut, None, *layers[-2:]), cross_layer_hessian(whole, None, *layers[-2:]))
 
 
+@pytest.mark.check
 @kinds
 def test_predictions_and_measurements_are_those_of_one_batch(kind, tmp_path):
     a, b, data, loss_fn = _data(kind)
@@ -179,6 +182,7 @@ def _measure(a, b, batches, *, loss_fn, progress):
     return measure_barrier(a, b, batches, loss_fn=loss_fn, alphas=3, metrics=metrics, progress=progress)
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("kind", ["ignored examples", "ignored positions and weights", "log-probabilities"])
 @few
 @cuts

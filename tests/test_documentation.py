@@ -46,7 +46,7 @@ class Checker(doctest.OutputChecker):
         return want == "" or super().check_output(want, got, optionflags)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("example", _docstring_examples(), ids=lambda example: example.name)
 def test_docstring_examples_run(example):
     case = CASES["conv, interpolate"]

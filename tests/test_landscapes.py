@@ -15,6 +15,7 @@ def _hessian(landscape):
     return HessianOperator(Objective(landscape, origin(dimension), loss_fn=landscape_loss)).to_dense()
 
 
+@pytest.mark.check
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 2**31 - 1))
 def test_product_of_quadratics_has_its_closed_form_hessian(minima, dimension, seed):

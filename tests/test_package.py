@@ -37,6 +37,7 @@ def test_names_are_imported_when_they_are_used():
     assert "torch" not in _modules_after("import lmc_curvature, lmc_curvature.errors")
 
 
+@pytest.mark.check
 def test_a_prediction_imports_neither_figures_nor_tables_nor_data_sets():
     found = _modules_after("import lmc_curvature; lmc_curvature.predict_barrier, lmc_curvature.HessianOperator")
     assert "lmc_curvature.barrier.prediction" in found
@@ -54,6 +55,7 @@ for thread in threads: thread.join()
 """
 
 
+@pytest.mark.check
 def test_threads_may_use_names_at_once():
     done = subprocess.run([sys.executable, "-c", _THREADS], cwd=ROOT, capture_output=True, text=True, check=True)
     assert sorted(done.stdout.split()) == sorted(lmc_curvature.__all__), done.stderr

@@ -122,6 +122,7 @@ class Page(HTMLParser):
         self.cells[-1] += data
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", EVERYTHING)
 def test_everything_says_what_it_is_in_ten_lines_of_a_hundred_columns(name, results):
     lines = repr(results[name]).splitlines()
@@ -132,6 +133,7 @@ def test_everything_says_what_it_is_in_ten_lines_of_a_hundred_columns(name, resu
     assert not re.search(r"array\(|tensor\(|object at 0x", repr(results[name]))
 
 
+@pytest.mark.check(after=2)
 @pytest.mark.parametrize("name", sorted({*EVERYTHING} - {"BatchLoss"}))
 def test_everything_is_a_small_table_in_a_notebook(name, results):
     text = results[name]._repr_html_()
@@ -150,6 +152,7 @@ def test_everything_is_a_small_table_in_a_notebook(name, results):
         assert image["alt"]
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("name", ["BarrierPrediction", "BarrierMeasurement", "Selection", "Segment", "LayerPartition"])
 def test_names_of_layers_are_text(name, results):
     assert "<script>" in repr(results[name])

@@ -12,7 +12,9 @@ from lmc_curvature.sources.libraries import kind_of
 from lmc_curvature.sources.losses import NEXT_TOKEN_LOSS, OWN_LOSS
 
 try:
-    from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer import Trainer
+    from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+    from transformers.training_args import TrainingArguments
 except ImportError as error:
     raise OptionError(
         f"TransformersCallback needs the package transformers ({error}): pip install lmc-curvature[transformers]."

@@ -4,6 +4,7 @@ The weights of both networks come from checkpoints, so nothing is downloaded, an
 """
 
 import functools
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +44,7 @@ def timm_factory(name: str) -> Callable[..., nn.Module]:
         ConfigurationError: There is no such network, or timm is not installed.
     """
     try:
-        import timm
+        timm = importlib.import_module("timm")
     except ImportError as error:
         raise ConfigurationError(
             f"model 'timm:{name}' needs the package timm ({error}): pip install lmc-curvature[timm]."
@@ -65,7 +66,7 @@ def transformers_factory(directory: str) -> Callable[..., nn.Module]:
     name, kind = _class_of(directory)
     what = f"model 'transformers:{directory}'"
     try:
-        import transformers
+        transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise ConfigurationError(
             f"{what} needs the package transformers ({error}): pip install lmc-curvature[transformers]."

@@ -34,6 +34,7 @@ def half_lengths(collection):
     return [(segment[1, 0] - segment[0, 0]) / 2 for segment in collection.get_segments()]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("made", "expected", "bar"),
     [
@@ -59,6 +60,7 @@ def test_a_prediction_shows_its_four_curves_and_its_layers(made, expected, bar, 
     assert curves.get_ylabel() == layers.get_xlabel() == "barrier (units of the loss)"
 
 
+@pytest.mark.check
 def test_anchors_are_marked_in_a_band_of_the_expansion_error(predictions, lines):
     prediction = predictions[3]
     figure = draw_prediction(prediction)
@@ -113,6 +115,7 @@ def test_a_single_batch_has_no_standard_errors(convex):
     assert " ".join(barriers).count("±") == " ".join(barriers).count("± unknown (one batch)") > 0
 
 
+@pytest.mark.check
 def test_a_measurement_shows_its_metrics_and_its_layers(measurements, saved, lines):
     measurement = measurements[0]
     figure = measurement.plot()
@@ -143,6 +146,7 @@ def test_expansions_differ_in_colour_and_in_line_style():
     assert len({pen.linestyle for pen in EXPANSION_PENS.values()}) == len(EXPANSION_PENS)
 
 
+@pytest.mark.check
 def test_nothing_is_imported_for_drawing_before_something_is_drawn():
     code = "import sys, lmc_curvature.barrier.prediction, lmc_curvature.curvature.spectra.density; "
     code += "sys.exit('matplotlib' in sys.modules)"

@@ -45,6 +45,7 @@ def test_curves_of_the_whole_network_go_through_all_anchors(expansion):
     np.testing.assert_allclose(_curve(expansion, known, positions=positions), expected, atol=1e-12)
 
 
+@pytest.mark.check
 @settings(deadline=None)
 @given(st.sampled_from(EXPANSIONS), ends)
 @example("second-order", ((0.0, 0.0, 0.03125), (0.0, 0.0, -4.0)))  # above the chord in the last hundredth alone

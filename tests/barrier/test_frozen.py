@@ -80,6 +80,7 @@ def _by_hand(a, b, alpha, moves, base):
     return model
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("base", ["a", "b"])
 @pytest.mark.parametrize(
     ("frozen", "moves"),
@@ -117,6 +118,7 @@ def test_the_statistics_estimated_again_are_those_of_the_shared_layers():
     np.testing.assert_allclose(found.values(), values, atol=1e-12)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("base", ["a", "b"])
 def test_curvature_is_that_of_the_layers_that_move(base):
     a, b = CONV.model(0), CONV.model(1)
@@ -154,6 +156,7 @@ def test_a_backbone_without_gradients_is_left_alone():
     assert measured.barrier() <= 1e-12
 
 
+@pytest.mark.check
 def test_a_segment_of_ones_own_tells_the_prediction_what_is_frozen():
     a, b = CONV.model(0), CONV.model(1)
     segment = Segment(a, b, frozen="fc", base="b")
@@ -182,6 +185,7 @@ def test_networks_in_which_nothing_can_move_are_refused(compute):
             compute(*networks, [(torch.randn(9, 4), torch.arange(9) % 3)])
 
 
+@pytest.mark.check
 @compute
 def test_networks_that_differ_in_what_is_frozen_alone_are_equal(compute):
     model = CONV.model()

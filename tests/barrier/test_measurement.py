@@ -257,6 +257,7 @@ def test_notes_are_kept_and_files_without_them_are_read(measurement, tmp_path):
     check_notes(measurement, "barrier-measurement", tmp_path)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
 def test_equal_networks_have_no_barrier_and_are_said_to_be_equal(policy):
     model, batches = CONV.model().float(), in_float32(CONV.batches((7, 6, 5)))

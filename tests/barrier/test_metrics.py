@@ -121,6 +121,7 @@ READ = {
 }
 
 
+@pytest.mark.check(after=4)
 @pytest.mark.parametrize(("make", "x", "target", "loss_fn", "decide"), READ.values(), ids=READ)
 def test_the_error_is_the_share_of_wrong_decisions(make, x, target, loss_fn, decide):
     for batches in ([(x, target)], [(x[:1], target[:1]), (x[1:], target[1:])]):
@@ -173,6 +174,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.check(after=8)
 @pytest.mark.parametrize("policy", ["interpolate", "recalibrate"])
 @pytest.mark.parametrize(("make", "x", "target", "loss_fn"), REFUSED.values(), ids=REFUSED)
 def test_what_it_does_not_understand_is_refused_at_once(make, x, target, loss_fn, policy):

@@ -38,6 +38,7 @@ def prediction():
     return predict_barrier(CONV.model(0), CONV.model(1), CONV.batches(), progress=False)
 
 
+@pytest.mark.check
 def test_full_curve_is_proposition_1_with_the_whole_hessians(prediction):
     models = CONV.model(0), CONV.model(1)
     segment = Segment(*models)
@@ -51,6 +52,7 @@ def test_full_curve_is_proposition_1_with_the_whole_hessians(prediction):
     np.testing.assert_allclose(prediction.curve(ALPHAS, None, "second-order"), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.check
 def test_layer_curve_is_proposition_2_with_the_layer_block(prediction):
     models = CONV.model(0), CONV.model(1)
     direction = Segment(*models).directions()["conv2"]
@@ -97,6 +99,7 @@ def _same(a, b, tolerance):
     assert a.endpoints[1].loss == pytest.approx(b.endpoints[1].loss, abs=tolerance)
 
 
+@pytest.mark.check
 def test_how_the_data_come_does_not_matter(prediction):
     batches = CONV.batches()
     x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
@@ -110,6 +113,7 @@ def test_how_the_data_come_does_not_matter(prediction):
         _same(prediction, predict_barrier(CONV.model(0), CONV.model(1), loader, progress=False), 1e-10)
 
 
+@pytest.mark.check
 def test_float32_agrees_with_float64(prediction):
     models = CONV.model(0).float(), CONV.model(1).float()
     single = predict_barrier(*models, CONV.batches(), progress=False)
@@ -118,6 +122,7 @@ def test_float32_agrees_with_float64(prediction):
     _same(prediction, double, 2e-6 * np.abs(prediction.endpoints[0].curvature).max())
 
 
+@pytest.mark.check
 def test_max_batches_uses_the_first_ones():
     models = CONV.model(0), CONV.model(1)
     some = predict_barrier(*models, CONV.batches(), max_batches=2, progress=False)
@@ -125,6 +130,7 @@ def test_max_batches_uses_the_first_ones():
     _same(some, predict_barrier(*models, CONV.batches()[:2], progress=False), 1e-14)
 
 
+@pytest.mark.check
 def test_equal_networks_have_no_barrier_and_are_said_to_be_equal():
     model = CONV.model()
     with pytest.warns(UserWarning, match="model_a and model_b are equal in every entry that moves, .*same file"):
@@ -138,7 +144,7 @@ def test_equal_networks_have_no_barrier_and_are_said_to_be_equal():
     assert f"\n  {nothing.notes[0]}\n" in str(nothing)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_every_network_and_policy_is_predicted_and_left_alone(case):
     models = case.model(0), case.model(1)
@@ -152,6 +158,7 @@ def test_every_network_and_policy_is_predicted_and_left_alone(case):
             assert torch.equal(tensor, state[name])
 
 
+@pytest.mark.check
 def test_it_is_computed_by_the_sweep(prediction):
     models = CONV.model(0), CONV.model(1)
     swept, by_products = (
@@ -177,6 +184,7 @@ def test_saving_and_loading_is_lossless(prediction, tmp_path):
     assert str(again) == str(prediction)
 
 
+@pytest.mark.check
 def test_notes_are_kept_and_files_without_them_are_read(prediction, tmp_path):
     check_notes(prediction, "barrier-prediction", tmp_path)
 
@@ -198,6 +206,7 @@ def test_dataframe_has_a_row_a_layer(prediction):
     assert frame["barrier_se"].notna().all()
 
 
+@pytest.mark.check
 def test_text_shows_the_barrier_and_its_error(prediction):
     text = str(prediction)
     second = prediction.barrier(None, "second-order"), prediction.standard_error(None, "second-order")
@@ -229,6 +238,7 @@ def test_text_says_that_one_batch_does_not_tell_an_error():
     assert "± unknown (one batch)" in repr(one)
 
 
+@pytest.mark.check
 def test_progress_bars_are_shown_when_asked_and_silent_without_a_terminal(capsys):
     models = CONV.model(0), CONV.model(1)
     predict_barrier(*models, CONV.batches(), progress=True)

@@ -34,7 +34,7 @@ def quadratic_pairs(draw):
     return ends, hessian.numpy(), minimum.numpy(), shifts.numpy(), loader, layers, chosen
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(quadratic_pairs())
 def test_curves_equal_their_closed_forms(drawn):
@@ -79,6 +79,7 @@ def test_curves_equal_their_closed_forms(drawn):
     )
 
 
+@pytest.mark.check
 def test_standard_error_is_that_of_the_barrier_over_batches():
     generator = torch.Generator().manual_seed(0)
     loader = [(torch.randn(4, 2, generator=generator, dtype=torch.float64),) * 2 for _ in range(8)]

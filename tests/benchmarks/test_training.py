@@ -19,6 +19,7 @@ def test_loops_and_siblings_are_compared(tmp_path):
     assert [bar["what"] for bar in record["bars"]] == ["fastest plain loop / ours"]
 
 
+@pytest.mark.check
 def test_steps_are_timed_within_a_budget():
     (table,), bars, notes = training_report(torch.device("cpu"), 600.0, size="smoke")
     assert table.name == "training-steps"
@@ -40,6 +41,7 @@ def test_steps_are_timed_within_a_budget():
     ]
 
 
+@pytest.mark.check
 def test_a_row_that_fails_is_told_of_and_the_others_stay(monkeypatch):
     def fail(plan, data, precision, siblings, graph, end):
         if siblings == 2:

@@ -93,6 +93,7 @@ FORMS = {
 }
 
 
+@pytest.mark.check(after=6)
 @pytest.mark.parametrize("form", FORMS)
 def test_what_can_be_read_in_one_way_is_read(form, source, path):
     expected = network()

@@ -43,7 +43,7 @@ def _batches(size=256):
     return load_data("digits", limit=60).batches(size)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_predict_prints_the_prediction_as_json(run, networks, checkpoints, tmp_path):
     expected = predict_barrier(*networks, _batches(25), progress=False)
     layers = expected.layers[:2]
@@ -76,6 +76,7 @@ def test_predict_prints_the_prediction_as_json(run, networks, checkpoints, tmp_p
     )
 
 
+@pytest.mark.check
 def test_a_single_batch_has_no_error_in_json(run, checkpoints):
     _, out, _ = run("predict", *checkpoints, *COMMON, "--json")
     assert json.loads(out)["barrier"]["second-order"]["standard_error"] is None
@@ -86,6 +87,7 @@ def _rows(out):
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[:1] == "│"]
 
 
+@pytest.mark.check
 def test_predict_prints_tables_and_ends_with_a_verdict(run, networks, checkpoints):
     expected = predict_barrier(*networks, _batches(25), layers="block", progress=False)
     members = ["conv", "stage1"]
@@ -120,6 +122,7 @@ def test_anchors_are_counted_or_named(run, networks, checkpoints, tmp_path):
     assert [anchor.alpha for anchor in BarrierPrediction.load(saved).anchors] == [0.0, 0.3, 1.0]
 
 
+@pytest.mark.check
 def test_measure_prints_the_measurement(run, networks, checkpoints, tmp_path):
     expected = measure_barrier(*networks, _batches(), sets="each", alphas=5, progress=False)
     arguments = ["measure", *checkpoints, *COMMON, "--each", "--alphas", 5]
@@ -148,6 +151,7 @@ def test_measure_takes_sets_and_a_loader_of_ones_own(run, checkpoints):
     assert record["metrics"]["loss"]["sets"][0]["layers"] == ["conv", "linear"]
 
 
+@pytest.mark.check(after=6)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -166,7 +166,6 @@ def unwritable(tmp_path):
     return tmp_path / "unwritable"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["predict", "measure"])
 def test_an_answer_that_cannot_be_saved_is_printed(run, comparison, tmp_path, small_files, command):
     path = tmp_path / "answer.safetensors"
@@ -229,6 +228,7 @@ def test_directories_that_cannot_be_written_are_refused_at_once(run, unwritable,
     assert f"{tmp_path / 'file'} is a file" in err
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(
     ("source", "message"),
     [
@@ -239,7 +239,6 @@ def test_directories_that_cannot_be_written_are_refused_at_once(run, unwritable,
         ("no_loader", r"ConnectionError: no data base \(in .*test_failures.py, line \d+\)"),
     ],
 )
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["predict", "measure"])
 def test_a_loader_that_fails_is_one_message(run, comparison, monkeypatch, source, message, command):
     monkeypatch.delenv(failures.TRACEBACK, raising=False)
@@ -248,7 +247,6 @@ def test_a_loader_that_fails_is_one_message(run, comparison, monkeypatch, source
     assert re.fullmatch(rf"error: {message}.*\. LMC_CURVATURE_TRACEBACK=1 shows the traceback\.\n", err)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "source", "place"),
     [
@@ -319,6 +317,7 @@ def _heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("module", ["typer", "lmc_curvature.cli.options", "torch"])
 def test_an_interrupt_of_the_first_imports_is_one_line(module):
     # What is imported before `main` runs is little: of the command line, what tells of interrupts.
@@ -364,7 +363,6 @@ def test_an_interrupt_of_several_processes_is_one_line(config, tmp_path):
         assert err == "interrupted; the same command continues where it stopped.\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_one_message_however_many_work(run_with_helpers, config, tmp_path, small_files, workers):
     small_files(3000)

@@ -75,6 +75,7 @@ def test_layers_mean_what_the_command_says(run, networks, paths, tmp_path):
     _same(tmp_path / "m", merge(*networks, alpha=0.25))
 
 
+@pytest.mark.check
 def test_merge_estimates_statistics_anew(run, networks, paths, tmp_path):
     options = ["--batch-norm", "recalibrate", "--layers", "conv", "--json"]
     status, out, _ = run("merge", *paths, *MODEL, *DATA, *options, "--out", tmp_path / "m")
@@ -90,6 +91,7 @@ def test_merge_estimates_statistics_anew(run, networks, paths, tmp_path):
     assert not torch.allclose(load_file(tmp_path / "m")[name], load_file(tmp_path / "n")[name], rtol=1e-3)
 
 
+@pytest.mark.check
 def test_measure_estimates_statistics_on_the_data_given_for_it(run, paths):
     options = ["--batch-norm", "recalibrate", "--alphas", 3, "--json"]
     found = [

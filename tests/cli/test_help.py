@@ -65,7 +65,7 @@ def _shell(words, **environment):
     return done.stdout.split()
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
@@ -78,7 +78,6 @@ def test_shells_complete(words, expected):
     assert sorted(_shell(words)) == expected
 
 
-@pytest.mark.slow
 def test_the_script_of_a_shell_is_shown():
     line = f"{sys.executable} -m lmc_curvature --show-completion; true"
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, capture_output=True, text=True, check=True)

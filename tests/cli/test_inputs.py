@@ -68,6 +68,7 @@ def _curve(out, metric="loss"):
     return json.loads(out)["metrics"][metric]["curve"]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("loss", "loss_fn"),
     [
@@ -189,6 +190,7 @@ def test_mistakes_in_the_preparation_of_images(run, tmp_path, images, options, m
     assert message in err
 
 
+@pytest.mark.check
 def test_threads_are_those_asked_for_and_no_more_afterwards(run, tmp_path):
     _, common = _networks(tmp_path)
     before = torch.get_num_threads()
@@ -203,6 +205,7 @@ def test_threads_are_those_asked_for_and_no_more_afterwards(run, tmp_path):
 SIGNATURES = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("command", ["predict", "measure"])
 def test_results_are_drawn(run, tmp_path, command):
     _, common = _networks(tmp_path)

@@ -52,7 +52,6 @@ def test_a_language_model_is_predicted_and_measured(directories, run, tmp_path):
         torch.testing.assert_close(merged[name], (tensor + models[1].state_dict()[name]) / 2)
 
 
-@pytest.mark.slow
 def test_two_folders_become_a_folder_that_from_pretrained_loads(directories, run, tmp_path):
     models, (first, second) = directories
     folders = [tmp_path / name for name in "ab"]
@@ -80,7 +79,6 @@ def test_two_folders_become_a_folder_that_from_pretrained_loads(directories, run
     assert (tmp_path / "m.safetensors").is_file()
 
 
-@pytest.mark.slow
 def test_a_merge_that_fails_leaves_no_folder(directories, run, tmp_path):
     _, (first, _) = directories
     broken = make_gpt2(0)
@@ -92,7 +90,6 @@ def test_a_merge_that_fails_leaves_no_folder(directories, run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_images_are_no_texts(directories, run):
     _, (first, second) = directories
     status, out, err = run("predict", first, second, "--model", f"transformers:{first}", "--data", "digits")
@@ -101,7 +98,7 @@ def test_images_are_no_texts(directories, run):
     assert "--loss own or, of causal language models, next-token" in err
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_other_names_in_a_file_of_transformers_are_explained(run, tmp_path):
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     config = transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1, num_labels=10)

@@ -20,6 +20,7 @@ def _data(path):
     return json.loads(found[1])["pairs"][0]["picker"]
 
 
+@pytest.mark.check
 def test_a_prediction_and_its_record_make_a_page(run, saved, tmp_path):
     provenance = {
         "networks": {"a": {"path": "my a.pt"}, "b": {"path": "b.pt"}},

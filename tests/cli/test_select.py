@@ -102,6 +102,7 @@ def _selection(verification):
     return list(verification.selection.members), verification.selection.base
 
 
+@pytest.mark.check
 def test_the_answer_is_that_of_the_library_and_the_file_has_the_promised_loss(run, paths, prediction, tmp_path):
     budget = 0.3 * float(prediction.set_barriers([None])[0])
     selected = select_layers(prediction, budget, weight="distance", excluded="6")
@@ -142,6 +143,7 @@ def test_the_answer_is_that_of_the_library_and_the_file_has_the_promised_loss(ru
     }
 
 
+@pytest.mark.check
 def test_what_is_printed_ends_with_what_to_do(run, paths, prediction, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     expected = select_layers(prediction, 0.2, base="b").verify(*NETWORKS, chosen_on(), measurements=3, progress=False)
@@ -217,6 +219,7 @@ def test_the_command_to_merge_says_what_is_not_the_default(prediction):
     )
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("base", ["a", "b"])
 def test_a_file_without_averaged_layers_is_called_a_copy(run, paths, tmp_path, base):
     given = ["--budget", 1e-9, "--base", base, "--measurements", 0, "--out", tmp_path / "m"]
@@ -226,6 +229,7 @@ def test_a_file_without_averaged_layers_is_called_a_copy(run, paths, tmp_path, b
     torch.testing.assert_close(load_file(tmp_path / "m"), load_file(paths["ab".index(base)]), rtol=0, atol=0)
 
 
+@pytest.mark.check
 def test_without_measurements_the_prediction_selects(run, paths, tmp_path):
     given = ["--relative-budget", 1e5, "--measurements", 0, "--save", tmp_path / "p"]
     status, out, _ = run("select", *paths, *COMMON, *given, "--out", tmp_path / "m", "--json")
@@ -240,6 +244,7 @@ def test_without_measurements_the_prediction_selects(run, paths, tmp_path):
     assert (status, "Nothing was measured" in out, "(with --base b the other of the two)" in out) == (0, True, True)
 
 
+@pytest.mark.check
 def test_statistics_are_estimated_anew_on_the_data_that_the_set_is_chosen_on(run, normalized, tmp_path):
     (networks, paths), merged = normalized, make_normalized()
     given = ["--budget", 9, "--batch-norm", "recalibrate", "--measurements", 1, *OTHERS, "--out", tmp_path / "m"]
@@ -340,6 +345,7 @@ def test_a_prediction_is_kept_where_nothing_can_be_selected(run, paths, tmp_path
     assert select_layers(BarrierPrediction.load(tmp_path / "p"), 10.0).members
 
 
+@pytest.mark.check
 def test_an_answer_is_printed_though_the_network_cannot_be_written(run, paths, tmp_path, small_files):
     (tmp_path / "m").write_text("mine")
     small_files(256)

@@ -12,8 +12,6 @@ from lmc_curvature.cli import main
 from lmc_curvature.cli.app import app
 from tests.docs.pages import DOCS, README, ROOT, blocks, pages
 
-# Their networks are trained, or imported from elsewhere, which takes seconds.
-LONG = {"five-minutes.md", "howto/language.md", "howto/training.md", "concepts/anchors.md", "concepts/batch-norm.md"}
 NAMES = [str(page.relative_to(DOCS)) for page in pages()]
 WITH_CODE = [name for name in NAMES if any(block.language == "python" for block in blocks(DOCS / name))]
 
@@ -38,14 +36,8 @@ def _run(page):
             block.run(namespace)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.check] if name in LONG else [pytest.mark.slow])
-        for name in WITH_CODE
-        if name != "two-checkpoints.md"
-    ],
-)
+@pytest.mark.check
+@pytest.mark.parametrize("name", [name for name in WITH_CODE if name != "two-checkpoints.md"])
 def test_blocks_run_in_order(name, folder, capsys):
     with warnings.catch_warnings():
         # A page that makes the library warn would have to say so.
@@ -54,7 +46,7 @@ def test_blocks_run_in_order(name, folder, capsys):
     assert capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_two_checkpoints_become_one_as_the_page_says(folder, capsys):
     every = blocks(DOCS / "two-checkpoints.md")
     files = {block.title: block for block in every if block.title}

@@ -15,7 +15,6 @@ ROWS = [(name, row) for name, rows in TABLES.items() for row in rows]
 IDS = [f"{name}: {row.loss} by {row.by}" for name, row in ROWS]
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -28,6 +27,7 @@ def _version(text):
 (OF_PAGE,) = set(re.findall(r"torch (\d+\.\d+\.\d+)", TEXT))
 
 
+@pytest.mark.check(after=4)
 @pytest.mark.parametrize(
     ("name", "row"), [pair for pair in ROWS if pair[0] != "third"], ids=[i for i in IDS if "third:" not in i]
 )
@@ -50,6 +50,7 @@ def test_torch_is_wrong_or_refuses(name, row):
         assert math.isnan(float(found)) or abs(float(found) - right) > 0.01 * abs(right), "mended: take the row away"
 
 
+@pytest.mark.check
 def test_the_page_shows_the_tables_as_they_are_computed():
     assert set(page_tables(TEXT)) == set(TABLES)
     if _version(torch.__version__) != _version(OF_PAGE):

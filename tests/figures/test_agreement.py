@@ -15,6 +15,7 @@ def small_print(axes):
     return next(text.get_text() for text in axes.texts if text.get_text().startswith("Spearman"))
 
 
+@pytest.mark.check
 def test_points_are_the_barriers(predictions, measurements, saved, lines):
     figure = draw_predicted_against_measured(predictions, measurements)
     saved(figure)
@@ -31,6 +32,7 @@ def test_points_are_the_barriers(predictions, measurements, saved, lines):
             assert lines(axes)[f"_{epoch}, small"].shape == (2, (~positive).sum())
 
 
+@pytest.mark.check
 def test_axes_are_logarithmic_alike_and_labelled(predictions, measurements):
     panels = draw_predicted_against_measured(predictions, measurements).axes
     assert len(panels) == 4
@@ -48,6 +50,7 @@ def bars(axes, label):
     return [np.array(part.get_segments()) for part in group[2]]
 
 
+@pytest.mark.check
 def test_points_have_their_errors_along_both_axes(predictions, measurements):
     figure = draw_predicted_against_measured(predictions, measurements)
     for axes, expansion in ((figure.axes[0], "anchored"), (figure.axes[2], "second-order")):
@@ -76,6 +79,7 @@ def test_by_default_it_is_the_second_order_unless_all_have_anchors(predictions, 
         assert lines(whole)["_0"][1] == [predictions[0].barrier(None, "second-order")]
 
 
+@pytest.mark.check
 def test_the_rank_correlation_is_that_of_scipy(predictions, measurements):
     epochs = sorted(predictions)
     whole, layers = draw_predicted_against_measured(predictions, measurements).axes[:2]

@@ -30,6 +30,7 @@ OF_TWO_ENDS = ("second-order", "with-slopes"), ["predicted, second order", "pred
 EITHER = pytest.mark.parametrize(("made", "expected"), [("predictions", ANCHORED), ("of_two_ends", OF_TWO_ENDS)])
 
 
+@pytest.mark.check
 @EITHER
 def test_every_fork_has_its_curves_in_the_order_of_the_epochs(made, expected, request, measurements, saved, uncut):
     predictions, (expansions, names) = request.getfixturevalue(made), expected
@@ -66,6 +67,7 @@ def test_anchored_curves_have_their_anchors_and_expansion_errors(predictions, me
         assert np.ptp(heights) == pytest.approx(2 * prediction.expansion_error(alpha=0.25))
 
 
+@pytest.mark.check(after=1)
 @EITHER
 @pytest.mark.parametrize("draw", [draw_barrier_curves, draw_layer_bars])
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
@@ -88,6 +90,7 @@ def test_scales_are_shared_only_within_an_order_of_magnitude(predictions, measur
     assert len({axes.get_ylim() for axes in alike.axes}) == 1
 
 
+@pytest.mark.check
 @EITHER
 def test_every_fork_has_its_layer_bars(made, expected, request, measurements, saved, uncut, lines):
     predictions, (expansions, names) = request.getfixturevalue(made), expected
@@ -103,6 +106,7 @@ def test_every_fork_has_its_layer_bars(made, expected, request, measurements, sa
     assert not any(label.get_text() for label in figure.axes[1].get_yticklabels())
 
 
+@pytest.mark.check
 @EITHER
 def test_bars_and_diamonds_of_layers_have_their_standard_errors(made, expected, request, measurements):
     predictions, (expansions, _) = request.getfixturevalue(made), expected
@@ -117,6 +121,7 @@ def test_bars_and_diamonds_of_layers_have_their_standard_errors(made, expected, 
             assert any(np.allclose(each, errors) for each in drawn)
 
 
+@pytest.mark.check
 @EITHER
 def test_the_legend_of_layer_bars_names_what_it_shows(made, expected, request, measurements):
     predictions, (expansions, names) = request.getfixturevalue(made), expected

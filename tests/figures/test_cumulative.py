@@ -12,6 +12,7 @@ def headings(figure):
     return [(axes.get_title(loc="left"), axes.texts[0].get_text()) for axes in figure.axes]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("forks", [[0], [0, 2, 5]])
 def test_curves_are_those_of_the_last_epoch(forks, traces, pick, lines, saved, uncut):
     figure = draw_cumulative_barriers(traces.cumulative[traces.cumulative["fork"].isin(forks)])
@@ -34,6 +35,7 @@ def test_curves_are_those_of_the_last_epoch(forks, traces, pick, lines, saved, u
     ]
 
 
+@pytest.mark.check
 def test_anchored_predictions_take_the_place_of_one_end(anchored, pick, lines, saved, uncut):
     figure = draw_cumulative_barriers(anchored.cumulative)
     saved(figure)

@@ -50,6 +50,7 @@ def test_a_figure_that_cannot_be_drawn_leaves_the_old_file(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figure.pdf", "figure.png"]
 
 
+@pytest.mark.check
 def test_one_file_has_the_format_that_its_suffix_names(tmp_path):
     png, _ = save_figure(simple_figure(), tmp_path / "both")
     for name in ("new folder/alone.png", "capitals.PNG"):

@@ -143,6 +143,7 @@ def growth(figure):
     return {int(axes.get_title(loc="left").removeprefix("fork at epoch ")): axes for axes in figure.axes}
 
 
+@pytest.mark.check
 def test_growth_is_the_barriers_over_training(traces, pick, saved, uncut):
     figure = draw_barrier_growth(traces.barriers, traces.predictions)
     saved(figure)
@@ -167,6 +168,7 @@ def test_growth_is_the_barriers_over_training(traces, pick, saved, uncut):
     ]
 
 
+@pytest.mark.check
 def test_growth_of_anchored_barriers_is_in_a_band_of_their_expansion_errors(anchored, pick, saved, uncut):
     figure = draw_barrier_growth(anchored.barriers, anchored.predictions)
     saved(figure)
@@ -192,6 +194,7 @@ def test_what_is_in_front_is_smaller_so_that_equal_barriers_are_all_seen(anchore
     assert sizes == sorted(set(sizes))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("epochs", [(2, 4, 6, 8, 10, 12, 14, 16), (1, 2, 4, 6, 8, 10, 14, 17, 20, 24), (7,)])
 def test_ticks_stand_at_snapshots_alone_the_last_among_them(epochs, traces):
     tables = []
@@ -232,6 +235,7 @@ def test_a_logarithmic_axis_says_that_it_is_one_and_has_one_notation(draw, trace
     assert all("10^" in number for number in numbers)
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("forks", [range(3), range(5), range(8)])
 def test_no_place_of_a_panel_is_empty(forks, traces):
     tables = [
@@ -248,6 +252,7 @@ def test_no_place_of_a_panel_is_empty(forks, traces):
     assert len(figure.legends) == (not legends)
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("forks", [[0], [0, 2]])
 @pytest.mark.parametrize("made", ["anchored", "traces"])
 def test_legends_have_room_over_few_panels(made, forks, request, uncut):

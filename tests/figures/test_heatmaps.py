@@ -47,6 +47,7 @@ def put(table, column, value, **where):
     return table.assign(**{column: table[column].mask(chosen, value)})
 
 
+@pytest.mark.check
 def test_cells_are_those_of_the_table(traces, pick, saved, uncut):
     figure = draw_layer_heatmaps(traces.layers, fork=0)
     saved(figure)
@@ -108,6 +109,7 @@ def test_the_two_barriers_share_a_signed_scale_and_a_bar(traces, pick):
     assert_allclose(heights, np.broadcast_to(heights[0], (4, 2)), atol=1)
 
 
+@pytest.mark.check
 def test_what_sinks_below_the_chord_is_blue(traces, saved, uncut):
     table = put(put(traces.layers, "measured", 0.0, position=1), "measured_lowest", -0.5, position=1)
     # Both ends curve downwards, so the second-order curve sinks: an eighth of the energy, at α = ½.
@@ -137,6 +139,7 @@ def test_zero_is_white_and_marked_on_the_bar(traces):
     assert labels == ["−0.01", "0", "0.01"]
 
 
+@pytest.mark.check
 def test_what_is_not_known_is_hatched(traces, saved):
     table = put(traces.layers, "measured", np.nan, epoch=4)
     # A row that the table lacks is not known either.

@@ -2,10 +2,13 @@
 
 from typing import get_args
 
+import pytest
+
 from lmc_curvature.barrier.kinds import CurveKind
 from lmc_curvature.figures import draw_barrier_kinds
 
 
+@pytest.mark.check
 def test_every_kind_is_drawn_once(saved):
     figure = draw_barrier_kinds()
     saved(figure)

@@ -13,6 +13,7 @@ def figure():
     return draw_toy_landscapes()
 
 
+@pytest.mark.check
 def test_toy_landscapes(figure, saved):
     saved(figure)
     titles = [axes.get_title(loc="left") for axes in figure.axes]
@@ -20,6 +21,7 @@ def test_toy_landscapes(figure, saved):
     assert sum(axes.get_ylabel() == "barrier\n(units of the loss, log scale)" for axes in figure.axes) == 3
 
 
+@pytest.mark.check
 def test_the_first_toy_in_closed_form(figure, lines):
     """f = (θ² − 1)² / 4: a ridge of 1/4, and by Proposition 1, with a second derivative of 2 at ±1, of 1."""
     above, below = figure.axes[:2]
@@ -46,6 +48,7 @@ def test_segments_join_minima():
         assert {index for *ends, _ in toy.segments for index in ends} <= set(range(len(toy.minima)))
 
 
+@pytest.mark.check
 def test_mirror_images_have_one_barrier():
     """The figure draws one curve for all segments of one colour."""
     for toy in toys():

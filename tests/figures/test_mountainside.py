@@ -30,6 +30,7 @@ def width(way, ridge):
     return np.ptp(way[ridge > ridge.max() / 2])
 
 
+@pytest.mark.check
 def test_the_early_ridge_is_higher_and_wider_than_the_late_one(figure, lines):
     drawn = lines(figure.axes[1])
     for name, (_, siblings) in PAIRS.items():
@@ -77,6 +78,7 @@ def test_every_path_leads_down(path):
     assert (np.diff(height(*path.points())) < 0).all()
 
 
+@pytest.mark.check
 def test_paths_and_segments_lie_on_the_ground(figure, saved):
     saved(figure)
     drawn = {line.get_label(): line.get_data_3d() for line in figure.axes[0].get_lines()}
@@ -89,6 +91,7 @@ def test_paths_and_segments_lie_on_the_ground(figure, saved):
         assert_allclose(drawn[f"{name} segment"][0][[0, -1]], ends)
 
 
+@pytest.mark.check
 def test_it_says_that_it_is_a_sketch(figure):
     assert figure.get_suptitle() == "sketch: the mountain is a formula, not the loss of a network"
 

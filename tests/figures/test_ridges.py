@@ -26,6 +26,7 @@ def details(figure):
     return [axes.texts[0].get_text() for axes in figure.axes]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("metric", "quantity", "split"),
     [("error", "value", "train"), ("loss", "barrier", "test"), ("loss", "value", "test")],
@@ -85,6 +86,7 @@ def value_of(text):
     return float(text.replace("−", "-"))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("depth", [3.0, 40.0])
 def test_a_valley_deeper_than_the_ridge_is_whole_and_does_not_flatten_it(depth, traces):
     curves = traces.curves.assign(
@@ -113,6 +115,7 @@ def test_a_valley_deeper_than_the_ridge_is_whole_and_does_not_flatten_it(depth, 
         assert (places > 0).any()
 
 
+@pytest.mark.check
 def test_losses_are_logarithmic_so_that_one_early_epoch_does_not_flatten_the_others(traces):
     # A thousand times as high at the first epoch.
     value = np.where(traces.curves["epoch"] == 2, 20.0, 0.02 * (1 + traces.curves["alpha"]))
@@ -142,6 +145,7 @@ def test_epochs_have_their_ticks_at_snapshots(traces):
         assert 8 in axes.get_yticks()
 
 
+@pytest.mark.check
 def test_in_the_place_that_panels_leave_stand_the_epochs_in_their_colours(traces, uncut):
     curves = pd.concat([traces.curves[traces.curves["fork"] == 0].assign(fork=fork) for fork in range(5)])
     figure = draw_ridges(curves)
@@ -154,6 +158,7 @@ def test_in_the_place_that_panels_leave_stand_the_epochs_in_their_colours(traces
     }
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("quantity", ["value", "barrier"])
 def test_the_last_epoch_is_in_front_and_what_is_nearest_covers_what_is_behind(quantity, traces, saved):
     figure = draw_ridges(traces.curves, quantity=quantity)
@@ -227,6 +232,7 @@ def test_unknown_options_are_named(options, message, traces, untyped):
         draw_ridges(traces.curves, **options)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(("low", "high"), [(0, 4), (0, 0.6), (-0.0251, 0.0154)])
 def test_the_label_of_the_heights_stands_clear_of_their_numbers(low, high, traces):
     figure = draw_ridges(

@@ -53,6 +53,7 @@ def test_what_has_no_angle_leaves_the_lines_and_colours_of_others_alone(traces, 
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["0", "2", "5"]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("draw", "column"), [(draw_solution_planes, "cosine_final"), (draw_sibling_distances, "distance")]
 )

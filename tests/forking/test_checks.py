@@ -7,6 +7,7 @@ from lmc_curvature.forking.checks import check_fit
 from lmc_curvature.sources import load_data
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

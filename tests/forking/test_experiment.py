@@ -13,6 +13,7 @@ from lmc_curvature.sources import load_data
 from tests.support.experiments import contents
 
 
+@pytest.mark.check
 def test_the_same_configuration_gives_the_same_bits(finished, config, tmp_path):
     torch.manual_seed(99)
     run_forks(config, tmp_path / "again", progress=False)
@@ -49,6 +50,7 @@ def test_a_finished_experiment_is_not_trained_again(finished, config, watch):
     assert watch.steps == 0
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(
     "lost",
     [
@@ -66,6 +68,7 @@ def test_lost_files_come_back_with_the_same_bits(finished, config, copy, lost):
     assert contents(copy) == contents(finished.path)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(("save_seconds", "trained_again"), [(0.0, 0), (1e9, 3)])
 def test_an_interrupted_experiment_continues_to_the_same_bits(
     finished, config, watch, tmp_path, save_seconds, trained_again
@@ -85,6 +88,7 @@ def test_an_interrupted_experiment_continues_to_the_same_bits(
     assert watch.steps == 33 + 1 + trained_again
 
 
+@pytest.mark.check
 def test_networks_trained_in_turns_have_the_same_bits(finished, config, watch, tmp_path):
     seen = []
 
@@ -102,6 +106,7 @@ def test_networks_trained_in_turns_have_the_same_bits(finished, config, watch, t
         run_forks(config, tmp_path, together=0)
 
 
+@pytest.mark.check
 def test_networks_trained_in_turns_continue_to_the_same_bits(finished, config, watch, tmp_path):
     def interrupt(step, logits):
         if step in (8, 33):
@@ -116,6 +121,7 @@ def test_networks_trained_in_turns_continue_to_the_same_bits(finished, config, w
     assert contents(tmp_path) == contents(finished.path)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     "device",
     [
@@ -183,6 +189,7 @@ def limit_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
 
+@pytest.mark.check
 def test_a_full_disk_leaves_the_last_good_state(finished, config, watch, tmp_path, limit_files):
     def fill(step, logits):
         if step == 4:
@@ -240,6 +247,7 @@ def test_a_diverged_parent_leaves_the_children_it_reached(finished, config, watc
     assert not (tmp_path / "fork-0002").exists()
 
 
+@pytest.mark.check
 def test_what_a_diverged_network_had_is_computed_again_if_it_is_lost(config, watch, tmp_path):
     watch.diverge(7, 33 + 7)
     with pytest.raises(NonFiniteError, match=r"^parent: Training diverged: .* in epoch 3, step 1 of 3"):
@@ -266,6 +274,7 @@ def test_threads_are_those_of_the_configuration(settings, watch, tmp_path):
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(("progress", "shown"), [(True, True), (None, False), (False, False)])
 def test_one_progress_bar_counts_every_epoch(config, tmp_path, capsys, progress, shown):
     run_forks(config, tmp_path, progress=progress)
@@ -274,6 +283,7 @@ def test_one_progress_bar_counts_every_epoch(config, tmp_path, capsys, progress,
     assert bool(printed) == shown
 
 
+@pytest.mark.check
 def test_only_the_first_rank_shows_progress(config, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     run_forks(config, tmp_path, progress=True)

@@ -80,7 +80,7 @@ def test_helpers_end_with_the_block_that_fails():
     assert time.monotonic() - start < 30
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_helpers_that_end_early_are_mentioned():
     with (
         pytest.warns(UserWarning, match=r"1 of 1 helper processes ended early \(exit codes \[3\]\)"),
@@ -101,7 +101,7 @@ def test_why_helpers_end_early_is_told_by_who_asked_for_them(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_interrupts_are_for_the_process_that_asked_for_help(tmp_path):
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyError), helpers(1, functools.partial(interrupt_and_write, tmp_path / "a")):

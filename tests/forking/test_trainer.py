@@ -79,6 +79,7 @@ def in_turns(trainers, seeds):
     return [trainer.state() for trainer in trainers]
 
 
+@pytest.mark.check
 @pytest.mark.filterwarnings("ignore:Training takes longer")
 @pytest.mark.parametrize("augmentation", ["none", "crop-flip"])
 @pytest.mark.parametrize("network", NETWORKS)
@@ -125,6 +126,7 @@ def replayed_as_they_are(model, steps, stream, *, rewind, outcome):
     return dict(steps)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_steps_taken_to_be_recorded_leave_no_trace(data, monkeypatch, momentum):
     config = changed(momentum=momentum)
@@ -172,6 +174,7 @@ def test_a_step_that_cannot_be_replayed_is_taken_as_before(data, monkeypatch):
     assert_same_bits(found, train(made("a network with dropout"), data, CONFIG, order_seed=4, progress=False))
 
 
+@pytest.mark.check
 def test_a_step_on_a_gpu_waits_for_nothing(monkeypatch):
     # Tensors without numbers raise an error where a number is asked for, and where a device has to do with another.
     fused = []

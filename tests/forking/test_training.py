@@ -53,6 +53,7 @@ def test_the_same_seed_gives_the_same_bits_whatever_the_global_seed(data):
     assert_same_bits(first, run(data))
 
 
+@pytest.mark.check
 def test_resnet18_without_normalisation_is_trained(rgb):
     torch.manual_seed(0)
     model = make_model("cifar-resnet18", normalization=False, num_classes=2)
@@ -70,6 +71,7 @@ def test_another_seed_gives_another_end(data):
     assert not torch.equal(first.model["linear.weight"], second.model["linear.weight"])
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("epoch", [0, 1, 3])
 def test_continuing_from_a_file_gives_the_same_bits(data, tmp_path, epoch):
     straight = run(data)

@@ -17,7 +17,6 @@ from lmc_curvature.sources import digits_resnet, load_digits
 lightning = pytest.importorskip("lightning.pytorch")
 
 pytestmark = [
-    pytest.mark.slow,
     # Lightning's own, of loaders without workers and the like.
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
     pytest.mark.filterwarnings("ignore::FutureWarning:lightning"),
@@ -77,6 +76,7 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
+@pytest.mark.check
 def test_what_is_logged_is_measured_and_training_is_the_same(tmp_path):
     plain, module = make_module(), make_module()
     without = fit(plain, tmp_path / "without")
@@ -104,6 +104,7 @@ def test_what_is_logged_is_measured_and_training_is_the_same(tmp_path):
     assert trainer.callback_metrics["loss"] == without.callback_metrics["loss"]
 
 
+@pytest.mark.check
 def test_a_checkpoint_of_lightning_is_a_reference_and_a_loss_may_be_the_module_s_own(tmp_path):
     earlier = make_module()
     fit(earlier, tmp_path / "a", epochs=1).save_checkpoint(tmp_path / "reference.ckpt")
@@ -128,6 +129,7 @@ class WithoutForward(Module):
         return F.cross_entropy(self.model(batch[0]), batch[1])
 
 
+@pytest.mark.check
 def test_a_module_without_forward_is_refused_before_the_first_step(tmp_path):
     stepped = []
 

@@ -47,6 +47,7 @@ def seeded(network, recorder=None, **options):
     return found, tensors, (torch.rand(3).tolist(), random.random(), np.random.rand())  # noqa: NPY002
 
 
+@pytest.mark.check
 def test_the_numbers_are_those_computed_by_hand():
     start, network = make_network(), make_network()
     found, *_ = seeded(
@@ -106,6 +107,7 @@ def test_a_valley_is_below_zero_whether_measured_or_predicted():
     assert found["lmc/predicted_maximum"] == 0
 
 
+@pytest.mark.check
 def test_training_goes_on_as_if_nothing_were_computed():
     plain, network = make_network(), make_network()
     for each in (plain, network):
@@ -159,6 +161,7 @@ def test_steps_and_epochs_are_counted():
     assert [bool(recorder.after_step(network, step)) for step in (1, 2, 2, 3)] == [False, True, False, False]
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("kind", ["step", "file", "state dict", "wrapped"])
 def test_the_reference_is_a_step_a_file_or_a_state_dict(kind, tmp_path):
     network, other = make_network(), make_network(seed=5)

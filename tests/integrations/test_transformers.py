@@ -13,7 +13,6 @@ from tests.support.texts import make_gpt2, texts
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-pytestmark = pytest.mark.slow
 BATCHES = texts(batches=2)
 
 
@@ -44,6 +43,7 @@ def logged(trainer, name):
     return {record["step"]: record[name] for record in trainer.state.log_history if name in record}
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["float32", "mixed"])
 def test_what_is_logged_is_measured_and_training_is_the_same(precision, tmp_path):
     without = train(tmp_path, **precision)
@@ -69,6 +69,7 @@ def test_what_is_logged_is_measured_and_training_is_the_same(precision, tmp_path
     assert found[6] == pytest.approx(expected.barrier(), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.check
 def test_steps_are_counted_and_only_the_first_process_computes(tmp_path, monkeypatch):
     def make(trainer):
         return integrations.TransformersCallback(trainer, BATCHES, reference=1, every_n_steps=2, on_error="raise")
@@ -81,7 +82,8 @@ def test_steps_are_counted_and_only_the_first_process_computes(tmp_path, monkeyp
 
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "lmc_curvature.integrations.transformers")
+    for name in ("transformers", "transformers.trainer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "lmc_curvature.integrations.transformers", raising=False)
     with pytest.raises(OptionError, match=r"pip install lmc-curvature\[transformers\]"):
         integrations.__getattr__("TransformersCallback")

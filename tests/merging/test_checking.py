@@ -124,6 +124,7 @@ def test_key_and_prefix_are_for_the_file_that_needs_them(files, tmp_path):
         check_checkpoints(a, tmp_path / "both")
 
 
+@pytest.mark.check
 def test_the_first_batch_tells_what_all_cost():
     pair = [Watched(CONV.model(seed)) for seed in (0, 1)]
     batches = CONV.batches((6, 6, 6, 3))

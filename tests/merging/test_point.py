@@ -38,7 +38,7 @@ def test_a_corner_is_said_to_be_one_of_the_two(minimum, name):
     assert f"\n  this is {name} itself\n" in str(best_point(quadratic(np.array(minimum), np.diag([2.0, 1.0]))))
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("seed", range(2))
 def test_no_other_point_is_predicted_lower(seed):
     prediction = random_prediction(4, seed)

@@ -47,6 +47,7 @@ def loss_of(network):
         return F.cross_entropy(network(X), Y).item()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("base", ["a", "b"])
 @pytest.mark.parametrize(
     "options",
@@ -88,6 +89,7 @@ def test_a_selection_merges_what_was_predicted_and_measured(tmp_path, options, b
                 torch.testing.assert_close(tensor, end[name], rtol=0, atol=0)
 
 
+@pytest.mark.check
 def test_a_point_merges_what_was_predicted():
     prediction = predict_barrier(*MODELS, LOADER, anchors=5, frozen="head", base="b", progress=False)
     point = best_point(prediction)
@@ -97,6 +99,7 @@ def test_a_point_merges_what_was_predicted():
     assert found == pytest.approx(verified.chosen.rise + (ends[0].loss + ends[1].loss) / 2, rel=1e-9)
 
 
+@pytest.mark.check
 def test_batch_normalisation_is_that_of_the_prediction():
     predicted = predict_barrier(*MODELS, LOADER, batch_norm="recalibrate", progress=False)
     selection = select_layers(predicted, 1e9, base="a")
@@ -139,6 +142,7 @@ def test_other_networks_and_the_other_order_are_refused():
                 use(*MODELS[::-1])
 
 
+@pytest.mark.check
 def test_measurements_are_of_one_loss_and_of_the_same_data():
     prediction = predict_barrier(*MODELS, LOADER, progress=False)
 
@@ -240,6 +244,7 @@ def test_cross_entropy_is_known_from_a_file(tmp_path):
         assert found.chosen.rise == pytest.approx(found.chosen.predicted, abs=1e-9)
 
 
+@pytest.mark.check
 def test_losses_below_zero_are_losses():
     prediction = predict_barrier(*MODELS, LOADER, loss_fn=_negative_likelihood, progress=False)
     above = predict_barrier(*MODELS, LOADER, progress=False)
@@ -257,6 +262,7 @@ def test_losses_below_zero_are_losses():
     assert kinds == ["flat", "flat"]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("anchors", [2, 3])
 def test_the_mean_of_both_merges_has_its_own_rise_and_error(anchors):
     prediction = predict_barrier(*MODELS, LOADER, anchors=anchors, progress=False)
@@ -273,6 +279,7 @@ def test_the_mean_of_both_merges_has_its_own_rise_and_error(anchors):
     assert found.standard_error == pytest.approx(batches.std(ddof=1) / len(batches) ** 0.5, rel=1e-6)
 
 
+@pytest.mark.check
 def test_held_out_data_do_not_make_the_statistics():
     """Under "recalibrate" the network that is measured in the end is the one that was chosen."""
     prediction = predict_barrier(*MODELS, LOADER, batch_norm="recalibrate", progress=False)

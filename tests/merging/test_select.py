@@ -72,7 +72,6 @@ def questions(draw):
     )
 
 
-@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(questions())
 def test_the_selection_is_that_of_brute_force(drawn):
@@ -96,7 +95,7 @@ def test_the_selection_is_that_of_brute_force(drawn):
     assert found.exact
 
 
-@pytest.mark.slow
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(("seed", "definite"), [(0, False), (1, False), (2, True)])
 def test_twelve_layers_are_selected_as_by_brute_force(seed, definite):
     prediction = random_prediction(12, seed, definite=definite)
@@ -139,7 +138,7 @@ def test_where_rises_add_up_the_selection_is_that_of_a_knapsack(count, base):
         assert found.rise == pytest.approx(energies[members].sum() / 8, abs=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_a_search_finds_what_brute_force_finds(monkeypatch):
     same = 0
     for seed in range(6):

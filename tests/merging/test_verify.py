@@ -18,9 +18,6 @@ from tests.support.cases import CASES
 from tests.support.networks import permuted_pair, untouched
 from tests.support.predictions import random_prediction
 
-pytestmark = pytest.mark.slow
-
-
 # Five layers in float64.
 MODELS = permuted_pair([6, 8, 8, 8, 8, 4], torch.float64)
 
@@ -61,6 +58,7 @@ def prediction():
     return predict_barrier(*MODELS, LOADER, progress=False)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("base", [None, "a", "b", "mean"])
 @pytest.mark.parametrize("part", [0.1, 0.4])
 def test_reported_rises_are_those_of_plain_networks_and_the_budget_holds(prediction, base, part):
@@ -91,6 +89,7 @@ def test_reported_rises_are_those_of_plain_networks_and_the_budget_holds(predict
         assert trial.weight <= found.chosen.weight or trial.rise + 1.5 * trial.standard_error > budget
 
 
+@pytest.mark.check
 def test_a_choice_that_does_not_hold_is_repaired():
     # The curvature at the two networks alone tells little of what lies between.
     rough = predict_barrier(*MODELS, LOADER, anchors=2, progress=False)
@@ -123,6 +122,7 @@ def test_where_nothing_stays_within_the_budget_the_least_rise_is_told(prediction
     assert "above the budget" in str(found)
 
 
+@pytest.mark.check
 def test_the_text_has_every_measurement(prediction):
     budget = 0.2 * float(prediction.set_barriers([None])[0])
     found = select_layers(prediction, budget).verify(*MODELS, LOADER, measurements=3, held_out=OTHERS, progress=False)
@@ -160,6 +160,7 @@ def test_networks_are_left_alone(prediction):
         select_layers(prediction, 0.1).verify(*MODELS, LOADER, measurements=2, progress=False)
 
 
+@pytest.mark.check
 def test_batch_normalisation_and_the_loss_are_those_of_the_options():
     case = CASES["conv, batch"]
     models, batches = (case.model(0), case.model(1)), case.batches()

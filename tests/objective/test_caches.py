@@ -145,6 +145,7 @@ KEEPERS = {
 keepers = pytest.mark.parametrize(("name", "layer"), [(name, layer) for name in KEEPERS for layer in KEEPERS[name]])
 
 
+@pytest.mark.check(after=26)
 @keepers
 @pytest.mark.parametrize("mode", [False, True])
 @pytest.mark.parametrize("called", ["never", "before", "before, without gradients"])
@@ -259,6 +260,7 @@ class ClearedByTraining(nn.Linear):
 HARMLESS = [Tables, Schedule, MovingMean, ClearedByTraining]
 
 
+@pytest.mark.check(after=4)
 @pytest.mark.parametrize("layer", HARMLESS)
 @pytest.mark.parametrize("mode", [False, True])
 @pytest.mark.parametrize("called", [False, True])

@@ -94,6 +94,7 @@ COMPUTATIONS = {
 computations = pytest.mark.parametrize("compute", COMPUTATIONS.values(), ids=COMPUTATIONS)
 
 
+@pytest.mark.check(after=9)
 @computations
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize(

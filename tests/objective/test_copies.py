@@ -65,6 +65,7 @@ def _pair(make):
     return make().double().eval(), make().double().eval()
 
 
+@pytest.mark.check(after=2)
 @pytest.mark.parametrize("size", [24, 12])
 @pytest.mark.parametrize("called", ["never", "on the data", "on other data", "on fewer"])
 @pytest.mark.parametrize("way", ["nested_function", "pre_hook", "default", "weak_reference"])
@@ -176,6 +177,7 @@ def _reading(kept):
     return lambda output, target: F.cross_entropy(output, target) + kept.output.square().mean()
 
 
+@pytest.mark.check(after=9)
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 @pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)

@@ -259,6 +259,7 @@ class Around(MutableMapping):
         return len(self._items)
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("kind", [Attributes, Copied, Around, SimpleNamespace])
 def test_mappings_whose_items_are_attributes_have_those_of_every_batch(kind):
     parts = [(torch.randn(9, 4, generator=CPU), torch.randint(3, (9,), generator=CPU)) for _ in range(3)]

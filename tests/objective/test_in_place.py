@@ -30,6 +30,7 @@ def _loader():
     return [(torch.rand(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(3)]
 
 
+@pytest.mark.check
 @pytest.mark.filterwarnings("ignore:.*cannot be captured")
 @pytest.mark.parametrize("write", list(WRITERS.values()), ids=list(WRITERS))
 def test_a_network_may_write_into_its_inputs(write):

@@ -51,6 +51,7 @@ def test_convolutions_that_are_wrong_are_known(network, is_wrong):
         assert fastest_layout(network, "float32") == (torch.contiguous_format if is_wrong else torch.channels_last)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("threads", [1, 2])
 def test_their_curvature_is_right(threads):
     found = {}

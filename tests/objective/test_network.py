@@ -122,6 +122,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.check(after=2)
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_wrapped_networks_are_the_networks_inside(wrap):
     batch = (torch.randn(9, 4).double(), torch.arange(9) % 3)
@@ -175,6 +176,7 @@ def test_half_precision_is_computed_in_single_precision_and_said():
     assert Objective(network.double(), [batch]).notes == ()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(("dtype", "percent"), [(torch.bfloat16, "0.39%"), (torch.float16, "0.049%")])
 def test_half_precision_that_was_asked_for_is_said_with_its_rounding(dtype, percent):
     note = f"computed in {str(dtype).removeprefix('torch.')}, which rounds every number by up to {percent}"
@@ -246,6 +248,7 @@ def _by_mode(kind, seed, mode):
 MERGED = pytest.mark.parametrize("kind", [Adapter, Folded])
 
 
+@pytest.mark.check(after=1)
 @MERGED
 @pytest.mark.parametrize("mode", [False, True])
 @pytest.mark.parametrize("wrap", [lambda network: network, nn.DataParallel, AveragedModel])
@@ -355,6 +358,7 @@ class Method(nn.Module):
         return self.call(x)
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(
     "wrap",
     [

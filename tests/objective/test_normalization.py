@@ -51,6 +51,7 @@ def test_the_affine_map_is_batch_norm_in_evaluation(shape, affine):
     assert torch.autograd.gradcheck(lambda x, m, v, w=None, b=None: normalize_by(x, m, v, w, b, 0.01), inputs)
 
 
+@pytest.mark.check(after=3)
 @norms
 @pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
 def test_derivatives_in_the_parameters_are_torchs(norm, policy):

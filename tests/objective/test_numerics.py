@@ -72,6 +72,7 @@ def _layouts(objective):
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
+@pytest.mark.check(after=1)
 @needs_onednn
 @pytest.mark.parametrize("end", [nn.Flatten, Viewing, ReadingMemory])
 def test_derivatives_are_those_in_double_precision_whatever_the_network_bears(end):
@@ -176,6 +177,7 @@ def _computed(objective, segment):
     }
 
 
+@pytest.mark.check
 def test_inference_mode_around_changes_nothing():
     models, batches = _pair(), [(torch.randn(9, 4).double(), torch.arange(9) % 3)]
     expected = _computed(Objective(models[0], batches), Segment(*models))
@@ -209,6 +211,7 @@ FIRST_QUESTIONS = {
 }
 
 
+@pytest.mark.check(after=9)
 @pytest.mark.parametrize("ask", FIRST_QUESTIONS.values(), ids=FIRST_QUESTIONS)
 @pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
 def test_what_an_objective_is_asked_first_in_inference_mode_is_answered(ask, policy):

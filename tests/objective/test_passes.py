@@ -108,6 +108,7 @@ COMPUTATIONS = {
 }
 
 
+@pytest.mark.check(after=15)
 @pytest.mark.parametrize("compute", COMPUTATIONS.values(), ids=COMPUTATIONS)
 @pytest.mark.parametrize("make", OTHER.values(), ids=OTHER)
 def test_other_data_are_warned_of_once(make, compute):
@@ -120,6 +121,7 @@ def test_other_data_are_warned_of_once(make, compute):
     assert len(caught) == 1
 
 
+@pytest.mark.check(after=5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("make", SAME.values(), ids=SAME)
 def test_the_same_data_are_not(make, dtype):
@@ -193,6 +195,7 @@ DOES_NOT = {
 OTHERWISE = "ignore:.*(statistics|depends on how the data are cut|could not be compared)"
 
 
+@pytest.mark.check(after=3)
 @pytest.mark.filterwarnings(OTHERWISE)
 @pytest.mark.parametrize("compute", COMPUTATIONS.values(), ids=COMPUTATIONS)
 @pytest.mark.parametrize("make", DEPENDS_ON_BATCHES.values(), ids=DEPENDS_ON_BATCHES)
@@ -203,6 +206,7 @@ def test_the_same_data_in_other_batches_are_warned_of_where_batches_matter(make,
     assert sum(str(warning.message).startswith("Pass ") for warning in caught) == 1
 
 
+@pytest.mark.check(after=2)
 @pytest.mark.parametrize("loader", [Turning, SAME["shuffled by the global generator"], SAME["a list"]])
 @pytest.mark.parametrize("make", DEPENDS_ON_BATCHES.values(), ids=DEPENDS_ON_BATCHES)
 def test_the_same_batches_in_another_order_are_not(make, loader):
@@ -214,6 +218,7 @@ def test_the_same_batches_in_another_order_are_not(make, loader):
             compute(objective)
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("make", DOES_NOT.values(), ids=DOES_NOT)
 def test_other_batches_do_not_matter_to_other_networks(make):
     with warnings.catch_warnings():
@@ -395,6 +400,7 @@ def test_sums_and_squares_that_agree_by_chance_are_no_agreement():
     assert not _fingerprint({"x": other}, 50).agrees_with(_fingerprint({"x": x}, 140))
 
 
+@pytest.mark.check
 @settings(deadline=None, max_examples=100)
 @given(st.integers(2, 200), st.floats(1e-3, 1e3), st.floats(-1e3, 1e3), st.integers(0, 2**31), st.data())
 def test_sums_tell_other_examples_but_not_another_order(examples, scale, shift, seed, data):

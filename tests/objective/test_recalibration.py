@@ -70,6 +70,7 @@ def test_a_measurement_has_the_statistics_of_that_loader_at_every_point():
     assert found.values() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("function", [measure_barrier, predict_barrier])
 def test_a_network_that_is_worse_by_them_is_named(function):
     batches = CONV.batches((6, 6, 6))

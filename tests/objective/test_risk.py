@@ -50,6 +50,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.check(after=15)
 @networks
 @pytest.mark.parametrize("make_loader", LOADERS.values(), ids=LOADERS)
 def test_the_loss_is_the_mean_over_all_examples(case, make_loader):
@@ -67,6 +68,7 @@ def test_the_lossin_float32_is_that_of_any_loader(make_loader):
     assert Objective(model.float(), make_loader(in_float32(batches))).loss() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.check(after=3)
 @networks
 def test_the_gradient_is_autograds(case):
     model, batches = case.model(), case.batches()
@@ -93,6 +95,7 @@ class _Whole(nn.Module):
         return (self.loss_fn or F.cross_entropy)(self.model(data[0]), data[1])
 
 
+@pytest.mark.check(after=4)
 @networks
 def test_another_state_is_another_network(case):
     model, other, batches = case.model(), randomized(case.model(), 7), case.batches()
@@ -108,6 +111,7 @@ def test_another_state_is_another_network(case):
         assert objective.loss({name: tensor}) == pytest.approx(expected, rel=1e-10), name
 
 
+@pytest.mark.check(after=4)
 @networks
 def test_the_state_is_a_snapshot_of_what_can_move(case):
     model = case.model()
@@ -262,6 +266,7 @@ FLAWS = {
 }
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
 @pytest.mark.parametrize(("flaw", "error", "message"), FLAWS.values(), ids=FLAWS)
 def test_nothing_changes_also_after_an_error(flaw, error, message, policy):

@@ -40,6 +40,7 @@ def purity(labels, size):
 counts_of_classes = st.lists(st.integers(1, 120), min_size=1, max_size=12)
 
 
+@pytest.mark.check
 @settings(deadline=None, max_examples=400)
 @given(counts_of_classes, st.integers(1, 100), st.integers(0, 2**32 - 1))
 def test_a_random_order_is_not_warned_of(counts, size, seed):
@@ -47,6 +48,7 @@ def test_a_random_order_is_not_warned_of(counts, size, seed):
     assert not warnings_of(batches_of(labels, size))
 
 
+@pytest.mark.check
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(30, 120), min_size=2, max_size=12), st.integers(4, 100), st.randoms())
 def test_sorted_data_are_warned_of_once(counts, size, random):

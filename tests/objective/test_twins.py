@@ -171,6 +171,7 @@ def _own_loss(network, batches):
         return F.cross_entropy(network.eval()(x), y).item()
 
 
+@pytest.mark.check(after=3)
 @different
 def test_another_setting_is_refused_with_its_name_and_both_losses(name):
     a, b, batches, lines = _pair(name)
@@ -226,6 +227,7 @@ def test_prediction_and_measurement_compare_under_every_policy(compute, policy):
         Objective(a, iter(batches[:1]), batch_norm="batch", twins=[b]).gradient()
 
 
+@pytest.mark.check(after=3)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_networks_of_one_architecture_have_equal_losses(case):
     a, b = case.model(0), randomized(case.model(1), 3)
@@ -346,6 +348,7 @@ def _renamed(network, name):
     return network
 
 
+@pytest.mark.check(after=9)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", EQUIVALENT)
 def test_what_makes_no_difference_to_the_loss_is_nobodys_business(name, dtype):

@@ -25,6 +25,7 @@ def _check(objective):
 # --- No false alarm
 
 
+@pytest.mark.check(after=12)
 @pytest.mark.parametrize("case", {**CASES, **NETWORKS}.values(), ids={**CASES, **NETWORKS})
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_networks_of_all_kinds_are_compared_in_full(case, dtype):
@@ -42,6 +43,7 @@ def test_random_networks_raise_no_alarm(network):
     assert objective.notes == ()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", ["resnet20", "digits-resnet"])
 def test_networks_with_many_kinks_raise_no_alarm(name):
     torch.manual_seed(0)

@@ -67,6 +67,7 @@ KEPT = {
 }
 
 
+@pytest.mark.check(after=3)
 @pytest.mark.parametrize("penalty", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
 def test_what_is_right_raises_no_alarm(penalty, activation):

@@ -22,6 +22,7 @@ def _facts(answer):
     return {fact.name: fact for fact in answer.facts}
 
 
+@pytest.mark.check
 def test_the_headline_is_the_verdict_s_answer(forks):
     for prediction, measurement in forks.values():
         assert _answer(prediction).headline == verdict(prediction)[0]

@@ -91,6 +91,7 @@ def test_the_same_results_give_the_same_bytes(text, pair, tmp_path):
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
 
 
+@pytest.mark.check
 def test_a_network_of_many_layers_stays_small(tmp_path):
     # Without a selection, whose search takes long.
     write_page(Contents(title="Large", pairs=(Pair(prediction=random_prediction(150)),)), tmp_path / "large.html")

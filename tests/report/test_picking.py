@@ -31,6 +31,7 @@ def predicted(normalizes=True, **options):
     return predict_barrier(*networks, loader, progress=False, witness=False, **options)
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.filterwarnings("ignore:(Re-estimated|By batch) statistics")
 @pytest.mark.parametrize(
     ("options", "command", "by_layers", "known", "python"),

@@ -32,6 +32,7 @@ def test_files_of_one_pair(files, pair):
     assert contents.provenance["files"] == [str(path) for path in files]
 
 
+@pytest.mark.check
 def test_the_demo_s_directory(files, traced, tmp_path):
     for fork in (0, 1):
         folder = tmp_path / "demo" / "barriers" / f"fork-{fork:04d}"
@@ -51,6 +52,7 @@ def test_the_demo_s_directory(files, traced, tmp_path):
         read_contents([tmp_path / "demo"])
 
 
+@pytest.mark.check
 def test_a_traced_experiment(traced):
     contents = read_contents([traced[0]])
     assert [each.title for each in contents.pairs] == ["fork at epoch 0", "fork at epoch 1"]

@@ -264,7 +264,7 @@ def _plain_loss(network, state, policy, batches):
     return total()
 
 
-@pytest.mark.slow
+@pytest.mark.check(after=4)
 @pytest.mark.parametrize("base", ["a", "b"])
 @pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
 @pytest.mark.parametrize(("frozen", "entries"), CHOICES.values(), ids=CHOICES)

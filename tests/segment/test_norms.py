@@ -106,7 +106,6 @@ def _transformers(name, **options):
         return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**options))
 
 
-@pytest.mark.slow
 def test_norms_of_transformers_own_networks():
     gpt2 = weights_of_norms(_transformers("GPT2", n_layer=2, n_embd=8, n_head=2, vocab_size=20))
     expected = {f"h.{n}.ln_1": f"h.{n}.attn.c_attn" for n in (0, 1)}

@@ -54,6 +54,7 @@ def test_the_ends_are_the_networks_bit_for_bit(dtype):
     assert segment.partition.names == LAYERS
 
 
+@pytest.mark.check
 @given(st.floats(0, 1), st.sets(st.sampled_from(LAYERS)))
 def test_a_set_of_layers_moves_and_the_others_are_shared(alpha, layers):
     a, b = map(state_of, _networks())

@@ -32,7 +32,6 @@ def test_a_loss_of_a_whole_batch_may_be_named():
     assert find_loss("torch.nn.functional:cross_entropy") is F.cross_entropy
 
 
-@pytest.mark.slow
 def test_the_loss_of_a_language_model_is_a_mean_over_tokens():
     pytest.importorskip("transformers")
     model, batches = make_gpt2().eval(), texts(batches=2, size=4)

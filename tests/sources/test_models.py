@@ -34,7 +34,6 @@ def test_networks_of_timm():
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BertForSequenceClassification", "ViTForImageClassification"])
 def test_networks_of_a_directory_that_hugging_face_wrote(name, tmp_path):
     transformers = pytest.importorskip("transformers")

@@ -86,6 +86,7 @@ def test_direct_calls_check_their_options():
         inspect.unwrap(resnet)(20, shortcut="identify")
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("normalization", [True, False])
 def test_resnet18_for_small_images_is_that_of_torchvision(normalization):
     model = make_model("cifar-resnet18", num_classes=7, normalization=normalization)

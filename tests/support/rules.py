@@ -55,6 +55,7 @@ class RuleTests:
         ]
         metafunc.parametrize("operation", operations, scope="class")
 
+    @pytest.mark.check(after=3)
     def test_agrees_with_products(self, objective: Objective, directions: Any, expected: Projection) -> None:
         """The sweep's projection is that of Hessian-vector products, by rules or autodiff as the class says."""
         assert_curved(expected)
@@ -62,6 +63,7 @@ class RuleTests:
         (compiled,) = compiled_batches(objective, directions)
         assert bool(swept_by_autodiff(compiled)) == self.by_autodiff
 
+    @pytest.mark.check(after=1)
     def test_directions_may_miss_arguments(
         self, operation: tuple[Any, ...], objective: Objective, directions: Any, expected: Projection
     ) -> None:
@@ -72,6 +74,7 @@ class RuleTests:
             np.testing.assert_allclose(found.slopes, expected.slopes[[number]], rtol=1e-9, atol=1e-12)
             np.testing.assert_allclose(found.curvature, expected.curvature[[[number]], [number]], rtol=1e-9, atol=1e-12)
 
+    @pytest.mark.check(after=6)
     def test_equals_autodiff(self, objective: Objective, directions: Any) -> None:
         """Each rule passes on the tangents, and adds the curvature, that autodiff gives the operation alone."""
         swept(objective, directions)

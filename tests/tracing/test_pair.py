@@ -19,6 +19,7 @@ def pick(table, **values):
     return table
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_barriers_are_those_of_measure_barrier(traced, split):
     path, traces = traced
@@ -34,6 +35,7 @@ def test_barriers_are_those_of_measure_barrier(traced, split):
         assert curve["barrier"].to_numpy() == pytest.approx(measured.curve(metric), abs=1e-6)
 
 
+@pytest.mark.check
 def test_predictions_and_layers_are_those_of_the_library(traced):
     path, traces = traced
     loader = load_data("digits", limit=100).subset(80).batches(50)
@@ -57,6 +59,7 @@ def test_predictions_and_layers_are_those_of_the_library(traced):
     assert layers["measured_lowest"].to_numpy() == pytest.approx(measured.layer_curves().min(axis=1), abs=1e-6)
 
 
+@pytest.mark.check
 def test_cumulative_barriers_are_of_the_first_and_last_layers(traced):
     path, traces = traced
     loader = load_data("digits", limit=100).subset(80).batches(50)
@@ -79,6 +82,7 @@ def test_cumulative_barriers_are_of_the_first_and_last_layers(traced):
     assert list(cumulative_sets("abc"))[2:4] == [("first", 2, ("a", "b")), ("last", 2, ("b", "c"))]
 
 
+@pytest.mark.check
 def test_what_all_epochs_of_a_fork_are_compared_with_is_read_once(traced, untraced, monkeypatch):
     read = []
     monkeypatch.setattr(pair, "load_parent", lambda path, epoch: (read.append(epoch), load_parent(path, epoch))[1])
@@ -87,6 +91,7 @@ def test_what_all_epochs_of_a_fork_are_compared_with_is_read_once(traced, untrac
     assert found.equals(traced[1].geometry)
 
 
+@pytest.mark.check
 def test_geometry_is_that_of_parameters(traced):
     path, traces = traced
     (a, b), (final_a, final_b) = (

@@ -176,7 +176,7 @@ def test_a_diverged_child_leaves_its_fork_out(untraced):
     assert tabled(untraced) == {(1, 2)}
 
 
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_pair_that_is_not_finite_is_named_and_the_rest_is_kept(untraced, workers):
     path = untraced / "fork-0000" / "child-1" / "epoch-0001.safetensors"
     state = TrainingState.load(path)

@@ -7,7 +7,6 @@ from benchmarks.support.timing import Road
 from lmc_curvature import HessianOperator
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "problem",
     [

@@ -34,7 +34,6 @@ def test_what_another_process_measures():
     assert notes == ["bad is missing, since it cannot be made: RuntimeError: cannot"]
 
 
-@pytest.mark.slow
 def test_who_is_not_ready_is_left_out():
     begun = time.monotonic()
     process = _elsewhere(sleepers, {})
@@ -43,7 +42,7 @@ def test_who_is_not_ready_is_left_out():
     assert not process._process._popen or process._process.exitcode is not None
 
 
-@pytest.mark.slow
+@pytest.mark.check
 def test_an_error_elsewhere_is_said():
     found, notes = _elsewhere(makers, {"unknown": 1}).measured(60)
     assert found == {}

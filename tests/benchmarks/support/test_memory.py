@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from benchmarks.support import memory
@@ -5,6 +6,7 @@ from benchmarks.support import memory
 CPU = torch.device("cpu")
 
 
+@pytest.mark.check
 def test_peak_is_what_lives_at_once():
     count, size = 1000, 4 * 1000
 
@@ -21,6 +23,7 @@ def test_peak_is_what_lives_at_once():
     assert len(kept) == 10 * count
 
 
+@pytest.mark.check
 def test_columns_are_cut_to_the_memory_that_is_free():
     def work(columns):
         return torch.zeros(columns, 1000)

@@ -15,8 +15,6 @@ from tests.support.cases import CASES
 from tests.support.networks import OnceDifferentiable, augmenting_loader, rng_states, untouched
 
 # All of them together take seconds.
-pytestmark = pytest.mark.slow
-
 PEERS = [backend for backend in BACKENDS if backend != "native"]
 
 
@@ -42,6 +40,7 @@ def _objective(name="tied weights", **options):
 _WITHOUT_FORWARD_MODE = {"conv, batch", "conv, recalibrate", "LayerNorm and GELU", "attention"}
 
 
+@pytest.mark.check(after=3)
 @pytest.mark.parametrize("name", CASES)
 def test_products_agree(name, peer):
     if peer == "curvlinops" and name in _WITHOUT_FORWARD_MODE:
@@ -54,6 +53,7 @@ def test_products_agree(name, peer):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11 * expected.abs().max().item())
 
 
+@pytest.mark.check(after=1)
 def test_operands_of_every_kind(backend):
     objective = _objective()
     there = CASES["tied weights"].model(5).state_dict()
@@ -66,6 +66,7 @@ def test_operands_of_every_kind(backend):
     assert not torch.allclose(product, HessianOperator(objective) @ v, rtol=1e-3)
 
 
+@pytest.mark.check
 def test_operators_restrict_to_layers(peer):
     objective = _objective("conv, interpolate")
     H, P = HessianOperator(objective), hessian_operator(objective, backend=peer)

@@ -25,7 +25,6 @@ from tests.support.cases import CASES
 from tests.support.networks import untouched
 
 # All of them together take seconds.
-pytestmark = pytest.mark.slow
 
 
 class Tokens(nn.Module):
@@ -162,6 +161,7 @@ def _count(monkeypatch):
     return made
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.filterwarnings("error::lmc_curvature.errors.FallbackWarning")
 @pytest.mark.parametrize(
     ("name", "method"),
@@ -184,6 +184,7 @@ def test_blocks_of_all_pairs_of_layers_equal_torch_func(name, method):
             torch.testing.assert_close(layer_hessian(objective, None, a, method=method), found, rtol=0, atol=0)
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_part_of_a_module_is_a_layer_too(method):
     model, batches = _setting("mlp")
@@ -226,6 +227,7 @@ def test_softmax_regression_has_a_closed_form(method, dtype, tolerance):
     assert torch.linalg.norm(found - expected) <= tolerance * torch.linalg.norm(expected)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     "name", ["conv, interpolate", "conv, batch", "LayerNorm and GELU", "attention", "dict batches"]
 )
@@ -244,6 +246,7 @@ def test_normalisation_and_attention_agree_with_products(name):
         torch.testing.assert_close(found, whole[place[a]][:, place[b]], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.check
 def test_normalisation_beside_a_convolution_gets_products(monkeypatch):
     case = CASES["conv, interpolate"]
     objective = Objective(case.model(), case.batches((9,)))
@@ -300,6 +303,7 @@ class Siamese(nn.Module):
         return self.out(x)
 
 
+@pytest.mark.check(after=4)
 @pytest.mark.parametrize(("first", "others"), [([0], [1]), ([4], [6]), ([7], [3]), ([0, 1, 2, 3], [4, 5, 6, 7])])
 @pytest.mark.parametrize("layers", [("fc", "fc"), ("fc", "out"), ("out", "fc")])
 def test_examples_that_interact_in_pairs(first, others, layers):
@@ -387,6 +391,7 @@ def _experts(name, signs):
     return model, batches
 
 
+@pytest.mark.check(after=4)
 @pytest.mark.filterwarnings("error::lmc_curvature.errors.FallbackWarning")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("signs", [(1, -1), (-1, 0, 1), (-1, -1)])
@@ -443,6 +448,7 @@ WAYS = {
 }
 
 
+@pytest.mark.check(after=3)
 @pytest.mark.parametrize(("way", "reason"), WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("sizes", [(4, 3), (3, 5, 4, 2)])
 @pytest.mark.parametrize("layers", [("fc", "fc"), ("fc", "out"), ("out", "fc")])

@@ -21,7 +21,6 @@ from tests.support.cases import CASES
 from tests.support.networks import OnceDifferentiable, untouched
 
 # All of them together take seconds.
-pytestmark = pytest.mark.slow
 
 
 def _classifier():
@@ -74,6 +73,7 @@ def _dense_by_jacobians(model, x, y, loss_fn):
     return total / len(x)
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(("loss_fn", "target"), LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize(("make", "shape"), [(_classifier, (5,)), (_convolutional, (2, 5, 5))], ids=["mlp", "conv"])
 def test_dense_matrix_is_made_of_jacobians(make, shape, loss_fn, target):
@@ -107,6 +107,7 @@ def test_it_is_the_hessian_of_a_network_that_is_linear_in_its_state(loss_fn, tar
     torch.testing.assert_close(GGNOperator(objective).to_dense(), HessianOperator(objective).to_dense())
 
 
+@pytest.mark.check(after=3)
 @pytest.mark.parametrize("name", [name for name in CASES if name != "dict batches"])
 def test_last_layer_blocks_are_those_of_the_hessian(name):
     # The output is linear in the last layer, whatever comes before it.
@@ -129,6 +130,7 @@ def test_it_is_the_hessian_where_every_example_is_fitted():
     torch.testing.assert_close(GGNOperator(objective).to_dense(), HessianOperator(objective).to_dense())
 
 
+@pytest.mark.check
 def test_blocks_vectors_and_states_agree():
     case = CASES["conv, interpolate"]
     objective = Objective(case.model(), case.batches((6, 3)))

@@ -45,7 +45,7 @@ def _difference_of_gradients(objective, direction, h=1e-5):
     return {name: (up[name] - down[name]) / (2 * h) for name in state}
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch", "LayerNorm and GELU", "tied weights"])
 def test_dense_hessian_equals_differences_of_the_gradient(name):
     H, dense = _dense(name)
@@ -61,6 +61,7 @@ def test_dense_hessian_equals_differences_of_the_gradient(name):
     torch.testing.assert_close(products, products.T, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.check(after=2)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_product_equals_a_difference_of_gradients(case):
     objective = Objective(case.model(), case.batches(), **case.options)
@@ -95,6 +96,7 @@ def test_sparse_direction_equals_its_dense_filling():
         torch.testing.assert_close(tensor, (H @ filled)[name])
 
 
+@pytest.mark.check
 def test_blocks_are_blocks_of_the_whole():
     H, dense = _dense("conv, interpolate")
     objective = H.objective
@@ -120,6 +122,7 @@ def _layer_mask(H):
     return torch.tensor([[a == b for b in layers] for a in layers])
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch", "tied weights", "LSTM"])
 def test_block_diagonal_keeps_the_layers_own_blocks_and_drops_the_rest(name):
     H, dense = _dense(name)
@@ -150,6 +153,7 @@ def test_blocks_of_the_block_diagonal():
     assert D.to_scipy().shape == H.shape
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", ["conv, interpolate", "attention"])
 def test_diagonal_is_that_of_the_dense_matrix(name):
     H, dense = _dense(name)
@@ -184,6 +188,7 @@ def test_an_operator_knows_its_device():
     assert HessianOperator(objective).block("0").device == objective.device
 
 
+@pytest.mark.check
 def test_scipy_finds_the_dense_eigenvalues():
     H, dense = _dense()
     expected = np.linalg.eigvalsh(dense.numpy())

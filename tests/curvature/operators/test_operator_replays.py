@@ -40,6 +40,7 @@ def _assert_same(found, expected, relative=1e-12):
 # --- On a CPU, by a stand-in that repeats the call on its own copies
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", _NAMES)
 @pytest.mark.parametrize("kind", [HessianOperator, GGNOperator])
 def test_replayed_products_are_those_of_other_batches_states_and_vectors(name, kind):
@@ -56,6 +57,7 @@ def test_replayed_products_are_those_of_other_batches_states_and_vectors(name, k
     assert repeater.replayed > 20
 
 
+@pytest.mark.check
 def test_directions_and_blocks_have_products_of_their_own():
     plain, replaying = _objective("conv, interpolate"), _objective("conv, interpolate")
     let_replay(replaying)
@@ -91,6 +93,7 @@ def test_many_products_are_measured_by_their_operations_and_then_replayed_at_onc
     assert found._vectorizer._at_once == expected._vectorizer._at_once
 
 
+@pytest.mark.check
 def test_dense_matrices_are_computed_as_before():
     objective = _objective("conv, interpolate")
     repeater = let_replay(objective)

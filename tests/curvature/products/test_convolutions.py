@@ -38,7 +38,7 @@ def _operands(shape, weight_shape, bias):
     return [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
 
 
-@pytest.mark.slow
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("bias", [True, False], ids=["with bias", "without bias"])
 @pytest.mark.parametrize(("func", "shape", "weight_shape", "options"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_derivatives_equal_differences(func, shape, weight_shape, options, bias):

@@ -16,7 +16,6 @@ from tests.support.cases import CASES
 from tests.support.networks import randomized
 
 # All of them together take seconds.
-pytestmark = pytest.mark.slow
 
 
 def _objective(name):
@@ -51,6 +50,7 @@ def _one_by_one(operator, vectors):
     return CurvatureOperator(curvature, operator.objective) @ vectors
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("name", CASES)
 def test_matrices_are_multiplied_as_one_by_one(name, mapped):
     objective = _objective(name)
@@ -64,6 +64,7 @@ def test_matrices_are_multiplied_as_one_by_one(name, mapped):
     assert bool(mapped) != convolves
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", ["LayerNorm and GELU", "attention", "tied weights"])
 def test_dense_matrices_are_those_made_one_by_one(name, mapped):
     objective = _objective(name)
@@ -211,6 +212,7 @@ def test_an_operation_that_is_mapped_wrongly(make, found_out, mapped):
         assert len(mapped) == found_out
 
 
+@pytest.mark.check
 @WRONGLY_MAPPED
 def test_an_operation_that_a_later_batch_brings(make, found_out, mapped):
     class Switching(make):

@@ -85,6 +85,7 @@ def _count_halves(monkeypatch):
     return found
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(
     ("loss", "size"),
     [
@@ -144,6 +145,7 @@ def _small_spread(model, batch):
     return 1e-5 * model(batch["x"]).var(0).sum()
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(
     ("model", "loss", "policy"),
     [

@@ -24,7 +24,7 @@ def _moved(state, *steps):
     return state
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_projection_equals_central_differences_of_the_loss(case):
     # Under "recalibrate" derivatives are, by definition, those of "batch".
@@ -91,6 +91,7 @@ def test_softmax_regression_has_its_textbook_hessian():
     np.testing.assert_allclose(projection.curvature, expected.numpy(), rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.check
 def test_several_states_share_one_pass_over_the_loader():
     case = CASES["LayerNorm and GELU"]
     objective = Objective(case.model(), iter(case.batches()))
@@ -116,6 +117,7 @@ def test_standard_errors_are_those_of_the_batch_values():
     )
 
 
+@pytest.mark.check
 def test_standard_error_covers_the_mean_of_all_data():
     # With 10 batches of one population, about 92 % of the intervals must hold the true value; ask for most.
     case = CASES["LayerNorm and GELU"]

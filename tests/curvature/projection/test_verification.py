@@ -30,8 +30,6 @@ from tests.support.sweeping import (
 )
 
 # All of them together take seconds.
-pytestmark = pytest.mark.slow
-
 _IN_TWOS = Tiling(2, 99, keeps_values=True)
 # Where memory is short, the values of a tile are computed anew when it is swept.
 _SHORT = Tiling(2, 99, keeps_values=False)
@@ -103,6 +101,7 @@ _MUTATIONS = {
 }
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(("rule", "method", "broken"), _MUTATIONS.values(), ids=_MUTATIONS)
 def test_a_broken_rule_is_found_out(rule, method, broken, monkeypatch):
     objective = _objective("conv, interpolate")
@@ -192,6 +191,7 @@ def _compared(network, batches, layers="module", *, tiling=None, **options):
     return sizes
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(("size", "part"), [(6, 6), (15, 15), (16, 2), (47, 5), (200, 8)])
 @pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch"])
 def test_products_are_of_an_eighth_of_a_batch_or_of_a_small_one(name, size, part):
@@ -217,6 +217,7 @@ def test_a_part_of_other_operations_does_not_stand_for_the_whole(loss_fn):
     assert _compared(randomized(_ForFew().double()), vectors(24, 24), loss_fn=loss_fn) == [24]
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch"])
 def test_a_broken_rule_is_found_out_in_an_eighth(name, monkeypatch):
     monkeypatch.setattr(LogSoftmax, "sweep", _without_curvature)
@@ -302,6 +303,7 @@ class _Insisting(TwoLayers):
         return self.second(torch.tanh(self.first(x)).view(4, 4) * torch.ones(4, 1))
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(
     ("make", "size", "loss_fn"),
     [
@@ -322,6 +324,7 @@ def test_networks_that_mix_examples_are_swept_whole(make, size, loss_fn):
         assert first.is_tiled, "the batch was to be cut"
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("network", [ByNearness, ByMarks])
 @pytest.mark.parametrize("tiling", [_IN_TWOS, _SHORT], ids=["kept", "short"])
 def test_mixing_that_only_a_later_batch_shows(network, tiling):

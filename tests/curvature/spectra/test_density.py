@@ -21,8 +21,6 @@ from tests.support.spectra import (
 )
 
 # All of them together take seconds.
-pytestmark = pytest.mark.slow
-
 NO_ROOM = 3e-4  # GiB: two vectors a probe, and their products, but no bases
 
 
@@ -40,6 +38,7 @@ def reconstructed(density):
     return density
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("memory_gib", [4.0, NO_ROOM], ids=["reorthogonalised", "two vectors each"])
 @pytest.mark.parametrize("make", [network_like, spread], ids=["like a network", "uniform"])
@@ -53,6 +52,7 @@ def test_the_measure_is_near_the_true_one(make, memory_gib, distribution):
     assert distance(density, values) < 0.01
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("kind", ["whole", "layer", "block-diagonal", "Gauss-Newton", "float32"])
 def test_the_density_of_a_network_is_near_that_of_its_dense_matrix(kind):
     whole = digits_hessian()
@@ -121,6 +121,7 @@ def test_an_operator_of_zeros_has_its_mass_at_zero():
         assert trapezoid(density.curve(density.grid()), density.grid()) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.check
 def test_moments_have_calibrated_standard_errors():
     values = network_like(500)
     operator = Counted(values)

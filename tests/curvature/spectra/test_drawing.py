@@ -34,6 +34,7 @@ def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
+@pytest.mark.check
 def test_one_density_is_its_curve_on_a_logarithmic_scale(parent, saved, lines):
     figure = parent.plot()
     saved(figure)
@@ -50,6 +51,7 @@ def test_one_density_is_its_curve_on_a_logarithmic_scale(parent, saved, lines):
     assert axes.get_ylabel() == "share of eigenvalues per unit of λ"
 
 
+@pytest.mark.check
 def test_densities_share_the_kernel_and_cover_all_eigenvalues(parent, child, saved, lines):
     figure = draw_spectral_density({"parent": parent, "child": child})
     saved(figure)
@@ -93,6 +95,7 @@ def test_the_width_can_be_chosen(parent, lines):
     assert any("width 0.50" in text.get_text() for text in axes.texts)
 
 
+@pytest.mark.check
 def test_eigenvalues_are_marked_in_the_colour_of_their_density(parent, child, saved):
     pairs = {"child": top_eigenpairs(matrix(4.0, -3.0, 20.0), 3), "parent": top_eigenpairs(matrix(5.0, 9.0), 2)}
     figure = draw_spectral_density({"parent": parent, "child": child}, eigenpairs=pairs)
@@ -113,6 +116,7 @@ def test_eigenvalues_outside_the_nodes_are_still_in_the_picture(parent):
     assert axes.get_xlim()[1] > 40
 
 
+@pytest.mark.check
 def test_a_density_at_a_single_point_is_drawn(saved):
     saved(draw_spectral_density(SpectralDensity(np.zeros((1, 3)), np.full((1, 3), 1 / 3), 3, exact=True)))
 

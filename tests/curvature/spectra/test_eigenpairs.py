@@ -15,8 +15,6 @@ from lmc_curvature.errors import ConvergenceWarning, MemoryBudgetError, OptionEr
 from tests.support.spectra import Counted, digits_dense, digits_hessian, digits_objective, spread, symmetric
 
 # All of them together take seconds.
-pytestmark = pytest.mark.slow
-
 WAYS = pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
 
 
@@ -39,6 +37,7 @@ def check_pairs(matrix, found, tolerance=1e-3):
     assert (true <= tolerance * found.values.abs() + atol * scale).all()
 
 
+@pytest.mark.check(after=5)
 @WAYS
 @pytest.mark.parametrize("k", [1, 4, 12])
 @pytest.mark.parametrize("block_size", [1, 2, 5])
@@ -50,6 +49,7 @@ def test_eigenpairs_of_a_known_spectrum(which, k, block_size):
     torch.testing.assert_close(found.values, wanted(values, k, which), rtol=1e-9, atol=0)
 
 
+@pytest.mark.check(after=4)
 @pytest.mark.parametrize("block_size", [1, 2, 4])
 @pytest.mark.parametrize(
     ("values", "k"),
@@ -134,6 +134,7 @@ def test_a_small_operator_is_diagonalised(which, size, k):
     torch.testing.assert_close(matrix @ found.vectors, found.vectors * found.values, rtol=0, atol=1e-12)
 
 
+@pytest.mark.check(after=1)
 @WAYS
 @pytest.mark.parametrize("part", ["network", "0", "2", "block-diagonal"])
 def test_eigenvalues_of_a_network_are_those_of_its_dense_hessian(which, part):
@@ -167,6 +168,7 @@ def test_scipy_agrees():
     np.testing.assert_allclose(overlaps, 1, atol=1e-8)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("tolerance", [1e-2, 1e-3, 1e-4])
 def test_single_precision_reaches_what_it_can(tolerance):
     found = top_eigenpairs(digits_hessian(torch.float32), 10, tolerance=tolerance)
@@ -282,6 +284,7 @@ def test_everything_stays_on_the_operators_device(which):
     torch.testing.assert_close(found.values.cpu(), wanted(values, 5, which), rtol=1e-4, atol=0)
 
 
+@pytest.mark.check(after=2)
 @pytest.mark.parametrize("which", ["largest", "smallest"])
 @pytest.mark.parametrize("max_products", [60, 100, 200, 300, 600])
 def test_copies_that_were_not_searched_for_are_warned_of(max_products, which):

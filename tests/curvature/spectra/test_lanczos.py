@@ -129,6 +129,7 @@ def test_global_random_numbers_are_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("layer", [None, "0", "2"])
 def test_a_networks_extreme_eigenvalues_are_those_of_its_dense_hessian(layer):
     hessian = digits_hessian() if layer is None else digits_hessian().block(layer)

@@ -50,6 +50,7 @@ def test_a_large_operator_is_found_out_as_surely_as_a_small_one(run):
         run(operator)
 
 
+@pytest.mark.check(after=8)
 @anyhow
 @pytest.mark.parametrize("seed", range(5))
 def test_rounding_in_single_precision_is_not_taken_for_asymmetry(run, seed):

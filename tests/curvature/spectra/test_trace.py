@@ -11,6 +11,7 @@ from tests.support.spectra import Counted, digits_dense, digits_hessian, network
 METHODS = pytest.mark.parametrize("method", ["hutch++", "hutchinson"])
 
 
+@pytest.mark.check
 @METHODS
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 def test_traces_have_calibrated_standard_errors(method, distribution):

@@ -69,6 +69,7 @@ class _ByPython(TwoLayers):
         return self.second(torch.tanh(self.first(x.clone().apply_(abs))))
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(("network", "name"), [(_ByNumpy, "numpy"), (_ByText, "__repr__"), (_ByPython, "apply_")])
 def test_what_leaves_torch_is_no_constant(network, name):
     objective = Objective(randomized(network().double()), vectors(4, 4, 4))
@@ -214,6 +215,7 @@ def _attributed(*factors):
     return batches
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("tiling", [None, Tiling(6, 99, keeps_values=True)])
 def test_attributes_of_tensors_are_part_of_what_is_captured(tiling):
     batches = _attributed(1.0, 2.0, 1.0, 3.0)
@@ -230,6 +232,7 @@ def test_attributes_that_may_be_anything_end_in_a_fallback():
     assert_projections_agree(found, _assert_as_products(_named(_Times(), plain), method="hvp"), relative=1e-9)
 
 
+@pytest.mark.check
 def test_strings_that_never_come_again_end_in_a_fallback():
     batches = [((x, f"image-{i}.png"), y) for i, (x, y) in enumerate(vectors(*[4] * 36))]
     objective = _named(_Named(), batches)
@@ -252,6 +255,7 @@ def test_infinite_outputs_are_what_was_captured():
     assert compiled_batches(objective, layer_directions(objective)) == before
 
 
+@pytest.mark.check
 def test_graphs_are_captured_once_for_each_shape():
     case = CASES["conv, interpolate"]
     network = Watched(case.model())
@@ -272,6 +276,7 @@ def test_graphs_are_captured_once_for_each_shape():
     assert sorted(network.sizes("capture")) == [3, 3, 4, 4]
 
 
+@pytest.mark.check
 def test_several_states_share_their_graphs():
     case = CASES["conv, interpolate"]
     network = Watched(case.model())
@@ -296,6 +301,7 @@ def test_graphs_are_compared_with_the_network_once_in_every_pass():
         assert network.calls == [("value", 4)]
 
 
+@pytest.mark.check
 def test_graphs_go_with_their_objective():
     case = CASES["conv, interpolate"]
     objective = Objective(case.model(), case.batches((3,)))
@@ -310,6 +316,7 @@ def test_graphs_go_with_their_objective():
     assert network() is None
 
 
+@pytest.mark.check
 def test_graphs_of_shapes_that_were_not_seen_for_long_are_given_up():
     objective = Objective(randomized(TwoLayers().double()), vectors(3, 4))
     directions = layer_directions(objective)
@@ -322,6 +329,7 @@ def test_graphs_of_shapes_that_were_not_seen_for_long_are_given_up():
     assert_sweep_agrees(objective)
 
 
+@pytest.mark.check
 def test_graphs_that_do_not_hold_any_more_are_given_up():
     temperature = [1.0]
     objective = Objective(
@@ -338,6 +346,7 @@ def test_graphs_that_do_not_hold_any_more_are_given_up():
     assert before() is None
 
 
+@pytest.mark.check
 def test_folded_weights_are_kept_for_one_shape_of_batch_at_a_time():
     objective = Objective(randomized(TwoLayers().double()), vectors(3, 4, 5))
     directions = layer_directions(objective)

@@ -61,6 +61,7 @@ class _ByOrder(TwoLayers):
         return self.second(torch.tanh(self.first(x)) * (1 + larger))
 
 
+@pytest.mark.check(after=2)
 @pytest.mark.parametrize("size", [6, 9, 40])
 @pytest.mark.parametrize(
     "make",

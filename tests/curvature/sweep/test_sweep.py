@@ -30,7 +30,7 @@ def _objective(name, sizes=(6, 6, 3), **options):
 # --- However it is cut
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("name", "keeps_values"),
     [("conv, interpolate", False), ("attention", True), ("LSTM", True), ("tied weights", False)],
@@ -46,7 +46,7 @@ def test_tiles_of_examples_change_nothing(name, keeps_values):
     assert [set(each.networks) for each in compiled_batches(objective, directions, tiling=tiling)] == [{2, 1, 3}] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("together", [2, 3])
 @pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch", "LayerNorm and GELU", "dict batches"])
 def test_groups_of_directions_change_nothing(name, together):
@@ -57,11 +57,13 @@ def test_groups_of_directions_change_nothing(name, together):
     assert_projections_agree(cut, whole, relative=1e-12)
 
 
+@pytest.mark.check
 def test_groups_of_directions_in_tiles_whose_values_are_computed_anew():
     objective = _objective("conv, interpolate", (4, 3))
     assert_sweep_agrees(objective, tiling=Tiling(2, 2, keeps_values=False))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     ("weights", "ignored"),
     [([0.2, 1.0, 3.0], -100), (None, 0), ([0.2, 1.0, 3.0], 2)],
@@ -84,6 +86,7 @@ def test_a_table_with_as_many_rows_as_there_are_examples():
 # --- Against what is not autograd
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", ["conv, interpolate", "conv, batch", "LayerNorm and GELU", "LSTM", "dict batches"])
 def test_random_combinations_equal_second_differences_of_the_loss(name):
     objective = _objective(name)
@@ -128,6 +131,7 @@ def test_the_dense_hessian_of_a_small_network():
     np.testing.assert_allclose(swept(objective, units).curvature, dense.numpy(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.check
 def test_single_precision_agrees_as_well_as_it_can():
     torch.manual_seed(0)
     model = resnet20().eval()

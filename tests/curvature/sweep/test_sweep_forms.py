@@ -20,7 +20,6 @@ from tests.support.sweeping import (
 )
 
 # All of them together take seconds.
-pytestmark = pytest.mark.slow
 
 
 class _Detaching(TwoLayers):
@@ -42,6 +41,7 @@ def test_what_torch_takes_for_a_constant_has_no_tangent(make):
     assert_sweep_agrees(Objective(randomized(make().double()), vectors(4, 4, 3), witness=False))
 
 
+@pytest.mark.check
 def test_a_network_may_be_a_feature_extractor_without_graph_and_a_head():
     class Headed(TwoLayers):
         def forward(self, x):
@@ -135,6 +135,7 @@ class _EverySecond(TwoLayers):
         return self.second(torch.tanh(self.first(x)))[::2]
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(
     ("make", "loss_fn"),
     [
@@ -183,12 +184,14 @@ def test_a_loss_of_the_whole_network():
     assert_sweep_agrees(Objective(randomized(TwoLayers().double()), vectors(4, 3), loss_fn=loss))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name not in CASES])
 def test_networks_that_are_easy_to_get_wrong(name):
     case = NETWORKS[name]
     assert_sweep_agrees(Objective(case.model(), case.batches((3, 2)), **case.options))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_cases(case):
     objective = Objective(case.model(), case.batches((4, 4, 3)), **case.options)

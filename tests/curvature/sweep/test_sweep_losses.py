@@ -10,7 +10,6 @@ from tests.support.networks import randomized
 from tests.support.sweeping import assert_sweep_agrees
 
 # All of them together take seconds.
-pytestmark = pytest.mark.slow
 
 
 def _numbers(*shape, seed=0):
@@ -75,12 +74,14 @@ def _mlp():
     return randomized(nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4)).double())
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(("loss_fn", "target"), LOSSES.values(), ids=LOSSES)
 def test_losses(loss_fn, target):
     batches = [(_numbers(4, 5), target), (_numbers(3, 5, seed=1), target[:3])]
     assert_sweep_agrees(Objective(_mlp(), batches, loss_fn=loss_fn))
 
 
+@pytest.mark.check(after=2)
 @pytest.mark.parametrize(
     "loss_fn",
     [

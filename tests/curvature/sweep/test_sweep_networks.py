@@ -23,7 +23,6 @@ from tests.support.sweeping import (
 )
 
 # All of them together take seconds.
-pytestmark = pytest.mark.slow
 
 
 def _numbers(*shape, seed=0):
@@ -97,15 +96,10 @@ def _network(name, count=2):
     return _normalizing(model, x), (x, y)
 
 
-# The others are for `make check`.
-_REPRESENTATIVES = ("resnet20", "mobilenet_v3_small", "VisionTransformer")
-
-
 # Annotations are checked by the tests of smaller networks; here that would take as long as the computation.
 @pytest.mark.usefixtures("untyped")
-@pytest.mark.parametrize(
-    "name", [name if name in _REPRESENTATIVES else pytest.param(name, marks=pytest.mark.check) for name in NETWORKS]
-)
+@pytest.mark.check
+@pytest.mark.parametrize("name", list(NETWORKS))
 def test_networks_for_images(name):
     model, batch = _network(name)
     objective = Objective(model, [batch])
@@ -117,13 +111,9 @@ def test_networks_for_images(name):
 
 
 @pytest.mark.usefixtures("untyped")
+@pytest.mark.check
 @pytest.mark.parametrize(
-    ("name", "policy"),
-    [
-        ("resnet20", "batch"),
-        pytest.param("resnet20", "recalibrate", marks=pytest.mark.check),
-        pytest.param("mobilenet_v3_small", "batch", marks=pytest.mark.check),
-    ],
+    ("name", "policy"), [("resnet20", "batch"), ("resnet20", "recalibrate"), ("mobilenet_v3_small", "batch")]
 )
 def test_networks_for_images_that_normalize_by_the_batch(name, policy):
     model, batch = _network(name, count=4)
@@ -131,6 +121,7 @@ def test_networks_for_images_that_normalize_by_the_batch(name, policy):
     assert_sweep_agrees(objective, layer_directions(objective, "module", most=4))
 
 
+@pytest.mark.check
 @pytest.mark.usefixtures("untyped")
 def test_running_statistics_are_among_what_moves():
     model, batch = _network("resnet20")
@@ -143,6 +134,7 @@ def test_running_statistics_are_among_what_moves():
     assert_sweep_agrees(objective, chosen)
 
 
+@pytest.mark.check
 @pytest.mark.usefixtures("untyped")
 def test_a_network_in_channels_last():
     model, (x, y) = _network("resnet20")
@@ -186,6 +178,7 @@ def _next_token_loss(model, batch):
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_gpt2(attention, padded):
@@ -194,6 +187,7 @@ def test_gpt2(attention, padded):
     assert_sweep_agrees(objective, layer_directions(objective, "module", most=5))
 
 
+@pytest.mark.check
 def test_gpt2_and_batches_of_a_tokenizer():
     def loss(model, batch):
         logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1]
@@ -205,6 +199,7 @@ def test_gpt2_and_batches_of_a_tokenizer():
     assert_sweep_agrees(objective, layer_directions(objective, "module", most=5))
 
 
+@pytest.mark.check
 def test_gpt2_and_the_loss_that_it_brings():
     # That loss is computed in single precision, whatever the network's is.
     loss = BatchLoss(lambda model, batch: model(**batch).loss)
@@ -222,6 +217,7 @@ class _Recurrent(nn.Module):
         return self.fc(self.layer(x)[0][:, -1])
 
 
+@pytest.mark.check
 @pytest.mark.parametrize(
     "layer",
     [
@@ -238,6 +234,7 @@ def test_recurrent_networks(layer):
     assert_sweep_agrees(Objective(randomized(_Recurrent(layer).double()), batches))
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("cell", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_recurrent_cells(cell):
     class Unrolled(nn.Module):

@@ -59,6 +59,7 @@ def _states(objective):
 # --- On a CPU, by a stand-in that repeats the call on its own copies
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", _NAMES)
 def test_replays_are_sweeps_of_other_batches_states_and_directions(name):
     plain, replaying = _objective(name), _objective(name)
@@ -73,6 +74,7 @@ def test_replays_are_sweeps_of_other_batches_states_and_directions(name):
     assert repeater.replayed == 4 * 4 - 2
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("tiling", [Tiling(2, 99, True), Tiling(2, 3, False), Tiling(4, 2, True)])
 def test_tiles_and_groups_of_directions_are_replayed_together(tiling):
     objective = _objective("conv, interpolate", (4, 4, 4))
@@ -139,6 +141,7 @@ def _waits(run):
         return run()
 
 
+@pytest.mark.check
 def test_what_a_replay_computes_in_goes_with_the_objective():
     objective = _objective("conv, interpolate", (4, 4, 4))
     let_replay(objective)
@@ -215,6 +218,7 @@ def test_what_a_device_is_waited_for_is_told():
             there.sum().item()
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("name", [*_NAMES, "ResNet-20", "in tiles"])
 def test_the_device_is_not_waited_for(name, monkeypatch):
     if name == "ResNet-20":

@@ -149,6 +149,7 @@ def _tails(objective, directions):
     return [each.tail for each in plans]
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 @pytest.mark.parametrize("loss", _CUT)
 def test_in_chunks_of_rows(loss, chunk, monkeypatch):
@@ -159,6 +160,7 @@ def test_in_chunks_of_rows(loss, chunk, monkeypatch):
     assert all(tail is not None for tail in _tails(objective, directions))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("options", [{"tied": False}, {"tied": False, "bias": True}])
 def test_heads_of_their_own(options, monkeypatch):
     monkeypatch.setattr(plan.Plan, "rows_at_once", lambda self, directions: 2)
@@ -168,6 +170,7 @@ def test_heads_of_their_own(options, monkeypatch):
     assert all(tail is not None for tail in _tails(objective, directions))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("loss", [_mixing, _read_twice, _smoothed])
 def test_what_cannot_be_cut_is_swept_whole(loss, monkeypatch):
     monkeypatch.setattr(plan.Plan, "rows_at_once", lambda self, directions: 2)
@@ -213,6 +216,7 @@ def test_a_loss_in_a_coarser_type_than_the_network(monkeypatch):
     assert all(tail is not None for tail in _tails(objective, directions))
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("loss", [_broadcast, _times_others, _one_number, _with_rows_added])
 def test_where_rows_meet_all_are_swept_at_once(loss, monkeypatch):
     monkeypatch.setattr(plan.Plan, "rows_at_once", lambda self, directions: 3)
@@ -233,6 +237,7 @@ def test_other_rows_in_chunks_are_noticed(forget, factor, monkeypatch):
         swept(objective, directions)
 
 
+@pytest.mark.check
 def test_a_network_whose_output_is_wide_is_swept_in_rows_too(monkeypatch):
     monkeypatch.setattr(plan, "_CHUNK_BYTES", 2000)
 

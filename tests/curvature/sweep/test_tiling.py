@@ -130,6 +130,7 @@ def test_on_a_gpu_a_budget_is_that_of_three_gradients_at_most(monkeypatch):
         assert budget_bytes(torch.device("cuda"), None, gradient) == 0.9 * expected
 
 
+@pytest.mark.check
 def test_a_budget_too_small_for_one_example_says_how_much_it_takes():
     objective = _objective("conv, interpolate", (6,))
     directions = layer_directions(objective)
@@ -164,6 +165,7 @@ class _Image(nn.Module):
         return self.paint(x).tanh()
 
 
+@pytest.mark.check
 def test_outputs_of_a_whole_batch_count_as_well():
     x = torch.randn(8, 1, 16, 16, dtype=torch.float64)
     objective = Objective(_Image().double(), [(x, torch.randint(32, (8, 16, 16)))])

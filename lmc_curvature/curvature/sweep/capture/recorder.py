@@ -63,9 +63,14 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.Grap
 
 def _functional_graph(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.GraphModule:
     # Imported here, because it takes as long as the rest of this package.
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(functionalize(function), decomposition_table=DECOMPOSITIONS)(*inputs)
+    # Shapes are written down in this mode; without it, make_fx makes one for every value, which takes a third of the
+    # time, because each mode formats the stack that it is made on.
+    with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        return make_fx(functionalize(function), decomposition_table=DECOMPOSITIONS)(*inputs)
 
 
 def _record_again(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:

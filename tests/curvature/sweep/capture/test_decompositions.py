@@ -2,7 +2,6 @@
 
 from typing import ClassVar
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,8 +10,6 @@ from torch.nn.utils.parametrizations import weight_norm
 from tests.support.rules import RuleTests
 
 # All of them together take seconds.
-pytestmark = pytest.mark.slow
-
 VECTOR, SEQUENCE, LINE, IMAGE, VOLUME = (6,), (4, 6), (2, 9), (2, 5, 6), (2, 3, 4, 4)
 
 

@@ -24,6 +24,7 @@ def test_scales_and_shifts_fold_into_convolutions():
     assert counts(first)["aten.mul.Tensor"] == 1
 
 
+@pytest.mark.check
 def test_the_normalization_of_a_residual_network_is_gone_from_its_graph():
     model = resnet20(width=4).double().eval()
     objective = Objective(model, [(numbers(2, 3, 8, 8), torch.tensor([1, 2]))])

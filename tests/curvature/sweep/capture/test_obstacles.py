@@ -89,6 +89,7 @@ _REFUSED = {
 }
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(("function", "message"), _REFUSED.values(), ids=_REFUSED)
 def test_what_cannot_be_captured_is_named_with_its_line(function, message):
     objective = around(function, (6,), witness=False)

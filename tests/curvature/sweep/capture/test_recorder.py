@@ -46,7 +46,7 @@ def test_changes_in_place_become_functions(function):
         assert not any(node.target._schema.is_mutable for node in stage.operations if hasattr(node.target, "_schema"))
 
 
-@pytest.mark.slow
+@pytest.mark.check
 @pytest.mark.parametrize("module", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_come_apart(module):
     layer = module(3, 4, num_layers=2, bidirectional=True, batch_first=True).double()

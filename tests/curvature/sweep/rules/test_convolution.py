@@ -22,7 +22,7 @@ from tests.support.sweeping import (
 LINE, IMAGE, VOLUME = (2, 9), (2, 5, 6), (2, 3, 4, 4)
 
 # Annotations are checked by the tests of other networks; here that would take as long as the computation.
-pytestmark = [pytest.mark.usefixtures("untyped"), pytest.mark.slow]
+pytestmark = [pytest.mark.usefixtures("untyped")]
 
 
 class TestConvolutions(RuleTests):
@@ -116,12 +116,14 @@ def _used(objective):
     }
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("form", _FORMS.values(), ids=_FORMS)
 def test_they_agree_with_products(form):
     objective = Objective(*_problem(form, 3, 2))
     assert_sweep_agrees(objective, _used(objective))
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("form", _FORMS.values(), ids=_FORMS)
 def test_they_agree_in_single_precision(form):
     net, batches = _problem(form)
@@ -143,6 +145,7 @@ _STRIDED = {
 }
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("strided", _STRIDED.values(), ids=_STRIDED)
 @pytest.mark.parametrize("form", ["alone", "with batch norm", "sum", "strided and dilated"])
 def test_directions_may_lie_in_memory_as_they_like(form, strided):
@@ -162,6 +165,7 @@ def test_directions_may_lie_in_memory_as_they_like(form, strided):
     assert_projections_agree(swept(single, coarse), expected, relative=2e-4)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("form", ["alone", "with batch norm", "sum", "sum of two", "one dimension"])
 def test_a_bias_may_move_without_its_weight(form, dtype):

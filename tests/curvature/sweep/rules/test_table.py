@@ -63,6 +63,7 @@ def test_the_rule_of_an_operation(function, active, rule):
     assert type(found) is rule
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(
     ("make", "shape"),
     [
