@@ -94,7 +94,9 @@ class Soundness:
         mixes = normalizes_by_batch(self.network_loss.network, self.normalization.statistics)
         cause = "batch normalisation" if mixes else "loss_fn" if self.network_loss.is_cut else ""
         batches = self._passes.watch(batches, cut_matters=cause)
-        yield from batches if self._memo.get("cuts", False) else watch_cuts(self.network_loss, self.entries, batches)
+        if not self._memo.get("cuts", False):
+            batches = watch_cuts(self.network_loss, self.entries, batches, self.normalization)
+        yield from batches
         self._memo("cuts", lambda: True)
 
     @outside_inference()
@@ -109,7 +111,8 @@ class Soundness:
             check_copies(*args, own, self.normalization)
 
         try:
-            loss = check_soundness(self.network_loss, state, batch, movable=self.movable, others=own)
+            options = {"movable": self.movable, "others": own, "normalization": self.normalization}
+            loss = check_soundness(self.network_loss, state, batch, **options)
         except LMCCurvatureError as error:
             # What a copy does not find may make it fail.
             if error.__cause__ is not None:
@@ -170,6 +173,7 @@ def check_soundness(
     *,
     movable: Collection[str],
     others: Iterable[tuple[str, Tensor]],
+    normalization: Normalization,
 ) -> Tensor:
     """Refuse a network whose loss is not a function of its state; it is evaluated twice.
 
@@ -181,6 +185,7 @@ def check_soundness(
         batch: The batch.
         movable: Names of the entries that move.
         others: Tensors that the loss must not depend on, being no part of the state, with what they are.
+        normalization: The statistics that the network uses.
 
     Returns:
         The loss, with the graph that it has to the entries that move.
@@ -211,7 +216,7 @@ def check_soundness(
     coarsest = torch.float32 if again.is_cuda else again.dtype
     rounding = max(torch.finfo(dtype).eps for dtype in (again.dtype, coarsest))
     _refuse_difference(losses[0].item(), again.item(), rounding)
-    warn_of_cuts(network_loss, constants, batch, output, target)
+    warn_of_cuts(network_loss, constants, batch, output, target, normalization)
     return again
 
 

@@ -663,6 +663,49 @@ def test_batch_losses_of_new_lengths_are_looked_at_wherever_they_are(lengths):
     assert len(caught) == 1
 
 
+class _Normalized(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = randomized(nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+NO_MEANS_OF_BATCHES = {
+    "a sum": lambda net, batch: F.cross_entropy(net(batch["x"]), batch["y"], reduction="sum"),
+    "weighed": lambda net, batch: (
+        (F.cross_entropy(net(batch["x"]), batch["y"], reduction="none") * batch["w"]).sum() / batch["w"].sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
+@pytest.mark.parametrize("loss_fn", NO_MEANS_OF_BATCHES.values(), ids=NO_MEANS_OF_BATCHES)
+@pytest.mark.parametrize("place", [0, 2])
+def test_networks_that_normalize_do_not_hide_that_a_batch_loss_is_no_mean(place, loss_fn, policy):
+    """The halves of a batch are compared by the running statistics, which are nobody's in particular."""
+    generator = torch.Generator().manual_seed(0)
+    loader = [
+        {
+            "x": torch.randn(12, 5, generator=generator),
+            "y": torch.randint(3, (12,), generator=generator),
+            "w": torch.rand(12, generator=generator) if index == place else torch.ones(12),
+        }
+        for index in range(3)
+    ]
+    found = "0" if loss_fn is NO_MEANS_OF_BATCHES["a sum"] else str(place)
+    with pytest.warns(UserWarning, match=rf"loss of batch {found}.*cut into batches.*BatchLoss\(fn, size") as caught:
+        Objective(_Normalized(), loader, loss_fn=BatchLoss(loss_fn), batch_norm=policy).loss()
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mean = BatchLoss(lambda net, batch: F.cross_entropy(net(batch["x"]), batch["y"], reduction="none").mean())
+        sized = BatchLoss(NO_MEANS_OF_BATCHES["weighed"], size=lambda batch: batch["w"].sum())
+        for right in (mean, sized):
+            Objective(_Normalized(), loader, loss_fn=right, batch_norm=policy).loss()
+
+
 def _hidden(net, batch):
     return F.cross_entropy(net(batch["x"]).transpose(1, 2), batch["y"].masked_fill(batch["mask"], -100))
 
