@@ -17,9 +17,10 @@ from lmc_curvature.barrier.blending import (
     point_disagreement_weights,
     point_weights,
 )
-from lmc_curvature.barrier.expansions import Expansion, barrier_weights
+from lmc_curvature.barrier.expansions import Expansion, barrier_weights, highest
 from lmc_curvature.curvature.projection import Projection
 from lmc_curvature.errors import OptionError
+from lmc_curvature.objective.memo import Memo
 from lmc_curvature.segment import layer_indices
 
 Sets = Sequence[Iterable[str] | str | None] | np.ndarray
@@ -62,6 +63,10 @@ class Cube:
     def shares(self) -> Float[np.ndarray, " L"]:
         """What each layer has of the energy; see `layer_shares`."""
         return layer_shares(np.stack([anchor.projection.curvature for anchor in self.anchors]))
+
+    @cached_property
+    def _maxima(self) -> Memo:
+        return Memo()
 
     def sets(self, sets: Sets) -> Bool[np.ndarray, "sets L"]:
         """Sets of layers as rows that are true at their members; None is the set of all.
@@ -120,6 +125,17 @@ class Cube:
             weights = barrier_weights(expansion, self.positions, along, members[rows] @ self.shares)
             parts.append(combine(weights, self._features(members[rows])))
         return np.concatenate(parts, axis=1)
+
+    def highest(
+        self, members: Bool[np.ndarray, "sets L"], expansion: Expansion
+    ) -> tuple[Float[np.ndarray, " sets"], Float[np.ndarray, " sets"]]:
+        """Positions and values of the maxima of sets' barriers, searched for once: tables and figures ask often."""
+
+        def search() -> tuple[np.ndarray, np.ndarray]:
+            positions = highest(lambda alpha: self.barriers(members, alpha, expansion), len(members))
+            return positions, self.barriers(members, positions[None], expansion)[0]
+
+        return self._maxima((members.shape, members.tobytes(), expansion), search)
 
     def batch_barriers(
         self, members: Bool[np.ndarray, " L"], alpha: float, expansion: Expansion

@@ -18,7 +18,7 @@ Expansion = Literal["anchored", "second-order", "with-slopes", "shared-hessian",
 EXPANSIONS: tuple[Expansion, ...] = get_args(Expansion)
 
 # Positions of the first search for a maximum, and how often it is made finer by a factor of ten.
-_GRID, _REFINEMENTS = 101, 8
+_GRID, _REFINEMENTS = 101, 4
 
 
 def barrier_weights(
@@ -74,9 +74,9 @@ def highest(
     grid = np.repeat((1 - np.cos(np.linspace(0, np.pi, _GRID)[:, None])) / 2, count, axis=1)
     found, width = grid[curves(grid).argmax(axis=0), np.arange(count)], np.pi / 2 / (_GRID - 1)
     for _ in range(_REFINEMENTS):
-        grid = np.clip(found + np.linspace(-width, width, 21)[:, None], 0.0, 1.0)
+        grid = np.clip(found + np.linspace(-width, width, 201)[:, None], 0.0, 1.0)
         found = grid[curves(grid).argmax(axis=0), np.arange(count)]
-        width /= 10
+        width /= 100
     # Curves vanish at both ends.
     return np.where(curves(found[None])[0] > 0, found, 0.0)
 

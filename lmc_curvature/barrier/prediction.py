@@ -16,7 +16,6 @@ from lmc_curvature.barrier.expansions import (
     EXPANSIONS,
     Expansion,
     check_alphas,
-    highest,
 )
 from lmc_curvature.barrier.summaries import prediction_summary
 from lmc_curvature.curvature.projection import Projection
@@ -122,7 +121,7 @@ class BarrierPrediction(Display):
 
     def layer_barriers(self, expansion: Expansion | None = None) -> Float[np.ndarray, " layers"]:
         """Predicted barrier of each layer alone (Proposition 2)."""
-        return self._highest(np.eye(len(self.layers), dtype=bool), expansion)[1]
+        return self._highest(np.eye(len(self.layers), dtype=bool), expansion)[1].copy()
 
     def set_barriers(
         self, sets: Sets, alphas: Alphas = 0.5, expansion: Expansion | None = None
@@ -241,9 +240,7 @@ class BarrierPrediction(Display):
         self, members: Bool[np.ndarray, "sets L"], expansion: Expansion | None
     ) -> tuple[Float[np.ndarray, " sets"], Float[np.ndarray, " sets"]]:
         """Positions and values of the maxima."""
-        chosen = self._chosen(expansion, members)
-        positions = highest(lambda alpha: self._cube.barriers(members, alpha, chosen), len(members))
-        return positions, self._cube.barriers(members, positions[None], chosen)[0]
+        return self._cube.highest(members, self._chosen(expansion, members))
 
     def segment_options(self, model: nn.Module, batch_norm: BatchNormPolicy) -> dict[str, Any]:
         """The options of `Segment` and `measure_barrier` by which a network has the prediction's layers again.
