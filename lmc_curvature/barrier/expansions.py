@@ -17,7 +17,7 @@ Expansion = Literal["anchored", "second-order", "with-slopes", "shared-hessian",
 """A formula for barrier curves; see `barrier_weights`."""
 EXPANSIONS: tuple[Expansion, ...] = get_args(Expansion)
 
-# Positions of the first search for a maximum, and how often it is made finer by a factor of ten.
+# Positions of the first search for a maximum, and how often it is made finer by a factor of a hundred.
 _GRID, _REFINEMENTS = 101, 4
 
 
