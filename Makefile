@@ -24,9 +24,9 @@ demo: $(INSTALLED)
 test: lint
 	$(BIN)/python $(PYTEST) -m 'not check'
 
-# What takes seconds; what the tests of a file share takes long here, so they stay in one process, and files come in
-# order, because the longest have the fewest tests. Then all other tests with the shapes of what they call, which two
-# variants of each show.
+# The long tests: what those of a file share takes long, too, so they stay in one process, and files come in order,
+# because the longest have the fewest tests. Then all other tests with the shapes of what they call, which two variants
+# of each show.
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m check
 	$(BIN)/python $(PYTEST) $(TYPED) -m 'not check' --variants 2

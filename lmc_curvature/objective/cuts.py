@@ -13,7 +13,7 @@ from lmc_curvature.objective.forms import form_of
 from lmc_curvature.objective.losses import BatchLoss, NetworkLoss
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.normalization import Normalization, normalizes_by_batch
-from lmc_curvature.objective.parts import REMEDY, compare_on, compare_with_network, joined_data, rows_of
+from lmc_curvature.objective.parts import REMEDY, compare_on, compare_with_network, concatenate, rows_of
 from lmc_curvature.objective.sight import Sight
 
 
@@ -165,7 +165,7 @@ def _compare_with_first(network_loss: NetworkLoss, sight: Sight, rows: list[int]
     if form_of(sight.target) != form_of(target):
         return ""
     output = rows_of(sight.output, sight.examples, [*range(sight.examples), *rows])
-    joined = joined_data(sight.target, target, sight.examples, batch.size)
+    joined = concatenate(sight.target, target, sight.examples, batch.size)
     return compare_on(network_loss, output, joined, sight.examples + batch.size, batch.index, joined=sight.examples)
 
 

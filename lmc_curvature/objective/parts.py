@@ -19,6 +19,7 @@ from lmc_curvature.objective.sight import FEW
 Halves = tuple[list[int], list[int]]
 """The examples of a batch in two parts."""
 
+# What to do about a loss that is no mean, at the end of a warning.
 REMEDY = (
     "Pass loss_fn=BatchLoss(fn, size=...) with what it divides by, or torch's nn.CrossEntropyLoss(weight=..., "
     "ignore_index=...), itself or in a function that returns its value for all targets unchanged."
@@ -26,14 +27,14 @@ REMEDY = (
 
 
 def rows_of(data: Any, size: int, chosen: Sequence[int]) -> Any:
-    """Copies of rows of the tensors that have so many."""
+    """Copies of the rows chosen of every tensor that has `size` rows, and of other tensors as they are."""
     rows = list(chosen)
     # A copy: a loss may write into what it is given.
     return map_tensors(lambda t: (t[rows] if t.ndim and len(t) == size else t).detach().clone(), data)
 
 
-def joined_data(first: Any, second: Any, examples: int, others: int) -> Any:
-    """Data of the same form and of one batch, where those of examples are of both."""
+def concatenate(first: Any, second: Any, examples: int, others: int) -> Any:
+    """Data of two batches of one form as one: tensors with a row for each of their examples one below the other."""
     earlier = iter(tensors_in(first))
 
     def join(tensor: Tensor) -> Tensor:
@@ -47,7 +48,11 @@ def joined_data(first: Any, second: Any, examples: int, others: int) -> Any:
 def compare_on(
     network_loss: NetworkLoss, output: Any, target: Any, size: int, index: int, *, joined: int | None = None
 ) -> str:
-    """Compare the loss of an output with those of its halves, or of the first so many examples and the others."""
+    """Compare the loss of an output with those of its halves, or of the first so many examples and the others.
+
+    Returns:
+        A sentence about their difference; nothing where they agree.
+    """
 
     def evaluate(chosen: list[int]) -> tuple[Tensor, float]:
         part = rows_of(target, size, chosen)
@@ -62,6 +67,9 @@ def compare_on(
 
 def compare_with_network(network_loss: NetworkLoss, state: State, batch: Batch, first: Batch | None = None) -> str:
     """Compare the loss of a batch with those of its halves, by the network; or of a few of its examples and the first.
+
+    Returns:
+        A sentence about their difference; nothing where they agree.
 
     Raises:
         ValueError: The batch has no halves, because some tensor has other rows.
@@ -79,7 +87,7 @@ def compare_with_network(network_loss: NetworkLoss, state: State, batch: Batch, 
         before = _leading(first) if of_batch else first.size
         few, others = min(before, FEW), min(size, FEW)
         parts = rows_of(first.data, before, range(few)), rows_of(data, size, range(others))
-        data, size = joined_data(*parts, few, others), few + others
+        data, size = concatenate(*parts, few, others), few + others
         halves = [_parts(size, few)]
 
     def evaluate(chosen: list[int]) -> tuple[Tensor, float]:

@@ -44,6 +44,7 @@ def timm_factory(name: str) -> Callable[..., nn.Module]:
         ConfigurationError: There is no such network, or timm is not installed.
     """
     try:
+        # By name: a type checker that follows it reads for half a minute.
         timm = importlib.import_module("timm")
     except ImportError as error:
         raise ConfigurationError(
@@ -66,6 +67,7 @@ def transformers_factory(directory: str) -> Callable[..., nn.Module]:
     name, kind = _class_of(directory)
     what = f"model 'transformers:{directory}'"
     try:
+        # By name, as timm.
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise ConfigurationError(

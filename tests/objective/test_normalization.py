@@ -35,6 +35,34 @@ def _torch_gradient(model, batches, *, training):
     return loss.item(), dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
 
 
+@norms
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_without_derivatives_the_output_is_the_same(norm, dtype):
+    model, (x, _) = _model(norm).to(dtype).eval(), _batches()[0]
+    Normalization(model)
+    with torch.no_grad():
+        found = model(x.to(dtype))
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, model(x.to(dtype)).detach(), rtol=8 * rounding, atol=8 * rounding)
+
+
+@norms
+def test_forward_mode_is_right_where_gradients_are_switched_off(norm):
+    model, (x, _) = _model(norm).eval(), _batches()[0]
+    Normalization(model)
+    state = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    direction = randomized(copy.deepcopy(model), seed=1).state_dict()
+    direction = {name: direction[name] for name in state}
+
+    def loss(state):
+        return torch.func.functional_call(model, state, (x,)).square().mean()
+
+    expected = torch.func.jvp(loss, (state,), (direction,))
+    with torch.no_grad():
+        found = torch.func.jvp(loss, (state,), (direction,))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4), (5, 3, 4, 2), (2, 3, 2, 2, 2)])
 def test_the_affine_map_is_batch_norm_in_evaluation(shape, affine):
