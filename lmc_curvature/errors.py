@@ -118,6 +118,13 @@ class BackendError(LMCCurvatureError, RuntimeError):
     """
 
 
+class RankError(LMCCurvatureError, RuntimeError):
+    """Another of the processes that share the data has failed, has vanished, or yields other batches.
+
+    Catch it to end this process in good order: what they were computing is lost on all of them.
+    """
+
+
 class FileFormatError(LMCCurvatureError, ValueError):
     """A file was not written by this library, or is damaged.
 

@@ -49,19 +49,18 @@ def evaluate_points(
     if objective.batch_norm == "recalibrate":
         if "error" in metrics:
             # Before the long pass: what the error is of can be told from one evaluation.
-            with objective.measuring(), objective.one_pass(progress=False) as batches:
+            with objective.measuring(), objective.one_pass(progress=False, alone=True) as batches:
                 batch = next(batches)
                 Truth.of(objective.loss_fn, *objective.batch_evaluation(points[points.START], batch)[1:], batch)
         places = list(enumerate(objective.recalibrated(points, progress=progress)))
         places += zip(ends, own_statistics, strict=False)
-    sizes, weights, values = [], [], []
+    records = []
     visit = objective.one_pass(progress=progress, description="measuring", weightless=True)
     with objective.measuring(), visit as batches:
         for batch in batches:
             of_batch, of_metrics = _batch_values(objective, points, places, batch, metrics)
-            sizes.append(batch.size)
-            weights.append(of_metrics)
-            values.append(of_batch)
+            records.append((batch.index, batch.size, of_metrics, of_batch))
+        _, sizes, weights, values = zip(*objective.ranks.merge(records), strict=True)
     by_size = all(weight == size for size, row in zip(sizes, weights, strict=True) for weight in row)
     found, own = np.split(np.stack(values), [len(points)], axis=2)
     if "loss" in metrics:
@@ -124,13 +123,12 @@ class ErrorWatch:
 
     def __init__(self, objective: Objective, states: Sequence[State]):
         self._objective, self._states = objective, [objective.place(state) for state in states]
-        self._errors: list[Float[np.ndarray, " states"]] | None = [] if objective.has_output else None
-        self._weights: list[float] = []
+        self._records: list[tuple[int, float, Float[np.ndarray, " states"]]] | None = [] if objective.has_output else None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> None:
         """Evaluate a batch at all states."""
-        if self._errors is None:
+        if self._records is None:
             return
         try:
             with self._objective.numerics.exact():
@@ -140,14 +138,19 @@ class ErrorWatch:
                 values = [truth.error(output), *(truth.error(other) for other, _ in evaluations)]
         except OptionError:
             # It is no loss of classes.
-            self._errors = None
+            self._records = None
             return
-        self._errors.append(torch.stack(values).double().cpu().numpy())
-        self._weights.append(truth.weight)
+        self._records.append((batch.index, truth.weight, torch.stack(values).double().cpu().numpy()))
 
-    @property
     def errors(self) -> Float[np.ndarray, " states"] | None:
-        """The share of examples, or of positions that count, that is classified wrongly at each state."""
-        if not self._errors or not sum(self._weights):
+        """The share of examples, or of positions that count, that is classified wrongly at each state.
+
+        All ranks ask for it.
+        """
+        with self._objective.ranks.together():
+            shares = self._objective.ranks.gather(self._records)
+        records = [] if None in shares else [record for share in shares for record in share]
+        if not sum(weight for _, weight, _ in records):
             return None
-        return weighted_mean(np.stack(self._errors), np.array(self._weights))
+        _, weights, errors = zip(*records, strict=True)
+        return weighted_mean(np.stack(errors), np.array(weights))

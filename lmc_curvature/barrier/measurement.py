@@ -20,6 +20,7 @@ from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.barrier.summaries import measurement_summary
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
+from lmc_curvature.objective.ranks import Group
 from lmc_curvature.objective.recalibration import running_statistics
 from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.plotting.summary import Display, Summary
@@ -54,6 +55,8 @@ def measure_barrier(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
+    group: Group = None,
+    timeout: float = 60.0,
     progress: bool | None = None,
     partition: None = None,
 ) -> "BarrierMeasurement":
@@ -90,6 +93,8 @@ def measure_barrier(
         device: Device to compute on; `model_a`'s device by default.
         dtype: Floating-point type to compute in; by default `model_a`'s, float32 at least.
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
+        group: Processes that share the batches, such as `"world"` under `torchrun`; see `Objective`.
+        timeout: Seconds that they wait for a sign of life of each other.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
         partition: The former name of `layers`, which is refused.
 
@@ -114,6 +119,8 @@ def measure_barrier(
         device=device,
         dtype=dtype,
         allow_tf32=allow_tf32,
+        group=group,
+        timeout=timeout,
     )
     members_of_sets, places = resolve_sets(segment.partition.groups, sets), check_points(segment.layers, points)
     states = SegmentPoints(segment)

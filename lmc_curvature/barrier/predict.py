@@ -18,6 +18,7 @@ from lmc_curvature.curvature.problem import Method
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective
 from lmc_curvature.objective.loaders import refuse_iterator
+from lmc_curvature.objective.ranks import Group
 from lmc_curvature.objective.recalibration import recalibrate, running_statistics, warn_of_worse
 from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment import Frozen, PartitionSpec, Segment
@@ -43,6 +44,8 @@ def predict_barrier(
     dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
     witness: bool = True,
+    group: Group = None,
+    timeout: float = 60.0,
     progress: bool | None = None,
 ) -> "BarrierPrediction":
     """Predict the barrier between two networks, for all their layers and for any set of them, in one pass.
@@ -75,6 +78,8 @@ def predict_barrier(
         dtype: Floating-point type to compute in; by default `model_a`'s, float32 at least.
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
         witness: Compare derivatives with differences of the loss first; see `Objective`.
+        group: Processes that share the batches, such as `"world"` under `torchrun`; see `Objective`.
+        timeout: Seconds that they wait for a sign of life of each other.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
 
     Raises:
@@ -97,6 +102,8 @@ def predict_barrier(
         dtype=dtype,
         allow_tf32=allow_tf32,
         witness=witness,
+        group=group,
+        timeout=timeout,
     )
     if recalibration is not None:
         _warn_of_statistics(objective, segment, (model_a, model_b), progress=progress)
@@ -162,7 +169,7 @@ def predict_on_segment(
         objective.batch_norm,
         objective.notes + segment.notes,
         np.array([sum(tensor.numel() for tensor in tensors) for tensors in moved]),
-        watch.errors,
+        watch.errors(),
         _cosine([name for direction in directions.values() for name in direction if name in named], segment),
         segment.whole.groups,
         segment.base,

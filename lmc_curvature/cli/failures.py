@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from lmc_curvature.errors import LMCCurvatureError
+from lmc_curvature.errors import LMCCurvatureError, RankError
 
 TRACEBACK = "LMC_CURVATURE_TRACEBACK"
 """The environment variable that shows the traceback of an error before its message."""
@@ -35,6 +35,8 @@ def one_message(advice: str = "") -> Iterator[None]:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         yield
+    except RankError as error:
+        _exit(1, str(error), error)
     except LMCCurvatureError as error:
         _exit(2, str(error), error)
     except KeyboardInterrupt:

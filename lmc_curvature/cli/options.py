@@ -15,6 +15,7 @@ import typer
 
 from lmc_curvature.cli.help import COMPUTATION, DATA, LAYERS, NETWORKS, OUTPUT
 from lmc_curvature.cli.parsing import image_options, key_and_value
+from lmc_curvature.cli.ranks import is_rank, one_answer
 from lmc_curvature.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
@@ -287,6 +288,7 @@ class Comparison:
 
         names = ("layers", "base", "batch_norm", "max_batches", "device", "progress")
         options = {name: getattr(self, name) for name in names}
+        options["group"] = "world" if is_rank() else None
         options |= {"recalibration": self.recalibration_batches(), "frozen": tuple(self.frozen or ())}
         return options | {"loss_fn": find_loss(self.loss), "dtype": getattr(torch, self.dtype)}
 
@@ -329,7 +331,7 @@ def with_comparison(command: Callable[Concatenate[Comparison, ...], None], *left
     def run(**options: Any) -> None:
         comparison = Comparison(**{name: options.pop(name) for name in shared})
         comparison.check()
-        with comparison.with_threads():
+        with comparison.with_threads(), one_answer(comparison, options) as (comparison, options):
             command(comparison, **options)
 
     run.__name__, run.__doc__ = command.__name__, command.__doc__

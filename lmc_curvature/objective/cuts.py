@@ -74,7 +74,11 @@ def _warn(network_loss: NetworkLoss, message: str) -> None:
 
 
 def watch_cuts(
-    network_loss: NetworkLoss, state: State, batches: Iterator[Batch], normalization: Normalization
+    network_loss: NetworkLoss,
+    state: State,
+    batches: Iterator[Batch],
+    normalization: Normalization,
+    gather: Callable[[Any], list[Any]] = lambda found: [found],
 ) -> Iterator[Batch]:
     """Pass on the batches of one pass, and warn, once, of one whose loss is not weighed by what it divides by.
 
@@ -104,6 +108,19 @@ def watch_cuts(
                     with normalization.by("running"):
                         _watch_with_network(network_loss, state, first, batch)
         yield batch
+    ratios = [each for each in gather(ratio) if each]
+    if not network_loss.is_cut and ratios and not _same_ratio(max(ratios), min(ratios)):
+        network_loss.is_cut = True
+        warnings.warn(
+            f"The losses of two batches divide by {max(ratios):.6g} and {min(ratios):.6g} relative to what the batches "
+            f"weigh: its value depends on how the data are cut into batches. {REMEDY}",
+            stacklevel=3,
+        )
+
+
+def _same_ratio(first: float, second: float) -> bool:
+    rounding = torch.finfo(torch.float32).eps
+    return bool(near("halves of a batch", first, second, rounding=rounding, scale=second))
 
 
 def _mixes(network_loss: NetworkLoss) -> bool:
@@ -126,8 +143,7 @@ def _watch_divisor(network_loss: NetworkLoss, state: State, batch: Batch, before
     if not divisor or not batch.weight:
         return before
     ratio = divisor / batch.weight
-    rounding = torch.finfo(torch.float32).eps
-    if before is not None and not near("halves of a batch", ratio, before, rounding=rounding, scale=before):
+    if before is not None and not _same_ratio(ratio, before):
         network_loss.is_cut = True
         warnings.warn(
             f"The loss of batch {batch.index} divides by {divisor:.6g} where the batch weighs {batch.weight:.6g}, "

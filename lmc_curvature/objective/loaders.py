@@ -1,20 +1,50 @@
 """Loaders: whether something yields batches, how many, whether again; and a visit to all of them."""
 
+import contextlib
 import operator
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 from tqdm.auto import tqdm
 
-from lmc_curvature.errors import LoaderError, OptionError
+from lmc_curvature.errors import LoaderError, OptionError, RankError
 from lmc_curvature.objective.batches import Batch, describe, map_tensors, tensors_in
+from lmc_curvature.objective.randomness import global_rng_preserved, host_states, set_host_states
+from lmc_curvature.objective.ranks import Ranks, yields_a_share
 from lmc_curvature.objective.sorting import warn_of_sorted_data
 
+# Numbers of a tensor by which batches are told apart.
+_DIGEST = 64
 
+
+@contextlib.contextmanager
 def visit(
+    loader: Iterable[Any],
+    *,
+    max_batches: int | None,
+    progress: bool | None,
+    description: str,
+    ranks: Ranks,
+    **options: Any,
+) -> Iterator[Iterator[Batch]]:
+    """Within the block, the batches of one pass over a loader; see `_batches` for the options.
+
+    The global random number generators, which may shuffle or augment, begin alike on all ranks, and are as before when
+    the block ends. A progress bar is shown on a terminal and in a notebook, unless `progress` says otherwise.
+    """
+    total, hidden = loader_length(loader, max_batches), None if progress is None else not progress
+    bar = tqdm(total=total, desc=description, disable=hidden, leave=False)
+    with global_rng_preserved(), ranks.together(), bar:
+        set_host_states(ranks.gather(host_states())[0])
+        yield _batches(loader, max_batches=max_batches, bar=bar, ranks=ranks, **options)
+
+
+def _batches(
     loader: Iterable[Any],
     *,
     max_batches: int | None,
@@ -22,8 +52,12 @@ def visit(
     weightless: bool,
     place: Callable[[Tensor], Tensor],
     bar: tqdm,
+    ranks: Ranks,
 ) -> Iterator[Batch]:
-    """Yield the batches of a loader, placed on a device; warn if its data come in the order of their classes.
+    """Yield this rank's batches of a loader, placed on a device; warn if its data come in the order of their classes.
+
+    Every rank goes through the whole loader, which has to yield the same on all, and takes its share; a loader with a
+    `DistributedSampler` yields each its share already.
 
     Args:
         loader: Yields the data of batches.
@@ -32,27 +66,53 @@ def visit(
         weightless: Whether batches of weight zero are yielded, too.
         place: Brings a tensor to the device.
         bar: A progress bar, moved with every batch.
+        ranks: The processes that share the batches.
 
     Raises:
         LoaderError: The loader yields nothing, nothing in it counts, or a batch is not of the form that the loss
             expects.
+        RankError: Another rank has failed or vanished, or has other batches.
     """
-    index, skipped = -1, 0
+    index, digest, counts, skipped = -1, 0, False, None
+    is_share = yields_a_share(loader, ranks)
     batches = _without_nested(_noting_place(islice(loader, max_batches)))
     for index, data in enumerate(warn_of_sorted_data(batches)):
+        ranks.check()
         size, weight = count(data, index)
-        if weight or weightless:
-            yield Batch(index, size, map_tensors(place, data), weight, skipped)
-        skipped += not weight
+        number = index * ranks.size + ranks.rank if is_share else index
+        if ranks.has(number):
+            if weight or weightless:
+                yield Batch(number, size, map_tensors(place, data), weight, number if skipped is None else skipped)
+            skipped = number if weight and skipped is None else skipped
+        counts |= bool(weight)
+        digest = _digest(data, digest) if ranks.size > 1 else 0
         bar.update()
+    said = ranks.gather((index, digest, counts))
+    if is_share:
+        index, counts = max(index for index, _, _ in said), any(counts for _, _, counts in said)
+    elif len(set(said)) > 1:
+        lengths = ", ".join(str(index + 1) for index, _, _ in said)
+        raise RankError(
+            f"The ranks' loaders yield different batches ({lengths} of them): every rank takes its share of the same "
+            "ones. Seed what shuffles them alike on every rank, or give the DataLoader a DistributedSampler."
+        )
     if index < 0:
         refuse_iterator(loader, "The loader yielded no batch: it may have been used up by an earlier pass")
         raise LoaderError("The loader yielded no batch; expected at least one.")
-    if skipped > index:
+    if not counts:
         raise LoaderError(
             "No target of the loader counts: each is left out by the loss (ignore_index), of a class of weight zero, "
             "or in a batch of which the size of the BatchLoss is 0."
         )
+
+
+def _digest(data: Any, before: int) -> int:
+    """A number that tells batches apart, and what came before them: of some numbers of every dense tensor."""
+    for tensor in tensors_in(data):
+        if tensor.layout is torch.strided:
+            spread = tensor.detach().flatten()[:: max(1, tensor.numel() // _DIGEST)]
+            before = zlib.crc32(str((tuple(tensor.shape), spread.tolist())).encode(), before)
+    return before
 
 
 def _noting_place(batches: Iterable[Any]) -> Iterator[Any]:

@@ -98,7 +98,11 @@ class Normalization:
             self.statistics, self.records = before
 
     def mean_statistics(
-        self, states: Sequence[Mapping[str, Tensor]], batches: Iterable[Batch], evaluate: Callable[[Any, Batch], Any]
+        self,
+        states: Sequence[Mapping[str, Tensor]],
+        batches: Iterable[Batch],
+        evaluate: Callable[[Any, Batch], Any],
+        gather: Callable[[Any], list[Any]] = lambda found: [found],
     ) -> list[dict[str, Tensor]]:
         """Running statistics at each state: means over all examples that a module has seen, in float64.
 
@@ -108,27 +112,28 @@ class Normalization:
             states: The states; they are asked for anew with every batch.
             batches: Each is evaluated at every state.
             evaluate: Evaluates the network at a state on a batch.
+            gather: Brings together what all ranks have found.
 
         Returns:
             For each state, entry name to statistic.
         """
+        # Of each statistic the sum over examples, and behind it their number.
         totals: list[dict[str, Tensor]] = [{} for _ in range(len(states))]
-        rows: list[dict[str, float]] = [{} for _ in range(len(states))]
         for batch in batches:
-            for number, (total, count) in enumerate(zip(totals, rows, strict=True)):
+            for number, total in enumerate(totals):
                 records: Records = {}
                 with self.by("batch", records):
                     evaluate(states[number], batch)
                 for entry, calls in records.items():
                     # A module called often counts by the mean of its calls.
                     lengths, values = zip(*calls, strict=True)
-                    found = torch.stack([n * v.double() for n, v in zip(lengths, values, strict=True)]).mean(0)
-                    total[entry] = total.get(entry, 0) + found
-                    count[entry] = count.get(entry, 0) + sum(lengths) / len(calls)
-        return [
-            {entry: value / count[entry] for entry, value in total.items()}
-            for total, count in zip(totals, rows, strict=True)
-        ]
+                    counted = [n * torch.cat([v.double(), v.new_ones(1)]) for n, v in zip(lengths, values, strict=True)]
+                    total[entry] = total.get(entry, 0) + torch.stack(counted).mean(0)
+        first, *others = gather(totals)
+        for more in others:
+            for total, found in zip(first, more, strict=True):
+                total.update({entry: total.get(entry, 0) + value for entry, value in found.items()})
+        return [{entry: value[:-1] / value[-1] for entry, value in total.items()} for total in first]
 
     def warn_of_batch_statistics(self, loss: Callable[[], Float[Tensor, ""]]) -> None:
         """Warn if the statistics of a batch make its loss far larger than the running ones do.

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,25 @@ class Fingerprint:
             products={places: sums.cpu() for places, sums in self.products.items()},
             batches={place: sums.cpu() for place, sums in self.batches.items()},
         )
+
+    @classmethod
+    def merged(cls, parts: "Sequence[Fingerprint]") -> "Fingerprint":
+        """The fingerprint of the examples of several."""
+        total, *others = parts
+        for other in others:
+            total.examples += other.examples
+            total.weight += other.weight
+            total.counts += other.counts
+            total.integers |= other.integers
+            for place, shapes in other.shapes.items():
+                total.shapes.setdefault(place, set()).update(shapes)
+            for sums, more in (
+                (total.moments, other.moments),
+                (total.products, other.products),
+                (total.batches, other.batches),
+            ):
+                sums.update({place: sums.get(place, 0) + found for place, found in more.items()})
+        return total
 
     def agrees_with(self, other: "Fingerprint") -> bool:
         """Whether two passes have had the same examples, as far as sums tell it, up to rounding."""
@@ -180,23 +199,29 @@ class Passes:
         self._count = 0
         self._warned = False
 
-    def watch(self, batches: Iterator[Batch], cut_matters: str = "") -> Iterator[Batch]:
+    def watch(
+        self,
+        batches: Iterator[Batch],
+        cut_matters: str = "",
+        gather: Callable[[Any], list[Any]] = lambda found: [found],
+    ) -> Iterator[Batch]:
         """Pass on the batches of one pass.
 
         Args:
             batches: The batches.
             cut_matters: Why the loss depends on how the examples are cut into batches; empty if it does not.
+            gather: Brings together what all have that share the pass.
         """
-        if self._warned:
-            yield from batches
-            return
         found = Fingerprint()
         for batch in batches:
-            if batch.weight:
+            if batch.weight and not self._warned:
                 found.add(batch)
             yield batch
         self._count += 1
-        found = found.on_host()
+        parts, causes = zip(*gather((found.on_host(), cut_matters)), strict=True)
+        found, cut_matters = Fingerprint.merged(parts), max(causes)
+        if self._warned:
+            return
         if self._first is None:
             self._first = found
         elif not found.agrees_with(self._first):

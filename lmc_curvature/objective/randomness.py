@@ -14,13 +14,11 @@ from torch import nn
 @contextlib.contextmanager
 def global_rng_preserved() -> Iterator[None]:
     """Restore the global generators of torch (CPU and CUDA), NumPy and `random` when the block ends."""
-    torch_state, python_state, numpy_state, *cuda_states = _states()
+    *host_states, cuda_states = _states()
     try:
         yield
     finally:
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+        set_host_states(host_states)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
 
@@ -51,13 +49,24 @@ def drawing_module(root: nn.Module, run: Callable[[], Any]) -> str | None:
     return drawing[0] if drawing else None
 
 
-def _states() -> list[Any]:
-    states: list[Any] = [torch.get_rng_state(), random.getstate(), np.random.get_state()]  # noqa: NPY002
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.extend(torch.cuda.get_rng_state_all())
-    return states
+def host_states() -> Any:
+    """States of the global generators of torch on the CPU, of `random` and of NumPy."""
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
 
 
-def _fingerprint() -> list[Any]:
-    torch_state, python_state, (_, keys, *rest), *cuda_states = _states()
+def set_host_states(states: Any) -> None:
+    """Set the states of the global generators of torch on the CPU, of `random` and of NumPy."""
+    torch_state, python_state, numpy_state = states
+    torch.set_rng_state(torch_state)
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+def _states() -> Any:
+    on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return *host_states(), torch.cuda.get_rng_state_all() if on_cuda else []
+
+
+def _fingerprint() -> Any:
+    torch_state, python_state, (_, keys, *rest), cuda_states = _states()
     return [python_state, keys.tobytes(), rest, *(state.tolist() for state in (torch_state, *cuda_states))]

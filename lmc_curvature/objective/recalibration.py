@@ -115,7 +115,7 @@ def recalibrated_statistics(
         progress=progress, description="recalibrating", weightless=True, loader=objective.recalibration
     )
     with torch.no_grad(), visit_all as batches:
-        means = normalization.mean_statistics(states, batches, evaluate)
+        means = normalization.mean_statistics(states, batches, evaluate, objective.ranks.gather)
     return [{entry: value.to(objective.dtype) for entry, value in statistics.items()} for statistics in means]
 
 
@@ -136,11 +136,12 @@ def recalibrate(
     points = [
         point for state, statistics in zip(states, found, strict=True) for point in (state, {**state, **statistics})
     ]
-    values, weights = [], []
+    records = []
     with torch.no_grad(), objective.measuring(), objective.one_pass(progress=progress) as batches:
         for batch in batches:
-            values.append([finite_loss(objective.batch_loss(point, batch), batch) for point in points])
-            weights.append(batch.weight)
+            losses = [finite_loss(objective.batch_loss(point, batch), batch) for point in points]
+            records.append((batch.index, batch.weight, losses))
+        _, weights, values = zip(*objective.ranks.merge(records), strict=True)
     losses, counts = np.array(values), np.array(weights)
     firsts = range(0, len(points), 2)
     return found, [Recalibration.of(losses[:, first], losses[:, first + 1], counts) for first in firsts]

@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
-from tqdm.auto import tqdm
 
 from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
@@ -20,7 +19,7 @@ from lmc_curvature.objective.copies import Given
 from lmc_curvature.objective.dependence import refuse_changes
 from lmc_curvature.objective.differentiable import one_function
 from lmc_curvature.objective.explanations import naming_what_has_no_derivative
-from lmc_curvature.objective.loaders import check_loader, loader_length, visit
+from lmc_curvature.objective.loaders import check_loader, visit
 from lmc_curvature.objective.losses import (
     BatchLoss,
     LossFunction,
@@ -52,7 +51,7 @@ from lmc_curvature.objective.network import (
 )
 from lmc_curvature.objective.normalization import POLICIES, BatchNormPolicy, Normalization, is_batch_counter
 from lmc_curvature.objective.numerics import Numerics, bears_channels_last, channels_last, outside_inference
-from lmc_curvature.objective.randomness import global_rng_preserved
+from lmc_curvature.objective.ranks import Group, Ranks
 from lmc_curvature.objective.recalibration import check_recalibration, recalibrated_statistics
 from lmc_curvature.objective.soundness import Soundness
 from lmc_curvature.objective.summary import ObjectiveDisplay
@@ -86,6 +85,9 @@ class Objective(ObjectiveDisplay):
         witness: Compare derivatives with differences of the loss before the first is used; see `witness.py`.
         twins: Further networks of the same structure. On the first batch each must have the loss that this objective
             has with the same entries (see `check_twin`).
+        group: The processes that share the batches of every pass, all making the same calls: a process group of
+            torch.distributed, or `"world"`; None for this process alone. Results are the same on all.
+        timeout: Seconds without a sign of life after which another of them is taken for lost.
 
     Attributes:
         network, network_loss, snapshot: The network's structure, the same with its loss, and what `state()` copies.
@@ -93,6 +95,7 @@ class Objective(ObjectiveDisplay):
         numerics: The precision and the kernels it computes with: derivatives within `numerics.differentiating()`.
         memo: `memo(key, make)` keeps what others make once for this objective; it knows nothing of what it keeps.
         replays: Calls functions of tensors, and replays them on a CUDA device.
+        ranks: The processes that share the batches.
 
     Raises:
         OptionError: `batch_norm`, `max_batches`, `device`, `dtype` or `allow_tf32` has a bad value, or `recalibration`
@@ -117,6 +120,8 @@ class Objective(ObjectiveDisplay):
         allow_tf32: bool = False,
         witness: bool = True,
         twins: Sequence[nn.Module] = (),
+        group: Group = None,
+        timeout: float = 60.0,
     ):
         check_module("model", model)
         original, model = model, unwrap(model)
@@ -156,6 +161,7 @@ class Objective(ObjectiveDisplay):
             note=precision_note(self.dtype, tensors),
         )
         self.memo, self.replays = Memo(), Replays.on(self.device)
+        self.ranks = Ranks(group, timeout, self.device)
 
     @property
     def rounding(self) -> float:
@@ -192,29 +198,28 @@ class Objective(ObjectiveDisplay):
         description: str = "batches",
         weightless: bool = False,
         loader: Iterable[Any] | None = None,
+        alone: bool = False,
     ) -> Iterator[Iterator[Batch]]:
         """Visit the loader, or another, once: `with objective.one_pass() as batches: for batch in batches: …`.
 
         A shuffling or augmenting loader draws from the global random number generators; they are restored when
-        the block ends, also by an exception. Batches without a target that counts come if `weightless`.
+        the block ends, also by an exception. Batches without a target that counts come if `weightless`. Ranks have
+        their share of the batches each, and go through all of a pass; what they find is brought together within the
+        block, by `ranks.merge` or `ranks.total`. `alone`, this process has all batches, and need not go through them.
 
         Raises:
             LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
+            RankError: Another rank has failed or vanished, or has other batches.
         """
         place = functools.partial(place_data, device=self.device, dtype=self.dtype)
         visited = self.loader if loader is None else loader
-        total = loader_length(visited, self.max_batches)
         count = functools.partial(self.network_loss.count, state=self._entries, place=place)
-        with (
-            outside_inference(),
-            one_function(),
-            global_rng_preserved(),
-            tqdm(total=total, desc=description, disable=None if progress is None else not progress, leave=False) as bar,
-        ):
-            options = {"max_batches": self.max_batches, "weightless": weightless, "count": count, "place": place}
-            batches = visit(visited, **options, bar=bar)
+        ranks = Ranks() if alone else self.ranks
+        options = {"max_batches": self.max_batches, "weightless": weightless, "count": count, "place": place}
+        shown = {"progress": progress, "description": description}
+        with outside_inference(), one_function(), visit(visited, **options, **shown, ranks=ranks) as batches:
             # Passes over the loader are compared with each other; another has other data.
-            yield self._soundness.watch(batches) if visited is self.loader else batches
+            yield self._soundness.watch(batches, ranks.gather) if visited is self.loader else batches
 
     def batch_loss(self, state: State, batch: Batch) -> Float[Tensor, ""]:
         """Mean loss over one batch at `state`: a scalar tensor, differentiable in the state.
@@ -302,9 +307,10 @@ class Objective(ObjectiveDisplay):
         kept |= self.recalibrated([kept], progress=progress)[0] if self.batch_norm == "recalibrate" else {}
         point = copies_of(kept)
         with torch.no_grad(), self.measuring(), self.one_pass(progress=progress, description="loss") as batches:
-            found = [(finite_loss(self.batch_loss(point, batch), batch), batch.weight) for batch in batches]
+            found = [(b.index, finite_loss(self.batch_loss(point, b), b), b.weight) for b in batches]
+            _, *columns = np.array(self.ranks.merge(found)).T
         refuse_changes(kept, point)
-        return float(weighted_mean(*np.array(found).T))
+        return float(weighted_mean(*columns))
 
     @outside_inference()
     def gradient(self, state: State | None = None, *, progress: bool | None = None) -> dict[str, Tensor]:
@@ -331,6 +337,7 @@ class Objective(ObjectiveDisplay):
                 for accumulated, gradient in zip(total.values(), found, strict=True):
                     accumulated.add_(gradient, alpha=batch.weight)
                 weight += batch.weight
+            weight = self.ranks.total(weight, *total.values())
         check_gradient(total)
         return {name: (tensor / weight).to(self.dtype) for name, tensor in total.items()}
 

@@ -86,16 +86,20 @@ class Soundness:
                 dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
                 self._memo.replace("autocast", f"computed under torch.autocast, in {dtype} where it chooses to")
 
-    def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def watch(self, batches: Iterator[Batch], gather: Callable[[Any], list[Any]]) -> Iterator[Batch]:
         """Pass on the batches of one pass; in the first complete one, each is looked at for how its loss is a mean.
 
         Every further pass is compared with it, also in how it is cut where the loss depends on that.
+
+        Args:
+            batches: The batches.
+            gather: Brings together what all ranks have found.
         """
         mixes = normalizes_by_batch(self.network_loss.network, self.normalization.statistics)
         cause = "batch normalisation" if mixes else "loss_fn" if self.network_loss.is_cut else ""
-        batches = self._passes.watch(batches, cut_matters=cause)
+        batches = self._passes.watch(batches, cut_matters=cause, gather=gather)
         if not self._memo.get("cuts", False):
-            batches = watch_cuts(self.network_loss, self.entries, batches, self.normalization)
+            batches = watch_cuts(self.network_loss, self.entries, batches, self.normalization, gather)
         yield from batches
         self._memo("cuts", lambda: True)
 

@@ -148,6 +148,7 @@ def cross_layer_hessian(
             block.check_derivatives(batch)
             method = _add_batch(total, block, batch, method, vectorizer)
             weight += batch.weight
+        weight = objective.ranks.total(weight, total.values)
     _mirror(total)
     if not all_finite(total.values):
         raise NonFiniteError(

@@ -97,9 +97,7 @@ def project_hessian_at(
     problem = Problem.of(objective, states, directions, memory_gib=memory_gib)
     displaced = problem.displaced
     project = project_by_products if method == "hvp" else project_by_sweep
-    sizes: list[int] = []
-    weights: list[float] = []
-    values: list[list[BatchValues]] = [[] for _ in problem.points]
+    records: list[tuple[int, int, float, list[BatchValues]]] = []
     with objective.one_pass(progress=progress, description="curvature") as batches:
         for batch in batches:
             if watch is not None:
@@ -119,11 +117,9 @@ def project_hessian_at(
                 )
                 project = project_by_products
                 found = [project(problem, point, batch) for point in problem.points]
-            sizes.append(batch.size)
-            weights.append(batch.weight)
-            for of_point, of_batch in zip(values, found, strict=True):
-                of_point.append(of_batch)
-    return [Projection.of(sizes, of_point, weights) for of_point in values]
+            records.append((batch.index, batch.size, batch.weight, found))
+        _, sizes, weights, values = zip(*objective.ranks.merge(records), strict=True)
+    return [Projection.of(sizes, of_point, weights) for of_point in zip(*values, strict=True)]
 
 
 def _sentence(error: Exception) -> str:
