@@ -1,5 +1,5 @@
+from .barrier.measure import measure_barrier as measure_barrier
 from .barrier.measurement import BarrierMeasurement as BarrierMeasurement
-from .barrier.measurement import measure_barrier as measure_barrier
 from .barrier.predict import predict_barrier as predict_barrier
 from .barrier.prediction import BarrierPrediction as BarrierPrediction
 from .curvature.backends import hessian_operator as hessian_operator

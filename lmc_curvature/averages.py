@@ -1,9 +1,14 @@
 """Means over batches of different weights and how far to trust them, and correlations of ranks."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Real
+
+# Groups of batches that are kept, each with values of its own.
+_MOST = 512
 
 
 def weighted_mean(values: Float[np.ndarray, " batches *shape"], weights: Real[np.ndarray, " batches"]) -> np.ndarray:
@@ -23,6 +28,56 @@ def standard_error(values: Float[np.ndarray, " batches *shape"], weights: Real[n
     deviations = values - weighted_mean(values, weights)
     shares = weights / weights.sum()
     return np.asarray(np.sqrt(batches / (batches - 1) * np.tensordot(shares**2, deviations**2, axes=1)))
+
+
+@dataclass(frozen=True, eq=False)
+class GroupMeans:
+    """Means over the examples of one batch, or of a group of neighbouring ones.
+
+    Attributes:
+        index: Place of the first batch in the loader.
+        size: Number of examples.
+        weights: What it counts for in means over the data, of some shape: one number, or one a metric.
+        values: Arrays whose first axes are those of the weights.
+    """
+
+    index: int
+    size: int
+    weights: Float[np.ndarray, "*w"]
+    values: tuple[Float[np.ndarray, "..."], ...]
+
+    def joined(self, other: "GroupMeans") -> "GroupMeans":
+        """The group of both: x̄ = x̄₁ + w₂ / (w₁ + w₂) · (x̄₂ − x̄₁)."""
+        weights = self.weights + other.weights
+        share = np.divide(other.weights, weights, out=np.zeros_like(weights), where=weights != 0)
+        values = (
+            first + share.reshape(share.shape + (1,) * (first.ndim - share.ndim)) * (second - first)
+            for first, second in zip(self.values, other.values, strict=True)
+        )
+        return GroupMeans(min(self.index, other.index), self.size + other.size, weights, tuple(values))
+
+
+def add_batch(groups: list[GroupMeans], batch: GroupMeans) -> None:
+    """Add a batch to groups, which are joined once they are many."""
+    groups.append(batch)
+    if len(groups) > _MOST:
+        groups[:] = grouped(groups)
+
+
+def grouped(batches: Iterable[GroupMeans], most: int = _MOST) -> list[GroupMeans]:
+    """Batches, or groups of them, joined into at most so many groups, in the order of the loader.
+
+    Group g is of the batches g · n to (g + 1) · n − 1, with the smallest power of two for n: which they are does not
+    depend on how often, and by how many processes, batches were grouped before.
+    """
+    ordered, width = sorted(batches, key=lambda batch: batch.index), 1
+    while len({batch.index // width for batch in ordered}) > most:
+        width *= 2
+    groups: dict[int, GroupMeans] = {}
+    for batch in ordered:
+        number = batch.index // width
+        groups[number] = groups[number].joined(batch) if number in groups else batch
+    return list(groups.values())
 
 
 def with_error(value: float, error: float, digits: int = 4, *, of: str = "") -> str:

@@ -2,7 +2,8 @@
 
 from lmc_curvature.barrier.expansions import EXPANSIONS, Expansion
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
-from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
+from lmc_curvature.barrier.measure import measure_barrier
+from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.predict import predict_barrier, predict_on_segment
 from lmc_curvature.barrier.prediction import BarrierPrediction
 

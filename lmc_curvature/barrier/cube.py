@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from lmc_curvature.averages import standard_error, weighted_mean
 from lmc_curvature.barrier.blending import (
     Features,
     Weights,
@@ -143,6 +144,13 @@ class Cube:
         """The barrier of a set at a position by every batch, with the weights of them all."""
         weights = barrier_weights(expansion, self.positions, np.array([alpha]), np.array([members @ self.shares]))
         return combine(weights, self._batch_features(members))
+
+    def midpoint(self) -> tuple[float, float]:
+        """The barrier of the whole network at α = 1/2, with its sign, and its standard error."""
+        everything = np.ones(len(self.layers), dtype=bool)
+        expansion: Expansion = "anchored" if len(self.anchors) > 2 else "second-order"
+        values, weights = self.batch_barriers(everything, 0.5, expansion), self.anchors[0].projection.weights
+        return float(weighted_mean(values, weights)), float(standard_error(values, weights))
 
     def expansion_errors(
         self, members: Bool[np.ndarray, "sets L"], alpha: Float[np.ndarray, " n #sets"]

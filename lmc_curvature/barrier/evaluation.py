@@ -1,15 +1,17 @@
 """The metrics of a measurement, evaluated batch by batch at all points of a segment."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 
-from lmc_curvature.averages import weighted_mean
+from lmc_curvature.averages import GroupMeans, add_batch, standard_error, weighted_mean
 from lmc_curvature.barrier.metrics import Metric, Truth, metric_values, metric_weights
 from lmc_curvature.errors import NonFiniteError, OptionError, counted
 from lmc_curvature.objective import Batch, Objective, State
+from lmc_curvature.objective.extent import Extent
 from lmc_curvature.objective.recalibration import Recalibration, warn_of_worse
 from lmc_curvature.segment import SegmentPoints
 
@@ -21,11 +23,14 @@ def evaluate_points(
     metrics: Sequence[Metric],
     *,
     own_statistics: Sequence[State] = (),
+    of_interest: Callable[[Float[np.ndarray, "batches points"]], Float[np.ndarray, " batches"]] = lambda of: of[:, 0],
+    tolerance: float | None = None,
     progress: bool | None,
 ) -> tuple[
     Int[np.ndarray, " batches"],
     Float[np.ndarray, "batches metrics"] | None,
     Float[np.ndarray, "batches metrics points"],
+    Extent,
 ]:
     """Evaluate the metrics of every batch at every point, in one pass; `"recalibrate"` needs one more before.
 
@@ -35,10 +40,13 @@ def evaluate_points(
         metrics: What to evaluate.
         own_statistics: Under `"recalibrate"`, the running statistics of the two networks themselves: if the loss of one
             is larger by those re-estimated, it is warned of.
+        of_interest: From the first metric's values, the number of every batch whose standard error is looked at.
+        tolerance: The standard error to read as many batches for as it takes; None for all batches.
         progress: Show a progress bar over batches.
 
     Returns:
-        The batches' sizes; what each counts for in the mean of each metric, None where that is its size; the values.
+        The batches' sizes; what each counts for in the mean of each metric, None where that is its size; the values;
+        how far the pass went.
 
     Raises:
         OptionError: The error is asked for, and cannot be told from outputs and targets.
@@ -54,23 +62,39 @@ def evaluate_points(
                 Truth.of(objective.loss_fn, *objective.batch_evaluation(points[points.START], batch)[1:], batch)
         places = list(enumerate(objective.recalibrated(points, progress=progress)))
         places += zip(ends, own_statistics, strict=False)
-    records = []
-    visit = objective.one_pass(progress=progress, description="measuring", weightless=True)
+    groups: list[GroupMeans] = []
+
+    def estimate() -> tuple[float, float]:
+        _, weights, values = _stacked(objective.ranks.merge(groups))
+        numbers = of_interest(values[:, 0])
+        return float(weighted_mean(numbers, weights[:, 0])), float(standard_error(numbers, weights[:, 0]))
+
+    extent = Extent(estimate, tolerance)
+    visit = objective.one_pass(progress=progress, description="measuring", weightless=True, extent=extent)
     with objective.measuring(), visit as batches:
         for batch in batches:
             of_batch, of_metrics = _batch_values(objective, points, places, batch, metrics)
-            records.append((batch.index, batch.size, of_metrics, of_batch))
-        _, sizes, weights, values = zip(*objective.ranks.merge(records), strict=True)
-    by_size = all(weight == size for size, row in zip(sizes, weights, strict=True) for weight in row)
-    found, own = np.split(np.stack(values), [len(points)], axis=2)
+            add_batch(groups, GroupMeans(batch.index, batch.size, np.array(of_metrics, dtype=float), (of_batch,)))
+        groups = objective.ranks.merge(groups)
+    sizes, weights, values = _stacked(groups)
+    found, own = np.split(values, [len(points)], axis=2)
     if "loss" in metrics:
         index = list(metrics).index("loss")
         for number, before in zip(ends, np.moveaxis(own[:, index], 1, 0), strict=False):
             after = found[:, index, number]
-            recalibration = Recalibration.of(before, after, np.array(weights)[:, index])
+            recalibration = Recalibration.of(before, after, weights[:, index])
             # Between here and the user is measure_barrier, with torch's wrappers around both.
             warn_of_worse(recalibration, points.describe(number), stacklevel=5)
-    return np.array(sizes), None if by_size else np.array(weights), found
+    return sizes, None if (weights == sizes[:, None]).all() else weights, found, extent
+
+
+def _stacked(groups: Sequence[GroupMeans]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sizes, weights and values of groups of batches."""
+    return (
+        np.array([group.size for group in groups]),
+        np.stack([group.weights for group in groups]),
+        np.stack([group.values[0] for group in groups]),
+    )
 
 
 def _batch_values(
@@ -123,12 +147,15 @@ class ErrorWatch:
 
     def __init__(self, objective: Objective, states: Sequence[State]):
         self._objective, self._states = objective, [objective.place(state) for state in states]
-        self._records: list[tuple[int, float, Float[np.ndarray, " states"]]] | None = [] if objective.has_output else None
+        # None where the loss is not one of classes.
+        self._total: GroupMeans | None = GroupMeans(0, 0, np.zeros(()), (np.zeros(len(states)),))
+        if not objective.has_output:
+            self._total = None
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> None:
         """Evaluate a batch at all states."""
-        if self._records is None:
+        if self._total is None:
             return
         try:
             with self._objective.numerics.exact():
@@ -137,10 +164,11 @@ class ErrorWatch:
                 truth = Truth.of(self._objective.loss_fn, output, target, batch)
                 values = [truth.error(output), *(truth.error(other) for other, _ in evaluations)]
         except OptionError:
-            # It is no loss of classes.
-            self._records = None
+            self._total = None
             return
-        self._records.append((batch.index, truth.weight, torch.stack(values).double().cpu().numpy()))
+        if truth.weight:
+            found = torch.stack(values).double().cpu().numpy()
+            self._total = self._total.joined(GroupMeans(batch.index, batch.size, np.array(truth.weight), (found,)))
 
     def errors(self) -> Float[np.ndarray, " states"] | None:
         """The share of examples, or of positions that count, that is classified wrongly at each state.
@@ -148,9 +176,8 @@ class ErrorWatch:
         All ranks ask for it.
         """
         with self._objective.ranks.together():
-            shares = self._objective.ranks.gather(self._records)
-        records = [] if None in shares else [record for share in shares for record in share]
-        if not sum(weight for _, weight, _ in records):
+            totals = self._objective.ranks.gather(self._total)
+        if None in totals:
             return None
-        _, weights, errors = zip(*records, strict=True)
-        return weighted_mean(np.stack(errors), np.array(weights))
+        total = functools.reduce(GroupMeans.joined, totals)
+        return total.values[0] if total.weights else None

@@ -8,15 +8,17 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from lmc_curvature.barrier.cube import Anchor
+from lmc_curvature.averages import GroupMeans
+from lmc_curvature.barrier.cube import Anchor, Cube
 from lmc_curvature.barrier.evaluation import ErrorWatch
 from lmc_curvature.barrier.expansions import check_anchors
 from lmc_curvature.barrier.losses import loss_name
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.curvature.problem import Method
-from lmc_curvature.curvature.projection import project_hessian_at
+from lmc_curvature.curvature.projection import Projection, project_hessian_at
 from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective
+from lmc_curvature.objective.extent import Extent, check_tolerance
 from lmc_curvature.objective.loaders import refuse_iterator
 from lmc_curvature.objective.ranks import Group
 from lmc_curvature.objective.recalibration import recalibrate, running_statistics, warn_of_worse
@@ -40,6 +42,7 @@ def predict_barrier(
     method: Method = "auto",
     memory_gib: float | None = None,
     max_batches: int | None = None,
+    tolerance: float | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
@@ -74,6 +77,8 @@ def predict_barrier(
         method: Method to compute curvature; see `project_hessian`.
         memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
         max_batches: Use only this many batches; the standard errors say how far to trust the result.
+        tolerance: Read only as many batches as it takes for the standard error of the whole network's barrier at
+            α = 1/2 to be this small, in units of the loss; the loader should be shuffled.
         device: Device to compute on; `model_a`'s device by default.
         dtype: Floating-point type to compute in; by default `model_a`'s, float32 at least.
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
@@ -82,11 +87,14 @@ def predict_barrier(
         timeout: Seconds that they wait for a sign of life of each other.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
 
+    Interrupted by Ctrl-C, or by an error of the loader's own, it is of the batches before: `partial`, with a warning.
+
     Raises:
         LMCCurvatureError: The networks, the loader or an option are not what they should be; the subclasses of
             `lmc_curvature.errors` tell which.
     """
     positions = check_anchors(anchors)
+    check_tolerance(tolerance)
     segment, objective = segment_and_objective(
         model_a,
         model_b,
@@ -108,7 +116,13 @@ def predict_barrier(
     if recalibration is not None:
         _warn_of_statistics(objective, segment, (model_a, model_b), progress=progress)
     return predict_on_segment(
-        objective, segment, anchors=positions, method=method, memory_gib=memory_gib, progress=progress
+        objective,
+        segment,
+        anchors=positions,
+        method=method,
+        memory_gib=memory_gib,
+        tolerance=tolerance,
+        progress=progress,
     )
 
 
@@ -132,6 +146,7 @@ def predict_on_segment(
     anchors: int | Sequence[float] | Float[np.ndarray, " anchors"] = 3,
     method: Method = "auto",
     memory_gib: float | None = None,
+    tolerance: float | None = None,
     progress: bool | None = None,
 ) -> "BarrierPrediction":
     """Predict the barrier along a segment, as `predict_barrier` does for two networks.
@@ -144,13 +159,19 @@ def predict_on_segment(
         anchors: How many points to differentiate at, or their positions; see `predict_barrier`.
         method: Method to compute curvature; see `project_hessian`.
         memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
+        tolerance: Standard error to read as many batches for as it takes; see `predict_barrier`.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
     """
     positions = check_anchors(anchors)
     segment = segment.to(objective.device, objective.dtype)
     ends = {0.0: "model_a", 1.0: "model_b"}
     states = {ends.get(alpha, f"alpha={alpha}"): segment.point(alpha) for alpha in positions.tolist()}
-    directions = segment.directions()
+    directions, groups = segment.directions(), list[GroupMeans]()
+
+    def anchored(groups: Sequence[GroupMeans]) -> tuple[Anchor, ...]:
+        return tuple(Anchor(alpha, Projection.of(groups, number)) for number, alpha in enumerate(positions.tolist()))
+
+    extent = Extent(lambda: Cube(segment.layers, anchored(objective.ranks.merge(groups))).midpoint(), tolerance)
     projections = project_hessian_at(
         objective,
         states,
@@ -158,6 +179,8 @@ def predict_on_segment(
         method=method,
         memory_gib=memory_gib,
         watch=(watch := ErrorWatch(objective, list(states.values()))),
+        groups=groups,
+        extent=extent,
         progress=progress,
     )
     named = {name for name, _ in objective.network.named_parameters()}
@@ -167,7 +190,7 @@ def predict_on_segment(
         tuple(Anchor(*pair) for pair in zip(positions.tolist(), projections, strict=True)),
         segment.distances(),
         objective.batch_norm,
-        objective.notes + segment.notes,
+        objective.notes + segment.notes + extent.notes,
         np.array([sum(tensor.numel() for tensor in tensors) for tensors in moved]),
         watch.errors(),
         _cosine([name for direction in directions.values() for name in direction if name in named], segment),
@@ -176,6 +199,7 @@ def predict_on_segment(
         segment.norms(),
         loss_name(objective.loss_fn),
         objective.loss_fn,
+        extent.interruption,
     )
 
 

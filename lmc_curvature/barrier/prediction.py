@@ -64,6 +64,7 @@ class BarrierPrediction(Display):
             None in such files.
         loss: Name of the loss, `"cross_entropy"` for the default; None in such files.
         loss_fn: The loss itself, with which selections are verified; None where the prediction was read from a file.
+        interruption: What interrupted the pass over the data, and after how many batches; None if nothing did.
     """
 
     layers: tuple[str, ...]
@@ -79,6 +80,12 @@ class BarrierPrediction(Display):
     norms: Float[np.ndarray, "2 layers"] | None = None
     loss: str | None = None
     loss_fn: LossFunction | None = None
+    interruption: str | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether it is of the batches before an interruption alone."""
+        return self.interruption is not None
 
     @property
     def endpoints(self) -> tuple[Projection, Projection]:
@@ -104,9 +111,8 @@ class BarrierPrediction(Display):
         """Predicted barrier curve B_S(α) at positions in [0, 1].
 
         Raises:
-            OptionError: A position lies outside [0, 1].
+            OptionError: A position lies outside [0, 1], or `expansion` is no choice, or `"hermite"` for a set.
             PartitionError: The set names an unknown layer.
-            OptionError: `expansion` is not a choice, or is `"hermite"` for a set that is not the whole network.
         """
         members = self._cube.sets([layers])
         return self._cube.barriers(members, check_alphas(alphas)[:, None], self._chosen(expansion, members))[:, 0]
@@ -289,7 +295,7 @@ class BarrierPrediction(Display):
             fields = {field: getattr(projection, field) for field in _FIELDS}
             arrays |= {f"anchor_{number}.{field}": array for field, array in fields.items() if array is not None}
         positions = [anchor.alpha for anchor in self.anchors]
-        names = ("layers", "batch_norm", "notes", "cosine", "groups", "base", "loss")
+        names = ("layers", "batch_norm", "notes", "cosine", "groups", "base", "loss", "interruption")
         metadata = {name: getattr(self, name) for name in names} | {"anchors": positions}
         save_arrays(path, "barrier-prediction", arrays, **metadata)
 
@@ -326,6 +332,7 @@ class BarrierPrediction(Display):
             groups=groups and {layer: tuple(entries) for layer, entries in groups.items()},
             base=metadata["base"],
             loss=metadata["loss"],
+            interruption=metadata.get("interruption"),
         )
 
     def plot(self) -> "Figure":

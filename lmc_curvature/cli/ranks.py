@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def one_answer(comparison: "Comparison", own: dict[str, Any]) -> Iterator["tuple
             yield comparison, own
             return
         silent = dataclasses.replace(comparison, save=None, plot=None, progress=False)
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             yield silent, {name: None if name == "out" else value for name, value in own.items()}
     finally:
         dist.destroy_process_group()

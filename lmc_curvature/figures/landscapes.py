@@ -14,7 +14,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from torch import Tensor
 
 from lmc_curvature.barrier.drawing import ALPHA_LABEL, ALPHAS, alpha_axis
-from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
+from lmc_curvature.barrier.measure import measure_barrier
+from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.predict import predict_barrier
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.landscapes import QuadraticProduct, landscape_loss, origin

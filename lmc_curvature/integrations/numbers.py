@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from lmc_curvature.barrier.measurement import measure_barrier
+from lmc_curvature.barrier.measure import measure_barrier
 from lmc_curvature.barrier.metrics import Metric
 from lmc_curvature.barrier.predict import predict_barrier
 from lmc_curvature.curvature.operators import HessianOperator

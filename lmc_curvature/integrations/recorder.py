@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lmc_curvature.barrier.measurement import measure_barrier
+from lmc_curvature.barrier.measure import measure_barrier
 from lmc_curvature.barrier.metrics import Metric, check_metrics
 from lmc_curvature.barrier.predict import predict_barrier
 from lmc_curvature.checkpoints.entries import load_entries

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from lmc_curvature.errors import LoaderError, OptionError, RankError
 from lmc_curvature.objective.batches import Batch, describe, map_tensors, tensors_in
+from lmc_curvature.objective.extent import Extent
 from lmc_curvature.objective.randomness import global_rng_preserved, host_states, set_host_states
 from lmc_curvature.objective.ranks import Ranks, yields_a_share
 from lmc_curvature.objective.sorting import warn_of_sorted_data
@@ -30,18 +31,25 @@ def visit(
     progress: bool | None,
     description: str,
     ranks: Ranks,
+    extent: Extent | None = None,
     **options: Any,
 ) -> Iterator[Iterator[Batch]]:
     """Within the block, the batches of one pass over a loader; see `_batches` for the options.
 
     The global random number generators, which may shuffle or augment, begin alike on all ranks, and are as before when
-    the block ends. A progress bar is shown on a terminal and in a notebook, unless `progress` says otherwise.
+    the block ends. A progress bar is shown on a terminal and in a notebook, unless `progress` says otherwise. With an
+    extent, the block ends without an error when it is interrupted after whole batches.
     """
     total, hidden = loader_length(loader, max_batches), None if progress is None else not progress
     bar = tqdm(total=total, desc=description, disable=hidden, leave=False)
-    with global_rng_preserved(), ranks.together(), bar:
-        set_host_states(ranks.gather(host_states())[0])
-        yield _batches(loader, max_batches=max_batches, bar=bar, ranks=ranks, **options)
+    try:
+        with global_rng_preserved(), ranks.together(), bar:
+            set_host_states(ranks.gather(host_states())[0])
+            yield _batches(loader, max_batches=max_batches, bar=bar, ranks=ranks, extent=extent, **options)
+    except (KeyboardInterrupt, Exception) as error:
+        # The other ranks have ended by now.
+        if extent is None or ranks.size > 1 or not extent.keeps(error):
+            raise
 
 
 def _batches(
@@ -53,6 +61,7 @@ def _batches(
     place: Callable[[Tensor], Tensor],
     bar: tqdm,
     ranks: Ranks,
+    extent: Extent | None,
 ) -> Iterator[Batch]:
     """Yield this rank's batches of a loader, placed on a device; warn if its data come in the order of their classes.
 
@@ -67,15 +76,19 @@ def _batches(
         place: Brings a tensor to the device.
         bar: A progress bar, moved with every batch.
         ranks: The processes that share the batches.
+        extent: How far to go, if not to the end.
 
     Raises:
         LoaderError: The loader yields nothing, nothing in it counts, or a batch is not of the form that the loss
             expects.
+        OptionError: The extent is not the end, and the loader yields each rank a share of its own.
         RankError: Another rank has failed or vanished, or has other batches.
     """
     index, digest, counts, skipped = -1, 0, False, None
     is_share = yields_a_share(loader, ranks)
-    batches = _without_nested(_noting_place(islice(loader, max_batches)))
+    if is_share and extent is not None and extent.tolerance is not None:
+        raise OptionError("tolerance: ranks end together, and by a DistributedSampler they have not as many batches.")
+    batches = _without_nested(_noting_place(islice(loader, max_batches), extent))
     for index, data in enumerate(warn_of_sorted_data(batches)):
         ranks.check()
         size, weight = count(data, index)
@@ -87,6 +100,8 @@ def _batches(
         counts |= bool(weight)
         digest = _digest(data, digest) if ranks.size > 1 else 0
         bar.update()
+        if extent is not None and extent.is_enough(index + 1, bar):
+            break
     said = ranks.gather((index, digest, counts))
     if is_share:
         index, counts = max(index for index, _, _ in said), any(counts for _, _, counts in said)
@@ -115,7 +130,7 @@ def _digest(data: Any, before: int) -> int:
     return before
 
 
-def _noting_place(batches: Iterable[Any]) -> Iterator[Any]:
+def _noting_place(batches: Iterable[Any], extent: Extent | None) -> Iterator[Any]:
     """Yield the batches, and note on an error of the loader's own at which it was raised."""
     count = 0
     try:
@@ -124,6 +139,8 @@ def _noting_place(batches: Iterable[Any]) -> Iterator[Any]:
             count += 1
     except Exception as error:
         error.add_note(f"batch {count} of the loader")
+        if extent is not None:
+            extent.note_failure(error)
         raise
 
 

@@ -13,7 +13,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
+from lmc_curvature.averages import GroupMeans, grouped
 from lmc_curvature.errors import LoaderError, OptionError, RankError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ else:
 _T = TypeVar("_T")
 # A rank shows four times within the timeout that it lives, so that a late sign is not taken for none.
 _SIGNS = 4
+_CPU = torch.device("cpu")
 _PAUSES = (0.0005, 0.02)
 # Objectives made so far for each group: the same number on every rank, as long as all make the same calls.
 _made: Counter[str] = Counter()
@@ -57,9 +59,11 @@ class Ranks:
             the group cannot reduce what is on the device, or `timeout` is not positive.
     """
 
-    def __init__(self, group: Group = None, timeout: float = 60.0, device: torch.device = torch.device("cpu")):
+    def __init__(self, group: Group = None, timeout: float = 60.0, device: torch.device = _CPU):
         self._group = _checked_group(group, timeout, device)
-        self.rank, self.size = (0, 1) if group is None else (dist.get_rank(self._group), dist.get_world_size(self._group))
+        self.rank, self.size = (
+            (0, 1) if group is None else (dist.get_rank(self._group), dist.get_world_size(self._group))
+        )
         if self.size > 1:
             self._timeout, self._meetings = timeout, itertools.count()
             self._store = _store_of(self._group)
@@ -104,13 +108,13 @@ class Ranks:
             dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def merge(self, records: Iterable[_T]) -> list[_T]:
-        """Every rank's records of batches, tuples that begin with the place of the batch, in the order of the loader.
+    def merge(self, groups: Sequence[GroupMeans]) -> list[GroupMeans]:
+        """Every rank's batches, or groups of them, in the order of the loader; see `grouped`.
 
         Raises:
             RankError: A rank has failed or vanished.
         """
-        return sorted(itertools.chain.from_iterable(self.gather(list(records))), key=lambda record: record[0])
+        return grouped(itertools.chain.from_iterable(self.gather(groups)))
 
     def total(self, weight: float, *sums: Tensor) -> float:
         """The weight of all ranks' batches; each tensor is replaced by the sum of theirs, the same on all.
@@ -177,11 +181,12 @@ def yields_a_share(loader: Any, ranks: Ranks) -> bool:
             f"The loader's DistributedSampler is for rank {sampler.rank} of {sampler.num_replicas}, and this is rank "
             f"{ranks.rank} of {ranks.size}: make it for the process group that is given as group."
         )
-    repeated = sampler.total_size - len(sampler.dataset)  # pyright: ignore[reportArgumentType]
-    if repeated > 0:
+    examples = len(sampler.dataset)  # pyright: ignore[reportArgumentType]
+    if sampler.total_size > examples:
         warnings.warn(
-            f"The loader's DistributedSampler repeats {repeated} of {len(sampler.dataset)} examples, so that every rank "  # pyright: ignore[reportArgumentType]
-            "has as many, and these count twice: leave it out, and every rank takes its share of the same batches.",
+            f"The loader's DistributedSampler repeats {sampler.total_size - examples} of {examples} examples, so that "
+            "every rank has as many, and these count twice: leave it out, and every rank takes its share of the same "
+            "batches.",
             stacklevel=4,
         )
     return True
@@ -214,12 +219,12 @@ def _store_of(group: "dist.ProcessGroup | None") -> "dist.Store":
     """A part of the store that a group was made with, for one objective."""
     name = getattr(group, "group_name", "")
     number, _made[name] = _made[name], _made[name] + 1
-    return dist.PrefixStore(f"lmc_curvature/{name}/{number}", dist.distributed_c10d._get_default_store())  # noqa: SLF001
+    return dist.PrefixStore(f"lmc_curvature/{name}/{number}", dist.distributed_c10d._get_default_store())
 
 
 def _show_life(ranks: Ranks, interval: float) -> None:
     """Write to the store now and then, for as long as the ranks are used."""
-    over, store, key = threading.Event(), ranks._store, f"life of {ranks.rank}"  # noqa: SLF001
+    over, store, key = threading.Event(), ranks._store, f"life of {ranks.rank}"
 
     def show() -> None:
         with contextlib.suppress(RuntimeError):
@@ -241,4 +246,6 @@ def _naming_loss() -> Iterator[None]:
         raise
     except RuntimeError as error:
         first = str(error).strip().partition("\n")[0]
-        raise RankError(f"The connection to another rank was lost: was it killed? (torch.distributed: {first})") from error
+        raise RankError(
+            f"The connection to another rank was lost: was it killed? (torch.distributed: {first})"
+        ) from error

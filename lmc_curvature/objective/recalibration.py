@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from lmc_curvature.averages import standard_error, weighted_mean
+from lmc_curvature.averages import GroupMeans, add_batch, standard_error, weighted_mean
 from lmc_curvature.errors import OptionError
 from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.loaders import check_loader, refuse_iterator
@@ -136,13 +136,13 @@ def recalibrate(
     points = [
         point for state, statistics in zip(states, found, strict=True) for point in (state, {**state, **statistics})
     ]
-    records = []
+    groups: list[GroupMeans] = []
     with torch.no_grad(), objective.measuring(), objective.one_pass(progress=progress) as batches:
         for batch in batches:
-            losses = [finite_loss(objective.batch_loss(point, batch), batch) for point in points]
-            records.append((batch.index, batch.weight, losses))
-        _, weights, values = zip(*objective.ranks.merge(records), strict=True)
-    losses, counts = np.array(values), np.array(weights)
+            losses = np.array([finite_loss(objective.batch_loss(point, batch), batch) for point in points])
+            add_batch(groups, GroupMeans(batch.index, batch.size, np.array(batch.weight), (losses,)))
+        groups = objective.ranks.merge(groups)
+    losses, counts = np.stack([group.values[0] for group in groups]), np.array([group.weights for group in groups])
     firsts = range(0, len(points), 2)
     return found, [Recalibration.of(losses[:, first], losses[:, first + 1], counts) for first in firsts]
 

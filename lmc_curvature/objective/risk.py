@@ -6,25 +6,23 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lmc_curvature.averages import weighted_mean
 from lmc_curvature.errors import LossError, check_choice, check_flags
 from lmc_curvature.objective.batches import Batch, map_tensors, place_data, to_device
 from lmc_curvature.objective.copies import Given
 from lmc_curvature.objective.dependence import refuse_changes
 from lmc_curvature.objective.differentiable import one_function
-from lmc_curvature.objective.explanations import naming_what_has_no_derivative
+from lmc_curvature.objective.extent import Extent
+from lmc_curvature.objective.gradients import mean_gradient
 from lmc_curvature.objective.loaders import check_loader, visit
 from lmc_curvature.objective.losses import (
     BatchLoss,
     LossFunction,
     NetworkLoss,
-    check_differentiable,
     check_loss,
     check_reduction,
     finite_loss,
@@ -33,10 +31,8 @@ from lmc_curvature.objective.losses import (
 from lmc_curvature.objective.memo import Memo
 from lmc_curvature.objective.network import (
     State,
-    as_leaves,
     check_entries,
     check_finite,
-    check_gradient,
     check_module,
     choose_device,
     choose_dtype,
@@ -199,6 +195,7 @@ class Objective(ObjectiveDisplay):
         weightless: bool = False,
         loader: Iterable[Any] | None = None,
         alone: bool = False,
+        extent: Extent | None = None,
     ) -> Iterator[Iterator[Batch]]:
         """Visit the loader, or another, once: `with objective.one_pass() as batches: for batch in batches: …`.
 
@@ -206,6 +203,7 @@ class Objective(ObjectiveDisplay):
         the block ends, also by an exception. Batches without a target that counts come if `weightless`. Ranks have
         their share of the batches each, and go through all of a pass; what they find is brought together within the
         block, by `ranks.merge` or `ranks.total`. `alone`, this process has all batches, and need not go through them.
+        By an `extent` a pass may end before the loader does.
 
         Raises:
             LoaderError: The loader yields nothing, or a batch is not of the form that the loss expects.
@@ -215,11 +213,13 @@ class Objective(ObjectiveDisplay):
         visited = self.loader if loader is None else loader
         count = functools.partial(self.network_loss.count, state=self._entries, place=place)
         ranks = Ranks() if alone else self.ranks
-        options = {"max_batches": self.max_batches, "weightless": weightless, "count": count, "place": place}
-        shown = {"progress": progress, "description": description}
-        with outside_inference(), one_function(), visit(visited, **options, **shown, ranks=ranks) as batches:
+        options = {"progress": progress, "description": description, "ranks": ranks, "extent": extent}
+        options |= {"max_batches": self.max_batches, "weightless": weightless, "count": count, "place": place}
+        is_whole = extent is None or extent.tolerance is None
+        with outside_inference(), one_function(), visit(visited, **options) as batches:
             # Passes over the loader are compared with each other; another has other data.
-            yield self._soundness.watch(batches, ranks.gather) if visited is self.loader else batches
+            own = visited is self.loader
+            yield self._soundness.watch(batches, ranks.gather, is_whole=is_whole) if own else batches
 
     def batch_loss(self, state: State, batch: Batch) -> Float[Tensor, ""]:
         """Mean loss over one batch at `state`: a scalar tensor, differentiable in the state.
@@ -306,11 +306,14 @@ class Objective(ObjectiveDisplay):
         kept = self._point(state)
         kept |= self.recalibrated([kept], progress=progress)[0] if self.batch_norm == "recalibrate" else {}
         point = copies_of(kept)
+        total, weight = torch.zeros((), dtype=torch.float64, device=self.device), 0.0
         with torch.no_grad(), self.measuring(), self.one_pass(progress=progress, description="loss") as batches:
-            found = [(b.index, finite_loss(self.batch_loss(point, b), b), b.weight) for b in batches]
-            _, *columns = np.array(self.ranks.merge(found)).T
+            for batch in batches:
+                total += batch.weight * finite_loss(self.batch_loss(point, batch), batch)
+                weight += batch.weight
+            weight = self.ranks.total(weight, total)
         refuse_changes(kept, point)
-        return float(weighted_mean(*columns))
+        return total.item() / weight
 
     @outside_inference()
     def gradient(self, state: State | None = None, *, progress: bool | None = None) -> dict[str, Tensor]:
@@ -321,25 +324,7 @@ class Objective(ObjectiveDisplay):
             LossError: The loss does not depend on the state.
             UnsupportedModelError: An operation has no derivative.
         """
-        point = self._point(state)
-        leaves = as_leaves({name: point[name] for name in self._movable})
-        total = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in leaves.items()}
-        weight = 0.0
-        with self.one_pass(progress=progress, description="gradient") as batches:
-            for batch in batches:
-                self.check_derivatives(point, batch, second=False)
-                with self.numerics.differentiating():
-                    loss = self.batch_loss({**point, **leaves}, batch)
-                finite_loss(loss, batch)
-                check_differentiable(loss)
-                with naming_what_has_no_derivative("differentiated"):
-                    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-                for accumulated, gradient in zip(total.values(), found, strict=True):
-                    accumulated.add_(gradient, alpha=batch.weight)
-                weight += batch.weight
-            weight = self.ranks.total(weight, *total.values())
-        check_gradient(total)
-        return {name: (tensor / weight).to(self.dtype) for name, tensor in total.items()}
+        return mean_gradient(self, self._point(state), self._movable, progress=progress)
 
     def _point(self, state: State | None) -> dict[str, Tensor]:
         point = {**self.snapshot, **self.place(state or {})}

@@ -86,7 +86,7 @@ class Soundness:
                 dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
                 self._memo.replace("autocast", f"computed under torch.autocast, in {dtype} where it chooses to")
 
-    def watch(self, batches: Iterator[Batch], gather: Callable[[Any], list[Any]]) -> Iterator[Batch]:
+    def watch(self, batches: Iterator[Batch], gather: Callable[[Any], list[Any]], *, is_whole: bool) -> Iterator[Batch]:
         """Pass on the batches of one pass; in the first complete one, each is looked at for how its loss is a mean.
 
         Every further pass is compared with it, also in how it is cut where the loss depends on that.
@@ -94,14 +94,16 @@ class Soundness:
         Args:
             batches: The batches.
             gather: Brings together what all ranks have found.
+            is_whole: Whether the pass goes on to the end of the loader; else it is not compared with others.
         """
         mixes = normalizes_by_batch(self.network_loss.network, self.normalization.statistics)
         cause = "batch normalisation" if mixes else "loss_fn" if self.network_loss.is_cut else ""
-        batches = self._passes.watch(batches, cut_matters=cause, gather=gather)
+        batches = self._passes.watch(batches, cut_matters=cause, gather=gather) if is_whole else batches
         if not self._memo.get("cuts", False):
             batches = watch_cuts(self.network_loss, self.entries, batches, self.normalization, gather)
         yield from batches
-        self._memo("cuts", lambda: True)
+        if is_whole:
+            self._memo("cuts", lambda: True)
 
     @outside_inference()
     def _check(self, state: State, batch: Batch) -> None:

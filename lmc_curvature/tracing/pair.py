@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from lmc_curvature.barrier.measurement import BarrierMeasurement, measure_barrier
+from lmc_curvature.barrier.measure import measure_barrier
+from lmc_curvature.barrier.measurement import BarrierMeasurement
 from lmc_curvature.barrier.predict import predict_on_segment
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.forking import ForkDirectory, load_child, load_parent

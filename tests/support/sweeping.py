@@ -56,7 +56,7 @@ def swept(objective: Objective, directions: Any, state: Any = None, **options: A
         for batch in batches:
             sizes.append(batch.size)
             values.append(project_by_sweep(problem, problem.points[0], batch))
-    return Projection.of(sizes, values)
+    return Projection(np.array(sizes), *(np.array(parts) for parts in zip(*values, strict=True)))
 
 
 def compiled_batches(

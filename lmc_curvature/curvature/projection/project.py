@@ -4,6 +4,9 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import get_args
 
+import numpy as np
+
+from lmc_curvature.averages import GroupMeans, add_batch
 from lmc_curvature.curvature.problem import BatchValues, Method, Problem
 from lmc_curvature.curvature.projection.by_products import project_by_products
 from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
@@ -17,6 +20,7 @@ from lmc_curvature.errors import (
     check_choice,
 )
 from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.extent import Extent
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.risk import Objective
 
@@ -74,6 +78,8 @@ def project_hessian_at(
     method: Method = "auto",
     memory_gib: float | None = None,
     watch: Callable[[Batch], None] | None = None,
+    groups: list[GroupMeans] | None = None,
+    extent: Extent | None = None,
     progress: bool | None = None,
 ) -> list[Projection]:
     """Project an objective at several states, on the same batches: still one pass over the loader.
@@ -87,7 +93,9 @@ def project_hessian_at(
         directions: k sparse states, the same at every state.
         method: The sweep, products, or the first that goes.
         memory_gib: GiB that the sweep may take.
-        watch: Called with every batch, on the objective's device, before it is projected.
+        watch: Called with every batch, on the objective's device, when it has been projected.
+        groups: A list for the losses, slopes and curvatures at all states, batch by batch; see `Projection.of`.
+        extent: How far to read the loader, if not to its end.
         progress: Show a progress bar over batches.
 
     Returns:
@@ -97,11 +105,9 @@ def project_hessian_at(
     problem = Problem.of(objective, states, directions, memory_gib=memory_gib)
     displaced = problem.displaced
     project = project_by_products if method == "hvp" else project_by_sweep
-    records: list[tuple[int, int, float, list[BatchValues]]] = []
-    with objective.one_pass(progress=progress, description="curvature") as batches:
+    groups = [] if groups is None else groups
+    with objective.one_pass(progress=progress, description="curvature", extent=extent) as batches:
         for batch in batches:
-            if watch is not None:
-                watch(batch)
             for point in problem.points:
                 objective.check_derivatives(point.state, batch, displaced)
             try:
@@ -117,9 +123,17 @@ def project_hessian_at(
                 )
                 project = project_by_products
                 found = [project(problem, point, batch) for point in problem.points]
-            records.append((batch.index, batch.size, batch.weight, found))
-        _, sizes, weights, values = zip(*objective.ranks.merge(records), strict=True)
-    return [Projection.of(sizes, of_point, weights) for of_point in zip(*values, strict=True)]
+            if watch is not None:
+                watch(batch)
+            add_batch(groups, GroupMeans(batch.index, batch.size, np.array(batch.weight), _stacked(found)))
+        groups = objective.ranks.merge(groups)
+    return [Projection.of(groups, number) for number in range(len(problem.points))]
+
+
+def _stacked(values: list[BatchValues]) -> tuple[np.ndarray, ...]:
+    """Losses, slopes and curvatures at all states."""
+    losses, slopes, curvatures = zip(*values, strict=True)
+    return np.array(losses), np.array(slopes), np.array(curvatures)
 
 
 def _sentence(error: Exception) -> str:

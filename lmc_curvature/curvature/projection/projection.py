@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int, Real
 
-from lmc_curvature.averages import standard_error, weighted_mean, with_error
-from lmc_curvature.curvature.problem import BatchValues
+from lmc_curvature.averages import GroupMeans, standard_error, weighted_mean, with_error
 from lmc_curvature.errors import counted
 from lmc_curvature.plotting.summary import Display, Summary
 
@@ -24,7 +23,8 @@ class Projection(Display):
         loss = L(θ),   slopes[i] = ⟨∇L(θ), u_i⟩,   curvature[i, j] = u_iᵀ ∇²L(θ) u_j
 
     Attributes:
-        batch_sizes: Examples in each batch, (batches,).
+        batch_sizes: Examples in each batch, (batches,). Of more than 512 batches, 2, 4, 8, … neighbouring ones are one
+            here and below, as if they had been yielded together.
         batch_losses: Mean loss of each batch, (batches,).
         batch_slopes: Slopes of each batch's loss, (batches, k).
         batch_curvatures: Curvature of each batch's loss, (batches, k, k).
@@ -38,13 +38,11 @@ class Projection(Display):
     batch_weights: Float[np.ndarray, " batches"] | None = None
 
     @classmethod
-    def of(
-        cls, sizes: Sequence[int], values: Sequence[BatchValues], weights: Sequence[float] | None = None
-    ) -> "Projection":
-        """The projection whose batches have the given sizes, values and weights (by default the sizes)."""
-        losses, slopes, curvatures = zip(*values, strict=True)
-        own = None if weights is None or list(weights) == list(sizes) else np.array(weights, dtype=np.float64)
-        return cls(np.array(sizes), np.array(losses), np.stack(slopes), np.stack(curvatures), own)
+    def of(cls, groups: Sequence[GroupMeans], number: int) -> "Projection":
+        """The projection at one of several states, of whose losses, slopes and curvatures there are means."""
+        sizes, weights = (np.array([getattr(group, name) for group in groups]) for name in ("size", "weights"))
+        means = (np.stack(values)[:, number] for values in zip(*(group.values for group in groups), strict=True))
+        return cls(sizes, *means, None if (weights == sizes).all() else weights)
 
     @property
     def weights(self) -> Real[np.ndarray, " batches"]:

@@ -124,8 +124,10 @@ def test_standard_error_covers_the_mean_of_all_data():
     model, directions = case.model(), [{"0.bias": torch.ones(6, dtype=torch.float64)}]
     truth = project_hessian(Objective(model, case.batches((20000,), seed=99)), {}, directions)
     all_of_them = project_hessian(Objective(model, case.batches((8,) * 400)), {}, directions, method="hvp")
-    values = list(zip(all_of_them.batch_losses, all_of_them.batch_slopes, all_of_them.batch_curvatures, strict=True))
-    samples = [Projection.of([8] * 10, values[start : start + 10]) for start in range(0, 400, 10)]
+    values = all_of_them.batch_losses, all_of_them.batch_slopes, all_of_them.batch_curvatures
+    samples = [
+        Projection(np.full(10, 8), *(each[start : start + 10] for each in values)) for start in range(0, 400, 10)
+    ]
     inside = sum(abs(sample.slopes[0] - truth.slopes[0]) < 2 * sample.slopes_se[0] for sample in samples)
     assert inside >= 33
 
