@@ -8,6 +8,9 @@ import difflib
 import numbers
 from collections.abc import Iterable
 
+INTERRUPT = "Ctrl-C"
+"""What a partial result calls an interrupt from the keyboard."""
+
 
 class LMCCurvatureError(Exception):
     """Base class of all errors that `lmc_curvature` raises on purpose: catch it around any call of the library."""

@@ -88,13 +88,14 @@ def results(folder: Path, make: Callable[[], Pair]) -> tuple[BarrierPrediction, 
         networks, loader = make()
         batches = list(loader)
         if not paths[0].exists():
-            predict_barrier(*networks, batches, anchors=ANCHORS).save(paths[0])
+            predict_barrier(*networks, batches, anchors=ANCHORS, keep_partial=False).save(paths[0])
         if not paths[1].exists():
             names = np.array(LayerPartition.of(networks[0]).names)
             sets = [tuple(names[row]) for row in (*np.eye(len(names), dtype=bool), *random_sets(len(names)))]
-            measure_barrier(*networks, batches, sets=sets, alphas=[0, 0.5, 1], metrics=("loss",)).save(paths[1])
+            options = {"metrics": ("loss",), "keep_partial": False}
+            measure_barrier(*networks, batches, sets=sets, alphas=[0, 0.5, 1], **options).save(paths[1])
         if not paths[2].exists():
-            measure_barrier(*networks, batches, alphas=21, metrics=("loss",)).save(paths[2])
+            measure_barrier(*networks, batches, alphas=21, metrics=("loss",), keep_partial=False).save(paths[2])
     sets, curve = (BarrierMeasurement.load(path) for path in paths[1:])
     return BarrierPrediction.load(paths[0]), sets, curve
 

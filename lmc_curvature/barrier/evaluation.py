@@ -25,6 +25,7 @@ def evaluate_points(
     own_statistics: Sequence[State] = (),
     of_interest: Callable[[Float[np.ndarray, "batches points"]], Float[np.ndarray, " batches"]] = lambda of: of[:, 0],
     tolerance: float | None = None,
+    keep_partial: bool = False,
     progress: bool | None,
 ) -> tuple[
     Int[np.ndarray, " batches"],
@@ -42,6 +43,7 @@ def evaluate_points(
             is larger by those re-estimated, it is warned of.
         of_interest: From the first metric's values, the number of every batch whose standard error is looked at.
         tolerance: The standard error to read as many batches for as it takes; None for all batches.
+        keep_partial: Return what the batches before an interruption came to.
         progress: Show a progress bar over batches.
 
     Returns:
@@ -69,7 +71,7 @@ def evaluate_points(
         numbers = of_interest(values[:, 0])
         return float(weighted_mean(numbers, weights[:, 0])), float(standard_error(numbers, weights[:, 0]))
 
-    extent = Extent(estimate, tolerance)
+    extent = Extent(estimate, tolerance, keep_partial=keep_partial)
     visit = objective.one_pass(progress=progress, description="measuring", weightless=True, extent=extent)
     with objective.measuring(), visit as batches:
         for batch in batches:

@@ -46,6 +46,7 @@ def measure_barrier(
     allow_tf32: bool = False,
     group: Group = None,
     timeout: float = 60.0,
+    keep_partial: bool = True,
     progress: bool | None = None,
     partition: None = None,
 ) -> BarrierMeasurement:
@@ -86,10 +87,10 @@ def measure_barrier(
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
         group: Processes that share the batches, such as `"world"` under `torchrun`; see `Objective`.
         timeout: Seconds that they wait for a sign of life of each other.
+        keep_partial: Interrupted by Ctrl-C, or by an error of the loader's own, return what the batches before came to,
+            `partial`, with a warning; False raises the error.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
         partition: The former name of `layers`, which is refused.
-
-    Interrupted by Ctrl-C, or by an error of the loader's own, it is of the batches before: `partial`, with a warning.
 
     Raises:
         LMCCurvatureError: The networks, the loader or an option are not what they should be; the subclasses of
@@ -137,6 +138,7 @@ def measure_barrier(
         own_statistics=[objective.place(each) for each in own],
         of_interest=curve_at_middle,
         tolerance=tolerance,
+        keep_partial=keep_partial,
         progress=progress,
     )
     ends, sides = values[:, :, [states.START, states.END]], values[:, :, pairs]

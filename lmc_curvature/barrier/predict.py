@@ -49,6 +49,7 @@ def predict_barrier(
     witness: bool = True,
     group: Group = None,
     timeout: float = 60.0,
+    keep_partial: bool = True,
     progress: bool | None = None,
 ) -> "BarrierPrediction":
     """Predict the barrier between two networks, for all their layers and for any set of them, in one pass.
@@ -85,9 +86,9 @@ def predict_barrier(
         witness: Compare derivatives with differences of the loss first; see `Objective`.
         group: Processes that share the batches, such as `"world"` under `torchrun`; see `Objective`.
         timeout: Seconds that they wait for a sign of life of each other.
+        keep_partial: Interrupted by Ctrl-C, or by an error of the loader's own, return what the batches before came to,
+            `partial`, with a warning; False raises the error.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
-
-    Interrupted by Ctrl-C, or by an error of the loader's own, it is of the batches before: `partial`, with a warning.
 
     Raises:
         LMCCurvatureError: The networks, the loader or an option are not what they should be; the subclasses of
@@ -122,6 +123,7 @@ def predict_barrier(
         method=method,
         memory_gib=memory_gib,
         tolerance=tolerance,
+        keep_partial=keep_partial,
         progress=progress,
     )
 
@@ -147,6 +149,7 @@ def predict_on_segment(
     method: Method = "auto",
     memory_gib: float | None = None,
     tolerance: float | None = None,
+    keep_partial: bool = False,
     progress: bool | None = None,
 ) -> "BarrierPrediction":
     """Predict the barrier along a segment, as `predict_barrier` does for two networks.
@@ -160,6 +163,7 @@ def predict_on_segment(
         method: Method to compute curvature; see `project_hessian`.
         memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
         tolerance: Standard error to read as many batches for as it takes; see `predict_barrier`.
+        keep_partial: Return what the batches before an interruption came to; see `predict_barrier`.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
     """
     positions = check_anchors(anchors)
@@ -171,7 +175,10 @@ def predict_on_segment(
     def anchored(groups: Sequence[GroupMeans]) -> tuple[Anchor, ...]:
         return tuple(Anchor(alpha, Projection.of(groups, number)) for number, alpha in enumerate(positions.tolist()))
 
-    extent = Extent(lambda: Cube(segment.layers, anchored(objective.ranks.merge(groups))).midpoint(), tolerance)
+    def estimate() -> tuple[float, float]:
+        return Cube(segment.layers, anchored(objective.ranks.merge(groups))).midpoint()
+
+    extent = Extent(estimate, tolerance, keep_partial=keep_partial)
     projections = project_hessian_at(
         objective,
         states,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmc_curvature import __version__
-from lmc_curvature.cli.failures import one_message, saving
+from lmc_curvature.cli.failures import end_if_partial, one_message, saving
 from lmc_curvature.cli.files import register as register_file_commands
 from lmc_curvature.cli.help import COMPUTATION, PlainCommand, PlainGroup
 from lmc_curvature.cli.options import (
@@ -230,6 +230,7 @@ def _answer(
                 from lmc_curvature.figures.files import write_figure
 
                 write_figure(result.plot(), comparison.plot)
+    end_if_partial(result.interruption)
 
 
 def _next_report(directory: Path) -> str:

@@ -93,7 +93,7 @@ def run_demo(
             first, second = (forking.load_child(out_dir / "forks", fork, child).to(device) for child in (0, 1))
             prediction = predict_on_segment(objective, Segment(first, second), progress=False)
             sets = [*([name] for name in prediction.layers), *layer_sets(prediction.layers).values()]
-            measurement = measure_barrier(first, second, loader, sets=sets, progress=False)
+            measurement = measure_barrier(first, second, loader, sets=sets, keep_partial=False, progress=False)
             folder = out_dir / "barriers" / f"fork-{fork:04d}"
             prediction.save(folder / "predicted.safetensors")
             measurement.save(folder / "measured.safetensors")

@@ -14,11 +14,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from lmc_curvature.errors import LMCCurvatureError, RankError
+from lmc_curvature.errors import INTERRUPT, LMCCurvatureError, RankError
 
 TRACEBACK = "LMC_CURVATURE_TRACEBACK"
 """The environment variable that shows the traceback of an error before its message."""
 
+_PARTIAL = "the answer above is of the batches before"
 _PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -59,6 +60,17 @@ def saving() -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - the answer is there, whatever keeps it from being saved
         _exit(1, f"the answer above was not saved: {reason(error)}.", error)
+
+
+def end_if_partial(interruption: str | None) -> None:
+    """Exit with a message if an answer that was printed is of the batches before an interruption; see `Extent`."""
+    if interruption is None:
+        return
+    if interruption.startswith(INTERRUPT):
+        _exit_interrupted(_PARTIAL)
+    _drop_unwritable_output()
+    print(f"error: {interruption}; {_PARTIAL}.", file=sys.stderr)
+    sys.exit(1)
 
 
 def reason(error: Exception) -> str:

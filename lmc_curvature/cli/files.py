@@ -138,7 +138,7 @@ def check(
 
         options = files.computation()
         options["layers"] = layers
-        del options["recalibration"], options["progress"], options["group"]
+        del options["recalibration"], options["progress"], options["group"], options["tolerance"]
         cost = estimate_prediction(*files.networks(), files.batches(), **options)
     if files.as_json:
         record = None if cost is None else {**dataclasses.asdict(cost), "seconds": cost.seconds}

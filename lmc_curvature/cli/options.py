@@ -150,6 +150,10 @@ class Comparison:
     ] = None
     batch_size: Annotated[int, _option(DATA, "N", "Examples a batch.")] = 256
     max_batches: Annotated[int | None, _option(DATA, "N", "Use only this many batches.")] = None
+    tolerance: Annotated[
+        float | None,
+        _option(DATA, "NUMBER", "Use only as many batches as give the barrier at α = 1/2 this standard error."),
+    ] = None
     device: Device = "cpu"
     dtype: Annotated[Literal["float32", "float64"], _option(COMPUTATION, "float32|float64", "Type to compute in.")] = (
         "float32"
@@ -286,7 +290,7 @@ class Comparison:
 
         from lmc_curvature.sources import find_loss
 
-        names = ("layers", "base", "batch_norm", "max_batches", "device", "progress")
+        names = ("layers", "base", "batch_norm", "max_batches", "tolerance", "device", "progress")
         options = {name: getattr(self, name) for name in names}
         options["group"] = "world" if is_rank() else None
         options |= {"recalibration": self.recalibration_batches(), "frozen": tuple(self.frozen or ())}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lmc_curvature.cli.failures import one_message, saving
+from lmc_curvature.cli.failures import end_if_partial, one_message, saving
 from lmc_curvature.cli.files import check_new_file, write_merge
 from lmc_curvature.cli.help import LAYERS, PlainCommand
 from lmc_curvature.cli.options import Anchors, Comparison, Witness, with_comparison
@@ -118,6 +118,7 @@ def select(
     with _saved(prediction, comparison.save):
         if not comparison.as_json:
             show(str(prediction))
+        end_if_partial(prediction.interruption)
         selection, verification = select_layers(prediction, **question), None
         if measurements:
             options |= {"measurements": measurements, "held_out": others, "caution": caution}

@@ -62,7 +62,7 @@ def network_numbers(
         running statistics, which training does not descend in, are no coordinates.
     """
     found: dict[str, float] = {}
-    shared: dict[str, Any] = {"loss_fn": loss_fn, "max_batches": max_batches, "progress": False}
+    shared: dict[str, Any] = {"loss_fn": loss_fn, "max_batches": max_batches, "keep_partial": False, "progress": False}
     if reference is not None and "barrier" in quantities:
         measured = measure_barrier(
             network, reference, loader, alphas=[0.5], metrics=tuple(metrics), **shared, **options

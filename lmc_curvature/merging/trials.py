@@ -116,6 +116,7 @@ class Bench:
         """
         named = [dict(zip(self.prediction.layers, point, strict=True)) for point in points.tolist()]
         options = {"batch_norm": self.prediction.batch_norm, "metrics": ("loss",), **self.options}
+        options["keep_partial"] = False
         options |= loss_option(self.prediction, self.options)
         options |= self.prediction.segment_options(self.model_a, options["batch_norm"])
         if held_out is not None and options["batch_norm"] == "recalibrate" and options.get("recalibration") is None:

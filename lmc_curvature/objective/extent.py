@@ -8,12 +8,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from lmc_curvature.errors import OptionError, counted
+from lmc_curvature.errors import INTERRUPT, OptionError, counted
 
 # A standard error is looked at from so many batches on, and then whenever there are so many times as many.
 _LEAST, _GROWTH = 8, 1.1
-
-INTERRUPT = "Ctrl-C"
 
 
 class Extent:
@@ -22,13 +20,15 @@ class Extent:
     Args:
         estimate: Of the batches so far, a number and its standard error; called by all ranks at once.
         tolerance: The standard error that is good enough; None to go on to the end.
+        keep_partial: Whether an interrupted pass ends without an error.
 
     Attributes:
         interruption: What interrupted the pass, and after how many batches; None if nothing did.
     """
 
-    def __init__(self, estimate: Callable[[], tuple[float, float]], tolerance: float | None):
+    def __init__(self, estimate: Callable[[], tuple[float, float]], tolerance: float | None, *, keep_partial: bool):
         self.tolerance, self.interruption = tolerance, None
+        self._keep_partial = keep_partial
         self._estimate, self._next, self._count = estimate, _LEAST, 0
         self._failure: BaseException | None = None
 
@@ -53,7 +53,8 @@ class Extent:
 
     def keeps(self, error: BaseException) -> bool:
         """Whether what was computed before an error is kept: it comes from outside, and after whole batches."""
-        if not self._count or not (isinstance(error, KeyboardInterrupt) or error is self._failure):
+        is_from_outside = isinstance(error, KeyboardInterrupt) or error is self._failure
+        if not (self._keep_partial and self._count and is_from_outside):
             return False
         what = INTERRUPT if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
         self.interruption = f"{what}, after {counted(self._count, 'batch')}"

@@ -122,7 +122,7 @@ def _compute(
     config = pair.directory.config.trace
     first, second = siblings
     statistics = {"batch_norm": config.batch_norm, "recalibration": loaders.get("recalibration")}
-    measure = partial(measure_barrier, first, second, **statistics, progress=False)
+    measure = partial(measure_barrier, first, second, **statistics, keep_partial=False, progress=False)
     if name == "predicted":
         segment = Segment(first, second, layers=config.partition, batch_norm=config.batch_norm)
         options: dict[str, Any] = {"memory_gib": _MEMORY_GIB, "progress": False}
