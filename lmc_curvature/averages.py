@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Real
 
+from lmc_curvature.errors import OptionError
+
 # Groups of batches that are kept, each with values of its own.
 _MOST = 512
 
@@ -78,6 +80,25 @@ def grouped(batches: Iterable[GroupMeans], most: int = _MOST) -> list[GroupMeans
         number = batch.index // width
         groups[number] = groups[number].joined(batch) if number in groups else batch
     return list(groups.values())
+
+
+def interval(
+    values: Float[np.ndarray, " batches"], weights: Real[np.ndarray, " batches"], level: float = 0.95
+) -> tuple[float, float]:
+    """The interval x̄ ± t · SE that holds the mean over all data in so many cases; NaN for a single batch.
+
+    t is the quantile of Student's distribution with one degree of freedom less than there are batches that count.
+
+    Raises:
+        OptionError: The level is not between 0 and 1.
+    """
+    from scipy.stats import t
+
+    if not 0 < level < 1:
+        raise OptionError(f"level={level!r}: expected a share between 0 and 1, such as 0.95.")
+    mean, error = float(weighted_mean(values, weights)), float(standard_error(values, weights))
+    width = error * float(t.ppf((1 + level) / 2, max(np.count_nonzero(weights) - 1, 1)))
+    return mean - width, mean + width
 
 
 def with_error(value: float, error: float, digits: int = 4, *, of: str = "") -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int, Real
 
-from lmc_curvature.averages import standard_error, weighted_mean, with_error
+from lmc_curvature.averages import interval, standard_error, weighted_mean, with_error
 from lmc_curvature.barrier.evaluation import chord
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
 from lmc_curvature.barrier.losses import data_in_words
@@ -151,6 +151,34 @@ class BarrierMeasurement(Display):
     def curve_errors(self, metric: str = "loss") -> Float[np.ndarray, "curves n"]:
         """Standard errors of `curve`, and then of each of `layer_curves`, at every position."""
         return standard_error(self._batch_curves(metric), self.weights(metric))
+
+    def interval(
+        self,
+        layers: Iterable[str] | str | None = None,
+        metric: str = "loss",
+        *,
+        alpha: float = 0.5,
+        level: float = 0.95,
+    ) -> tuple[float, float]:
+        """Confidence interval of a curve at the measured position nearest to α; see `averages.interval`.
+
+        Args:
+            layers: A measured set of layers; None for the whole network.
+            metric: The metric.
+            alpha: The position.
+            level: How often such intervals hold what all data would give, from the spread between batches.
+
+        Raises:
+            OptionError: The set was not measured.
+        """
+        number, members = 0, (layers,) if isinstance(layers, str) else layers
+        if members is not None:
+            found = [n for n, each in enumerate(self.sets, 1) if set(each) == set(members)]
+            if not found:
+                raise OptionError(f"The set {sorted(members)} was not measured: pass sets=[…] to measure_barrier.")
+            number = found[0]
+        position = int(np.abs(self.alphas - alpha).argmin())
+        return interval(self._batch_curves(metric)[:, number, position], self.weights(metric), level)
 
     @property
     def kind(self) -> CurveKind:

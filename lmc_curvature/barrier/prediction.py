@@ -4,13 +4,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from torch import nn
 
-from lmc_curvature.averages import standard_error
+from lmc_curvature.averages import interval, standard_error
 from lmc_curvature.barrier.cube import Anchor, Cube, Sets
 from lmc_curvature.barrier.expansions import (
     EXPANSIONS,
@@ -21,10 +20,7 @@ from lmc_curvature.barrier.summaries import prediction_summary
 from lmc_curvature.curvature.projection import Projection
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
-from lmc_curvature.objective.network import movable_entries
-from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.plotting.summary import Display, Summary
-from lmc_curvature.segment import LayerPartition
 from lmc_curvature.storage import load_arrays, save_arrays
 
 if TYPE_CHECKING:
@@ -203,6 +199,14 @@ class BarrierPrediction(Display):
         batches = self._cube.batch_barriers(members[0], position, self._chosen(expansion, members))
         return float(standard_error(batches, self.endpoints[0].weights))
 
+    def interval(
+        self, layers: Iterable[str] | str | None = None, *, alpha: float = 0.5, level: float = 0.95
+    ) -> tuple[float, float]:
+        """Confidence interval of the curve at α, from the spread between batches alone; see `averages.interval`."""
+        members, position = self._cube.sets([layers]), check_alphas(alpha)[0]
+        batches = self._cube.batch_barriers(members[0], position, self.expansion)
+        return interval(batches, self.endpoints[0].weights, level)
+
     def expansion_error(self, layers: Iterable[str] | str | None = None, *, alpha: float | None = None) -> float:
         """Expansion error of the anchored curve, by default at its highest point; no bound.
 
@@ -247,24 +251,6 @@ class BarrierPrediction(Display):
     ) -> tuple[Float[np.ndarray, " sets"], Float[np.ndarray, " sets"]]:
         """Positions and values of the maxima."""
         return self._cube.highest(members, self._chosen(expansion, members))
-
-    def segment_options(self, model: nn.Module, batch_norm: BatchNormPolicy) -> dict[str, Any]:
-        """The options of `Segment` and `measure_barrier` by which a network has the prediction's layers again.
-
-        There are none in files of earlier versions, which do not tell.
-
-        Args:
-            model: The network.
-            batch_norm: The policy, not always the prediction's: it decides whether running statistics move.
-        """
-        if self.groups is None:
-            return {}
-        own = {entry for members in self.groups.values() for entry in members}
-        entries = movable_entries(unwrap(model), batch_norm)
-        still = set(movable_entries(unwrap(model), "interpolate")).difference(entries)
-        groups = {layer: tuple(e for e in members if e not in still) for layer, members in self.groups.items()}
-        partition = LayerPartition({layer: members for layer, members in groups.items() if members})
-        return {"layers": partition, "frozen": [e for e in entries if e not in own], "base": self.base}
 
     def to_dataframe(self) -> "pd.DataFrame":
         """A row a layer: distance, slopes and curvatures at both ends, and the layer's predicted barriers."""

@@ -2,13 +2,18 @@
 
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from lmc_curvature.objective import BatchNormPolicy, Objective
-from lmc_curvature.segment import Frozen, PartitionSpec, Segment
+from lmc_curvature.objective.network import movable_entries
+from lmc_curvature.objective.wrappers import unwrap
+from lmc_curvature.segment import Frozen, LayerPartition, PartitionSpec, Segment
 from lmc_curvature.segment.segment import EQUAL
+
+if TYPE_CHECKING:
+    from lmc_curvature.barrier.prediction import BarrierPrediction
 
 
 def segment_and_objective(
@@ -42,3 +47,23 @@ def segment_and_objective(
         # Between here and the user are predict_barrier or measure_barrier, and torch's wrapper around it.
         warnings.warn(f"{EQUAL}, so there is no barrier: is the same file given twice?", stacklevel=4)
     return segment.to(objective.device, objective.dtype), objective
+
+
+def segment_options(prediction: "BarrierPrediction", model: nn.Module, batch_norm: BatchNormPolicy) -> dict[str, Any]:
+    """The options of `Segment` and `measure_barrier` by which a network has a prediction's layers again.
+
+    There are none in files of earlier versions, which do not tell.
+
+    Args:
+        prediction: The prediction.
+        model: The network.
+        batch_norm: The policy, not always the prediction's: it decides whether running statistics move.
+    """
+    if prediction.groups is None:
+        return {}
+    own = {entry for members in prediction.groups.values() for entry in members}
+    entries = movable_entries(unwrap(model), batch_norm)
+    still = set(movable_entries(unwrap(model), "interpolate")).difference(entries)
+    groups = {layer: tuple(e for e in members if e not in still) for layer, members in prediction.groups.items()}
+    partition = LayerPartition({layer: members for layer, members in groups.items() if members})
+    return {"layers": partition, "frozen": [e for e in entries if e not in own], "base": prediction.base}

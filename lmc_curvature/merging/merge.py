@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lmc_curvature.barrier import BarrierPrediction
+from lmc_curvature.barrier.setup import segment_options
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
 from lmc_curvature.merging.trials import check_networks, loss_option
@@ -124,7 +125,7 @@ def merge_predicted(
                 "running statistics: pass batch_norm='recalibrate' with a loader, or 'interpolate'."
             )
         batch_norm = "recalibrate" if prediction.batch_norm == "recalibrate" else "interpolate"
-    segment = Segment(model_a, model_b, **prediction.segment_options(model_a, "interpolate"))
+    segment = Segment(model_a, model_b, **segment_options(prediction, model_a, "interpolate"))
     check_networks(prediction, segment)
     held = {entry for entries in prediction.groups.values() for entry in entries}
     left_out = [name for module, _ in tracked_modules(unwrap(model_a)) for name in statistic_names(module)]

@@ -12,6 +12,7 @@ from torch import nn
 from lmc_curvature.averages import with_error
 from lmc_curvature.barrier import BarrierMeasurement, BarrierPrediction, measure_barrier
 from lmc_curvature.barrier.losses import DEFAULT_LOSS
+from lmc_curvature.barrier.setup import segment_options
 from lmc_curvature.errors import LoaderError, OptionError
 from lmc_curvature.merging.rises import Base
 from lmc_curvature.objective.memo import Memo
@@ -105,7 +106,7 @@ class Bench:
             )
         loss_option(self.prediction, self.options)
         if self.prediction.groups is not None:
-            options = self.prediction.segment_options(self.model_a, policy)
+            options = segment_options(self.prediction, self.model_a, policy)
             check_networks(self.prediction, Segment(self.model_a, self.model_b, batch_norm=policy, **options))
 
     def measure(self, points: Float[np.ndarray, "n L"], held_out: Iterable[Any] | None = None) -> BarrierMeasurement:
@@ -118,7 +119,7 @@ class Bench:
         options = {"batch_norm": self.prediction.batch_norm, "metrics": ("loss",), **self.options}
         options["keep_partial"] = False
         options |= loss_option(self.prediction, self.options)
-        options |= self.prediction.segment_options(self.model_a, options["batch_norm"])
+        options |= segment_options(self.prediction, self.model_a, options["batch_norm"])
         if held_out is not None and options["batch_norm"] == "recalibrate" and options.get("recalibration") is None:
             # The network is the one that was chosen, whose statistics are not those of the held-out data.
             options["recalibration"] = self.loader
