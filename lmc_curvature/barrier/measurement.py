@@ -1,5 +1,6 @@
 """Measured barrier curves of a network and of sets of its layers, with the values of every batch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING, Any

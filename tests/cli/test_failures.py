@@ -396,3 +396,29 @@ def test_warnings_are_one_line_each(capsys):
         raise OptionError("no such option")
     assert capsys.readouterr().err == "error: no such option\n"
     assert warnings.formatwarning is before
+
+
+def broken_loader():
+    """Yields three batches, and then fails."""
+    yield from loader()
+    raise {"error": OSError("no disk"), "interrupt": KeyboardInterrupt()}[os.environ["LMC_TEST_ENDS_WITH"]]
+
+
+@pytest.mark.parametrize(
+    ("ends_with", "status", "said"),
+    [
+        ("error", 1, "error: OSError: no disk, after 3 batches; the answer above is of the batches before."),
+        ("interrupt", 130, "interrupted; the answer above is of the batches before."),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "measure"])
+def test_an_interrupted_pass_prints_what_it_has(command, ends_with, status, said, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("LMC_TEST_ENDS_WITH", ends_with)
+    for seed, name in enumerate(("a.pt", "b.pt")):
+        torch.manual_seed(seed)
+        torch.save(network().state_dict(), tmp_path / name)
+    files = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    found, out, err = run(command, *files, "--model", f"{HERE}:network", "--data", f"{HERE}:broken_loader")
+    assert found == status
+    assert "partial: " in out
+    assert err.splitlines()[-1] == said
