@@ -197,7 +197,7 @@ def predict_on_segment(
         tuple(Anchor(*pair) for pair in zip(positions.tolist(), projections, strict=True)),
         segment.distances(),
         objective.batch_norm,
-        objective.notes + segment.notes + extent.notes,
+        objective.notes + segment.notes + extent.notes + _method_notes(projections),
         np.array([sum(tensor.numel() for tensor in tensors) for tensors in moved]),
         watch.errors(),
         _cosine([name for direction in directions.values() for name in direction if name in named], segment),
@@ -208,6 +208,11 @@ def predict_on_segment(
         objective.loss_fn,
         extent.interruption,
     )
+
+
+def _method_notes(projections: Sequence[Projection]) -> tuple[str, ...]:
+    errors = [each.difference_error for each in projections if each.difference_error is not None]
+    return (f"curvature by differences of gradients, off by about {max(errors):.1g} of its largest",) if errors else ()
 
 
 def _cosine(moved: Iterable[str], segment: Segment) -> float | None:

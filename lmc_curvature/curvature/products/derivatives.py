@@ -74,7 +74,8 @@ def refuse_once_differentiable(tensors: Iterable[Tensor]) -> None:
     if any(type(node).__name__ == "Error" or _is_marked(node) for node in graph_nodes(tensors)):
         raise UnsupportedModelError(
             "The loss cannot be differentiated twice: an operation's backward pass is marked once_differentiable "
-            "(a custom autograd.Function, often around a kernel of its own). Replace that operation."
+            "(a custom autograd.Function, often around a kernel of its own). Replace that operation, or "
+            "predict with method='differences'."
         )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from lmc_curvature.averages import GroupMeans, add_batch
 from lmc_curvature.curvature.problem import BatchValues, Method, Problem
+from lmc_curvature.curvature.projection.by_differences import difference_error, project_by_differences
 from lmc_curvature.curvature.projection.by_products import project_by_products
 from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
 from lmc_curvature.curvature.projection.projection import Projection
@@ -43,7 +44,8 @@ def project_hessian(
         method: `"sweep"`: forward tangents and one adjoint (see `lmc_curvature.curvature.sweep`), compared with a
             Hessian-vector product on a part of the first batch. `"hvp"`: one exact Hessian-vector product a direction
             and batch. `"auto"`: the sweep, and products with a `FallbackWarning` where it cannot go, or takes more
-            memory than it may.
+            memory than it may. `"differences"`: of gradients, for losses that autograd differentiates once only, such
+            as CTC; two gradients a direction and batch, inexact by about `difference_error`.
         memory_gib: GiB that the sweep may take for values, adjoints and tangents: examples and directions are cut to
             fit. By default half of the memory that is free, and on a CUDA device no more than three times what a
             gradient of the first batch keeps. Beside it there are the directions, folded
@@ -104,12 +106,12 @@ def project_hessian_at(
     check_choice("method", method, get_args(Method))
     problem = Problem.of(objective, states, directions, memory_gib=memory_gib)
     displaced = problem.displaced
-    project = project_by_products if method == "hvp" else project_by_sweep
+    project = _ROADS[method]
     groups = [] if groups is None else groups
     with objective.one_pass(progress=progress, description="curvature", extent=extent) as batches:
         for batch in batches:
             for point in problem.points:
-                objective.check_derivatives(point.state, batch, displaced)
+                objective.check_derivatives(point.state, batch, displaced, second=method != "differences")
             try:
                 found = [project(problem, point, batch) for point in problem.points]
             except (CaptureError, SweepError, MemoryBudgetError, NonFiniteError) as error:
@@ -127,7 +129,16 @@ def project_hessian_at(
                 watch(batch)
             add_batch(groups, GroupMeans(batch.index, batch.size, np.array(batch.weight), _stacked(found)))
         groups = objective.ranks.merge(groups)
-    return [Projection.of(groups, number) for number in range(len(problem.points))]
+    errors = [difference_error(problem, point) if method == "differences" else None for point in problem.points]
+    return [Projection.of(groups, number, error) for number, error in enumerate(errors)]
+
+
+_ROADS = {
+    "auto": project_by_sweep,
+    "sweep": project_by_sweep,
+    "hvp": project_by_products,
+    "differences": project_by_differences,
+}
 
 
 def _stacked(values: list[BatchValues]) -> tuple[np.ndarray, ...]:

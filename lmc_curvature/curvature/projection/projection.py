@@ -29,6 +29,8 @@ class Projection(Display):
         batch_slopes: Slopes of each batch's loss, (batches, k).
         batch_curvatures: Curvature of each batch's loss, (batches, k, k).
         batch_weights: What each batch counts for in means, (batches,); None where that is its number of examples.
+        difference_error: How far curvature by differences may be off, relative to its largest entry; None where it is
+            exact, and in files.
     """
 
     batch_sizes: Int[np.ndarray, " batches"]
@@ -36,13 +38,14 @@ class Projection(Display):
     batch_slopes: Float[np.ndarray, "batches k"]
     batch_curvatures: Float[np.ndarray, "batches k k"]
     batch_weights: Float[np.ndarray, " batches"] | None = None
+    difference_error: float | None = None
 
     @classmethod
-    def of(cls, groups: Sequence[GroupMeans], number: int) -> "Projection":
+    def of(cls, groups: Sequence[GroupMeans], number: int, difference_error: float | None = None) -> "Projection":
         """The projection at one of several states, of whose losses, slopes and curvatures there are means."""
         sizes, weights = (np.array([getattr(group, name) for group in groups]) for name in ("size", "weights"))
         means = (np.stack(values)[:, number] for values in zip(*(group.values for group in groups), strict=True))
-        return cls(sizes, *means, None if (weights == sizes).all() else weights)
+        return cls(sizes, *means, None if (weights == sizes).all() else weights, difference_error)
 
     @property
     def weights(self) -> Real[np.ndarray, " batches"]:
@@ -102,6 +105,8 @@ class Projection(Display):
                 "largest curvature": f"{curvature} (direction {sharpest} with itself)",
                 "sum of curvature": f"{self.curvature.sum():.4g}",
             }
+        if self.difference_error is not None:
+            facts["curvature by differences"] = f"off by about {self.difference_error:.1g} of its largest entry"
         batches = counted(len(self.batch_sizes), "batch")
         return Summary(
             f"Projection along {counted(len(self.slopes), 'direction')}, of {counted(self.examples, 'example')} "
