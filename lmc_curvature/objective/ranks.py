@@ -32,8 +32,9 @@ else:
 """The processes that share the batches: a process group, `"world"` for all, or None for this process alone."""
 
 _T = TypeVar("_T")
-# A rank shows four times within the timeout that it lives, so that a late sign is not taken for none.
-_SIGNS = 4
+# A rank shows so often within the timeout that it lives; without a sign for this part of it, it is taken for lost, and
+# the rest is for the others to notice.
+_SIGNS, _LOST = 8, 0.7
 _CPU = torch.device("cpu")
 _PAUSES = (0.0005, 0.02)
 # Objectives made so far for each group: the same number on every rank, as long as all make the same calls.
@@ -47,7 +48,7 @@ class Ranks:
 
     Args:
         group: A process group, or `"world"`; None for this process alone.
-        timeout: Seconds without a sign of life after which a rank is taken for lost.
+        timeout: Seconds after which a rank that gives no sign of life has ended the others.
         device: The device that is computed on.
 
     Attributes:
@@ -67,7 +68,7 @@ class Ranks:
         if self.size > 1:
             self._timeout, self._meetings = timeout, itertools.count()
             self._store = _store_of(self._group)
-            _show_life(self, timeout / _SIGNS)
+            self._seen = _watch_life(self, self._store, timeout / _SIGNS)
 
     def has(self, index: int) -> bool:
         """Whether the batch at a place of the loader is this rank's to compute on."""
@@ -86,13 +87,21 @@ class Ranks:
             raise
 
     def check(self) -> None:
-        """See whether another rank has failed.
+        """See whether another rank has failed or vanished.
 
         Raises:
             RankError: One has; the message is that of its exception.
         """
-        if self.size > 1 and self._asked("check", ["failure"]):
+        if self.size == 1:
+            return
+        if self._asked("check", ["failure"]):
             raise RankError(json.loads(self._asked("get", "failure")))
+        for rank, since in self._seen.items():
+            if time.monotonic() - since > _LOST * self._timeout:
+                raise RankError(
+                    f"Rank {rank} of {self.size} gives no sign of life: was it killed? All ranks of a group make the "
+                    f"same calls; they wait timeout={self._timeout:g} s for each other."
+                )
 
     def gather(self, value: _T) -> list[_T]:
         """Every rank's value, in the order of ranks.
@@ -135,26 +144,14 @@ class Ranks:
         # Of the meeting before, everybody has at least come here.
         self._asked("delete_key", f"meeting {number - 2} of {self.rank}")
         self._asked("set", f"meeting {number} of {self.rank}", "")
-        signs = {rank: ("", time.monotonic()) for rank in range(self.size) if rank != self.rank}
+        absent = set(range(self.size)) - {self.rank}
         pauses = itertools.chain((_PAUSES[0] * 2**n for n in range(5)), itertools.repeat(_PAUSES[1]))
-        while signs:
+        while True:
+            absent = {rank for rank in absent if not self._asked("check", [f"meeting {number} of {rank}"])}
+            if not absent:
+                return
             self.check()
-            for rank in list(signs):
-                if self._asked("check", [f"meeting {number} of {rank}"]):
-                    del signs[rank]
-                    continue
-                sign, since = signs[rank]
-                key = f"life of {rank}"
-                found = self._asked("get", key).decode() if self._asked("check", [key]) else ""
-                if found != sign:
-                    signs[rank] = found, time.monotonic()
-                elif time.monotonic() - since > self._timeout:
-                    raise RankError(
-                        f"Rank {rank} of {self.size} has given no sign of life for {self._timeout:g} s: was it killed? "
-                        "All ranks of a group make the same calls; timeout= says how long they wait for each other."
-                    )
-            if signs:
-                time.sleep(next(pauses))
+            time.sleep(next(pauses))
 
     def _asked(self, name: str, *args: Any) -> Any:
         """What the group's store answers.
@@ -222,19 +219,30 @@ def _store_of(group: "dist.ProcessGroup | None") -> "dist.Store":
     return dist.PrefixStore(f"lmc_curvature/{name}/{number}", dist.distributed_c10d._get_default_store())
 
 
-def _show_life(ranks: Ranks, interval: float) -> None:
-    """Write to the store now and then, for as long as the ranks are used."""
-    over, store, key = threading.Event(), ranks._store, f"life of {ranks.rank}"
+def _watch_life(ranks: Ranks, store: "dist.Store", interval: float) -> dict[int, float]:
+    """Show the others now and then that this rank lives, for as long as the ranks are used; and look after them.
 
-    def show() -> None:
+    Returns:
+        When each of the others was last seen to live. It is kept up to date.
+    """
+    over, rank, others = threading.Event(), ranks.rank, set(range(ranks.size)) - {ranks.rank}
+    seen = dict.fromkeys(others, time.monotonic())
+
+    def watch() -> None:
+        signs = dict.fromkeys(others, b"")
         with contextlib.suppress(RuntimeError):
             for sign in itertools.count():
-                store.set(key, str(sign))
+                store.set(f"life of {rank}", str(sign))
+                for other, before in signs.items():
+                    key = f"life of {other}"
+                    if store.check([key]) and (found := store.get(key)) != before:
+                        signs[other], seen[other] = found, time.monotonic()
                 if over.wait(interval):
                     return
 
     weakref.finalize(ranks, over.set)
-    threading.Thread(target=show, name="lmc_curvature ranks", daemon=True).start()
+    threading.Thread(target=watch, name="lmc_curvature ranks", daemon=True).start()
+    return seen
 
 
 @contextlib.contextmanager

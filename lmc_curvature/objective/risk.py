@@ -83,7 +83,7 @@ class Objective(ObjectiveDisplay):
             has with the same entries (see `check_twin`).
         group: The processes that share the batches of every pass, all making the same calls: a process group of
             torch.distributed, or `"world"`; None for this process alone. Results are the same on all.
-        timeout: Seconds without a sign of life after which another of them is taken for lost.
+        timeout: Seconds after which one of them that gives no sign of life has ended the others.
 
     Attributes:
         network, network_loss, snapshot: The network's structure, the same with its loss, and what `state()` copies.
