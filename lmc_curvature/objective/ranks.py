@@ -194,6 +194,8 @@ def _checked_group(group: Group, timeout: float, device: torch.device) -> "dist.
         raise OptionError(f"timeout={timeout!r}: expected a positive number of seconds.")
     if group is None:
         return None
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise OptionError("This process is not in the process group that was given as group.")
     if group != "world" and not isinstance(group, dist.ProcessGroup):
         raise OptionError(f"group={group!r}: expected a process group of torch.distributed, 'world', or None.")
     if not (dist.is_available() and dist.is_initialized()):
@@ -202,8 +204,6 @@ def _checked_group(group: Group, timeout: float, device: torch.device) -> "dist.
             "torch.distributed.init_process_group() first; or leave group out, to compute in this process alone."
         )
     found = dist.group.WORLD if group == "world" else group
-    if dist.get_rank(found) < 0:
-        raise OptionError("This process is not in the process group that was given as group.")
     if dist.get_backend(found) == "nccl" and device.type != "cuda":
         raise OptionError(
             f"The process group reduces by NCCL, which knows CUDA devices alone, and the computation is on {device}: "
