@@ -149,7 +149,7 @@ class Cube:
         """The barrier of the whole network at α = 1/2, with its sign, and its standard error."""
         everything = np.ones(len(self.layers), dtype=bool)
         expansion: Expansion = "anchored" if len(self.anchors) > 2 else "second-order"
-        values, weights = self.batch_barriers(everything, 0.5, expansion), self.anchors[0].projection.weights
+        values, weights = self.batch_barriers(everything, 0.5, expansion), next(iter(self.anchors)).projection.weights
         return float(weighted_mean(values, weights)), float(standard_error(values, weights))
 
     def expansion_errors(

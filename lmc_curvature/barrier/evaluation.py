@@ -178,8 +178,9 @@ class ErrorWatch:
         All ranks ask for it.
         """
         with self._objective.ranks.together():
-            totals = self._objective.ranks.gather(self._total)
-        if None in totals:
+            found = self._objective.ranks.gather(self._total)
+        totals = [total for total in found if total is not None]
+        if len(totals) < len(found):
             return None
         total = functools.reduce(GroupMeans.joined, totals)
         return total.values[0] if total.weights else None

@@ -243,7 +243,8 @@ class BarrierMeasurement(Display):
         # JSON has lists only, and files of earlier versions have no notes.
         sets, metrics = tuple(map(tuple, metadata["sets"])), tuple(metadata["metrics"])
         notes, points = tuple(metadata.get("notes", ())), tuple(metadata.get("points", ()))
-        single = {name: metadata.get(name) for name in ("batch_norm", "loss", "interruption")}
+        single = {"batch_norm": metadata["batch_norm"], "loss": metadata.get("loss")}
+        single["interruption"] = metadata.get("interruption")
         return cls(**arrays, **single, sets=sets, points=points, metrics=metrics, notes=notes)
 
     def plot(self) -> "Figure":

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -300,7 +300,8 @@ class BarrierPrediction(Display):
         for number, alpha in enumerate(positions):
             # Weights are there where they are not the sizes.
             names = {field: f"{word}_{number}.{field}" for field in _FIELDS}
-            projection = Projection(**{field: arrays[name] for field, name in names.items() if name in arrays})
+            fields: dict[str, Any] = {field: arrays[name] for field, name in names.items() if name in arrays}
+            projection = Projection(**fields)
             anchors.append(Anchor(alpha, projection))
         layers, notes = tuple(metadata["layers"]), tuple(metadata.get("notes", ()))
         metadata = {"groups": None, "base": "a", "cosine": None, "loss": None, **metadata}

@@ -97,12 +97,9 @@ class Fingerprint:
             total.integers |= other.integers
             for place, shapes in other.shapes.items():
                 total.shapes.setdefault(place, set()).update(shapes)
-            for sums, more in (
-                (total.moments, other.moments),
-                (total.products, other.products),
-                (total.batches, other.batches),
-            ):
-                sums.update({place: sums.get(place, 0) + found for place, found in more.items()})
+            for name in ("moments", "products", "batches"):
+                sums: dict[Any, Any] = getattr(total, name)
+                sums.update({place: sums.get(place, 0) + found for place, found in getattr(other, name).items()})
         return total
 
     def agrees_with(self, other: "Fingerprint") -> bool:

@@ -194,15 +194,15 @@ def _checked_group(group: Group, timeout: float, device: torch.device) -> "dist.
         raise OptionError(f"timeout={timeout!r}: expected a positive number of seconds.")
     if group is None:
         return None
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise OptionError("This process is not in the process group that was given as group.")
-    if group != "world" and not isinstance(group, dist.ProcessGroup):
-        raise OptionError(f"group={group!r}: expected a process group of torch.distributed, 'world', or None.")
     if not (dist.is_available() and dist.is_initialized()):
         raise OptionError(
             f"group={group!r}: torch.distributed is not initialised. Start the program with torchrun, and call "
             "torch.distributed.init_process_group() first; or leave group out, to compute in this process alone."
         )
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise OptionError("This process is not in the process group that was given as group.")
+    if group != "world" and not isinstance(group, dist.ProcessGroup):
+        raise OptionError(f"group={group!r}: expected a process group of torch.distributed, 'world', or None.")
     found = dist.group.WORLD if group == "world" else group
     if dist.get_backend(found) == "nccl" and device.type != "cuda":
         raise OptionError(
@@ -212,14 +212,17 @@ def _checked_group(group: Group, timeout: float, device: torch.device) -> "dist.
     return found
 
 
-def _store_of(group: "dist.ProcessGroup | None") -> "dist.Store":
+def _store_of(group: "dist.ProcessGroup | None") -> Any:
     """A part of the store that a group was made with, for one objective."""
+    # Some builds of torch have none.
+    from torch.distributed import distributed_c10d as c10d
+
     name = getattr(group, "group_name", "")
     number, _made[name] = _made[name], _made[name] + 1
-    return dist.PrefixStore(f"lmc_curvature/{name}/{number}", dist.distributed_c10d._get_default_store())
+    return c10d.PrefixStore(f"lmc_curvature/{name}/{number}", c10d._get_default_store())
 
 
-def _watch_life(ranks: Ranks, store: "dist.Store", interval: float) -> dict[int, float]:
+def _watch_life(ranks: Ranks, store: Any, interval: float) -> dict[int, float]:
     """Show the others now and then that this rank lives, for as long as the ranks are used; and look after them.
 
     Returns:

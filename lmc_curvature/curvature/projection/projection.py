@@ -44,8 +44,9 @@ class Projection(Display):
     def of(cls, groups: Sequence[GroupMeans], number: int, difference_error: float | None = None) -> "Projection":
         """The projection at one of several states, of whose losses, slopes and curvatures there are means."""
         sizes, weights = (np.array([getattr(group, name) for group in groups]) for name in ("size", "weights"))
-        means = (np.stack(values)[:, number] for values in zip(*(group.values for group in groups), strict=True))
-        return cls(sizes, *means, None if (weights == sizes).all() else weights, difference_error)
+        values = zip(*(group.values for group in groups), strict=True)
+        losses, slopes, curvatures = (np.stack(means)[:, number] for means in values)
+        return cls(sizes, losses, slopes, curvatures, None if (weights == sizes).all() else weights, difference_error)
 
     @property
     def weights(self) -> Real[np.ndarray, " batches"]:
