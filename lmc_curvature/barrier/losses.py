@@ -25,7 +25,9 @@ def loss_name(loss_fn: Any) -> str:
         return DEFAULT_LOSS
     if isinstance(loss_fn, BatchLoss):
         return f"BatchLoss({_named(loss_fn.fn)}{_SIZE + _named(loss_fn.size) if loss_fn.size else ''})"
-    return f"{_named(loss_fn.func)} with options" if isinstance(loss_fn, functools.partial) else _named(loss_fn)
+    if isinstance(loss_fn, functools.partial):
+        return f"{_named(loss_fn.func)} with options"
+    return f"another {DEFAULT_LOSS}" if _named(loss_fn) == DEFAULT_LOSS else _named(loss_fn)
 
 
 def unit_of(loss: str | None) -> str:

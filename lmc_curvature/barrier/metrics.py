@@ -177,7 +177,9 @@ def _read_classes(call: LossCall, read: Callable[[Any], Tensor]) -> Truth | None
     if call.function in _THRESHOLDS or input.ndim < 2 or input.shape[1] == 1:
         return None
     if not target.is_floating_point():
-        return Truth(target, target != call.arguments.get("ignore_index", torch.nan), read)
+        # Of an unsigned type, a label may equal the index that is left out modulo 256.
+        labels = target.long()
+        return Truth(labels, labels != call.arguments.get("ignore_index", torch.nan), read)
     if target.shape != input.shape or not are_probabilities(target):
         return None
     classes = target.argmax(1)

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal
 
@@ -220,7 +221,7 @@ class Comparison:
         from lmc_curvature.checkpoints import load_checkpoint
 
         try:
-            first, second = (self._load(load_checkpoint, self.make_network, path) for path in (self.a, self.b))
+            first, second = (self._load(load_checkpoint, partial(self.make_network, of=p), p) for p in (self.a, self.b))
         except CheckpointError as error:
             if not self.model.startswith("transformers:"):
                 raise
@@ -237,11 +238,14 @@ class Comparison:
             )
         return first, second
 
-    def make_network(self) -> "nn.Module":
-        """The network as its factory makes it, with fresh weights."""
+    def make_network(self, of: Path | None = None) -> "nn.Module":
+        """The network as its factory makes it, with fresh weights; by the config.json beside a file, if any."""
+        from lmc_curvature.merging.descriptions import folder_of
         from lmc_curvature.sources import make_model
 
-        return make_model(self.model, **self.model_options())
+        folder = None if of is None else folder_of(of)
+        has_own = folder and self.model.startswith("transformers:") and (folder / "config.json").is_file()
+        return make_model(f"transformers:{folder}" if has_own else self.model, **self.model_options())
 
     def _load(self, load: "Callable[..., nn.Module]", make: "Callable[[], nn.Module]", path: Path) -> "nn.Module":
         if self.key is None and self.strip_prefix is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lmc_curvature.checkpoints.streaming import MappedCheckpoint
 from lmc_curvature.errors import NonFiniteError, counted
+from lmc_curvature.merging.descriptions import setting_notes
 from lmc_curvature.merging.files import map_pair
 from lmc_curvature.segment import LayerPartition, PartitionSpec
 from lmc_curvature.segment.segment import EQUAL
@@ -94,7 +95,7 @@ def check_checkpoints(
         groups = LayerPartition.of_names(names, partition).groups
     else:
         groups = LayerPartition.of(model, partition).groups
-    found, notes = None, _differences(a, b)
+    found, notes = None, [*_differences(a, b), *setting_notes(a.path, b.path)]
     if distances:
         squares = _squared_distances(a, b, owners)
         parameters = {name: value for name, value in squares.items() if name.rpartition(".")[2] not in _STATISTICS}

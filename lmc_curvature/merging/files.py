@@ -22,6 +22,7 @@ from lmc_curvature.checkpoints.streaming import (
 )
 from lmc_curvature.errors import ArchitectureMismatchError, CheckpointError, NonFiniteError, OptionError, counted
 from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
+from lmc_curvature.merging.descriptions import setting_notes
 from lmc_curvature.merging.recipes import check_plain, write_recipe
 from lmc_curvature.objective.network import movable_entries, skeleton_of, tied_names
 from lmc_curvature.objective.normalization import is_batch_counter
@@ -154,6 +155,8 @@ def plan_merge(
         LMCCurvatureError: An option is not what it should be.
     """
     a, b, owners = map_pair(path_a, path_b, model, key=key, strip_prefix=strip_prefix)
+    for note in setting_notes(a.path, b.path):
+        warnings.warn(f"{note} The merge goes by those of the base.", stacklevel=2)
     if model is not None:
         groups = LayerPartition.of(model, partition).groups
     elif layers is None and not isinstance(alpha, Mapping):

@@ -10,6 +10,7 @@ import yaml
 from lmc_curvature.checkpoints.files import files_of
 from lmc_curvature.checkpoints.streaming import MappedCheckpoint
 from lmc_curvature.errors import CheckpointError
+from lmc_curvature.merging.descriptions import folder_of
 from lmc_curvature.storage import write_atomically
 
 _HEAD = """# Written by lmc_curvature: the weighted mean of two checkpoints, entry by entry.
@@ -27,7 +28,7 @@ def recipe(a: Path, b: Path, base: Literal["a", "b"], coordinates: Mapping[str, 
         base: The one whose configuration and tokenizer mergekit copies.
         coordinates: Entry name to coordinate.
     """
-    paths = [str(_directory(path)) for path in (a, b)]
+    paths = [str(folder_of(path)) for path in (a, b)]
     # A filter of one entry may be a part of another's name: the longest is looked at first, and names its own.
     default = Counter(coordinates.values()).most_common(1)[0][0]
     filters = {name: alpha for name, alpha in coordinates.items() if alpha != default}
@@ -58,7 +59,7 @@ def check_plain(*checkpoints: MappedCheckpoint) -> None:
                 f"{checkpoint.path} has its entries {checkpoint.wrapping}, where mergekit does not look for them: save "
                 "the plain state dict to a file of its own, or leave mergekit out."
             )
-        directory = _directory(checkpoint.path)
+        directory = folder_of(checkpoint.path)
         if directory.is_dir() and files_of(checkpoint.path)[0] not in (own := _read_by_mergekit(directory)):
             raise CheckpointError(
                 f"{checkpoint.path} is not what mergekit reads from {directory}, which is "
@@ -72,11 +73,6 @@ def write_recipe(path: Path, a: Path, b: Path, base: Literal["a", "b"], coordina
     text = yaml.safe_dump(recipe(a, b, base, coordinates), sort_keys=False)
     with write_atomically(path) as temporary:
         temporary.write_text(_HEAD + text, encoding="utf-8")
-
-
-def _directory(path: Path) -> Path:
-    """The directory of a model for mergekit, which has a configuration beside its weights; else the path itself."""
-    return path.parent if path.is_file() and (path.parent / "config.json").is_file() else path
 
 
 def _read_by_mergekit(directory: Path) -> list[Path]:

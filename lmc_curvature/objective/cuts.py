@@ -15,6 +15,7 @@ from lmc_curvature.objective.network import State
 from lmc_curvature.objective.normalization import Normalization, normalizes_by_batch
 from lmc_curvature.objective.parts import REMEDY, compare_on, compare_with_network, concatenate, rows_of
 from lmc_curvature.objective.sight import Sight
+from lmc_curvature.objective.sorting import targets_of
 
 
 def warn_of_cuts(
@@ -190,18 +191,27 @@ def _watch_with_network(network_loss: NetworkLoss, state: State, first: Batch, b
     loss_fn = network_loss.loss_fn
     shapes, before = _example_shapes(batch), _example_shapes(first)
     varies = [now != then for now, then in zip(shapes, before, strict=True)] if len(shapes) == len(before) else []
-    if varies and all(varies) and isinstance(loss_fn, BatchLoss) and loss_fn.size is None:
+    weighs_by_rows = not (isinstance(loss_fn, BatchLoss) and loss_fn.size is not None)
+    if varies and weighs_by_rows and (all(varies) or _targets_vary(batch, first)):
         network_loss.is_cut = True
         warnings.warn(
-            f"All tensors of batch {batch.index} have other shapes than in the first batch, {list(map(tuple, shapes))} "
-            f"and {list(map(tuple, before))} for an example: batches weigh by their number of examples, so if the loss "
-            f"is a mean over parts of them, its value depends on how the data are cut into batches. {REMEDY}",
+            f"{'All tensors' if all(varies) else 'Targets'} of batch {batch.index} have other shapes than in the first "
+            f"batch, {list(map(tuple, shapes))} and {list(map(tuple, before))} for an example: batches weigh by their "
+            f"number of examples, so if the loss is a mean over parts of them, its value depends on how the data are "
+            f"cut into batches. {REMEDY}",
             stacklevel=3,
         )
     # What a loss makes of a part is nobody's concern, where it was said of the first batch.
     elif not _mixes(network_loss):
         found, _ = _attempt(lambda: compare_with_network(network_loss, state, batch, None if any(varies) else first))
         _warn(network_loss, found)
+
+
+def _targets_vary(batch: Batch, first: Batch) -> bool:
+    """Whether the targets of an example have other shapes in a batch than in the first: by place, or else by name."""
+    found = [targets_of(each.data) for each in (batch, first)]
+    shapes, before = ([tensor.shape[1:] for tensor in tensors_in(each)] for each in found)
+    return shapes != before
 
 
 def _positions(target: Any, examples: int) -> list[int]:

@@ -168,6 +168,19 @@ def check_entries(state: State, entries: State, movable: Collection[str]) -> Non
             )
 
 
+def flattened(state: State, entries: State) -> Tensor:
+    """A state that has just some entries, as one vector in their order.
+
+    Raises:
+        DirectionError: It lacks one of them, has another beside them, or one of another shape or type.
+    """
+    check_entries(state, entries, entries.keys())
+    missing = [name for name in entries if name not in state]
+    if missing:
+        raise DirectionError(f"Entry {missing[0]!r} is missing: expected all of {', '.join(map(repr, entries))}.")
+    return torch.cat([state[name].flatten() for name in entries])
+
+
 def as_leaves(state: State) -> dict[str, Tensor]:
     """A state of the same values, as new leaves of the autograd graph."""
     return {name: tensor.detach().requires_grad_() for name, tensor in state.items()}

@@ -71,11 +71,14 @@ class Normalization:
     Attributes:
         statistics: What they use at the moment; see `by`.
         records: Where they add the statistics of the batch, if anywhere.
+        left_out: Modules whose statistics were to be re-estimated, from data that did not reach them.
     """
 
     def __init__(self, network: nn.Module, statistics: Statistics = "running"):
         self.statistics: Statistics = statistics
         self.records: Records | None = None
+        self.left_out: frozenset[str] = frozenset()
+        self._names = frozenset(name for name, _ in tracked_modules(network))
         for name, module in tracked_modules(network):
             # The instance's own forward stays in charge (subclasses add activations, say); only the
             # functional call inside it is redirected, and only there, so other modules pay nothing.
@@ -133,6 +136,7 @@ class Normalization:
         for more in others:
             for total, found in zip(first, more, strict=True):
                 total.update({entry: total.get(entry, 0) + value for entry, value in found.items()})
+        self.left_out = frozenset(n for n in self._names if any(statistic_names(n)[0] not in total for total in first))
         return [{entry: value[:-1] / value[-1] for entry, value in total.items()} for total in first]
 
     def warn_of_batch_statistics(self, loss: Callable[[], Float[Tensor, ""]]) -> None:
@@ -159,7 +163,36 @@ class Normalization:
                 stacklevel=2,
             )
 
+    def names_of_running(
+        self, entries: Mapping[str, Tensor], differs: Callable[[Mapping[str, Tensor]], bool]
+    ) -> list[str]:
+        """Names of modules that normalise by running statistics whatever they are told.
+
+        Such are those that a network folds into its weights, whose function it calls itself, or that are of a class of
+        their own.
+
+        Args:
+            entries: All entries of the network.
+            differs: Whether the loss is another one with other entries in the place of some.
+        """
+        owners: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in entries.items():
+            owner, _, last = name.rpartition(".")
+            if last.startswith("running_") and tensor.is_floating_point():
+                owners.setdefault(owner, {})[name] = 1.5 * tensor + 0.25
+        # Of most networks there is none.
+        if not owners or not differs({name: other for each in owners.values() for name, other in each.items()}):
+            return []
+        return [owner for owner, others in owners.items() if differs(others)]
+
     def _forward(self, module: nn.Module, forward: Callable[..., Any], name: str, /, *args: Any, **kwargs: Any) -> Any:
+        if self.statistics == "running" and name in self.left_out:
+            self.left_out -= {name}
+            warnings.warn(
+                f"The data to re-estimate statistics on never reach the normalisation {name!r}, and other data do: its "
+                "statistics stay as they were. Pass as recalibration=… a loader of all kinds of data.",
+                stacklevel=2,
+            )
         with _Redirection(self, name, module.training) as redirection:
             found = forward(*args, **kwargs)
         if self.statistics == "batch" and not redirection.used:

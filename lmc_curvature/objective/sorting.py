@@ -94,16 +94,24 @@ def warn_of_sorted_data(batches: Iterable[Any]) -> Iterator[Any]:
 _LABEL_NAMES = ("labels", "label", "targets", "target", "y")
 
 
+def targets_of(data: Any) -> Any:
+    """The targets of a batch: the last of several parts, or what a mapping calls so; None where nothing says so."""
+    if isinstance(data, (tuple, list)) and len(data) > 1:
+        data = data[-1]
+        if not isinstance(data, Mapping):
+            return data
+    return next((data[name] for name in _LABEL_NAMES if name in data), None) if isinstance(data, Mapping) else None
+
+
 def _labels(data: Any) -> Tensor | None:
     """The label of each example of a batch: its target, where that is one number or one class by its probabilities."""
     if isinstance(data, (tuple, list)) and len(data) == 2:
-        inputs, target = data
+        inputs = data[0]
     elif isinstance(data, Mapping):
-        inputs, target = {key: value for key, value in data.items() if key not in _LABEL_NAMES}, data
+        inputs = {key: value for key, value in data.items() if key not in _LABEL_NAMES}
     else:
         return None
-    if isinstance(target, Mapping):
-        target = next((target[name] for name in _LABEL_NAMES if name in target), None)
+    target = targets_of(data)
     leading = next((leaf.shape[:1] for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)), None)
     if not isinstance(target, Tensor) or not target.ndim or leading != target.shape[:1] or target.is_complex():
         return None

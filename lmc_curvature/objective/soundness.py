@@ -19,7 +19,7 @@ from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.lines import own_functions
 from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
-from lmc_curvature.objective.network import State, as_leaves, check_finite, copies_of, entries_of
+from lmc_curvature.objective.network import State, as_leaves, check_finite, copies_of, entries_of, graph_nodes
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, normalizes_by_batch
 from lmc_curvature.objective.numerics import Numerics, outside_inference
 from lmc_curvature.objective.passes import Passes
@@ -125,7 +125,10 @@ class Soundness:
                 check_against_given()
             raise
         self._memo.replace("functions", own_functions(loss))
+        self._memo.replace("operations", frozenset(type(node).__name__ for node in graph_nodes([loss])))
         self._memo.replace("loss", loss.detach().requires_grad_(loss.requires_grad))
+        if self.batch_norm != "interpolate":
+            self._note_running_statistics(batch)
         if self.batch_norm == "batch":
             self.normalization.warn_of_batch_statistics(lambda: self.network_loss.at(self.entries, batch.data)[0])
         policy, rounding = self.batch_norm, self.numerics.rounding
@@ -136,6 +139,28 @@ class Soundness:
             if note:
                 warnings.warn(f"{note}. If other data tell them apart, the numbers mix two functions.", stacklevel=2)
                 self._memo.replace("twins", note)
+
+    def _note_running_statistics(self, batch: Batch) -> None:
+        """Warn of modules that the policy does not reach."""
+
+        def loss(others: State) -> float:
+            return self.network_loss.at({**self.entries, **others}, batch.data, batch.index)[0].item()
+
+        with torch.no_grad(), self.normalization.by("batch"):
+            before = loss({})
+            options = {"rounding": self.numerics.rounding, "scale": abs(before), "floor": 1e-12}
+            names = self.normalization.names_of_running(
+                self.entries, lambda others: not near("two networks", loss(others), before, **options)
+            )
+        if names:
+            note = f"normalised by running statistics in spite of batch_norm={self.batch_norm!r}: {', '.join(names)}"
+            self._memo.replace("running statistics", note)
+            warnings.warn(
+                f"{note[0].upper()}{note[1:]}, which is not called as torch's module (folded into weights, a function "
+                "that the network calls itself, a class of its own): choose batch_norm='interpolate', or call the "
+                "module.",
+                stacklevel=2,
+            )
 
     def check_derivatives(self, state: State, batch: Batch, entries: Collection[str], *, second: bool) -> None:
         """Compare derivatives with differences of the loss; see `witness.check_derivatives`.
@@ -154,8 +179,9 @@ class Soundness:
 
         def compare() -> str:
             options = {"movable": moved, "numerics": self.numerics, "second": second}
-            functions = self._memo.get("functions", ())
-            note = check_derivatives(self.network_loss, state, batch, functions=functions, **options)
+            options |= {"functions": self._memo.get("functions", ())}
+            options |= {"operations": self._memo.get("operations", frozenset())}
+            note = check_derivatives(self.network_loss, state, batch, **options)
             if note:
                 # Many results have no place for notes.
                 warnings.warn(f"{note[0].upper()}{note[1:]}: see docs/trust.md, witness.", stacklevel=2)
@@ -168,7 +194,8 @@ class Soundness:
     def notes(self) -> tuple[str, ...]:
         """A few words each on what is unusual about numbers computed so far."""
         witness = self._memo.get("what could not be compared", "") if self.witness else WITHOUT_WITNESS
-        found = self.note, self._memo.get("twins", ""), self._memo.get("autocast", ""), witness
+        names = ("twins", "autocast", "running statistics")
+        found = self.note, *(self._memo.get(name, "") for name in names), witness
         return tuple(note for note in found if note)
 
 

@@ -10,7 +10,7 @@ import torch
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.lines import Derivative, Line, random_line
+from lmc_curvature.objective.lines import Derivative, Line, operation_names, random_line
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.numerics import Numerics
@@ -50,6 +50,7 @@ def check_derivatives(
     numerics: Numerics,
     second: bool = True,
     functions: Collection[str] = (),
+    operations: frozenset[str] = frozenset(),
 ) -> str:
     """Compare slope and curvature of the loss along a random direction with differences of the loss.
 
@@ -68,6 +69,9 @@ def check_derivatives(
         second: Compare the curvature, too.
         functions: Names of functions with backward passes of their own that the whole batch calls. Where a few examples
             in float64 call others, as networks do that have a kernel for one type, the batch is looked at as it is.
+        operations: Names of all operations in the graph of the whole batch's loss. Where a few examples have not all of
+            them, as those have not of which no part is left out of the graph to save memory, the whole batch is
+            compared, too.
 
     Returns:
         A few words that say what could not be compared; none if all was.
@@ -101,6 +105,10 @@ def check_derivatives(
         if verdict.curvature or (verdict.slope and not second):
             if (rows, dtype) == trials[-1] or not set(functions) - set(make_line(seed).functions()):
                 note = ""
+                if rows is not None and operations - operation_names(network_loss, state, data, movable):
+                    whole = partial(random_line, network_loss, state, batch.data, movable, numerics, precise)
+                    found = [_judge(partial(whole, len(trials) + seed), second).disagreement for seed in range(2)]
+                    doubts += [found[0]] if all(found) else []
                 break
             # The function that the batch calls is another.
             note, is_another = _NOTHING, True

@@ -320,3 +320,15 @@ def test_outputs_of_transformers_are_read_by_the_names_of_their_parts():
     nets, found = _ends(_Scores, batches, lambda output, target: F.cross_entropy(output.logits, target))
     expected = [(net(X).logits.argmax(1) != CLASSES).float().mean().item() for net in nets]
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_labels_of_bytes_are_not_left_out_by_an_index_that_they_equal_modulo_256():
+    torch.manual_seed(0)
+    networks = [nn.Linear(4, 200) for _ in range(2)]
+    x, y = torch.randn(40, 4), torch.randint(150, 160, (40,)).to(torch.uint8)
+    for network in networks:
+        with torch.no_grad():
+            network.bias[156] = 50.0
+    found = measure_barrier(*networks, [(x, y)], alphas=3, progress=False)
+    np.testing.assert_allclose(found.values("error"), (y != 156).double().mean().item())
+    assert found.weights("error").tolist() == [40]

@@ -1,6 +1,7 @@
 """Claim: networks of timm and of Hugging Face go through the commands by their names, with the data that they take."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -127,3 +128,21 @@ def test_a_network_of_timm(run, tmp_path):
     status, out, err = run("predict", tmp_path / "a.pt", tmp_path / "b.pt", *options, *data)
     assert status == 0, err
     assert json.loads(out)["examples"] == 40
+
+
+def test_each_folder_is_computed_by_its_own_settings(directories, run, tmp_path):
+    _, (first, second) = directories
+    other = tmp_path / "other"
+    shutil.copytree(second, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "layer_norm_epsilon": 0.5}))
+    named = ["--model", f"transformers:{first}", "--data", f"{__name__}:texts", "--loss", "next-token"]
+    status, _, err = run("measure", first, other, *named, "--alphas", 3)
+    assert status == 2
+    assert "eps" in err
+    difference = "differ in layer_norm_epsilon (1e-05, 0.5): are they one architecture?"
+    status, out, err = run("check", first, other)
+    assert (status, difference in " ".join(out.split())) == (0, True), err
+    with pytest.warns(UserWarning, match=re.escape(difference)):
+        status, _, err = run("merge", first, other, "--out", tmp_path / "merged")
+    assert status == 0, err

@@ -760,3 +760,21 @@ def test_padded_inputs_with_a_label_each_are_not_warned_of(recwarn):
     expected = sum(by_hand(model, batch).item() for batch in loader) / 5
     assert Objective(model, loader, loss_fn=BatchLoss(by_hand)).loss() == pytest.approx(expected, rel=1e-6)
     assert not recwarn
+
+
+def _beside(batch):
+    """Inputs and targets of varying length, and a number for each example."""
+    return {"x": batch[0], "y": batch[1].float(), "id": torch.arange(len(batch[0]))}
+
+
+@pytest.mark.parametrize(
+    ("of_batch", "loss_fn"),
+    [
+        (_beside, BatchLoss(lambda net, batch: (net(batch["x"])[..., 0] - batch["y"]).square().mean())),
+        (lambda batch: batch, lambda output, target: (output[..., 0] - target).transpose(0, 1).square().mean()),
+    ],
+)
+def test_targets_of_new_lengths_beside_others_are_warned_of(of_batch, loss_fn):
+    loader = [of_batch(batch) for batch in _tokens((5, 5, 9))]
+    with pytest.warns(UserWarning, match=r"of batch 2 ha(s|ve) .*(other shapes|targets)"):
+        Objective(_Lines(), loader, loss_fn=loss_fn).loss()

@@ -382,3 +382,48 @@ def test_copies_of_an_operator_have_its_matrix(duplicate, policy):
     expected = operator @ vector
     del operator
     assert torch.equal(copied @ vector, expected)
+
+
+class _Folded(nn.Module):
+    """Folds its normalisation into the layer before."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bn, self.head = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        scale = self.bn.weight * torch.rsqrt(self.bn.running_var + self.bn.eps)
+        return self.head(torch.tanh((self.linear(x) - self.bn.running_mean) * scale + self.bn.bias))
+
+
+class _OwnNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x):
+        return (x - self.running_mean) * torch.rsqrt(self.running_var + 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("network", "name"),
+    [
+        (_Folded(), "bn"),
+        (nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), _OwnNorm(4), nn.Linear(4, 3)), "3"),
+        (nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)), None),
+    ],
+)
+@pytest.mark.parametrize("policy", ["interpolate", "batch", "recalibrate"])
+def test_running_statistics_that_a_policy_does_not_reach_are_named(network, name, policy, recwarn):
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(8, 5, generator=generator), torch.arange(8) % 3) for _ in range(2)]
+    objective = Objective(randomized(copy.deepcopy(network)), batches, batch_norm=policy)
+    objective.loss()
+    expected = (f"normalised by running statistics in spite of batch_norm={policy!r}: {name}",)
+    warned = [str(each.message) for each in recwarn if "in spite of" in str(each.message)]
+    if name is None or policy == "interpolate":
+        assert (objective.notes, warned) == ((), [])
+    else:
+        assert objective.notes == expected
+        assert len(warned) == 1

@@ -5,13 +5,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from lmc_curvature import Objective, measure_barrier, predict_barrier
 from lmc_curvature.errors import LoaderError, OptionError
 from lmc_curvature.objective.recalibration import Recalibration
 from tests.support.cases import CASES
-from tests.support.networks import joined, plain_loss
+from tests.support.networks import joined, plain_loss, randomized
 
 CONV = CASES["conv, recalibrate"]
 
@@ -117,3 +118,27 @@ def test_the_loader_is_for_its_policy(function, untyped):
         Objective(pair[0], CONV.batches(), batch_norm="recalibrate", recalibration=3)  # pyright: ignore
     with pytest.raises(LoaderError, match="visits the loader twice"):
         predict_barrier(*pair, iter(CONV.batches()), batch_norm="recalibrate", recalibration=CONV.batches())
+
+
+class _Domains(nn.Module):
+    """A normalisation for each of two domains of data."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.BatchNorm1d(5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(x) if x[0, 0] > 50 else self.first(x)))
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_normalisation_that_no_data_reach_is_named(reached, recwarn):
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(8, 5, generator=generator) + 100 * (n % 2), torch.arange(8) % 3) for n in range(4)]
+    networks = [randomized(_Domains(), seed) for seed in (0, 1)]
+    other = batches if reached else batches[::2]
+    measure_barrier(
+        *networks, batches, batch_norm="recalibrate", recalibration=other, alphas=3, metrics=("loss",), progress=False
+    )
+    said = [str(each.message) for each in recwarn if "never reach the normalisation 'second'" in str(each.message)]
+    assert len(said) == (not reached)

@@ -311,3 +311,31 @@ def test_a_kernel_that_a_few_examples_in_float64_do_not_call_is_compared_too(ker
     else:
         assert (operator @ vector).isfinite().all()
         assert objective.notes == ()
+
+
+class _Saving(nn.Module):
+    """Of large batches most examples have no part in the gradient, to save memory, or all have."""
+
+    def __init__(self, saves):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.saves = nn.Linear(6, 12), nn.Linear(12, 3), saves
+
+    def forward(self, x):
+        if len(x) <= 32:
+            return self.last(torch.tanh(self.first(x)))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.saves):
+            rest = torch.tanh(self.first(x[32:]))
+        return self.last(torch.cat([torch.tanh(self.first(x[:32])), rest]))
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_examples_without_a_part_in_the_gradient_are_found(saves):
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(96, 6, generator=generator), torch.arange(96) % 3)]
+    objective = Objective(_Saving(saves), batches)
+    if not saves:
+        _check(objective)
+        return
+    with pytest.raises(UnsupportedModelError, match="by autograd, and"):
+        _check(objective)

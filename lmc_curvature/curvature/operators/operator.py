@@ -27,7 +27,7 @@ from lmc_curvature.curvature.products.derivatives import all_finite
 from lmc_curvature.errors import DirectionError, NonFiniteError, OperatorError, check_flags, check_memory
 from lmc_curvature.objective.batches import Batch, to_device
 from lmc_curvature.objective.losses import finite_loss
-from lmc_curvature.objective.network import State, check_finite, copies_of
+from lmc_curvature.objective.network import State, check_finite, copies_of, flattened
 from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.objective.risk import Objective
 from lmc_curvature.plotting.summary import Display, Summary, some
@@ -287,8 +287,8 @@ class CurvatureOperator(Display):
         return total.div_(weight)
 
     def flatten(self, state: State) -> Float[Tensor, " n"]:
-        """The entries of a state, in its order, as one vector."""
-        return torch.cat([tensor.flatten() for tensor in state.values()])
+        """A state of the entries along the columns, or along the rows, as one vector in their order."""
+        return flattened(state, self._tensors(self.rows if state.keys() == {*self.rows} else self.columns))
 
     def unflatten(self, vector: Float[Tensor, "*k n"], entries: Sequence[str] | None = None) -> dict[str, Tensor]:
         """A vector as a direction over the operator's columns (or over `entries`), on the objective's device.

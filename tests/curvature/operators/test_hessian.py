@@ -368,3 +368,18 @@ def test_running_statistics_can_be_left_out():
     own = H.block(layer)
     places = torch.cat([torch.arange(sum(sizes)).split(sizes)[names.index(name)] for name in own.rows])
     torch.testing.assert_close(own.to_dense(), dense[places][:, places], rtol=1e-9, atol=1e-12)
+
+
+def test_a_state_in_any_order_is_flattened_in_that_of_the_operator():
+    case = CASES["LayerNorm and GELU"]
+    H = HessianOperator(Objective(case.model(), case.batches()))
+    vector = torch.randn(H.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    state = H.unflatten(vector)
+    torch.testing.assert_close(H.flatten(dict(reversed(state.items()))), vector)
+    first, *others = state
+    with pytest.raises(DirectionError, match=f"Entry '{first}' is missing"):
+        H.flatten({name: state[name] for name in others})
+    with pytest.raises(DirectionError, match="no entry 'other'"):
+        H.flatten({**state, "other": vector})
+    with pytest.raises(DirectionError, match="has shape"):
+        H.flatten({**state, first: vector})
