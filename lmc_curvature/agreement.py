@@ -133,6 +133,13 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             runs="Every pass, after 2, 4, 8, … batches and at its end, on their labels.",
             cost=0.0,
         ),
+        "running statistics": Check(
+            catches="A network that normalises by running statistics whatever the policy says: it folds them into "
+            "weights, calls torch's function itself, or has a class of its own for it.",
+            runs='First batch of an objective under `"batch"` or `"recalibrate"`, with other `running_…` buffers.',
+            cost=2.0,
+            tolerance=Tolerance(0.55),
+        ),
         "batch statistics": Check(
             catches="Batch statistics that are not those that the network was trained with.",
             runs='First batch of an objective under `"batch"`.',
@@ -145,7 +152,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             "(more of small networks, fewer where kinks spoil differences), in float64 up to 50 M parameters, a little "
             "off the state, nearer where entries would lose their part in the loss; and at it where a length is "
             "exactly zero, which is looked for on the whole batch; on the batch as it is where that calls functions "
-            "with backward passes of their own that the few examples do not. `witness=False` leaves it out.",
+            "with backward passes of their own that the few examples do not, and on the whole batch, too, where its "
+            "graph has operations that theirs have not. `witness=False` leaves it out.",
             cost=3.0,
             tolerance=Tolerance(0.4),
         ),

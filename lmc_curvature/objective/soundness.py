@@ -150,7 +150,7 @@ class Soundness:
             before = loss({})
             options = {"rounding": self.numerics.rounding, "scale": abs(before), "floor": 1e-12}
             names = self.normalization.names_of_running(
-                self.entries, lambda others: not near("two networks", loss(others), before, **options)
+                self.entries, lambda others: not near("running statistics", loss(others), before, **options)
             )
         if names:
             note = f"normalised by running statistics in spite of batch_norm={self.batch_norm!r}: {', '.join(names)}"
