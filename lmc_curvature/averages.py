@@ -73,7 +73,7 @@ def grouped(batches: Iterable[GroupMeans], most: int = _MOST) -> list[GroupMeans
     depend on how often, and by how many processes, batches were grouped before.
     """
     ordered, width = sorted(batches, key=lambda batch: batch.index), 1
-    while len({batch.index // width for batch in ordered}) > most:
+    while ordered and ordered[-1].index // width >= most:
         width *= 2
     groups: dict[int, GroupMeans] = {}
     for batch in ordered:

@@ -173,6 +173,18 @@ def suggest(name: str, choices: Iterable[str]) -> str:
     return f"choose from {shown}{', …' if len(choices) > 8 else ''}."
 
 
+def in_one_line(error: BaseException, *places: str) -> str:
+    """What an error is, in one line without a full stop, with its notes and other places in parentheses."""
+    lines = str(error).strip().splitlines() or [""]
+    # A loader's own processes pass on their traceback as text, which ends with the error.
+    if "Original Traceback" in str(error):
+        text = lines[-1]
+    else:
+        text = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
+    places = (*getattr(error, "__notes__", ()), *places)
+    return text.rstrip(".") + (f" ({', '.join(places)})" if places else "")
+
+
 def counted(number: int, noun: str) -> str:
     """A number of things, in words: 1 layer, 3 layers, 2 entries, 4 batches."""
     if number == 1:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from lmc_curvature.errors import INTERRUPT, LMCCurvatureError, RankError
+from lmc_curvature.errors import INTERRUPT, LMCCurvatureError, RankError, in_one_line
 
 TRACEBACK = "LMC_CURVATURE_TRACEBACK"
 """The environment variable that shows the traceback of an error before its message."""
@@ -77,15 +77,8 @@ def reason(error: Exception) -> str:
     """One line for an error that the library does not know: what it is, and where the user's code raised it."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None and _user_frame(error) is None:
         return f"{error.filename}: {error.strerror}"
-    lines = str(error).strip().splitlines() or [""]
-    # A loader's own processes pass on their traceback as text, which ends with the error.
-    if "Original Traceback" in str(error):
-        text = lines[-1]
-    else:
-        text = f"{type(error).__name__}: {lines[0]}" if lines[0] else type(error).__name__
     frame = _user_frame(error)
-    places = [*getattr(error, "__notes__", ()), *([f"in {frame.filename}, line {frame.lineno}"] if frame else ())]
-    return text.rstrip(".") + (f" ({', '.join(places)})" if places else "")
+    return in_one_line(error, *([f"in {frame.filename}, line {frame.lineno}"] if frame else ()))
 
 
 def _user_frame(error: Exception) -> traceback.FrameSummary | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from lmc_curvature.errors import INTERRUPT, OptionError, counted
+from lmc_curvature.errors import INTERRUPT, OptionError, counted, in_one_line
 
 # A standard error is looked at from so many batches on, and then whenever there are so many times as many.
 _LEAST, _GROWTH = 8, 1.1
@@ -56,7 +56,7 @@ class Extent:
         is_from_outside = isinstance(error, KeyboardInterrupt) or error is self._failure
         if not (self._keep_partial and self._count and is_from_outside):
             return False
-        what = INTERRUPT if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
+        what = INTERRUPT if isinstance(error, KeyboardInterrupt) else in_one_line(error)
         self.interruption = f"{what}, after {counted(self._count, 'batch')}"
         warnings.warn(f"Interrupted ({self.interruption}): the numbers are of the batches before.", stacklevel=2)
         return True
