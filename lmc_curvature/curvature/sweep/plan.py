@@ -165,7 +165,11 @@ def _active(stage: Stage, inputs: Iterable[fx.Node]) -> set[fx.Node]:
     active = set(inputs)
     for node in stage.operations:
         constant = node.target is aten.detach.default
-        if not constant and any(operand in active for operand in node.all_input_nodes) and _has_derivatives(value_of(node)):
+        if (
+            not constant
+            and any(operand in active for operand in node.all_input_nodes)
+            and _has_derivatives(value_of(node))
+        ):
             active.add(node)
     return active
 

@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmc_curvature import BatchLoss
 from tests.support.zoo.specimen import CLASSES, Specimen, classified, labels, numbers
 
 NODES, WIDTH = 5, 4
@@ -30,12 +32,12 @@ class _Attention(nn.Module):
     def __init__(self):
         super().__init__()
         self.value, self.fc = nn.Linear(WIDTH, 6), nn.Linear(6, CLASSES)
-        self.of, self.to = nn.Linear(6, 1), nn.Linear(6, 1)
+        self.of, self.neighbour = nn.Linear(6, 1), nn.Linear(6, 1)
 
     def forward(self, inputs: Any) -> Tensor:
         x, adjacency = inputs
         x = self.value(x)
-        scores = nn.functional.leaky_relu(self.of(x) + self.to(x).mT, 0.2).masked_fill(adjacency == 0, -torch.inf)
+        scores = F.leaky_relu(self.of(x) + self.neighbour(x).mT, 0.2).masked_fill(adjacency == 0, -torch.inf)
         return self.fc(torch.tanh(scores.softmax(-1) @ x).mean(1))
 
 
@@ -91,7 +93,7 @@ class _Set(nn.Module):
         self.each, self.all = nn.Linear(WIDTH, 6), nn.Linear(12, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = nn.functional.softplus(self.each(x))
+        x = F.softplus(self.each(x))
         return self.all(torch.cat([x.sum(1), x.amax(1)], -1))
 
 
@@ -121,13 +123,18 @@ def _joined(generator: torch.Generator) -> Any:
     return inputs | {"graph": graph, "ids": torch.arange(3)}, labels(generator, 3)
 
 
+_LOSS = {
+    "cross-entropy": BatchLoss(
+        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), size=lambda batch: len(batch[1])
+    )
+}
 _ONE_GRAPH = classified(NODES, WIDTH)
 GRAPHS = {
     "graph convolution": Specimen("graphs", _Convolution, _graphs),
     "graph attention": Specimen("graphs", _Attention, _graphs),
     "message passing": Specimen("graphs", _Messages, _ONE_GRAPH),
-    "graphs joined into one": Specimen("graphs", _Batched, _joined),
-    "graphs joined into one, counted": Specimen("graphs", lambda: _Batched(reads=True), _joined),
+    "graphs joined into one": Specimen("graphs", _Batched, _joined, _LOSS),
+    "graphs joined into one, counted": Specimen("graphs", lambda: _Batched(reads=True), _joined, _LOSS),
     "sparse adjacency": Specimen("graphs", _Sparse, _ONE_GRAPH),
     "nearest neighbours": Specimen("graphs", _Points, _ONE_GRAPH),
     "Deep Sets": Specimen("graphs", _Set, _ONE_GRAPH),

@@ -100,12 +100,13 @@ class _Translator(nn.Module):
         self.network = nn.Transformer(4, 2, 1, 1, 8, batch_first=True)
         self.fc = nn.Linear(4, CLASSES)
         self.mask = mask
-        self.register_buffer("past", nn.Transformer.generate_square_subsequent_mask(STEPS))
+        past = nn.Transformer.generate_square_subsequent_mask(STEPS)
+        self.register_buffer("past", past < 0 if mask == "kept" else past)
 
     def forward(self, inputs: Any) -> Tensor:
         x, given = inputs if self.mask == "given" else (inputs, None)
         made = nn.Transformer.generate_square_subsequent_mask(STEPS, dtype=x.dtype)
-        mask = {"given": given, "made": made, "kept": self.past}[self.mask]
+        mask = {"given": given, "made": made}.get(self.mask, self.past)
         return self.fc(self.network(x, x.flip(1), src_mask=mask, tgt_mask=mask).mean(1))
 
 
@@ -159,6 +160,7 @@ SEQUENCES = {
     "encoder with padding": Specimen("attention", _Encoder, _padded),
     "Transformer, tgt_mask made": Specimen("attention", lambda: _Translator("made"), classified(STEPS, 4)),
     "Transformer, tgt_mask kept": Specimen("attention", lambda: _Translator("kept"), classified(STEPS, 4)),
+    "Transformer, tgt_mask kept as an entry": Specimen("attention", lambda: _Translator("entry"), classified(STEPS, 4)),
     "Transformer, tgt_mask in the batch": Specimen("attention", lambda: _Translator("given"), _with_mask),
 }
 

@@ -141,6 +141,11 @@ def _var(input, dim=None, *, correction=None, keepdim=False):
     return _var_mean(input, dim, correction=correction, keepdim=keepdim)[0]
 
 
+def _conj(input):
+    # Written out, because a view that is conjugated whenever it is read has no parts.
+    return torch.complex(input.real, -input.imag)
+
+
 def _on_parts(scatter):
     """A change of some complex numbers as that of their parts, which autograd can follow."""
 
@@ -182,9 +187,8 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.var.correction: _var,
     aten.var_mean.correction: _var_mean,
     aten.mse_loss.default: _mse_loss,
-    # A view that is conjugated whenever it is read has no parts.
-    aten._conj.default: aten._conj_physical.default,
-    aten._neg_view.default: aten.neg.default,
+    aten._conj.default: _conj,
+    aten._neg_view.default: torch.neg,
     aten.slice_scatter.default: _on_parts(aten.slice_scatter.default),
     aten.select_scatter.default: _on_parts(aten.select_scatter.default),
 }

@@ -21,7 +21,7 @@ from lmc_curvature.curvature.sweep.capture.obstacles import (
     refuse_effects,
     refuse_obstacles,
 )
-from lmc_curvature.curvature.sweep.capture.packing import StepByStep
+from lmc_curvature.curvature.sweep.capture.replacements import Replacements
 
 aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.Grap
     """
 
     def watched(*tensors: Tensor) -> Tensor:
-        with _Watching(), _RefusingToLeave(), StepByStep():
+        with _Watching(), _RefusingToLeave(), Replacements():
             return function(*tensors)
 
     try:

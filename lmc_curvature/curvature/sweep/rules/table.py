@@ -22,7 +22,7 @@ _LINEAR = """
     upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
     _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
     _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_avg_pool1d avg_pool1d max_unpool2d
-    max_unpool3d div _fft_r2c _fft_c2r _fft_c2c view_as_real view_as_complex _conj_physical
+    max_unpool3d div _fft_r2c _fft_c2r _fft_c2c view_as_real view_as_complex
 """.split()  # noqa: SIM905
 
 _POINTWISE = """

@@ -1,14 +1,16 @@
-"""Claim: packed sequences of known lengths come apart into steps, and are swept right."""
+"""Claim: functions that look at numbers are written out, with the same values, and are swept right."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lmc_curvature import Objective
+from lmc_curvature import Objective, project_hessian
+from lmc_curvature.errors import FallbackWarning
 from tests.support.capturing import captured_right, numbers
 from tests.support.networks import randomized
-from tests.support.sweeping import assert_sweep_agrees
+from tests.support.sweeping import TwoLayers, assert_sweep_agrees, layer_directions
 
 LAYERS = {
     "LSTM": lambda: nn.LSTM(3, 4, num_layers=2, bidirectional=True),
@@ -54,3 +56,20 @@ class _Packed(nn.Module):
 def test_recurrent_layers_of_packed_sequences(make):
     batches = [(numbers(3, 5, 3, seed=seed), torch.arange(3)) for seed in (0, 1)]
     assert_sweep_agrees(Objective(randomized(_Packed(make()).double()), batches))
+
+
+@pytest.mark.parametrize("call", [lambda y: F.one_hot(y, 4), lambda y: F.one_hot(y, num_classes=3)])
+def test_classes_as_vectors(call):
+    y = torch.tensor([[0, 2], [1, 1]])
+    stages = captured_right(lambda w, x, y: (x @ w) * call(y).sum((0, 1))[0], [numbers(2, 3)], [numbers(4, 2), y])
+    assert not any("eq" in str(node.target) for node in stages[1].operations)
+
+
+def test_classes_out_of_range_are_no_vectors():
+    def loss(output, target):
+        return F.mse_loss(output, F.one_hot(target, 3).double())
+
+    x, y = numbers(4, 5), torch.tensor([0, 1, 2, 1])
+    objective = Objective(randomized(TwoLayers().double()), [(x, y), (x, y - 1)], loss_fn=loss)
+    with pytest.warns(FallbackWarning, match="scatter"), pytest.raises(RuntimeError, match="non-negative"):
+        project_hessian(objective, {}, layer_directions(objective))
