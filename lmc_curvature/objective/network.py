@@ -107,7 +107,6 @@ def with_first_names(state: State, ties: Mapping[str, str]) -> dict[str, Tensor]
 
 def equal(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors have the same shape and the same values, not-a-number among them."""
-    one, other = (each if each.layout == torch.strided else each.to_dense() for each in (one, other))
     return one.shape == other.shape and torch.allclose(one, other.to(one), rtol=0, atol=0, equal_nan=True)
 
 

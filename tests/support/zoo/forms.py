@@ -1,4 +1,4 @@
-"""Networks of other forms: shared weights, experts, control flow, adapters, rounding, checkpoints, derivatives inside."""
+"""Networks of other forms: shared weights, experts, control flow, adapters, rounding, checkpoints."""
 
 from typing import Any
 
@@ -428,7 +428,7 @@ class _GaussianProcess(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.net(x))
         kernel = torch.exp(-(x.unsqueeze(1) - x).square().sum(-1))
-        return kernel + self.log_noise.exp() * torch.eye(len(x))
+        return kernel + self.log_noise.exp() * torch.eye(len(x), dtype=x.dtype)
 
 
 def _evidence(kernel: Tensor, target: Tensor) -> Tensor:

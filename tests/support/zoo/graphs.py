@@ -78,7 +78,7 @@ class _Sparse(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.fc = nn.Linear(WIDTH, 6), nn.Linear(6, CLASSES)
-        self.register_buffer("adjacency", torch.sparse_coo_tensor(_EDGES, torch.ones(7), (NODES, NODES)))
+        self.adjacency = torch.sparse_coo_tensor(_EDGES, torch.ones(7).double(), (NODES, NODES))
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.stack([torch.sparse.mm(self.adjacency, each) for each in torch.tanh(self.first(x))])

@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lmc_curvature import BatchLoss
-from tests.support.zoo.specimen import CLASSES, REGRESSION, Specimen, classified, labels, numbers, regressed
+from tests.support.zoo.specimen import (
+    CLASSES,
+    CROSS_ENTROPY,
+    REGRESSION,
+    Specimen,
+    classified,
+    labels,
+    numbers,
+    regressed,
+)
 
 WORDS, TOKENS = 11, 6
 
@@ -69,7 +78,7 @@ def _language(
     kind: str, head: str = "ForCausalLM", call: Callable[[Any, Tensor], Tensor] = _of_tokens, **options: Any
 ) -> Specimen:
     make = _network(kind, head, **_IDS | options)
-    return Specimen("transformers", lambda: _Called(make(), call), _tokens)
+    return Specimen("transformers", lambda: _Called(make(), call), _tokens, CROSS_ENTROPY)
 
 
 _LLAMA = {**_SIZES, "num_key_value_heads": 1, "use_cache": False}
@@ -114,12 +123,19 @@ TRANSFORMERS = {
     "Llama": _language("Llama", **_LLAMA),
     "Qwen3": _language("Qwen3", head_dim=4, **_LLAMA),
     "Gemma 2": _language("Gemma2", head_dim=4, query_pre_attn_scalar=4, sliding_window=4, **_LLAMA),
-    "GPT-OSS": _language("GptOss", head_dim=4, layer_types=["sliding_attention"], sliding_window=4, **_MIXTRAL),
+    "GPT-OSS": _language(
+        "GptOss",
+        experts_implementation="batched_mm",
+        head_dim=4,
+        layer_types=["sliding_attention"],
+        sliding_window=4,
+        **_MIXTRAL,
+    ),
     "Mixtral, a loop over experts": _language("Mixtral", experts_implementation="eager", **_MIXTRAL),
     "Mixtral, weights gathered": _language("Mixtral", experts_implementation="batched_mm", **_MIXTRAL),
     "DeepSeek v3, weights gathered": _language("DeepseekV3", experts_implementation="batched_mm", **_DEEPSEEK),
     "Mamba": _language("Mamba", hidden_size=8, state_size=4, num_hidden_layers=1, conv_kernel=3, use_cache=False),
-    "RWKV": _language("Rwkv", hidden_size=8, num_hidden_layers=1, context_length=8, use_cache=False),
+    "RWKV": _language("Rwkv", hidden_size=8, num_hidden_layers=2, context_length=8, use_cache=False),
     "RecurrentGemma": _language(
         "RecurrentGemma",
         hidden_size=8,
@@ -156,12 +172,13 @@ TRANSFORMERS = {
         **_SIZES,
     ),
     "Longformer": _language(
-        "Longformer", "ForMaskedLM", max_position_embeddings=10, attention_window=2, pad_token_id=1, **_SIZES
+        "Longformer", "ForMaskedLM", max_position_embeddings=12, attention_window=4, pad_token_id=1, **_SIZES
     ),
     "T5": _language(
         "T5",
         "ForConditionalGeneration",
         _of_pairs,
+        feed_forward_proj="gated-gelu",
         d_model=8,
         d_kv=4,
         d_ff=16,
@@ -186,22 +203,6 @@ TRANSFORMERS = {
         pad_token_id=1,
         decoder_start_token_id=0,
     ),
-    "Switch Transformers": _language(
-        "SwitchTransformers",
-        "ForConditionalGeneration",
-        _of_pairs,
-        d_model=8,
-        d_kv=4,
-        d_ff=16,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=1,
-        num_heads=2,
-        num_experts=3,
-        use_cache=False,
-        decoder_start_token_id=0,
-    ),
     "wav2vec 2.0": Specimen(
         "transformers",
         lambda: _Called(
@@ -220,6 +221,7 @@ TRANSFORMERS = {
             lambda network, x: network(input_values=x).logits,
         ),
         classified(48),
+        CROSS_ENTROPY,
     ),
     "PatchTST": Specimen(
         "transformers",

@@ -10,7 +10,16 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from tests.support.cases import Recurrent
 from tests.support.networks import SelfAttention, TwoWayLSTM
-from tests.support.zoo.specimen import CLASSES, REGRESSION, Specimen, classified, labels, numbers, regressed
+from tests.support.zoo.specimen import (
+    CLASSES,
+    CROSS_ENTROPY,
+    REGRESSION,
+    Specimen,
+    classified,
+    labels,
+    numbers,
+    regressed,
+)
 
 STEPS, WIDTH = 4, 3
 _SEQUENCE = classified(STEPS, WIDTH)
@@ -142,26 +151,34 @@ SEQUENCES = {
             "LSTM, projected": lambda: nn.LSTM(WIDTH, 6, proj_size=4, batch_first=True),
         }.items()
     },
-    "LSTM": Specimen("recurrent", Recurrent, _SEQUENCE),
-    "LSTM, two-way, two layers": Specimen("recurrent", TwoWayLSTM, _SEQUENCE),
-    "LSTM cell": Specimen("recurrent", lambda: _Cell(nn.LSTMCell), _SEQUENCE),
-    "GRU, read out where sequences end": Specimen("recurrent", _Masked, _with_lengths),
+    "LSTM": Specimen("recurrent", Recurrent, _SEQUENCE, CROSS_ENTROPY),
+    "LSTM, two-way, two layers": Specimen("recurrent", TwoWayLSTM, _SEQUENCE, CROSS_ENTROPY),
+    "LSTM cell": Specimen("recurrent", lambda: _Cell(nn.LSTMCell), _SEQUENCE, CROSS_ENTROPY),
+    "GRU, read out where sequences end": Specimen("recurrent", _Masked, _with_lengths, CROSS_ENTROPY),
     "packed LSTM, lengths known": Specimen(
-        "recurrent", lambda: _Packed(nn.LSTM(WIDTH, 4, 2, batch_first=True), [4, 2, 3]), _SEQUENCE
+        "recurrent", lambda: _Packed(nn.LSTM(WIDTH, 4, 2, batch_first=True), [4, 2, 3]), _SEQUENCE, CROSS_ENTROPY
     ),
     "packed GRU, two-way, lengths as plain numbers": Specimen(
-        "recurrent", lambda: _Packed(nn.GRU(WIDTH, 4, bidirectional=True, batch_first=True)), _with_list
+        "recurrent", lambda: _Packed(nn.GRU(WIDTH, 4, bidirectional=True, batch_first=True)), _with_list, CROSS_ENTROPY
     ),
     "packed LSTM, lengths as a tensor": Specimen(
-        "recurrent", lambda: _Packed(nn.LSTM(WIDTH, 4, batch_first=True)), _with_lengths
+        "recurrent", lambda: _Packed(nn.LSTM(WIDTH, 4, batch_first=True)), _with_lengths, CROSS_ENTROPY
     ),
-    "packed tokens, lengths as a tensor": Specimen("recurrent", _PackedTokens, _with_lengths),
-    "multi-head attention": Specimen("attention", SelfAttention, classified(STEPS, 4)),
-    "encoder with padding": Specimen("attention", _Encoder, _padded),
-    "Transformer, tgt_mask made": Specimen("attention", lambda: _Translator("made"), classified(STEPS, 4)),
-    "Transformer, tgt_mask kept": Specimen("attention", lambda: _Translator("kept"), classified(STEPS, 4)),
-    "Transformer, tgt_mask kept as an entry": Specimen("attention", lambda: _Translator("entry"), classified(STEPS, 4)),
-    "Transformer, tgt_mask in the batch": Specimen("attention", lambda: _Translator("given"), _with_mask),
+    "packed tokens, lengths as a tensor": Specimen("recurrent", _PackedTokens, _with_lengths, CROSS_ENTROPY),
+    "multi-head attention": Specimen("attention", SelfAttention, classified(STEPS, 4), CROSS_ENTROPY),
+    "encoder with padding": Specimen("attention", _Encoder, _padded, CROSS_ENTROPY),
+    "Transformer, tgt_mask made": Specimen(
+        "attention", lambda: _Translator("made"), classified(STEPS, 4), CROSS_ENTROPY
+    ),
+    "Transformer, tgt_mask kept": Specimen(
+        "attention", lambda: _Translator("kept"), classified(STEPS, 4), CROSS_ENTROPY
+    ),
+    "Transformer, tgt_mask kept as an entry": Specimen(
+        "attention", lambda: _Translator("entry"), classified(STEPS, 4), CROSS_ENTROPY
+    ),
+    "Transformer, tgt_mask in the batch": Specimen(
+        "attention", lambda: _Translator("given"), _with_mask, CROSS_ENTROPY
+    ),
 }
 
 

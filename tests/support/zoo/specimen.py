@@ -22,6 +22,7 @@ def squared_error(output: Tensor, target: Tensor) -> Tensor:
 
 # None is the default, cross-entropy.
 CLASSIFICATION: Mapping[str, Any] = MappingProxyType({"cross-entropy": None, "squared error": squared_error})
+CROSS_ENTROPY: Mapping[str, Any] = MappingProxyType({"cross-entropy": None})
 REGRESSION: Mapping[str, Any] = MappingProxyType({"squared error": F.mse_loss, "Huber": nn.HuberLoss(delta=0.7)})
 
 

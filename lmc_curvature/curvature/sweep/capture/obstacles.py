@@ -6,7 +6,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jaxtyping
 import torch
@@ -105,6 +104,8 @@ def _reason(error: BaseException) -> str:
         return "a number is read off a tensor, as .item() and branches on values do"
     if "custom_function_call" in text or "setup_context" in text:
         return "an autograd.Function has derivatives of its own, which its operations do not tell"
+    if "requires_grad_()" in text:
+        return "autograd is called inside of it; what torch.func.grad differentiates can be captured"
     return text.splitlines()[0] if text else type(error).__name__
 
 

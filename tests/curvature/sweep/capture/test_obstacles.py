@@ -38,6 +38,12 @@ def _packing(x):
     return pad_packed_sequence(pack_padded_sequence(x, lengths, True, False), True, total_length=2)[0]
 
 
+def _sloping(x):
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        return x + torch.autograd.grad(leaf.sin().sum(), leaf)[0]
+
+
 class _Straight(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -86,6 +92,7 @@ _REFUSED = {
         lambda x: _packing(x.unflatten(1, (2, 3))),
         r"a number is read off a tensor.*in _packing: return pad_packed_sequence",
     ),
+    "gradient": (_sloping, r"autograd is called inside of it; .*torch.func.grad.*in _sloping: leaf = x.detach"),
     "function": (_straight, r"an autograd.Function has derivatives of its own.*in _straight: return _Straight.apply"),
     "new function": (_straight_too, r"an autograd.Function has derivatives of its own.*in _straight_too: "),
 }
