@@ -73,12 +73,12 @@ class Plan:
         Raises:
             CaptureError: Names the operation whose result's shape depends on values, and its line.
         """
-        for node in self.stage.operations:
+        for node in (each for each in self.stage.operations if each.op != "get_attr"):
             shapes, captured = ([part.shape for part in _tensors(value)] for value in (values[node], value_of(node)))
             if shapes != captured:
                 raise CaptureError(
-                    f"The loss was captured as a graph for other values: {node.target} has a result whose shape depends "
-                    f"on values{line_of(node)}."
+                    f"The loss was captured as a graph for other values: {node.target} has a result whose shape "
+                    f"depends on values{line_of(node)}."
                 )
 
     def reached(self, inputs: Mapping[fx.Node, frozenset[int]]) -> dict[fx.Node, frozenset[int]]:
