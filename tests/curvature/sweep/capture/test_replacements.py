@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lmc_curvature import Objective, project_hessian
-from lmc_curvature.errors import FallbackWarning
+from lmc_curvature.errors import FallbackWarning, LossError
 from tests.support.capturing import captured_right, numbers
 from tests.support.networks import randomized
 from tests.support.sweeping import TwoLayers, assert_sweep_agrees, layer_directions
@@ -71,5 +71,5 @@ def test_classes_out_of_range_are_no_vectors():
 
     x, y = numbers(4, 5), torch.tensor([0, 1, 2, 1])
     objective = Objective(randomized(TwoLayers().double()), [(x, y), (x, y - 1)], loss_fn=loss)
-    with pytest.warns(FallbackWarning, match="scatter"), pytest.raises(RuntimeError, match="non-negative"):
+    with pytest.warns(FallbackWarning, match="scatter"), pytest.raises(LossError, match="non-negative"):
         project_hessian(objective, {}, layer_directions(objective))
