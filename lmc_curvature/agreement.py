@@ -191,6 +191,12 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             cost=0.2,
             tolerance=Tolerance(0.5),
         ),
+        "captured shapes": Check(
+            catches="An operation whose result has another shape than when it was captured, because values say which: "
+            "numbers that were read off that shape are in the graph.",
+            runs="Wherever a graph is evaluated.",
+            cost=0.0,
+        ),
         "products at once": Check(
             catches="An operation that `torch.func.vmap` maps wrongly.",
             runs="First products that an operator makes several of at once.",

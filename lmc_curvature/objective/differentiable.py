@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lmc_curvature.objective.kernels import right_kernel
+from lmc_curvature.objective.likelihoods import gaussian_nll_loss
 
 
 @contextlib.contextmanager
@@ -246,6 +247,7 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     torch.linalg.vector_norm: _vector_norm,
     F.normalize: _normalize,
     F.cosine_similarity: _cosine_similarity,
+    F.gaussian_nll_loss: gaussian_nll_loss,
 }
 
 
@@ -274,12 +276,8 @@ def _vector_square(
 ) -> Any:
     if ord != 2 or out is not None:
         return None
-    input = input if dtype is None else input.to(dtype)
-    return (
-        _absolute_square(input).sum()
-        if dim is None and not keepdim
-        else _absolute_square(input).sum(dim, keepdim=keepdim)
-    )
+    square = _absolute_square(input if dtype is None else input.to(dtype))
+    return square.sum() if dim is None and not keepdim else square.sum(dim, keepdim=keepdim)
 
 
 def _norm_square(

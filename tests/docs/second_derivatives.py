@@ -165,6 +165,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
         Row("F.embedding(ids, x, padding_idx=1).pow(3).sum()", "A", "backward twice"),
         Row("F.embedding(ids, x, scale_grad_by_freq=True).pow(3).sum()", "A", "backward twice"),
         Row("functional_call(net, {'layer.weight': x}, A).pow(2).sum()", "B", "backward twice"),
+        Row("F.gaussian_nll_loss(A, B, x.square(), eps=0.5)", "A", "backward twice"),
         Row("x.norm() ** 2", "zeros(3)", "backward twice"),
         Row("x.norm() ** 2", "zeros(3)", "`hessian`"),
         Row("(x.abs() ** 2).sum()", "zeros(3)", "backward twice"),

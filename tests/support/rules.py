@@ -127,7 +127,7 @@ def _assert_tangents_close(node: fx.Node, value: Any, found: Any, expected: Any)
     if not isinstance(value, torch.Tensor):
         for k, part in enumerate(value):
             _assert_tangents_close(node, part, None if found is None else found[k], expected and expected[k])
-    elif value.is_floating_point():
+    elif value.is_floating_point() or value.is_complex():
         first, second = (torch.zeros_like(value) if each is None else each for each in (found, expected))
         torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-11, msg=lambda text: f"{node.target}: {text}")
 

@@ -67,6 +67,20 @@ class Plan:
                 values[node] = self.stage.constant(node) if node.op == "get_attr" else evaluate(node, values)
         return values
 
+    def refuse_other_shapes(self, values: Mapping[fx.Node, Any]) -> None:
+        """Refuse values of other shapes than were captured: numbers that were read off those are in the graph.
+
+        Raises:
+            CaptureError: Names the operation whose result's shape depends on values, and its line.
+        """
+        for node in (each for each in self.stage.operations if each.op != "get_attr"):
+            shapes, captured = ([part.shape for part in _tensors(value)] for value in (values[node], value_of(node)))
+            if shapes != captured:
+                raise CaptureError(
+                    f"The loss was captured as a graph for other values: {node.target} has a result whose shape "
+                    f"depends on values{line_of(node)}."
+                )
+
     def reached(self, inputs: Mapping[fx.Node, frozenset[int]]) -> dict[fx.Node, frozenset[int]]:
         """The directions that reach each node, given those that reach the inputs."""
         found = dict(inputs)
@@ -151,14 +165,22 @@ def _active(stage: Stage, inputs: Iterable[fx.Node]) -> set[fx.Node]:
     active = set(inputs)
     for node in stage.operations:
         constant = node.target is aten.detach.default
-        if not constant and any(operand in active for operand in node.all_input_nodes) and _is_real(value_of(node)):
+        if (
+            not constant
+            and any(operand in active for operand in node.all_input_nodes)
+            and _has_derivatives(value_of(node))
+        ):
             active.add(node)
     return active
 
 
-def _is_real(value: Any) -> bool:
-    parts = [value] if isinstance(value, Tensor) else value if isinstance(value, (list, tuple)) else []
-    return any(isinstance(part, Tensor) and part.is_floating_point() for part in parts)
+def _has_derivatives(value: Any) -> bool:
+    return any(part.is_floating_point() or part.is_complex() for part in _tensors(value))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return [part for part in parts if isinstance(part, Tensor)]
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -172,6 +194,4 @@ def _is_view(node: fx.Node) -> bool:
 
 def bytes_of(node: fx.Node) -> int:
     """Bytes of a value, at the shape that was captured."""
-    value = value_of(node)
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return sum(part.numel() * part.element_size() for part in parts if isinstance(part, Tensor))
+    return sum(part.numel() * part.element_size() for part in _tensors(value_of(node)))

@@ -1,6 +1,6 @@
 """A function of a state and data, captured as a graph and planned for the sweep."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -88,9 +88,23 @@ class Program:
         return sum(bytes_of(node) for node in self.body.stage.inputs[len(self.prelude.stage.outputs) :])
 
     def operands(self, state: State) -> dict[fx.Node, Any]:
-        """Values of the prelude at a state."""
-        return self.prelude.run([state[name] for name in self.entries])
+        """Values of the prelude at a state.
+
+        Raises:
+            CaptureError: An operation fails, or gives another shape than was captured.
+        """
+        return _values(self.prelude, [state[name] for name in self.entries])
 
     def evaluate(self, operands: Mapping[fx.Node, Any], data: BatchTree) -> dict[fx.Node, Any]:
-        """Values of the body, from those of the prelude and data."""
-        return self.body.run([*(operands[node] for node in self.prelude.stage.outputs), *data.tensors])
+        """Values of the body, from those of the prelude and data.
+
+        Raises:
+            CaptureError: An operation fails, or gives another shape than was captured.
+        """
+        return _values(self.body, [*(operands[node] for node in self.prelude.stage.outputs), *data.tensors])
+
+
+def _values(plan: Plan, inputs: Sequence[Any]) -> dict[fx.Node, Any]:
+    values = plan.run(inputs)
+    plan.refuse_other_shapes(values)
+    return values

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import nms
 
-from lmc_curvature import Objective, project_hessian
+from lmc_curvature import BatchLoss, Objective, project_hessian
 from lmc_curvature.curvature.problem import Tiling
 from lmc_curvature.curvature.projection import project_hessian_at
 from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
@@ -363,3 +364,47 @@ def test_folded_weights_are_kept_for_one_shape_of_batch_at_a_time():
             kept += map(weakref.ref, preludes.values())
     gc.collect()
     assert [reference() is None for reference in kept] == [True, True, False]
+
+
+def _kept_by_nms(model, batch):
+    x, y, boxes = batch
+    # The number is read off the shape, and the shape may be all that is used.
+    return F.cross_entropy(model(x), y, reduction="sum") / nms(boxes, boxes[:, 0], 0.3)[1:].shape[0]
+
+
+def _entries_of_a_sparse_tensor(model, batch):
+    x, y, boxes = batch
+    return F.cross_entropy(model(x), y, reduction="sum") / (boxes > 0.5).double().to_sparse().indices().shape[1]
+
+
+@torch.library.custom_op("lmc_tests::count", mutates_args=())
+def _count(x: torch.Tensor) -> int:
+    return int((x > 0.5).sum())
+
+
+def _number_of_an_operation(model, batch):
+    x, y, boxes = batch
+    return F.cross_entropy(model(x), y, reduction="sum") / _count(boxes)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (_kept_by_nms, "captured as a graph for other values: torchvision.nms.default.*in nms: "),
+        (_entries_of_a_sparse_tensor, "to_sparse.default has a sparse result.*in _entries_of_a_sparse_tensor: "),
+        (_number_of_an_operation, "lmc_tests.count.default hands a number out.*in _number_of_an_operation: "),
+    ],
+)
+def test_shapes_that_values_decide_are_never_those_of_another_batch(loss, message):
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(x, y):
+        corners = torch.rand(len(x), 2, generator=generator, dtype=torch.float64)
+        return x, y, torch.cat([corners, corners + 0.6], 1)
+
+    batches = [batch(*pair) for pair in vectors(8, 8, 8)]
+    objective = Objective(randomized(TwoLayers().double()), batches, loss_fn=BatchLoss(loss, size=lambda _: 8))
+    directions = layer_directions(objective)
+    expected = project_hessian(objective, {}, directions, method="hvp")
+    with pytest.warns(FallbackWarning, match=message):
+        assert_projections_agree(project_hessian(objective, {}, directions), expected, relative=1e-9)

@@ -1,7 +1,5 @@
 """Claim: whole networks go through the sweep, not the fallback, and agree with Hessian-vector products."""
 
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -251,17 +249,17 @@ def test_recurrent_cells(cell):
     assert_sweep_agrees(Objective(randomized(Unrolled().double()), [(_numbers(3, 3, 3), torch.arange(3))]))
 
 
-def test_packed_sequences_are_never_wrong():
+def test_packed_sequences_whose_lengths_come_with_the_batch_are_never_wrong():
     class Packed(_Recurrent):
-        def forward(self, x):
-            packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2, 3]), True, enforce_sorted=False)
+        def forward(self, inputs):
+            packed = nn.utils.rnn.pack_padded_sequence(*inputs, True, enforce_sorted=False)
             return self.fc(self.layer(packed)[1][0][-1])
 
     model = randomized(Packed(nn.LSTM(3, 4, batch_first=True)).double())
-    objective = Objective(model, [(_numbers(3, 4, 3), torch.arange(3))])
+    batches = [((_numbers(3, 4, 3), torch.tensor(lengths)), torch.arange(3)) for lengths in ([4, 2, 3], [3, 4, 1])]
+    objective = Objective(model, batches)
     directions = layer_directions(objective)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FallbackWarning)
+    with pytest.warns(FallbackWarning, match="a number is read off a tensor.*in forward: packed = nn.utils.rnn"):
         found = project_hessian(objective, {}, directions)
     expected = project_hessian(objective, {}, directions, method="hvp")
     assert np.abs(expected.curvature).min() > 1e-6

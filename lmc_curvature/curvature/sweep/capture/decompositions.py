@@ -117,6 +117,8 @@ def _glu(input, dim=-1):
 
 
 def _var_mean(input, dim=None, *, correction=None, keepdim=False):
+    if input.is_complex():
+        return NotImplemented
     axes = list(dim) if dim else list(range(input.ndim))
     count = math.prod(input.shape[axis] for axis in axes)
     mean = input.mean(axes, keepdim=True)
@@ -134,7 +136,26 @@ def _dot(first, second):
 
 
 def _var(input, dim=None, *, correction=None, keepdim=False):
+    if input.is_complex():
+        return NotImplemented
     return _var_mean(input, dim, correction=correction, keepdim=keepdim)[0]
+
+
+def _conj(input):
+    # Written out, because a view that is conjugated whenever it is read has no parts.
+    return torch.complex(input.real, -input.imag)
+
+
+def _on_parts(scatter):
+    """A change of some complex numbers as that of their parts, which autograd can follow."""
+
+    def changed(input, source, dim=0, *places):
+        if not input.is_complex():
+            return NotImplemented
+        parts = (torch.view_as_real(each.resolve_conj()) for each in (input, source))
+        return torch.view_as_complex(scatter(*parts, dim % input.ndim, *places))
+
+    return changed
 
 
 def _mse_loss(input, target, reduction=1):
@@ -166,4 +187,8 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.var.correction: _var,
     aten.var_mean.correction: _var_mean,
     aten.mse_loss.default: _mse_loss,
+    aten._conj.default: _conj,
+    aten._neg_view.default: torch.neg,
+    aten.slice_scatter.default: _on_parts(aten.slice_scatter.default),
+    aten.select_scatter.default: _on_parts(aten.select_scatter.default),
 }

@@ -25,8 +25,25 @@ def dependents(nodes: Iterable[fx.Node], sources: Iterable[fx.Node]) -> set[fx.N
     return found
 
 
+def depends(node: fx.Node) -> bool:
+    """Whether the value of a node depends on an input of its graph."""
+    seen, remaining = set(), [node]
+    while remaining:
+        node = remaining.pop()
+        if node.op == "placeholder":
+            return True
+        if node not in seen:
+            seen.add(node)
+            remaining += node.all_input_nodes
+    return False
+
+
 def drop_unused(graph: fx.Graph) -> None:
-    """Take out the nodes that nobody reads; they have no effect where every operation is functional."""
+    """Take out the nodes that nobody reads; they have no effect where every operation is functional.
+
+    Operations that are not torch's own stay: the shape of their result may depend on values, and have been read.
+    """
     for node in reversed(list(graph.nodes)):
-        if node.op in ("call_function", "get_attr") and not node.users:
+        is_own = getattr(node.target, "namespace", "aten") in ("aten", "prims", "prim")
+        if node.op in ("call_function", "get_attr") and is_own and not node.users:
             graph.erase_node(node)

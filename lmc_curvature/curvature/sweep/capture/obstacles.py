@@ -6,11 +6,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jaxtyping
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lmc_curvature import errors
 from lmc_curvature.curvature.sweep.capture.nodes import dependents, line_of, value_of
@@ -54,18 +53,31 @@ def is_mutable(node: fx.Node) -> bool:
 def _effect(node: fx.Node, dependent: set[fx.Node]) -> str:
     if is_mutable(node):
         return "changes a tensor in place"
+    if node in dependent and _is_number(node):
+        return "hands a number out"
+    if node in dependent and _is_sparse(node):
+        return "has a sparse result, whose entries are as many as values say"
     return "has a result whose shape depends on values" if _shape_depends_on_values(node, dependent) else ""
 
 
+def _is_number(node: fx.Node) -> bool:
+    """Whether the result of an operation is a plain number, of which a graph knows that of its capture alone."""
+    return not _results(node).isdisjoint({"int", "float", "bool"})
+
+
+def _is_sparse(node: fx.Node) -> bool:
+    """Whether the result of an operation is a tensor whose shape was not written down."""
+    return "Tensor" in _results(node) and value_of(node) is None
+
+
+def _results(node: fx.Node) -> set[str]:
+    """The types of an operation's results."""
+    return {str(result.type) for result in getattr(getattr(node.target, "_schema", None), "returns", ())}
+
+
 def _obstacle(node: fx.Node, dependent: set[fx.Node]) -> str:
-    if node.target is aten.as_strided.default:
-        return "depends on the layout of its argument in memory"
-    return "computes with complex numbers" if node in dependent and _is_complex(value_of(node)) else ""
-
-
-def _is_complex(value: Any) -> bool:
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(part, Tensor) and part.is_complex() for part in parts)
+    is_strided = node.target is aten.as_strided.default
+    return "depends on the layout of its argument in memory" if is_strided else ""
 
 
 def _shape_depends_on_values(node: fx.Node, dependent: set[fx.Node]) -> bool:
@@ -92,6 +104,8 @@ def _reason(error: BaseException) -> str:
         return "a number is read off a tensor, as .item() and branches on values do"
     if "custom_function_call" in text or "setup_context" in text:
         return "an autograd.Function has derivatives of its own, which its operations do not tell"
+    if "requires_grad_()" in text:
+        return "autograd is called inside of it; what torch.func.grad differentiates can be captured"
     return text.splitlines()[0] if text else type(error).__name__
 
 

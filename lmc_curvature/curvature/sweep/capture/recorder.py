@@ -10,10 +10,10 @@ from torch.func import functionalize
 from torch.fx.traceback import preserve_node_meta, set_stack_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lmc_curvature.curvature.sweep.capture.decompositions import DECOMPOSITIONS
-from lmc_curvature.curvature.sweep.capture.nodes import drop_unused
+from lmc_curvature.curvature.sweep.capture.nodes import depends, drop_unused
 from lmc_curvature.curvature.sweep.capture.obstacles import (
     calling_line,
     capture_error,
@@ -21,6 +21,7 @@ from lmc_curvature.curvature.sweep.capture.obstacles import (
     refuse_effects,
     refuse_obstacles,
 )
+from lmc_curvature.curvature.sweep.capture.replacements import Replacements
 
 aten = torch.ops.aten
 
@@ -42,7 +43,7 @@ def record(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> fx.Grap
     """
 
     def watched(*tensors: Tensor) -> Tensor:
-        with _Watching(), _RefusingToLeave():
+        with _Watching(), _RefusingToLeave(), Replacements():
             return function(*tensors)
 
     try:
@@ -104,14 +105,37 @@ class _GivenConstants(fx.Interpreter):
 
 
 class _Watching(TorchDispatchMode):
-    """Writes into the graph what operations alone do not tell: what has no gradient, and which line called."""
+    """Writes into the graph what operations alone do not tell: what has no gradient, and which line called.
+
+    Numbers of constants may be read off: a mask may be asked whether it is causal.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.Tag.data_dependent_output in func.tags and _are_constants([*args, *kwargs.values()]):
+            return _value_of_constants(func, args, kwargs)
         set_stack_trace([calling_line()])
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
         if torch.is_grad_enabled():
             return result
         return tree_map_only(Tensor, lambda value: aten.detach.default(value), result)
+
+
+def _are_constants(arguments: Any) -> bool:
+    """Whether none of some arguments depends on the inputs of the function that is being recorded."""
+    from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode, get_proxy_slot
+
+    mode = get_innermost_proxy_mode()
+    assert mode is not None
+    places = (get_proxy_slot(each, mode.tracer, None) for each in tree_leaves(arguments) if isinstance(each, Tensor))
+    return not any(depends(place.proxy.node) for place in places if place is not None)
+
+
+def _value_of_constants(func: Any, args: Any, kwargs: Any) -> Any:
+    from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+
+    with disable_proxy_modes_tracing():
+        return func(*args, **kwargs)
 
 
 class _RefusingToLeave(TorchFunctionMode):

@@ -71,7 +71,9 @@ class _LocalGraph:
         if not moved:
             return [None] * len(inputs)
         pulled, tangents = zip(*moved, strict=True)
-        return list(torch.autograd.grad(pulled, inputs, tangents, retain_graph=True, allow_unused=True))
+        found = torch.autograd.grad(pulled, inputs, tangents, retain_graph=True, allow_unused=True)
+        # Complex ones may be conjugated whenever they are read.
+        return [None if each is None else each.resolve_conj() for each in found]
 
     def tangent(self, call: OpCall, direction: int) -> Any:
         found = self._backward(call, direction, self.weights)

@@ -35,6 +35,9 @@ def _as_rows(tangents: Tensor, channels_last: bool) -> Float[Tensor, "k n"]:
     """A row a tangent, its elements in the order of memory where channels are or are not last there."""
     if channels_last:
         tangents = tangents.permute(0, 1, 3, 4, 2)
+    if tangents.is_complex():
+        # The inner product of complex numbers is that of their parts.
+        tangents = torch.view_as_real(tangents.resolve_conj())
     return tangents.reshape(len(tangents), -1).to(wide(tangents))
 
 

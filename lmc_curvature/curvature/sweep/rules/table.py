@@ -6,8 +6,9 @@ differentiate twice; the others are there because they are faster.
 
 import operator
 
-from torch import fx
+from torch import Tensor, fx
 
+from lmc_curvature.curvature.sweep.capture import value_of
 from lmc_curvature.curvature.sweep.rules import autodiff, bilinear, convolution, linear, pointwise, selection, softmax
 from lmc_curvature.curvature.sweep.rules.rule import Rule
 
@@ -21,7 +22,7 @@ _LINEAR = """
     upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d
     _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d
     _upsample_bilinear2d_aa _upsample_bicubic2d_aa adaptive_avg_pool1d avg_pool1d max_unpool2d
-    max_unpool3d div
+    max_unpool3d div _fft_r2c _fft_c2r _fft_c2c view_as_real view_as_complex
 """.split()  # noqa: SIM905
 
 _POINTWISE = """
@@ -55,7 +56,9 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(_FIRST_ORDER, autodiff.FirstOrderByAutodiff()),
     **dict.fromkeys(_CONSTANT, linear.Constant()),
     **dict.fromkeys(_SELECTION, selection.Selection()),
-    **dict.fromkeys(["select_scatter", "slice_scatter", "diagonal_scatter", "lerp.Scalar"], linear.Linear((0, 1))),
+    **dict.fromkeys(
+        ["select_scatter", "slice_scatter", "diagonal_scatter", "lerp.Scalar", "complex"], linear.Linear((0, 1))
+    ),
     **dict.fromkeys(["index_put", "masked_scatter"], linear.Linear((0, 2))),
     **dict.fromkeys(["scatter.src", "scatter_add", "index_add", "index_copy"], linear.Linear((0, 3))),
     "relu": pointwise.Rectifier(),
@@ -95,4 +98,11 @@ def rule_of(node: fx.Node, active: set[fx.Node]) -> Rule:
     overload = getattr(node.target, "_overloadname", "")
     rule = _RULES.get(f"{name}.{overload}") or _RULES.get(name, _BY_AUTODIFF)
     moved = [argument for argument in node.all_input_nodes if argument in active]
-    return rule if rule.fits(node, moved) else _BY_AUTODIFF
+    # What is linear in complex numbers is linear in their parts, too; most other rules take numbers for real.
+    holds = isinstance(rule, linear.Linear) or not any(_is_complex(each) for each in (node, *moved))
+    return rule if holds and rule.fits(node, moved) else _BY_AUTODIFF
+
+
+def _is_complex(node: fx.Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.is_complex()

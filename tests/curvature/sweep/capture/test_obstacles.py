@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lmc_curvature import project_hessian
 from lmc_curvature.errors import CaptureError, FallbackWarning
@@ -32,8 +33,15 @@ def _counting(x):
     return x * torch.nonzero(x).shape[0]
 
 
-def _complex(x):
-    return torch.fft.rfft(x).abs()
+def _packing(x):
+    lengths = 1 + (x[:, 0, 0] > 0).long()
+    return pad_packed_sequence(pack_padded_sequence(x, lengths, True, False), True, total_length=2)[0]
+
+
+def _sloping(x):
+    leaf = x.detach().requires_grad_()
+    with torch.enable_grad():
+        return x + torch.autograd.grad(leaf.sin().sum(), leaf)[0]
 
 
 class _Straight(torch.autograd.Function):
@@ -80,10 +88,11 @@ _REFUSED = {
         _counting,
         r"nonzero.*has a result whose shape depends on values \(at test_obstacles.py.*in _counting: ",
     ),
-    "complex": (
-        _complex,
-        r"_fft_r2c.* computes with complex numbers \(at test_obstacles.py.*in _complex: return torch.fft",
+    "lengths": (
+        lambda x: _packing(x.unflatten(1, (2, 3))),
+        r"a number is read off a tensor.*in _packing: return pad_packed_sequence",
     ),
+    "gradient": (_sloping, r"autograd is called inside of it; .*torch.func.grad.*in _sloping: leaf = x.detach"),
     "function": (_straight, r"an autograd.Function has derivatives of its own.*in _straight: return _Straight.apply"),
     "new function": (_straight_too, r"an autograd.Function has derivatives of its own.*in _straight_too: "),
 }

@@ -7,6 +7,7 @@ from torch import nn
 from torch.func import functional_call
 
 from lmc_curvature.curvature.sweep.capture import capture
+from lmc_curvature.errors import CaptureError
 from tests.support.capturing import captured_right, counts, numbers, run
 
 aten = torch.ops.aten
@@ -96,3 +97,21 @@ def test_assertions_about_values_have_no_part():
 
     (_, second), _ = _captured(nn.Sequential(nn.Linear(2, 2).double(), Tripled()), numbers(3, 2))
     assert counts(second)["aten.sin.default"] == 0
+
+
+def test_numbers_of_constants_may_be_read():
+    mask = torch.ones(4, 4).triu(1).bool()
+
+    def function(w, x):
+        causal = torch.ones_like(mask).triu(1)
+        # Asked in each of the ways in which torch reads a number.
+        is_causal = bool((mask == causal).all()) and torch.equal(mask, causal) and int(causal.sum()) == 6
+        return (x @ w).masked_fill(causal, 0.0) if is_causal else x
+
+    captured_right(function, [numbers(5, 4)], [numbers(4, 5)])
+
+
+@pytest.mark.parametrize("read", [lambda w, x: x, lambda w, x: w, lambda w, x: torch.zeros(()) + 0 * x.detach().sum()])
+def test_numbers_of_inputs_may_not(read):
+    with pytest.raises(CaptureError, match="a number is read off a tensor"):
+        captured_right(lambda w, x: x @ w * int(read(w, x).abs().sum() > -1), [numbers(5, 3)], [numbers(4, 5)])

@@ -1,0 +1,31 @@
+"""Claim: every network of the zoo takes the road that docs/zoo.md says, and agrees with products and with its loss."""
+
+import pytest
+
+from tests.support.zoo import ZOO
+from tests.support.zoo.rows import PAGE, read_rows, row_of, shown, table, versions
+
+ROWS = read_rows()
+
+# All of them together take minutes.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(versions() not in PAGE.read_text(encoding="utf-8"), reason="the page is of other versions"),
+]
+
+
+def test_the_page_shows_all_rows():
+    assert list(ROWS) == list(ZOO)
+    assert shown() == table(ROWS.values()).strip("\n")
+    assert len(ROWS) >= 60
+
+
+# Annotations are checked by the tests of smaller parts; here that would take as long as the computation.
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.check(after=4)
+@pytest.mark.parametrize("name", list(ZOO))
+def test_a_network_takes_the_road_of_its_row(name):
+    found, row = row_of(name), ROWS[name]
+    assert (found.road, found.reason, found.operations) == (row.road, row.reason, row.operations)
+    assert float(found.products or 0) < 1e-9
+    assert float(found.differences or 0) < 1e-4
