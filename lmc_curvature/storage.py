@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, and never run code when they are read."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -17,9 +18,14 @@ import safetensors.numpy
 from lmc_curvature import __version__
 from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError, OptionError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _HEADER = "lmc_curvature"
 _VERSION = "1"
-_PARTIAL = ".partial"
+_PARTIAL, _SHOWN = ".partial", 200
 
 
 @contextlib.contextmanager
@@ -27,7 +33,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and move it over `path` when the block ends without an error.
 
     A reader sees the old file or the new one, also when the process is killed or the disk fills up. Parent
-    directories are made.
+    directories are made, and what killed processes left of the same file is removed.
 
     Raises:
         OSError: The file cannot be written; the error has its name and the reason.
@@ -35,9 +41,11 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(path.parent, path.name)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)
-        os.close(handle)
         temporary = Path(name)
+        # A lock, which ends with the process, tells others that this file is still written.
+        lock = handle if _lock(handle) else os.close(handle)
         try:
             yield temporary
             with temporary.open("rb") as file:
@@ -48,6 +56,8 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.chmod(0o666 & ~umask)
             temporary.replace(path)
         finally:
+            if lock is not None:
+                os.close(lock)
             temporary.unlink(missing_ok=True)
 
 
@@ -89,10 +99,24 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(code, os.strerror(code), str(path)) from error
 
 
-def remove_partial_files(directory: str | os.PathLike[str]) -> None:
-    """Remove what `write_atomically` left in a directory when its process was killed."""
-    for path in Path(directory).glob(f".*{_PARTIAL}"):
-        path.unlink(missing_ok=True)
+def remove_partial_files(directory: str | os.PathLike[str], name: str | None = None) -> None:
+    """Remove what `write_atomically` left in a directory, of one file or of all, when its process was killed."""
+    for path in Path(directory).glob(f".{'*' if name is None else glob.escape(name) + '.*'}{_PARTIAL}"):
+        # Another process may have been faster, or the file may be another's.
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            if _lock(file.fileno()):
+                path.unlink(missing_ok=True)
+
+
+def _lock(handle: int) -> bool:
+    """Lock a file for as long as it is open, unless somebody else has locked it; return whether it is."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def discard_if_damaged(path: Path, load: Callable[[Path], object]) -> None:
@@ -160,9 +184,12 @@ def read_safetensors(
     """
     try:
         with safetensors.safe_open(path, framework) as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            header = parse_json((file.metadata() or {}).get(_HEADER, "{}"))
             return dict(header), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+    except OSError:
+        raise
+    # Types that NumPy does not have, and sizes that no memory has, are reported in many ways.
+    except Exception as error:
         raise FileFormatError(f"{path} is damaged or is not a safetensors file ({error}).") from error
 
 
@@ -177,9 +204,66 @@ def check_header(
     """
     check_version(path, header.get("version"), _VERSION, release=header.get("release"))
     metadata = header.get("metadata", {})
-    if verify and header.get("checksum") != _checksum(entries, metadata):
-        raise FileFormatError(f"{path} is damaged: its contents do not match its checksum.")
-    return metadata
+    with refuse_damage(path):
+        if verify and header.get("checksum") != _checksum(entries, metadata):
+            raise FileFormatError(f"{path} is damaged: its contents do not match its checksum.")
+        return dict(metadata)
+
+
+@contextlib.contextmanager
+def refuse_damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within the block, which makes something of a file's contents, let what fails be the damage of that file.
+
+    Raises:
+        FileFormatError: The contents are of other types, shapes or names, or too deeply nested.
+    """
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:_SHOWN]
+        raise FileFormatError(f"{path} is damaged: its contents are not what they should be ({said}).") from error
+
+
+def check_arrays(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, str], **sizes: int) -> None:
+    """Check that arrays have finite numbers and the shapes that belong together.
+
+    Args:
+        arrays: Name to array.
+        shapes: Names of arrays that must be there to the names of their dimensions, with spaces between them, or their
+            sizes. What has one name has one size.
+        **sizes: Those that are known.
+
+    Raises:
+        ValueError: An array is missing, has another shape, or numbers that are none.
+    """
+    for name, dimensions in shapes.items():
+        if name not in arrays:
+            raise ValueError(f"there is no array {name!r}")
+        array, names = arrays[name], dimensions.split()
+        if len(names) != array.ndim or not all(
+            size == (int(each) if each.isdecimal() else sizes.setdefault(each, size))
+            for each, size in zip(names, array.shape, strict=True)
+        ):
+            raise ValueError(f"{name!r} has shape {array.shape}; expected ({', '.join(names)})")
+        if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+            raise ValueError(f"{name!r} has values that are no finite numbers")
+
+
+def parse_json(text: str) -> Any:
+    """What a text in JSON says.
+
+    Raises:
+        ValueError: It is not JSON, is nested too deeply, or has halves of characters in it, which no file can have.
+    """
+    try:
+        contents = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(contents, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return contents
 
 
 def write_json(path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
@@ -197,7 +281,7 @@ def read_json(path: str | os.PathLike[str], version: str) -> dict[str, Any]:
         NewerVersionError: The file is of another version.
     """
     try:
-        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+        contents = parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise FileFormatError(f"{path} is damaged ({error}).") from error
     if not isinstance(contents, dict):
@@ -217,7 +301,7 @@ def check_version(path: str | os.PathLike[str], found: Any, known: str, *, relea
     """
     if found == known:
         return
-    older = isinstance(found, str) and found.isdecimal() and int(found) < int(known)
+    older = found in map(str, range(int(known)))
     age, remedy = ("an older", "Use that release") if older else ("a newer", "Upgrade lmc_curvature")
     writer = f"{age} release" + (f", {release}" if release else "")
     raise NewerVersionError(

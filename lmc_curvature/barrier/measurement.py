@@ -12,6 +12,7 @@ from torch import nn
 
 from lmc_curvature.averages import standard_error, weighted_mean, with_error
 from lmc_curvature.barrier.evaluation import chord, evaluate_points
+from lmc_curvature.barrier.fields import MEASUREMENT, measurement_fields
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
 from lmc_curvature.barrier.losses import data_in_words, loss_name
 from lmc_curvature.barrier.metrics import METRICS, Metric, check_metrics
@@ -25,13 +26,11 @@ from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.plotting.summary import Display, Summary
 from lmc_curvature.segment import Frozen, PartitionSpec, SegmentPoints, check_points
 from lmc_curvature.segment.frozen import frozen_choices
-from lmc_curvature.storage import load_arrays, save_arrays
+from lmc_curvature.storage import save_arrays
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-_KIND = "barrier-measurement"
 
 
 @torch.inference_mode(False)
@@ -310,7 +309,7 @@ class BarrierMeasurement(Display):
         """Write the measurement to one safetensors file, without loss."""
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         metadata = {name: getattr(self, name) for name in ("sets", "points", "metrics", "batch_norm", "notes", "loss")}
-        save_arrays(path, _KIND, arrays, **metadata)
+        save_arrays(path, MEASUREMENT, arrays, **metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "BarrierMeasurement":
@@ -320,12 +319,7 @@ class BarrierMeasurement(Display):
             FileNotFoundError: There is no such file.
             FileFormatError: The file is damaged or holds something else.
         """
-        arrays, metadata = load_arrays(path, _KIND)
-        # JSON has lists only, and files of earlier versions have no notes.
-        sets, metrics = tuple(map(tuple, metadata["sets"])), tuple(metadata["metrics"])
-        notes, points = tuple(metadata.get("notes", ())), tuple(metadata.get("points", ()))
-        single = {"batch_norm": metadata["batch_norm"], "loss": metadata.get("loss")}
-        return cls(**arrays, **single, sets=sets, points=points, metrics=metrics, notes=notes)
+        return cls(**measurement_fields(path))
 
     def plot(self) -> "Figure":
         """Draw the measured curves."""

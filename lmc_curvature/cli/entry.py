@@ -4,12 +4,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lmc_curvature.cli.failures import one_message
+from lmc_curvature.cli.failures import one_message, orderly_termination
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line on `sys.argv` or other arguments, and exit; see `failures` for messages and statuses."""
-    with one_message():
+    with orderly_termination(), one_message():
         # As `python -m` does, so that package.module:factory finds what lies in the current directory.
         sys.path.insert(0, str(Path.cwd()))
         from lmc_curvature.cli.app import app
