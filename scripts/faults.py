@@ -76,6 +76,7 @@ class Trip:
         self.where, self.at, self.action = where, at, action
 
     def __call__(self, where: str, value: Any) -> Any:
+        """The value of a call of `where`, or what the action makes of it."""
         self.calls[where] += 1
         return self.action(value) if (where, self.calls[where]) == (self.where, self.at) else value
 
@@ -225,18 +226,21 @@ class Command:
         sys.stderr.flush()
         # Its output, its error stream, and the number of its operations on files: few enough for pipes to hold them.
         pipes = [os.pipe() for _ in range(3)]
-        self.begun, self.pid = time.monotonic(), os.fork()
+        self.pid = os.fork()
         if not self.pid:
             _run_here(arguments, folder, inject, out, [writer for _, writer in pipes])
         self._readers = [reader for reader, _ in pipes]
         for _, writer in pipes:
             os.close(writer)
+        # The command begins now.
+        os.read(self._readers[2], 1)
+        self.begun = time.monotonic()
 
     def end(self, stop: Stop | None = None) -> Outcome:
         """Wait until the command ends, and stop it if that is to be."""
         status = None
         while status is None and (seconds := time.monotonic() - self.begun) < LONGEST:
-            if stop is not None and seconds >= stop[1]:
+            if stop is not None and seconds >= stop[1] + 0.01:
                 os.kill(self.pid, stop[0])
                 stop = None
             found, code = os.waitpid(self.pid, os.WNOHANG)
@@ -266,12 +270,12 @@ def _run_here(
         from lmc_curvature.cli import main
 
         inject()
+        os.write(writers[2], b"!")
         try:
             main(arguments)
         except SystemExit as stop:
             status = int(stop.code or 0)
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
+        sys.stdout.flush()
         os.write(writers[2], str(OPERATIONS.number).encode())
     except BaseException:  # noqa: BLE001 - this process ends here
         traceback.print_exc(file=sys.stderr)
@@ -589,7 +593,7 @@ _PLACES = {
 
 
 def places(bench: Bench, dice: random.Random) -> Iterator[Fault]:
-    """Places where nobody may write, the superuser neither: a file where a folder should be, and the other way round."""
+    """Places where nobody may write, nor the superuser: a file where a folder should be, and the other way round."""
     for command in bench.outcomes:
         for place in _PLACES.get(command, ()):
 

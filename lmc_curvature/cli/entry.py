@@ -14,5 +14,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.path.insert(0, str(Path.cwd()))
         from lmc_curvature.cli.app import app
 
-        # Also where it is started as a module, by torchrun or `python -m`.
-        app(arguments, prog_name="lmc-curvature")
+        try:
+            # Also where it is started as a module, by torchrun or `python -m`.
+            app(arguments, prog_name="lmc-curvature")
+        finally:
+            # What cannot be written any more is told of here, and not by Python at its end.
+            sys.stdout.flush()

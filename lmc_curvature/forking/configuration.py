@@ -234,7 +234,8 @@ def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
         raise ConfigurationError(
             f"{path} holds {type(values).__name__}; expected keys such as training and fork_epochs."
         )
-    strange = [key for key in values if not isinstance(key, str)]
+    mappings = [each for each in (values, *values.values()) if isinstance(each, dict)]
+    strange = [key for each in mappings for key in each if not isinstance(key, str)]
     if strange:
         raise ConfigurationError(f"{path}: {strange[0]!r} is not a name; expected keys such as training.")
     return parse_config(ForkConfig, {**values, **changes}, source=str(path))

@@ -68,6 +68,7 @@ def test_epochs_of_snapshots_are_a_list_or_a_step(file):
         ("- 1\n", "holds list; expected keys such as training"),
         ("", "holds NoneType; expected keys"),
         (TEXT + "1: 2\n", "1 is not a name"),
+        (TEXT + "trace: {null: 2}\n", "None is not a name"),
         (TEXT + "limit: 3\nlimit: 4\n", "the key 'limit' is in line 3 and in line 4; expected each key once"),
         (TEXT + "trace:\n  alphas: 3\n  test: true\n  alphas: 3\n", "the key 'alphas' is in line 4 and in line 6"),
         (TEXT + "model_options: {a: [{b: 1, c: 2, b: 1}]}\n", "the key 'b' is in line 3 and in line 3"),
