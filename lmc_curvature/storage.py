@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -183,7 +185,7 @@ def read_safetensors(
         FileFormatError: The file is damaged, or is not a safetensors file.
     """
     try:
-        with safetensors.safe_open(path, framework) as file:
+        with _signals_deferred(), safetensors.safe_open(path, framework) as file:
             header = parse_json((file.metadata() or {}).get(_HEADER, "{}"))
             return dict(header), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except OSError:
@@ -191,6 +193,23 @@ def read_safetensors(
     # Types that NumPy does not have, and sizes that no memory has, are reported in many ways.
     except Exception as error:
         raise FileFormatError(f"{path} is damaged or is not a safetensors file ({error}).") from error
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Within the block, keep interrupts for its end: code that is not Python's turns them into errors of its own."""
+    kept: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, _frame: kept.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in kept[:1]:
+            signal.raise_signal(number)
 
 
 def check_header(

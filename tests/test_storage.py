@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors.numpy import save_file
 
@@ -251,3 +252,40 @@ def test_arrays_that_do_not_belong_together(change, message):
     changed = {name: array for name, array in (arrays | change).items() if array is not None}
     with pytest.raises(ValueError, match=message):
         check_arrays(changed, shapes, m=5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_not_taken_for_damage(tmp_path, monkeypatch, number):
+    class Told(BaseException):
+        pass
+
+    def tell(*_):
+        raise Told
+
+    opened = safetensors.safe_open
+
+    class Foreign:
+        """Loses what is raised in its midst, as code in other languages may."""
+
+        def __init__(self, *arguments):
+            self.file = opened(*arguments)
+
+        def __enter__(self):
+            try:
+                signal.raise_signal(number)
+            except Told:
+                raise TypeError("no metadata") from None
+            return self.file.__enter__()
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+    save_arrays(tmp_path / "a", "test", _ARRAYS)
+    monkeypatch.setattr(safetensors, "safe_open", Foreign)
+    before = signal.signal(number, tell)
+    try:
+        with pytest.raises(Told):
+            load_arrays(tmp_path / "a", "test")
+        assert signal.getsignal(number) is tell
+    finally:
+        signal.signal(number, before)

@@ -1,5 +1,6 @@
 """The contents of checkpoint files of any origin, read without running code."""
 
+import mmap
 import re
 import warnings
 import zipfile
@@ -20,6 +21,7 @@ _IN_DIRECTORIES = tuple(f"*{kind}{index}" for kind in (".safetensors", ".bin") f
 
 _EXPECTED = "Expected safetensors, or what torch.save(model.state_dict(), path) writes."
 _COMPRESSED = 1 << 24
+_BYTES = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")
 
 
 def read_contents(path: Path, *, mapped: bool = False) -> Any:
@@ -134,8 +136,8 @@ def _read_torch(path: Path, *, mapped: bool) -> Any:
             # Of protocols: what cannot be read is an error below.
             warnings.simplefilter("ignore")
             # A file from before torch's archives cannot be mapped.
-            mmap = mapped and zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            can_map = mapped and zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except PermissionError:
         raise
     # torch reports damage as whatever the unpickler stumbled over.
@@ -155,16 +157,19 @@ def _read_torch(path: Path, *, mapped: bool) -> Any:
 
 
 def check_archive(path: Path, *, verify: bool = True) -> None:
-    """Refuse an archive that unpacks to much more than it is, or whose contents are not those of its checksums.
+    """Refuse a file of torch that would fill memory, or an archive whose contents are not those of its checksums.
 
     Args:
-        path: The file; what is no archive is right.
+        path: The file, which need not be an archive.
         verify: Compare the contents with the checksums, which torch writes and does not read.
 
     Raises:
         CheckpointError: It is damaged, or made to fill memory.
     """
     if not zipfile.is_zipfile(path):
+        if path.stat().st_size:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+                _refuse_allocation(path, contents)
         return
     try:
         with zipfile.ZipFile(path) as archive:
@@ -172,6 +177,11 @@ def check_archive(path: Path, *, verify: bool = True) -> None:
             # torch compresses nothing but the code of its own language.
             if sum(member.file_size for member in members) > path.stat().st_size + _COMPRESSED:
                 raise CheckpointError(f"{path} is refused: it unpacks to far more than its size. {_EXPECTED}")
+            for member in members:
+                if member.filename.endswith(".pkl"):
+                    with archive.open(member) as stream:
+                        # Without a number it unpacks all that there is, whatever it is said to be.
+                        _refuse_allocation(path, stream.read(member.file_size))
             for member in members if verify else ():
                 # Zero is also what torch writes if it is told not to compute checksums.
                 if member.CRC:
@@ -183,6 +193,12 @@ def check_archive(path: Path, *, verify: bool = True) -> None:
     # What reads archives stumbles over damage as pickles do.
     except Exception as error:
         raise CheckpointError(f"{path} is damaged: its contents do not match their checksums.") from error
+
+
+def _refuse_allocation(path: Path, contents: bytes | mmap.mmap) -> None:
+    """Refuse a pickle that makes an array of bytes of any size: the one thing that torch lets it fill memory with."""
+    if contents.find(b"bytearray\n") >= 0 and _BYTES.search(contents):
+        raise CheckpointError(f"{path} is refused: it holds more than tensors (bytearray). {_EXPECTED}")
 
 
 def _refuse_text(path: Path) -> None:

@@ -16,7 +16,8 @@ from tests.support.experiments import contents
 def test_the_manifest_names_every_snapshot_with_its_digest(finished):
     manifest = finished.child(0, 1).manifest()
     assert (manifest["status"], manifest["order_seed"], manifest["first_epoch"]) == ("finished", 2, 0)
-    assert list(manifest["sha256"]) == [f"epoch-{epoch:04d}.safetensors" for epoch in (1, 2, 3)]
+    snapshots = [f"epoch-{epoch:04d}.safetensors" for epoch in (1, 2, 3)]
+    assert list(manifest["sha256"]) == [*snapshots, "metrics.csv"]
     for name, digest in manifest["sha256"].items():
         contents = (finished.child(0, 1).path / name).read_bytes()
         assert hashlib.sha256(contents).hexdigest() == digest
