@@ -211,14 +211,18 @@ def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses aliases, of which a few of each other stand for more than any memory holds."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ConfigurationError(f"{path} has the alias *{self.peek_event().anchor}: write out what it is.")
+            return super().compose_node(parent, index)
+
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        # A few aliases of aliases stand for more than any memory holds.
-        alias = next((each for each in yaml.parse(text, yaml.SafeLoader) if isinstance(each, yaml.AliasEvent)), None)
-        if alias is not None:
-            raise ConfigurationError(f"{path} has the alias *{alias.anchor}: write out what it stands for.")
-        repeated = _repeated_key(yaml.compose(text, yaml.SafeLoader))
+        repeated = _repeated_key(yaml.compose(text, Loader))
         values = yaml.safe_load(text)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read ({error.strerror}); expected a YAML file.") from error
