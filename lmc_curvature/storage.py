@@ -5,29 +5,28 @@ import glob
 import hashlib
 import json
 import os
+import platform
 import re
 import signal
 import tempfile
 import threading
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import safetensors.numpy
 
 from lmc_curvature import __version__
 from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionError, OptionError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 _HEADER = "lmc_curvature"
 _VERSION = "1"
 _PARTIAL, _SHOWN = ".partial", 200
+_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 @contextlib.contextmanager
@@ -43,11 +42,12 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_partial_files(path.parent, path.name)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)
+        _remove_left_over(path)
+        # Others tell by the process whether the file is still written.
+        head = f".{path.name}.{_MACHINE}-{os.getpid()}-"
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=head, suffix=_PARTIAL)
+        os.close(handle)
         temporary = Path(name)
-        # A lock, which ends with the process, tells others that this file is still written.
-        lock = handle if _lock(handle) else os.close(handle)
         try:
             yield temporary
             with temporary.open("rb") as file:
@@ -58,8 +58,6 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.chmod(0o666 & ~umask)
             temporary.replace(path)
         finally:
-            if lock is not None:
-                os.close(lock)
             temporary.unlink(missing_ok=True)
 
 
@@ -101,24 +99,19 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(code, os.strerror(code), str(path)) from error
 
 
-def remove_partial_files(directory: str | os.PathLike[str], name: str | None = None) -> None:
-    """Remove what `write_atomically` left in a directory, of one file or of all, when its process was killed."""
-    for path in Path(directory).glob(f".{'*' if name is None else glob.escape(name) + '.*'}{_PARTIAL}"):
-        # Another process may have been faster, or the file may be another's.
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            if _lock(file.fileno()):
-                path.unlink(missing_ok=True)
+def remove_partial_files(directory: str | os.PathLike[str]) -> None:
+    """Remove what `write_atomically` left in a directory when its process was killed."""
+    for path in Path(directory).glob(f".*{_PARTIAL}"):
+        path.unlink(missing_ok=True)
 
 
-def _lock(handle: int) -> bool:
-    """Lock a file for as long as it is open, unless somebody else has locked it; return whether it is."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+def _remove_left_over(path: Path) -> None:
+    """Remove what processes of this machine that are gone have left of a file."""
+    head = f".{path.name}.{_MACHINE}-"
+    for left in path.parent.glob(f"{glob.escape(head)}*{_PARTIAL}"):
+        number = left.name.removeprefix(head).partition("-")[0]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            left.unlink(missing_ok=True)
 
 
 def discard_if_damaged(path: Path, load: Callable[[Path], object]) -> None:

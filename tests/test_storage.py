@@ -189,7 +189,7 @@ def test_directories_are_tried_and_left_as_they_are(tmp_path):
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     if not hasattr(os, "fork"):
-        pytest.skip("processes are not forked here, and files not locked")
+        pytest.skip("processes are not forked here")
     path = tmp_path / "[a]"
     pid = os.fork()
     if not pid:
@@ -197,7 +197,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
     (left,) = tmp_path.iterdir()
-    assert re.fullmatch(r"\.\[a\]\.\w+\.partial", left.name)
+    assert re.fullmatch(rf"\.\[a\]\.\w+-{pid}-\w+\.partial", left.name)
     with write_atomically(tmp_path / "b") as other:
         # Others' files are left alone, and so is what is still written.
         with write_atomically(path) as temporary:
