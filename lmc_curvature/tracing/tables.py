@@ -154,12 +154,13 @@ def _parse(contents: bytes) -> pd.DataFrame:
     # A layer may be called 0, or nan.
     table = pd.read_csv(io.BytesIO(contents), dtype={"layer": str}, keep_default_na=False, na_values=[""])
     for column in table.columns if len(table) else ():
+        values = np.asarray(table[column])
         if column in _CHOICES:
-            is_right = table[column].isin(_CHOICES[column]).all()
+            is_right = {*values} <= {*_CHOICES[column]}
         elif column in _WHOLE:
-            is_right = table[column].dtype.kind == "i"
+            is_right = values.dtype.kind == "i"
         else:
-            is_right = column == "layer" or (table[column].dtype.kind in "if" and not np.isinf(table[column]).any())
+            is_right = column == "layer" or (values.dtype.kind in "if" and not bool(np.isinf(values).any()))
         if not is_right:
             raise ValueError(f"column {column!r} has values that do not belong there")
     return table
