@@ -166,12 +166,12 @@ def check_archive(path: Path, *, verify: bool = True) -> None:
     Raises:
         CheckpointError: It is damaged, or made to fill memory.
     """
-    if not zipfile.is_zipfile(path):
-        if path.stat().st_size:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
-                _refuse_allocation(path, contents)
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            if path.stat().st_size:
+                with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+                    _refuse_allocation(path, contents)
+            return
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             # torch compresses nothing but the code of its own language.

@@ -79,7 +79,9 @@ def _verified(pair: Pair, record: Mapping[str, Any]) -> Pair:
     choice = replace(pair.selection.choice, budget=float(record["budget"]), bases=(chosen.base,))
     selection = Selection.of(choice, choice.members(chosen.members), chosen.base)
     caution = float(record.get("provenance", {}).get("options", {}).get("caution", 2.0))
-    verification = Verification(selection, tuple(trials), chosen, caution, held_out and _trial(held_out))
+    verification = Verification(
+        selection, tuple(trials), chosen, caution, None if held_out is None else _trial(held_out)
+    )
     return replace(pair, selection=selection, verification=verification)
 
 

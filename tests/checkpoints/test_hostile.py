@@ -71,6 +71,16 @@ def test_an_archive_that_says_that_it_unpacks_to_little(saved):
     assert memory() - before < 50 << 20
 
 
+def test_an_archive_whose_end_is_of_another_kind(saved):
+    contents = saved.read_bytes()
+    # The locator of a larger directory, which says that there are several disks, stands before the end.
+    place = contents.rindex(b"PK\x05\x06")
+    saved.write_bytes(contents[:place] + b"PK\x06\x07" + b"\xff" * 16 + contents[place:])
+    for read in (lambda: load_checkpoint(nn.Linear(2, 2), saved), lambda: MappedCheckpoint(saved)):
+        with pytest.raises(CheckpointError, match=r"a\.pt is damaged"):
+            read()
+
+
 class Code:
     def __reduce__(self):
         return print, ("the checkpoint ran code",)

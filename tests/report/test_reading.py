@@ -96,6 +96,7 @@ def test_records_of_predictions_are_provenance_alone(files):
     [
         {"measurements": [{}], "measured": {"base": "a"}, "budget": 1},
         {"measurements": 3, "measured": {"layers": []}},
+        {"measurements": [{}], "measured": {"base": "a"}, "held_out": False},
         {"measurements": ["x"], "measured": "x", "budget": {}},
     ],
 )
