@@ -16,7 +16,7 @@ from torch import Tensor
 from lmc_curvature.errors import ArchitectureMismatchError, NonFiniteError
 from lmc_curvature.objective.normalization import is_batch_counter
 from lmc_curvature.plotting.summary import Display, Summary
-from lmc_curvature.storage import load_arrays, save_arrays
+from lmc_curvature.storage import check_arrays, load_arrays, refuse_damage, save_arrays
 
 State = Mapping[str, Tensor]
 
@@ -103,7 +103,10 @@ class SiblingGeometry(Display):
             FileFormatError: The file is damaged or holds something else.
         """
         arrays, _ = load_arrays(path, _KIND)
-        return cls(**{name: float(value) for name, value in arrays.items()})
+        names = [field.name for field in dataclasses.fields(cls)]
+        with refuse_damage(path):
+            check_arrays(arrays, dict.fromkeys(names, ""))
+        return cls(**{name: float(arrays[name]) for name in names})
 
 
 def _cosine(u: Float64[Tensor, " n"], v: Float64[Tensor, " n"]) -> float:

@@ -1,17 +1,23 @@
 """Files that are written whole or not at all, and never run code when they are read."""
 
 import contextlib
+import glob
 import hashlib
 import json
 import os
+import platform
 import re
+import signal
 import tempfile
+import threading
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 import safetensors.numpy
 
 from lmc_curvature import __version__
@@ -19,7 +25,8 @@ from lmc_curvature.errors import CheckpointError, FileFormatError, NewerVersionE
 
 _HEADER = "lmc_curvature"
 _VERSION = "1"
-_PARTIAL = ".partial"
+_PARTIAL, _SHOWN = ".partial", 200
+_MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 @contextlib.contextmanager
@@ -27,7 +34,7 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`, and move it over `path` when the block ends without an error.
 
     A reader sees the old file or the new one, also when the process is killed or the disk fills up. Parent
-    directories are made.
+    directories are made, and what killed processes left of the same file is removed.
 
     Raises:
         OSError: The file cannot be written; the error has its name and the reason.
@@ -35,7 +42,10 @@ def write_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     with _named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=_PARTIAL)
+        _remove_left_over(path)
+        # Others tell by the process whether the file is still written.
+        head = f".{path.name}.{_MACHINE}-{os.getpid()}-"
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=head, suffix=_PARTIAL)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -93,6 +103,15 @@ def remove_partial_files(directory: str | os.PathLike[str]) -> None:
     """Remove what `write_atomically` left in a directory when its process was killed."""
     for path in Path(directory).glob(f".*{_PARTIAL}"):
         path.unlink(missing_ok=True)
+
+
+def _remove_left_over(path: Path) -> None:
+    """Remove what processes of this machine that are gone have left of a file."""
+    head = f".{path.name}.{_MACHINE}-"
+    for left in path.parent.glob(f"{glob.escape(head)}*{_PARTIAL}"):
+        number = left.name.removeprefix(head).partition("-")[0]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            left.unlink(missing_ok=True)
 
 
 def discard_if_damaged(path: Path, load: Callable[[Path], object]) -> None:
@@ -159,11 +178,31 @@ def read_safetensors(
         FileFormatError: The file is damaged, or is not a safetensors file.
     """
     try:
-        with safetensors.safe_open(path, framework) as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        with _signals_deferred(), safetensors.safe_open(path, framework) as file:
+            header = parse_json((file.metadata() or {}).get(_HEADER, "{}"))
             return dict(header), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+    except OSError:
+        raise
+    # Types that NumPy does not have, and sizes that no memory has, are reported in many ways.
+    except Exception as error:
         raise FileFormatError(f"{path} is damaged or is not a safetensors file ({error}).") from error
+
+
+@contextlib.contextmanager
+def _signals_deferred() -> Iterator[None]:
+    """Within the block, keep interrupts for its end: code that is not Python's turns them into errors of its own."""
+    kept: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, _frame: kept.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in kept[:1]:
+            signal.raise_signal(number)
 
 
 def check_header(
@@ -177,9 +216,66 @@ def check_header(
     """
     check_version(path, header.get("version"), _VERSION, release=header.get("release"))
     metadata = header.get("metadata", {})
-    if verify and header.get("checksum") != _checksum(entries, metadata):
-        raise FileFormatError(f"{path} is damaged: its contents do not match its checksum.")
-    return metadata
+    with refuse_damage(path):
+        if verify and header.get("checksum") != _checksum(entries, metadata):
+            raise FileFormatError(f"{path} is damaged: its contents do not match its checksum.")
+        return dict(metadata)
+
+
+@contextlib.contextmanager
+def refuse_damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Within the block, which makes something of a file's contents, let what fails be the damage of that file.
+
+    Raises:
+        FileFormatError: The contents are of other types, shapes or names, or too deeply nested.
+    """
+    try:
+        yield
+    except FileFormatError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:_SHOWN]
+        raise FileFormatError(f"{path} is damaged: its contents are not what they should be ({said}).") from error
+
+
+def check_arrays(arrays: Mapping[str, np.ndarray], shapes: Mapping[str, str], **sizes: int) -> None:
+    """Check that arrays have finite numbers and the shapes that belong together.
+
+    Args:
+        arrays: Name to array.
+        shapes: Names of arrays that must be there to the names of their dimensions, with spaces between them, or their
+            sizes. What has one name has one size.
+        **sizes: Those that are known.
+
+    Raises:
+        ValueError: An array is missing, has another shape, or numbers that are none.
+    """
+    for name, dimensions in shapes.items():
+        if name not in arrays:
+            raise ValueError(f"there is no array {name!r}")
+        array, names = arrays[name], dimensions.split()
+        if len(names) != array.ndim or not all(
+            size == (int(each) if each.isdecimal() else sizes.setdefault(each, size))
+            for each, size in zip(names, array.shape, strict=True)
+        ):
+            raise ValueError(f"{name!r} has shape {array.shape}; expected ({', '.join(names)})")
+        if array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+            raise ValueError(f"{name!r} has values that are no finite numbers")
+
+
+def parse_json(text: str) -> Any:
+    """What a text in JSON says.
+
+    Raises:
+        ValueError: It is not JSON, is nested too deeply, or has halves of characters in it, which no file can have.
+    """
+    try:
+        contents = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(contents, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return contents
 
 
 def write_json(path: str | os.PathLike[str], contents: Mapping[str, Any]) -> None:
@@ -197,7 +293,7 @@ def read_json(path: str | os.PathLike[str], version: str) -> dict[str, Any]:
         NewerVersionError: The file is of another version.
     """
     try:
-        contents = json.loads(Path(path).read_text(encoding="utf-8"))
+        contents = parse_json(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise FileFormatError(f"{path} is damaged ({error}).") from error
     if not isinstance(contents, dict):
@@ -217,7 +313,7 @@ def check_version(path: str | os.PathLike[str], found: Any, known: str, *, relea
     """
     if found == known:
         return
-    older = isinstance(found, str) and found.isdecimal() and int(found) < int(known)
+    older = found in map(str, range(int(known)))
     age, remedy = ("an older", "Use that release") if older else ("a newer", "Upgrade lmc_curvature")
     writer = f"{age} release" + (f", {release}" if release else "")
     raise NewerVersionError(

@@ -4,16 +4,27 @@ import errno
 import json
 import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from safetensors.numpy import save_file
 
 from lmc_curvature.checkpoints import write_snapshot
-from lmc_curvature.errors import FileFormatError, OptionError
-from lmc_curvature.storage import check_writable, load_arrays, save_arrays, write_atomically, write_json
+from lmc_curvature.errors import FileFormatError, NewerVersionError, OptionError
+from lmc_curvature.storage import (
+    check_arrays,
+    check_writable,
+    load_arrays,
+    parse_json,
+    read_json,
+    save_arrays,
+    write_atomically,
+    write_json,
+)
 
 _ARRAYS = {
     "scalar": np.array(3.5),
@@ -174,3 +185,107 @@ def test_directories_are_tried_and_left_as_they_are(tmp_path):
                 check_writable(path)
         with pytest.raises(OptionError, match=rf"^the answer cannot be written: {re.escape(str(closed))}: [A-Z]"):
             check_writable(closed, what="the answer")
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    if not hasattr(os, "fork"):
+        pytest.skip("processes are not forked here")
+    path = tmp_path / "[a]"
+    pid = os.fork()
+    if not pid:
+        with write_atomically(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert re.fullmatch(rf"\.\[a\]\.\w+-{pid}-\w+\.partial", left.name)
+    with write_atomically(tmp_path / "b") as other:
+        # Others' files are left alone, and so is what is still written.
+        with write_atomically(path) as temporary:
+            assert not left.exists()
+            with write_atomically(path) as second:
+                assert temporary.exists()
+                second.write_text("first")
+            assert path.read_text() == "first"
+        assert other.exists()
+    assert {each.name for each in tmp_path.iterdir()} == {"[a]", "b"}
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": ' * 100_000, "9" * 5000, '"\\ud800"', '{"\\uDFFF": 1}', "\0", "nul"]
+)
+def test_texts_that_are_no_json_of_a_file(tmp_path, text):
+    with pytest.raises(ValueError, match=r"\w"):
+        parse_json(text)
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(FileFormatError, match=r"a\.json is damaged"):
+        read_json(tmp_path / "a.json", "1")
+
+
+def test_whole_characters_are_read():
+    assert parse_json('["\\ud83d\\ude00", "\\u00e9"]') == ["\U0001f600", "é"]
+
+
+@pytest.mark.parametrize("version", ["9" * 5000, "", None, 1, [], "-1", "\u0661"])
+def test_strange_versions_are_of_other_releases(tmp_path, version):
+    (tmp_path / "a.json").write_text(json.dumps({"version": version}))
+    with pytest.raises(NewerVersionError, match=r"a\.json has format version"):
+        read_json(tmp_path / "a.json", "2")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": None}, "there is no array 'x'"),
+        ({"x": np.ones((2, 3))}, r"'x' has shape \(2, 3\); expected \(n, n\)"),
+        ({"y": np.ones(4)}, r"'y' has shape \(4,\); expected \(n, 2\)"),
+        ({"y": np.ones((2, 2))}, r"'y' has shape \(2, 2\)"),
+        ({"y": np.ones((3, 3))}, r"'y' has shape \(3, 3\)"),
+        ({"x": np.full((3, 3), np.nan)}, "'x' has values that are no finite numbers"),
+        ({"x": np.full((3, 3), "a")}, "'x' has values that are no finite numbers"),
+        ({"z": np.ones(4)}, r"'z' has shape \(4,\); expected \(m\)"),
+    ],
+)
+def test_arrays_that_do_not_belong_together(change, message):
+    arrays = {"x": np.ones((3, 3)), "y": np.ones((3, 2)), "z": np.ones(5, dtype=int)}
+    shapes = {"x": "n n", "y": "n 2", "z": "m"}
+    check_arrays(arrays, shapes, m=5)
+    changed = {name: array for name, array in (arrays | change).items() if array is not None}
+    with pytest.raises(ValueError, match=message):
+        check_arrays(changed, shapes, m=5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_not_taken_for_damage(tmp_path, monkeypatch, number):
+    class Told(BaseException):
+        pass
+
+    def tell(*_):
+        raise Told
+
+    opened = safetensors.safe_open
+
+    class Foreign:
+        """Loses what is raised in its midst, as code in other languages may."""
+
+        def __init__(self, *arguments):
+            self.file = opened(*arguments)
+
+        def __enter__(self):
+            try:
+                signal.raise_signal(number)
+            except Told:
+                raise TypeError("no metadata") from None
+            return self.file.__enter__()
+
+        def __exit__(self, *error):
+            return self.file.__exit__(*error)
+
+    save_arrays(tmp_path / "a", "test", _ARRAYS)
+    monkeypatch.setattr(safetensors, "safe_open", Foreign)
+    before = signal.signal(number, tell)
+    try:
+        with pytest.raises(Told):
+            load_arrays(tmp_path / "a", "test")
+        assert signal.getsignal(number) is tell
+    finally:
+        signal.signal(number, before)

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int, Real
 
 from lmc_curvature.averages import interval, standard_error, weighted_mean, with_error
 from lmc_curvature.barrier.evaluation import chord
+from lmc_curvature.barrier.fields import MEASUREMENT, measurement_fields
 from lmc_curvature.barrier.kinds import CurveKind, classify_curve
 from lmc_curvature.barrier.losses import data_in_words
 from lmc_curvature.barrier.metrics import Metric
@@ -17,13 +18,11 @@ from lmc_curvature.barrier.summaries import measurement_summary
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import BatchNormPolicy
 from lmc_curvature.plotting.summary import Display, Summary
-from lmc_curvature.storage import load_arrays, save_arrays
+from lmc_curvature.storage import save_arrays
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-_KIND = "barrier-measurement"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -229,7 +228,7 @@ class BarrierMeasurement(Display):
         arrays = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         names = ("sets", "points", "metrics", "batch_norm", "notes", "loss", "interruption")
         metadata = {name: getattr(self, name) for name in names}
-        save_arrays(path, _KIND, arrays, **metadata)
+        save_arrays(path, MEASUREMENT, arrays, **metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "BarrierMeasurement":
@@ -239,13 +238,7 @@ class BarrierMeasurement(Display):
             FileNotFoundError: There is no such file.
             FileFormatError: The file is damaged or holds something else.
         """
-        arrays, metadata = load_arrays(path, _KIND)
-        # JSON has lists only, and files of earlier versions have no notes.
-        sets, metrics = tuple(map(tuple, metadata["sets"])), tuple(metadata["metrics"])
-        notes, points = tuple(metadata.get("notes", ())), tuple(metadata.get("points", ()))
-        single = {"batch_norm": metadata["batch_norm"], "loss": metadata.get("loss")}
-        single["interruption"] = metadata.get("interruption")
-        return cls(**arrays, **single, sets=sets, points=points, metrics=metrics, notes=notes)
+        return cls(**measurement_fields(path))
 
     def plot(self) -> "Figure":
         """Draw the measured curves."""

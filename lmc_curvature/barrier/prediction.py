@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -16,19 +16,17 @@ from lmc_curvature.barrier.expansions import (
     Expansion,
     check_alphas,
 )
+from lmc_curvature.barrier.fields import OPTIONAL, PREDICTION, PROJECTION, WEIGHTS, prediction_fields
 from lmc_curvature.barrier.summaries import prediction_summary
 from lmc_curvature.curvature.projection import Projection
 from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
 from lmc_curvature.plotting.summary import Display, Summary
-from lmc_curvature.storage import load_arrays, save_arrays
+from lmc_curvature.storage import save_arrays
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
-
-_FIELDS = ("batch_sizes", "batch_losses", "batch_slopes", "batch_curvatures", "batch_weights")
-_OPTIONAL = ("parameters", "errors", "norms")
 
 Alphas = float | Sequence[float] | Float[np.ndarray, " n"]
 
@@ -276,14 +274,14 @@ class BarrierPrediction(Display):
     def save(self, path: str | PathLike[str]) -> None:
         """Write the prediction to one safetensors file, without loss."""
         arrays = {"distances": self.distances}
-        arrays |= {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) is not None}
+        arrays |= {name: getattr(self, name) for name in OPTIONAL if getattr(self, name) is not None}
         for number, (_, projection) in enumerate(self.anchors):
-            fields = {field: getattr(projection, field) for field in _FIELDS}
+            fields = {field: getattr(projection, field) for field in (*PROJECTION, WEIGHTS)}
             arrays |= {f"anchor_{number}.{field}": array for field, array in fields.items() if array is not None}
         positions = [anchor.alpha for anchor in self.anchors]
         names = ("layers", "batch_norm", "notes", "cosine", "groups", "base", "loss", "interruption")
         metadata = {name: getattr(self, name) for name in names} | {"anchors": positions}
-        save_arrays(path, "barrier-prediction", arrays, **metadata)
+        save_arrays(path, PREDICTION, arrays, **metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "BarrierPrediction":
@@ -293,34 +291,7 @@ class BarrierPrediction(Display):
             FileNotFoundError: There is no such file.
             FileFormatError: The file is damaged or holds something else.
         """
-        arrays, metadata = load_arrays(path, "barrier-prediction")
-        # Files of earlier versions have the two ends alone, and no notes.
-        word, positions = ("anchor", metadata["anchors"]) if "anchors" in metadata else ("endpoint", [0.0, 1.0])
-        anchors = []
-        for number, alpha in enumerate(positions):
-            # Weights are there where they are not the sizes.
-            names = {field: f"{word}_{number}.{field}" for field in _FIELDS}
-            fields: dict[str, Any] = {field: arrays[name] for field, name in names.items() if name in arrays}
-            projection = Projection(**fields)
-            anchors.append(Anchor(alpha, projection))
-        layers, notes = tuple(metadata["layers"]), tuple(metadata.get("notes", ()))
-        metadata = {"groups": None, "base": "a", "cosine": None, "loss": None, **metadata}
-        groups = metadata["groups"]
-        return cls(
-            layers,
-            tuple(anchors),
-            arrays["distances"],
-            metadata["batch_norm"],
-            notes,
-            parameters=arrays.get("parameters"),
-            errors=arrays.get("errors"),
-            norms=arrays.get("norms"),
-            cosine=metadata["cosine"],
-            groups=groups and {layer: tuple(entries) for layer, entries in groups.items()},
-            base=metadata["base"],
-            loss=metadata["loss"],
-            interruption=metadata.get("interruption"),
-        )
+        return cls(**prediction_fields(path))
 
     def plot(self) -> "Figure":
         """Draw the predicted curves of the whole network and the barriers of its layers."""

@@ -97,7 +97,8 @@ def _casts(entry: Tensor, own: Tensor) -> bool:
         return False
     if own.is_floating_point() or own.is_complex():
         return entry.is_floating_point() == own.is_floating_point()
-    return torch.equal(entry.to(own.dtype).to(entry.dtype), entry)
+    # What has another shape may take any memory.
+    return entry.shape != own.shape or torch.equal(entry.to(own.dtype).to(entry.dtype), entry)
 
 
 def _type(tensor: Tensor) -> str:

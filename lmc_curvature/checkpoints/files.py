@@ -1,12 +1,9 @@
 """The contents of checkpoint files of any origin, read without running code."""
 
-import json
-import lzma
-import pickle
+import mmap
 import re
 import warnings
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,14 @@ from torch import Tensor
 from lmc_curvature.checkpoints.pickles import code_in
 from lmc_curvature.checkpoints.snapshots import read_tensors, with_prefix
 from lmc_curvature.errors import CheckpointError, counted
+from lmc_curvature.storage import parse_json
 
 # In the order in which they are looked for; libraries write the same weights as several of them.
 _IN_DIRECTORIES = tuple(f"*{kind}{index}" for kind in (".safetensors", ".bin") for index in (".index.json", ""))
 
 _EXPECTED = "Expected safetensors, or what torch.save(model.state_dict(), path) writes."
+_COMPRESSED = 1 << 24
+_BYTES = re.compile(rb"c(builtins|__builtin__)\nbytearray\n")
 
 
 def read_contents(path: Path, *, mapped: bool = False) -> Any:
@@ -84,16 +84,21 @@ def shards_of(index: Path) -> dict[Path, list[str]]:
     """The files of a checkpoint in shards, each with the names of the entries that it holds.
 
     Raises:
-        CheckpointError: The index is damaged.
+        CheckpointError: The index is damaged, or names what is no file beside it.
     """
     names_by_shard: dict[str, list[str]] = {}
     try:
-        for name, shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        for name, shard in parse_json(index.read_text(encoding="utf-8"))["weight_map"].items():
             names_by_shard.setdefault(str(shard), []).append(name)
     except (ValueError, LookupError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"{index} is damaged, or is not the index of a checkpoint: it has no weight_map from names to files."
         ) from error
+    for shard in names_by_shard:
+        if shard != Path(shard).name or shard in ("", "..") or "\0" in shard or shard.endswith(".index.json"):
+            raise CheckpointError(
+                f"{index} names {shard!r} as a part of the checkpoint; expected names of files beside it."
+            )
     return {index.parent / shard: names for shard, names in sorted(names_by_shard.items())}
 
 
@@ -125,21 +130,18 @@ def _read_safetensors(path: Path, *, mapped: bool) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path, *, mapped: bool) -> Any:
-    if not mapped:
-        check_archive(path)
+    check_archive(path, verify=not mapped)
     try:
         with warnings.catch_warnings():
             # Of protocols: what cannot be read is an error below.
             warnings.simplefilter("ignore")
             # A file from before torch's archives cannot be mapped.
-            mmap = mapped and zipfile.is_zipfile(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            can_map = mapped and zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=can_map)
     except PermissionError:
         raise
     # torch reports damage as whatever the unpickler stumbled over.
-    except (
-        pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError,
-    ) as error:  # fmt: skip
+    except Exception as error:
         named = re.search(r"GLOBAL (\S+)", str(error))
         code = code_in(path) or (named and named[1])
         if code:
@@ -154,23 +156,49 @@ def _read_torch(path: Path, *, mapped: bool) -> Any:
         ) from error
 
 
-def check_archive(path: Path) -> None:
-    """Refuse an archive whose contents do not match their checksums, which torch writes and does not read."""
-    if not zipfile.is_zipfile(path):
-        return
+def check_archive(path: Path, *, verify: bool = True) -> None:
+    """Refuse a file of torch that would fill memory, or an archive whose contents are not those of its checksums.
+
+    Args:
+        path: The file, which need not be an archive.
+        verify: Compare the contents with the checksums, which torch writes and does not read.
+
+    Raises:
+        CheckpointError: It is damaged, or made to fill memory.
+    """
     try:
+        if not zipfile.is_zipfile(path):
+            if path.stat().st_size:
+                with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as contents:
+                    _refuse_allocation(path, contents)
+            return
         with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
+            members = archive.infolist()
+            # torch compresses nothing but the code of its own language.
+            if sum(member.file_size for member in members) > path.stat().st_size + _COMPRESSED:
+                raise CheckpointError(f"{path} is refused: it unpacks to far more than its size. {_EXPECTED}")
+            for member in members:
+                if member.filename.endswith(".pkl"):
+                    with archive.open(member) as stream:
+                        # Without a number it unpacks all that there is, whatever it is said to be.
+                        _refuse_allocation(path, stream.read(member.file_size))
+            for member in members if verify else ():
                 # Zero is also what torch writes if it is told not to compute checksums.
                 if member.CRC:
                     with archive.open(member) as stream:
                         while stream.read(1 << 20):
                             pass
-    except PermissionError:
+    except (PermissionError, CheckpointError):
         raise
-    # NotImplementedError, of ways of compression that there are not, is a RuntimeError.
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError, RuntimeError) as error:
+    # What reads archives stumbles over damage as pickles do.
+    except Exception as error:
         raise CheckpointError(f"{path} is damaged: its contents do not match their checksums.") from error
+
+
+def _refuse_allocation(path: Path, contents: bytes | mmap.mmap) -> None:
+    """Refuse a pickle that makes an array of bytes of any size: the one thing that torch lets it fill memory with."""
+    if contents.find(b"bytearray\n") >= 0 and _BYTES.search(contents):
+        raise CheckpointError(f"{path} is refused: it holds more than tensors (bytearray). {_EXPECTED}")
 
 
 def _refuse_text(path: Path) -> None:

@@ -49,11 +49,8 @@ def code_in(path: Path) -> str | None:
 
 @contextlib.contextmanager
 def _until_an_error() -> Iterator[None]:
-    """Leave the block at the errors by which readers of pickles and archives tell the end, damage or another kind."""
-    with contextlib.suppress(
-        OSError, ValueError, LookupError, EOFError, MemoryError, NotImplementedError, RuntimeError,
-        tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error,
-    ):  # fmt: skip
+    """Leave the block at any error: readers of pickles and archives tell the end, damage or another kind by many."""
+    with contextlib.suppress(Exception):
         yield
 
 
@@ -65,11 +62,12 @@ def _streams(path: Path) -> Iterator[_Stream]:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
                 if name.endswith(".pkl"):
-                    yield io.BytesIO(archive.read(name))
+                    with archive.open(name) as file:
+                        yield io.BytesIO(file.read(_DECOMPRESSED))
     elif tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
             files = (archive.extractfile(member) for member in archive)
-            yield from (io.BytesIO(file.read()) for file in files if file is not None)
+            yield from (io.BytesIO(file.read(_DECOMPRESSED)) for file in files if file is not None)
     elif opener := next((opener for magic, opener in _COMPRESSIONS.items() if start.startswith(magic)), None):
         with opener(path, "rb") as stream:
             yield io.BytesIO(stream.read(_DECOMPRESSED))

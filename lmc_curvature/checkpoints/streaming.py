@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmc_curvature.checkpoints.entries import check_fit
 from lmc_curvature.checkpoints.files import check_archive, file_of, is_safetensors, read_contents, shards_of
-from lmc_curvature.checkpoints.unwrapping import unwrap, unwrap_alone, wrapper_in
+from lmc_curvature.checkpoints.unwrapping import DEPTH, unwrap, unwrap_alone, wrapper_in
 from lmc_curvature.errors import CheckpointError
 from lmc_curvature.storage import write_atomically
 
@@ -26,7 +26,9 @@ _TYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_ALIGNMENT = 8
+_ALIGNMENT, _CHUNK = 8, 1 << 24
+# The key of a header that is no entry.
+_METADATA = "__metadata__"
 
 
 class MappedCheckpoint:
@@ -68,8 +70,13 @@ class MappedCheckpoint:
             entries, source = unwrap(contents, own, **options)
             check_fit(own, entries, source=source, network=network)
         for name, entry in entries.items():
-            if not isinstance(entry, Tensor) or entry.layout != torch.strided:
+            if not isinstance(entry, Tensor) or entry.layout != torch.strided or entry.is_meta or entry.is_nested:
                 raise CheckpointError(f"{path} has an entry {name!r} that is no dense tensor, and cannot be streamed.")
+            if entry.nbytes > max(entry.untyped_storage().nbytes(), _CHUNK):
+                raise CheckpointError(
+                    f"{path} has an entry {name!r} of shape {tuple(entry.shape)}, which stands for more numbers than "
+                    "the file holds: save it by .contiguous()."
+                )
         self.forms: dict[str, Tensor] = {name: torch.empty_like(t, device="meta") for name, t in entries.items()}
         first: dict[tuple[Any, ...], str] = {}
         places = {name: (t.data_ptr(), t.shape, t.stride()) for name, t in entries.items() if t.numel()}
@@ -106,9 +113,9 @@ class MappedCheckpoint:
 
 
 def _tensors_in(contents: Mapping[Any, Any], keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Every tensor in nested mappings, after the keys that lead to it."""
+    """Every tensor in nested mappings, as deep as state dicts are looked for, after the keys that lead to it."""
     for key, value in contents.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and len(keys) < DEPTH:
             yield from _tensors_in(value, (*keys, key))
         elif isinstance(value, Tensor):
             yield (*keys, key), value
@@ -181,7 +188,8 @@ def write_stream(
         metadata: The metadata of the header.
 
     Raises:
-        CheckpointError: An entry is of a type that safetensors does not know; names it.
+        CheckpointError: An entry is of a type that safetensors does not know, or has a name that it cannot have; names
+            it.
         OSError: The file cannot be written.
     """
     unknown = next((name for name, form in forms.items() if form.dtype not in _TYPES), None)
@@ -189,9 +197,12 @@ def write_stream(
         raise CheckpointError(
             f"Entry {unknown!r} is of type {forms[unknown].dtype}, which safetensors files cannot hold."
         )
+    for name in forms:
+        if name == _METADATA or name != name.encode(errors="replace").decode():
+            raise CheckpointError(f"An entry is called {name!r}, which no entry of a safetensors file can be.")
     # So that every entry begins at a multiple of its type's size.
     ordered = dict(sorted(forms.items(), key=lambda item: -item[1].dtype.itemsize))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    header: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}
     end = 0
     for name, form in ordered.items():
         start, end = end, end + form.bytes

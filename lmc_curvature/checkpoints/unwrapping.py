@@ -10,7 +10,9 @@ from torch import Tensor
 from lmc_curvature.checkpoints.entries import faults, summary
 from lmc_curvature.errors import CheckpointError
 
-_DEPTH = 2
+DEPTH = 2
+"""How many keys may lead to a state dict."""
+
 _SHOWN = 6
 # DataParallel and AveragedModel, torch.compile, FSDP, and activation checkpointing name what they wrap so.
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -113,7 +115,7 @@ def unwrap_alone(contents: Any, *, key: str | None, strip_prefix: str | None, so
     return entries
 
 
-def _state_dicts(contents: Any, key: str = "", depth: int = _DEPTH) -> Iterator[tuple[str, dict[str, Any]]]:
+def _state_dicts(contents: Any, key: str = "", depth: int = DEPTH) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every mapping that has tensors in nested mappings, by its keys, without whatever else is in it."""
     if not isinstance(contents, Mapping):
         return

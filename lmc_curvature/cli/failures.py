@@ -1,14 +1,16 @@
 """How a command ends other than with its answer: in one message on standard error, and a status.
 
-130 if it was interrupted; 2 for mistakes that the library finds in options, files, networks and data; 1 for all else,
-such as full disks, and errors in a network or a loader.
+130 if it was interrupted, 143 if it was told to end by SIGTERM; 2 for mistakes that the library finds in options,
+files, networks and data; 1 for all else, such as full disks, and errors in a network or a loader.
 """
 
 import contextlib
 import itertools
 import os
+import signal
 import sys
 import sysconfig
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -21,6 +23,32 @@ TRACEBACK = "LMC_CURVATURE_TRACEBACK"
 
 _PARTIAL = "the answer above is of the batches before"
 _PACKAGE = str(Path(__file__).parents[1])
+
+
+class _Termination(BaseException):
+    """SIGTERM, which tells a process to end."""
+
+
+@contextlib.contextmanager
+def orderly_termination() -> Iterator[None]:
+    """Within the block, let SIGTERM end this process as an interrupt does, so that nothing unfinished is left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def end(number: int, _frame: object) -> None:
+        if os.getpid() == owner:
+            raise _Termination
+        # A process that a loader has forked.
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 @contextlib.contextmanager
@@ -41,11 +69,13 @@ def one_message(advice: str = "") -> Iterator[None]:
     except LMCCurvatureError as error:
         _exit(2, str(error), error)
     except KeyboardInterrupt:
-        _exit_interrupted(advice)
+        _exit_early(130, "interrupted", advice)
+    except _Termination:
+        _exit_early(143, "terminated", advice)
     except SystemExit as stop:
         # typer ends silently, or with a word of its own, what is interrupted before a command begins.
         if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
-            _exit_interrupted(advice)
+            _exit_early(130, "interrupted", advice)
         raise
     except Exception as error:  # noqa: BLE001 - whatever a network, a loader or the system raises is told in one line
         _exit(1, f"{reason(error)}. {TRACEBACK}=1 shows the traceback.", error)
@@ -91,12 +121,12 @@ def _user_frame(error: Exception) -> traceback.FrameSummary | None:
     return theirs[-1] if theirs else None
 
 
-def _exit_interrupted(advice: str) -> None:
-    print(f"interrupted{advice and f'; {advice}'}.", file=sys.stderr)
+def _exit_early(status: int, what: str, advice: str) -> None:
+    print(f"{what}{advice and f'; {advice}'}.", file=sys.stderr)
     # Python dies of a signal at its end if the interrupt came within code that was executed from a string, as imports
     # of dataclasses do; it forgets that when it executes the next.
     exec("")
-    sys.exit(130)
+    sys.exit(status)
 
 
 def _exit(status: int, message: str, error: BaseException) -> None:

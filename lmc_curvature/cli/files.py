@@ -3,7 +3,6 @@
 As in `app`, the library is imported inside the commands.
 """
 
-import contextlib
 import dataclasses
 import inspect
 import json
@@ -175,12 +174,13 @@ def write_merge(
     if not _is_folder(out, files):
         return plan, merge_checkpoints(plan, out, mergekit=mergekit, recalibrated=network, facts=said)
     try:
-        record = merge_checkpoints(plan, out / "model.safetensors", mergekit=mergekit, recalibrated=network, facts=said)
+        # The weights come last: without them a folder holds no network.
         _copy_descriptions(plan.kept.path, out)
-    finally:
-        # Empty where the merge was refused.
-        with contextlib.suppress(OSError):
-            out.rmdir()
+        record = merge_checkpoints(plan, out / "model.safetensors", mergekit=mergekit, recalibrated=network, facts=said)
+    except BaseException:
+        # It was new, or empty.
+        shutil.rmtree(out, ignore_errors=True)
+        raise
     return plan, record
 
 
@@ -191,10 +191,13 @@ def _is_folder(out: Path, files: Comparison) -> bool:
 
 def _copy_descriptions(source: Path, folder: Path) -> None:
     """Copy what describes a network and its tokens, and none of the weights, nor of the state of its training."""
+    from lmc_curvature.storage import write_atomically
+
     for path in sorted(source.iterdir()):
         is_of_weights = path.name.endswith(".index.json") or path.name == "trainer_state.json"
         if path.is_file() and path.suffix in _DESCRIPTIONS and not is_of_weights:
-            shutil.copyfile(path, folder / path.name)
+            with write_atomically(folder / path.name) as temporary:
+                shutil.copyfile(path, temporary)
 
 
 def _with_files(command: Callable[..., None], *left_out: str) -> Callable[..., None]:

@@ -48,7 +48,7 @@ def key_and_value(option: str) -> tuple[str, Any]:
         raise OptionError(f"--model-option {option!r}: expected KEY=VALUE, such as num_classes=10.")
     try:
         return key, json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return key, value
 
 

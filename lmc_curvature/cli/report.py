@@ -98,8 +98,10 @@ def _check_predictions(saved: list[Path]) -> None:
 
 def _record(path: Path) -> dict[str, Any]:
     """What a command printed with --json."""
+    from lmc_curvature.storage import parse_json
+
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FileFormatError(f"{path} is not JSON ({error}); expected what --json printed.") from error
     if not isinstance(record, dict) or not isinstance(record.get("provenance"), dict):
@@ -126,7 +128,7 @@ def _merge_words(record: dict[str, Any]) -> list[str] | None:
             strip_prefix=model["strip_prefix"],
             layers=options["layers"],
         )
-    except (KeyError, TypeError):
+    except (LookupError, TypeError, AttributeError, ValueError):
         return None
     return merge_words(comparison)
 

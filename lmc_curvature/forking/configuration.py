@@ -28,7 +28,7 @@ class Configuration(BaseModel):
     # pydantic before 2.10 reserves every name that begins with "model_".
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -68,7 +68,7 @@ class TrainingConfig(Configuration):
         ConfigurationError: A key is unknown, missing, or has a bad value.
     """
 
-    epochs: Integer = Field(ge=1)
+    epochs: Integer = Field(ge=1, le=1_000_000)
     learning_rate: Real = Field(gt=0, allow_inf_nan=False)
     milestones: tuple[Integer, ...] = ()
     gamma: Real = Field(default=0.1, gt=0, le=1)
@@ -150,8 +150,8 @@ class ForkConfig(Configuration):
     model_options: dict[str, JsonValue] = Field(default_factory=dict)
     init_seed: Integer = Field(default=0, ge=0, lt=2**63)
     order_seed: Integer = Field(default=0, ge=0, lt=2**63)
-    children: Integer = Field(default=2, ge=2)
-    threads: Integer | None = Field(default=None, ge=1)
+    children: Integer = Field(default=2, ge=2, le=10_000)
+    threads: Integer | None = Field(default=None, ge=1, le=4096)
     trace: TraceConfig = Field(default_factory=TraceConfig)
 
     @field_validator("snapshot_epochs", mode="before")
@@ -206,19 +206,30 @@ def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
         **changes: Values that replace those of the file.
 
     Raises:
-        ConfigurationError: The file is missing, is not YAML, or holds an unknown key or a bad value. The message has a
-            line for each.
+        ConfigurationError: The file is missing, is not YAML, has aliases, which stand for other parts of it, or holds
+            an unknown key or a bad value. The message has a line for each.
     """
     import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Refuses aliases, of which a few of each other stand for more than any memory holds."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ConfigurationError(f"{path} has the alias *{self.peek_event().anchor}: write out what it is.")
+            return super().compose_node(parent, index)
 
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        repeated = _repeated_key(yaml.compose(text, yaml.SafeLoader))
+        repeated = _repeated_key(yaml.compose(text, Loader))
         values = yaml.safe_load(text)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read ({error.strerror}); expected a YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ConfigurationError:
+        raise
+    # Dates and numbers that there are not, tags without a value, and nesting without end have errors of their own.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         # Of several lines, with a picture of the place.
         raise ConfigurationError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if repeated is not None:
@@ -227,7 +238,8 @@ def load_config(path: str | os.PathLike[str], **changes: Any) -> ForkConfig:
         raise ConfigurationError(
             f"{path} holds {type(values).__name__}; expected keys such as training and fork_epochs."
         )
-    strange = [key for key in values if not isinstance(key, str)]
+    mappings = [each for each in (values, *values.values()) if isinstance(each, dict)]
+    strange = [key for each in mappings for key in each if not isinstance(key, str)]
     if strange:
         raise ConfigurationError(f"{path}: {strange[0]!r} is not a name; expected keys such as training.")
     return parse_config(ForkConfig, {**values, **changes}, source=str(path))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lmc_curvature import __version__
-from lmc_curvature.errors import DataError
+from lmc_curvature.errors import DataError, FileFormatError
 from lmc_curvature.forking.configuration import ForkConfig
 from lmc_curvature.forking.directory import ForkDirectory, check_config, explain_damage, open_directory, write_config
 from lmc_curvature.sources import ImageDataset, Split, load_data
@@ -118,4 +118,7 @@ def begin(directory: ForkDirectory, splits: Mapping[Split, ImageDataset], made_w
 def _read(directory: ForkDirectory) -> dict[str, Any]:
     path = directory.provenance_path
     with explain_damage("Delete it if the data are still those that were trained on."):
-        return read_json(path, _VERSION) if path.is_file() else {}
+        found = read_json(path, _VERSION) if path.is_file() else {}
+        if not all(isinstance(found.get(name, {}), dict) for name in ("data", "made_with")):
+            raise FileFormatError(f"{path} is damaged: it does not tell what the experiment was begun with.")
+        return found

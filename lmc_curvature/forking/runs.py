@@ -1,6 +1,6 @@
 """The files of one network in training.
 
-manifest.json               the status of training, what it was made with, and the SHA-256 of every snapshot
+manifest.json               the status of training, what it was made with, and the SHA-256 of all that is kept
 metrics.csv                 a row an epoch
 epoch-0006.safetensors      the network and its optimiser at each epoch that is kept
 latest.safetensors          the same at the last epoch trained, until training is finished
@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lmc_curvature.errors import CheckpointError, FileFormatError
 from lmc_curvature.forking.state import EpochMetrics, TrainingState
@@ -19,6 +19,7 @@ from lmc_curvature.storage import discard_if_damaged, read_json, remove_partial_
 _MANIFEST = "manifest.json"
 _METRICS = "metrics.csv"
 _VERSION = "1"
+_KINDS = {"status": str, "message": str, "made_with": dict, "sha256": dict}
 
 Status = Literal["training", "finished", "diverged"]
 
@@ -67,12 +68,18 @@ class Run:
     def manifest(self) -> dict[str, Any]:
         """Return the manifest; empty if there is none, or if it is damaged, so that it is made anew."""
         try:
-            return read_json(self.path / _MANIFEST, _VERSION)
+            found = read_json(self.path / _MANIFEST, _VERSION)
         except (OSError, FileFormatError):
             return {}
+        is_whole = all(isinstance(found.get(name), kind) for name, kind in _KINDS.items())
+        return found if is_whole and found["status"] in get_args(Status) else {}
+
+    def _kept(self, status: Status) -> list[Path]:
+        """Paths of the files that will not change any more."""
+        return [*self.snapshot_paths, *([self.path / _METRICS] if status == "finished" else [])]
 
     def write_manifest(self, status: Status, made_with: Mapping[str, Any], message: str = "") -> None:
-        """Write the manifest: the status, what made the run, and the snapshots that are there with their digests."""
+        """Write the manifest: the status, what made the run, and the files that are kept with their digests."""
         contents = {
             "title": self.title,
             "status": status,
@@ -81,7 +88,7 @@ class Run:
             "first_epoch": self.first_epoch,
             "epochs": self.epochs,
             "made_with": dict(made_with),
-            "sha256": {path.name: _digest(path) for path in self.snapshot_paths if path.is_file()},
+            "sha256": {path.name: _digest(path) for path in self._kept(status) if path.is_file()},
         }
         write_json(self.path / _MANIFEST, contents)
 
@@ -100,19 +107,20 @@ class Run:
             return 0
 
     def discard_damage(self) -> None:
-        """Remove snapshots that do not match their checksums, or are not those of the manifest, and unfinished files.
+        """Remove what does not match its checksum, or is not what the manifest tells of, and unfinished files.
 
-        A warning names each snapshot.
+        A warning names each.
 
         Raises:
             NewerVersionError: A snapshot was written by another release; it is left alone.
         """
         remove_partial_files(self.path)
         for path in (*self.snapshot_paths, self.latest_path):
+            discard_if_damaged(path, TrainingState.load)
+        for path in self._kept("finished"):
             discard_if_damaged(path, self._check)
 
     def _check(self, path: Path) -> None:
-        TrainingState.load(path)
         recorded = self.manifest().get("sha256", {}).get(path.name)
         if recorded is not None and recorded != _digest(path):
             raise CheckpointError(f"{path} is not the file that {self.path / _MANIFEST} tells the SHA-256 of.")

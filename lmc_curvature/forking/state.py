@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lmc_curvature.checkpoints import read_snapshot, write_snapshot
+from lmc_curvature.errors import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +57,11 @@ class TrainingState:
             CheckpointError: The file is missing, damaged, not a snapshot, or from a newer version.
         """
         model, optimizer, metadata = read_snapshot(path)
-        history = tuple(EpochMetrics(*values) for values in metadata["history"])
-        return cls(metadata["epoch"], model, optimizer, history)
+        try:
+            history = [EpochMetrics(int(epoch), *map(float, values)) for epoch, *values in metadata["history"]]
+            return cls(int(metadata["epoch"]), model, optimizer, tuple(history))
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            raise CheckpointError(f"{path} does not tell how far the training has come, as a snapshot does.") from error
 
 
 def capture_state(

@@ -109,8 +109,8 @@ class MergePlan:
                 piece = pieces[0].to(dtype)
             if alpha is not None and not bool(torch.isfinite(piece).all()):
                 raise NonFiniteError(
-                    f"Entry {name!r} of the merged network has values that are infinite or not a number. Has a "
-                    "training diverged?"
+                    f"Entry {name!r} of the average of {self.a.path} and {self.b.path} has values that are infinite or "
+                    "not a number. Has a training diverged?"
                 )
             yield piece
 

@@ -15,7 +15,7 @@ from lmc_curvature.forking import open_directory
 from lmc_curvature.merging import Selection, Verification
 from lmc_curvature.merging.trials import SetTrial
 from lmc_curvature.report.contents import TITLE, Contents, Pair, pair_of
-from lmc_curvature.storage import read_safetensors
+from lmc_curvature.storage import parse_json, read_safetensors, refuse_damage
 from lmc_curvature.tracing import read_traces
 from lmc_curvature.tracing.pair import Pair as TracedPair
 
@@ -63,8 +63,9 @@ def read_contents(
         make = partial(pair_of, **options)
         return (_demo if (paths[0] / "barriers").is_dir() else _experiment)(paths[0], make, raw)
     pair = pair_of("", [read_result(path) for path in paths], merge=merge, **options)
-    for record in records.values():
-        pair = _verified(pair, record)
+    for name, record in records.items():
+        with refuse_damage(name):
+            pair = _verified(pair, record)
     provenance = {name: record.get("provenance") for name, record in records.items()}
     return Contents(title=TITLE, pairs=(pair,), provenance={"files": list(map(str, paths)), **provenance}, raw=raw)
 
@@ -78,12 +79,16 @@ def _verified(pair: Pair, record: Mapping[str, Any]) -> Pair:
     choice = replace(pair.selection.choice, budget=float(record["budget"]), bases=(chosen.base,))
     selection = Selection.of(choice, choice.members(chosen.members), chosen.base)
     caution = float(record.get("provenance", {}).get("options", {}).get("caution", 2.0))
-    verification = Verification(selection, tuple(trials), chosen, caution, held_out and _trial(held_out))
+    verification = Verification(
+        selection, tuple(trials), chosen, caution, None if held_out is None else _trial(held_out)
+    )
     return replace(pair, selection=selection, verification=verification)
 
 
 def _trial(record: Mapping[str, Any]) -> SetTrial:
     numbers = {name: _number(record[name]) for name in ("predicted", "expected", "rise", "standard_error", "weight")}
+    if not (math.isfinite(numbers["rise"]) and math.isfinite(numbers["weight"])):
+        raise ValueError("a rise or a weight is no finite number")
     return SetTrial(members=tuple(record["layers"]), base=record["base"], **numbers)
 
 
@@ -102,7 +107,7 @@ def read_result(path: Path) -> BarrierPrediction | BarrierMeasurement:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     kind = read_safetensors(path, "np")[0].get("kind")
-    if kind is None or kind not in _LOADERS:
+    if not isinstance(kind, str) or kind not in _LOADERS:
         raise FileFormatError(
             f"{path} holds {'no result' if kind is None else repr(kind)}; expected a file that `save` of a prediction "
             "or a measurement wrote, as by --save of predict, measure and select."
@@ -112,9 +117,9 @@ def read_result(path: Path) -> BarrierPrediction | BarrierMeasurement:
 
 def _demo(path: Path, make: MakePair, raw: bool) -> Contents:
     pairs = []
-    for folder in sorted((path / "barriers").glob("fork-*")):
+    folders = {folder.name.removeprefix("fork-"): folder for folder in sorted((path / "barriers").glob("fork-*"))}
+    for fork, folder in ((int(number), folder) for number, folder in folders.items() if number.isdecimal()):
         results = {name: read_result(folder / f"{name}.safetensors") for name in ("predicted", "measured")}
-        fork = int(folder.name.removeprefix("fork-"))
         pairs.append(make(_fork_title(fork), results, merge=_merge_words(path / "forks", fork, None)))
     if not pairs:
         raise CheckpointError(f"{path / 'barriers'} holds no results; lmc-curvature demo --out {path} makes them.")
@@ -158,4 +163,9 @@ def _merge_words(path: Path, fork: int, epoch: int | None) -> list[str]:
 def _provenance(path: Path) -> dict[str, Any]:
     """The configuration of an experiment, and what it was begun with."""
     files = {"experiment": path / "config.json", "begun with": path / "provenance.json"}
-    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
+    found = {}
+    for name, file in files.items():
+        if file.is_file():
+            with refuse_damage(file):
+                found[name] = parse_json(file.read_text(encoding="utf-8"))
+    return found

@@ -222,16 +222,23 @@ def open_image(path: str) -> "Image":
     """An image file in RGB.
 
     Raises:
-        DataError: Its pixels are not of eight bits, which would all become the largest or the smallest value.
+        DataError: It cannot be read, or its pixels are not of eight bits, which would all become the largest or the
+            smallest value.
     """
     from PIL import Image
 
-    with Image.open(path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise DataError(
-                f"{path} has pixels of more than eight bits (mode {image.mode!r}); convert the images to eight bits."
-            )
-        return image.convert("RGB")
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(
+                    f"{path} has pixels of more than eight bits (mode {image.mode!r}); convert it to eight bits."
+                )
+            return image.convert("RGB")
+    except DataError:
+        raise
+    # Pillow reports broken files as a SyntaxError or whatever else it stumbles over.
+    except Exception as error:
+        raise DataError(f"{path} cannot be read as an image ({error}).") from error
 
 
 def _decode(
@@ -243,11 +250,7 @@ def _decode(
     images = torch.empty(0, dtype=torch.uint8)
     off = None if progress is None else not progress
     for index, path in enumerate(tqdm(paths, desc=f"decoding {folder.root}", unit="image", disable=off)):
-        try:
-            image = pil_to_tensor(scaled(folder[index][0]))
-        except (OSError, SyntaxError) as error:
-            # Pillow reports some broken PNG files as a SyntaxError.
-            raise DataError(f"{path} cannot be read as an image ({error}).") from error
+        image = pil_to_tensor(scaled(folder[index][0]))
         if index == 0:
             images = image.new_empty((len(paths), *image.shape))
         if image.shape != images.shape[1:]:

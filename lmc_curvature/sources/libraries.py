@@ -5,7 +5,6 @@ The weights of both networks come from checkpoints, so nothing is downloaded, an
 
 import functools
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from lmc_curvature.errors import ConfigurationError, suggest
+from lmc_curvature.storage import parse_json
 
 _ENDINGS = {
     "CausalLM": ("ForCausalLM", "LMHeadModel"),
@@ -87,7 +87,8 @@ def transformers_factory(directory: str) -> Callable[..., nn.Module]:
             model = auto.from_config(config, trust_remote_code=False, attn_implementation="eager")
         except ConfigurationError:
             raise
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        # Values of a configuration are looked at by nobody before they are computed with.
+        except Exception as error:
             raise ConfigurationError(f"{what} cannot be built: {error}") from error
         if type(model).__name__ != name:
             raise ConfigurationError(
@@ -114,7 +115,7 @@ def _class_of(directory: str) -> tuple[str, str]:
     path = Path(directory) / "config.json"
     what = f"model 'transformers:{directory}'"
     try:
-        (name,) = json.loads(path.read_text(encoding="utf-8"))["architectures"]
+        (name,) = parse_json(path.read_text(encoding="utf-8"))["architectures"]
     except OSError as error:
         raise ConfigurationError(
             f"{what}: {path} cannot be read ({error.strerror}); expected a directory that save_pretrained wrote."

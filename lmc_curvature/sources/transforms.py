@@ -71,10 +71,7 @@ class TransformedImages:
         return torch.stack(images)
 
     def _image(self, path: Path) -> Tensor:
-        try:
-            image = open_image(str(path))
-        except (OSError, SyntaxError) as error:
-            raise DataError(f"{path} cannot be read as an image ({error}).") from error
+        image = open_image(str(path))
         try:
             made = self.transform(image)
         except TypeError as error:

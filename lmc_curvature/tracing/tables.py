@@ -17,13 +17,15 @@ import pandas as pd
 
 from lmc_curvature.barrier.expansions import EXPANSIONS
 from lmc_curvature.barrier.measurement import BarrierMeasurement
+from lmc_curvature.barrier.metrics import METRICS
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.errors import CheckpointError, counted
 from lmc_curvature.forking import ForkDirectory, open_directory
 from lmc_curvature.forking.directory import explain_damage
 from lmc_curvature.geometry import SiblingGeometry
 from lmc_curvature.plotting.summary import Display, Summary, some
-from lmc_curvature.storage import read_json, write_atomically, write_json
+from lmc_curvature.sources.images import SPLITS
+from lmc_curvature.storage import read_json, refuse_damage, write_atomically, write_json
 from lmc_curvature.tracing.pair import Pair, cumulative_sets
 
 Row = dict[str, Any]
@@ -82,6 +84,8 @@ _COLUMNS = {
 # Columns that tables of earlier versions do not have.
 _LATER = ("predicted_anchored", "expansion_error", "measured_se")
 _VERSION = "1"
+_CHOICES = {"split": SPLITS, "metric": METRICS, "expansion": EXPANSIONS, "side": ("first", "last")}
+_WHOLE = ("fork", "epoch", "position", "count")
 
 
 def read_traces(out_dir: str | os.PathLike[str]) -> Traces:
@@ -102,10 +106,10 @@ def read_traces(out_dir: str | os.PathLike[str]) -> Traces:
             whole = not contents or contents.endswith(b"\n")
             if not whole or checksums.get(name, _checksum(contents)) != _checksum(contents):
                 raise ValueError("it is not as it was written")
-            tables[name] = _with_later(pd.read_csv(io.BytesIO(contents)), columns.split())
+            tables[name] = _with_later(_parse(contents), columns.split())
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing; {remedy}") from error
-        except (ValueError, UnicodeDecodeError) as error:
+        except (ValueError, OverflowError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); {remedy}") from error
         found, expected = list(tables[name].columns), columns.split()
         if found != expected:
@@ -141,6 +145,27 @@ def _with_later(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     return table.reindex(columns=pd.Index(columns)) if found == earlier else table
 
 
+def _parse(contents: bytes) -> pd.DataFrame:
+    """A table from CSV.
+
+    Raises:
+        ValueError: It is none, or has other values than its columns are for.
+    """
+    # A layer may be called 0, or nan.
+    table = pd.read_csv(io.BytesIO(contents), dtype={"layer": str}, keep_default_na=False, na_values=[""])
+    for column in table.columns if len(table) else ():
+        values = np.asarray(table[column])
+        if column in _CHOICES:
+            is_right = {*values} <= {*_CHOICES[column]}
+        elif column in _WHOLE:
+            is_right = values.dtype.kind == "i"
+        else:
+            is_right = column == "layer" or (values.dtype.kind in "if" and not bool(np.isinf(values).any()))
+        if not is_right:
+            raise ValueError(f"column {column!r} has values that do not belong there")
+    return table
+
+
 def _table_path(directory: ForkDirectory, name: str) -> Path:
     return directory.path / "traces" / f"{name}.csv"
 
@@ -156,7 +181,8 @@ def _checksum(contents: bytes) -> str:
 def _read_checksums(directory: ForkDirectory) -> dict[str, str]:
     """The checksum of each table; none of experiments that were traced before there were checksums."""
     path = _checksums_path(directory)
-    return dict(read_json(path, _VERSION).get("sha256", {})) if path.is_file() else {}
+    with refuse_damage(path):
+        return dict(read_json(path, _VERSION).get("sha256", {})) if path.is_file() else {}
 
 
 def _rows_of(path: Path) -> dict[str, list[Row]]:

@@ -320,6 +320,14 @@ def test_an_interrupt_of_long_work_says_how_it_continues(run, monkeypatch, tmp_p
     assert run(*command) == (130, "", line)
 
 
+def test_an_end_by_sigterm_is_one_line(run, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lmc_curvature.tracing.trace_forks", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("trace", ".") == (143, "", "terminated; the same command continues where it stopped.\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def _heed_interrupts():
     """What a shell starts in the background ignores them, and so would its children."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -386,6 +394,13 @@ def test_a_full_disk_is_one_message_however_many_work(run_with_helpers, config, 
 def test_a_full_device_as_standard_output(comparison, tmp_path):
     if not Path("/dev/full").exists():
         pytest.skip("there is no device that is always full")
+    # What is printed last is written when the process ends.
+    for words in (["check", *comparison[:2]], ["--version"]):
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "lmc_curvature", *words]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert done.stderr.startswith(f"error: OSError: [Errno {errno.ENOSPC}] ")
     command = [sys.executable, "-m", "lmc_curvature", "measure", *comparison, f"{HERE}:loader", "--json"]
     command += ["--save", tmp_path / "m.safetensors"]
     with Path("/dev/full").open("w") as full:

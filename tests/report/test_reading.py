@@ -91,6 +91,27 @@ def test_records_of_predictions_are_provenance_alone(files):
     assert contents.provenance["p.json"] == {"data": {"name": "digits"}}
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"measurements": [{}], "measured": {"base": "a"}, "budget": 1},
+        {"measurements": 3, "measured": {"layers": []}},
+        {"measurements": [{}], "measured": {"base": "a"}, "held_out": False},
+        {"measurements": ["x"], "measured": "x", "budget": {}},
+    ],
+)
+def test_records_that_select_did_not_print_are_named(files, record):
+    with pytest.raises(FileFormatError, match=r"s\.json is damaged: its contents are not what they should be"):
+        read_contents(files, records={"s.json": record | {"provenance": {}}})
+
+
+def test_damaged_records_of_an_experiment_are_named(traced, tmp_path):
+    shutil.copytree(traced[0], tmp_path / "copy")
+    (tmp_path / "copy" / "provenance.json").write_text("{")
+    with pytest.raises(FileFormatError, match=r"provenance\.json is damaged"):
+        read_contents([tmp_path / "copy"])
+
+
 def test_what_is_wrong_is_named(files, traced, tmp_path):
     with pytest.raises(OptionError, match="one directory of an experiment, or files"):
         read_contents([files[0], traced[0]])

@@ -91,3 +91,45 @@ def test_checksums_that_are_damaged_are_explained(copy):
     (copy / "traces" / "checksums.json").write_text('{"sha256"')
     with pytest.raises(CheckpointError, match=r"checksums\.json is damaged .*lmc-curvature trace .* makes it"):
         read_traces(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "value"),
+    [
+        # The split is a part of the names of figures.
+        ("curves", "split", "../../outside"),
+        ("barriers", "metric", "<b>loss</b>"),
+        ("predictions", "expansion", ""),
+        ("cumulative", "side", "both"),
+        ("layers", "fork", "0.5"),
+        ("layers", "distance", "far"),
+        ("geometry", "distance", "inf"),
+        ("geometry", "epoch", ""),
+        ("curves", "epoch", "9" * 400),
+    ],
+)
+def test_values_that_do_not_belong_there_are_damage_whoever_wrote_them(copy, name, column, value):
+    path = copy / "traces" / f"{name}.csv"
+    table = pd.read_csv(path, dtype=str)
+    table.loc[1, column] = value
+    table.to_csv(path, index=False)
+    (copy / "traces" / "checksums.json").unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}\.csv is damaged \(.*\); .*lmc-curvature trace"):
+        read_traces(copy)
+
+
+def test_layers_may_have_any_name(copy):
+    path = copy / "traces" / "layers.csv"
+    table = pd.read_csv(path, dtype=str)
+    names = ["nan", "NA", "0", "../../x", "1e3", '"', "<script>"]
+    table["layer"] = [names[number % len(names)] for number in range(len(table))]
+    table.to_csv(path, index=False)
+    (copy / "traces" / "checksums.json").unlink()
+    assert read_traces(copy).layers["layer"].tolist() == table["layer"].tolist()
+
+
+@pytest.mark.parametrize("text", ['{"sha256": 3}', '{"sha256": ["a"]}', "[" * 100_000])
+def test_checksums_that_are_none_are_damage(copy, text):
+    (copy / "traces" / "checksums.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"checksums\.json is damaged"):
+        read_traces(copy)
