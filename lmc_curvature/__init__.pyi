@@ -1,3 +1,7 @@
+from .barrier.many import BarriersMeasurement as BarriersMeasurement
+from .barrier.many import BarriersPrediction as BarriersPrediction
+from .barrier.many import measure_barriers as measure_barriers
+from .barrier.many import predict_barriers as predict_barriers
 from .barrier.measure import measure_barrier as measure_barrier
 from .barrier.measurement import BarrierMeasurement as BarrierMeasurement
 from .barrier.predict import predict_barrier as predict_barrier

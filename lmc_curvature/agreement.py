@@ -88,7 +88,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             catches="A model_b with a setting, a buffer or a module that makes it another function than model_a; "
             "settings that differ although nothing is seen of them are named in a warning and a note.",
             runs="First batch of a prediction or measurement, with the entries of model_b, and with those of model_a "
-            "on an eighth of the examples (16 at least).",
+            "on an eighth of the examples (16 at least); of many networks, with each but the first as model_b.",
             cost=2.4,
             tolerance=Tolerance(0.55, most=0.03),
         ),

@@ -4,9 +4,10 @@ A message names the offending entry and says what would be right. Classes also d
 exception a caller would expect (`ValueError`, `KeyError`, …), so existing `except` clauses keep working.
 """
 
+import contextlib
 import difflib
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 INTERRUPT = "Ctrl-C"
 """What a partial result calls an interrupt from the keyboard."""
@@ -161,6 +162,17 @@ class ConfigurationError(LMCCurvatureError, ValueError):
 
     Catch it where a user writes the configuration.
     """
+
+
+@contextlib.contextmanager
+def naming(subject: str) -> Iterator[None]:
+    """Within the block, errors of this library begin with what they are about; as they are where nothing is named."""
+    try:
+        yield
+    except LMCCurvatureError as error:
+        if not subject:
+            raise
+        raise type(error)(f"{subject}: {error}") from error
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

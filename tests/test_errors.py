@@ -3,7 +3,7 @@
 import pytest
 
 from lmc_curvature import LMCCurvatureError, errors
-from lmc_curvature.errors import MemoryBudgetError, OptionError, check_choice, check_memory, counted, suggest
+from lmc_curvature.errors import MemoryBudgetError, OptionError, check_choice, check_memory, counted, naming, suggest
 
 _CLASSES = [kind for name, kind in vars(errors).items() if name.endswith("Error") and kind is not LMCCurvatureError]
 
@@ -43,3 +43,14 @@ def test_what_does_not_fit_is_named_with_its_size_and_a_remedy():
     message = r"^A matrix takes 4\.01 GiB, more than memory_gib=4: take half of it\.$"
     with pytest.raises(MemoryBudgetError, match=message):
         check_memory(4.0101, 4.0, "A matrix", "take half of it.")
+
+
+@pytest.mark.parametrize("kind", _CLASSES)
+def test_what_an_error_is_about_is_said_first(kind):
+    with pytest.raises(kind, match=r"^network 'c': it is bad$") as caught, naming("network 'c'"):
+        raise kind("it is bad")
+    assert isinstance(caught.value.__cause__, kind)
+    with pytest.raises(kind, match="^it is bad$"), naming(""):
+        raise kind("it is bad")
+    with pytest.raises(ZeroDivisionError), naming("network 'c'"):
+        raise ZeroDivisionError

@@ -21,7 +21,9 @@ from lmc_curvature import (
     best_point,
     lanczos,
     measure_barrier,
+    measure_barriers,
     predict_barrier,
+    predict_barriers,
     project_hessian,
     select_layers,
     spectral_density,
@@ -50,7 +52,7 @@ def partition(entry):
 @pytest.fixture(scope="module")
 def results():
     """One of everything that is public, by the name of its class: of 7 layers, and of several batches."""
-    first, second = network(0), network(1)
+    first, second, third = network(0), network(1), network(2)
     torch.manual_seed(2)
     loader = [(torch.randn(8, 3), torch.randint(2, (8,))) for _ in range(3)]
     options = {"layers": partition, "progress": False}
@@ -62,6 +64,8 @@ def results():
     made = [
         prediction,
         measure_barrier(first, second, loader, sets="each", **options),
+        predict_barriers([first, second, third], loader, **options),
+        measure_barriers([first, second, third], loader, sets="each", subsets=[["model_a", "model_c"]], **options),
         project_hessian(objective, segment.start, directions, progress=False),
         objective,
         segment,
@@ -174,6 +178,8 @@ def test_barriers_have_both_their_errors(results):
     for each in (results["Selection"], results["BestPoint"]):
         assert with_error(each.rise, each.standard_error) in repr(each)
         assert f"expansion error about {each.expansion_error:.2g}" in repr(each)
+    for many in (results["BarriersPrediction"], results["BarriersMeasurement"]):
+        assert with_error(many.mean_barrier(), many.mean_standard_error()) in repr(many)
     verification = results["Verification"]
     for trial in (verification.chosen, verification.held_out):
         assert with_error(trial.rise, trial.standard_error) in repr(verification)

@@ -11,7 +11,6 @@ from jaxtyping import Bool, Float
 from lmc_curvature.averages import standard_error, weighted_mean
 from lmc_curvature.barrier.blending import (
     Features,
-    Weights,
     combine,
     disagreement_weights,
     layer_shares,
@@ -97,9 +96,12 @@ class Cube:
         Raises:
             OptionError: The points are no array (n, L) of numbers in [0, 1].
         """
+        return self.anchors[0].projection.loss + self.rises(points)
+
+    def rises(self, points: Float[np.ndarray, "n L"]) -> Float[np.ndarray, " n"]:
+        """Predicted losses at points of the cube, above that of the first anchor; errors as of `losses`."""
         x = self._points(points)
-        weights = point_weights(self.positions, x @ self.shares, x**2 @ self.shares)
-        return self.anchors[0].projection.loss + combine(weights, self._features(x))
+        return combine(point_weights(self.positions, x @ self.shares, x**2 @ self.shares), self._features(x))
 
     def batch_losses(self, point: Float[np.ndarray, " L"]) -> Float[np.ndarray, " batches"]:
         """The loss at a point by every batch, with the weights of them all."""
@@ -109,12 +111,19 @@ class Cube:
 
     def loss_errors(self, points: Float[np.ndarray, "n L"]) -> Float[np.ndarray, " n"]:
         """How far `losses` may be off, apart from sampling; zero at anchors. The size is that above the chord."""
+        first, last = self.anchors[0].projection.loss, self.anchors[-1].projection.loss
+        far, ways = self.doubts(points)
+        return far * blend_error(ways, self.rises(points) - (points @ self.shares) * (last - first))
+
+    def doubts(self, points: Float[np.ndarray, "n L"]) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, "ways n"]]:
+        """What tells how far `losses` may be off: how far points are from anchors, from 0 to 1, and disagreements.
+
+        See `blend_error`.
+        """
         x = self._points(points)
         features, place, square = self._features(x), x @ self.shares, x**2 @ self.shares
-        losses = combine(point_weights(self.positions, place, square), features)
-        first, last = self.anchors[0].projection.loss, self.anchors[-1].projection.loss
         ways = point_disagreement_weights(self.positions, place, square)
-        return self._far(place, square) * _error(ways, features, losses - place * (last - first))
+        return self._far(place, square), np.stack([combine(each, features) for each in ways])
 
     def barriers(
         self, members: Bool[np.ndarray, "sets L"], alpha: Float[np.ndarray, " n #sets"], expansion: Expansion
@@ -162,7 +171,8 @@ class Cube:
         # Of the whole network at an anchor, the barrier is known.
         far = rest * self._far(alpha * size, alpha**2 * size)
         far = far + alpha * self._far(1 - rest * size, 1 - (1 - alpha**2) * size)
-        return far * _error(ways, features, self.barriers(members, alpha, "anchored"))
+        found = np.stack([combine(each, features) for each in ways])
+        return far * blend_error(found, self.barriers(members, alpha, "anchored"))
 
     def _far(self, place: np.ndarray, square: np.ndarray) -> np.ndarray:
         """How much of its error a loss has: none at an anchor, all far from them."""
@@ -191,8 +201,14 @@ class Cube:
         )
 
 
-def _error(ways: Sequence[Weights], features: Features, values: np.ndarray) -> np.ndarray:
-    between, *left_out = (np.abs(combine(weights, features)) for weights in ways)
+def blend_error(ways: Float[np.ndarray, " ways *points"], values: Float[np.ndarray, "*points"]) -> np.ndarray:
+    """How far blended values may be off far from anchors.
+
+    Args:
+        ways: How far two ways to blend disagree, and then what each anchor between the ends changes.
+        values: The values, which are zero at the ends.
+    """
+    between, *left_out = np.abs(ways)
     left_out = np.max([*left_out, np.zeros_like(between)], axis=0)
     return _BETWEEN * between + _LEFT_OUT * left_out + _SIZE * np.abs(values)
 

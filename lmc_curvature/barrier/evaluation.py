@@ -1,4 +1,4 @@
-"""The metrics of a measurement, evaluated batch by batch at all points of a segment."""
+"""The metrics of a measurement, evaluated batch by batch at all its points."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -13,13 +13,13 @@ from lmc_curvature.errors import NonFiniteError, OptionError, counted
 from lmc_curvature.objective import Batch, Objective, State
 from lmc_curvature.objective.extent import Extent
 from lmc_curvature.objective.recalibration import Recalibration, warn_of_worse
-from lmc_curvature.segment import SegmentPoints
+from lmc_curvature.segment import StatePoints
 
 
 @torch.no_grad()
 def evaluate_points(
     objective: Objective,
-    points: SegmentPoints,
+    points: StatePoints,
     metrics: Sequence[Metric],
     *,
     own_statistics: Sequence[State] = (),
@@ -39,8 +39,8 @@ def evaluate_points(
         objective: The loss.
         points: The states.
         metrics: What to evaluate.
-        own_statistics: Under `"recalibrate"`, the running statistics of the two networks themselves: if the loss of one
-            is larger by those re-estimated, it is warned of.
+        own_statistics: Under `"recalibrate"`, the running statistics of the networks themselves: if the loss of one is
+            larger by those re-estimated, it is warned of.
         of_interest: From the first metric's values, the number of every batch whose standard error is looked at.
         tolerance: The standard error to read as many batches for as it takes; None for all batches.
         keep_partial: Return what the batches before an interruption came to.
@@ -54,16 +54,15 @@ def evaluate_points(
         OptionError: The error is asked for, and cannot be told from outputs and targets.
         NonFiniteError: A value is infinite or not a number.
     """
-    ends = (points.START, points.END)
     places: list[tuple[int, State]] = [(number, {}) for number in range(len(points))]
     if objective.batch_norm == "recalibrate":
         if "error" in metrics:
             # Before the long pass: what the error is of can be told from one evaluation.
             with objective.measuring(), objective.one_pass(progress=False, alone=True) as batches:
                 batch = next(batches)
-                Truth.of(objective.loss_fn, *objective.batch_evaluation(points[points.START], batch)[1:], batch)
+                Truth.of(objective.loss_fn, *objective.batch_evaluation(points[0], batch)[1:], batch)
         places = list(enumerate(objective.recalibrated(points, progress=progress)))
-        places += zip(ends, own_statistics, strict=False)
+        places += zip(points.networks, own_statistics, strict=False)
     groups: list[GroupMeans] = []
 
     def estimate() -> tuple[float, float]:
@@ -82,7 +81,7 @@ def evaluate_points(
     found, own = np.split(values, [len(points)], axis=2)
     if "loss" in metrics:
         index = list(metrics).index("loss")
-        for number, before in zip(ends, np.moveaxis(own[:, index], 1, 0), strict=False):
+        for number, before in zip(points.networks, np.moveaxis(own[:, index], 1, 0), strict=False):
             after = found[:, index, number]
             recalibration = Recalibration.of(before, after, weights[:, index])
             # Between here and the user is measure_barrier, with torch's wrappers around both.
@@ -101,7 +100,7 @@ def _stacked(groups: Sequence[GroupMeans]) -> tuple[np.ndarray, np.ndarray, np.n
 
 def _batch_values(
     objective: Objective,
-    points: SegmentPoints,
+    points: StatePoints,
     places: Sequence[tuple[int, State]],
     batch: Batch,
     metrics: Sequence[Metric],

@@ -35,31 +35,40 @@ def prediction_fields(path: str | PathLike[str]) -> dict[str, Any]:
     """
     arrays, metadata = load_arrays(path, PREDICTION)
     with refuse_damage(path):
-        # Files of earlier versions have the two ends alone, and no notes.
-        word, positions = ("anchor", metadata["anchors"]) if "anchors" in metadata else ("endpoint", [0.0, 1.0])
-        layers, numbered = _names(metadata["layers"]), [f"{word}_{number}." for number in range(len(positions))]
-        shapes = {"distances": "layers"} | {name: shape for name, shape in OPTIONAL.items() if name in arrays}
-        for head in numbered:
-            shapes |= {head + name: shape for name, shape in PROJECTION.items()}
-            # Weights are there where they are not the sizes.
-            shapes |= {head + WEIGHTS: "batches"} if head + WEIGHTS in arrays else {}
-            _check_weights(arrays, head)
-        check_arrays(arrays, shapes, layers=len(layers), anchors=len(positions))
-        projections = [
-            Projection(**{name: arrays[head + name] for name in (*PROJECTION, WEIGHTS) if head + name in arrays})
-            for head in numbered
-        ]
-        groups, cosine = metadata.get("groups"), metadata.get("cosine")
-        return {
-            "layers": layers,
-            "anchors": tuple(map(Anchor, check_anchors(positions).tolist(), projections)),
-            "distances": arrays["distances"],
-            **{name: arrays[name] for name in OPTIONAL if name in arrays},
-            "cosine": None if cosine is None else float(cosine),
-            "groups": None if groups is None else {layer: _names(groups[layer]) for layer in groups},
-            "base": _choice(metadata.get("base", "a"), ("a", "b")),
-            **_common_fields(metadata),
-        }
+        return fields_of_prediction(arrays, metadata)
+
+
+def fields_of_prediction(arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a `BarrierPrediction` of which a file has some arrays and other values.
+
+    Raises:
+        ValueError: They do not belong together; TypeError or KeyError likewise.
+    """
+    # Files of earlier versions have the two ends alone, and no notes.
+    word, positions = ("anchor", metadata["anchors"]) if "anchors" in metadata else ("endpoint", [0.0, 1.0])
+    layers, numbered = _names(metadata["layers"]), [f"{word}_{number}." for number in range(len(positions))]
+    shapes = {"distances": "layers"} | {name: shape for name, shape in OPTIONAL.items() if name in arrays}
+    for head in numbered:
+        shapes |= {head + name: shape for name, shape in PROJECTION.items()}
+        # Weights are there where they are not the sizes.
+        shapes |= {head + WEIGHTS: "batches"} if head + WEIGHTS in arrays else {}
+        _check_weights(arrays, head)
+    check_arrays(arrays, shapes, layers=len(layers), anchors=len(positions))
+    projections = [
+        Projection(**{name: arrays[head + name] for name in (*PROJECTION, WEIGHTS) if head + name in arrays})
+        for head in numbered
+    ]
+    groups, cosine = metadata.get("groups"), metadata.get("cosine")
+    return {
+        "layers": layers,
+        "anchors": tuple(map(Anchor, check_anchors(positions).tolist(), projections)),
+        "distances": arrays["distances"],
+        **{name: arrays[name] for name in OPTIONAL if name in arrays},
+        "cosine": None if cosine is None else float(cosine),
+        "groups": None if groups is None else {layer: _names(groups[layer]) for layer in groups},
+        "base": _choice(metadata.get("base", "a"), ("a", "b")),
+        **_common_fields(metadata),
+    }
 
 
 def measurement_fields(path: str | PathLike[str]) -> dict[str, Any]:

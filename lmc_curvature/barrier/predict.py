@@ -1,6 +1,6 @@
 """The curvature at anchors between two networks, and the prediction that is made of it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.curvature.problem import Method
 from lmc_curvature.curvature.projection import Projection, project_hessian_at
-from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective
+from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective, State
 from lmc_curvature.objective.extent import Extent, check_tolerance
 from lmc_curvature.objective.loaders import refuse_iterator
 from lmc_curvature.objective.ranks import Group
@@ -115,7 +115,8 @@ def predict_barrier(
         timeout=timeout,
     )
     if recalibration is not None:
-        _warn_of_statistics(objective, segment, (model_a, model_b), progress=progress)
+        ends = {"model_a": (model_a, segment.start), "model_b": (model_b, segment.end)}
+        warn_of_statistics(objective, ends, progress=progress)
     return predict_on_segment(
         objective,
         segment,
@@ -128,15 +129,24 @@ def predict_barrier(
     )
 
 
-def _warn_of_statistics(
-    objective: Objective, segment: Segment, models: Sequence[nn.Module], *, progress: bool | None
+def warn_of_statistics(
+    objective: Objective, networks: Mapping[str, tuple[nn.Module, State]], *, progress: bool | None
 ) -> None:
+    """Warn of statistics that make the loss of a network larger than its own do, at the line of the caller's caller.
+
+    Args:
+        objective: The loss, under `"recalibrate"`.
+        networks: Networks with their states, by what they are called.
+        progress: Show progress bars over batches.
+
+    Raises:
+        LoaderError: The loader can be visited only once.
+    """
     refuse_iterator(objective.loader, "recalibration=… visits the loader twice")
-    ends = (segment.start, segment.end)
-    own = [objective.place(running_statistics(unwrap(model))) for model in models]
-    states = [{**end, **statistics} for end, statistics in zip(ends, own, strict=True)]
+    own = {name: objective.place(running_statistics(unwrap(model))) for name, (model, _) in networks.items()}
+    states = [{**state, **own[name]} for name, (_, state) in networks.items()]
     _, found = recalibrate(objective, states, progress=progress)
-    for recalibration, name in zip(found, ("model_a", "model_b"), strict=True):
+    for recalibration, name in zip(found, networks, strict=True):
         # Between here and the user are predict_barrier and torch's wrapper around it.
         warn_of_worse(recalibration, name, stacklevel=4)
 
@@ -170,19 +180,18 @@ def predict_on_segment(
     segment = segment.to(objective.device, objective.dtype)
     ends = {0.0: "model_a", 1.0: "model_b"}
     states = {ends.get(alpha, f"alpha={alpha}"): segment.point(alpha) for alpha in positions.tolist()}
-    directions, groups = segment.directions(), list[GroupMeans]()
-
-    def anchored(groups: Sequence[GroupMeans]) -> tuple[Anchor, ...]:
-        return tuple(Anchor(alpha, Projection.of(groups, number)) for number, alpha in enumerate(positions.tolist()))
+    groups: list[GroupMeans] = []
 
     def estimate() -> tuple[float, float]:
-        return Cube(segment.layers, anchored(objective.ranks.merge(groups))).midpoint()
+        merged = objective.ranks.merge(groups)
+        anchors = tuple(Anchor(alpha, Projection.of(merged, number)) for number, alpha in enumerate(positions.tolist()))
+        return Cube(segment.layers, anchors).midpoint()
 
     extent = Extent(estimate, tolerance, keep_partial=keep_partial)
     projections = project_hessian_at(
         objective,
         states,
-        directions,
+        segment.directions(),
         method=method,
         memory_gib=memory_gib,
         watch=(watch := ErrorWatch(objective, list(states.values()))),
@@ -190,23 +199,44 @@ def predict_on_segment(
         extent=extent,
         progress=progress,
     )
+    return prediction_of(objective, segment, positions, projections, watch.errors(), extent)
+
+
+def prediction_of(
+    objective: Objective,
+    segment: Segment,
+    positions: Float[np.ndarray, " anchors"],
+    projections: Sequence[Projection],
+    errors: Float[np.ndarray, " anchors"] | None,
+    extent: Extent | None = None,
+) -> "BarrierPrediction":
+    """The prediction that what is known at the anchors of a segment makes.
+
+    Args:
+        objective: The loss.
+        segment: The segment.
+        positions: Positions of the anchors.
+        projections: Loss, slopes and curvature along the layers' directions at each.
+        errors: Share of the examples that is classified wrongly at each; None where that is not known.
+        extent: How far the pass went, if it may have been interrupted.
+    """
     named = {name for name, _ in objective.network.named_parameters()}
-    moved = [[tensor for name, tensor in direction.items() if name in named] for direction in directions.values()]
+    moved = [[name for name in entries if name in named] for entries in segment.partition.groups.values()]
     return BarrierPrediction(
         segment.layers,
         tuple(Anchor(*pair) for pair in zip(positions.tolist(), projections, strict=True)),
         segment.distances(),
         objective.batch_norm,
-        objective.notes + segment.notes + extent.notes + _method_notes(projections),
-        np.array([sum(tensor.numel() for tensor in tensors) for tensors in moved]),
-        watch.errors(),
-        _cosine([name for direction in directions.values() for name in direction if name in named], segment),
+        objective.notes + segment.notes + (extent.notes if extent else ()) + _method_notes(projections),
+        np.array([sum(segment.start[name].numel() for name in names) for names in moved]),
+        errors,
+        _cosine([name for names in moved for name in names], segment),
         segment.whole.groups,
         segment.base,
         segment.norms(),
         loss_name(objective.loss_fn),
         objective.loss_fn,
-        extent.interruption,
+        extent.interruption if extent else None,
     )
 
 

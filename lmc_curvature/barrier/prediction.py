@@ -4,18 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from lmc_curvature.averages import interval, standard_error
 from lmc_curvature.barrier.cube import Anchor, Cube, Sets
-from lmc_curvature.barrier.expansions import (
-    EXPANSIONS,
-    Expansion,
-    check_alphas,
-)
+from lmc_curvature.barrier.expansions import EXPANSIONS, Expansion, check_alphas
 from lmc_curvature.barrier.fields import OPTIONAL, PREDICTION, PROJECTION, WEIGHTS, prediction_fields
 from lmc_curvature.barrier.summaries import prediction_summary
 from lmc_curvature.curvature.projection import Projection
@@ -273,6 +269,11 @@ class BarrierPrediction(Display):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the prediction to one safetensors file, without loss."""
+        arrays, metadata = self.contents()
+        save_arrays(path, PREDICTION, arrays, **metadata)
+
+    def contents(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The arrays and the metadata of its file."""
         arrays = {"distances": self.distances}
         arrays |= {name: getattr(self, name) for name in OPTIONAL if getattr(self, name) is not None}
         for number, (_, projection) in enumerate(self.anchors):
@@ -280,8 +281,7 @@ class BarrierPrediction(Display):
             arrays |= {f"anchor_{number}.{field}": array for field, array in fields.items() if array is not None}
         positions = [anchor.alpha for anchor in self.anchors]
         names = ("layers", "batch_norm", "notes", "cosine", "groups", "base", "loss", "interruption")
-        metadata = {name: getattr(self, name) for name in names} | {"anchors": positions}
-        save_arrays(path, PREDICTION, arrays, **metadata)
+        return arrays, {name: getattr(self, name) for name in names} | {"anchors": positions}
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "BarrierPrediction":

@@ -1,15 +1,18 @@
-"""The segment between two networks and the loss on it: what a prediction and a measurement have in common."""
+"""The segment or hull of networks and the loss on it: what predictions and measurements have in common."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import nn
 
 from lmc_curvature.objective import BatchNormPolicy, Objective
 from lmc_curvature.objective.network import movable_entries
 from lmc_curvature.objective.wrappers import unwrap
-from lmc_curvature.segment import Frozen, LayerPartition, PartitionSpec, Segment
+from lmc_curvature.segment import Frozen, Hull, LayerPartition, PartitionSpec, Segment
+from lmc_curvature.segment.hull import two_networks
 from lmc_curvature.segment.segment import EQUAL
 
 if TYPE_CHECKING:
@@ -47,6 +50,40 @@ def segment_and_objective(
         # Between here and the user are predict_barrier or measure_barrier, and torch's wrapper around it.
         warnings.warn(f"{EQUAL}, so there is no barrier: is the same file given twice?", stacklevel=4)
     return segment.to(objective.device, objective.dtype), objective
+
+
+def hull_and_objective(
+    models: Sequence[nn.Module],
+    names: Sequence[str],
+    loader: Iterable[Any],
+    *,
+    layers: PartitionSpec,
+    batch_norm: BatchNormPolicy,
+    **options: Any,
+) -> tuple[Hull, Objective]:
+    """Return the hull of several networks, and the loss in it, which checks that all are one architecture.
+
+    Networks that are equal are warned of, as by `segment_and_objective`.
+
+    Args:
+        models: The networks.
+        names: Their names.
+        loader: The loader.
+        layers: The partition into layers.
+        batch_norm: Policy for batch normalisation between the networks.
+        **options: Further options of the `Objective`.
+    """
+    hull = Hull(models, names, layers=layers, batch_norm=batch_norm)
+    twins = {two_networks(names[0], name): model for name, model in zip(names[1:], models[1:], strict=True)}
+    objective = Objective(models[0], loader, batch_norm=batch_norm, twins=twins, **options)
+    for (first, one), (second, other) in combinations(zip(names, hull.states, strict=True), 2):
+        if all(torch.equal(tensor, other[name]) for name, tensor in one.items()):
+            warnings.warn(
+                f"Networks {first!r} and {second!r} are equal in every entry that moves, so there is no barrier: is "
+                "the same network given twice?",
+                stacklevel=4,
+            )
+    return hull.to(objective.device, objective.dtype), objective
 
 
 def segment_options(prediction: "BarrierPrediction", model: nn.Module, batch_norm: BatchNormPolicy) -> dict[str, Any]:

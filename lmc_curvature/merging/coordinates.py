@@ -28,11 +28,7 @@ def merge_coordinates(
         PartitionError: There is no such layer.
     """
     check_choice("base", base, ("a", "b"))
-    names = tuple(groups)
-    try:
-        chosen = [names[index] for index in layer_indices(groups, layers)]
-    except PartitionError as error:
-        raise PartitionError(f"{error} The rule that cuts networks into layers is partition, another option.") from None
+    names, chosen = tuple(groups), averaged_layers(groups, layers)
     if isinstance(alpha, Mapping):
         moved = check_coordinates(alpha, names)
         differing = set() if layers is None else set(chosen).symmetric_difference(moved)
@@ -46,3 +42,16 @@ def merge_coordinates(
     else:
         moved = check_coordinates(dict.fromkeys(chosen, alpha), names)
     return dict.fromkeys(names, 1.0 if base == "b" else 0.0) | moved
+
+
+def averaged_layers(groups: Mapping[str, Sequence[str]], layers: Iterable[str] | str | None) -> list[str]:
+    """The layers that are averaged, each once and in order; None for all.
+
+    Raises:
+        PartitionError: There is no such layer.
+    """
+    names = tuple(groups)
+    try:
+        return [names[index] for index in layer_indices(groups, layers)]
+    except PartitionError as error:
+        raise PartitionError(f"{error} The rule that cuts networks into layers is partition, another option.") from None

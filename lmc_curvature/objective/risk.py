@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -79,8 +79,8 @@ class Objective(ObjectiveDisplay):
         allow_tf32: Let convolutions on a CUDA device round float32 to ten bits of mantissa, with errors of about 1e-3.
             Matrix products follow `torch.backends.cuda.matmul`, where that is off unless switched on.
         witness: Compare derivatives with differences of the loss before the first is used; see `witness.py`.
-        twins: Further networks of the same structure. On the first batch each must have the loss that this objective
-            has with the same entries (see `check_twin`).
+        twins: Further networks of the same structure, alone or by what errors call them. On the first batch each must
+            have the loss that this objective has with the same entries (see `check_twin`).
         group: The processes that share the batches of every pass, all making the same calls: a process group of
             torch.distributed, or `"world"`; None for this process alone. Results are the same on all.
         timeout: Seconds after which one of them that gives no sign of life has ended the others.
@@ -115,7 +115,7 @@ class Objective(ObjectiveDisplay):
         dtype: torch.dtype | None = None,
         allow_tf32: bool = False,
         witness: bool = True,
-        twins: Sequence[nn.Module] = (),
+        twins: Sequence[nn.Module] | Mapping[str, nn.Module] = (),
         group: Group = None,
         timeout: float = 60.0,
     ):
@@ -149,7 +149,7 @@ class Objective(ObjectiveDisplay):
             originals=[(name, weakref.ref(tensor)) for name, tensor in originals],
             given=Given(weakref.ref(original), self.loss_fn if loss_fn is None else loss_fn),
             pristine=pristine,
-            twins=tuple(twins),
+            twins=list(twins.items()) if isinstance(twins, Mapping) else [("", twin) for twin in twins],
             normalization=self._normalization,
             batch_norm=batch_norm,
             numerics=self.numerics,

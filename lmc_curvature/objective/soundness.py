@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc_curvature.agreement import near
-from lmc_curvature.errors import LMCCurvatureError, UnsupportedModelError
+from lmc_curvature.errors import LMCCurvatureError, UnsupportedModelError, naming
 from lmc_curvature.objective.batches import Batch, tensors_in
 from lmc_curvature.objective.caches import check_caches
 from lmc_curvature.objective.copies import Given, check_copies
@@ -46,7 +46,7 @@ class Soundness:
             loss must not reach for them, nor for those of the twins.
         given: The network and the loss that copies were made of.
         pristine: The network's structure in a copy that was never called.
-        twins: Further networks, which must be of the same structure.
+        twins: Further networks, which must be of the same structure, each with what errors call it.
         normalization: The statistics that the network's normalisation uses.
         batch_norm: The policy that decides on them.
         numerics: The precision and the kernels that the network is computed with.
@@ -61,7 +61,7 @@ class Soundness:
     originals: Sequence[tuple[str, Callable[[], Tensor | None]]]
     given: Given
     pristine: nn.Module
-    twins: Sequence[nn.Module]
+    twins: Sequence[tuple[str, nn.Module]]
     normalization: Normalization
     batch_norm: BatchNormPolicy
     numerics: Numerics
@@ -109,7 +109,7 @@ class Soundness:
     def _check(self, state: State, batch: Batch) -> None:
         originals = ((name, tensor) for name, reference in self.originals if (tensor := reference()) is not None)
         own = [(f"{name!r} of the network itself", tensor) for name, tensor in (*self.placeholders, *originals)]
-        others = (pair for twin in self.twins for pair in entries_of(unwrap(twin)).items())
+        others = (pair for _, twin in self.twins for pair in entries_of(unwrap(twin)).items())
         own += [(f"{name!r} of another network itself", tensor) for name, tensor in others if name in self.movable]
 
         def check_against_given() -> None:
@@ -134,9 +134,11 @@ class Soundness:
         policy, rounding = self.batch_norm, self.numerics.rounding
         check_caches(self.pristine, self.network_loss, self.entries, batch, self.movable, self.normalization)
         check_against_given()
-        for twin in self.twins:
-            note = check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
+        for called, twin in self.twins:
+            with naming(called):
+                note = check_twin(twin, self.network_loss, self.entries, batch, self.normalization, policy, rounding)
             if note:
+                note = f"{called}: {note}" if called else note
                 warnings.warn(f"{note}. If other data tell them apart, the numbers mix two functions.", stacklevel=2)
                 self._memo.replace("twins", note)
 

@@ -11,14 +11,41 @@ from lmc_curvature.segment.partition import layer_indices
 from lmc_curvature.segment.segment import Segment
 
 
-class SegmentPoints(Sequence[dict[str, Tensor]]):
+class StatePoints(Sequence[dict[str, Tensor]]):
+    """States by their numbers, each made anew when it is asked for: holding one is enough, however many there are.
+
+    Attributes:
+        networks: Numbers of those that are the networks themselves.
+    """
+
+    networks: Sequence[int]
+
+    def describe(self, number: int) -> str:
+        """Say for an error message which state it is."""
+        raise NotImplementedError
+
+    def state(self, number: int) -> dict[str, Tensor]:
+        """The state of a number."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, number: int) -> dict[str, Tensor]: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[dict[str, Tensor]]: ...
+    def __getitem__(self, number: int | slice) -> dict[str, Tensor] | Sequence[dict[str, Tensor]]:
+        if isinstance(number, slice):
+            return [self[index] for index in range(*number.indices(len(self)))]
+        return self.state(number)
+
+
+class SegmentPoints(StatePoints):
     """States θ₁ + α P_S Δ and θ₂ − (1−α) P_S Δ of several sets S, or θ₁ + Σ_ℓ x_ℓ Δ_ℓ, without repetitions.
 
-    The two ends are points 0 and 1. A state is made anew each time it is asked for: a measurement of many sets needs
-    many states, and holding one is enough.
+    The two ends are points 0 and 1.
     """
 
     START, END = 0, 1
+    networks = (START, END)
 
     def __init__(self, segment: Segment):
         self._forward = segment
@@ -68,13 +95,8 @@ class SegmentPoints(Sequence[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self._walks)
 
-    @overload
-    def __getitem__(self, number: int) -> dict[str, Tensor]: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[dict[str, Tensor]]: ...
-    def __getitem__(self, number: int | slice) -> dict[str, Tensor] | Sequence[dict[str, Tensor]]:
-        if isinstance(number, slice):
-            return [self[index] for index in range(*number.indices(len(self)))]
+    def state(self, number: int) -> dict[str, Tensor]:
+        """The state of a number."""
         from_end, distances = self._walks[number]
         segment = self._backward if from_end else self._forward
         return segment.at({layer: walked for layer, walked in zip(segment.layers, distances, strict=True) if walked})

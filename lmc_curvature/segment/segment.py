@@ -42,7 +42,6 @@ class Segment(Display):
         whole: The same with running statistics in their layers, whether or not they are part of the state.
         base: The network at which the rest stays, `"a"` or `"b"`.
         start, end: The states θ₁ and θ₂ (copies), as the networks are in evaluation mode, on `model_a`'s device.
-        notes: Sentences that belong beside every number computed from it: what is frozen, and equal ends.
 
     Raises:
         ArchitectureMismatchError: The networks differ in entries, shapes, types, ties, or in buffers that the segment
@@ -104,7 +103,7 @@ class Segment(Display):
         )
         # Whether the floating-point type was asked for.
         self._is_of_type = False
-        self.notes = _notes(choices, base, len(others), differ) + ((EQUAL,) if self.is_point else ())
+        self._notes = _notes(choices, base, len(others), differ)
 
     def _summary(self) -> Summary:
         distances, layers = self.distances(), self.layers
@@ -128,6 +127,11 @@ class Segment(Display):
     def layers(self) -> tuple[str, ...]:
         """Names of the layers, in the order of the network."""
         return self.partition.names
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences that belong beside every number computed from it: what is frozen, and equal ends."""
+        return self._notes + ((EQUAL,) if self.is_point else ())
 
     @property
     def is_point(self) -> bool:
@@ -176,6 +180,7 @@ class Segment(Display):
             raise OptionError(f"alpha={alpha} lies outside the segment; expected a number in [0, 1].")
         return self.at({self.layers[index]: alpha for index in layer_indices(self.layers, layers)})
 
+    @outside_inference()
     def at(self, alphas: Mapping[str, float]) -> dict[str, Tensor]:
         """The state θ₁ + Σ x_ℓ Δ_ℓ: each layer moved by a coordinate of its own.
 
@@ -200,7 +205,7 @@ class Segment(Display):
 
     def reversed(self) -> "Segment":
         """This segment walked from θ₂ to θ₁."""
-        return self._between(self.end, self.start)
+        return self.between(self.end, self.start)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Segment":
         """This segment with its states on another device or of another floating-point type."""
@@ -208,7 +213,7 @@ class Segment(Display):
             {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
             for state in (self.start, self.end)
         )
-        segment = self._between(start, end)
+        segment = self.between(start, end)
         segment._is_of_type |= dtype is not None
         return segment
 
@@ -216,7 +221,8 @@ class Segment(Display):
         # What lies between two numbers of half precision would be rounded to one of them, or nearly so.
         return tensor if self._is_of_type else tensor.to(wide_dtype(tensor.dtype))
 
-    def _between(self, start: dict[str, Tensor], end: dict[str, Tensor]) -> "Segment":
+    def between(self, start: dict[str, Tensor], end: dict[str, Tensor]) -> "Segment":
+        """A segment of the same layers between two other states, which have the entries of its own ends."""
         segment = copy.copy(self)
         segment.start, segment.end = start, end
         return segment

@@ -316,3 +316,85 @@ def test_what_is_copied_with_the_network_is_not_warned_of(way):
     x = torch.randn(3, 4)
     mean = {name: (a + pair[1].state_dict()[name]) / 2 for name, a in pair[0].state_dict().items()}
     torch.testing.assert_close(merged(x), F.linear(x, mean["second.weight"], mean["second.bias"]))
+
+
+@pytest.fixture
+def three(pair):
+    third = randomized(CONV.model(3), 3)
+    return (*pair, third)
+
+
+def _weighted(models, weights, layers, counters):
+    """The entries Σ w_k θ_k of some layers, the others and the counters being those of one of the networks."""
+    layer_of = LayerPartition.of(models[0]).layer_of
+    states = [model.state_dict() for model in models]
+    return {
+        name: sum(w * state[name] for w, state in zip(weights, states, strict=True))
+        if entry.is_floating_point() and layer_of(name) in layers
+        else entry
+        for name, entry in counters.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "weights", "layers", "base"),
+    [
+        ({}, [1 / 3] * 3, LAYERS, 0),
+        ({"weights": [0.5, 0.3, 0.2]}, [0.5, 0.3, 0.2], LAYERS, 0),
+        ({"weights": {"model_c": 0.5, "model_b": 0.25, "model_a": 0.25}}, [0.25, 0.25, 0.5], LAYERS, 0),
+        ({"weights": [0.5, 0.3, 0.2], "layers": ["conv2"], "base": "b"}, [0.5, 0.3, 0.2], ("conv2",), 1),
+        ({"layers": "bn1", "partition": "module"}, [1 / 3] * 3, (), 0),
+    ],
+)
+def test_several_networks_are_averaged_by_their_weights(three, options, weights, layers, base):
+    before = [copy.deepcopy(model.state_dict()) for model in three]
+    merged = merge(*three, **options)
+    expected = _weighted(three, weights, layers, three[base])
+    if "partition" in options:
+        mean = _weighted(three, weights, LAYERS, three[base])
+        expected |= {name: entry for name, entry in mean.items() if name.startswith("bn1.")}
+    torch.testing.assert_close(merged.state_dict(), expected, rtol=1e-12, atol=1e-14)
+    for model, state in zip(three, before, strict=True):
+        torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+
+def test_weights_of_two_networks_are_a_place_between_them(pair):
+    with torch.inference_mode():
+        found = merge(*pair, weights=[0.7, 0.3])
+    torch.testing.assert_close(found.state_dict(), merge(*pair, alpha=0.3).state_dict(), rtol=1e-14, atol=1e-15)
+    next(found.parameters()).sum().backward()
+
+
+def test_statistics_of_several_networks_are_estimated_anew():
+    batches = CONV.batches((6, 6))
+    three = [_trained_like(seed, batches) for seed in range(3)]
+    merged = merge(*three, batch_norm="recalibrate", loader=batches, progress=False)
+    expected = merge(*three)
+    assert merged.recalibration.before == pytest.approx(_mean_loss(expected, batches), rel=1e-10)
+    update_bn([x for x, _ in batches], expected)
+    assert merged.recalibration.after == pytest.approx(_mean_loss(expected.eval(), batches), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0.5}, "alpha=0.5 is a place between two networks"),
+        ({"weights": [0.5, 0.6, -0.1]}, "weight of network 'model_c' is -0.1"),
+        ({"weights": [0.5, 0.1, 0.1]}, "weights sum to 0.7"),
+        ({"base": "c"}, "base='c' is not a choice"),
+        ({"loader": []}, "loader is for batch_norm='recalibrate'"),
+    ],
+)
+def test_bad_options_of_several_networks_are_named(three, options, message, untyped):
+    with pytest.raises(OptionError, match=message):
+        merge(*three, **options)
+
+
+def test_the_one_of_several_networks_that_does_not_fit_is_named(three):
+    with pytest.raises(ArchitectureMismatchError, match=r"'model_a' \(model_a\) and 'model_d' \(model_b\): The two"):
+        merge(*three, nn.Linear(2, 2))
+    with pytest.raises(PartitionError, match="no layer 'fused'.*is partition, another option"):
+        merge(*three, layers="fused")
+    heads = [_Heads(heads) for heads in (2, 2, 4)]
+    with pytest.warns(UserWarning, match=r"'model_c' \(model_b\) differ in more than .*: heads: 2 in model_a, 4"):
+        merge(*heads)

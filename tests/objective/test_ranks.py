@@ -19,7 +19,9 @@ from lmc_curvature import (
     lanczos,
     layer_hessian,
     measure_barrier,
+    measure_barriers,
     predict_barrier,
+    predict_barriers,
     project_hessian,
     spectral_density,
     top_eigenpairs,
@@ -126,15 +128,26 @@ def _predict(group, policy, loader=None):
     )
 
 
-def _compare_barriers(rank, policy):
-    group, alone = _predict("world", policy), _predict(None, policy)
+def _predict_many(group, policy):
+    models = [*_pair(), randomized(normalized_net("batch"), 3).double().eval()]
+    options = {"batch_norm": policy, "group": group, "timeout": TIMEOUT, "progress": False}
+    prediction = predict_barriers(models, _batches(), **options)
+    measurement = measure_barriers(models, _batches(), sets="each", **options)
+    found = [prediction.barriers(), prediction.standard_errors(), prediction.layer_barriers(), *prediction.mean_errors]
+    found += [measurement.barriers("error"), measurement.set_barriers(), measurement.set_standard_errors()]
+    return np.concatenate([np.ravel(each) for each in found])
+
+
+def _compare_barriers(rank, barriers, policy):
+    group, alone = barriers("world", policy), barriers(None, policy)
     return group.tolist(), float(np.abs(group - alone).max() / np.abs(alone).max())
 
 
 @pytest.mark.check
+@pytest.mark.parametrize("barriers", [_predict, _predict_many])
 @pytest.mark.parametrize(("policy", "size"), [("interpolate", 3), ("batch", 2), ("recalibrate", 2)])
-def test_barriers_of_ranks_are_those_of_one_process(ranks, policy, size):
-    numbers, differences = zip(*ranks(size).run(_compare_barriers, policy), strict=True)
+def test_barriers_of_ranks_are_those_of_one_process(ranks, barriers, policy, size):
+    numbers, differences = zip(*ranks(size).run(_compare_barriers, barriers, policy), strict=True)
     assert max(differences) < 1e-12
     assert all(other == numbers[0] for other in numbers)
 

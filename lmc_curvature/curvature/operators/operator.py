@@ -137,10 +137,8 @@ class CurvatureOperator(Display):
 
     def _entries_of(self, layers: Iterable[str]) -> tuple[str, ...]:
         held = {entry for layer in layers for entry in self.partition.entries(layer)}
-        held -= (
-            set() if self._statistics else self.state.keys() - dict(self.objective.network.named_parameters()).keys()
-        )
-        return tuple(name for name in self.state if name in held)
+        named = dict(self.objective.network.named_parameters())
+        return tuple(name for name in self.state if name in held and (self._statistics or name in named))
 
     def _tensors(self, entries: Iterable[str]) -> dict[str, Tensor]:
         return {name: self.state[name] for name in entries}

@@ -7,7 +7,7 @@ from typing import get_args
 import numpy as np
 
 from lmc_curvature.averages import GroupMeans, add_batch
-from lmc_curvature.curvature.problem import BatchValues, Method, Problem
+from lmc_curvature.curvature.problem import Method, Problem
 from lmc_curvature.curvature.projection.by_differences import difference_error, project_by_differences
 from lmc_curvature.curvature.projection.by_products import project_by_products
 from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
@@ -103,17 +103,44 @@ def project_hessian_at(
     Returns:
         A projection for each state.
     """
-    check_choice("method", method, get_args(Method))
     problem = Problem.of(objective, states, directions, memory_gib=memory_gib)
-    displaced = problem.displaced
-    project = _ROADS[method]
+    return project_problems([problem], method=method, watch=watch, groups=groups, extent=extent, progress=progress)
+
+
+def project_problems(
+    problems: Sequence[Problem],
+    *,
+    method: Method = "auto",
+    watch: Callable[[Batch], None] | None = None,
+    groups: list[GroupMeans] | None = None,
+    extent: Extent | None = None,
+    progress: bool | None = None,
+) -> list[Projection]:
+    """Answer several problems with one objective, each of its own states and directions, in one pass over the loader.
+
+    Options and errors are those of `project_hessian_at`.
+
+    Args:
+        problems: The problems.
+        method: The sweep, products, or the first that goes.
+        watch: Called with every batch, on the objective's device, when it has been projected.
+        groups: A list for the losses, slopes and curvatures at all states, batch by batch.
+        extent: How far to read the loader, if not to its end.
+        progress: Show a progress bar over batches.
+
+    Returns:
+        A projection for each state of each problem, in order.
+    """
+    check_choice("method", method, get_args(Method))
+    objective, project = problems[0].objective, _ROADS[method]
+    places = [(problem, point) for problem in problems for point in problem.points]
     groups = [] if groups is None else groups
     with objective.one_pass(progress=progress, description="curvature", extent=extent) as batches:
         for batch in batches:
-            for point in problem.points:
-                objective.check_derivatives(point.state, batch, displaced, second=method != "differences")
+            for problem, point in places:
+                objective.check_derivatives(point.state, batch, problem.displaced, second=method != "differences")
             try:
-                found = [project(problem, point, batch) for point in problem.points]
+                found = [project(problem, point, batch) for problem, point in places]
             except (CaptureError, SweepError, MemoryBudgetError, NonFiniteError) as error:
                 if method != "auto" or project is project_by_products:
                     raise
@@ -121,15 +148,16 @@ def project_hessian_at(
                 warnings.warn(
                     f"{_sentence(error)} Falling back on one Hessian-vector product a direction, which is slower.",
                     FallbackWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 project = project_by_products
-                found = [project(problem, point, batch) for point in problem.points]
+                found = [project(problem, point, batch) for problem, point in places]
             if watch is not None:
                 watch(batch)
-            add_batch(groups, GroupMeans(batch.index, batch.size, np.array(batch.weight), _stacked(found)))
+            values = tuple(np.asarray(value) for of_place in found for value in of_place)
+            add_batch(groups, GroupMeans(batch.index, batch.size, np.array(batch.weight), values))
         groups = objective.ranks.merge(groups)
-    errors = [difference_error(problem, point) if method == "differences" else None for point in problem.points]
+    errors = [difference_error(*place) if method == "differences" else None for place in places]
     return [Projection.of(groups, number, error) for number, error in enumerate(errors)]
 
 
@@ -139,12 +167,6 @@ _ROADS = {
     "hvp": project_by_products,
     "differences": project_by_differences,
 }
-
-
-def _stacked(values: list[BatchValues]) -> tuple[np.ndarray, ...]:
-    """Losses, slopes and curvatures at all states."""
-    losses, slopes, curvatures = zip(*values, strict=True)
-    return np.array(losses), np.array(slopes), np.array(curvatures)
 
 
 def _sentence(error: Exception) -> str:

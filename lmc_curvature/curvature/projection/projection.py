@@ -1,7 +1,7 @@
 """Loss, slopes and curvature of an objective along a few directions, with the values of every batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -42,11 +42,21 @@ class Projection(Display):
 
     @classmethod
     def of(cls, groups: Sequence[GroupMeans], number: int, difference_error: float | None = None) -> "Projection":
-        """The projection at one of several states, of whose losses, slopes and curvatures there are means."""
+        """The projection at one of several states; groups hold loss, slopes and curvature of each in turn."""
         sizes, weights = (np.array([getattr(group, name) for group in groups]) for name in ("size", "weights"))
-        values = zip(*(group.values for group in groups), strict=True)
-        losses, slopes, curvatures = (np.stack(means)[:, number] for means in values)
+        values = zip(*(group.values[3 * number : 3 * number + 3] for group in groups), strict=True)
+        losses, slopes, curvatures = map(np.stack, values)
         return cls(sizes, losses, slopes, curvatures, None if (weights == sizes).all() else weights, difference_error)
+
+    def along(self, combinations: Float[np.ndarray, "k m"]) -> "Projection":
+        """The projection along m combinations of the k directions: slopes Cᵀs and curvature CᵀMC, of every batch."""
+        curvatures = combinations.T @ self.batch_curvatures @ combinations
+        return replace(
+            self,
+            batch_slopes=self.batch_slopes @ combinations,
+            # Rounding may make it a little asymmetric.
+            batch_curvatures=(curvatures + curvatures.swapaxes(1, 2)) / 2,
+        )
 
     @property
     def weights(self) -> Real[np.ndarray, " batches"]:

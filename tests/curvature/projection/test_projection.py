@@ -10,7 +10,9 @@ from torch import nn
 
 from lmc_curvature import Objective, Projection, Segment, measure_barrier, predict_barrier, project_hessian
 from lmc_curvature.averages import standard_error
+from lmc_curvature.curvature.problem import Problem
 from lmc_curvature.curvature.projection import project_hessian_at
+from lmc_curvature.curvature.projection.project import project_problems
 from lmc_curvature.errors import FallbackWarning, NonFiniteError, OptionError
 from tests.support.cases import CASES
 
@@ -215,3 +217,36 @@ def test_what_moves_nowhere_need_not_be_differentiable():
     found = predict_barrier(first, second, [(x, y)], progress=False)
     expected = measure_barrier(first, second, [(x, y)], alphas=[0.0, 0.5, 1.0], progress=False)
     assert found.curve([0.5])[0] == pytest.approx(expected.curve()[1], abs=1e-10)
+
+
+@pytest.mark.check
+def test_several_problems_share_one_pass_over_the_loader():
+    case = CASES["LayerNorm and GELU"]
+    objective = Objective(case.model(), iter(case.batches()))
+    asked = [
+        (case.model(0).state_dict(), [{"0.weight": torch.ones(6, 5)}]),
+        (
+            case.model(5).state_dict(),
+            [{"0.weight": torch.ones(6, 5), "0.bias": torch.ones(6)}, {"3.bias": torch.ones(3)}],
+        ),
+    ]
+    problems = [Problem.of(objective, [state], directions) for state, directions in asked]
+    for (state, directions), projection in zip(asked, project_problems(problems), strict=True):
+        alone = project_hessian(Objective(case.model(), case.batches()), state, directions)
+        np.testing.assert_allclose(projection.batch_curvatures, alone.batch_curvatures, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(projection.batch_slopes, alone.batch_slopes, rtol=1e-9, atol=1e-12)
+
+
+def test_combinations_of_directions_need_no_pass():
+    case = CASES["LayerNorm and GELU"]
+    objective = Objective(case.model(), case.batches())
+    directions = [{"0.weight": torch.ones(6, 5)}, {"0.bias": torch.ones(6)}, {"3.bias": torch.ones(3)}]
+    projection = project_hessian(objective, objective.state(), directions)
+    both = {"0.weight": 0.5 * torch.ones(6, 5), "0.bias": -2 * torch.ones(6)}
+    expected = project_hessian(objective, objective.state(), [both, directions[2]])
+    found = projection.along(np.array([[0.5, 0.0], [-2.0, 0.0], [0.0, 1.0]]))
+    for field in ("batch_losses", "batch_slopes", "batch_curvatures"):
+        np.testing.assert_allclose(getattr(found, field), getattr(expected, field), rtol=1e-9, atol=1e-12)
+    # Directions themselves come back as they were.
+    same = projection.along(np.eye(3)[:, [1]])
+    np.testing.assert_array_equal(same.batch_curvatures[:, 0, 0], projection.batch_curvatures[:, 1, 1])
