@@ -269,11 +269,7 @@ class CurvatureOperator(Display):
         return matrix
 
     def _mean_of(self, total: Float64[Tensor, "*n"], weight: float) -> Float64[Tensor, "*n"]:
-        """A sum over a rank's batches, replaced by that over all of them and divided by the sum of their weights.
-
-        Raises:
-            NonFiniteError: The sum is not finite.
-        """
+        """A sum over a rank's batches, replaced by that over all of them and divided by the sum of their weights."""
         with self.objective.ranks.together():
             weight = self.objective.ranks.total(weight, total)
         if not all_finite(total):
