@@ -224,13 +224,14 @@ def _answer(
             show(*tables, str(result))
     finally:
         with saving():
+            # A file would look like the answer from all of the data.
+            end_if_partial(result.interruption)
             if comparison.save is not None:
                 result.save(comparison.save)
             if comparison.plot is not None:
                 from lmc_curvature.figures.files import write_figure
 
                 write_figure(result.plot(), comparison.plot)
-    end_if_partial(result.interruption)
 
 
 def _next_report(directory: Path) -> str:

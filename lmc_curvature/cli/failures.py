@@ -21,7 +21,7 @@ from lmc_curvature.errors import INTERRUPT, LMCCurvatureError, RankError, in_one
 TRACEBACK = "LMC_CURVATURE_TRACEBACK"
 """The environment variable that shows the traceback of an error before its message."""
 
-_PARTIAL = "the answer above is of the batches before"
+_PARTIAL = "the answer above is of the batches before, and is not saved"
 _PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -97,7 +97,7 @@ def end_if_partial(interruption: str | None) -> None:
     if interruption is None:
         return
     if interruption.startswith(INTERRUPT):
-        _exit_interrupted(_PARTIAL)
+        _exit_early(130, "interrupted", _PARTIAL)
     _drop_unwritable_output()
     print(f"error: {interruption}; {_PARTIAL}.", file=sys.stderr)
     sys.exit(1)

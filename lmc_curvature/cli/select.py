@@ -215,7 +215,7 @@ def _saved(prediction: "BarrierPrediction", path: Path | None) -> Iterator[None]
     try:
         yield
     finally:
-        if path is not None:
+        if path is not None and not prediction.partial:
             with saving():
                 prediction.save(path)
 

@@ -249,7 +249,7 @@ def test_a_loader_that_fails_is_one_message(run, comparison, monkeypatch, source
     assert (status, "partial: " in out) == (1, source != "no_loader")
     end = r"\. LMC_CURVATURE_TRACEBACK=1 shows the traceback\."
     if source != "no_loader":
-        end = "; the answer above is of the batches before\\."
+        end = "; the answer above is of the batches before, and is not saved\\."
     assert re.fullmatch(rf"error: {message}{end}\n", err)
 
 
@@ -292,7 +292,9 @@ def test_an_interrupt_is_one_line(run, comparison, command, what):
         options = [f"{HERE}:loader", "--model-option", "fails_at=1", "--model-option", "error=interrupt"]
     status, out, err = run(command, *comparison, *options)
     assert (status, "partial: Ctrl-C" in out) == (130, what == "loader")
-    assert err == ("interrupted; the answer above is of the batches before.\n" if out else "interrupted.\n")
+    assert err == (
+        "interrupted; the answer above is of the batches before, and is not saved.\n" if out else "interrupted.\n"
+    )
 
 
 def test_an_interrupt_before_a_command_begins_is_one_line(run, monkeypatch):
@@ -435,9 +437,9 @@ def broken_loader():
             "error",
             1,
             "error: OSError: no disk (batch 3 of the loader), after 3 batches; "
-            "the answer above is of the batches before.",
+            "the answer above is of the batches before, and is not saved.",
         ),
-        ("interrupt", 130, "interrupted; the answer above is of the batches before."),
+        ("interrupt", 130, "interrupted; the answer above is of the batches before, and is not saved."),
     ],
 )
 @pytest.mark.parametrize("command", ["predict", "measure"])
