@@ -54,14 +54,15 @@ def fields_of_prediction(arrays: dict[str, np.ndarray], metadata: dict[str, Any]
         shapes |= {head + WEIGHTS: "batches"} if head + WEIGHTS in arrays else {}
         _check_weights(arrays, head)
     check_arrays(arrays, shapes, layers=len(layers), anchors=len(positions))
-    projections = [
-        Projection(**{name: arrays[head + name] for name in (*PROJECTION, WEIGHTS) if head + name in arrays})
-        for head in numbered
-    ]
+
+    def projection(head: str) -> Projection:
+        fields: dict[str, Any] = {n: arrays[head + n] for n in (*PROJECTION, WEIGHTS) if head + n in arrays}
+        return Projection(**fields)
+
     groups, cosine = metadata.get("groups"), metadata.get("cosine")
     return {
         "layers": layers,
-        "anchors": tuple(map(Anchor, check_anchors(positions).tolist(), projections)),
+        "anchors": tuple(map(Anchor, check_anchors(positions).tolist(), map(projection, numbered))),
         "distances": arrays["distances"],
         **{name: arrays[name] for name in OPTIONAL if name in arrays},
         "cosine": None if cosine is None else float(cosine),
