@@ -122,7 +122,8 @@ def test_a_stream_is_kept_in_groups(name):
     together = compute(*_networks(), joined, progress=False)
     assert len(whole.batch_sizes if name == "measured" else whole.anchors[0].projection.batch_sizes) == 275
     assert whole.barrier() == pytest.approx(together.barrier(), rel=1e-9)
-    assert whole.standard_error() == pytest.approx(together.standard_error(), rel=1e-9)
+    # At the highest point, whose place is found up to the root of the rounding error.
+    assert whole.standard_error() == pytest.approx(together.standard_error(), rel=1e-6)
 
 
 def test_groups_do_not_depend_on_how_batches_came():

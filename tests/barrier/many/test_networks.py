@@ -183,7 +183,7 @@ def test_every_station_is_differentiated_once_a_batch_in_one_pass(models, monkey
         assert len(problem.directions) <= 2 * 3
         return original(problem, point, batch)
 
-    monkeypatch.setattr(project, "project_by_sweep", counting)
+    monkeypatch.setitem(project._ROADS, "auto", counting)
     predict_barriers(models, loader, progress=False)
     assert loader.count == 1
     assert set(calls.values()) == {1}
