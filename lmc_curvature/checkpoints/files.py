@@ -178,12 +178,13 @@ def check_archive(path: Path, *, verify: bool = True) -> None:
             if sum(member.file_size for member in members) > path.stat().st_size + _COMPRESSED:
                 raise CheckpointError(f"{path} is refused: it unpacks to far more than its size. {_EXPECTED}")
             for member in members:
+                # Zero is what torch writes if it is told not to compute checksums, and nothing is compared with None.
+                member.CRC = member.CRC or None  # pyright: ignore[reportAttributeAccessIssue]
                 if member.filename.endswith(".pkl"):
                     with archive.open(member) as stream:
                         # Without a number it unpacks all that there is, whatever it is said to be.
                         _refuse_allocation(path, stream.read(member.file_size))
             for member in members if verify else ():
-                # Zero is also what torch writes if it is told not to compute checksums.
                 if member.CRC:
                     with archive.open(member) as stream:
                         while stream.read(1 << 20):

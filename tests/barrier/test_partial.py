@@ -38,7 +38,7 @@ class _Broken:
         raise self.error
 
 
-@pytest.mark.check(after=2)
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("name", BARRIERS)
 @pytest.mark.parametrize(
     ("error", "said"),
@@ -84,8 +84,8 @@ def test_errors_of_a_loss_are_raised():
         measure_barrier(*_networks(), list(_batches(30)), loss_fn=loss, metrics=("loss",), progress=False)
 
 
-@pytest.mark.check(after=1)
-@pytest.mark.parametrize("name", list(BARRIERS)[::-1])
+@pytest.mark.check
+@pytest.mark.parametrize("name", BARRIERS)
 def test_only_as_many_batches_are_read_as_a_standard_error_takes(name):
     compute, _ = BARRIERS[name]
     read = []
@@ -149,6 +149,7 @@ def test_groups_do_not_depend_on_how_batches_came():
         np.testing.assert_allclose(first.values[0], second.values[0], rtol=1e-9)
 
 
+@pytest.mark.check
 def test_standard_errors_of_groups_are_those_of_batches_on_average():
     generator = np.random.default_rng(1)
     ratios = []

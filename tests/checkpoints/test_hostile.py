@@ -47,6 +47,7 @@ def with_zeros(path, member, megabytes, *, new_name=None):
                 stream.write(bytes(1 << 20))
 
 
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize("member", ["data.pkl", "data/0", "version"])
 def test_an_archive_that_unpacks_to_more_than_it_is(saved, member):
     with_zeros(saved, member, 100)

@@ -104,7 +104,7 @@ def _compare_pass(rank, name, options):
     return group.tolist(), float(np.abs(group - alone).max() / np.abs(alone).max())
 
 
-@pytest.mark.check(after=2)
+@pytest.mark.check(after=1)
 @pytest.mark.parametrize(("name", "size"), [("loss", 2), ("gradient", 3), *((name, 2) for name in list(PASSES)[2:])])
 def test_ranks_have_the_numbers_of_one_process(ranks, name, size):
     options = {"batch_norm": "recalibrate"} if name == "re-estimated statistics" else {}
