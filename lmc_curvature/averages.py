@@ -50,10 +50,11 @@ class GroupMeans:
 
     def joined(self, other: "GroupMeans") -> "GroupMeans":
         """The group of both: x̄ = x̄₁ + w₂ / (w₁ + w₂) · (x̄₂ − x̄₁)."""
-        weights = self.weights + other.weights
+        # Sums of arrays without dimensions are plain numbers.
+        weights = np.asarray(self.weights + other.weights)
         share = np.divide(other.weights, weights, out=np.zeros_like(weights), where=weights != 0)
         values = (
-            first + share.reshape(share.shape + (1,) * (first.ndim - share.ndim)) * (second - first)
+            np.asarray(first + share.reshape(share.shape + (1,) * (first.ndim - share.ndim)) * (second - first))
             for first, second in zip(self.values, other.values, strict=True)
         )
         return GroupMeans(min(self.index, other.index), self.size + other.size, weights, tuple(values))

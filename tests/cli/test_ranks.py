@@ -75,7 +75,8 @@ def loader():
 @pytest.mark.check
 def test_a_rank_whose_loader_raises_ends_the_command_with_its_message(networks, tmp_path):
     (tmp_path / "broken.py").write_text(FACTORY)
-    arguments = [*_arguments("predict", networks), "--data", "broken:loader"]
+    model = ("--model", "digits-resnet", "--model-option", "width=2", "--data", "broken:loader")
+    arguments = ["predict", *networks, *model]
     answer = _answer(arguments, PYTHONPATH=os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     assert answer.returncode == 1
     assert answer.stdout == ""
