@@ -24,7 +24,7 @@ def evaluate_points(
     *,
     own_statistics: Sequence[State] = (),
     of_interest: Callable[[Float[np.ndarray, "batches points"]], Float[np.ndarray, " batches"]] = lambda of: of[:, 0],
-    tolerance: float | None = None,
+    tolerance: float | int | None = None,
     keep_partial: bool = False,
     progress: bool | None,
 ) -> tuple[

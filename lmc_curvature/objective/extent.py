@@ -26,7 +26,9 @@ class Extent:
         interruption: What interrupted the pass, and after how many batches; None if nothing did.
     """
 
-    def __init__(self, estimate: Callable[[], tuple[float, float]], tolerance: float | None, *, keep_partial: bool):
+    def __init__(
+        self, estimate: Callable[[], tuple[float, float]], tolerance: float | int | None, *, keep_partial: bool
+    ):
         self.tolerance, self.interruption = tolerance, None
         self._keep_partial = keep_partial
         self._estimate, self._next, self._count = estimate, _LEAST, 0

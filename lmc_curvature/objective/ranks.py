@@ -60,7 +60,7 @@ class Ranks:
             the group cannot reduce what is on the device, or `timeout` is not positive.
     """
 
-    def __init__(self, group: Group = None, timeout: float = 60.0, device: torch.device = _CPU):
+    def __init__(self, group: Group = None, timeout: float | int = 60.0, device: torch.device = _CPU):
         self._group = _checked_group(group, timeout, device)
         self.rank, self.size = (
             (0, 1) if group is None else (dist.get_rank(self._group), dist.get_world_size(self._group))
@@ -189,7 +189,7 @@ def yields_a_share(loader: Any, ranks: Ranks) -> bool:
     return True
 
 
-def _checked_group(group: Group, timeout: float, device: torch.device) -> "dist.ProcessGroup | None":
+def _checked_group(group: Group, timeout: float | int, device: torch.device) -> "dist.ProcessGroup | None":
     if not timeout > 0:
         raise OptionError(f"timeout={timeout!r}: expected a positive number of seconds.")
     if group is None:

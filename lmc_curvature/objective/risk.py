@@ -117,7 +117,7 @@ class Objective(ObjectiveDisplay):
         witness: bool = True,
         twins: Sequence[nn.Module] | Mapping[str, nn.Module] = (),
         group: Group = None,
-        timeout: float = 60.0,
+        timeout: float | int = 60.0,
     ):
         check_module("model", model)
         original, model = model, unwrap(model)

@@ -45,7 +45,7 @@ def measure_barriers(
     dtype: torch.dtype | None = None,
     allow_tf32: bool = False,
     group: Group = None,
-    timeout: float = 60.0,
+    timeout: float | int = 60.0,
     progress: bool | None = None,
 ) -> BarriersMeasurement:
     """Measure the barriers among several networks: of all pairs, of their mean, and of the means of some subsets.

@@ -39,7 +39,7 @@ def predict_barriers(
     allow_tf32: bool = False,
     witness: bool = True,
     group: Group = None,
-    timeout: float = 60.0,
+    timeout: float | int = 60.0,
     progress: bool | None = None,
 ) -> BarriersPrediction:
     """Predict the barriers among several networks: of all pairs, of their mean, and of the means of subsets.
