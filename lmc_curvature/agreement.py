@@ -128,6 +128,11 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             cost=0.0,
             tolerance=Tolerance(0.7),
         ),
+        "batches of ranks": Check(
+            catches="Ranks whose loaders yield different batches, of which each would take its share.",
+            runs="The end of every pass that processes share, on some numbers of every batch.",
+            cost=0.0,
+        ),
         "sorted labels": Check(
             catches="Data in the order of their classes.",
             runs="Every pass, after 2, 4, 8, … batches and at its end, on their labels.",

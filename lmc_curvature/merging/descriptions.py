@@ -1,8 +1,9 @@
 """What the folders of two networks say of them beside the weights: settings in a config.json."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from lmc_curvature.storage import parse_json
 
 # What says nothing of how a network computes from its weights, or is read off the weights.
 _OTHER = {"_name_or_path", "_commit_hash", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures"}
@@ -30,7 +31,7 @@ def setting_notes(a: Path, b: Path) -> list[str]:
 def _settings(path: Path) -> dict[str, Any] | None:
     """Every setting by its name, those within others with a dot."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     settings: dict[str, Any] = {}
