@@ -18,6 +18,8 @@ def test_the_page_shows_all_rows():
     assert list(ROWS) == list(ZOO)
     assert shown() == table(ROWS.values()).strip("\n")
     assert len(ROWS) >= 60
+    # A network that takes several roads would be in no table.
+    assert {row.road for row in ROWS.values()} == {"sweep", "products", "refused"}
 
 
 # Annotations are checked by the tests of smaller parts; here that would take as long as the computation.

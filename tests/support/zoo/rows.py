@@ -3,7 +3,6 @@
 import csv
 import re
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
@@ -187,21 +186,34 @@ def versions() -> str:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows in Markdown, under a sentence that counts them."""
+    """The rows in Markdown, a table for each road, under a sentence that counts them."""
     rows = list(rows)
-    count = Counter(row.road for row in rows)
+    by_road = {road: [row for row in rows if row.road == road] for road in ("sweep", "products", "refused")}
+    count = {road: len(each) for road, each in by_road.items()}
     lines = [
         f"Of {len(rows)} networks {count['sweep']} go through the sweep, {count['products']} fall back on products and "
         f"{count['refused']} are refused ({versions()}).",
-        "",
-        "| network | kind | losses | batch norm | road | operations | to products | to differences |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *_table(
+            "Through the sweep", ("network", "kind", "losses", "batch norm", "operations", "products", "differences")
+        ),
+        *(
+            _line(row.network, row.family, row.losses, row.policies, row.operations, row.products, row.differences)
+            for row in by_road["sweep"]
+        ),
+        *_table("By products", ("network", "kind", "why", "differences")),
+        *(_line(row.network, row.family, row.reason, row.differences) for row in by_road["products"]),
+        *_table("Refused", ("network", "kind", "why")),
+        *(_line(row.network, row.family, row.reason) for row in by_road["refused"]),
     ]
-    for row in rows:
-        road = f"{row.road}: {row.reason}" if row.reason else row.road
-        cells = (row.network, row.family, row.losses, row.policies, road, row.operations, row.products, row.differences)
-        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _table(title: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return "", f"## {title}", "", _line(*names), _line(*("---" for _ in names))
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(_cell(cell) for cell in cells) + " |"
 
 
 def _cell(text: str) -> str:
