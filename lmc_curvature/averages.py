@@ -67,12 +67,13 @@ def add_batch(groups: list[GroupMeans], batch: GroupMeans) -> None:
         groups[:] = grouped(groups)
 
 
-def grouped(batches: Iterable[GroupMeans], most: int = _MOST) -> list[GroupMeans]:
-    """Batches, or groups of them, joined into at most so many groups, in the order of the loader.
+def grouped(batches: Iterable[GroupMeans], most: int | None = None) -> list[GroupMeans]:
+    """Batches, or groups of them, joined into at most so many groups (512), in the order of the loader.
 
     Group g is of the batches g · n to (g + 1) · n − 1, with the smallest power of two for n: which they are does not
     depend on how often, and by how many processes, batches were grouped before.
     """
+    most = _MOST if most is None else most
     ordered, width = sorted(batches, key=lambda batch: batch.index), 1
     while ordered and ordered[-1].index // width >= most:
         width *= 2

@@ -19,6 +19,7 @@ import errno
 import fnmatch
 import importlib
 import io
+import itertools
 import json
 import os
 import random
@@ -887,6 +888,15 @@ def write_table(text: str) -> None:
     PAGE.write_text(pattern.sub(f"{begin}\n\n{text}\n\n{finish}", page), encoding="utf-8")
 
 
+def spread(faults: list[Fault], most: int, seed: int) -> list[Fault]:
+    """So many of the faults, drawn at random, of every kind as many as of the others."""
+    by_kind: dict[str, list[Fault]] = {}
+    for fault in random.Random(seed).sample(faults, len(faults)):
+        by_kind.setdefault(fault.kind, []).append(fault)
+    turns = itertools.zip_longest(*by_kind.values())
+    return list(itertools.islice((fault for turn in turns for fault in turn if fault), most))
+
+
 def main(
     seed: int = 0, only: str = "*", out: Path = Path("runs/faults.jsonl"), page: bool = True, most: int | None = None
 ) -> None:
@@ -904,7 +914,7 @@ def main(
         bench = Bench(Path(folder), commands)
         faults = [fault for fault in faults_of(bench, seed) if fnmatch.fnmatch(fault.name, only)]
         if most is not None:
-            faults = random.Random(seed).sample(faults, min(most, len(faults)))
+            faults = spread(faults, most, seed)
         names = {fault.name for fault in faults}
         results = [result for result in done if result["name"] in names]
         left = [fault for fault in faults if fault.name not in {result["name"] for result in results}]

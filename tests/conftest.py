@@ -1,5 +1,6 @@
 """Fixtures for all tests, and which variants of a test run when."""
 
+import os
 from collections import Counter
 
 import jaxtyping
@@ -7,6 +8,10 @@ import pytest
 import torch
 
 pytest_plugins = ["tests.support.drawing"]
+
+# Lightning has torch look for a driver whenever it is asked whether there is a device: captures ask all the time.
+if not torch.cuda.is_available():
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_addoption(parser):

@@ -63,8 +63,7 @@ def set_host_states(states: Any) -> None:
 
 
 def _states() -> Any:
-    on_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
-    return *host_states(), torch.cuda.get_rng_state_all() if on_cuda else []
+    return *host_states(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
 
 def _fingerprint() -> Any:

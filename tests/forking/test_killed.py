@@ -54,14 +54,20 @@ def run_and_kill(path, what, seconds, workers=1, together=1, *, after_a_trace=Fa
     return process.exitcode != 0
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("undisturbed")
+    run_forks(CONFIG, path, progress=False)
+    trace_forks(path, progress=False)
+    return path
+
+
 @pytest.mark.check
 @pytest.mark.parametrize(("workers", "together"), [(1, 1), (2, 1), (1, 3)])
-def test_training_and_tracing_survive_being_killed(tmp_path, workers, together):
-    run_forks(CONFIG, tmp_path / "undisturbed", progress=False)
-    trace_forks(tmp_path / "undisturbed", progress=False)
+def test_training_and_tracing_survive_being_killed(undisturbed, tmp_path, workers, together):
     moments = random.Random(workers)
     killed = {"train": 0, "trace": 0, "in the midst": 0}
-    whole = trace_files(tmp_path / "undisturbed")
+    whole = trace_files(undisturbed)
     for what in ("train", "trace"):
         for number in range(KILLS):
             # Some before there is a trace, some with a few.
@@ -72,4 +78,4 @@ def test_training_and_tracing_survive_being_killed(tmp_path, workers, together):
         assert not run_and_kill(tmp_path / "killed", what, 600, workers, together)
     # Most kills hit while there was work left.
     assert min(killed.values()) >= 2
-    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+    assert contents(tmp_path / "killed") == contents(undisturbed)
