@@ -158,7 +158,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             "off the state, nearer where entries would lose their part in the loss; and at it where a length is "
             "exactly zero, which is looked for on the whole batch; on the batch as it is where that calls functions "
             "with backward passes of their own that the few examples do not, and on the whole batch, too, where its "
-            "graph has operations that theirs have not. `witness=False` leaves it out.",
+            "graph has more operations than theirs, fewer or others. `witness=False` leaves it out.",
             cost=3.0,
             tolerance=Tolerance(0.4),
         ),

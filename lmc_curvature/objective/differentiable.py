@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lmc_curvature.objective.kernels import right_kernel
 from lmc_curvature.objective.likelihoods import gaussian_nll_loss
+from lmc_curvature.objective.normalization import batch_norm
 
 
 @contextlib.contextmanager
@@ -248,6 +249,7 @@ _REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     F.normalize: _normalize,
     F.cosine_similarity: _cosine_similarity,
     F.gaussian_nll_loss: gaussian_nll_loss,
+    F.batch_norm: batch_norm,
 }
 
 

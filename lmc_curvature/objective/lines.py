@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lmc_curvature.objective.batches import map_tensors
-from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.losses import NetworkLoss, own_loss
 from lmc_curvature.objective.network import State, as_leaves, graph_nodes
 from lmc_curvature.objective.numerics import Numerics
@@ -106,14 +105,6 @@ class Line:
 def own_functions(loss: Tensor) -> list[str]:
     """Names of the functions with backward passes of their own in the graph of a loss."""
     return sorted({node._forward_cls.__name__ for node in graph_nodes([loss]) if hasattr(node, "_forward_cls")})
-
-
-def operation_names(network_loss: NetworkLoss, state: State, data: Any, movable: Collection[str]) -> frozenset[str]:
-    """Names of the operations that autograd has in the graph of a loss, to the entries that move."""
-    leaves = as_leaves({name: state[name] for name in movable})
-    with torch.enable_grad(), plain_calls():
-        loss = network_loss.at({**state, **leaves}, data)[0]
-    return frozenset(type(node).__name__ for node in graph_nodes([loss]))
 
 
 def random_line(

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -196,6 +197,11 @@ def graph_nodes(tensors: Iterable[Tensor]) -> Iterator[Any]:
             seen.add(node)
             yield node
             pending.extend(following for following, _ in node.next_functions)
+
+
+def operation_counts(tensors: Iterable[Tensor]) -> Counter[str]:
+    """How many operations of each name are in the autograd graph that some tensors were computed by."""
+    return Counter(type(node).__name__ for node in graph_nodes(tensors))
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:

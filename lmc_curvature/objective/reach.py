@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lmc_curvature.objective.settings import contents, members
+from lmc_curvature.objective.values import contents, members
 
 _DEPTH = 5
 

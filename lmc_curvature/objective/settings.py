@@ -1,6 +1,5 @@
 """Settings of a network's modules: what they hold besides entries and children, and what of it evaluation reads."""
 
-import dataclasses
 import dis
 import functools
 import inspect
@@ -9,15 +8,23 @@ import re
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from enum import Enum
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from lmc_curvature.objective.network import equal
+from lmc_curvature.objective.values import (
+    FUNCTIONS,
+    OTHER,
+    comparable,
+    equal_values,
+    is_of_torch,
+    members,
+    object_of,
+    shorten,
+)
+
+_ITSELF = "(the network itself)"
 
 
 class Difference(NamedTuple):
@@ -63,7 +70,7 @@ def setting_differences(first: nn.Module, second: nn.Module) -> list[Difference]
             found += _class_differences(prefix, type(a), type(b)) if alike else ()
         if not alike and not all(isinstance(module, (_DropoutNd, nn.Identity, type(None))) for module in (a, b)):
             kinds = ["nothing" if module is None else type(module).__qualname__ for module in (a, b)]
-            found.append(Difference(name or "(the network itself)", (kinds[0], kinds[1]), kinds=True))
+            found.append(Difference(name or _ITSELF, (kinds[0], kinds[1]), kinds=True))
     return found
 
 
@@ -91,12 +98,15 @@ def hidden_differences(
         if not difference.kinds:
             attribute = re.sub(r"\[.*?\]", "", difference.where).rpartition(".")[2]
             return attribute in reads - writes or (kept and difference.tensors and attribute in kept_first)
-        pair = [m.get(difference.where) for m in modules]
+        pair = [m.get("" if difference.where == _ITSELF else difference.where) for m in modules]
         innermost = not any(True for module in pair if module is not None for _ in module.children())
         # A class may have another name and the same function, as subclasses often have.
         kinds = [None if module is None else type(module) for module in pair]
-        names = [name for name in reads if not name.startswith("__")]
-        return innermost and any(getattr(kinds[0], name, None) is not getattr(kinds[1], name, None) for name in names)
+        names = [name for name in reads if not name.startswith("__")] if innermost else ["forward"]
+        methods = [[getattr(kind, name, None) for name in names] for kind in kinds]
+        if innermost or None in pair:
+            return innermost and any(a is not b for a, b in zip(*methods, strict=True))
+        return not equal_values(*map(comparable, methods))
 
     return [difference for difference in found if matters(difference)]
 
@@ -123,7 +133,7 @@ def _attribute_differences(prefix: str, a: nn.Module, b: nn.Module, seen: set[tu
     for attribute in {**held_a, **held_b}:
         pair = held_a.get(attribute), held_b.get(attribute)
         key = id(pair[0]), id(pair[1])
-        if _plain(pair[0]) is _OTHER and _plain(pair[1]) is _OTHER:
+        if comparable(pair[0]) is OTHER and comparable(pair[1]) is OTHER:
             if key in seen:
                 continue
             seen.add(key)
@@ -131,32 +141,28 @@ def _attribute_differences(prefix: str, a: nn.Module, b: nn.Module, seen: set[tu
         for name in {**settings_a, **settings_b}:
             values = settings_a.get(name), settings_b.get(name)
             harmless = all(_is_harmless(a, re.findall(r"\w+", name)[-1], value) for value in values)
-            if not harmless and not _equal(*values):
+            if not harmless and not equal_values(*values):
                 tensors = any(isinstance(value, Tensor) for value in values)
-                yield Difference(f"{prefix}{name}", (_shorten(values[0]), _shorten(values[1])), tensors=tensors)
+                yield Difference(f"{prefix}{name}", (shorten(values[0]), shorten(values[1])), tensors=tensors)
 
 
 def _class_differences(prefix: str, a: type, b: type) -> Iterator[Difference]:
     """Methods and values in which two classes of one name differ, such as those of a cell that was edited."""
     for name in {**vars(a), **vars(b)} if a is not b else ():
-        values = _plain(vars(a).get(name)), _plain(vars(b).get(name))
-        if not name.startswith("__") and _OTHER not in values and not _equal(*values):
-            yield Difference(f"{prefix}{name}", (_shorten(values[0]), _shorten(values[1])))
-
-
-def _is_of_torch(defined: Any) -> bool:
-    return (defined.__module__ or "").partition(".")[0] == "torch"
+        values = comparable(vars(a).get(name)), comparable(vars(b).get(name))
+        if not name.startswith("__") and OTHER not in values and not equal_values(*values):
+            yield Difference(f"{prefix}{name}", (shorten(values[0]), shorten(values[1])))
 
 
 def _held(module: nn.Module) -> dict[str, Any]:
     """Name to value of what a module itself holds besides its entries and its children."""
-    own = not _is_of_torch(type(module))
+    own = not is_of_torch(type(module))
     base = vars(nn.Module())
     # Private attributes of torch's modules are made of the public ones.
     found = {name: value for name, value in vars(module).items() if name not in base and (own or name[0] != "_")}
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     # What torch's own keep, as for pruning, is bookkeeping.
-    if kept_hooks := [hook for hook in hooks if not _is_of_torch(type(hook)) or isinstance(hook, _FUNCTIONS)]:
+    if kept_hooks := [hook for hook in hooks if not is_of_torch(type(hook)) or isinstance(hook, FUNCTIONS)]:
         found[_HOOKS] = kept_hooks
     kept: dict[str, Any] = {}
     module._save_to_state_dict(kept, "", True)
@@ -164,126 +170,30 @@ def _held(module: nn.Module) -> dict[str, Any]:
     return found | {name: value for name, value in kept.items() if name not in entries}
 
 
-_FUNCTIONS = (types.FunctionType, types.MethodType)
 _HOOKS = "hook"
-_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, Tensor)
-_OTHER = object()
 _DEPTH, _MOST = 3, 1000
 
 
 def _settings(name: str, value: Any, depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
     """Names and values of what can be compared in an attribute: itself, or what an object holds, each by its place."""
-    plain = _plain(value)
-    if plain is not _OTHER:
-        yield name, plain
+    value_itself = comparable(value)
+    if value_itself is not OTHER:
+        yield name, value_itself
         return
-    value = _object_of(value)
+    value = object_of(value)
     if callable(value):
         yield name, type(value).__name__
     for place, member in itertools.islice(members(value, private=callable(value)), _MOST) if depth else ():
         yield from _settings(f"{name}{place}", member, depth - 1)
 
 
-def members(value: Any, *, private: bool = False) -> Iterator[tuple[str, Any]]:
-    """What an object holds, with its place in it; attributes whose names begin with an underscore if `private`."""
-    if isinstance(value, (nn.Module, type, types.ModuleType)):
-        return
-    if isinstance(value, (Mapping, list, tuple)):
-        for key, member in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield f"[{key!r}]", member
-    fields = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else ()
-    slots = [name for cls in type(value).__mro__ for name in _as_tuple(getattr(cls, "__slots__", ()))]
-    for name in dict.fromkeys((*fields, *slots, *getattr(value, "__dict__", {}))):
-        if not name.startswith("__" if private else "_"):
-            yield f".{name}", getattr(value, name, None)
-
-
-def _as_tuple(names: Any) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _object_of(value: Any) -> Any:
-    """The object that a method is of, unless that is a module, which is compared itself; anything else as it is."""
-    is_of_object = isinstance(value, types.MethodType) and not isinstance(value.__self__, (nn.Module, type))
-    return value.__self__ if is_of_object else value
-
-
-class _Function(NamedTuple):
-    """A function, as far as another one can be told from it."""
-
-    name: str
-    body: tuple[Any, ...] = ()
-
-
-def _plain(value: Any) -> Any:
-    """A value that can be compared; `_OTHER` for what is not understood."""
-    if isinstance(value, Enum):
-        return str(value)
-    if isinstance(value, _VALUES):
-        return value
-    if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "biufc":
-        return torch.as_tensor(value)
-    if isinstance(value, (set, frozenset)):
-        return _plain(sorted(value, key=repr))
-    if isinstance(value, (list, tuple)):
-        # Data that a module happens to hold are no settings.
-        plain = tuple(map(_plain, value)) if len(value) <= _MOST else (_OTHER,)
-        return _OTHER if any(part is _OTHER for part in plain) else plain
-    if isinstance(value, functools.partial):
-        keywords = tuple(sorted(value.keywords.items()))
-        return _plain((value.func, value.args, keywords))
-    if _object_of(value) is not value:
-        return _OTHER
-    name = getattr(value, "__name__", None)
-    return _Function(name, _body(value)) if isinstance(name, str) else _OTHER
-
-
-def _body(function: Any) -> tuple[Any, ...]:
-    code = getattr(function, "__code__", None)
-    # Of one name torch has several functions that are the same.
-    if not isinstance(code, types.CodeType) or _is_of_torch(function):
-        return ()
-    constants = [part.co_code if isinstance(part, types.CodeType) else part for part in code.co_consts]
-    named = (function.__kwdefaults__ or {}).values()
-    held = [*map(contents, function.__closure__ or ()), *(function.__defaults__ or ()), *named]
-    return (code.co_code, code.co_names, *constants, *(value for value in held if isinstance(value, _VALUES)))
-
-
-def contents(cell: types.CellType) -> Any:
-    """What a function closes over in a cell; None if that is empty."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        # It is filled later, or never.
-        return None
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype):
-            return False
-        return torch.equal(a.cpu(), b.cpu()) or (a.is_floating_point() and equal(a, b))
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a == b) or (a != a and b != b)
-
-
-def _shorten(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, _Function):
-        return value.name
-    shown = f"({', '.join(map(_shorten, value))})" if isinstance(value, tuple) else str(value)
-    return f"{shown[:57]}…" if len(shown) > 58 else shown
-
-
 def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[set[str], set[str], set[str]]:
     """Names that code reads, and attributes that it writes or first reads, as far as `forward` may call that code."""
     classes = {cls for network in networks for module in network.modules() for cls in type(module).__mro__}
     callables = [each for network in networks for module in network.modules() for each in _callables(_held(module))]
-    classes |= {cls for each in callables for cls in type(_object_of(each)).__mro__}
+    classes |= {cls for each in callables for cls in type(object_of(each)).__mro__}
     methods: dict[str, list[Any]] = {}
-    for cls in classes - {nn.Module, object, *_FUNCTIONS}:
+    for cls in classes - {nn.Module, object, *FUNCTIONS}:
         for name, member in vars(cls).items():
             methods.setdefault(name, []).append(member)
     reads, writes, first = {"forward", _HOOKS}, set[str](), set[str]()
@@ -299,7 +209,7 @@ def _names_in_evaluation(networks: Iterable[nn.Module], loss_fn: Any) -> tuple[s
         reads |= read
         writes |= written
         first |= read_first
-        known = {} if _is_of_torch(function) else function.__globals__
+        known = {} if is_of_torch(function) else function.__globals__
         for name in read:
             pending += [*methods.get(name, ()), known.get(name)]
             is_module = isinstance(known.get(name), types.ModuleType)

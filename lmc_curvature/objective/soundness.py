@@ -19,7 +19,14 @@ from lmc_curvature.objective.differentiable import plain_calls
 from lmc_curvature.objective.lines import own_functions
 from lmc_curvature.objective.losses import NetworkLoss, check_differentiable
 from lmc_curvature.objective.memo import Memo
-from lmc_curvature.objective.network import State, as_leaves, check_finite, copies_of, entries_of, graph_nodes
+from lmc_curvature.objective.network import (
+    State,
+    as_leaves,
+    check_finite,
+    copies_of,
+    entries_of,
+    operation_counts,
+)
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, normalizes_by_batch
 from lmc_curvature.objective.numerics import Numerics, outside_inference
 from lmc_curvature.objective.passes import Passes
@@ -125,7 +132,7 @@ class Soundness:
                 check_against_given()
             raise
         self._memo.replace("functions", own_functions(loss))
-        self._memo.replace("operations", frozenset(type(node).__name__ for node in graph_nodes([loss])))
+        self._memo.replace("operations", operation_counts([loss]))
         self._memo.replace("loss", loss.detach().requires_grad_(loss.requires_grad))
         if self.batch_norm != "interpolate":
             self._note_running_statistics(batch)
@@ -179,10 +186,16 @@ class Soundness:
             return
         moved = tuple(sorted(entries or self.movable))
 
+        def is_other_graph(data: Any) -> bool:
+            leaves = as_leaves({name: state[name] for name in self.movable})
+            with torch.enable_grad(), plain_calls():
+                loss = self.network_loss.at({**state, **leaves}, data)[0]
+            return operation_counts([loss]) != self._memo.get("operations", None)
+
         def compare() -> str:
             options = {"movable": moved, "numerics": self.numerics, "second": second}
             options |= {"functions": self._memo.get("functions", ())}
-            options |= {"operations": self._memo.get("operations", frozenset())}
+            options |= {"is_other_graph": is_other_graph}
             note = check_derivatives(self.network_loss, state, batch, **options)
             if note:
                 # Many results have no place for notes.

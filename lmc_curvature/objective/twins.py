@@ -13,7 +13,8 @@ from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.network import State, check_module, copies_of, entries_of, movable_entries, skeleton_of
 from lmc_curvature.objective.normalization import BatchNormPolicy, Normalization, Statistics
 from lmc_curvature.objective.randomness import global_rng_preserved
-from lmc_curvature.objective.settings import hidden_differences, members, setting_differences
+from lmc_curvature.objective.settings import hidden_differences, setting_differences
+from lmc_curvature.objective.values import members
 from lmc_curvature.objective.wrappers import unwrap
 
 _LEAST_EXAMPLES = 16

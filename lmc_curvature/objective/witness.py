@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ import torch
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.lines import Derivative, Line, operation_names, random_line
+from lmc_curvature.objective.lines import Derivative, Line, random_line
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.numerics import Numerics
@@ -50,7 +51,7 @@ def check_derivatives(
     numerics: Numerics,
     second: bool = True,
     functions: Collection[str] = (),
-    operations: frozenset[str] = frozenset(),
+    is_other_graph: Callable[[Any], bool] = lambda _: False,
 ) -> str:
     """Compare slope and curvature of the loss along a random direction with differences of the loss.
 
@@ -69,9 +70,9 @@ def check_derivatives(
         second: Compare the curvature, too.
         functions: Names of functions with backward passes of their own that the whole batch calls. Where a few examples
             in float64 call others, as networks do that have a kernel for one type, the batch is looked at as it is.
-        operations: Names of all operations in the graph of the whole batch's loss. Where a few examples have not all of
-            them, as those have not of which no part is left out of the graph to save memory, the whole batch is
-            compared, too.
+        is_other_graph: Tells whether the autograd graph of the loss of some data is another than the whole batch's.
+            Where a few examples have another one, as where parts are left out of the graph of many to save memory, the
+            whole batch is compared, too.
 
     Returns:
         A few words that say what could not be compared; none if all was.
@@ -105,7 +106,7 @@ def check_derivatives(
         if verdict.curvature or (verdict.slope and not second):
             if (rows, dtype) == trials[-1] or not set(functions) - set(make_line(seed).functions()):
                 note = ""
-                if rows is not None and operations - operation_names(network_loss, state, data, movable):
+                if rows is not None and is_other_graph(data):
                     whole = partial(random_line, network_loss, state, batch.data, movable, numerics, precise)
                     found = [_judge(partial(whole, len(trials) + seed), second).disagreement for seed in range(2)]
                     doubts += [found[0]] if all(found) else []

@@ -51,9 +51,23 @@ class _Focal(nn.CrossEntropyLoss):
         return super().forward(input, target) ** 2
 
 
+class _Calling(nn.CrossEntropyLoss):
+    def __call__(self, input, target):
+        return super().__call__(input, target.where(target != 2, -100))
+
+
+def _hooked(register):
+    loss = nn.CrossEntropyLoss()
+    getattr(loss, register)(lambda *_: None)
+    return loss
+
+
 @pytest.mark.parametrize(
     "loss_fn",
     [
+        _Calling(),
+        _hooked("register_forward_pre_hook"),
+        _hooked("register_forward_hook"),
         F.mse_loss,
         nn.BCEWithLogitsLoss(),
         _Focal(),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from lmc_curvature import BatchLoss, HessianOperator, Objective
+from lmc_curvature import BatchLoss, HessianOperator, Objective, project_hessian
 from lmc_curvature.errors import LoaderError, UnsupportedModelError
 from lmc_curvature.objective.normalization import Normalization, normalize_by, statistic_names, tracked_modules
 from tests.support.cases import CASES
@@ -427,3 +427,36 @@ def test_running_statistics_that_a_policy_does_not_reach_are_named(network, name
     else:
         assert objective.notes == expected
         assert len(warned) == 1
+
+
+class _ByFunction(nn.Module):
+    """Calls torch's function with the statistics of a module."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        norm = self.norm
+        h = F.batch_norm(self.first(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, False)
+        return self.last(torch.tanh(h))
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_network_may_call_the_function_itself():
+    model = randomized(_ByFunction().double())
+    generator = torch.Generator().manual_seed(0)
+    batches = [(torch.randn(7, 5, generator=generator, dtype=torch.float64), torch.arange(7) % 3)]
+    objective, state = Objective(model, batches), dict(model.state_dict())
+    along = {
+        name: torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        for name, tensor in state.items()
+        if tensor.is_floating_point()
+    }
+    found = project_hessian(objective, state, {"all": along})
+    step = 1e-3
+    before, at, after = (
+        objective.loss({name: state[name] + times * step * along[name] for name in along}) for times in (-1, 0, 1)
+    )
+    assert found.slopes[0] == pytest.approx((after - before) / (2 * step), rel=1e-4)
+    assert found.curvature[0, 0] == pytest.approx((after - 2 * at + before) / step**2, rel=1e-4)

@@ -4,10 +4,14 @@ import enum
 import functools
 import threading
 import warnings
+from collections import deque
 from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,6 +42,8 @@ class Attributed(nn.Module):
         h = getattr(self, "activation", torch.tanh)(h) * getattr(self, "scale", 1.0)
         for factor in getattr(self, "factors", ()):
             h = h * factor
+        if hasattr(self, "scales") and h.max() > 1e6:
+            h = h * float(self.scales[-1])
         return h.softmax(-1) if getattr(self, "kind", None) == "softmax" else h
 
 
@@ -399,10 +405,31 @@ def test_configurations_are_looked_into(make, where):
         Objective(a, [(X.float(), Y)], twins=[b]).loss()
 
 
+def _defined(code, **values):
+    """A function that was defined in a module with some values."""
+    return eval(code, {"__name__": "a_module", **values})
+
+
 FUNCTIONS = {
     "anonymous ones": (lambda h: h * 2.0, lambda h: h * 3.0, "its values differ"),
     "anonymous ones that call others": (lambda h: F.relu(h), lambda h: F.silu(h), "its values differ"),
     "of other defaults": (lambda h, by=2.0: h * by, lambda h, by=3.0: h * by, "its values differ"),
+    "with others in them": (lambda h: (lambda z: z * 2.0)(h), lambda h: (lambda z: z * 3.0)(h), "its values differ"),
+    "in comprehensions": (
+        lambda h: sum(2.0 * z for z in [h]),
+        lambda h: sum(3.0 * z for z in [h]),
+        "its values differ",
+    ),
+    "of other modules' values": (
+        _defined("lambda h: h * by", by=2.0),
+        _defined("lambda h: h * by", by=3.0),
+        "its values",
+    ),
+    "of other modules' functions": (
+        _defined("lambda h: scaled(h)", scaled=lambda h: h * 2.0),
+        _defined("lambda h: scaled(h)", scaled=lambda h: h * 3.0),
+        "its values",
+    ),
     "partial": (
         functools.partial(F.leaky_relu, negative_slope=0.1),
         functools.partial(F.leaky_relu, negative_slope=0.2),
@@ -660,6 +687,45 @@ class Helped(nn.Module):
         return x
 
 
+def _bounded(bound):
+    """A network with children whose class bounds outputs, or does not."""
+
+    class Bounded(Attributed):
+        def forward(self, x):
+            return super().forward(x).clamp(max=bound)
+
+    return Bounded() if bound else Attributed()
+
+
+def _clamp(h, limits):
+    return h.clamp(max=limits["most"])
+
+
+HIDDEN["a class with children"] = (
+    lambda: _bounded(None),
+    lambda: _bounded(70),
+    r"module \(the network itself\): Attributed in model_a",
+)
+HIDDEN["an option in a dict of a partial function"] = (
+    lambda: Attributed(activation=functools.partial(_clamp, limits={"most": 70})),
+    lambda: Attributed(activation=functools.partial(_clamp, limits={"most": 80})),
+    r"activation\['limits'\]\['most'\]: 70 in model_a, 80",
+)
+HELD = {
+    "slice": (slice(0, 70), slice(0, 80)),
+    "range": (range(70), range(80)),
+    "deque": (deque([70]), deque([80])),
+    "fraction": (Fraction(70), Fraction(80)),
+    "decimal": (Decimal(70), Decimal(80)),
+    "array of objects": (np.array(70, object), np.array(80, object)),
+    "long list": ([70] * 1500, [70] * 1499 + [80]),
+}
+for each, (one, other) in HELD.items():
+    HIDDEN[each] = (
+        functools.partial(Attributed, scales=one),
+        functools.partial(Attributed, scales=other),
+        "scales: ",
+    )
 HIDDEN["a helper in another module"] = (
     lambda: Helped(70, by_objects=False),
     lambda: Helped(80, by_objects=False),

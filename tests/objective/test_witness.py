@@ -339,3 +339,29 @@ def test_examples_without_a_part_in_the_gradient_are_found(saves):
         return
     with pytest.raises(UnsupportedModelError, match="by autograd, and"):
         _check(objective)
+
+
+class _Cutting(nn.Module):
+    """Of large batches some layers have no part in the gradient: others have the same operations, or fewer."""
+
+    def __init__(self, cut):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last, self.cut = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3), cut
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        large = len(x) > 32
+        if self.cut == "a layer":
+            h = h.detach() if large else h
+        if self.cut == "a branch":
+            h = h + (torch.tanh(h).detach() if large else torch.tanh(h))
+        return self.last(torch.tanh(self.middle(h)))
+
+
+@pytest.mark.parametrize("cut", ["a layer", "a branch"])
+def test_layers_that_large_batches_leave_out_are_found(cut):
+    generator = torch.Generator().manual_seed(0)
+    objective = Objective(_Cutting(cut), [(torch.randn(48, 6, generator=generator), torch.arange(48) % 3)])
+    with pytest.raises(UnsupportedModelError, match="by autograd, and"):
+        _check(objective)
