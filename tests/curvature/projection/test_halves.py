@@ -9,7 +9,7 @@ from torch import nn
 from lmc_curvature import BatchLoss, Objective, project_hessian
 from lmc_curvature.curvature.projection import by_sweep
 from lmc_curvature.curvature.sweep.tiling import needs_of
-from lmc_curvature.errors import SweepError
+from lmc_curvature.errors import UnsupportedModelError
 from tests.support.sweeping import assert_sweep_agrees, compiled_batches, swept
 
 CLASSES, WIDTH = 5, 6
@@ -193,5 +193,37 @@ def test_a_later_batch_that_is_no_mean_is_refused():
     swept(objective, directions)
     memory_gib = _tight(objective, directions)
     both = Objective(_Model().double(), [{"x": x, "y": y}, {"x": x + 2, "y": y}], loss_fn=BatchLoss(loss))
-    with pytest.raises(SweepError, match="batch 1 is not the mean"):
-        swept(both, directions, memory_gib=memory_gib)
+    with pytest.raises(UnsupportedModelError, match="batch 1 is not the mean .* choose method='hvp'"):
+        project_hessian(both, {}, directions, memory_gib=memory_gib)
+
+
+class _Meeting(_Model):
+    """Examples meet in the network, by so little that the loss hardly shows it."""
+
+    def __init__(self, meet):
+        super().__init__()
+        self.meet = meet
+
+    def forward(self, x):
+        return self.second(self.meet(torch.tanh(self.first(x))))
+
+
+@pytest.mark.filterwarnings("ignore:.*Falling back")
+@pytest.mark.parametrize("by_batch", [True, False])
+@pytest.mark.parametrize(
+    "meet", [lambda h: h - 0.01 * h.mean(0), lambda h: h + 0.01 * h.roll(1, 0), lambda h: h + 0.003 * h.flip(0)]
+)
+def test_a_network_that_mixes_a_little_is_not_cut(meet, by_batch, monkeypatch):
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 3), torch.randint(CLASSES, (32,))
+    data, loss_fn = ({"x": x, "y": y}, BatchLoss(_mean)) if by_batch else ((x, y), None)
+    objective = Objective(_Meeting(meet), [data], loss_fn=loss_fn)
+    directions = _directions(objective)
+    expected = project_hessian(objective, {}, directions, method="hvp")
+    cut = _count_halves(monkeypatch)
+    found = project_hessian(objective, {}, directions, memory_gib=2e-5)
+    assert not cut
+    np.testing.assert_allclose(found.slopes, expected.slopes, rtol=1e-4, atol=1e-6 * abs(expected.slopes).max())
+    np.testing.assert_allclose(
+        found.curvature, expected.curvature, rtol=1e-4, atol=1e-5 * abs(expected.curvature).max()
+    )
