@@ -80,7 +80,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "caches": Check(
             catches="A network that keeps what it computed from its entries, and uses it where they are others.",
             runs="First batch of an objective, at a state nearby and at the first again, on an eighth of the examples "
-            "(16 at least); eight times where modules hold tensors besides their entries.",
+            "(16 at least); eight times where modules hold tensors besides their entries, and on the whole batch.",
             cost=0.5,
             tolerance=Tolerance(0.7),
         ),
@@ -95,7 +95,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "halves of a batch": Check(
             catches="A loss whose mean over the data depends on how they are cut into batches, or a size that half of "
             "the rows have as well.",
-            runs="Every batch of an objective's first pass, on outputs of its first batch; of a `BatchLoss`, "
+            runs="Every batch of an objective's first pass, on outputs of its first batch, of which that is looked at "
+            "nearer to zero, too; of a `BatchLoss`, "
             "and of outputs without a row for each example, with the network: every batch, if the loss is a mean "
             "cross-entropy, whatever its labels are made of, by what that divides by; else the first batch, the "
             "batches 1, 2, 4, 8, … and those of new shapes, with examples of the first; not for torch's cross-entropy "
@@ -157,8 +158,9 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             "(more of small networks, fewer where kinks spoil differences), in float64 up to 50 M parameters, a little "
             "off the state, nearer where entries would lose their part in the loss; and at it where a length is "
             "exactly zero, which is looked for on the whole batch; on the batch as it is where that calls functions "
-            "with backward passes of their own that the few examples do not, and on the whole batch, too, where its "
-            "graph has more operations than theirs, fewer or others. `witness=False` leaves it out.",
+            "with backward passes of their own that the few examples do not, and on the whole batch, too, where "
+            "it calls such functions or its graph has more operations than theirs, fewer or others. `witness=False` "
+            "leaves it out.",
             cost=3.0,
             tolerance=Tolerance(0.4),
         ),
@@ -171,7 +173,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "captured values": Check(
             catches="A captured graph, tiles or halves of a batch, or chunks of rows, whose values are not those of "
             "the whole.",
-            runs="First batch of every shape; halves and chunks in every batch.",
+            runs="First batch of every shape; halves and chunks in every batch, and outputs or derivatives of the "
+            "first halves, near the state.",
             cost=1.0,
             tolerance=Tolerance(0.5),
         ),

@@ -32,9 +32,10 @@ def check_caches(
     """Refuse a network that uses, at another state, what it has computed at the first and kept.
 
     The network, which is evaluated at its state first, and a copy that is not are evaluated at a state nearby, on a few
-    examples; then the network again at its own state, where it must have the loss that it had. Some networks compute
-    what they keep when they leave training mode, or at every call in that mode: where modules act on modes the copy
-    then leaves it, and where there are tensors besides the entries it is called in it.
+    examples (and on all, where there are tensors besides the entries); then the network again at its own state, where
+    it must have the loss that it had. Some networks compute what they keep when they leave training mode, or at every
+    call in that mode: where modules act on modes the copy then leaves it, and where there are tensors besides the
+    entries it is called in it.
 
     Args:
         pristine: The copy of the network's structure; it is called here.
@@ -54,10 +55,10 @@ def check_caches(
     few = batch.rows(range(min(batch.size, max(LEAST_EXAMPLES, batch.size // 8))))
     with torch.no_grad(), global_rng_preserved(), normalization.by(statistics):
         try:
-            names = _kept(network_loss, copied, state, few, movable)
+            names = _kept(network_loss, copied, state, few, batch.data, movable)
         except LMCCurvatureError:
             # Not every batch can be cut.
-            names = _kept(network_loss, copied, state, batch.data, movable)
+            names = _kept(network_loss, copied, state, batch.data, batch.data, movable)
     if names is not None:
         what = f"its tensor {' and '.join(map(repr, names))}" if names else "something"
         raise UnsupportedModelError(
@@ -67,7 +68,7 @@ def check_caches(
 
 
 def _kept(
-    network_loss: NetworkLoss, copied: NetworkLoss, state: State, data: Any, movable: Collection[str]
+    network_loss: NetworkLoss, copied: NetworkLoss, state: State, data: Any, whole: Any, movable: Collection[str]
 ) -> list[str] | None:
     """Names of the tensors that a network keeps and uses; None if it seems to keep nothing that changes its loss."""
     before = [tensor for _, tensor in _tensors_beside(copied.network) if tensor.is_floating_point()]
@@ -80,6 +81,10 @@ def _kept(
         still = {id(tensor) for tensor in before if tensor.numel() and tensor.isnan().all()}
         return sorted({name for name, tensor in _tensors_beside(copied.network) if id(tensor) in still}) or None
     found = _differ(kept, new) or _differ(again, first)
+    if not found and any(tensor.is_floating_point() for _, tensor in _tensors_beside(network_loss.network)):
+        # What is kept may be used for many examples alone.
+        of_all = _Place(nearby.state, whole)
+        found = _differ(of_all.loss(network_loss), of_all.loss(copied))
     for renew, applies in ((_leave_training, acts_on_modes(copied.network)), (_train, bool(before))):
         # Some modules do not bear to change their mode while their entries are replaced.
         with contextlib.suppress(Exception), copied.register_forward_pre_hook(renew):

@@ -13,7 +13,7 @@ from lmc_curvature.objective.forms import form_of
 from lmc_curvature.objective.losses import BatchLoss, NetworkLoss
 from lmc_curvature.objective.network import State
 from lmc_curvature.objective.normalization import Normalization, normalizes_by_batch
-from lmc_curvature.objective.parts import REMEDY, compare_on, compare_with_network, concatenate, rows_of
+from lmc_curvature.objective.parts import REMEDY, compare_on, compare_with_network, concatenate, less_sure, rows_of
 from lmc_curvature.objective.sight import Sight
 from lmc_curvature.objective.sorting import targets_of
 
@@ -23,9 +23,9 @@ def warn_of_cuts(
 ) -> None:
     """Warn if the loss of a batch is not the mean of its halves' losses, weighed as batches are.
 
-    The halves are random ones, several times. A loss of an output is evaluated on one output of the network, if that
-    has one row for each example, and else, as a `BatchLoss`, with the network. Where neither can be done, that is
-    warned of. Cross-entropy and its like are weighed by what they divide by.
+    The halves are random ones, several times. A loss of an output is evaluated on one output of the network, as it is
+    and nearer to zero, if that has one row for each example, and else, as a `BatchLoss`, with the network. Where
+    neither can be done, that is warned of. Cross-entropy and its like are weighed by what they divide by.
 
     Args:
         network_loss: The network and its loss.
@@ -44,6 +44,13 @@ def warn_of_cuts(
     if not of_batch and (_has_rows(output, batch.size) or mixes):
         found, failure = _attempt(lambda: compare_on(network_loss, output, target, batch.size, batch.index))
         if failure is None:
+            unsure = less_sure(output, batch.size)
+            among = " with outputs nearer to zero"
+            # Only where the network is not sure may something be left out.
+            found = (
+                found
+                or _attempt(lambda: compare_on(network_loss, unsure, target, batch.size, batch.index, among=among))[0]
+            )
             _warn(network_loss, found)
             return
     if not mixes:

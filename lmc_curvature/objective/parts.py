@@ -33,6 +33,18 @@ def rows_of(data: Any, size: int, chosen: Sequence[int]) -> Any:
     return map_tensors(lambda t: (t[rows] if t.ndim and len(t) == size else t).detach().clone(), data)
 
 
+def less_sure(data: Any, size: int) -> Any:
+    """Real tensors of `size` rows, each row up to a thousand times nearer to zero; other tensors as they are."""
+    shares = 10 ** (-3 * torch.rand(size, generator=torch.Generator().manual_seed(0)))
+
+    def nearer(tensor: Tensor) -> Tensor:
+        if not (tensor.is_floating_point() and tensor.ndim and len(tensor) == size):
+            return tensor
+        return tensor.detach() * shares.to(tensor).reshape(-1, *(1,) * (tensor.ndim - 1))
+
+    return map_tensors(nearer, data)
+
+
 def concatenate(first: Any, second: Any, examples: int, others: int) -> Any:
     """Data of two batches of one form as one: tensors with a row for each of their examples one below the other."""
     earlier = iter(tensors_in(first))
@@ -46,9 +58,18 @@ def concatenate(first: Any, second: Any, examples: int, others: int) -> Any:
 
 
 def compare_on(
-    network_loss: NetworkLoss, output: Any, target: Any, size: int, index: int, *, joined: int | None = None
+    network_loss: NetworkLoss,
+    output: Any,
+    target: Any,
+    size: int,
+    index: int,
+    *,
+    joined: int | None = None,
+    among: str = "",
 ) -> str:
     """Compare the loss of an output with those of its halves, or of the first so many examples and the others.
+
+    What the output is, if it is not the network's, is said by `among`.
 
     Returns:
         A sentence about their difference; nothing where they agree.
@@ -61,7 +82,13 @@ def compare_on(
 
     halves = _halves(size, index, 3) if joined is None else [_parts(size, joined)]
     return _compare(
-        evaluate, halves, index, rounding=_rounding(output), typical=_typical(output), joined=joined is not None
+        evaluate,
+        halves,
+        index,
+        rounding=_rounding(output),
+        typical=_typical(output),
+        joined=joined is not None,
+        among=among,
     )
 
 
@@ -121,6 +148,7 @@ def _compare(
     rounding: float,
     typical: float,
     joined: bool = False,
+    among: str = "",
 ) -> str:
     """What is to be said of the losses of a batch and of its parts; nothing where they agree."""
     if not halves:
@@ -147,7 +175,7 @@ def _compare(
         # Terms of both signs, as large as the outputs, may cancel.
         limits = {"rounding": rounding, "floor": 8 * rounding * typical}
         if not agree(mean, **limits):
-            among, whose = (" with examples of the first", "both") if joined else ("", "its halves'")
+            among, whose = (" with examples of the first", "both") if joined else (among, "its halves'")
             is_sum = agree(sum(value for value, _ in parts), **limits)
             cure = "It is the sum of theirs, and a mean is expected: reduction='mean'. " if is_sum else ""
             return (

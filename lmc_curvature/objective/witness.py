@@ -106,7 +106,7 @@ def check_derivatives(
         if verdict.curvature or (verdict.slope and not second):
             if (rows, dtype) == trials[-1] or not set(functions) - set(make_line(seed).functions()):
                 note = ""
-                if rows is not None and is_other_graph(data):
+                if rows is not None and (functions or is_other_graph(data)):
                     whole = partial(random_line, network_loss, state, batch.data, movable, numerics, precise)
                     found = [_judge(partial(whole, len(trials) + seed), second).disagreement for seed in range(2)]
                     doubts += [found[0]] if all(found) else []

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import prune
 
-from lmc_curvature import BatchLoss, HessianOperator, Objective, measure_barrier, project_hessian
+from lmc_curvature import BatchLoss, HessianOperator, Objective, measure_barrier, predict_barrier, project_hessian
 from lmc_curvature.errors import NonFiniteError, UnsupportedModelError
 from tests.support.networks import untouched
 
@@ -90,6 +90,19 @@ class OfEverySecond(nn.Linear):
         self.calls += 1
         if self.kept is None or self.calls % 2 == 0 or self.training:
             self.kept = 2 * self.weight
+        return F.linear(x, self.kept, self.bias)
+
+
+class OfMany(nn.Linear):
+    """Uses what it keeps where there are many examples."""
+
+    kept = None
+
+    def forward(self, x):
+        if len(x) <= 20:
+            return super().forward(x)
+        if self.kept is None or self.training:
+            self.kept = self.weight.detach().clone()
         return F.linear(x, self.kept, self.bias)
 
 
@@ -174,6 +187,10 @@ def test_what_is_kept_is_found_beside_normalisation(name, layer, batch_norm):
         Objective(network, [(X, Y)], batch_norm=batch_norm).loss()
 
 
+def _loss(network, _other, loader, **_options):
+    return Objective(network, loader).loss()
+
+
 def test_what_is_kept_is_found_where_batches_cannot_be_cut_and_in_measurements():
     def loss(model, batch):
         return F.cross_entropy(model(batch["x"])[batch["chosen"]], batch["y"])
@@ -183,6 +200,12 @@ def test_what_is_kept_is_found_where_batches_cannot_be_cut_and_in_measurements()
         Objective(_network(FirstCall), [batch], loss_fn=BatchLoss(loss)).loss()
     with pytest.raises(UnsupportedModelError, match=r"keeps its tensor '2\.kept'"):
         measure_barrier(_network(FirstCall), _network(FirstCall), [(X, Y)], progress=False)
+
+
+@pytest.mark.parametrize("compute", [_loss, measure_barrier, predict_barrier])
+def test_what_is_kept_for_many_examples_is_found(compute):
+    with pytest.raises(UnsupportedModelError, match=r"keeps its tensor '2\.kept'"):
+        compute(_network(OfMany), _network(OfMany), [(X, Y)], progress=False)
 
 
 def test_what_is_kept_elsewhere_is_found_and_not_named():

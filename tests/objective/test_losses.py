@@ -778,3 +778,30 @@ def test_targets_of_new_lengths_beside_others_are_warned_of(of_batch, loss_fn):
     loader = [of_batch(batch) for batch in _tokens((5, 5, 9))]
     with pytest.warns(UserWarning, match=r"of batch 2 ha(s|ve) .*(other shapes|targets)"):
         Objective(_Lines(), loader, loss_fn=loss_fn).loss()
+
+
+def _of_sure_ones(output, target):
+    """The mean over those examples of whose class the network is sure."""
+    sure = output.softmax(1).amax(1) > 0.6
+    return (F.cross_entropy(output, target, reduction="none") * sure).sum() / sure.sum().clamp(min=1)
+
+
+def _where_sure(output, target):
+    """The mean over all examples of what counts where the network is sure."""
+    sure = output.softmax(1).amax(1) > 0.6
+    return (F.cross_entropy(output, target, reduction="none") * sure).mean()
+
+
+@pytest.mark.parametrize(("loss_fn", "warns"), [(_of_sure_ones, True), (_where_sure, False)])
+def test_a_divisor_that_hangs_on_the_output_is_noticed_where_all_count_at_first(loss_fn, warns):
+    torch.manual_seed(0)
+    network = nn.Linear(4, 3)
+    with torch.no_grad():
+        network.weight.mul_(100)
+    x = torch.randn(200, 4)
+    x = x[network(x).softmax(1).amax(1) > 0.6][:24]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Objective(network, [(x, torch.arange(24) % 3)], loss_fn=loss_fn).loss()
+    assert any("with outputs nearer to zero is" in str(each.message) for each in caught) == warns
+    assert len(caught) == warns

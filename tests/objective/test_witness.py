@@ -365,3 +365,31 @@ def test_layers_that_large_batches_leave_out_are_found(cut):
     objective = Objective(_Cutting(cut), [(torch.randn(48, 6, generator=generator), torch.arange(48) % 3)])
     with pytest.raises(UnsupportedModelError, match="by autograd, and"):
         _check(objective)
+
+
+class _BlockWise(torch.autograd.Function):
+    """A hyperbolic tangent whose backward pass forgets all rows but the first 32."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        found = gradient * (1 - y * y)
+        return torch.cat([found[:32], torch.zeros_like(found[32:])])
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_backward_pass_that_forgets_rows_of_large_batches_is_found(size):
+    generator = torch.Generator().manual_seed(0)
+    network = _outside(_BlockWise.apply)
+    objective = Objective(network, [(torch.randn(size, 4, generator=generator).double(), torch.arange(size) % 3)])
+    if size <= 32:
+        _check(objective)
+        return
+    with pytest.raises(UnsupportedModelError, match="by autograd, and"):
+        _check(objective)
