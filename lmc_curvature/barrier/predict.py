@@ -199,7 +199,7 @@ def predict_on_segment(
         extent=extent,
         progress=progress,
     )
-    return prediction_of(objective, segment, positions, projections, watch.errors(), extent)
+    return prediction_of(objective, segment, positions, projections, watch.errors(), method, extent)
 
 
 def prediction_of(
@@ -208,6 +208,7 @@ def prediction_of(
     positions: Float[np.ndarray, " anchors"],
     projections: Sequence[Projection],
     errors: Float[np.ndarray, " anchors"] | None,
+    method: Method,
     extent: Extent | None = None,
 ) -> "BarrierPrediction":
     """The prediction that what is known at the anchors of a segment makes.
@@ -218,6 +219,7 @@ def prediction_of(
         positions: Positions of the anchors.
         projections: Loss, slopes and curvature along the layers' directions at each.
         errors: Share of the examples that is classified wrongly at each; None where that is not known.
+        method: The method that they are known by.
         extent: How far the pass went, if it may have been interrupted.
     """
     named = {name for name, _ in objective.network.named_parameters()}
@@ -227,7 +229,7 @@ def prediction_of(
         tuple(Anchor(*pair) for pair in zip(positions.tolist(), projections, strict=True)),
         segment.distances(),
         objective.batch_norm,
-        objective.notes + segment.notes + (extent.notes if extent else ()) + _method_notes(projections),
+        objective.notes + segment.notes + (extent.notes if extent else ()) + _method_notes(projections, method),
         np.array([sum(segment.start[name].numel() for name in names) for names in moved]),
         errors,
         _cosine([name for names in moved for name in names], segment),
@@ -240,9 +242,14 @@ def prediction_of(
     )
 
 
-def _method_notes(projections: Sequence[Projection]) -> tuple[str, ...]:
+def _method_notes(projections: Sequence[Projection], method: Method) -> tuple[str, ...]:
     errors = [each.difference_error for each in projections if each.difference_error is not None]
-    return (f"curvature by differences of gradients, off by about {max(errors):.1g} of its largest",) if errors else ()
+    how = (
+        "slopes and curvature by differences of losses"
+        if method == "losses"
+        else "curvature by differences of gradients"
+    )
+    return (f"{how}, off by about {max(errors):.1g} of its largest",) if errors else ()
 
 
 def _cosine(moved: Iterable[str], segment: Segment) -> float | None:

@@ -33,6 +33,6 @@ def refuse_sharded(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{part} is spread over several processes, and the library computes with whole networks. Load all of it "
             "into a network that is not spread: torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-            "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) returns it on rank 0, to be loaded there "
-            "or saved for every process. Batches may be shared by group=."
+            "options=StateDictOptions(full_state_dict=True, cpu_offload=True)) returns it on rank 0, to be loaded "
+            "there or saved for every process. Batches may be shared by group=."
         )
