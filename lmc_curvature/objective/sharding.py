@@ -7,6 +7,14 @@ from lmc_curvature.errors import UnsupportedModelError
 # Torch's, by name: not every build has them. Between passes they hold parts, within one whole parameters.
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
 
+GATHERS = "_gathers_its_parameters"
+"""An attribute of modules that bring parts together by themselves; see `gathering`."""
+
+
+def is_sharded_module(module: nn.Module) -> bool:
+    """Whether `fully_shard` has made a unit of a module."""
+    return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in type(module).__mro__)
+
 
 def sharded_part(model: nn.Module) -> str:
     """What of a network is spread over processes, by FSDP, tensor parallelism or DeepSpeed's third stage; or nothing.
@@ -14,6 +22,8 @@ def sharded_part(model: nn.Module) -> str:
     Returns:
         The beginning of a sentence, such as `"Parameter '0.weight'"`; empty if the network is whole.
     """
+    if any(vars(module).get(GATHERS) for module in model.modules()):
+        return ""
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") or name.endswith("_flat_param"):
             return f"Parameter {name!r}"

@@ -1,5 +1,6 @@
-"""Networks that are spread over processes are refused by every function, before one rank waits for another."""
+"""Networks that are spread over processes: predicted by differences, and refused by all else before a rank waits."""
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,9 +19,17 @@ from lmc_curvature import (
     predict_barrier,
     predict_barriers,
 )
-from lmc_curvature.errors import UnsupportedModelError
+from lmc_curvature.errors import LMCCurvatureError, UnsupportedModelError
+from lmc_curvature.objective.gathering import gathering
+from lmc_curvature.objective.network import graph_nodes
 from lmc_curvature.objective.sharding import sharded_part
 from tests.support.ranks import crew
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with crew(2) as both:
+        yield both
 
 
 def _networks():
@@ -48,7 +57,6 @@ def _batches():
 
 CALLS = {
     "predict": predict_barrier,
-    "predict, differences": lambda *args: predict_barrier(*args, method="differences", group="world"),
     "measure": measure_barrier,
     "predict many": lambda one, other, loader: predict_barriers([one, other], loader),
     "measure many": lambda one, other, loader: measure_barriers([one, other], loader),
@@ -73,6 +81,130 @@ def _what_is_said(rank):
     return found
 
 
+class _Attending(nn.Module):
+    """Parameters of a part are used by the module around it; one operation has no second derivative."""
+
+    def __init__(self):
+        super().__init__()
+        self.bag, self.norm = nn.EmbeddingBag(11, 6), nn.BatchNorm1d(6)
+        self.attention, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, words):
+        hidden = torch.stack([self.norm(self.bag(words[:, half])) for half in (slice(4), slice(4, 8))], dim=1)
+        return self.head(torch.tanh(self.attention(hidden, hidden, hidden)[0]).mean(1))
+
+
+def _attending():
+    networks = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        network = _Attending().double()
+        network.norm.running_mean.normal_(std=0.3)
+        networks.append(network)
+    return networks
+
+
+def _words():
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randint(11, (6, 8), generator=generator), torch.arange(6) % 3) for _ in range(3)]
+
+
+def _predict(networks, loader, method="differences", **options):
+    found = predict_barrier(*networks, loader, method=method, anchors=2, progress=False, **options)
+    numbers = [found.barrier(), found.standard_error(), found.cosine, *found.layer_barriers(), *found.distances]
+    return [*numbers, *found.errors], found.notes
+
+
+def _predict_sharded(rank, method):
+    networks, mesh = _attending(), init_device_mesh("cpu", (dist.get_world_size(),))
+    for network in networks:
+        fully_shard(network.attention, mesh=mesh)
+        fully_shard(network, mesh=mesh)
+    before = [parameter.to_local().clone() for parameter in networks[0].parameters()]
+    networks[1](_words()[0][0])
+    # Ranks of a job seldom have the same generators.
+    torch.manual_seed(rank)
+    found = _predict(networks, _words(), method)
+    assert all(torch.equal(p.to_local(), was) for p, was in zip(networks[0].parameters(), before, strict=True))
+    networks[0](_words()[0][0]).sum().backward()
+    return found
+
+
+@pytest.mark.check
+def test_sharded_networks_are_predicted_by_differences(ranks):
+    for method in ("differences", "losses"):
+        expected, notes = _predict(_attending(), _words(), method)
+        (numbers, said), other = ranks.run(_predict_sharded, method)
+        assert (numbers, said) == other
+        assert [note.partition(" by about")[0] for note in said] == [n.partition(" by about")[0] for n in notes]
+        np.testing.assert_allclose(numbers, expected, rtol=1e-6, atol=1e-9)
+    for found in ranks.run(_graph_of_a_pass):
+        assert found == []
+    for name, message in REFUSED.items():
+        assert all(message in said for said in ranks.run(_refused, name)), name
+
+
+def _graph_of_a_pass(rank):
+    """Whole matrices that the graph of a loss holds."""
+    networks = _sharded()
+    with gathering(*networks, method="differences", group=None) as (network, _):
+        loss = network(_batches()[0][0]).sum()
+        shapes = {p.shape for p in network.parameters() if p.ndim > 1}
+        saved = [getattr(node, n) for node in graph_nodes([loss]) for n in dir(node) if n.startswith("_raw_saved")]
+        held = [each for each in saved if each.data is not None and not isinstance(each.data, tuple)]
+        loss.backward()
+        assert all(p.grad is not None for p in network.parameters())
+        return [tuple(h.data.shape) for h in held if h.data.shape in shapes or h.data.mT.shape in shapes]
+
+
+class _Failing:
+    def __iter__(self):
+        yield from _batches()[:1]
+        raise OSError("the disk is gone")
+
+
+REFUSED = {
+    "auto": "and such networks are not differentiated twice, as by method='auto': predict with method='differences'",
+    "group": "on the same batches. Leave group out.",
+    "batches": "The ranks' loaders yield different batches (batch 0)",
+    "lengths": "The ranks' loaders yield different batches (batch 2)",
+    "one": "Parameter '0.weight' is spread over several processes, and the library",
+}
+
+
+def _refused(rank, name):
+    networks, loader, options = _sharded(), _batches(), {"method": "differences"}
+    if name == "auto":
+        options = {}
+    elif name == "group":
+        options |= {"group": "world"}
+    elif name == "batches":
+        loader = loader[rank:] + loader[:rank]
+    elif name == "lengths":
+        loader = loader[: 3 - rank]
+    elif name == "one":
+        networks[1] = _networks()[1]
+    try:
+        predict_barrier(*networks, loader, progress=False, **options)
+    except LMCCurvatureError as error:
+        return str(error)
+
+
+def _with_a_failing_loader(rank):
+    loader = _Failing() if rank else _batches()
+    try:
+        predict_barrier(*_sharded(), loader, method="differences", keep_partial=False, progress=False)
+    except Exception as error:  # noqa: BLE001
+        return str(error)
+
+
+@pytest.mark.check
+def test_a_loader_that_fails_on_one_rank_ends_all(ranks):
+    first, second = ranks.run(_with_a_failing_loader)
+    assert first == "The loader of another rank failed: OSError: the disk is gone."
+    assert second == "the disk is gone"
+
+
 def _whole(rank):
     """The barrier that rank 0 predicts as the message tells."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -86,15 +218,15 @@ def _whole(rank):
 
 
 @pytest.mark.check
-def test_sharded_networks_are_refused_on_all_ranks_and_whole_ones_are_what_they_were():
-    with crew(2) as ranks:
-        for found in ranks.run(_what_is_said):
-            assert found.pop("after a pass").startswith("Parameter '3.0.weight'")
-            assert set(found) == set(CALLS)
-            for said in found.values():
-                assert said.startswith("Parameter '0.weight' is spread over several processes")
-                assert "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True" in said
-        barrier, _ = ranks.run(_whole)
+def test_sharded_networks_are_refused_on_all_ranks_and_whole_ones_are_what_they_were(ranks):
+    for found in ranks.run(_what_is_said):
+        assert found.pop("after a pass").startswith("Parameter '3.0.weight'")
+        assert set(found) == set(CALLS)
+        assert found.pop("predict").endswith("predict with method='differences'.")
+        for said in found.values():
+            assert said.startswith("Parameter '0.weight' is spread over several processes")
+            assert "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True" in said
+    barrier, _ = ranks.run(_whole)
     assert barrier == pytest.approx(predict_barrier(*_networks(), _batches(), progress=False).barrier(), rel=1e-12)
 
 
