@@ -138,12 +138,10 @@ class _Unit:
         self._calls: list[tuple[list[tuple[nn.Module, str, Any]], Any]] = []
 
     def gather(self, module: nn.Module, args: Any) -> None:
-        spread = [
-            (member, name, parameter)
-            for member in _members(module)
-            for name, parameter in member._parameters.items()
-            if hasattr(parameter, "full_tensor")
+        entries: list[tuple[nn.Module, str, Any]] = [
+            (member, name, entry) for member in _members(module) for name, entry in member._parameters.items()
         ]
+        spread = [each for each in entries if hasattr(each[2], "full_tensor")]
         parts: dict[int, Any] = {}
         for member, name, parameter in spread:
             member._parameters[name] = whole = parameter.full_tensor()

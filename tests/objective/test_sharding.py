@@ -98,7 +98,7 @@ def _attending():
     networks = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        network = _Attending().double()
+        network = _Attending().double().eval()
         network.norm.running_mean.normal_(std=0.3)
         networks.append(network)
     return networks
@@ -150,11 +150,13 @@ def _graph_of_a_pass(rank):
     with gathering(*networks, method="differences", group=None) as (network, _):
         loss = network(_batches()[0][0]).sum()
         shapes = {p.shape for p in network.parameters() if p.ndim > 1}
-        saved = [getattr(node, n) for node in graph_nodes([loss]) for n in dir(node) if n.startswith("_raw_saved")]
-        held = [each for each in saved if each.data is not None and not isinstance(each.data, tuple)]
+        held = []
+        for node in graph_nodes([loss]):
+            saved = [getattr(node, n) for n in dir(node) if n.startswith("_raw_saved") and n != "_raw_saved_tensors"]
+            held += [each.data for each in saved if isinstance(each.data, torch.Tensor)]
         loss.backward()
         assert all(p.grad is not None for p in network.parameters())
-        return [tuple(h.data.shape) for h in held if h.data.shape in shapes or h.data.mT.shape in shapes]
+        return [tuple(h.shape) for h in held if h.shape in shapes or (h.ndim > 1 and h.mT.shape in shapes)]
 
 
 class _Failing:
