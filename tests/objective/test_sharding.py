@@ -115,33 +115,54 @@ def _predict(networks, loader, method="differences", **options):
     return [*numbers, *found.errors], found.notes
 
 
-def _predict_sharded(rank, method):
+def _sharded_attending():
     networks, mesh = _attending(), init_device_mesh("cpu", (dist.get_world_size(),))
     for network in networks:
         fully_shard(network.attention, mesh=mesh)
         fully_shard(network, mesh=mesh)
+    return networks
+
+
+# Networks, their sharded form, batches and options.
+PREDICTIONS = {
+    "differences": (_attending, _sharded_attending, _words, {}),
+    "losses": (_networks, _sharded, _batches, {"layers": {"all": [".*"]}}),
+}
+
+
+def _predict_sharded(rank, method):
+    _, make, data, options = PREDICTIONS[method]
+    networks, batches = make(), data()
     before = [parameter.to_local().clone() for parameter in networks[0].parameters()]
-    networks[1](_words()[0][0])
+    networks[1](batches[0][0])
     # Ranks of a job seldom have the same generators.
     torch.manual_seed(rank)
-    found = _predict(networks, _words(), method)
+    found = _predict(networks, batches, method, **options)
     assert all(torch.equal(p.to_local(), was) for p, was in zip(networks[0].parameters(), before, strict=True))
-    networks[0](_words()[0][0]).sum().backward()
+    networks[0](batches[0][0]).sum().backward()
     return found
 
 
 @pytest.mark.check
-def test_sharded_networks_are_predicted_by_differences(ranks):
-    for method in ("differences", "losses"):
-        expected, notes = _predict(_attending(), _words(), method)
-        (numbers, said), other = ranks.run(_predict_sharded, method)
-        assert (numbers, said) == other
-        assert [note.partition(" by about")[0] for note in said] == [n.partition(" by about")[0] for n in notes]
-        np.testing.assert_allclose(numbers, expected, rtol=1e-6, atol=1e-9)
-    for found in ranks.run(_graph_of_a_pass):
-        assert found == []
-    for name, message in REFUSED.items():
-        assert all(message in said for said in ranks.run(_refused, name)), name
+@pytest.mark.parametrize("method", PREDICTIONS)
+def test_sharded_networks_are_predicted_by_differences(ranks, method):
+    make, _, data, options = PREDICTIONS[method]
+    expected, notes = _predict(make(), data(), method, **options)
+    (numbers, said), other = ranks.run(_predict_sharded, method)
+    assert (numbers, said) == other
+    assert [note.partition(" by about")[0] for note in said] == [note.partition(" by about")[0] for note in notes]
+    np.testing.assert_allclose(numbers, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.check
+def test_the_graph_of_a_sharded_network_holds_no_whole_matrix(ranks):
+    assert ranks.run(_graph_of_a_pass) == [[], []]
+
+
+@pytest.mark.check
+@pytest.mark.parametrize("name", ["auto", "group", "batches", "lengths", "one"])
+def test_what_sharded_networks_cannot_do_is_told_on_all_ranks(ranks, name):
+    assert all(REFUSED[name] in said for said in ranks.run(_refused, name))
 
 
 def _graph_of_a_pass(rank):
