@@ -19,6 +19,7 @@ from lmc_curvature.curvature.problem import Method
 from lmc_curvature.curvature.projection import Projection, project_hessian_at
 from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective, State
 from lmc_curvature.objective.extent import Extent, check_tolerance
+from lmc_curvature.objective.gathering import gathering
 from lmc_curvature.objective.loaders import refuse_iterator
 from lmc_curvature.objective.ranks import Group
 from lmc_curvature.objective.recalibration import recalibrate, running_statistics, warn_of_worse
@@ -84,7 +85,8 @@ def predict_barrier(
         dtype: Floating-point type to compute in; by default `model_a`'s, float32 at least.
         allow_tf32: On a CUDA device, round convolutions to TF32; see `Objective`.
         witness: Compare derivatives with differences of the loss first; see `Objective`.
-        group: Processes that share the batches, such as `"world"` under `torchrun`; see `Objective`.
+        group: Processes that share the batches, such as `"world"` under `torchrun`; see `Objective`. Networks that
+            `fully_shard` has sharded go by `method="differences"` or `"losses"`, all their ranks on the same batches.
         timeout: Seconds that they wait for a sign of life of each other.
         keep_partial: Interrupted by Ctrl-C, or by an error of the loader's own, return what the batches before came to,
             `partial`, with a warning; False raises the error.
@@ -96,37 +98,38 @@ def predict_barrier(
     """
     positions = check_anchors(anchors)
     check_tolerance(tolerance)
-    segment, objective = segment_and_objective(
-        model_a,
-        model_b,
-        loader,
-        layers=layers,
-        batch_norm=batch_norm,
-        frozen=frozen,
-        base=base,
-        loss_fn=loss_fn,
-        recalibration=recalibration,
-        max_batches=max_batches,
-        device=device,
-        dtype=dtype,
-        allow_tf32=allow_tf32,
-        witness=witness,
-        group=group,
-        timeout=timeout,
-    )
-    if recalibration is not None:
-        ends = {"model_a": (model_a, segment.start), "model_b": (model_b, segment.end)}
-        warn_of_statistics(objective, ends, progress=progress)
-    return predict_on_segment(
-        objective,
-        segment,
-        anchors=positions,
-        method=method,
-        memory_gib=memory_gib,
-        tolerance=tolerance,
-        keep_partial=keep_partial,
-        progress=progress,
-    )
+    with gathering(model_a, model_b, method=method, group=group) as (model_a, model_b):
+        segment, objective = segment_and_objective(
+            model_a,
+            model_b,
+            loader,
+            layers=layers,
+            batch_norm=batch_norm,
+            frozen=frozen,
+            base=base,
+            loss_fn=loss_fn,
+            recalibration=recalibration,
+            max_batches=max_batches,
+            device=device,
+            dtype=dtype,
+            allow_tf32=allow_tf32,
+            witness=witness,
+            group=group,
+            timeout=timeout,
+        )
+        if recalibration is not None:
+            ends = {"model_a": (model_a, segment.start), "model_b": (model_b, segment.end)}
+            warn_of_statistics(objective, ends, progress=progress)
+        return predict_on_segment(
+            objective,
+            segment,
+            anchors=positions,
+            method=method,
+            memory_gib=memory_gib,
+            tolerance=tolerance,
+            keep_partial=keep_partial,
+            progress=progress,
+        )
 
 
 def warn_of_statistics(
@@ -199,7 +202,7 @@ def predict_on_segment(
         extent=extent,
         progress=progress,
     )
-    return prediction_of(objective, segment, positions, projections, watch.errors(), extent)
+    return prediction_of(objective, segment, positions, projections, watch.errors(), method, extent)
 
 
 def prediction_of(
@@ -208,6 +211,7 @@ def prediction_of(
     positions: Float[np.ndarray, " anchors"],
     projections: Sequence[Projection],
     errors: Float[np.ndarray, " anchors"] | None,
+    method: Method,
     extent: Extent | None = None,
 ) -> "BarrierPrediction":
     """The prediction that what is known at the anchors of a segment makes.
@@ -218,6 +222,7 @@ def prediction_of(
         positions: Positions of the anchors.
         projections: Loss, slopes and curvature along the layers' directions at each.
         errors: Share of the examples that is classified wrongly at each; None where that is not known.
+        method: The method that they are known by.
         extent: How far the pass went, if it may have been interrupted.
     """
     named = {name for name, _ in objective.network.named_parameters()}
@@ -227,7 +232,7 @@ def prediction_of(
         tuple(Anchor(*pair) for pair in zip(positions.tolist(), projections, strict=True)),
         segment.distances(),
         objective.batch_norm,
-        objective.notes + segment.notes + (extent.notes if extent else ()) + _method_notes(projections),
+        objective.notes + segment.notes + (extent.notes if extent else ()) + _method_notes(projections, method),
         np.array([sum(segment.start[name].numel() for name in names) for names in moved]),
         errors,
         _cosine([name for names in moved for name in names], segment),
@@ -240,14 +245,19 @@ def prediction_of(
     )
 
 
-def _method_notes(projections: Sequence[Projection]) -> tuple[str, ...]:
+def _method_notes(projections: Sequence[Projection], method: Method) -> tuple[str, ...]:
     errors = [each.difference_error for each in projections if each.difference_error is not None]
-    return (f"curvature by differences of gradients, off by about {max(errors):.1g} of its largest",) if errors else ()
+    how = (
+        "slopes and curvature by differences of losses"
+        if method == "losses"
+        else "curvature by differences of gradients"
+    )
+    return (f"{how}, off by about {max(errors):.1g} of its largest",) if errors else ()
 
 
 def _cosine(moved: Iterable[str], segment: Segment) -> float | None:
     """Cosine of the angle between two networks' weights, those of matrices and kernels."""
-    pairs = [(segment.start[name].flatten(), segment.end[name].flatten()) for name in moved]
+    pairs = [(segment.start[name], segment.end[name]) for name in moved]
     pairs = [pair for pair, name in zip(pairs, moved, strict=True) if segment.start[name].ndim > 1]
     products = [[float((a.double() * b.double()).sum()) for a, b in ((a, b), (a, a), (b, b))] for a, b in pairs]
     if not products:

@@ -17,7 +17,7 @@ from lmc_curvature.objective.network import State, check_finite
 from lmc_curvature.objective.numerics import largest_values, outside_inference
 from lmc_curvature.objective.risk import Objective
 
-Method = Literal["auto", "sweep", "hvp", "differences"]
+Method = Literal["auto", "sweep", "hvp", "differences", "losses"]
 """A way to project a Hessian; see `project_hessian`."""
 
 BatchValues = tuple[float, Float[np.ndarray, " k"], Float[np.ndarray, "k k"]]

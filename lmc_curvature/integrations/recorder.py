@@ -22,6 +22,7 @@ from lmc_curvature.errors import OptionError, UnsupportedModelError, check_choic
 from lmc_curvature.integrations.numbers import Quantity, check_quantities, network_numbers
 from lmc_curvature.objective import BatchLoss, LossFunction
 from lmc_curvature.objective.randomness import global_rng_preserved
+from lmc_curvature.objective.sharding import sharded_part
 from lmc_curvature.objective.wrappers import unwrap
 
 Reference = int | str | os.PathLike[str] | Mapping[str, Any]
@@ -228,12 +229,11 @@ def _check_interval(steps: int | None, epochs: int | None) -> tuple[int | None, 
 
 def _check_whole(network: nn.Module) -> None:
     """Refuse a network of which a process holds a part: by FSDP, tensor parallelism, or DeepSpeed's third stage."""
-    for name, parameter in network.named_parameters():
-        if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id") or name.endswith("_flat_param"):
-            raise UnsupportedModelError(
-                f"Parameter {name!r} is spread over several processes, and one of them alone computes here: write "
-                "checkpoints of the whole network, and compare these after training."
-            )
+    if part := sharded_part(network):
+        raise UnsupportedModelError(
+            f"{part} is spread over several processes, and one of them alone computes here: write checkpoints of the "
+            "whole network, and compare these after training."
+        )
 
 
 def _read(network: nn.Module, reference: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:

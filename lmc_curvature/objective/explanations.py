@@ -41,10 +41,10 @@ def naming_what_has_no_derivative(task: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        remedy = ", or predict with method='differences'" if task == "differentiated twice" else ""
+        method = "differences" if task == "differentiated twice" else "losses"
         raise UnsupportedModelError(
             f"The loss cannot be {task}: {str(error).rstrip('.')}. Replace that operation, or switch off "
-            f"what hides it (torch.compile, checkpointing, sparse gradients){remedy}."
+            f"what hides it (torch.compile, checkpointing, sparse gradients), or predict with method={method!r}."
         ) from error
 
 

@@ -307,7 +307,7 @@ def check_differentiable(loss: Float[Tensor, ""]) -> None:
     if not loss.requires_grad:
         raise LossError(
             "The loss does not depend on any entry of the network's state: the network or loss_fn cuts the graph "
-            "(.detach(), .item(), torch.no_grad()); remove that."
+            "(.detach(), .item(), torch.no_grad()); remove that, or predict with method='losses'."
         )
 
 

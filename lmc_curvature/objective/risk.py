@@ -17,6 +17,7 @@ from lmc_curvature.objective.copies import Given
 from lmc_curvature.objective.dependence import refuse_changes
 from lmc_curvature.objective.differentiable import one_function
 from lmc_curvature.objective.extent import Extent
+from lmc_curvature.objective.gathering import same_batches
 from lmc_curvature.objective.gradients import mean_gradient
 from lmc_curvature.objective.loaders import check_loader, visit
 from lmc_curvature.objective.losses import (
@@ -218,7 +219,7 @@ class Objective(ObjectiveDisplay):
         is_whole = extent is None or extent.tolerance is None
         with outside_inference(), one_function(), visit(visited, **options) as batches:
             # Passes over the loader are compared with each other; another has other data.
-            own = visited is self.loader
+            own, batches = visited is self.loader, same_batches(batches, self.snapshot)
             yield self._soundness.watch(batches, ranks.gather, is_whole=is_whole) if own else batches
 
     def batch_loss(self, state: State, batch: Batch) -> Float[Tensor, ""]:

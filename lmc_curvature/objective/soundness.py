@@ -270,11 +270,20 @@ def check_soundness(
 
 def _fingerprint(state: State) -> tuple[float, ...]:
     """Numbers that two states hardly share unless they are equal, also where one is a permutation of the other."""
-    flat = [tensor.flatten() for tensor in state.values() if tensor.is_floating_point()]
+    sums: list[Tensor] = []
+    small: list[Tensor] = []
+
+    def add(flat: Tensor) -> None:
+        sums.extend(part.sum(dtype=torch.float64) for part in (flat, flat[::2], flat[::3]))
+
     # Few calls for all that are small, and no copy of what is large.
-    small = [tensor for tensor in flat if tensor.numel() < _LARGE]
-    flat = [tensor for tensor in flat if tensor.numel() >= _LARGE] + ([torch.cat(small)] if small else [])
-    sums = [part.sum(dtype=torch.float64) for tensor in flat for part in (tensor, tensor[::2], tensor[::3])]
+    for flat in (tensor.flatten() for tensor in state.values() if tensor.is_floating_point()):
+        if flat.numel() < _LARGE:
+            small.append(flat)
+        else:
+            add(flat)
+    if small:
+        add(torch.cat(small))
     return tuple(torch.stack(sums).tolist()) if sums else ()
 
 

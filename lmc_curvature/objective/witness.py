@@ -265,5 +265,6 @@ def _sentence(line: Line, kind: str, derivative: Derivative, estimate: _Estimate
         f"{estimate.value:.6g} ± {estimate.error:.1g} by differences of the loss, so the derivatives are not those of "
         f"what the network computes. Likely causes: {called}that is wrong or hidden from autograd (NumPy, C++, Triton, "
         "once_differentiable), .detach() or torch.no_grad() on the way, a straight-through estimator, hooks that "
-        "change gradients. If it is meant so, pass witness=False, which results record."
+        "change gradients. If it is meant so, pass witness=False, which results record, or predict with "
+        "method='losses', which differentiates nothing."
     )

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation
+from lmc_curvature.objective.sharding import refuse_sharded
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _INNER = {"OptimizedModule": "_orig_mod", "ActivationWrapper": "_checkpoint_wrapped_module"}
@@ -27,8 +28,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     wrapped, the result is a copy of the modules around that part, with the same tensors.
 
     Raises:
-        UnsupportedModelError: It has to be copied, and cannot be; or hooks are registered on a wrapper.
+        UnsupportedModelError: It has to be copied, and cannot be; hooks are registered on a wrapper; or this process
+            holds a part of it only.
     """
+    refuse_sharded(model)
     wrapped = any(_inner(module) is not None or _compiled_functions(module) for module in model.modules())
     network = _unwrap(model, {}) if wrapped else model
     in_training = any(module.training for module in network.modules())

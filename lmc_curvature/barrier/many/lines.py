@@ -183,6 +183,7 @@ def predict_on_lines(
                 line.positions,
                 [projections[stop].along(each) for stop, each in zip(stops, along_line, strict=True)],
                 None if errors is None else errors[stops],
+                method,
             )
         )
     return found

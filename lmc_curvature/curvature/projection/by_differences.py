@@ -1,6 +1,7 @@
 """The projection of one batch by differences of gradients, for losses that autograd differentiates once only."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,8 +14,9 @@ from lmc_curvature.objective.explanations import naming_what_has_no_derivative
 from lmc_curvature.objective.losses import check_differentiable
 from lmc_curvature.objective.network import as_leaves
 
-# Steps that are tried on the first batch, each four times the one before, about the cube root of the rounding error.
-_STEPS = 4.0 ** np.arange(-2, 3)
+# Steps that are tried on the first batch, each so many times the one before.
+RATIO = 4.0
+_STEPS = RATIO ** np.arange(-2, 3)
 
 
 def project_by_differences(problem: Problem, point: Point, batch: Batch) -> BatchValues:
@@ -33,15 +35,22 @@ def project_by_differences(problem: Problem, point: Point, batch: Batch) -> Batc
     loss, slopes = _slopes_at(problem, point, batch)
     steps, _ = problem.memo(("steps", point), lambda: difference_steps(problem, point, batch))
     curvature = np.stack([_row(problem, point, batch, number, step) for number, step in enumerate(steps)])
+    problem.memo.replace(("sum", point), problem.memo.get(("sum", point), 0) + batch.weight * curvature)
     values = loss, slopes, (curvature + curvature.T) / 2
     check_values(values, batch, point)
     return values
 
 
 def difference_error(problem: Problem, point: Point) -> float:
-    """How far the curvature at a state may be off, relative to its largest entry, by the first batch."""
+    """How far the curvature at a state may be off, relative to its largest entry.
+
+    By the steps of the first batch, or by how far the rows of all batches are from a symmetric matrix, if that is more:
+    a kink within the step of one row is hardly within those of the others.
+    """
     _, error = problem.memo(("steps", point), lambda: (np.zeros(0), 0.0))
-    return error
+    found = problem.memo.get(("sum", point), np.zeros((1, 1)))
+    largest = float(np.abs(found).max())
+    return max(error, float(np.abs(found - found.T).max()) / largest if largest else 0.0)
 
 
 def difference_steps(problem: Problem, point: Point, batch: Batch) -> tuple[Float[np.ndarray, " k"], float]:
@@ -52,20 +61,33 @@ def difference_steps(problem: Problem, point: Point, batch: Batch) -> tuple[Floa
     whose row differs least from that of the next, and by so much it is taken to be off.
     """
     steps, differences, largest = [], [], 0.0
-    for number, direction in enumerate(problem.directions):
-        lengths = [
-            float(torch.stack([torch.linalg.vector_norm(t[name], dtype=torch.float64) for name in direction]).norm())
-            for t in (point.state, direction)
-        ]
-        scale = lengths[0] / lengths[1] if min(lengths) > 0 else 1.0
-        tried = problem.objective.rounding ** (1 / 3) * scale * _STEPS
+    for number in range(len(problem.directions)):
+        tried = steps_to_try(problem, point, number, power=1 / 3)
         rows = [_row(problem, point, batch, number, step) for step in tried]
-        changes = [float(np.abs(first - second).max()) for first, second in itertools.pairwise(rows)]
-        best = int(np.argmin(changes))
+        best, difference = best_step(rows)
         steps.append(float(tried[best]))
-        differences.append(changes[best])
+        differences.append(difference)
         largest = max(largest, float(np.abs(rows[best]).max()))
     return np.array(steps), max(differences) / largest if largest else 0.0
+
+
+def steps_to_try(problem: Problem, point: Point, number: int, *, power: float) -> Float[np.ndarray, " steps"]:
+    """Steps along one of the directions, about a power of the rounding error of the length ‖θ‖ / ‖u‖."""
+    direction = problem.directions[number]
+    lengths = [
+        float(torch.stack([torch.linalg.vector_norm(t[name], dtype=torch.float64) for name in direction]).norm())
+        for t in (point.state, direction)
+    ]
+    scale = lengths[0] / lengths[1] if min(lengths) > 0 else 1.0
+    return problem.objective.rounding**power * scale * _STEPS
+
+
+def best_step(values: Sequence[Float[np.ndarray, " k"]]) -> tuple[int, float]:
+    """Of what comes of several steps, the place of that which is nearest to the next, and how far that is."""
+    changes = [float(np.abs(first - second).max()) for first, second in itertools.pairwise(values)]
+    # A long step may lead to where there is no loss.
+    best = int(np.argmin(np.nan_to_num(changes, nan=np.inf)))
+    return best, changes[best]
 
 
 def _row(problem: Problem, point: Point, batch: Batch, number: int, step: float) -> Float[np.ndarray, " k"]:

@@ -9,6 +9,7 @@ import numpy as np
 from lmc_curvature.averages import GroupMeans, add_batch
 from lmc_curvature.curvature.problem import Method, Problem
 from lmc_curvature.curvature.projection.by_differences import difference_error, project_by_differences
+from lmc_curvature.curvature.projection.by_losses import project_by_losses
 from lmc_curvature.curvature.projection.by_products import project_by_products
 from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
 from lmc_curvature.curvature.projection.projection import Projection
@@ -45,7 +46,9 @@ def project_hessian(
             Hessian-vector product on a part of the first batch. `"hvp"`: one exact Hessian-vector product a direction
             and batch. `"auto"`: the sweep, and products with a `FallbackWarning` where it cannot go, or takes more
             memory than it may. `"differences"`: of gradients, for losses that autograd differentiates once only, such
-            as CTC; two gradients a direction and batch, inexact by about `difference_error`.
+            as CTC; two gradients a direction and batch, inexact by about `difference_error`. `"losses"`: differences of
+            losses, for those that have no derivative, or none of that backward pass; k² + k + 1 forward passes a batch,
+            less exact, and without the comparison of derivatives that `witness` asks for.
         memory_gib: GiB that the sweep may take for values, adjoints and tangents: examples and directions are cut to
             fit. By default half of the memory that is free, and on a CUDA device no more than three times what a
             gradient of the first batch keeps. Beside it there are the directions, folded
@@ -137,7 +140,7 @@ def project_problems(
     groups = [] if groups is None else groups
     with objective.one_pass(progress=progress, description="curvature", extent=extent) as batches:
         for batch in batches:
-            for problem, point in places:
+            for problem, point in places if method != "losses" else ():
                 objective.check_derivatives(point.state, batch, problem.displaced, second=method != "differences")
             try:
                 found = [project(problem, point, batch) for problem, point in places]
@@ -157,7 +160,11 @@ def project_problems(
             values = tuple(np.asarray(value) for of_place in found for value in of_place)
             add_batch(groups, GroupMeans(batch.index, batch.size, np.array(batch.weight), values))
         groups = objective.ranks.merge(groups)
-    errors = [difference_error(*place) if method == "differences" else None for place in places]
+    errors: list[float | None] = [None] * len(places)
+    if method in ("differences", "losses"):
+        # Ranks choose their steps on first batches of their own.
+        of_ranks = objective.ranks.gather([difference_error(*place) for place in places])
+        errors = [max(each) for each in zip(*of_ranks, strict=True)]
     return [Projection.of(groups, number, error) for number, error in enumerate(errors)]
 
 
@@ -166,6 +173,7 @@ _ROADS = {
     "sweep": project_by_sweep,
     "hvp": project_by_products,
     "differences": project_by_differences,
+    "losses": project_by_losses,
 }
 
 

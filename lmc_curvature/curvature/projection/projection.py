@@ -29,8 +29,8 @@ class Projection(Display):
         batch_slopes: Slopes of each batch's loss, (batches, k).
         batch_curvatures: Curvature of each batch's loss, (batches, k, k).
         batch_weights: What each batch counts for in means, (batches,); None where that is its number of examples.
-        difference_error: How far curvature by differences may be off, relative to its largest entry; None where it is
-            exact, and in files.
+        difference_error: How far curvature by differences, of gradients or losses, may be off, relative to its largest
+            entry; None where it is exact, and in files.
     """
 
     batch_sizes: Int[np.ndarray, " batches"]
