@@ -31,7 +31,7 @@ def project_by_differences(problem: Problem, point: Point, batch: Batch) -> Batc
         UnsupportedModelError: An operation has no derivative.
     """
     loss, slopes = _slopes_at(problem, point, batch)
-    steps, _ = problem.memo(("steps", point), lambda: difference_steps(problem, point, batch))
+    steps, _ = problem.memo(("steps", point.place), lambda: difference_steps(problem, point, batch))
     curvature = np.stack([_row(problem, point, batch, number, step) for number, step in enumerate(steps)])
     values = loss, slopes, (curvature + curvature.T) / 2
     check_values(values, batch, point)
@@ -40,7 +40,7 @@ def project_by_differences(problem: Problem, point: Point, batch: Batch) -> Batc
 
 def difference_error(problem: Problem, point: Point) -> float:
     """How far the curvature at a state may be off, relative to its largest entry, by the first batch."""
-    _, error = problem.memo(("steps", point), lambda: (np.zeros(0), 0.0))
+    _, error = problem.memo(("steps", point.place), lambda: (np.zeros(0), 0.0))
     return error
 
 

@@ -82,6 +82,7 @@ def project_hessian_at(
     watch: Callable[[Batch], None] | None = None,
     groups: list[GroupMeans] | None = None,
     extent: Extent | None = None,
+    held: bool = True,
     progress: bool | None = None,
 ) -> list[Projection]:
     """Project an objective at several states, on the same batches: still one pass over the loader.
@@ -98,12 +99,14 @@ def project_hessian_at(
         watch: Called with every batch, on the objective's device, when it has been projected.
         groups: A list for the losses, slopes and curvatures at all states, batch by batch; see `Projection.of`.
         extent: How far to read the loader, if not to its end.
+        held: Whether all states are held on the objective's device; else each is brought there, or made by a mapping
+            that makes its values, for every batch anew, and given up before the next.
         progress: Show a progress bar over batches.
 
     Returns:
         A projection for each state.
     """
-    problem = Problem.of(objective, states, directions, memory_gib=memory_gib)
+    problem = Problem.of(objective, states, directions, memory_gib=memory_gib, held=held)
     return project_problems([problem], method=method, watch=watch, groups=groups, extent=extent, progress=progress)
 
 
@@ -133,14 +136,16 @@ def project_problems(
     """
     check_choice("method", method, get_args(Method))
     objective, project = problems[0].objective, _ROADS[method]
-    places = [(problem, point) for problem in problems for point in problem.points]
+    places = [(problem, number) for problem in problems for number in range(len(problem.points))]
     groups = [] if groups is None else groups
     with objective.one_pass(progress=progress, description="curvature", extent=extent) as batches:
         for batch in batches:
-            for problem, point in places:
-                objective.check_derivatives(point.state, batch, problem.displaced, second=method != "differences")
+            for problem, number in places if batch.is_first else places[:1]:
+                state = problem.points[number].state
+                objective.check_derivatives(state, batch, problem.displaced, second=method != "differences")
+                del state
             try:
-                found = [project(problem, point, batch) for problem, point in places]
+                found = [project(problem, problem.points[number], batch) for problem, number in places]
             except (CaptureError, SweepError, MemoryBudgetError, NonFiniteError) as error:
                 if method != "auto" or project is project_by_products:
                     raise
@@ -151,13 +156,15 @@ def project_problems(
                     stacklevel=4,
                 )
                 project = project_by_products
-                found = [project(problem, point, batch) for problem, point in places]
+                found = [project(problem, problem.points[number], batch) for problem, number in places]
             if watch is not None:
                 watch(batch)
             values = tuple(np.asarray(value) for of_place in found for value in of_place)
             add_batch(groups, GroupMeans(batch.index, batch.size, np.array(batch.weight), values))
         groups = objective.ranks.merge(groups)
-    errors = [difference_error(*place) if method == "differences" else None for place in places]
+    errors: Sequence[float | None] = [None] * len(places)
+    if method == "differences":
+        errors = [difference_error(problem, problem.points[number]) for problem, number in places]
     return [Projection.of(groups, number, error) for number, error in enumerate(errors)]
 
 

@@ -74,7 +74,7 @@ def _tight(objective, directions):
     (compiled,) = compiled_batches(objective, directions)
     (program,) = compiled.networks.values()
     every = list(directions.values())
-    needs = needs_of(program, None, every, probe=compiled.size, together=len(every))
+    needs = needs_of(program, None, every, probe=compiled.size, together=len(every), device=torch.device("cpu"))
     return 0.7 * needs.total(compiled.tiling, compiled.size) / 2**30
 
 

@@ -130,7 +130,14 @@ def test_estimates_are_what_is_taken(make, batch_norm, examples, most, tiling):
     (compiled,) = compiled_batches(objective, directions, tiling=tiling)
     taken = peak_of_tensors(lambda: sweep_batch(problem, compiled, point, batch)[0]())
     size = compiled.tiling.examples
-    needs = needs_of(compiled.networks[size], compiled.loss, problem.directions, probe=size, together=len(directions))
+    needs = needs_of(
+        compiled.networks[size],
+        compiled.loss,
+        problem.directions,
+        probe=size,
+        together=len(directions),
+        device=_CPU,
+    )
     assert 1 / 1.5 < needs.total(compiled.tiling, examples) / taken < 1.5
 
 
