@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmc_curvature.objective import BatchNormPolicy, Objective
 from lmc_curvature.objective.network import movable_entries
@@ -51,7 +51,14 @@ def segment_and_objective(
     if segment.is_point:
         # Between here and the user are predict_barrier or measure_barrier, and torch's wrapper around it.
         warnings.warn(f"{EQUAL}, so there is no barrier: is the same file given twice?", stacklevel=4)
-    return segment.to(objective.device, objective.dtype) if places else segment, objective
+    segment = segment.to(objective.device, objective.dtype) if places else segment
+    # A large network is not copied twice.
+    start = {name: own if _is_same(own := objective.snapshot[name], t) else t for name, t in segment.start.items()}
+    return segment.between(start, segment.end), objective
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return (one.device, one.dtype) == (other.device, other.dtype) and torch.equal(one, other)
 
 
 def hull_and_objective(
