@@ -11,9 +11,8 @@ from torch import nn
 from lmc_curvature import BatchLoss, Objective, Segment, project_hessian
 from lmc_curvature.curvature.problem import Tiling
 from lmc_curvature.curvature.projection.by_sweep import project_by_sweep
-from lmc_curvature.curvature.sweep import sweep_batch
+from lmc_curvature.curvature.sweep import expected_bytes, sweep_batch
 from lmc_curvature.curvature.sweep.memory import container_bytes, free_bytes
-from lmc_curvature.curvature.sweep.tiling import needs_of
 from lmc_curvature.errors import FallbackWarning, MemoryBudgetError
 from lmc_curvature.sources.resnets import resnet20
 from tests.support.memory import peak_of_tensors
@@ -164,11 +163,7 @@ def _assert_estimated(objective, directions, tiling):
         project_by_sweep(problem, point, batch)
     (compiled,) = compiled_batches(objective, directions, tiling=tiling)
     taken = peak_of_tensors(lambda: sweep_batch(problem, compiled, point, batch)[0]())
-    size = compiled.tiling.examples
-    together = min(len(directions), compiled.tiling.directions)
-    program = compiled.networks[size]
-    needs = needs_of(program, compiled.loss, problem.directions, probe=size, together=together, device=_CPU)
-    assert 1 / 1.25 < needs.total(compiled.tiling, batch.size) / taken < 1.25
+    assert 1 / 1.25 < expected_bytes(problem, compiled) / taken < 1.25
 
 
 def _images(count):
