@@ -160,10 +160,9 @@ def needs_of(
     )
     outputs, of_loss = 0, 0
     if loss is not None and loss.argument is not None:
-        held = sum(len(group) for group in groups(len(directions), together))
-        outputs = loss.body.value_bytes + loss.body.adjoint_bytes + held * bytes_of(loss.argument)
+        outputs = loss.body.value_bytes + loss.body.adjoint_bytes + together * bytes_of(loss.argument)
         # Tangents of the output come in tiles, which are joined, so for a moment there are two of each.
-        of_loss = held * bytes_of(loss.argument)
+        of_loss = together * bytes_of(loss.argument)
         reach_of_loss = {loss.argument: frozenset(range(together))}
         of_loss += loss.body.tangent_bytes(reach_of_loss, together, contracted=True, in_parts=in_parts)
     return Needs(

@@ -148,6 +148,7 @@ def test_estimates_are_what_is_taken(make, batch_norm, examples, most, tiling):
     _assert_estimated(objective, dict(list(directions.items())[:most]), tiling)
 
 
+@pytest.mark.check
 @pytest.mark.parametrize("most", [99, 4])
 def test_estimates_for_a_language_model_are_what_is_taken(most):
     """What it computes of its logits is swept in chunks of tokens, and in groups of layers."""
