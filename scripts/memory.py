@@ -57,7 +57,7 @@ def sweep_row(name: str, posed: Problem, budget: float | None) -> str:
 
 
 def resident(size: str) -> dict[str, float]:
-    """Seconds of a prediction at three anchors, and GiB that were resident before it and at its peak."""
+    """Seconds of a processor that a prediction at three anchors takes, and GiB resident before it and at its peak."""
     torch.set_num_threads(2)
     posed = language_problem(**SIZES[size])
     other = copy.deepcopy(posed.model)
@@ -66,9 +66,9 @@ def resident(size: str) -> dict[str, float]:
             parameter.add_(0.01 * torch.randn_like(parameter))
     model, batches, loss = posed.model, list(posed.batches), posed.loss
     del posed
-    before, start = _resident_gib("VmRSS"), time.perf_counter()
+    before, start = _resident_gib("VmRSS"), time.process_time()
     predict_barrier(model, other, batches, loss_fn=loss, progress=False)
-    return {"before": before, "peak": _resident_gib("VmHWM"), "seconds": time.perf_counter() - start}
+    return {"before": before, "peak": _resident_gib("VmHWM"), "seconds": time.process_time() - start}
 
 
 def _resident_gib(name: str) -> float:
@@ -108,7 +108,7 @@ def main(
         found = json.loads(said.splitlines()[-1])
         text = (
             f"The process had {found['before']:.1f} GiB before, both networks among them, and {found['peak']:.1f} GiB "
-            f"at its peak; it took {found['seconds']:.0f} seconds."
+            f"at its peak; it took {found['seconds']:.0f} seconds of a processor."
         )
         print(text)
         if prediction == "full":
