@@ -36,7 +36,7 @@ BUDGETS = (None, 0.1, 0.05)
 NETWORKS: dict[str, Callable[[], Problem]] = {
     "ResNet-20, 64 images of 32 × 32": lambda: image_problem("resnet20", 64),
     "perceptron, 2 × 4,096 wide, 512 examples": lambda: mlp_problem(4096, 512),
-    "GPT-2, 4 blocks, 4,096 tokens, 2 × 64 of them": lambda: language_problem(**SIZES["quick"]),
+    "GPT-2, 4 blocks, 4,096 tokens, 2 × 64 of them": lambda: language_problem(**SIZES["quick"], device="cpu"),
 }
 
 
@@ -59,7 +59,7 @@ def sweep_row(name: str, posed: Problem, budget: float | None) -> str:
 def resident(size: str) -> dict[str, float]:
     """Seconds of a processor that a prediction at three anchors takes, and GiB resident before it and at its peak."""
     torch.set_num_threads(2)
-    posed = language_problem(**SIZES[size])
+    posed = language_problem(**SIZES[size], device="cpu")
     other = copy.deepcopy(posed.model)
     with torch.no_grad():
         for parameter in other.parameters():

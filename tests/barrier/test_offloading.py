@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,9 +47,9 @@ def test_small_states_are_held_even_where_little_is_free():
 
 @pytest.mark.usefixtures("untyped")
 def test_another_choice_is_refused():
-    models = CONV.model(0), CONV.model(1)
+    disk: Any = "disk"
     with pytest.raises(OptionError, match="offload='disk'.*auto"):
-        predict_barrier(*models, CONV.batches(), offload="disk", progress=False)
+        _predict(disk)
 
 
 def _predict(offload, **options):
@@ -119,7 +120,8 @@ def test_errors_are_those_of_states_made_on_demand():
         for batch in batches:
             for watch in watches:
                 watch(batch)
-    np.testing.assert_array_equal(*(watch.errors() for watch in watches))
+    one, other = (watch.errors() for watch in watches)
+    np.testing.assert_array_equal(one, other)
 
 
 @gpu
