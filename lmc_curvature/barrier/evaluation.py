@@ -1,7 +1,7 @@
 """The metrics of a measurement, evaluated batch by batch at all its points."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -143,11 +143,11 @@ class ErrorWatch:
 
     Args:
         objective: The loss.
-        states: The states.
+        states: The states, on the objective's device; one is asked for at a time.
     """
 
-    def __init__(self, objective: Objective, states: Sequence[State]):
-        self._objective, self._states = objective, [objective.place(state) for state in states]
+    def __init__(self, objective: Objective, states: Mapping[str, State]):
+        self._objective, self._states = objective, states
         # None where the loss is not one of classes.
         self._total: GroupMeans | None = GroupMeans(0, 0, np.zeros(()), (np.zeros(len(states)),))
         if not objective.has_output:
@@ -160,7 +160,7 @@ class ErrorWatch:
             return
         try:
             with self._objective.numerics.exact():
-                evaluations = (self._objective.batch_evaluation(state, batch)[1:] for state in self._states)
+                evaluations = (self._objective.batch_evaluation(state, batch)[1:] for state in self._states.values())
                 output, target = next(evaluations)
                 truth = Truth.of(self._objective.loss_fn, output, target, batch)
                 values = [truth.error(output), *(truth.error(other) for other, _ in evaluations)]

@@ -1,5 +1,6 @@
 """The curvature at anchors between two networks, and the prediction that is made of it."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from lmc_curvature.barrier.cube import Anchor, Cube
 from lmc_curvature.barrier.evaluation import ErrorWatch
 from lmc_curvature.barrier.expansions import check_anchors
 from lmc_curvature.barrier.losses import loss_name
+from lmc_curvature.barrier.offloading import Offload, offload_notes, offloads
 from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.curvature.problem import Method
@@ -24,7 +26,7 @@ from lmc_curvature.objective.loaders import refuse_iterator
 from lmc_curvature.objective.ranks import Group
 from lmc_curvature.objective.recalibration import recalibrate, running_statistics, warn_of_worse
 from lmc_curvature.objective.wrappers import unwrap
-from lmc_curvature.segment import Frozen, PartitionSpec, Segment
+from lmc_curvature.segment import Frozen, PartitionSpec, Segment, StatesOnDemand
 
 
 @torch.inference_mode(False)
@@ -42,6 +44,7 @@ def predict_barrier(
     recalibration: Iterable[Any] | None = None,
     method: Method = "auto",
     memory_gib: float | None = None,
+    offload: Offload = "auto",
     max_batches: int | None = None,
     tolerance: float | int | None = None,
     device: torch.device | str | None = None,
@@ -78,6 +81,10 @@ def predict_barrier(
             by statistics of this one is warned of, which takes a pass over each.
         method: Method to compute curvature; see `project_hessian`.
         memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
+        offload: Where the two networks and the states at the anchors are meanwhile: `"none"`, all on the device;
+            `"cpu"`, in the host's memory, and on the device one at a time, which results say where it is not the host
+            itself; `"auto"`, on the device where they take little of it, 256 MiB or a quarter of what is free. On a
+            CPU, one at a time means that it is made from the two networks when its turn comes.
         max_batches: Use only this many batches; the standard errors say how far to trust the result.
         tolerance: Read only as many batches as it takes for the standard error of the whole network's barrier at
             α = 1/2 to be this small, in units of the loss; the loader should be shuffled.
@@ -116,9 +123,13 @@ def predict_barrier(
             witness=witness,
             group=group,
             timeout=timeout,
+            places=False,
         )
         if recalibration is not None:
-            ends = {"model_a": (model_a, segment.start), "model_b": (model_b, segment.end)}
+            ends = {
+                "model_a": (model_a, objective.place(segment.start)),
+                "model_b": (model_b, objective.place(segment.end)),
+            }
             warn_of_statistics(objective, ends, progress=progress)
         return predict_on_segment(
             objective,
@@ -126,6 +137,7 @@ def predict_barrier(
             anchors=positions,
             method=method,
             memory_gib=memory_gib,
+            offload=offload,
             tolerance=tolerance,
             keep_partial=keep_partial,
             progress=progress,
@@ -161,6 +173,7 @@ def predict_on_segment(
     anchors: int | Sequence[float] | Float[np.ndarray, " anchors"] = 3,
     method: Method = "auto",
     memory_gib: float | None = None,
+    offload: Offload = "auto",
     tolerance: float | int | None = None,
     keep_partial: bool = False,
     progress: bool | None = None,
@@ -175,14 +188,23 @@ def predict_on_segment(
         anchors: How many points to differentiate at, or their positions; see `predict_barrier`.
         method: Method to compute curvature; see `project_hessian`.
         memory_gib: Memory to compute it in, in GiB; see `project_hessian`.
+        offload: Where the states at the anchors are; see `predict_barrier`.
         tolerance: Standard error to read as many batches for as it takes; see `predict_barrier`.
         keep_partial: Return what the batches before an interruption came to; see `predict_barrier`.
         progress: Show a progress bar over batches; by default on a terminal and in notebooks.
     """
     positions = check_anchors(anchors)
-    segment = segment.to(objective.device, objective.dtype)
+    offloaded = offloads(offload, objective, segment, len(positions))
+    segment = segment.to("cpu" if offloaded else objective.device, objective.dtype)
     ends = {0.0: "model_a", 1.0: "model_b"}
-    states = {ends.get(alpha, f"alpha={alpha}"): segment.point(alpha) for alpha in positions.tolist()}
+    states: Mapping[str, State] = StatesOnDemand(
+        {
+            ends.get(alpha, f"alpha={alpha}"): functools.partial(_placed_point, objective, segment, alpha)
+            for alpha in positions.tolist()
+        }
+    )
+    if not offloaded:
+        states = dict(states)
     groups: list[GroupMeans] = []
 
     def estimate() -> tuple[float, float]:
@@ -197,12 +219,18 @@ def predict_on_segment(
         segment.directions(),
         method=method,
         memory_gib=memory_gib,
-        watch=(watch := ErrorWatch(objective, list(states.values()))),
+        watch=(watch := ErrorWatch(objective, states)),
         groups=groups,
         extent=extent,
+        held=not offloaded,
         progress=progress,
     )
-    return prediction_of(objective, segment, positions, projections, watch.errors(), method, extent)
+    notes = offload_notes(objective.device) if offloaded else ()
+    return prediction_of(objective, segment, positions, projections, watch.errors(), method, extent, notes)
+
+
+def _placed_point(objective: Objective, segment: Segment, alpha: float) -> State:
+    return objective.place(segment.point(alpha))
 
 
 def prediction_of(
@@ -213,6 +241,7 @@ def prediction_of(
     errors: Float[np.ndarray, " anchors"] | None,
     method: Method,
     extent: Extent | None = None,
+    notes: tuple[str, ...] = (),
 ) -> "BarrierPrediction":
     """The prediction that what is known at the anchors of a segment makes.
 
@@ -224,6 +253,7 @@ def prediction_of(
         errors: Share of the examples that is classified wrongly at each; None where that is not known.
         method: The method that they are known by.
         extent: How far the pass went, if it may have been interrupted.
+        notes: Further sentences that belong beside the numbers.
     """
     named = {name for name, _ in objective.network.named_parameters()}
     moved = [[name for name in entries if name in named] for entries in segment.partition.groups.values()]
@@ -232,7 +262,7 @@ def prediction_of(
         tuple(Anchor(*pair) for pair in zip(positions.tolist(), projections, strict=True)),
         segment.distances(),
         objective.batch_norm,
-        objective.notes + segment.notes + (extent.notes if extent else ()) + _method_notes(projections, method),
+        objective.notes + segment.notes + (extent.notes if extent else ()) + notes + _method_notes(projections, method),
         np.array([sum(segment.start[name].numel() for name in names) for names in moved]),
         errors,
         _cosine([name for names in moved for name in names], segment),

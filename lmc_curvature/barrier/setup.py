@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmc_curvature.objective import BatchNormPolicy, Objective
 from lmc_curvature.objective.network import movable_entries
@@ -28,6 +28,7 @@ def segment_and_objective(
     batch_norm: BatchNormPolicy,
     frozen: Frozen,
     base: Literal["a", "b"],
+    places: bool = True,
     **options: Any,
 ) -> tuple[Segment, Objective]:
     """Return the segment between two networks, and the loss along it, which checks that both are one architecture.
@@ -42,6 +43,7 @@ def segment_and_objective(
         batch_norm: Policy for batch normalisation between the networks.
         frozen: What stays at the entries of one of them; see `Segment`.
         base: Which one, `"a"` or `"b"`.
+        places: Bring the segment to the objective's device, in its floating-point type.
         **options: Further options of the `Objective`.
     """
     segment = Segment(model_a, model_b, layers=layers, batch_norm=batch_norm, frozen=frozen, base=base)
@@ -49,7 +51,14 @@ def segment_and_objective(
     if segment.is_point:
         # Between here and the user are predict_barrier or measure_barrier, and torch's wrapper around it.
         warnings.warn(f"{EQUAL}, so there is no barrier: is the same file given twice?", stacklevel=4)
-    return segment.to(objective.device, objective.dtype), objective
+    segment = segment.to(objective.device, objective.dtype) if places else segment
+    # A large network is not copied twice.
+    start = {name: own if _is_same(own := objective.snapshot[name], t) else t for name, t in segment.start.items()}
+    return segment.between(start, segment.end), objective
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return (one.device, one.dtype) == (other.device, other.dtype) and torch.equal(one, other)
 
 
 def hull_and_objective(

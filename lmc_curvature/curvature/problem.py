@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -26,10 +26,56 @@ BatchValues = tuple[float, Float[np.ndarray, " k"], Float[np.ndarray, "k k"]]
 
 @dataclass(frozen=True, eq=False)
 class Point:
-    """A complete state on the objective's device, and where it is, to end a sentence with."""
+    """A complete state on the objective's device, and where it is, to end a sentence with.
+
+    Attributes:
+        state: Entry name to tensor.
+        place: Where it is; no two of a problem are at one place.
+        memo: `memo(key, make)` keeps what is as large as the state, such as folded weights, as long as it.
+    """
 
     state: State
     place: str = ""
+    memo: Memo = field(default_factory=Memo)
+
+
+class Points(Sequence[Point]):
+    """The states of a problem by their numbers: all held on the objective's device, or each made when it is asked for.
+
+    Args:
+        objective: The loss.
+        states: The states by name.
+        held: Whether they are held; else what is asked for is the caller's alone.
+
+    Raises:
+        DirectionError: A state has an unknown entry, a wrong shape or a type that cannot move.
+        NonFiniteError: A state is not finite.
+    """
+
+    def __init__(self, objective: Objective, states: Mapping[str, State], *, held: bool):
+        self._objective, self._states, self._names = objective, states, tuple(states)
+        self._held: dict[str, Point] = {}
+        for name in self._names:
+            point = self._make(name)
+            check_finite({entry: point.state[entry] for entry in objective.snapshot}, name or "the state")
+            if held:
+                self._held[name] = point
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, number: int) -> Point: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Point]: ...
+    def __getitem__(self, number: int | slice) -> Point | Sequence[Point]:
+        if isinstance(number, slice):
+            return [self[index] for index in range(*number.indices(len(self)))]
+        name = self._names[number]
+        return self._held[name] if name in self._held else self._make(name)
+
+    def _make(self, name: str) -> Point:
+        return Point(self._objective.complete(self._states[name]), f" at {name}" if name else "")
 
 
 @dataclass(frozen=True)
@@ -78,8 +124,16 @@ class Problem:
         directions: Mapping[str, State] | Sequence[State],
         *,
         memory_gib: float | None = None,
+        held: bool = True,
     ) -> "Problem":
         """Place states and directions on the objective's device, and check them.
+
+        Args:
+            objective: The loss and its data.
+            states: The states, by name or in order.
+            directions: The directions, by name or in order.
+            memory_gib: GiB that the sweep may take.
+            held: Whether all states are held on the device; else each is brought there, or made, when it is asked for.
 
         Raises:
             DirectionError: A state or direction has an unknown entry, a wrong shape or a type that cannot move; a
@@ -94,15 +148,10 @@ class Problem:
             raise DirectionError("There is no direction to project onto; expected at least one.")
         placed = [_place_direction(objective, name, direction) for name, direction in named.items()]
         displaced = _displaced(dict(zip(named, placed, strict=True)))
-        points = []
         if not isinstance(states, Mapping):
             number = len(states)
             states = {f"state {index} of {number}" if number > 1 else "": s for index, s in enumerate(states, 1)}
-        for name, state in states.items():
-            complete = objective.complete(state)
-            check_finite({entry: complete[entry] for entry in objective.snapshot}, name or "the state")
-            points.append(Point(complete, f" at {name}" if name else ""))
-        return cls(objective, points, placed, displaced, memory_gib)
+        return cls(objective, Points(objective, states, held=held), placed, displaced, memory_gib)
 
     @property
     def moved(self) -> frozenset[str]:

@@ -95,9 +95,13 @@ class Line:
         gradients = torch.autograd.grad(
             value, list(leaves.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
         )
-        terms = [gradient * along for gradient, along in zip(gradients, self.direction.values(), strict=True)]
-        sizes = torch.stack([term.detach().abs().sum() for term in terms]).tolist()
-        total = torch.stack([term.sum() for term in terms]).sum()
+        sums, absolute = [], []
+        for gradient, along in zip(gradients, self.direction.values(), strict=True):
+            # All terms together are as large as the network.
+            term = gradient * along
+            sums.append(term.sum())
+            absolute.append(term.detach().abs().sum())
+        total, sizes = torch.stack(sums).sum(), torch.stack(absolute).tolist()
         idle = frozenset(name for name, size in zip(leaves, sizes, strict=True) if not size)
         return total, Derivative(total.item(), sum(sizes), idle)
 

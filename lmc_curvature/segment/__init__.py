@@ -3,7 +3,7 @@
 from lmc_curvature.segment.frozen import Frozen
 from lmc_curvature.segment.hull import Hull, HullPoints
 from lmc_curvature.segment.partition import LayerPartition, PartitionSpec, layer_indices
-from lmc_curvature.segment.points import SegmentPoints, StatePoints, check_points
+from lmc_curvature.segment.points import SegmentPoints, StatePoints, StatesOnDemand, check_points
 from lmc_curvature.segment.segment import Segment
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Segment",
     "SegmentPoints",
     "StatePoints",
+    "StatesOnDemand",
     "check_points",
     "layer_indices",
 ]

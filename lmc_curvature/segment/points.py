@@ -1,6 +1,6 @@
 """The states a measurement evaluates, each once, made when they are needed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import overload
 
@@ -36,6 +36,26 @@ class StatePoints(Sequence[dict[str, Tensor]]):
         if isinstance(number, slice):
             return [self[index] for index in range(*number.indices(len(self)))]
         return self.state(number)
+
+
+class StatesOnDemand(Mapping[str, Mapping[str, Tensor]]):
+    """States by name, each made anew when it is asked for.
+
+    Args:
+        make: Name to a function that makes the state.
+    """
+
+    def __init__(self, make: Mapping[str, Callable[[], Mapping[str, Tensor]]]):
+        self._make = dict(make)
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        return self._make[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make)
+
+    def __len__(self) -> int:
+        return len(self._make)
 
 
 class SegmentPoints(StatePoints):

@@ -166,7 +166,7 @@ class Segment(Display):
     def point(self, alpha: float, layers: Iterable[str] | str | None = None) -> dict[str, Tensor]:
         """The state θ₁ + α P_S Δ: the layers of the set S moved to α, the others left at θ₁.
 
-        Entries that do not move are shared with `start`, not copied.
+        Entries that do not move, or to the end, are shared with `start` or `end`, not copied.
 
         Args:
             alpha: Position in [0, 1].
@@ -184,7 +184,7 @@ class Segment(Display):
     def at(self, alphas: Mapping[str, float]) -> dict[str, Tensor]:
         """The state θ₁ + Σ x_ℓ Δ_ℓ: each layer moved by a coordinate of its own.
 
-        Entries that do not move are shared with `start`, not copied.
+        Entries that do not move, or to the end, are shared with `start` or `end`, not copied.
 
         Args:
             alphas: Layer name to its coordinate in [0, 1]; layers without one are left at θ₁.
@@ -195,12 +195,10 @@ class Segment(Display):
         """
         state = dict(self.start)
         for layer, alpha in check_coordinates(alphas, self.layers).items():
-            for name in self.partition.entries(layer):
+            for name in self.partition.entries(layer) if alpha else ():
                 first, second = self.start[name], self.end[name]
-                if 0 < alpha < 1:
-                    first, second = self._wide(first), self._wide(second)
-                # torch.lerp returns the end itself, bit for bit, at alpha = 1.
-                state[name] = torch.lerp(first, second, alpha)
+                inside = 0 < alpha < 1
+                state[name] = torch.lerp(self._wide(first), self._wide(second), alpha) if inside else second
         return state
 
     def reversed(self) -> "Segment":

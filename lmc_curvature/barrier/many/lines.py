@@ -157,15 +157,15 @@ def predict_on_lines(
     segments = [hull.line(line.start, line.end) for line in lines]
     along = {each for station in stations for each in station.basis}
     directions = {each: segments[each].directions() for each in along}
-    states = [hull.at(station.place[None]) for station in stations]
+    states = {station.name: hull.at(station.place[None]) for station in stations}
     problems = [
         Problem.of(
             objective,
-            {station.name: state},
+            {name: state},
             {f"{layer} of line {each}": d for each in station.basis for layer, d in directions[each].items()},
             memory_gib=memory_gib,
         )
-        for station, state in zip(stations, states, strict=True)
+        for station, (name, state) in zip(stations, states.items(), strict=True)
     ]
     watch = ErrorWatch(objective, states)
     projections = project_problems(problems, method=method, watch=watch, progress=progress)

@@ -33,9 +33,9 @@ def project_by_differences(problem: Problem, point: Point, batch: Batch) -> Batc
         UnsupportedModelError: An operation has no derivative.
     """
     loss, slopes = _slopes_at(problem, point, batch)
-    steps, _ = problem.memo(("steps", point), lambda: difference_steps(problem, point, batch))
+    steps, _ = problem.memo(("steps", point.place), lambda: difference_steps(problem, point, batch))
     curvature = np.stack([_row(problem, point, batch, number, step) for number, step in enumerate(steps)])
-    problem.memo.replace(("sum", point), problem.memo.get(("sum", point), 0) + batch.weight * curvature)
+    problem.memo.replace(("sum", point.place), problem.memo.get(("sum", point.place), 0) + batch.weight * curvature)
     values = loss, slopes, (curvature + curvature.T) / 2
     check_values(values, batch, point)
     return values
@@ -47,8 +47,8 @@ def difference_error(problem: Problem, point: Point) -> float:
     By the steps of the first batch, or by how far the rows of all batches are from a symmetric matrix, if that is more:
     a kink within the step of one row is hardly within those of the others.
     """
-    _, error = problem.memo(("steps", point), lambda: (np.zeros(0), 0.0))
-    found = problem.memo.get(("sum", point), np.zeros((1, 1)))
+    _, error = problem.memo(("steps", point.place), lambda: (np.zeros(0), 0.0))
+    found = problem.memo.get(("sum", point.place), np.zeros((1, 1)))
     largest = float(np.abs(found).max())
     return max(error, float(np.abs(found - found.T).max()) / largest if largest else 0.0)
 

@@ -25,7 +25,7 @@ def project_by_losses(problem: Problem, point: Point, batch: Batch) -> BatchValu
     Raises:
         NonFiniteError: They are not finite.
     """
-    steps, _ = problem.memo(("steps", point), lambda: loss_steps(problem, point, batch))
+    steps, _ = problem.memo(("steps", point.place), lambda: loss_steps(problem, point, batch))
     values = _differences(problem, point, batch, steps)
     check_values(values, batch, point)
     return values

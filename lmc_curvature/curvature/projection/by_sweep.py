@@ -47,7 +47,7 @@ def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValue
     def verify_now() -> None:
         evaluation = evaluations.get(compiled) or evaluate_batch(objective, point, batch)
         verify(problem, compiled, point, batch, values, result, evaluation)
-        problem.memo((compiled, point), lambda: None)
+        problem.memo((compiled, point.place), lambda: None)
 
     def needs_halves() -> bool:
         """Whether all directions at once take too much memory, and the batch cannot be cut into tiles, but halved."""
@@ -71,7 +71,7 @@ def project_by_sweep(problem: Problem, point: Point, batch: Batch) -> BatchValue
         check_values(values, batch, point)
         compiled.memo("verified", verify_now)
         # A weight that mixes examples may be zero at one state, and not at another.
-        problem.memo((compiled, point), lambda: refuse_mixing(problem, compiled, point, batch, among_few=True))
+        problem.memo((compiled, point.place), lambda: refuse_mixing(problem, compiled, point, batch, among_few=True))
         return values
     except (CaptureError, SweepError):
         # The network may mix examples or insist on its batch size, or its inputs may not begin with the examples.

@@ -4,7 +4,6 @@ Of a loss of the whole batch the engine sees no examples. But where it is a mean
 of the losses of the batch's halves, each weighed as batches are in means over the data; and so are its derivatives.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -41,7 +40,7 @@ def is_mean_of_halves(problem: Problem, point: Point, batch: Batch) -> bool:
         return False
     try:
         halves = _halves(problem, batch)
-        near_by = dataclasses.replace(point, state=state_near(problem, point))
+        near_by = Point(state_near(problem, point), point.place)
         if not halves or not all(_is_mean(problem, each.state, batch, halves) for each in (point, near_by)):
             return False
         # A loss may hide what its derivatives show.

@@ -85,6 +85,7 @@ def project_hessian_at(
     watch: Callable[[Batch], None] | None = None,
     groups: list[GroupMeans] | None = None,
     extent: Extent | None = None,
+    held: bool = True,
     progress: bool | None = None,
 ) -> list[Projection]:
     """Project an objective at several states, on the same batches: still one pass over the loader.
@@ -101,12 +102,14 @@ def project_hessian_at(
         watch: Called with every batch, on the objective's device, when it has been projected.
         groups: A list for the losses, slopes and curvatures at all states, batch by batch; see `Projection.of`.
         extent: How far to read the loader, if not to its end.
+        held: Whether all states are held on the objective's device; else each is brought there, or made by a mapping
+            that makes its values, for every batch anew, and given up before the next.
         progress: Show a progress bar over batches.
 
     Returns:
         A projection for each state.
     """
-    problem = Problem.of(objective, states, directions, memory_gib=memory_gib)
+    problem = Problem.of(objective, states, directions, memory_gib=memory_gib, held=held)
     return project_problems([problem], method=method, watch=watch, groups=groups, extent=extent, progress=progress)
 
 
@@ -136,14 +139,17 @@ def project_problems(
     """
     check_choice("method", method, get_args(Method))
     objective, project = problems[0].objective, _ROADS[method]
-    places = [(problem, point) for problem in problems for point in problem.points]
+    places = [(problem, number) for problem in problems for number in range(len(problem.points))]
     groups = [] if groups is None else groups
     with objective.one_pass(progress=progress, description="curvature", extent=extent) as batches:
         for batch in batches:
-            for problem, point in places if method != "losses" else ():
-                objective.check_derivatives(point.state, batch, problem.displaced, second=method != "differences")
+            looked_at = () if method == "losses" else places if batch.is_first else places[:1]
+            for problem, number in looked_at:
+                state = problem.points[number].state
+                objective.check_derivatives(state, batch, problem.displaced, second=method != "differences")
+                del state
             try:
-                found = [project(problem, point, batch) for problem, point in places]
+                found = [project(problem, problem.points[number], batch) for problem, number in places]
             except (CaptureError, SweepError, MemoryBudgetError, NonFiniteError) as error:
                 if method != "auto" or project is project_by_products:
                     raise
@@ -154,7 +160,7 @@ def project_problems(
                     stacklevel=4,
                 )
                 project = project_by_products
-                found = [project(problem, point, batch) for problem, point in places]
+                found = [project(problem, problem.points[number], batch) for problem, number in places]
             if watch is not None:
                 watch(batch)
             values = tuple(np.asarray(value) for of_place in found for value in of_place)
@@ -163,8 +169,8 @@ def project_problems(
     errors: list[float | None] = [None] * len(places)
     if method in ("differences", "losses"):
         # Ranks choose their steps on first batches of their own.
-        of_ranks = objective.ranks.gather([difference_error(*place) for place in places])
-        errors = [max(each) for each in zip(*of_ranks, strict=True)]
+        own = [difference_error(problem, problem.points[number]) for problem, number in places]
+        errors = [max(each) for each in zip(*objective.ranks.gather(own), strict=True)]
     return [Projection.of(groups, number, error) for number, error in enumerate(errors)]
 
 

@@ -7,6 +7,7 @@ from lmc_curvature.curvature.sweep.compiled import (
     compile_batch,
     compile_part,
     evaluate_batch,
+    expected_bytes,
     is_current,
     part_size,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "compile_batch",
     "compile_part",
     "evaluate_batch",
+    "expected_bytes",
     "is_current",
     "mixes_examples",
     "part_size",

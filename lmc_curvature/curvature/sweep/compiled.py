@@ -11,7 +11,7 @@ from lmc_curvature.agreement import all_near
 from lmc_curvature.curvature.problem import Point, Problem, Tiling
 from lmc_curvature.curvature.sweep.plan import is_large
 from lmc_curvature.curvature.sweep.program import Program
-from lmc_curvature.curvature.sweep.tiling import budget_bytes, choose_tiling
+from lmc_curvature.curvature.sweep.tiling import budget_bytes, choose_tiling, needs_of
 from lmc_curvature.curvature.sweep.tree import BatchTree
 from lmc_curvature.errors import CaptureError
 from lmc_curvature.objective.batches import Batch
@@ -160,6 +160,23 @@ def _tiling(problem: Problem, network: Program, loss: Program | None, *, probe: 
     return choose_tiling(
         network, loss, problem.directions, probe=probe, size=size, whole=whole, budget=budget, device=device
     )
+
+
+def expected_bytes(problem: Problem, compiled: CompiledBatch) -> float:
+    """Bytes that the sweep of a batch is expected to take at its peak, by which its tiles were chosen; see `Needs`.
+
+    Beside them there are states, directions and folded weights.
+    """
+    size, directions = compiled.tiling.examples, problem.directions
+    needs = needs_of(
+        compiled.networks[size],
+        compiled.loss,
+        directions,
+        probe=size,
+        together=min(len(directions), compiled.tiling.directions),
+        device=problem.objective.device,
+    )
+    return needs.total(compiled.tiling, compiled.size)
 
 
 def _refuse_changing_frames(objective: Objective, frame: str) -> None:

@@ -15,8 +15,9 @@ from lmc_curvature.errors import CaptureError
 
 aten = torch.ops.aten
 
-# Tangents of a chunk of rows: matrix products like many rows, and caches few.
-_CHUNK_BYTES = 512 * 2**20
+# Tangents of a chunk of rows, were there as many stacks of them at one time: matrix products like many rows, and caches
+# few.
+_CHUNK_BYTES, _STACKS = 512 * 2**20, 3
 
 
 class Plan:
@@ -89,7 +90,12 @@ class Plan:
         return found
 
     def tangent_bytes(
-        self, inputs: Mapping[fx.Node, frozenset[int]], together: int, *, contracted: bool = False
+        self,
+        inputs: Mapping[fx.Node, frozenset[int]],
+        together: int,
+        *,
+        contracted: bool = False,
+        in_parts: bool = True,
     ) -> int:
         """Most bytes that tangents of operations take at one time, at the shapes that were captured.
 
@@ -97,6 +103,7 @@ class Plan:
             inputs: The directions that reach each input.
             together: Most directions that are carried at a time.
             contracted: Whether to count what operations contract with their tangents, too.
+            in_parts: Whether weighted Gram matrices are made part by part, as on a CPU.
         """
         reached = {node: min(len(directions), together) for node, directions in self.reached(inputs).items()}
         alive = peak = 0
@@ -105,29 +112,45 @@ class Plan:
             if self.tail is not None and node in self.tail.nodes:
                 continue
             if contracted and node in nonlinear:
-                copies = rule.copies(node, reached)
+                copies = rule.copies(node, reached, in_parts=in_parts)
                 peak = max(peak, alive + sum(bytes_of(operand) * count for operand, count in copies.items()))
+            operands = node.all_input_nodes
+            if rule.overwrites and all(len(each.users) == 1 and each in self.rules for each in operands):
+                continue
             alive += bytes_of(node) * reached[node]
             peak = max(peak, alive)
-            for operand in node.all_input_nodes:
+            for operand in operands:
                 if self.last_reader[operand] is node and operand in self.rules:
                     alive -= bytes_of(operand) * reached[operand]
         return peak
 
     def rows_at_once(self, directions: int) -> int:
         """Rows of the tail in a chunk, when some directions have reached it."""
-        return max(1, int(_CHUNK_BYTES / self._row_bytes(directions)))
-
-    def chunk_bytes(self, directions: int) -> float:
-        """Bytes of the tangents of a chunk of the tail, if there is one."""
-        if self.tail is None:
-            return 0.0
-        return self._row_bytes(directions) * min(self.tail.count, self.rows_at_once(directions))
-
-    def _row_bytes(self, directions: int) -> float:
         assert self.rows is not None
-        reach = dict.fromkeys(self.rows.stage.inputs, frozenset(range(directions)))
-        return self.rows.tangent_bytes(reach, directions, contracted=True) / ROWS
+        return max(1, int(_CHUNK_BYTES / (_STACKS * directions * self.rows.widest_bytes / ROWS)))
+
+    def chunk_bytes(self, inputs: Mapping[fx.Node, frozenset[int]], together: int, *, in_parts: bool = True) -> float:
+        """Bytes of the values and tangents of a chunk of the tail, and of the tangents that it reads.
+
+        Args:
+            inputs: The directions that reach each input.
+            together: Most directions that are carried at a time.
+            in_parts: Whether weighted Gram matrices are made part by part, as on a CPU.
+        """
+        if self.tail is None or self.rows is None:
+            return 0.0
+        reached = self.reached(inputs)
+        outer = (*self.tail.aligned, *self.tail.shared)
+        reach = {new: reached.get(node, frozenset()) for node, new in zip(outer, self.rows.stage.inputs, strict=True)}
+        count = min(together, len(frozenset().union(*reach.values())))
+        row = self.rows.tangent_bytes(reach, together, contracted=True, in_parts=in_parts)
+        source = bytes_of(outer[0]) * min(together, len(reach[self.rows.stage.inputs[0]]))
+        return source + (row + self.rows.value_bytes) / ROWS * min(self.tail.count, self.rows_at_once(count))
+
+    @cached_property
+    def widest_bytes(self) -> int:
+        """Bytes of the largest value that depends on the directions."""
+        return max(bytes_of(node) for node in self.rules)
 
     @cached_property
     def value_bytes(self) -> int:

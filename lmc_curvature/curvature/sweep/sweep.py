@@ -36,7 +36,6 @@ from lmc_curvature.curvature.sweep.tiling import groups
 from lmc_curvature.curvature.sweep.tree import BatchTree
 from lmc_curvature.errors import SweepError
 from lmc_curvature.objective.batches import Batch
-from lmc_curvature.objective.memo import Memo
 
 # What the mean of rows may be off in any case, in roundings of one operation.
 _ROUNDINGS = 30
@@ -68,7 +67,7 @@ def sweep_batch(
     def on(tensors: Sequence[Tensor]) -> tuple[list[Tensor], "_Parts"]:
         state, directions, data = inputs.rebuilt(tensors)
         # What is recorded holds nothing that was made elsewhere, such as a prelude.
-        own = replace(problem, directions=directions, memo=Memo())
+        own = replace(problem, directions=directions)
         return _on_device(own, compiled, Point(state), replace(batch, data=data))
 
     # What autocast does is in the graph; what is computed from its values needs no rounding of its own.
@@ -165,8 +164,8 @@ def _preludes(
     def make() -> tuple[CompiledBatch, dict[Program, _Prelude]]:
         return compiled, {program: _prelude(problem, program, point) for program in {tile.program for tile in tiles}}
 
-    owner, preludes = problem.memo(point, make)
-    return preludes if owner is compiled else problem.memo.replace(point, make())[1]
+    owner, preludes = point.memo("preludes", make)
+    return preludes if owner is compiled else point.memo.replace("preludes", make())[1]
 
 
 def _prelude(problem: Problem, program: Program, point: Point) -> _Prelude:

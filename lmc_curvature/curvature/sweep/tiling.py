@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from lmc_curvature.curvature.problem import Tiling
-from lmc_curvature.curvature.sweep.capture import value_of
 from lmc_curvature.curvature.sweep.memory import free_bytes
+from lmc_curvature.curvature.sweep.plan import bytes_of
 from lmc_curvature.curvature.sweep.program import Program
 from lmc_curvature.errors import MemoryBudgetError
 from lmc_curvature.objective.network import State
@@ -70,7 +70,7 @@ def choose_tiling(
     """
     together = len(directions)
     while True:
-        needs = needs_of(program, loss, directions, probe=probe, together=together)
+        needs = needs_of(program, loss, directions, probe=probe, together=together, device=device)
         least = Tiling(size if whole else 1, together, keeps_values=needs.values * size <= budget / 2)
         if needs.total(least, size) > budget:
             least = replace(least, keeps_values=False)
@@ -101,6 +101,8 @@ class Needs:
     """Bytes that the sweep of a batch takes for some directions together.
 
     All values of a tile are kept for its adjoints, and both for the tangents, which meet them operation by operation.
+    The loss comes last, when nothing of a tile is left but the tangents of its output. Exact sizes of tensors, as they
+    were captured; what kernels take for themselves is not known.
 
     Attributes:
         values: Values, for an example.
@@ -108,7 +110,9 @@ class Needs:
         tangents: Tangents, and what is contracted with them, for an example.
         at_work: Tangents alone, for an example.
         data: Data, for an example: all images are laid out anew.
-        loss: The loss, which sees the outputs of all examples at once, and what is swept in chunks of rows.
+        chunk: What is swept in chunks of rows, after all other tangents.
+        outputs: Tangents of the output of all examples, and values and adjoints of the loss, which are held all along.
+        loss: Tangents of the loss, and those of the output once more.
     """
 
     values: float
@@ -116,16 +120,26 @@ class Needs:
     tangents: float
     at_work: float
     data: float
+    chunk: float
+    outputs: float
     loss: float
 
     def total(self, tiling: Tiling, size: int) -> float:
-        """All bytes, in some tiles of a batch of `size`."""
+        """All bytes at the peak, in some tiles of a batch of `size`."""
         kept = size if tiling.keeps_values else tiling.examples
-        return self.values * kept + (self.adjoints + self.tangents) * tiling.examples + self.data * size + self.loss
+        network = self.values * kept + self.adjoints * tiling.examples
+        network += max(self.tangents * tiling.examples, self.chunk)
+        return self.data * size + self.outputs + max(network, self.loss)
 
 
 def needs_of(
-    program: Program, loss: Program | None, directions: Sequence[State], *, probe: int, together: int
+    program: Program,
+    loss: Program | None,
+    directions: Sequence[State],
+    *,
+    probe: int,
+    together: int,
+    device: torch.device,
 ) -> Needs:
     """The bytes that a sweep takes, from programs that were captured.
 
@@ -135,36 +149,31 @@ def needs_of(
         directions: All directions.
         probe: Examples that memory is estimated from.
         together: Most directions that are swept together.
+        device: The device of values and tangents.
     """
-    body = program.body
+    body, in_parts = program.body, device.type == "cpu"
     reach = program.prelude.reached(
         {
             node: frozenset(i for i, direction in enumerate(directions) if name in direction)
             for name, node in program.entries.items()
         }
     )
+    outputs, of_loss = 0, 0
+    if loss is not None and loss.argument is not None:
+        outputs = loss.body.value_bytes + loss.body.adjoint_bytes + together * bytes_of(loss.argument)
+        # Tangents of the output come in tiles, which are joined, so for a moment there are two of each.
+        of_loss = together * bytes_of(loss.argument)
+        reach_of_loss = {loss.argument: frozenset(range(together))}
+        of_loss += loss.body.tangent_bytes(reach_of_loss, together, contracted=True, in_parts=in_parts)
     return Needs(
         values=body.value_bytes / probe,
         adjoints=body.adjoint_bytes / probe,
-        tangents=body.tangent_bytes(reach, together, contracted=True) / probe,
+        tangents=body.tangent_bytes(reach, together, contracted=True, in_parts=in_parts) / probe,
         at_work=body.tangent_bytes(reach, together) / probe,
         data=program.argument_bytes / probe,
-        loss=float(_loss_bytes(loss, together)) + body.chunk_bytes(together),
-    )
-
-
-def _loss_bytes(loss: Program | None, together: int) -> int:
-    if loss is None or loss.argument is None:
-        return 0
-    reach = {loss.argument: frozenset(range(together))}
-    tangents = loss.body.tangent_bytes(reach, together, contracted=True)
-    # Tangents of the output come in tiles, which are joined, so for a moment there are two of each.
-    output = value_of(loss.argument)
-    return (
-        loss.body.value_bytes
-        + loss.body.adjoint_bytes
-        + tangents
-        + 2 * together * output.numel() * output.element_size()
+        chunk=body.chunk_bytes(reach, together, in_parts=in_parts),
+        outputs=float(outputs),
+        loss=float(of_loss),
     )
 
 

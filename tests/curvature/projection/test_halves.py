@@ -8,9 +8,9 @@ from torch import nn
 
 from lmc_curvature import BatchLoss, Objective, project_hessian
 from lmc_curvature.curvature.projection import by_sweep
-from lmc_curvature.curvature.sweep.tiling import needs_of
+from lmc_curvature.curvature.sweep import expected_bytes
 from lmc_curvature.errors import UnsupportedModelError
-from tests.support.sweeping import assert_sweep_agrees, compiled_batches, swept
+from tests.support.sweeping import assert_sweep_agrees, compiled_batches, posed, swept
 
 CLASSES, WIDTH = 5, 6
 
@@ -72,10 +72,7 @@ def _directions(objective):
 def _tight(objective, directions):
     """GiB that all directions do not fit at once for all examples, but for half of them."""
     (compiled,) = compiled_batches(objective, directions)
-    (program,) = compiled.networks.values()
-    every = list(directions.values())
-    needs = needs_of(program, None, every, probe=compiled.size, together=len(every))
-    return 0.7 * needs.total(compiled.tiling, compiled.size) / 2**30
+    return 0.7 * expected_bytes(posed(objective, directions), compiled) / 2**30
 
 
 def _count_halves(monkeypatch):

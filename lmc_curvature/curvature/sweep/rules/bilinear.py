@@ -40,7 +40,7 @@ class Bilinear(Rule):
         """Whether both arguments depend on the directions."""
         return node.args[self.left] in active and node.args[self.right] in active
 
-    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int], *, in_parts: bool) -> dict[fx.Node, int]:
         """What g is contracted to with the rarer side, and where that is more than one, the stacks of both sides."""
         left, right = node.args[self.left], node.args[self.right]
         assert isinstance(left, fx.Node)

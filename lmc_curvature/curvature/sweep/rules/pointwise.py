@@ -11,6 +11,9 @@ from lmc_curvature.curvature.sweep.rules.inner_products import weighted_gram
 from lmc_curvature.curvature.sweep.rules.rule import Contributions, FirstOrder, OpCall, Rule, evaluate
 from lmc_curvature.curvature.sweep.rules.stack import Stack
 
+# Tensors as large as the value that autodiff makes of φ to find φ″: of the error function's GELU, and of most others.
+_DERIVATIVES = 6
+
 
 class Pointwise(Rule):
     """A function φ of each element of the first argument, the others held: ẏ = φ′ u and ⟨g, D²φ[u, v]⟩ = Σ g φ″ u v.
@@ -23,10 +26,10 @@ class Pointwise(Rule):
         # Another argument may have more axes than the first one.
         return moved == [node.args[0]] and value_of(moved[0]).shape == value_of(node).shape
 
-    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
-        """The stack of all tangents, and that times the weight."""
+    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int], *, in_parts: bool) -> dict[fx.Node, int]:
+        """The stack of all tangents, and then that times the weight or φ′; before, what φ″ is computed by."""
         operand: Any = node.args[0]
-        return {operand: 2 * reached[operand]}
+        return {operand: max(_DERIVATIVES, 2 * reached[operand])}
 
     def push(self, call: OpCall) -> Stack:
         """φ′ times each tangent."""

@@ -122,7 +122,13 @@ class OpCall:
 
 
 class Rule:
-    """One kind of operation: it passes on tangents, and contributes curvature."""
+    """One kind of operation: it passes on tangents, and contributes curvature.
+
+    Attributes:
+        overwrites: Whether tangents are passed on in the memory of its argument's, where nothing else reads those.
+    """
+
+    overwrites = False
 
     def fits(self, node: fx.Node, moved: list[fx.Node]) -> bool:
         """Whether the rule holds for an operation, given its arguments that depend on the directions."""
@@ -137,12 +143,13 @@ class Rule:
         """
         return True
 
-    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int], *, in_parts: bool) -> dict[fx.Node, int]:
         """Tensors that `contract` makes for itself, beside the tangents: how many are as large as which argument.
 
         Args:
             node: The operation.
             reached: The number of directions that have reached each node.
+            in_parts: Whether weighted Gram matrices are made part by part, as on a CPU.
         """
         return {}
 

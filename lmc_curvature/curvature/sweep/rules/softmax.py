@@ -14,10 +14,12 @@ from lmc_curvature.curvature.sweep.rules.stack import Stack
 class _Centering(Rule):
     """What subtracts a mean from its tangents, once for its own tangents and its curvature."""
 
-    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
-        """The centred tangents, and these times the weight."""
+    overwrites = True
+
+    def copies(self, node: fx.Node, reached: Mapping[fx.Node, int], *, in_parts: bool) -> dict[fx.Node, int]:
+        """The centred tangents times the weight; the centred ones themselves become those of the value."""
         (operand,) = node.all_input_nodes
-        return {operand: 2 * reached[operand]}
+        return {} if in_parts else {operand: reached[operand]}
 
     def push(self, call: OpCall) -> Stack | None:
         """Without curvature."""
