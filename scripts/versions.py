@@ -6,8 +6,9 @@
 
 A row is an interpreter and constraints: this one with the newest versions, with the oldest torch and else the newest,
 with the lowest of all, and each other Python with the newest. It gets a virtual environment with `.[dev]`, runs the
-tests of `make test` there, and is removed. What came of a row stays in the folder, and is not done again: the same
-command continues. The table of all rows that are there is printed at the end.
+tests of `make test` there, and is removed. What came of a row stays in the folder, the tests' output beside it, and is
+not done again: the same command continues. The table of all rows that are there is printed at the end. Status 1 says
+that tests failed, or that a row has no result.
 """
 
 import json
@@ -49,6 +50,8 @@ def main(
         name: json.loads(result_of(folder, name).read_text()) for name in rows if result_of(folder, name).exists()
     }
     print(table(results))
+    asked = names or rows
+    raise typer.Exit(int(not install and any(name not in results or results[name]["failed"] for name in asked)))
 
 
 def all_rows(pythons: list[Path]) -> dict[str, tuple[Path, list[str]]]:
@@ -99,6 +102,9 @@ def run_tests(environment: Path, result: Path, processes: str) -> None:
         tests = [python, "-m", "pytest", *workers, "-m", "not check", f"--junitxml={report}"]
         subprocess.run(tests, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False)
     seconds = time.monotonic() - began
+    if not report.exists():
+        print(f"{environment.name}: the tests did not end; see {result.with_suffix('.log')}", file=sys.stderr)
+        return
     counts = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
     for suite in ElementTree.parse(report).getroot().iter("testsuite"):
         counts = {name: count + int(suite.get(name, 0)) for name, count in counts.items()}
