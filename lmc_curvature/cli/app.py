@@ -29,6 +29,7 @@ from lmc_curvature.cli.many import measure_many, predict_many, refuse_for_two
 from lmc_curvature.cli.options import Comparison, with_comparison
 from lmc_curvature.cli.parsing import anchor_positions, metric_names
 from lmc_curvature.cli.printing import show
+from lmc_curvature.cli.ranks import is_first
 from lmc_curvature.cli.report import register as register_report
 from lmc_curvature.cli.select import register as register_select
 from lmc_curvature.errors import OptionError
@@ -96,7 +97,8 @@ def fork(
 
     plan = load_config(config, **({} if data is None else {"data": data}))
     run_forks(plan, out, device=device, workers=workers, together=together, tensorboard=tensorboard, progress=progress)
-    show(f"trained: {out}; next: lmc-curvature trace {out}")
+    if is_first():
+        show(f"trained: {out}; next: lmc-curvature trace {out}")
 
 
 @app.command(cls=PlainCommand)
@@ -110,7 +112,8 @@ def trace(
     from lmc_curvature.tracing import trace_forks
 
     traces = trace_forks(directory, data=data, device=device, workers=workers, progress=progress)
-    show(*trace_tables(traces), f"tables: {directory / 'traces'}; next: lmc-curvature figures {directory}")
+    if is_first():
+        show(*trace_tables(traces), f"tables: {directory / 'traces'}; next: lmc-curvature figures {directory}")
 
 
 @app.command(cls=PlainCommand)
