@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-OLDEST := .venv-oldest
 BENCHMARKS := projection checks hvp hvp_vs_exact language blocks spectrum scaling training imports
 # BENCH_OPTIONS= measures in full, BENCH_OPTIONS='--device cuda' on a GPU.
 BENCH_OPTIONS ?= --quick
@@ -16,7 +15,7 @@ TYPED := --jaxtyping-packages=lmc_curvature,beartype.beartype
 # What is compiled is kept, for the processes that tests start, and for the next run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check test-oldest lint bench docs clean
+.PHONY: demo test check test-versions lint bench docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/lmc-curvature demo
@@ -31,9 +30,9 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m check
 	$(BIN)/python $(PYTEST) $(TYPED) -m 'not check' --variants 2
 
-# With the lowest versions of its dependencies that the project allows.
-test-oldest: $(OLDEST)/.installed
-	$(OLDEST)/bin/python $(PYTEST) -m 'not check'
+# With other versions of Python and of the dependencies, the lowest that the project allows among them.
+test-versions: $(INSTALLED)
+	$(BIN)/python scripts/versions.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -53,16 +52,9 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-$(OLDEST)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(OLDEST)
-	$(PYTHON) scripts/oldest_versions.py > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check \
-		--constraint $(OLDEST)/constraints.txt --editable '.[dev]'
-	touch $@
-
 # The site, in runs/site, where it opens without a network.
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OLDEST) runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .hypothesis

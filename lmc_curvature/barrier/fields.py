@@ -67,7 +67,7 @@ def fields_of_prediction(arrays: dict[str, np.ndarray], metadata: dict[str, Any]
         **{name: arrays[name] for name in OPTIONAL if name in arrays},
         "cosine": None if cosine is None else float(cosine),
         "groups": None if groups is None else {layer: _names(groups[layer]) for layer in groups},
-        "base": _choice(metadata.get("base", "a"), ("a", "b")),
+        "base": _choice(metadata.get("base", "a"), ("a", "b", "other")),
         **_common_fields(metadata),
     }
 

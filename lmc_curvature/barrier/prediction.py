@@ -49,7 +49,7 @@ class BarrierPrediction(Display):
             are none.
         groups: Names of the entries of each layer, running statistics among them whatever the policy; None in files of
             earlier versions. All other entries are frozen.
-        base: The network at which they are, `"a"` or `"b"`.
+        base: The network at which they are, `"a"` or `"b"`; of several networks perhaps `"other"` than both.
         norms: Norms of each layer's parameters at `model_a` and at `model_b`, (2, L), by which they are known again;
             None in such files.
         loss: Name of the loss, `"cross_entropy"` for the default; None in such files.
@@ -66,7 +66,7 @@ class BarrierPrediction(Display):
     errors: Float[np.ndarray, " anchors"] | None = None
     cosine: float | None = None
     groups: Mapping[str, tuple[str, ...]] | None = None
-    base: Literal["a", "b"] = "a"
+    base: Literal["a", "b", "other"] = "a"
     norms: Float[np.ndarray, "2 layers"] | None = None
     loss: str | None = None
     loss_fn: LossFunction | None = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lmc_curvature.errors import OptionError
 from lmc_curvature.objective import BatchNormPolicy, Objective
 from lmc_curvature.objective.network import movable_entries
 from lmc_curvature.objective.wrappers import unwrap
@@ -68,6 +69,8 @@ def hull_and_objective(
     *,
     layers: PartitionSpec,
     batch_norm: BatchNormPolicy,
+    frozen: Frozen,
+    base: str | None,
     **options: Any,
 ) -> tuple[Hull, Objective]:
     """Return the hull of several networks, and the loss in it, which checks that all are one architecture.
@@ -80,9 +83,11 @@ def hull_and_objective(
         loader: The loader.
         layers: The partition into layers.
         batch_norm: Policy for batch normalisation between the networks.
+        frozen: What stays at the entries of one of them; see `Segment`.
+        base: The name of that one; None for the first.
         **options: Further options of the `Objective`.
     """
-    hull = Hull(models, names, layers=layers, batch_norm=batch_norm)
+    hull = Hull(models, names, layers=layers, batch_norm=batch_norm, frozen=frozen, base=base)
     twins = {two_networks(names[0], name): model for name, model in zip(names[1:], models[1:], strict=True)}
     objective = Objective(models[0], loader, batch_norm=batch_norm, twins=twins, **options)
     for (first, one), (second, other) in combinations(zip(names, hull.states, strict=True), 2):
@@ -100,6 +105,9 @@ def segment_options(prediction: "BarrierPrediction", model: nn.Module, batch_nor
 
     There are none in files of earlier versions, which do not tell.
 
+    Raises:
+        OptionError: What is frozen is that of a third network, which both do not have.
+
     Args:
         prediction: The prediction.
         model: The network.
@@ -107,6 +115,11 @@ def segment_options(prediction: "BarrierPrediction", model: nn.Module, batch_nor
     """
     if prediction.groups is None:
         return {}
+    if prediction.base == "other":
+        raise OptionError(
+            "The prediction is of two networks whose frozen entries are those of a third: predict_barriers(…, "
+            "base=NAME) with one of the two, or predict_barrier of these alone."
+        )
     own = {entry for members in prediction.groups.values() for entry in members}
     entries = movable_entries(unwrap(model), batch_norm)
     still = set(movable_entries(unwrap(model), "interpolate")).difference(entries)

@@ -11,28 +11,31 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lmc_curvature import __version__
+from lmc_curvature.cli.arguments import (
+    Anchors,
+    Device,
+    ForkDir,
+    Names,
+    OtherData,
+    Progress,
+    Weights,
+    Witness,
+    Workers,
+)
 from lmc_curvature.cli.failures import end_if_partial, one_message, saving
 from lmc_curvature.cli.files import register as register_file_commands
 from lmc_curvature.cli.help import COMPUTATION, PlainCommand, PlainGroup
-from lmc_curvature.cli.options import (
-    Anchors,
-    Comparison,
-    Device,
-    ForkDir,
-    OtherData,
-    Progress,
-    Witness,
-    Workers,
-    with_comparison,
-)
+from lmc_curvature.cli.many import measure_many, predict_many, refuse_for_two
+from lmc_curvature.cli.options import Comparison, with_comparison
 from lmc_curvature.cli.parsing import anchor_positions, metric_names
 from lmc_curvature.cli.printing import show
+from lmc_curvature.cli.ranks import is_first
 from lmc_curvature.cli.report import register as register_report
 from lmc_curvature.cli.select import register as register_select
 from lmc_curvature.errors import OptionError
 
 if TYPE_CHECKING:
-    from lmc_curvature import BarrierMeasurement, BarrierPrediction
+    from lmc_curvature import BarrierMeasurement, BarrierPrediction, BarriersMeasurement, BarriersPrediction
 
 app = typer.Typer(
     help="Can two neural networks be averaged? Predict the loss barrier between them, and measure it.",
@@ -94,7 +97,8 @@ def fork(
 
     plan = load_config(config, **({} if data is None else {"data": data}))
     run_forks(plan, out, device=device, workers=workers, together=together, tensorboard=tensorboard, progress=progress)
-    show(f"trained: {out}; next: lmc-curvature trace {out}")
+    if is_first():
+        show(f"trained: {out}; next: lmc-curvature trace {out}")
 
 
 @app.command(cls=PlainCommand)
@@ -108,7 +112,8 @@ def trace(
     from lmc_curvature.tracing import trace_forks
 
     traces = trace_forks(directory, data=data, device=device, workers=workers, progress=progress)
-    show(*trace_tables(traces), f"tables: {directory / 'traces'}; next: lmc-curvature figures {directory}")
+    if is_first():
+        show(*trace_tables(traces), f"tables: {directory / 'traces'}; next: lmc-curvature figures {directory}")
 
 
 @app.command(cls=PlainCommand)
@@ -135,19 +140,21 @@ def predict(
     comparison: Comparison,
     anchors: Anchors = "3",
     witness: Witness = True,
+    names: Names = None,
+    weights: Weights = None,
 ) -> None:
     """Predict the barrier between networks A and B from the curvature at anchors from one to the other."""
-    from lmc_curvature import LayerPartition, predict_barrier
+    if comparison.others:
+        _answer(comparison, *predict_many(comparison, names, weights, anchors=anchors, witness=witness))
+        return
+    refuse_for_two(names=names, weights=weights)
+    from lmc_curvature import predict_barrier
     from lmc_curvature.cli.tables import prediction_record, prediction_table
-    from lmc_curvature.segment.partition import layer_indices
 
     positions, options = anchor_positions(anchors), comparison.computation()
-    first, second = comparison.networks()
-    partition = LayerPartition.of(first, comparison.layers, batch_norm=comparison.batch_norm, frozen=options["frozen"])
-    sets = comparison.sets()
-    for members in sets:
-        layer_indices(partition.groups, members)
-    loader = comparison.batches()
+    first, second = comparison.pair()
+    comparison.check_sets(first)
+    sets, loader = comparison.sets(), comparison.batches()
     provenance = comparison.provenance(loader)
     prediction = predict_barrier(first, second, loader, anchors=positions, witness=witness, **options)
     _answer(
@@ -168,16 +175,27 @@ def measure(
             metavar="NAMES", help="loss, error, or both with a comma; by default the error, too, of classifiers."
         ),
     ] = None,
+    names: Names = None,
+    weights: Weights = None,
+    subset: Annotated[
+        list[str] | None,
+        typer.Option(metavar="A,B", help="Of three networks or more: some whose mean to measure, too. Repeatable."),
+    ] = None,
 ) -> None:
     """Measure the barrier between networks A and B by evaluating the networks in between."""
+    if each and comparison.sets():
+        raise OptionError("--each measures every layer alone, and --set the sets that it names: choose one of them.")
+    if comparison.others:
+        options = {"each": each, "alphas": alphas, "metrics": metrics}
+        _answer(comparison, *measure_many(comparison, names, weights, subset, **options))
+        return
+    refuse_for_two(names=names, weights=weights, subset=subset)
     from lmc_curvature import measure_barrier
     from lmc_curvature.cli.tables import measurement_record, measurement_table
 
-    if each and comparison.sets():
-        raise OptionError("--each measures every layer alone, and --set the sets that it names: choose one of them.")
     options = comparison.computation()
     chosen = metric_names(metrics, options["loss_fn"])
-    networks, loader = comparison.networks(), comparison.batches()
+    networks, loader = comparison.pair(), comparison.batches()
     provenance = comparison.provenance(loader)
     measurement = measure_barrier(
         *networks,
@@ -213,7 +231,10 @@ def _common(
 
 
 def _answer(
-    comparison: Comparison, result: "BarrierPrediction | BarrierMeasurement", record: dict[str, Any], *tables: Any
+    comparison: Comparison,
+    result: "BarrierPrediction | BarrierMeasurement | BarriersPrediction | BarriersMeasurement",
+    record: dict[str, Any],
+    *tables: Any,
 ) -> None:
     """Print an answer, and save and draw it whether or not it could be printed."""
     try:
@@ -225,7 +246,7 @@ def _answer(
     finally:
         with saving():
             # A file would look like the answer from all of the data.
-            end_if_partial(result.interruption)
+            end_if_partial(getattr(result, "interruption", None))
             if comparison.save is not None:
                 result.save(comparison.save)
             if comparison.plot is not None:

@@ -1,4 +1,4 @@
-"""The commands on checkpoint files: `merge` writes the average of two, `check` compares them before all computation.
+"""The commands on checkpoint files: `merge` writes an average, `check` compares two before all computation.
 
 As in `app`, the library is imported inside the commands.
 """
@@ -15,6 +15,7 @@ import typer
 
 from lmc_curvature.cli.failures import one_message
 from lmc_curvature.cli.help import PlainCommand
+from lmc_curvature.cli.many import network_weights_in
 from lmc_curvature.cli.options import Comparison
 from lmc_curvature.cli.parsing import names_in
 from lmc_curvature.errors import OptionError
@@ -41,7 +42,7 @@ _DESCRIPTIONS = (".json", ".txt", ".model", ".jinja", ".py")
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     left_out = ("layers", "set_", "save", "plot")
-    for command, more in ((merge, ("base", "frozen", "dtype", "batch_norm")), (check, ())):
+    for command, more in ((merge, ("base", "frozen", "dtype", "batch_norm")), (check, ("others",))):
         app.command(name=command.__name__, cls=PlainCommand)(one_message()(_with_files(command, *left_out, *more)))
 
 
@@ -66,6 +67,13 @@ def merge(
             help="Where between A (0) and B (1): a number, by default 0.5, or LAYER=NUMBER. Repeatable.",
         ),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NUMBERS",
+            help="Instead: what each network counts for, such as 0.5,0.3,0.2; of three or more by default all alike.",
+        ),
+    ] = None,
     partition: Partition = None,
     base: Annotated[
         Literal["a", "b"], typer.Option(metavar="a|b", help="The network whose entries all other layers keep.")
@@ -86,11 +94,16 @@ def merge(
 ) -> None:
     """Write the average of networks A and B, of all their layers or of some, to a safetensors file.
 
-    Two folders with a config.json become such a folder again, which transformers loads.
+    Networks with C are averaged likewise, with the weights of each. Folders with a config.json become such a
+    folder again, which transformers loads.
     """
     for option, path in (("--out", out), ("--mergekit", mergekit)):
         check_new_file(option, path, files, force=force)
-    coordinate = _coordinates(alpha or [])
+    several = bool(files.others) or weights is not None
+    for option, value in (("--alpha", alpha), ("--mergekit", mergekit)):
+        if several and value:
+            raise OptionError(f"{option} is for two networks without --weights: leave it out.")
+    coordinate = None if several else _coordinates(alpha or [])
     members = names_in("--layers", layers)
     if (members or isinstance(coordinate, dict)) and not (files.model or partition):
         raise OptionError(
@@ -107,6 +120,7 @@ def merge(
     files = dataclasses.replace(files, batch_norm=batch_norm)
     recalibration, model = files.recalibration_batches(), _model(files)
     options: dict[str, Any] = {"alpha": coordinate, "layers": members, "base": base}
+    options |= {"weights": network_weights_in(weights)}
     options |= {"partition": _partition(partition, model)}
     plan, record = write_merge(files, model, out, recalibration, options, mergekit=mergekit)
     if files.as_json:
@@ -138,7 +152,7 @@ def check(
         options = files.computation()
         options["layers"] = layers
         del options["recalibration"], options["progress"], options["group"], options["tolerance"]
-        cost = estimate_prediction(*files.networks(), files.batches(), **options)
+        cost = estimate_prediction(*files.pair(), files.batches(), **options)
     if files.as_json:
         record = None if cost is None else {**dataclasses.asdict(cost), "seconds": cost.seconds}
         print(json.dumps({**dataclasses.asdict(found), "distance": found.distance, "cost": record}, indent=2))
@@ -164,9 +178,10 @@ def write_merge(
     from lmc_curvature.merging.files import merge_checkpoints, plan_merge
     from lmc_curvature.merging.recipes import check_plain
 
-    plan = plan_merge(files.a, files.b, model, key=files.key, strip_prefix=files.strip_prefix, **options)
+    names = {"key": files.key, "strip_prefix": files.strip_prefix}
+    plan = plan_merge(files.a, files.b, model, others=files.others or (), **names, **options)
     if mergekit is not None:
-        check_plain(plan.a, plan.b)
+        check_plain(*plan.checkpoints)
     network, said = None, {"model": files.model or None, "partition": options["partition"]}
     said |= {"batch_norm": files.batch_norm, **(facts or {})}
     if files.batch_norm == "recalibrate":
@@ -185,7 +200,7 @@ def write_merge(
 
 
 def _is_folder(out: Path, files: Comparison) -> bool:
-    """Whether the merged network is written as a folder, as the two networks are."""
+    """Whether the merged network is written as a folder, as the networks are."""
     return out.suffix != ".safetensors" and files.are_folders()
 
 
@@ -201,7 +216,7 @@ def _copy_descriptions(source: Path, folder: Path) -> None:
 
 
 def _with_files(command: Callable[..., None], *left_out: str) -> Callable[..., None]:
-    """The command with the options of `Comparison`, none of which but the two files is needed, before its own."""
+    """The command with the options of `Comparison`, none of which but two files is needed, before its own."""
     every = inspect.signature(Comparison).parameters
     shared = {name: parameter for name, parameter in every.items() if name not in left_out}
     for name in _OPTIONAL:
@@ -279,10 +294,8 @@ def _recalibrated(
     from lmc_curvature.merging import merge as merge_networks
     from lmc_curvature.sources import find_loss
 
-    first, second = (network.to(files.device) for network in files.networks())
     network = merge_networks(
-        first,
-        second,
+        *(network.to(files.device) for network in files.networks()),
         batch_norm="recalibrate",
         loader=files.batches(),
         recalibration=recalibration,

@@ -1,4 +1,4 @@
-"""The options of the commands, and what they stand for: two networks and their batches.
+"""The options of the commands, and what they stand for: networks and their batches.
 
 Nothing of the library is imported before an option is used, so that help and mistyped commands answer at once.
 """
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Concatenate, Literal
 
 import typer
 
+from lmc_curvature.cli.arguments import A, B, Device, Others, Progress
 from lmc_curvature.cli.help import COMPUTATION, DATA, LAYERS, NETWORKS, OUTPUT
 from lmc_curvature.cli.parsing import image_options, key_and_value
 from lmc_curvature.cli.ranks import is_rank, one_answer
@@ -22,49 +23,6 @@ from lmc_curvature.errors import CheckpointError, OptionError
 if TYPE_CHECKING:
     from torch import nn
 
-_FILE_OF_A_NETWORK = "a safetensors file, a torch.save file that holds tensors only, or a folder of either."
-
-A = Annotated[Path, typer.Argument(metavar="A", help=f"The one network: {_FILE_OF_A_NETWORK}")]
-B = Annotated[Path, typer.Argument(metavar="B", help="The other network, likewise.")]
-Device = Annotated[
-    str, typer.Option(metavar="NAME", rich_help_panel=COMPUTATION, help="Where to compute: cpu, cuda, cuda:1, …")
-]
-ForkDir = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="A directory that lmc-curvature fork wrote.")]
-OtherData = Annotated[
-    str | None, typer.Option("--data", metavar="FOLDER", help="Instead of the configured data, for moved folders.")
-]
-Workers = Annotated[
-    int,
-    typer.Option(
-        metavar="N",
-        rich_help_panel=COMPUTATION,
-        help="Processes that share the work; more may be started from elsewhere.",
-    ),
-]
-Anchors = Annotated[
-    str,
-    typer.Option(
-        metavar="N|POSITIONS",
-        help="Points to differentiate at: how many, evenly spaced, or their positions, such as 0,0.3,1.",
-    ),
-]
-Witness = Annotated[
-    bool,
-    typer.Option(
-        "--witness/--no-witness",
-        show_default=False,
-        help="Compare derivatives with differences of the loss first, as by default.",
-    ),
-]
-Progress = Annotated[
-    bool | None,
-    typer.Option(
-        "--progress/--no-progress",
-        rich_help_panel=OUTPUT,
-        help="Progress on standard error; by default on a terminal.",
-    ),
-]
-
 
 def _option(section: str, metavar: str | None, text: str, *names: str, **options: Any) -> Any:
     return typer.Option(*names, rich_help_panel=section, metavar=metavar, help=text, **options)
@@ -72,7 +30,7 @@ def _option(section: str, metavar: str | None, text: str, *names: str, **options
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two networks, their data, and how to compute: what `predict` and `measure` both ask for."""
+    """Networks, their data, and how to compute: what `predict` and `measure` both ask for."""
 
     a: A
     b: B
@@ -98,6 +56,7 @@ class Comparison:
             "for causal language models; or package.module:name.",
         ),
     ] = "cross-entropy"
+    others: Others = None
     model_option: Annotated[
         list[str] | None,
         _option(NETWORKS, "KEY=VALUE", "For the network's factory, such as num_classes=10. Repeatable."),
@@ -198,14 +157,19 @@ class Comparison:
             if self.save is not None and self.save.resolve() == self.plot.resolve():
                 raise OptionError(f"--save and --plot would write one file, {self.plot}.")
 
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Where the networks are."""
+        return (self.a, self.b, *(self.others or ()))
+
     def is_of_network(self, path: Path) -> bool:
         """Whether a file is that of one of the networks, or lies in its folder."""
-        networks = (self.a.resolve(), self.b.resolve())
+        networks = [network.resolve() for network in self.paths]
         return path.resolve() in networks or path.resolve().parent in networks
 
     def are_folders(self) -> bool:
-        """Whether both networks are folders as transformers writes them."""
-        return all((path / "config.json").is_file() for path in (self.a, self.b))
+        """Whether all networks are folders as transformers writes them."""
+        return all((path / "config.json").is_file() for path in self.paths)
 
     def _check_output(self, option: str, path: Path) -> None:
         from lmc_curvature.storage import check_writable
@@ -216,12 +180,12 @@ class Comparison:
             raise OptionError(f"{option} {path} would replace a network; expected the name of another file.")
         check_writable(path.parent, what=f"{option} {path}")
 
-    def networks(self) -> "tuple[nn.Module, nn.Module]":
-        """The two networks, with the weights of their checkpoints."""
+    def networks(self) -> "tuple[nn.Module, ...]":
+        """The networks, with the weights of their checkpoints."""
         from lmc_curvature.checkpoints import load_checkpoint
 
         try:
-            first, second = (self._load(load_checkpoint, partial(self.make_network, of=p), p) for p in (self.a, self.b))
+            first, *others = (self._load(load_checkpoint, partial(self.make_network, of=p), p) for p in self.paths)
         except CheckpointError as error:
             if not self.model.startswith("transformers:"):
                 raise
@@ -230,13 +194,27 @@ class Comparison:
                 "torch.save(model.state_dict(), FILE) keeps these, of model = ….from_pretrained(DIRECTORY).)"
             ) from error
         of_first = {id(tensor) for tensor in (*first.parameters(), *first.buffers())}
-        shared = [n for n, t in (*second.named_parameters(), *second.named_buffers()) if id(t) in of_first]
-        if shared:
-            raise OptionError(
-                f"--model {self.model} made two networks that share {shared[0]!r}, so one file was loaded over the "
-                "other: make every module anew in each call, or return a copy.deepcopy."
-            )
+        for other in others:
+            shared = [n for n, t in (*other.named_parameters(), *other.named_buffers()) if id(t) in of_first]
+            if shared:
+                raise OptionError(
+                    f"--model {self.model} made two networks that share {shared[0]!r}, so one file was loaded over the "
+                    "other: make every module anew in each call, or return a copy.deepcopy."
+                )
+        return first, *others
+
+    def pair(self) -> "tuple[nn.Module, nn.Module]":
+        """The same of two."""
+        first, second = self.networks()
         return first, second
+
+    def check_sets(self, network: "nn.Module") -> None:
+        """Refuse sets that name a layer which the network does not have."""
+        from lmc_curvature.segment import LayerPartition, layer_indices
+
+        partition = LayerPartition.of(network, self.layers, batch_norm=self.batch_norm, frozen=tuple(self.frozen or ()))
+        for members in self.sets():
+            layer_indices(partition.groups, members)
 
     def make_network(self, of: Path | None = None) -> "nn.Module":
         """The network as its factory makes it, with fresh weights; by the config.json beside a file, if any."""

@@ -23,8 +23,8 @@ def numbers_in(option: str, text: str, kind: Callable[[str], float], expected: s
         raise OptionError(f"{option} {text!r}: expected {expected}.") from error
 
 
-def names_in(option: str, text: str | None) -> list[str] | None:
-    """The names of layers in an option's value, with commas between them; None where it is not given.
+def names_in(option: str, text: str | None, of: str = "layer") -> list[str] | None:
+    """The names of layers, or of something else, in an option's value, with commas between; None where it is not given.
 
     Raises:
         OptionError: It names none.
@@ -33,7 +33,7 @@ def names_in(option: str, text: str | None) -> list[str] | None:
         return None
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
-        raise OptionError(f"{option} {text!r} names no layer; expected names with commas between them: A,B.")
+        raise OptionError(f"{option} {text!r} names no {of}; expected names with commas between them: A,B.")
     return names
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import lmc_curvature
+from lmc_curvature.segment.hull import network_names
 
 if TYPE_CHECKING:
     from lmc_curvature.cli.options import Comparison
 
 
 def provenance(comparison: "Comparison", loader: Iterable[Any]) -> dict[str, Any]:
-    """The record of two networks, their data and how they are compared, as what JSON can hold.
+    """The record of networks, their data and how they are compared, as what JSON can hold.
 
     Args:
         comparison: The options.
@@ -26,7 +27,10 @@ def provenance(comparison: "Comparison", loader: Iterable[Any]) -> dict[str, Any
     names = ("layers", "frozen", "base", "batch_norm", "recalibration", "augmentation", "loss", "max_batches")
     names += ("device", "dtype")
     return {
-        "networks": {"a": checkpoint_record(comparison.a), "b": checkpoint_record(comparison.b)},
+        "networks": {
+            name.removeprefix("model_"): checkpoint_record(path)
+            for name, path in zip(network_names(len(comparison.paths)), comparison.paths, strict=True)
+        },
         "model": {
             "name": comparison.model,
             "options": comparison.model_options(),

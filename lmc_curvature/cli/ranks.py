@@ -17,6 +17,11 @@ def is_rank() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def is_first() -> bool:
+    """Whether this process is the one that prints: the only one, or rank 0."""
+    return not is_rank() or os.environ["RANK"] == "0"
+
+
 @contextlib.contextmanager
 def one_answer(comparison: "Comparison", own: dict[str, Any]) -> Iterator["tuple[Comparison, dict[str, Any]]"]:
     """Within the block, a command's options, by which ranks other than the first print and write nothing.

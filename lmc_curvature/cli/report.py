@@ -110,13 +110,13 @@ def _record(path: Path) -> dict[str, Any]:
 
 
 def _merge_words(record: dict[str, Any]) -> list[str] | None:
-    """The command that merges the two networks of a record; None where something is frozen or is not known."""
+    """The command that merges the two networks of a record; None of more, and where something is frozen or unknown."""
     from lmc_curvature.cli.conclusion import merge_words
 
     provenance = record["provenance"]
     try:
         model, options = provenance["model"], provenance["options"]
-        if options.get("frozen"):
+        if options.get("frozen") or len(provenance["networks"]) > 2:
             return None
         comparison = Comparison(
             a=Path(provenance["networks"]["a"]["path"]),

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from lmc_curvature.cli.arguments import Anchors, Witness
 from lmc_curvature.cli.failures import end_if_partial, one_message, saving
 from lmc_curvature.cli.files import check_new_file, write_merge
 from lmc_curvature.cli.help import LAYERS, PlainCommand
-from lmc_curvature.cli.options import Anchors, Comparison, Witness, with_comparison
+from lmc_curvature.cli.options import Comparison, with_comparison
 from lmc_curvature.cli.parsing import anchor_positions, names_in
 from lmc_curvature.cli.printing import show
 from lmc_curvature.errors import OptionError, PartitionError
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from lmc_curvature.merging import Selection, Verification
     from lmc_curvature.sources import Split
 
-_LEFT_OUT = ("set_", "frozen", "base", "batch_norm", "plot")
+_LEFT_OUT = ("others", "set_", "frozen", "base", "batch_norm", "plot")
 
 
 def register(app: typer.Typer) -> None:
@@ -103,7 +104,7 @@ def select(
     from lmc_curvature import predict_barrier, select_layers
 
     positions, options = anchor_positions(anchors), comparison.computation()
-    networks = comparison.networks()
+    networks = comparison.pair()
     _check_layers(comparison, networks[0], question)
     loader = comparison.batches()
     if batch_norm == "recalibrate" and options["recalibration"] is None:

@@ -34,7 +34,7 @@ _RANKINGS = {
 def prediction_record(prediction: BarrierPrediction, sets: LayerSets) -> dict[str, Any]:
     """A prediction, its layers and the given sets of layers, as what JSON can hold."""
     first, second = prediction.endpoints
-    return _plain(
+    return plain(
         {
             "examples": prediction.examples,
             "batch_norm": prediction.batch_norm,
@@ -61,7 +61,7 @@ def prediction_record(prediction: BarrierPrediction, sets: LayerSets) -> dict[st
 
 def measurement_record(measurement: BarrierMeasurement) -> dict[str, Any]:
     """A measurement, with its curves, as what JSON can hold."""
-    return _plain(
+    return plain(
         {
             "examples": measurement.examples,
             "batch_norm": measurement.batch_norm,
@@ -94,7 +94,7 @@ def selection_record(selection: Selection, verification: Verification | None) ->
     final, choice = verification.selection if verification else selection, selection.choice
     trials = [_trial_record(trial, choice.total) for trial in (verification.trials if verification else ())]
     measured, held_out = (verification.chosen, verification.held_out) if verification else (None, None)
-    return _plain(
+    return plain(
         {
             "budget": selection.budget,
             "selection": _selection_fields(final),
@@ -144,7 +144,7 @@ def prediction_table(prediction: BarrierPrediction, sets: LayerSets) -> Table:
     columns = ("anchored", "± sampling", "± expansion", "second order") if anchored else ("second order", "± sampling")
     table = Table(
         "layers",
-        *_right("distance", "ΔᵀHΔ", *columns, "with slopes"),
+        *right_columns("distance", "ΔᵀHΔ", *columns, "with slopes"),
         title="Barriers at α = 1/2 (below zero: convex)",
     )
     for members in [*([name] for name in prediction.layers), *sets]:
@@ -152,19 +152,19 @@ def prediction_table(prediction: BarrierPrediction, sets: LayerSets) -> Table:
         energies = [float(end.curvature[np.ix_(inside, inside)].sum()) for end in prediction.endpoints]
         table.add_row(
             " + ".join(members),
-            _cell(float(np.linalg.norm(prediction.distances[inside]))),
-            _cell(sum(energies) / 2),
-            _cell(_middle(prediction, members, prediction.expansion)),
-            _cell(prediction.standard_error(members, alpha=0.5), ".2g"),
+            cell(float(np.linalg.norm(prediction.distances[inside]))),
+            cell(sum(energies) / 2),
+            cell(_middle(prediction, members, prediction.expansion)),
+            cell(prediction.standard_error(members, alpha=0.5), ".2g"),
             *(
                 (
-                    _cell(prediction.expansion_error(members, alpha=0.5), ".2g"),
-                    _cell(_middle(prediction, members, "second-order")),
+                    cell(prediction.expansion_error(members, alpha=0.5), ".2g"),
+                    cell(_middle(prediction, members, "second-order")),
                 )
                 if anchored
                 else ()
             ),
-            _cell(_middle(prediction, members, "with-slopes")),
+            cell(_middle(prediction, members, "with-slopes")),
             end_section=members == [prediction.layers[-1]],
         )
     return table
@@ -176,10 +176,10 @@ def _middle(prediction: BarrierPrediction, members: Sequence[str] | None, expans
 
 def measurement_table(measurement: BarrierMeasurement) -> Table:
     """A row a measured set of layers: its barrier in every metric."""
-    table = Table("layers", *_right(*(f"{metric} barrier" for metric in measurement.metrics)))
+    table = Table("layers", *right_columns(*(f"{metric} barrier" for metric in measurement.metrics)))
     barriers = [measurement.layer_barriers(metric) for metric in measurement.metrics]
     for label, *values in zip(measurement.layers, *barriers, strict=True):
-        table.add_row(label, *map(_cell, values))
+        table.add_row(label, *map(cell, values))
     return table
 
 
@@ -190,7 +190,7 @@ def trial_table(verification: Verification) -> Table:
     """
     choice, chosen = verification.selection.choice, verification.chosen
     table = Table(
-        *_right("", "base", "layers", "weight", "predicted", "expected", "measured"),
+        *right_columns("", "base", "layers", "weight", "predicted", "expected", "measured"),
         f"budget {choice.budget:.3g}",
         title="Measured rises of the loss above the mean of the two (mean ± standard error over batches)",
         caption=verification.legend,
@@ -203,8 +203,8 @@ def trial_table(verification: Verification) -> Table:
             trial.base,
             f"{len(trial.members)} of {len(choice.weights)}",
             f"{trial.weight / choice.total:.1%}",
-            _cell(trial.predicted),
-            _cell(trial.expected),
+            cell(trial.predicted),
+            cell(trial.expected),
             _with_error(trial.rise, trial.standard_error),
             verification.against_budget(trial),
             end_section=name == str(len(verification.trials)),
@@ -220,27 +220,29 @@ def demo_tables(result: DemoResult) -> list[Table]:
     for fork, (predicted, measured) in pairs.items():
         whole.add_row(
             str(fork),
-            _cell(predicted.distance),
+            cell(predicted.distance),
             _with_error(measured.barrier(), measured.standard_error()),
             _with_error(predicted.barrier(None, "anchored"), predicted.standard_error(None, "anchored")),
-            _cell(predicted.expansion_error(), ".2g"),
+            cell(predicted.expansion_error(), ".2g"),
             _with_error(predicted.barrier(None, "second-order"), predicted.standard_error(None, "second-order")),
-            _cell(measured.barrier("error"), ".1%"),
+            cell(measured.barrier("error"), ".1%"),
             measured.kind,
         )
     sets = Table(
         "layers moved",
-        *_right(*(f"fork {fork}" for fork in pairs)),
+        *right_columns(*(f"fork {fork}" for fork in pairs)),
         title="Barriers of single layers and of sets, measured | predicted (anchored)",
     )
     names = next(iter(result.predictions.values())).layers
     for row, label in enumerate([*names, *layer_sets(names)]):
         barriers = ((m.layer_barriers()[row], p.barrier(m.sets[row], "anchored")) for p, m in pairs.values())
-        cells = (f"{_cell(measured, '.2g')} | {_cell(predicted, '.2g')}" for measured, predicted in barriers)
+        cells = (f"{cell(measured, '.2g')} | {cell(predicted, '.2g')}" for measured, predicted in barriers)
         sets.add_row(label, *cells, end_section=label == names[-1])
-    errors = Table("predicted", *_right("layers", "sets"), title="Median error, as a part of the measured barrier")
+    errors = Table(
+        "predicted", *right_columns("layers", "sets"), title="Median error, as a part of the measured barrier"
+    )
     for expansion in ("anchored", "second-order", "with-slopes"):
-        errors.add_row(expansion, *(_cell(error, ".0%") for error in median_errors(result, expansion)))
+        errors.add_row(expansion, *(cell(error, ".0%") for error in median_errors(result, expansion)))
     ranks = _rank_table({fork: layer_rank_correlations(*pair) for fork, pair in pairs.items()})
     return [whole, sets, errors, ranks, _selections_table(result.selections)]
 
@@ -249,7 +251,7 @@ def _selections_table(selections: Mapping[int, Verification]) -> Table:
     """A row a pair: the heaviest set of layers that was found to stay within the budget."""
     table = Table(
         "fork at epoch",
-        *_right("base", "layers", "parameters", "predicted rise", "measured", "on test images", "sets measured"),
+        *right_columns("base", "layers", "parameters", "predicted rise", "measured", "on test images", "sets measured"),
         title=f"What can be averaged at a rise of the loss of at most {BUDGET} nats",
     )
     for fork, verified in selections.items():
@@ -259,7 +261,7 @@ def _selections_table(selections: Mapping[int, Verification]) -> Table:
             final.base,
             f"{len(final.members)} of {len(final.choice.weights)}",
             f"{final.share:.1%}",
-            _cell(final.rise),
+            cell(final.rise),
             _with_error(verified.chosen.rise, verified.chosen.standard_error),
             "–" if held_out is None else _with_error(held_out.rise, held_out.standard_error),
             str(len(verified.trials)),
@@ -279,12 +281,12 @@ def trace_tables(traces: Traces) -> list[Table]:
         errors = (measured.get((fork, split, "error"), {}) for split in ("train", "test"))
         whole.add_row(
             str(fork),
-            _cell(geometry["distance"]),
+            cell(geometry["distance"]),
             _with_error(loss["barrier"], loss["standard_error"]),
             _with_error(anchored["barrier"], anchored["standard_error"]),
-            _cell(anchored["expansion_error"], ".2g"),
+            cell(anchored["expansion_error"], ".2g"),
             _with_error(second_order["barrier"], second_order["standard_error"]),
-            *(_cell(row.get("barrier", math.nan), ".1%") for row in errors),
+            *(cell(row.get("barrier", math.nan), ".1%") for row in errors),
         )
     ranked = bool(np.isfinite(numbers(traces.layers, "measured")).any())
     return [whole, *([_rank_table(rank_correlations(traces.layers))] if ranked else [])]
@@ -299,7 +301,7 @@ def _last_by(rows: pd.DataFrame, *columns: str) -> dict[tuple[Any, ...], dict[An
 def _whole_table(title: str, *more: str) -> Table:
     return Table(
         "fork at epoch",
-        *_right("distance", "measured", "anchored", "± expansion", "second order", *more),
+        *right_columns("distance", "measured", "anchored", "± expansion", "second order", *more),
         title=f"{title} (nats; mean ± standard error over batches)",
     )
 
@@ -308,7 +310,7 @@ def _rank_table(ranks: Mapping[int, Mapping[str, float]]) -> Table:
     """A row a way of ranking layers, a column a fork, and the mean."""
     table = Table(
         "Spearman with the measured",
-        *_right(*(f"fork {fork}" for fork in ranks), "mean"),
+        *right_columns(*(f"fork {fork}" for fork in ranks), "mean"),
         title="How well layers are ranked before measuring",
     )
     frame = pd.DataFrame(ranks)
@@ -316,22 +318,24 @@ def _rank_table(ranks: Mapping[int, Mapping[str, float]]) -> Table:
     frame["mean"] = frame.mean(axis="columns")
     for key, title in _RANKINGS.items():
         if key in frame.index:
-            table.add_row(title, *(_cell(value, ".2f") for value in frame.loc[key]))
+            table.add_row(title, *(cell(value, ".2f") for value in frame.loc[key]))
     return table
 
 
-def _right(*titles: str) -> list[Any]:
+def right_columns(*titles: str) -> list[Any]:
+    """Columns of numbers."""
     return [Column(title, justify="right") for title in titles]
 
 
-def _cell(value: float, form: str = ".3g") -> str:
+def cell(value: float, form: str = ".3g") -> str:
+    """A number; a dash where there is none."""
     return "–" if math.isnan(value) else format(value, form)
 
 
 def _with_error(value: float, error: float) -> str:
-    return _cell(value) if math.isnan(value) else with_error(value, error, digits=3)
+    return cell(value) if math.isnan(value) else with_error(value, error, digits=3)
 
 
-def _plain(record: dict[str, Any]) -> dict[str, Any]:
+def plain(record: dict[str, Any]) -> dict[str, Any]:
     """The same record with JSON's null for what is not a number."""
     return json.loads(json.dumps(record), parse_constant=lambda name: None)

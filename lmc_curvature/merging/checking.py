@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmc_curvature.checkpoints.streaming import MappedCheckpoint
 from lmc_curvature.errors import NonFiniteError, counted
 from lmc_curvature.merging.descriptions import setting_notes
-from lmc_curvature.merging.files import map_pair
+from lmc_curvature.merging.mapping import map_checkpoints
 from lmc_curvature.segment import LayerPartition, PartitionSpec
 from lmc_curvature.segment.segment import EQUAL
 
@@ -86,7 +86,7 @@ def check_checkpoints(
         NonFiniteError: Numbers were read, and some are infinite or not a number.
         PartitionError: The partition is none.
     """
-    a, b, owners = map_pair(path_a, path_b, model, key=key, strip_prefix=strip_prefix)
+    (a, b), owners = map_checkpoints((path_a, path_b), model, key=key, strip_prefix=strip_prefix)
     names = list(dict.fromkeys(owners.values()))
     known = {owner: a.forms[name] for name, owner in owners.items() if name in a.forms}
     if partition is None:

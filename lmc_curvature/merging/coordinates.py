@@ -1,4 +1,4 @@
-"""The point of the cube that a merge takes: a coordinate for every layer, 0 at one network and 1 at the other."""
+"""The point that a merge takes: for every layer a coordinate between two networks, or the share that each has."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -9,6 +9,9 @@ from lmc_curvature.segment.segment import check_coordinates
 
 Alpha = float | Mapping[str, float]
 """One coordinate for all layers that are averaged, or layer name to coordinate."""
+
+Place = float | tuple[float, ...]
+"""Where a layer is: its coordinate, 0 at one of two networks and 1 at the other; or the share of each of several."""
 
 
 def merge_coordinates(
@@ -42,6 +45,39 @@ def merge_coordinates(
     else:
         moved = check_coordinates(dict.fromkeys(chosen, alpha), names)
     return dict.fromkeys(names, 1.0 if base == "b" else 0.0) | moved
+
+
+def merge_shares(
+    groups: Mapping[str, Sequence[str]],
+    weights: tuple[float, ...],
+    layers: Iterable[str] | str | None,
+    base: Literal["a", "b"],
+) -> dict[str, Place]:
+    """Shares of every layer: the weights for those that are averaged, all of it the base's for the others.
+
+    Raises:
+        OptionError: `base` is no choice.
+        PartitionError: There is no such layer.
+    """
+    check_choice("base", base, ("a", "b"))
+    averaged = dict.fromkeys(averaged_layers(groups, layers), weights)
+    return dict.fromkeys(groups, place_of_base(base, len(weights))) | averaged
+
+
+def place_of_base(base: Literal["a", "b"], count: int | None = None) -> Place:
+    """The place of the base, as a coordinate; of a number of networks with shares, as these."""
+    number = "ab".index(base)
+    return float(number) if count is None else tuple(float(each == number) for each in range(count))
+
+
+def refuse_alpha(alpha: Alpha | None) -> None:
+    """Refuse a coordinate where there are shares.
+
+    Raises:
+        OptionError: It is given.
+    """
+    if alpha is not None:
+        raise OptionError(f"alpha={alpha!r} is a place between two networks, without weights: leave one of them out.")
 
 
 def averaged_layers(groups: Mapping[str, Sequence[str]], layers: Iterable[str] | str | None) -> list[str]:

@@ -1,12 +1,13 @@
-"""The average of two checkpoints, written tensor by tensor."""
+"""The average of two checkpoints or several, written tensor by tensor."""
 
 import os
 import platform
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import safetensors
 import torch
@@ -20,17 +21,21 @@ from lmc_curvature.checkpoints.streaming import (
     metadata_of,
     write_stream,
 )
-from lmc_curvature.errors import ArchitectureMismatchError, CheckpointError, NonFiniteError, OptionError, counted
-from lmc_curvature.merging.coordinates import Alpha, merge_coordinates
+from lmc_curvature.errors import NonFiniteError, OptionError, counted
+from lmc_curvature.merging.coordinates import (
+    Alpha,
+    Place,
+    merge_coordinates,
+    merge_shares,
+    place_of_base,
+    refuse_alpha,
+)
 from lmc_curvature.merging.descriptions import setting_notes
+from lmc_curvature.merging.mapping import map_checkpoints
 from lmc_curvature.merging.recipes import check_plain, write_recipe
-from lmc_curvature.objective.network import movable_entries, skeleton_of, tied_names
-from lmc_curvature.objective.normalization import is_batch_counter
 from lmc_curvature.objective.recalibration import running_statistics
-from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment import LayerPartition, PartitionSpec
-from lmc_curvature.segment.adapters import check_adapters, factor_pairs
-from lmc_curvature.segment.compatibility import entry_differences, refuse_differences
+from lmc_curvature.segment.hull import Weights, network_names, network_weights
 from lmc_curvature.storage import make_header
 
 KIND = "merged checkpoint"
@@ -43,34 +48,34 @@ _ALL, _SHOWN = "all layers", 6
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Which entries of two checkpoints are averaged, and where.
+    """Which entries of two checkpoints or several are averaged, and where.
 
     Attributes:
-        a: The checkpoint at coordinate 0.
-        b: The checkpoint at coordinate 1.
-        base: The one of the two whose entries are kept where nothing is averaged.
-        coordinates: Layer name to coordinate.
-        entries: Entry name to coordinate, of those that can move.
+        checkpoints: The checkpoints; of two, those at coordinates 0 and 1.
+        base: The one of the first two whose entries are kept where nothing is averaged.
+        coordinates: Layer name to its place: the coordinate between two, or the share that each checkpoint has.
+        entries: Entry name to the same, of those that can move.
         owners: The same names to those under which a partition knows the entries: of tied parameters, the first.
+        weights: The shares of the averaged layers, where there are shares.
     """
 
-    a: MappedCheckpoint
-    b: MappedCheckpoint
+    checkpoints: tuple[MappedCheckpoint, ...]
     base: Literal["a", "b"]
-    coordinates: Mapping[str, float]
-    entries: Mapping[str, float]
+    coordinates: Mapping[str, Place]
+    entries: Mapping[str, Place]
     owners: Mapping[str, str]
+    weights: tuple[float, ...] | None = None
 
     @property
     def kept(self) -> MappedCheckpoint:
         """The checkpoint of the base."""
-        return self.b if self.base == "b" else self.a
+        return self.checkpoints["ab".index(self.base)]
 
     @property
     def averaged(self) -> tuple[str, ...]:
         """Names of the layers that are not at the base."""
-        still = 1.0 if self.base == "b" else 0.0
-        return tuple(layer for layer, alpha in self.coordinates.items() if alpha != still)
+        still = place_of_base(self.base, None if self.weights is None else len(self.weights))
+        return tuple(layer for layer, place in self.coordinates.items() if place != still)
 
     @property
     def moved(self) -> str:
@@ -92,27 +97,41 @@ class MergePlan:
             NonFiniteError: Some are infinite or not a number.
         """
         dtype = self.kept.forms[name].dtype
-        alpha = self.entries.get(name)
-        sources = [self.kept] if alpha is None else [self.b] if alpha == 1 else [self.a, self.b] if alpha else [self.a]
-        flat = [source[self._name_in(source, name)].reshape(-1) for source in sources]
+        place = self.entries.get(name)
+        sources = self._sources(place)
+        flat = [source[self._name_in(source, name)].reshape(-1) for source, _ in sources]
         for start in range(0, flat[0].numel(), _CHUNK):
-            pieces = [tensor[start : start + _CHUNK] for tensor in flat]
-            if len(pieces) == 2 and torch.equal(*pieces):
+            piece, *others = (tensor[start : start + _CHUNK] for tensor in flat)
+            if others and all(torch.equal(piece, other) for other in others):
                 # Masks may hold infinity, of which there is no mean.
-                yield pieces[0].to(dtype)
+                yield piece.to(dtype)
                 continue
-            if len(pieces) == 2:
+            if others:
                 # A mean of halves is taken in single precision, as torch does within one operation.
-                wide = torch.float64 if torch.float64 in [piece.dtype for piece in pieces] else torch.float32
-                piece = torch.lerp(pieces[0].to(wide), pieces[1].to(wide), float(alpha or 0)).to(dtype)
-            else:
-                piece = pieces[0].to(dtype)
-            if alpha is not None and not bool(torch.isfinite(piece).all()):
+                types = [each.dtype for each in (piece, *others)]
+                wide = torch.float64 if torch.float64 in types else torch.float32
+                piece = piece.to(wide)
+                for other, (_, step) in zip(others, sources[1:], strict=True):
+                    piece = torch.lerp(piece, other.to(wide), step)
+            piece = piece.to(dtype)
+            if place is not None and not bool(torch.isfinite(piece).all()):
+                paths = " and ".join(str(checkpoint.path) for checkpoint in self.checkpoints)
                 raise NonFiniteError(
-                    f"Entry {name!r} of the average of {self.a.path} and {self.b.path} has values that are infinite or "
-                    "not a number. Has a training diverged?"
+                    f"Entry {name!r} of the average of {paths} has values that are infinite or not a number. Has a "
+                    "training diverged?"
                 )
             yield piece
+
+    def _sources(self, place: Place | None) -> list[tuple[MappedCheckpoint, float]]:
+        """The checkpoints that an entry is a running mean of, with the step to each from the mean of those before."""
+        if place is None:
+            return [(self.kept, 1.0)]
+        if isinstance(place, tuple):
+            found = [(checkpoint, w) for checkpoint, w in zip(self.checkpoints, place, strict=True) if w]
+            totals = accumulate(w for _, w in found)
+            return [(checkpoint, w / total) for (checkpoint, w), total in zip(found, totals, strict=True)]
+        a, b = self.checkpoints
+        return [(b, 1.0)] if place == 1 else [(a, 1.0), (b, float(place))] if place else [(a, 1.0)]
 
     def _name_in(self, source: MappedCheckpoint, name: str) -> str:
         """The name of an entry in one of the files, which may hold a tied parameter under another of its names."""
@@ -126,21 +145,26 @@ def plan_merge(
     path_b: str | os.PathLike[str],
     model: nn.Module | None = None,
     *,
-    alpha: Alpha = 0.5,
+    others: Sequence[str | os.PathLike[str]] = (),
+    alpha: Alpha | None = None,
+    weights: Weights | None = None,
     layers: Iterable[str] | str | None = None,
     partition: PartitionSpec = "fused",
     base: Literal["a", "b"] = "a",
     key: str | None = None,
     strip_prefix: str | None = None,
 ) -> MergePlan:
-    """Compare two checkpoints by their headers, and find the coordinate of every entry; see `merge`.
+    """Compare checkpoints by their headers, and find the place of every entry between them; see `merge`.
 
     Args:
         path_a: The checkpoint at coordinate 0; see `load_checkpoint`.
         path_b: The checkpoint at coordinate 1.
-        model: A network that both fit, of whatever values; without one, every real floating-point entry moves but the
+        model: A network that all fit, of whatever values; without one, every real floating-point entry moves but the
             vectors of spectral normalisation, and layers are told by names alone.
-        alpha: The coordinate of the averaged layers, or layer name to coordinate.
+        others: Further checkpoints.
+        alpha: The coordinate of the averaged layers between two, by default ½, or layer name to coordinate.
+        weights: What each checkpoint counts for, positive numbers that sum to one, in their order; of several equal
+            by default.
         layers: Names of the layers that are averaged; by default all, or those that `alpha` names.
         partition: How entries are grouped into layers; see `LayerPartition.of`. Without names of layers, it does not
             matter.
@@ -154,128 +178,29 @@ def plan_merge(
         UnsupportedModelError: Both factors of a low-rank update differ; see `check_adapters`.
         LMCCurvatureError: An option is not what it should be.
     """
-    a, b, owners = map_pair(path_a, path_b, model, key=key, strip_prefix=strip_prefix)
-    for note in setting_notes(a.path, b.path):
-        warnings.warn(f"{note} The merge goes by those of the base.", stacklevel=2)
+    paths = (path_a, path_b, *others)
+    shares = None
+    if others or weights is not None:
+        refuse_alpha(alpha)
+        shares = tuple(network_weights(weights, network_names(len(paths))).tolist())
+    checkpoints, owners = map_checkpoints(paths, model, key=key, strip_prefix=strip_prefix)
+    for other in checkpoints[1:]:
+        for note in setting_notes(checkpoints[0].path, other.path):
+            warnings.warn(f"{note} The merge goes by those of the base.", stacklevel=2)
     if model is not None:
         groups = LayerPartition.of(model, partition).groups
     elif layers is None and not isinstance(alpha, Mapping):
         groups = {_ALL: tuple(dict.fromkeys(owners.values()))}
     else:
         groups = LayerPartition.of_names(tuple(dict.fromkeys(owners.values())), partition).groups
-    coordinates = merge_coordinates(groups, alpha, layers, base)
+    coordinates: Mapping[str, Place] = (
+        merge_coordinates(groups, 0.5 if alpha is None else alpha, layers, base)
+        if shares is None
+        else merge_shares(groups, shares, layers, base)
+    )
     of_owner = {entry: coordinates[layer] for layer, members in groups.items() for entry in members}
     entries = {name: of_owner[owner] for name, owner in owners.items()}
-    return MergePlan(a, b, base, coordinates, entries, owners)
-
-
-def map_pair(
-    path_a: str | os.PathLike[str],
-    path_b: str | os.PathLike[str],
-    model: nn.Module | None,
-    *,
-    key: str | None = None,
-    strip_prefix: str | None = None,
-) -> tuple[MappedCheckpoint, MappedCheckpoint, dict[str, str]]:
-    """Map two checkpoints of one network, which must have the same entries, and equal ones where nothing moves.
-
-    Returns:
-        The two, and the name of each entry that moves to the name under which a partition knows it.
-
-    Raises:
-        CheckpointError: A checkpoint cannot be read, or does not fit the network.
-        ArchitectureMismatchError: They differ in entries or shapes, or in what does not move.
-        UnsupportedModelError: Both factors of a low-rank update differ.
-    """
-    own, network, ties = None, "the network", {}
-    if model is not None:
-        # Entries are compared in their forms, so the network's numbers need no memory.
-        structure = skeleton_of(unwrap(model))
-        own, network, ties = structure.state_dict(), type(structure).__name__, tied_names(structure)
-    options = {"network": network, "key": key, "strip_prefix": strip_prefix}
-    (a, left_out_a), (b, left_out_b) = (_mapped(path, own, **options) for path in (path_a, path_b))
-    if unused := [name for name in left_out_a if name in left_out_b]:
-        raise CheckpointError(f"{unused[0]}={options[unused[0]]!r} fits neither {path_a} nor {path_b}: leave it out.")
-    for checkpoint, left_out in ((a, left_out_a), (b, left_out_b)):
-        if left_out:
-            warnings.warn(
-                f"{checkpoint.path} was read without {' and '.join(left_out)}, which does not fit it.", stacklevel=4
-            )
-    _refuse_coarse_types(a, b)
-    if model is None:
-        refuse_differences(entry_differences(_wide(a), _wide(b), (str(a.path), str(b.path))), "checkpoints")
-        ties = {name: first for name, first in (a.ties | b.ties).items() if all(_ties(c, name, first) for c in (a, b))}
-        real = {name for name, form in a.forms.items() if form.is_floating_point()}
-        movable = {name for name in real if not _is_of_power_iteration(name, real)}
-    else:
-        movable = set(movable_entries(model, "interpolate"))
-    owners = {name: ties.get(name, name) for name in {**a.forms, **b.forms} if ties.get(name, name) in movable}
-    _refuse_fixed_differences(a, b, owners)
-    factors = {name for pair in factor_pairs(owners) for name in pair}
-    check_adapters([name for name in owners if name in factors and _differs(a, b, name)])
-    return a, b, owners
-
-
-def _mapped(
-    path: str | os.PathLike[str], own: Mapping[str, Any] | None, **options: Any
-) -> tuple[MappedCheckpoint, list[str]]:
-    """A checkpoint, and the options that were left out because it does not fit them."""
-    try:
-        return MappedCheckpoint(path, own, **options), []
-    except CheckpointError as error:
-        # The other file may need these options, and this one may hold a single state dict that fits as it is.
-        given = [name for name in ("key", "strip_prefix") if options.pop(name) is not None]
-        try:
-            found = MappedCheckpoint(path, own, **options) if given else None
-        except CheckpointError:
-            found = None
-        if found is None:
-            raise error from None
-        return found, given
-
-
-def _ties(checkpoint: MappedCheckpoint, name: str, first: str) -> bool:
-    return checkpoint.ties.get(name) == first or torch.equal(checkpoint[name].clone(), checkpoint[first])
-
-
-def _wide(checkpoint: MappedCheckpoint) -> dict[str, Tensor]:
-    """Entry name to form, with one type for all real numbers: files may round them differently."""
-    return {n: form.double() if form.is_floating_point() else form for n, form in checkpoint.forms.items()}
-
-
-def _refuse_coarse_types(a: MappedCheckpoint, b: MappedCheckpoint) -> None:
-    for checkpoint in (a, b):
-        for name, form in checkpoint.forms.items():
-            if form.is_floating_point() and form.dtype.itemsize < 2:
-                raise CheckpointError(
-                    f"Entry {name!r} of {checkpoint.path} is of type {form.dtype}, which is too coarse for an average, "
-                    "and stands for other numbers where there are scales: bring it to bfloat16 or float32 first."
-                )
-
-
-def _is_of_power_iteration(name: str, names: Collection[str]) -> bool:
-    """Whether an entry is one of the vectors that spectral normalisation keeps: no parameter, and of unit length."""
-    owner, _, last = name.rpartition(".")
-    weight, _, vector = last.rpartition("_")
-    if vector not in ("u", "v"):
-        return False
-    # By torch.nn.utils.spectral_norm, and as a parametrisation: the index of that is the last part of the owner.
-    original = f"{owner}.{weight}_orig".lstrip(".") if weight else f"{owner.rpartition('.')[0]}.original"
-    return original in names
-
-
-def _refuse_fixed_differences(a: MappedCheckpoint, b: MappedCheckpoint, owners: Mapping[str, str]) -> None:
-    for name in (name for name in a.forms if name in b.forms):
-        if name not in owners and not is_batch_counter(name) and _differs(a, b, name):
-            raise ArchitectureMismatchError(
-                f"Entry {name!r} differs between {a.path} and {b.path}, and is none that moves: parameters and running "
-                "statistics are averaged only. Make it equal in both."
-            )
-
-
-def _differs(a: MappedCheckpoint, b: MappedCheckpoint, name: str) -> bool:
-    first, second = (checkpoint[name] if name in checkpoint.forms else None for checkpoint in (a, b))
-    return first is None or second is None or not torch.equal(first, second.to(first.dtype))
+    return MergePlan(checkpoints, base, coordinates, entries, owners, shares)
 
 
 def merge_checkpoints(
@@ -289,7 +214,7 @@ def merge_checkpoints(
     """Write the merged checkpoint as a safetensors file, entry by entry.
 
     The file holds every entry of the base's state dict, of its type; those that move are averaged. In memory are no
-    more than the largest entry of either checkpoint at a time.
+    more than the largest entry of every checkpoint at a time.
 
     Args:
         plan: What is averaged, and where.
@@ -304,12 +229,14 @@ def merge_checkpoints(
     Raises:
         CheckpointError: A checkpoint is damaged, or has an entry that safetensors cannot hold, or mergekit would not
             find the entries in it.
-        OptionError: mergekit cannot re-estimate statistics.
+        OptionError: mergekit cannot re-estimate statistics, or is asked for several networks or for weights.
         NonFiniteError: An averaged entry is not finite.
         OSError: A file cannot be written.
     """
     if mergekit is not None:
-        check_plain(plan.a, plan.b)
+        check_plain(*plan.checkpoints)
+        if plan.weights is not None:
+            raise OptionError("A configuration for mergekit is written of two networks, by alpha: leave weights out.")
         if recalibrated is not None:
             raise OptionError("mergekit averages running statistics: leave it out, or the statistics re-estimated.")
     record = provenance(plan) | dict(facts or {})
@@ -320,12 +247,13 @@ def merge_checkpoints(
 
     write_stream(out, forms, parts, metadata_of_merge(plan.kept.path, record))
     if mergekit is not None:
-        write_recipe(mergekit, plan.a.path, plan.b.path, plan.base, plan.entries)
+        a, b = (checkpoint.path for checkpoint in plan.checkpoints)
+        write_recipe(mergekit, a, b, plan.base, cast(Mapping[str, float], plan.entries))
     return record
 
 
 def provenance(plan: MergePlan) -> dict[str, Any]:
-    """Where a merged network comes from: files with their digests, coordinates of its layers, and versions."""
+    """Where a merged network comes from: files with their digests, coordinates or weights, and versions."""
     versions = {
         "lmc_curvature": __version__,
         "python": platform.python_version(),
@@ -333,9 +261,11 @@ def provenance(plan: MergePlan) -> dict[str, Any]:
         "torch": torch.__version__,
     }
     files = {
-        name: {"path": str(own.path), "sha256": digests_of(own.path)} for name, own in (("a", plan.a), ("b", plan.b))
+        name.removeprefix("model_"): {"path": str(own.path), "sha256": digests_of(own.path)}
+        for name, own in zip(network_names(len(plan.checkpoints)), plan.checkpoints, strict=True)
     }
-    layers = {"base": plan.base, "layers": list(plan.averaged), "alpha": dict(plan.coordinates)}
+    place = {"alpha": dict(plan.coordinates)} if plan.weights is None else {"weights": list(plan.weights)}
+    layers = {"base": plan.base, "layers": list(plan.averaged), **place}
     return {"files": files, **layers, "batch_norm": "interpolate", "versions": versions}
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from lmc_curvature.barrier import BarrierPrediction
 from lmc_curvature.barrier.setup import segment_options
 from lmc_curvature.errors import OptionError, check_choice
-from lmc_curvature.merging.coordinates import Alpha, averaged_layers, merge_coordinates
+from lmc_curvature.merging.coordinates import Alpha, averaged_layers, merge_coordinates, refuse_alpha
 from lmc_curvature.merging.trials import check_networks, loss_option
 from lmc_curvature.objective import LossFunction, Objective, State
 from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation, entries_of
@@ -92,10 +92,7 @@ def merge(
         state = segment.at(merge_coordinates(segment.partition.groups, 0.5 if alpha is None else alpha, layers, base))
         states = (segment.start, segment.end)
     else:
-        if alpha is not None:
-            raise OptionError(
-                f"alpha={alpha!r} is a place between two networks, without weights: leave one of them out."
-            )
+        refuse_alpha(alpha)
         check_choice("base", base, ("a", "b"))
         hull, shares = Hull(models, names, layers=partition), network_weights(weights, names)
         outside = hull.corner("ab".index(base))

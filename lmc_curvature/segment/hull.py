@@ -15,9 +15,10 @@ from lmc_curvature.objective.normalization import BatchNormPolicy
 from lmc_curvature.objective.numerics import outside_inference
 from lmc_curvature.plotting.summary import Display, Summary, some
 from lmc_curvature.segment.adapters import check_adapters
+from lmc_curvature.segment.frozen import Frozen, frozen_choices
 from lmc_curvature.segment.partition import PartitionSpec, layer_indices
 from lmc_curvature.segment.points import StatePoints
-from lmc_curvature.segment.segment import Segment
+from lmc_curvature.segment.segment import Segment, frozen_notes
 
 Weights = Mapping[str, float | int] | Sequence[float | int] | Float[np.ndarray, " networks"]
 """What each network counts for in a mean: in the order of the networks, or by their names."""
@@ -39,13 +40,17 @@ class Hull(Display):
         layers: How entries are grouped into layers; see `LayerPartition.of`.
         batch_norm: Under `"interpolate"` running statistics move with their layer; otherwise they are not part of
             the states.
+        frozen: What stays where it is, in no layer; see `Segment`.
+        base: Name of the network at which it stays, whose frozen entries all states have; by default the first.
 
     Attributes:
         names: Names of the networks.
-        states: The state of each, on the first one's device.
+        states: The state of each, on the device of the base.
+        notes: Sentences that belong beside every number computed from it: what is frozen.
 
     Raises:
-        LMCCurvatureError: The networks cannot be averaged, for one of the reasons of `Segment`; names the two.
+        LMCCurvatureError: The networks cannot be averaged, for one of the reasons of `Segment`; names the two. Or the
+            base is none of them.
     """
 
     @outside_inference()
@@ -56,17 +61,25 @@ class Hull(Display):
         *,
         layers: PartitionSpec = "fused",
         batch_norm: BatchNormPolicy = "interpolate",
+        frozen: Frozen = (),
+        base: str | None = None,
     ):
-        first, *others = models
         self.names, segments = tuple(names), []
-        for name, other in zip(self.names[1:], others, strict=True):
-            with naming(two_networks(self.names[0], name)):
-                segments.append(Segment(first, other, layers=layers, batch_norm=batch_norm))
+        (self._base,) = network_indices(self.names[0] if base is None else base, self.names)
+        fixed, choices = self.names[self._base], frozen_choices(frozen)
+        for name, other in zip(self.names, models, strict=True):
+            if name != fixed:
+                with naming(two_networks(fixed, name)):
+                    segments.append(
+                        Segment(models[self._base], other, layers=layers, batch_norm=batch_norm, frozen=choices)
+                    )
         self._segment = segments[0]
-        self.states = (self._segment.start, *(segment.end for segment in segments))
+        own, ends = self._segment.start, [segment.end for segment in segments]
+        self.states = (*ends[: self._base], own, *ends[self._base :])
+        still = len(own) - sum(map(len, self.groups.values()))
+        self.notes = frozen_notes(choices, fixed, counted(still, "entry"))
         # One network may move one factor of an update, and another the other.
-        own = self._segment.start
-        check_adapters([name for name in own if not all(torch.equal(own[name], end[name]) for end in self.states[1:])])
+        check_adapters([name for name in own if not all(torch.equal(own[name], end[name]) for end in ends)])
 
     def _summary(self) -> Summary:
         return Summary(
@@ -88,9 +101,10 @@ class Hull(Display):
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Hull":
         """This hull with its states on another device or of another floating-point type."""
         hull = copy.copy(self)
-        hull._segment = self._segment.to(device, dtype)
-        others = [{n: t.to(device=device, dtype=dtype) for n, t in state.items()} for state in self.states[2:]]
-        hull.states = (hull._segment.start, hull._segment.end, *others)
+        hull.states = tuple(
+            {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()} for state in self.states
+        )
+        hull._segment = self._segment.between(*hull.states[:2]).to(device, dtype)
         return hull
 
     def corner(self, number: int) -> Float[np.ndarray, " N"]:
@@ -119,7 +133,8 @@ class Hull(Display):
 
     def line(self, start: Float[np.ndarray, " N"], end: Float[np.ndarray, " N"]) -> Segment:
         """The segment between two places, each for all layers alike."""
-        return self._segment.between(self.at(start[None]), self.at(end[None]))
+        base = "a" if start[self._base] == 1 or not self.notes else "b" if end[self._base] == 1 else "other"
+        return self._segment.between(self.at(start[None]), self.at(end[None]), base=base, notes=self.notes)
 
     def mixture(
         self, outside: Float[np.ndarray, " N"], inside: Float[np.ndarray, " N"], layers: Iterable[str] | str | None

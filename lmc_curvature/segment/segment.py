@@ -40,7 +40,7 @@ class Segment(Display):
     Attributes:
         partition: The `LayerPartition` of what moves.
         whole: The same with running statistics in their layers, whether or not they are part of the state.
-        base: The network at which the rest stays, `"a"` or `"b"`.
+        base: The network at which the rest stays, `"a"` or `"b"`; in a `Hull` it may be `"other"` than both ends.
         start, end: The states θ₁ and θ₂ (copies), as the networks are in evaluation mode, on `model_a`'s device.
 
     Raises:
@@ -79,7 +79,7 @@ class Segment(Display):
         fixed = model_b if base == "b" else model_a
         self.partition = LayerPartition.of(fixed, layers, batch_norm=batch_norm, frozen=choices)
         self._parameters = {name for name, _ in fixed.named_parameters()}
-        self.base: Literal["a", "b"] = base
+        self.base: Literal["a", "b", "other"] = base
         self.whole = self.partition
         if batch_norm != "interpolate":
             # A specification of one's own may know of no running statistics.
@@ -103,7 +103,8 @@ class Segment(Display):
         )
         # Whether the floating-point type was asked for.
         self._is_of_type = False
-        self._notes = _notes(choices, base, len(others), differ)
+        of_other = f", {differ} of which are others in model_{'a' if base == 'b' else 'b'}" if differ else ""
+        self._notes = frozen_notes(choices, f"model_{base}", counted(len(others), "entry") + of_other)
 
     def _summary(self) -> Summary:
         distances, layers = self.distances(), self.layers
@@ -219,10 +220,26 @@ class Segment(Display):
         # What lies between two numbers of half precision would be rounded to one of them, or nearly so.
         return tensor if self._is_of_type else tensor.to(wide_dtype(tensor.dtype))
 
-    def between(self, start: dict[str, Tensor], end: dict[str, Tensor]) -> "Segment":
-        """A segment of the same layers between two other states, which have the entries of its own ends."""
+    def between(
+        self,
+        start: dict[str, Tensor],
+        end: dict[str, Tensor],
+        *,
+        base: Literal["a", "b", "other"] | None = None,
+        notes: tuple[str, ...] | None = None,
+    ) -> "Segment":
+        """A segment of the same layers between two other states, which have the entries of its own ends.
+
+        Args:
+            start: The one state.
+            end: The other.
+            base: Which of them has the frozen entries as a network's own; by default as here.
+            notes: Sentences that belong beside its numbers; by default those of this one.
+        """
         segment = copy.copy(self)
         segment.start, segment.end = start, end
+        segment.base = base or self.base
+        segment._notes = self._notes if notes is None else notes
         return segment
 
 
@@ -243,8 +260,7 @@ def check_coordinates(alphas: Mapping[str, float], layers: Sequence[str]) -> dic
 EQUAL = "model_a and model_b are equal in every entry that moves"
 
 
-def _notes(frozen: tuple[str, ...], base: str, count: int, differ: int) -> tuple[str, ...]:
+def frozen_notes(frozen: tuple[str, ...], base: str, counts: str) -> tuple[str, ...]:
+    """What is frozen, at which network, and how many entries these are; nothing, if nothing is."""
     names = ("what does not require gradients" if choice == REQUIRES_GRAD else choice for choice in frozen)
-    other = "a" if base == "b" else "b"
-    counts = counted(count, "entry") + (f", {differ} of which are others in model_{other}" if differ else "")
-    return (f"frozen at model_{base}: {', '.join(names)} ({counts})",) if frozen else ()
+    return (f"frozen at {base}: {', '.join(names)} ({counts})",) if frozen else ()

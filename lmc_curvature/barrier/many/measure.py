@@ -21,7 +21,8 @@ from lmc_curvature.objective import BatchNormPolicy, LossFunction
 from lmc_curvature.objective.ranks import Group
 from lmc_curvature.objective.recalibration import running_statistics
 from lmc_curvature.objective.wrappers import unwrap
-from lmc_curvature.segment import HullPoints, PartitionSpec
+from lmc_curvature.segment import Frozen, HullPoints, PartitionSpec
+from lmc_curvature.segment.frozen import frozen_choices
 from lmc_curvature.segment.hull import Weights, network_indices, network_names, network_weights
 
 
@@ -34,6 +35,8 @@ def measure_barriers(
     weights: Weights | None = None,
     loss_fn: LossFunction | None = None,
     layers: PartitionSpec = "fused",
+    frozen: Frozen = (),
+    base: str | None = None,
     sets: Sets = (),
     subsets: Sequence[Iterable[str]] = (),
     alphas: int | np.integer | Sequence[float] | np.ndarray = 5,
@@ -65,6 +68,9 @@ def measure_barriers(
             their names; equal by default. In the mean of a subset they count in proportion.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
         layers: The partition into layers; see `LayerPartition.of`.
+        frozen: Layers that stay at the entries of one network in all of them: their names, regular expressions for
+            entries, or `"requires_grad"` for what does not require gradients; see `Segment`.
+        base: The name of that network; by default the first.
         sets: Sets of layers to move to the mean, besides all: `"each"` layer alone, or a list of sets of layer names.
             Each takes as many evaluations as there are networks.
         subsets: Sets of networks whose means to measure, besides that of all: a list of sets of names.
@@ -95,6 +101,8 @@ def measure_barriers(
         loader,
         layers=layers,
         batch_norm=batch_norm,
+        frozen=frozen,
+        base=base,
         loss_fn=loss_fn,
         recalibration=recalibration,
         max_batches=max_batches,
@@ -120,7 +128,8 @@ def measure_barriers(
         points.add(y[None], f"the mean of {', '.join(some)}")
         for y, some in zip(shares(shares_of_all, members), chosen, strict=True)
     ]
-    own = [objective.place(running_statistics(unwrap(model))) for model in networks]
+    # What is frozen makes other networks of them, to which their statistics do not belong.
+    own = [] if frozen_choices(frozen) else [objective.place(running_statistics(unwrap(model))) for model in networks]
     sizes, batch_weights, values, _ = evaluate_points(objective, points, metrics, own_statistics=own, progress=progress)
     return BarriersMeasurement(
         labels,
@@ -136,7 +145,7 @@ def measure_barriers(
         values[:, :, mean],
         values[:, :, np.array(sides, dtype=int).reshape(-1, len(labels))],
         values[:, :, means],
-        objective.notes,
+        objective.notes + hull.notes,
         batch_weights,
         loss_name(objective.loss_fn),
     )

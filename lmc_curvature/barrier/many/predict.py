@@ -15,7 +15,7 @@ from lmc_curvature.barrier.setup import hull_and_objective
 from lmc_curvature.curvature.problem import Method
 from lmc_curvature.objective import BatchNormPolicy, LossFunction
 from lmc_curvature.objective.ranks import Group
-from lmc_curvature.segment import PartitionSpec
+from lmc_curvature.segment import Frozen, PartitionSpec
 from lmc_curvature.segment.hull import Weights, network_names, network_weights
 
 
@@ -28,6 +28,8 @@ def predict_barriers(
     weights: Weights | None = None,
     loss_fn: LossFunction | None = None,
     layers: PartitionSpec = "fused",
+    frozen: Frozen = (),
+    base: str | None = None,
     anchors: int | Sequence[float] = 3,
     batch_norm: BatchNormPolicy = "interpolate",
     recalibration: Iterable[Any] | None = None,
@@ -57,6 +59,9 @@ def predict_barriers(
             their names; equal by default. In the mean of a subset they count in proportion.
         loss_fn: `loss_fn(output, target)` returning the mean over the batch (default: cross-entropy), or a `BatchLoss`.
         layers: The partition into L layers; see `LayerPartition.of`.
+        frozen: Layers that stay at the entries of one network in all of them: their names, regular expressions for
+            entries, or `"requires_grad"` for what does not require gradients; see `Segment`.
+        base: The name of that network; by default the first.
         anchors: How many points between each two networks to differentiate at, both included, or their positions; see
             `predict_barrier`. Where the mean of two networks is none of them, it is predicted.
         batch_norm: Policy for batch normalisation between the networks; see `BatchNormPolicy`.
@@ -87,6 +92,8 @@ def predict_barriers(
         loader,
         layers=layers,
         batch_norm=batch_norm,
+        frozen=frozen,
+        base=base,
         loss_fn=loss_fn,
         recalibration=recalibration,
         max_batches=max_batches,
