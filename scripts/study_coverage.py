@@ -2,7 +2,7 @@
 
     python scripts/study_coverage.py --out runs/study
 
-The pairs are those of `study_expansions.py`, cut into batches of 8 examples. All batches together give the barriers at
+The pairs are those of `study_expansions.py`, cut into batches of 64 examples. All batches together give the barriers at
 α = 1/2, with their signs: of the whole network, of each layer, and of random sets, predicted and measured. Then some of
 the batches are drawn, with replacement, many times over, and each time it is seen whether the interval that they give
 holds the barrier of all. Shares of the draws are printed in Markdown.
@@ -29,13 +29,13 @@ Intervals = list[tuple[float, float]]
 
 PAIRS = ("digits, fork 0", "digits, fork 2", "no normalisation, late fork")
 BATCHES = (3, 5, 10, 30)
-EXAMPLES, BATCH, SETS = 1437, 8, 10
+EXAMPLES, BATCH, SETS = 1437, 64, 10
 
 
 def main(
     out: Out = Path("runs/study"),
     only: Only = None,
-    draws: Annotated[int, typer.Option(help="How often batches are drawn.")] = 400,
+    draws: Annotated[int, typer.Option(help="How often batches are drawn.")] = 1000,
     threads: Threads = 1,
 ) -> None:
     """Predict and measure once, draw batches, and count."""

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.stats import t
 
-from lmc_curvature.averages import rank_correlation, standard_error, weighted_mean, with_error
+from lmc_curvature.averages import interval, rank_correlation, standard_error, weighted_mean, with_error
+from lmc_curvature.errors import OptionError
 
 _batch = st.tuples(st.integers(1, 20), arrays(np.float64, (2, 3), elements=st.floats(-1e3, 1e3)))
 
@@ -54,6 +56,45 @@ def test_a_single_batch_has_no_standard_error():
     error = standard_error(np.ones((1, 2, 3)), np.array([5]))
     assert error.shape == (2, 3)
     assert np.isnan(error).all()
+
+
+@pytest.mark.parametrize("values", [[1.0, 4.0, 1.5], [-3.0, -1.0, 0.0, 0.0, 1.0, 3.0]])
+def test_the_interval_of_few_batches_or_of_even_ones_is_students(values):
+    found = interval(np.array(values), np.ones(len(values)), level=0.9)
+    expected = t.interval(0.9, len(values) - 1, np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values)))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+def _share_of_intervals_that_hold_the_mean(draw, mean, batches):
+    generator = np.random.default_rng(0)
+    found = [interval(draw(generator, batches), np.ones(batches)) for _ in range(2000)]
+    return np.mean([low <= mean <= high for low, high in found])
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say():
+    def normal(generator, batches):
+        return generator.normal(3.0, 2.0, batches)
+
+    def rare(generator, batches):
+        return generator.lognormal(0.0, 1.0, batches)
+
+    for batches in (3, 5, 20):
+        assert _share_of_intervals_that_hold_the_mean(normal, 3.0, batches) == pytest.approx(0.95, abs=0.02)
+    # Student's alone holds it in 87 of a hundred cases, with 20 batches.
+    assert 0.91 < _share_of_intervals_that_hold_the_mean(rare, math.exp(0.5), 20) < 0.97
+
+
+def test_an_interval_does_not_depend_on_unit_origin_or_batches_without_weight():
+    generator = np.random.default_rng(0)
+    values, weights = generator.exponential(size=9), generator.uniform(1, 3, 9)
+    low, high = interval(values, weights)
+    np.testing.assert_allclose(interval(5 - 2 * values, 7 * weights), (5 - 2 * high, 5 - 2 * low), rtol=1e-10)
+    more = np.append(values, 50.0), np.append(weights, 0.0)
+    np.testing.assert_allclose(interval(*more), (low, high), rtol=1e-10)
+    assert interval(np.ones(6), np.ones(6)) == pytest.approx((1, 1), rel=1e-12)
+    assert np.isnan(interval(np.ones(1), np.ones(1))).all()
+    with pytest.raises(OptionError, match="level=1"):
+        interval(values, weights, level=1)
 
 
 def test_rank_correlation_by_hand_and_of_finite_pairs_alone():
