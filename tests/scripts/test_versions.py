@@ -31,6 +31,7 @@ def test_rows_differ_in_python_and_constraints():
     assert "python-{}.{}".format(*sys.version_info) not in rows
 
 
+@pytest.mark.check
 def test_what_came_of_a_row_is_not_done_again(tmp_path, monkeypatch, capsys):
     done = []
 
