@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from lmc_curvature import BarrierMeasurement, BarrierPrediction, LayerPartition, Projection, measure_barrier
 from lmc_curvature import predict_barrier as predict
-from lmc_curvature.averages import interval
+from lmc_curvature.averages import interval, weighted_mean
 from lmc_curvature.barrier.cube import Anchor
 
 Intervals = list[tuple[float, float]]
@@ -61,8 +61,11 @@ def coverage(make: Callable[[], Pair], draws: int) -> dict[str, list[float]]:
     measurement = measure_barrier(*networks, batches, sets=sets, alphas=[0, 0.5, 1], metrics=("loss",), progress=False)
     generator = np.random.default_rng(0)
     found: dict[str, list[float]] = {}
-    for kind, result, of_rows in (("predicted", prediction, _predicted), ("measured", measurement, _measured)):
-        truth = np.array(of_rows(result, np.arange(len(batches)), sets)).mean(axis=1)
+    for kind, result, of_rows, of_all in (
+        ("predicted", prediction, _predicted, _predicted_of_all),
+        ("measured", measurement, _measured, _measured_of_all),
+    ):
+        truth = of_all(result, sets)
         for count in BATCHES:
             inside = np.zeros(len(truth))
             for _ in tqdm(range(draws), desc=f"{kind}, {count} batches", leave=False):
@@ -93,6 +96,15 @@ def _measured(measurement: BarrierMeasurement, rows: Int[np.ndarray, " rows"], s
     curves = measurement._batch_curves("loss")[rows][:, :, 1]
     weights = measurement.weights()[rows]
     return [interval(curves[:, number], weights) for number in range(1 + len(sets))]
+
+
+def _predicted_of_all(prediction: BarrierPrediction, sets: list[Any]) -> list[float]:
+    return prediction.set_barriers([prediction.layers, *sets]).tolist()
+
+
+def _measured_of_all(measurement: BarrierMeasurement, sets: list[Any]) -> list[float]:
+    means = weighted_mean(measurement._batch_curves("loss")[:, :, 1], measurement.weights())
+    return [float(value) for value in means[: 1 + len(sets)]]
 
 
 if __name__ == "__main__":

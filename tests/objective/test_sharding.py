@@ -106,7 +106,7 @@ def _attending():
 
 def _words():
     generator = torch.Generator().manual_seed(0)
-    return [(torch.randint(11, (6, 8), generator=generator), torch.arange(6) % 3) for _ in range(3)]
+    return [(torch.randint(11, (6, 8), generator=generator), torch.arange(6) % 3) for _ in range(2)]
 
 
 def _predict(networks, loader, method="differences", **options):
@@ -123,10 +123,13 @@ def _sharded_attending():
     return networks
 
 
+# Of few layers: every gather waits for all ranks.
+ALL = {"all": [".*"]}
+
 # Networks, their sharded form, batches and options.
 PREDICTIONS = {
-    "differences": (_attending, _sharded_attending, _words, {}),
-    "losses": (_networks, _sharded, _batches, {"layers": {"all": [".*"]}}),
+    "differences": (_attending, _sharded_attending, _words, {"layers": {"bag": ["bag.*"], "others": [".*"]}}),
+    "losses": (_networks, _sharded, _batches, {"layers": ALL}),
 }
 
 
@@ -196,7 +199,7 @@ REFUSED = {
 
 
 def _refused(rank, name):
-    networks, loader, options = _sharded(), _batches(), {"method": "differences"}
+    networks, loader, options = _sharded(), _batches(), {"method": "differences", "layers": ALL}
     if name == "auto":
         options = {}
     elif name == "group":
@@ -216,7 +219,7 @@ def _refused(rank, name):
 def _with_a_failing_loader(rank):
     loader = _Failing() if rank else _batches()
     try:
-        predict_barrier(*_sharded(), loader, method="differences", keep_partial=False, progress=False)
+        predict_barrier(*_sharded(), loader, method="differences", layers=ALL, keep_partial=False, progress=False)
     except Exception as error:  # noqa: BLE001
         return str(error)
 
