@@ -89,7 +89,9 @@ def _predicted(prediction: BarrierPrediction, rows: Int[np.ndarray, " rows"], se
         fields = {field.name: getattr(projection, field.name) for field in dataclasses.fields(projection)}
         anchors.append(Anchor(alpha, Projection(**{n: None if v is None else v[rows] for n, v in fields.items()})))
     drawn = dataclasses.replace(prediction, anchors=tuple(anchors))
-    return [drawn.interval(members) for members in (None, *sets)]
+    members = drawn._cube.sets([None, *sets])
+    batches = drawn._cube.pseudo_barriers(members, 0.5, drawn.expansion)
+    return [interval(values, drawn.endpoints[0].weights) for values in batches.T]
 
 
 def _measured(measurement: BarrierMeasurement, rows: Int[np.ndarray, " rows"], sets: list[Any]) -> Intervals:

@@ -90,6 +90,27 @@ class Cube:
             row[layer_indices(self.layers, names)] = True
         return members
 
+    def pseudo_barriers(
+        self, members: Bool[np.ndarray, "sets L"], position: float, expansion: Expansion
+    ) -> Float[np.ndarray, "batches sets"]:
+        """Values whose weighted mean varies as sets' barriers do, with the weights between anchors varying, too.
+
+        With w_b what a batch counts for, W the sum, and B₋b the barrier by all other batches,
+
+            W / w_b · B − (W / w_b − 1) · B₋b
+
+        which are the values of batches for an expansion that is linear in them (the jackknife for groups of several
+        sizes: Busing, Meijer and van der Leeden 1999).
+        """
+        weights, positions = self.anchors[0].projection.weights, np.array([[position]])
+        of_all = self.barriers(members, positions, expansion)[0]
+        found = np.tile(of_all, (len(weights), 1))
+        for batch in np.flatnonzero(weights) if np.count_nonzero(weights) > 1 else ():
+            others = Cube(self.layers, tuple(Anchor(a, p.without(int(batch))) for a, p in self.anchors))
+            without = others.barriers(members, positions, expansion)[0]
+            found[batch] += (weights.sum() / weights[batch] - 1) * (of_all - without)
+        return found
+
     def losses(self, points: Float[np.ndarray, "n L"]) -> Float[np.ndarray, " n"]:
         """Predicted losses at points of the cube.
 

@@ -196,10 +196,14 @@ class BarrierPrediction(Display):
     def interval(
         self, layers: Iterable[str] | str | None = None, *, alpha: float = 0.5, level: float = 0.95
     ) -> tuple[float, float]:
-        """Confidence interval of the curve at α, from the spread between batches alone; see `averages.interval`."""
+        """Confidence interval of the curve at α, from the spread between batches alone; see `averages.interval`.
+
+        Each batch is left out in turn, so that the weights between anchors vary, too, which `standard_error` holds
+        fixed.
+        """
         members, position = self._cube.sets([layers]), check_alphas(alpha)[0]
-        batches = self._cube.batch_barriers(members[0], position, self.expansion)
-        return interval(batches, self.endpoints[0].weights, level)
+        batches = self._cube.pseudo_barriers(members, position, self.expansion)
+        return interval(batches[:, 0], self.endpoints[0].weights, level)
 
     def expansion_error(self, layers: Iterable[str] | str | None = None, *, alpha: float | None = None) -> float:
         """Expansion error of the anchored curve, by default at its highest point; no bound.

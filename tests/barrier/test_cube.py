@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from lmc_curvature import Projection
+from lmc_curvature.barrier.cube import Anchor, Cube
 from lmc_curvature.errors import OptionError
 from tests.support.predictions import prediction_of, random_prediction
 
@@ -39,3 +41,39 @@ def test_points_outside_the_cube_are_refused():
     for call in (prediction.loss_at, prediction.loss_errors):
         with pytest.raises(OptionError, match=r"points: expected an array \(n, 3\) of numbers in \[0, 1\]"):
             call(np.full((2, 3), 1.5))
+
+
+def _cube(batches):
+    """Three anchors of two layers whose values scatter from batch to batch."""
+    generator = np.random.default_rng(0)
+    anchors = []
+    for alpha in (0.0, 0.5, 1.0):
+        curvatures = generator.normal(size=(batches, 2, 2)) + np.diag([3.0, 1.0])
+        curvatures = curvatures + curvatures.swapaxes(1, 2)
+        slopes, losses = generator.normal(size=(batches, 2)), generator.normal(size=batches)
+        anchors.append(Anchor(alpha, Projection(np.arange(2, 2 + batches), losses, slopes, curvatures)))
+    return Cube(("a", "b"), tuple(anchors))
+
+
+def test_pseudo_values_are_those_of_batches_where_the_barrier_is_linear_in_them():
+    cube, all_of_them = _cube(7), np.array([[True, True]])
+    found = cube.pseudo_barriers(all_of_them, 0.3, "second-order")
+    np.testing.assert_allclose(found[:, 0], cube.batch_barriers(all_of_them[0], 0.3, "second-order"), rtol=1e-9)
+
+
+def test_pseudo_values_are_a_jackknife_of_the_anchored_barrier():
+    cube, member = _cube(5), np.array([[True, False]])
+    found = cube.pseudo_barriers(member, 0.5, "anchored")[:, 0]
+    weights = cube.anchors[0].projection.weights
+    (whole,) = cube.barriers(member, np.array([[0.5]]), "anchored")[0]
+    for batch in range(5):
+        kept = np.arange(5) != batch
+        anchors = [
+            Anchor(
+                a, Projection(p.batch_sizes[kept], p.batch_losses[kept], p.batch_slopes[kept], p.batch_curvatures[kept])
+            )
+            for a, p in cube.anchors
+        ]
+        (without,) = Cube(cube.layers, tuple(anchors)).barriers(member, np.array([[0.5]]), "anchored")[0]
+        share = weights.sum() / weights[batch]
+        assert found[batch] == pytest.approx(share * whole - (share - 1) * without, rel=1e-9)

@@ -58,6 +58,21 @@ class Projection(Display):
             batch_curvatures=(curvatures + curvatures.swapaxes(1, 2)) / 2,
         )
 
+    def without(self, batch: int) -> "Projection":
+        """The means over all batches but one, as a single batch."""
+        total, own = float(self.weights.sum()), float(self.weights[batch])
+
+        def others(mean: np.ndarray | float, values: np.ndarray) -> np.ndarray:
+            return np.asarray(total * mean - own * values[batch])[None] / (total - own)
+
+        return Projection(
+            np.array([self.examples - self.batch_sizes[batch]]),
+            others(self.loss, self.batch_losses),
+            others(self.slopes, self.batch_slopes),
+            others(self.curvature, self.batch_curvatures),
+            np.array([total - own]),
+        )
+
     @property
     def weights(self) -> Real[np.ndarray, " batches"]:
         """What each batch counts for in means over the data."""
