@@ -87,7 +87,7 @@ def grouped(batches: Iterable[GroupMeans], most: int | None = None) -> list[Grou
 
 
 def interval(
-    values: Float[np.ndarray, " batches"], weights: Real[np.ndarray, " batches"], level: float = 0.95
+    values: Float[np.ndarray, " batches"], weights: Real[np.ndarray, " batches"], level: float | int = 0.95
 ) -> tuple[float, float]:
     """An interval that holds the mean over all data in so many cases; NaN for a single batch.
 

@@ -158,7 +158,7 @@ class BarrierMeasurement(Display):
         metric: str = "loss",
         *,
         alpha: float = 0.5,
-        level: float = 0.95,
+        level: float | int = 0.95,
     ) -> tuple[float, float]:
         """Confidence interval of a curve at the measured position nearest to α; see `averages.interval`.
 

@@ -194,7 +194,7 @@ class BarrierPrediction(Display):
         return float(standard_error(batches, self.endpoints[0].weights))
 
     def interval(
-        self, layers: Iterable[str] | str | None = None, *, alpha: float = 0.5, level: float = 0.95
+        self, layers: Iterable[str] | str | None = None, *, alpha: float | int = 0.5, level: float | int = 0.95
     ) -> tuple[float, float]:
         """Confidence interval of the curve at α, from the spread between batches alone; see `averages.interval`.
 
