@@ -10,6 +10,7 @@ holds the barrier of all. Shares of the draws are printed in Markdown.
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +52,7 @@ def main(
 def coverage(make: Callable[[], Pair], draws: int) -> dict[str, list[float]]:
     """For predicted and measured barriers, the shares of draws whose intervals hold them, for every number of batches.
 
-    The share of the whole network, then the smallest and the largest among layers and sets.
+    The share of the whole network, then the median and the smallest among layers and sets.
     """
     networks, loader = make()
     batches = [part for x, y in loader for part in zip(x.split(BATCH), y.split(BATCH), strict=True)]
@@ -61,22 +62,21 @@ def coverage(make: Callable[[], Pair], draws: int) -> dict[str, list[float]]:
     measurement = measure_barrier(*networks, batches, sets=sets, alphas=[0, 0.5, 1], metrics=("loss",), progress=False)
     generator = np.random.default_rng(0)
     found: dict[str, list[float]] = {}
-    for kind, result, of_rows, of_all in (
-        ("predicted", prediction, _predicted, _predicted_of_all),
-        ("measured", measurement, _measured, _measured_of_all),
+    for kind, truth, of_rows in (
+        ("predicted", _predicted_of_all(prediction, sets), partial(_predicted, prediction)),
+        ("measured", _measured_of_all(measurement, sets), partial(_measured, measurement)),
     ):
-        truth = of_all(result, sets)
         for count in BATCHES:
             inside = np.zeros(len(truth))
             for _ in tqdm(range(draws), desc=f"{kind}, {count} batches", leave=False):
                 rows = generator.integers(len(batches), size=count)
-                intervals = zip(truth, of_rows(result, rows, sets), strict=True)
+                intervals = zip(truth, of_rows(rows, sets), strict=True)
                 inside += [low <= value <= high for value, (low, high) in intervals]
             shares = inside / draws
             for which, share in {
                 "whole network": shares[0],
-                "layer or set held least often": shares[1:].min(),
-                "layer or set held most often": shares[1:].max(),
+                "the median layer or set": np.median(shares[1:]),
+                "the layer or set held least often": shares[1:].min(),
             }.items():
                 found.setdefault(f"{kind}, {which}", []).append(float(share))
     return found
