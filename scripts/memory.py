@@ -86,7 +86,7 @@ def write(name: str, text: str) -> None:
 
 def main(
     sweeps: Annotated[bool, typer.Option(help="Measure sweeps.")] = True,
-    prediction: Annotated[str, typer.Option(help="Size of the GPT-2 to predict: full, quick, or nothing.")] = "full",
+    prediction: Annotated[str, typer.Option(help="Size of the GPT-2 to predict, full or quick; '' for none.")] = "full",
     child: Annotated[bool, typer.Option("--child", hidden=True)] = False,
 ) -> None:
     """Measure, print tables, and write them to the page."""
@@ -104,7 +104,7 @@ def main(
         write("sweeps", table)
     if prediction:
         command = [sys.executable, __file__, "--child", "--prediction", prediction]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found = json.loads(said.splitlines()[-1])
         text = (
             f"The process had {found['before']:.1f} GiB before, both networks among them, and {found['peak']:.1f} GiB "

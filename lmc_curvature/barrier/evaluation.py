@@ -160,7 +160,7 @@ class ErrorWatch:
             return
         try:
             with self._objective.numerics.exact():
-                evaluations = (self._objective.batch_evaluation(state, batch)[1:] for state in self._states.values())
+                evaluations = (self._objective.batch_evaluation(self._states[name], batch)[1:] for name in self._states)
                 output, target = next(evaluations)
                 truth = Truth.of(self._objective.loss_fn, output, target, batch)
                 values = [truth.error(output), *(truth.error(other) for other, _ in evaluations)]

@@ -5,8 +5,9 @@ from typing import Literal, get_args
 import torch
 
 from lmc_curvature.curvature.sweep.memory import free_bytes
-from lmc_curvature.errors import check_choice
+from lmc_curvature.errors import OptionError, check_choice
 from lmc_curvature.objective import Objective
+from lmc_curvature.objective.sharding import is_spread
 from lmc_curvature.segment import Segment
 
 Offload = Literal["auto", "cpu", "none"]
@@ -51,6 +52,13 @@ def offloads(offload: Offload, objective: Objective, segment: Segment, anchors: 
     Raises:
         OptionError: `offload` is not a choice.
     """
+    if is_spread(segment.start):
+        if offload == "cpu" and objective.device.type != "cpu":
+            raise OptionError(
+                "offload='cpu': of networks that are spread over processes every rank holds its part alone, on its "
+                "device. Leave offload out."
+            )
+        return False
     numbers = sum(tensor.numel() for tensor in segment.start.values())
     # With the directions, which are as large as a state.
     size = (anchors + 1) * numbers * objective.dtype.itemsize

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from lmc_curvature.barrier.prediction import BarrierPrediction
 from lmc_curvature.barrier.setup import segment_and_objective
 from lmc_curvature.curvature.problem import Method
 from lmc_curvature.curvature.projection import Projection, project_hessian_at
+from lmc_curvature.errors import check_choice
 from lmc_curvature.objective import BatchNormPolicy, LossFunction, Objective, State
 from lmc_curvature.objective.extent import Extent, check_tolerance
 from lmc_curvature.objective.gathering import gathering
 from lmc_curvature.objective.loaders import refuse_iterator
 from lmc_curvature.objective.ranks import Group
 from lmc_curvature.objective.recalibration import recalibrate, running_statistics, warn_of_worse
+from lmc_curvature.objective.sharding import is_spread
 from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment import Frozen, PartitionSpec, Segment, StatesOnDemand
 
@@ -105,6 +107,7 @@ def predict_barrier(
     """
     positions = check_anchors(anchors)
     check_tolerance(tolerance)
+    check_choice("offload", offload, get_args(Offload))
     with gathering(model_a, model_b, method=method, group=group) as (model_a, model_b):
         segment, objective = segment_and_objective(
             model_a,
@@ -131,6 +134,7 @@ def predict_barrier(
                 "model_b": (model_b, objective.place(segment.end)),
             }
             warn_of_statistics(objective, ends, progress=progress)
+            del ends
         return predict_on_segment(
             objective,
             segment,
@@ -139,7 +143,8 @@ def predict_barrier(
             memory_gib=memory_gib,
             offload=offload,
             tolerance=tolerance,
-            keep_partial=keep_partial,
+            # Ranks that compute together do not end in the same place.
+            keep_partial=keep_partial and not is_spread(segment.start),
             progress=progress,
         )
 

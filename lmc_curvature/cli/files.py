@@ -52,8 +52,7 @@ def merge(
         Path,
         typer.Option(
             metavar="FILE",
-            help="The safetensors file to write; of two folders of transformers a folder, unless it ends in "
-            ".safetensors.",
+            help="The safetensors file to write; of folders of transformers a folder, unless it ends in .safetensors.",
         ),
     ],
     layers: Annotated[
@@ -94,7 +93,7 @@ def merge(
 ) -> None:
     """Write the average of networks A and B, of all their layers or of some, to a safetensors file.
 
-    Networks with C are averaged likewise, with the weights of each. Folders with a config.json become such a
+    Further networks are averaged with them, all alike or by --weights. Folders with a config.json become such a
     folder again, which transformers loads.
     """
     for option, path in (("--out", out), ("--mergekit", mergekit)):
@@ -104,6 +103,7 @@ def merge(
         if several and value:
             raise OptionError(f"{option} is for two networks without --weights: leave it out.")
     coordinate = None if several else _coordinates(alpha or [])
+    shares = network_weights_in(weights)
     members = names_in("--layers", layers)
     if (members or isinstance(coordinate, dict)) and not (files.model or partition):
         raise OptionError(
@@ -120,7 +120,7 @@ def merge(
     files = dataclasses.replace(files, batch_norm=batch_norm)
     recalibration, model = files.recalibration_batches(), _model(files)
     options: dict[str, Any] = {"alpha": coordinate, "layers": members, "base": base}
-    options |= {"weights": network_weights_in(weights)}
+    options |= {"weights": shares}
     options |= {"partition": _partition(partition, model)}
     plan, record = write_merge(files, model, out, recalibration, options, mergekit=mergekit)
     if files.as_json:

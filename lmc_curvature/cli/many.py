@@ -185,5 +185,5 @@ def _options(comparison: "Comparison", names: str | None, weights: str | None) -
 
 def _labels(comparison: "Comparison") -> list[str]:
     """What networks are called by their files: without folders and suffixes, unless these tell them apart."""
-    short = [path.name if path.is_dir() else path.stem for path in comparison.paths]
+    short = [path.resolve().name if path.is_dir() else path.stem for path in comparison.paths]
     return short if len(set(short)) == len(short) else [str(path) for path in comparison.paths]

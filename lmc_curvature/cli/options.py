@@ -126,7 +126,7 @@ class Comparison:
         _option(
             OUTPUT,
             "FILE",
-            "Also save the prediction (measure: the measurement) here, for report and Python.",
+            "Also save the prediction (measure: the measurement) here, for Python and, of two networks, for report.",
             dir_okay=False,
         ),
     ] = None

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lmc_curvature.errors import OptionError, RankError, UnsupportedModelError
-from lmc_curvature.objective.batches import Batch, tensors_in
+from lmc_curvature.objective.batches import Batch
 from lmc_curvature.objective.explanations import quoted
-from lmc_curvature.objective.network import State
+from lmc_curvature.objective.loaders import digest
+from lmc_curvature.objective.network import State, check_module
 from lmc_curvature.objective.sharding import GATHERS, is_sharded_module, sharded_part
 
 
@@ -38,6 +39,8 @@ def gathering(
         UnsupportedModelError: The method takes two derivatives of sharded networks.
         OptionError: Sharded networks are to share the batches, too.
     """
+    check_module("model_a", model_a)
+    check_module("model_b", model_b)
     if not all(any(map(is_sharded_module, model.modules())) for model in (model_a, model_b)):
         yield model_a, model_b
         return
@@ -51,6 +54,8 @@ def gathering(
             f"group={group!r}: networks that are spread over processes are computed by all of these together, on the "
             "same batches. Leave group out."
         )
+    for model in (model_a, model_b):
+        _refuse_spread_twice(model)
     from torch.distributed.tensor.experimental import implicit_replication
 
     with implicit_replication(), _Readable():
@@ -74,7 +79,7 @@ def same_batches(batches: Iterator[Batch], state: State) -> Iterator[Batch]:
         except Exception as error:
             _gather(mesh, f"The loader of another rank failed: {quoted(error)}.")
             raise
-        found = _gather(mesh, [t.sum(dtype=torch.float64).item() for t in tensors_in(batch.data)] if batch else [])
+        found = _gather(mesh, digest(batch.data) if batch else None)
         if failure := next((each for each in found if isinstance(each, str)), ""):
             raise RankError(failure)
         if any(other != found[0] for other in found):
@@ -97,6 +102,21 @@ def _gather(mesh: Any, value: Any) -> list[Any]:
     return values
 
 
+def _refuse_spread_twice(model: nn.Module) -> None:
+    """Refuse tensor parallelism within what is sharded.
+
+    Raises:
+        UnsupportedModelError: A parameter is spread along two axes of the mesh.
+    """
+    for name, parameter in model.named_parameters():
+        placements = getattr(parameter, "placements", ())
+        if sum(not placement.is_replicate() for placement in placements) > 1:
+            raise UnsupportedModelError(
+                f"Parameter {name!r} is spread over several processes along two axes of the mesh, as by tensor "
+                "parallelism: only networks that fully_shard alone has sharded can be predicted so."
+            )
+
+
 def _plain(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     """A network without what `fully_shard` has made of its modules, which gathers by itself; it shares the tensors."""
     if id(model) in known:
@@ -107,6 +127,8 @@ def _plain(model: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
     known[id(model)] = plain = object.__new__(kind)
     own = vars(plain)
     own |= vars(model)
+    # What was compiled in place calls the original.
+    own.pop("_compiled_call_impl", None)
     if is_unit:
         # After a pass, the outermost module holds whole parameters for a while.
         model.reshard()  # pyright: ignore[reportCallIssue]

@@ -84,7 +84,7 @@ def _batches(
         OptionError: The extent is not the end, and the loader yields each rank a share of its own.
         RankError: Another rank has failed or vanished, or has other batches.
     """
-    index, digest, counts, skipped = -1, 0, False, None
+    index, found, counts, skipped = -1, 0, False, None
     is_share = yields_a_share(loader, ranks)
     if is_share and extent is not None and extent.tolerance is not None:
         raise OptionError("tolerance: ranks end together, and by a DistributedSampler they have not as many batches.")
@@ -98,11 +98,11 @@ def _batches(
                 yield Batch(number, size, map_tensors(place, data), weight, number if skipped is None else skipped)
             skipped = number if weight and skipped is None else skipped
         counts |= bool(weight)
-        digest = _digest(data, digest) if ranks.size > 1 else 0
+        found = digest(data, found) if ranks.size > 1 else 0
         bar.update()
         if extent is not None and extent.is_enough(index + 1, bar):
             break
-    said = ranks.gather((index, digest, counts))
+    said = ranks.gather((index, found, counts))
     if is_share:
         index, counts = max(index for index, _, _ in said), any(counts for _, _, counts in said)
     elif len(set(said)) > 1:
@@ -121,7 +121,7 @@ def _batches(
         )
 
 
-def _digest(data: Any, before: int) -> int:
+def digest(data: Any, before: int = 0) -> int:
     """A number that tells batches apart, and what came before them: of some numbers of every dense tensor."""
     for tensor in tensors_in(data):
         if tensor.layout is torch.strided:

@@ -1,6 +1,8 @@
 """Networks that are spread over processes, each of which holds a part of every parameter."""
 
-from torch import nn
+from collections.abc import Mapping
+
+from torch import Tensor, nn
 
 from lmc_curvature.errors import UnsupportedModelError
 
@@ -14,6 +16,11 @@ GATHERS = "_gathers_its_parameters"
 def is_sharded_module(module: nn.Module) -> bool:
     """Whether `fully_shard` has made a unit of a module."""
     return any(kind.__name__ == "FSDPModule" and kind.__module__.startswith("torch.") for kind in type(module).__mro__)
+
+
+def is_spread(state: Mapping[str, Tensor]) -> bool:
+    """Whether this process holds a part of each entry alone."""
+    return any(hasattr(tensor, "full_tensor") for tensor in state.values())
 
 
 def sharded_part(model: nn.Module) -> str:

@@ -70,6 +70,7 @@ def check_derivatives(
         second: Compare the curvature, too.
         functions: Names of functions with backward passes of their own that the whole batch calls. Where a few examples
             in float64 call others, as networks do that have a kernel for one type, the batch is looked at as it is.
+            Where there are any, slopes of the whole batch are compared, too.
         is_other_graph: Tells whether the autograd graph of the loss of some data is another than the whole batch's.
             Where a few examples have another one, as where parts are left out of the graph of many to save memory, the
             whole batch is compared, too.
@@ -106,9 +107,11 @@ def check_derivatives(
         if verdict.curvature or (verdict.slope and not second):
             if (rows, dtype) == trials[-1] or not set(functions) - set(make_line(seed).functions()):
                 note = ""
-                if rows is not None and (functions or is_other_graph(data)):
+                other = rows is not None and is_other_graph(data)
+                if other or (rows is not None and functions):
                     whole = partial(random_line, network_loss, state, batch.data, movable, numerics, precise)
-                    found = [_judge(partial(whole, len(trials) + seed), second).disagreement for seed in range(2)]
+                    seeds = (len(trials), len(trials) + 1)
+                    found = [_judge(partial(whole, each), second and other).disagreement for each in seeds]
                     doubts += [found[0]] if all(found) else []
                 break
             # The function that the batch calls is another.

@@ -107,6 +107,10 @@ def read_result(path: Path) -> BarrierPrediction | BarrierMeasurement:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist.")
     kind = read_safetensors(path, "np")[0].get("kind")
+    if kind in ("barriers-prediction", "barriers-measurement"):
+        raise FileFormatError(
+            f"{path} is of three networks or more, and a page shows two: --save of predict, measure or select of two."
+        )
     if not isinstance(kind, str) or kind not in _LOADERS:
         raise FileFormatError(
             f"{path} holds {'no result' if kind is None else repr(kind)}; expected a file that `save` of a prediction "

@@ -11,8 +11,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lmc_curvature.errors import OptionError, counted, naming, suggest
+from lmc_curvature.objective.network import State, entries_of, equal
 from lmc_curvature.objective.normalization import BatchNormPolicy
 from lmc_curvature.objective.numerics import outside_inference
+from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.plotting.summary import Display, Summary, some
 from lmc_curvature.segment.adapters import check_adapters
 from lmc_curvature.segment.frozen import Frozen, frozen_choices
@@ -76,8 +78,13 @@ class Hull(Display):
         self._segment = segments[0]
         own, ends = self._segment.start, [segment.end for segment in segments]
         self.states = (*ends[: self._base], own, *ends[self._base :])
-        still = len(own) - sum(map(len, self.groups.values()))
-        self.notes = frozen_notes(choices, fixed, counted(still, "entry"))
+        moved = {entry for members in self.groups.values() for entry in members}
+        still = [name for name in own if name not in moved]
+        # What was never trained is frozen at all of them alike.
+        self._has_frozen = np.array([_all_equal(entries_of(unwrap(model)), own, still) for model in models])
+        others = [name for name, alike in zip(self.names, self._has_frozen, strict=True) if not alike]
+        counts = counted(len(still), "entry") + (f", others in {', '.join(others)}" if others else "")
+        self.notes = frozen_notes(choices, fixed, counts)
         # One network may move one factor of an update, and another the other.
         check_adapters([name for name in own if not all(torch.equal(own[name], end[name]) for end in ends)])
 
@@ -133,7 +140,8 @@ class Hull(Display):
 
     def line(self, start: Float[np.ndarray, " N"], end: Float[np.ndarray, " N"]) -> Segment:
         """The segment between two places, each for all layers alike."""
-        base = "a" if start[self._base] == 1 or not self.notes else "b" if end[self._base] == 1 else "other"
+        has_frozen = [not self.notes or start[self._has_frozen].max() == 1, end[self._has_frozen].max() == 1]
+        base = "a" if has_frozen[0] else "b" if has_frozen[1] else "other"
         return self._segment.between(self.at(start[None]), self.at(end[None]), base=base, notes=self.notes)
 
     def mixture(
@@ -188,6 +196,10 @@ def place_key(x: np.ndarray) -> bytes:
 def two_networks(first: str, second: str) -> str:
     """What errors that know of two networks alone begin with; nothing where these are called as those are."""
     return "" if (first, second) == ("model_a", "model_b") else f"Networks {first!r} (model_a) and {second!r} (model_b)"
+
+
+def _all_equal(state: State, other: State, names: Iterable[str]) -> bool:
+    return all(equal(state[name].detach().to(other[name].device), other[name]) for name in names)
 
 
 def network_names(count: int, names: Iterable[str] | None = None) -> tuple[str, ...]:

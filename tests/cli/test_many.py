@@ -84,7 +84,7 @@ def test_measure_prints_and_saves_what_the_library_measures(run, networks, files
         assert found == pytest.approx([expected.pair(*pair).barrier(metric) for pair in expected.pairs], rel=1e-4)
     assert record["subsets"][0]["loss"] == pytest.approx(expected.subset_values()[0], rel=1e-4)
     assert record["sets"][0]["loss_barrier"] == pytest.approx(expected.set_barriers()[0], rel=1e-4)
-    assert record["notes"] == ["frozen at east: linear (2 entries)"]
+    assert record["notes"] == ["frozen at east: linear (2 entries, others in north, south)"]
     assert BarriersMeasurement.load(tmp_path / "m").subsets == (("east", "south"),)
 
 

@@ -16,13 +16,15 @@ from tests.support.experiments import contents
 @pytest.mark.check
 def test_a_killed_rank_is_started_again_and_goes_on(tmp_path):
     file, out = tmp_path / "config.yaml", tmp_path / "elastic"
-    file.write_text(SECONDS.replace("epochs: 2", "epochs: 6"))
+    file.write_text(SECONDS.replace("epochs: 2", "epochs: 12"))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
     command += ["-m", "lmc_curvature", "fork", str(file), "--out", str(out)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as process:
+        end = time.monotonic() + 240
         while not list(out.glob("parent/epoch-*.safetensors")):
             assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < end
             time.sleep(0.02)
         next(rank for rank in psutil.Process(process.pid).children() if "lmc_curvature" in rank.cmdline()).kill()
         said, errors = process.communicate(timeout=300)

@@ -219,7 +219,7 @@ def _refused(rank, name):
 def _with_a_failing_loader(rank):
     loader = _Failing() if rank else _batches()
     try:
-        predict_barrier(*_sharded(), loader, method="differences", layers=ALL, keep_partial=False, progress=False)
+        predict_barrier(*_sharded(), loader, method="differences", layers=ALL, progress=False)
     except Exception as error:  # noqa: BLE001
         return str(error)
 

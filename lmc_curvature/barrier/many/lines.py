@@ -157,17 +157,18 @@ def predict_on_lines(
     segments = [hull.line(line.start, line.end) for line in lines]
     along = {each for station in stations for each in station.basis}
     directions = {each: segments[each].directions() for each in along}
-    states = {station.name: hull.at(station.place[None]) for station in stations}
+    states = [hull.at(station.place[None]) for station in stations]
     problems = [
         Problem.of(
             objective,
-            {name: state},
+            {station.name: state},
             {f"{layer} of line {each}": d for each in station.basis for layer, d in directions[each].items()},
             memory_gib=memory_gib,
         )
-        for station, (name, state) in zip(stations, states.items(), strict=True)
+        for station, state in zip(stations, states, strict=True)
     ]
-    watch = ErrorWatch(objective, states)
+    # Two that are near to each other may have one name.
+    watch = ErrorWatch(objective, {str(number): state for number, state in enumerate(states)})
     projections = project_problems(problems, method=method, watch=watch, progress=progress)
     errors = watch.errors()
     numbers = {place_key(station.place): number for number, station in enumerate(stations)}

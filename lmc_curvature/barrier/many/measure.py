@@ -22,7 +22,6 @@ from lmc_curvature.objective.ranks import Group
 from lmc_curvature.objective.recalibration import running_statistics
 from lmc_curvature.objective.wrappers import unwrap
 from lmc_curvature.segment import Frozen, HullPoints, PartitionSpec
-from lmc_curvature.segment.frozen import frozen_choices
 from lmc_curvature.segment.hull import Weights, network_indices, network_names, network_weights
 
 
@@ -129,7 +128,7 @@ def measure_barriers(
         for y, some in zip(shares(shares_of_all, members), chosen, strict=True)
     ]
     # What is frozen makes other networks of them, to which their statistics do not belong.
-    own = [] if frozen_choices(frozen) else [objective.place(running_statistics(unwrap(model))) for model in networks]
+    own = [] if hull.notes else [objective.place(running_statistics(unwrap(model))) for model in networks]
     sizes, batch_weights, values, _ = evaluate_points(objective, points, metrics, own_statistics=own, progress=progress)
     return BarriersMeasurement(
         labels,

@@ -20,7 +20,7 @@ _STEPS = RATIO ** np.arange(-2, 3)
 
 
 def project_by_differences(problem: Problem, point: Point, batch: Batch) -> BatchValues:
-    """Loss, slopes and curvature of one batch at one state: 2k gradients.
+    """Loss, slopes and curvature of one batch at one state: 2k + 1 gradients.
 
     With G(x) the slopes at θ + Σ x_i u_i, summed in float64, row i of the curvature is
 

@@ -104,6 +104,9 @@ def _are_outputs_apart(problem: Problem, point: Point, batch: Batch) -> bool:
     objective = problem.objective
     with objective.numerics.differentiating(), torch.no_grad():
         whole = tensors_in(objective.output(point.state, batch))
+        rows = len(tensors_in(batch.data)[0])
+        if not all(tensor.is_floating_point() and tensor.shape[:1] == (rows,) for tensor in whole):
+            return _are_derivatives_means(problem, point, batch)
         for half in _halves(problem, batch):
             found = tensors_in(objective.output(point.state, half.batch))
             for one, other in zip(found, whole, strict=True):

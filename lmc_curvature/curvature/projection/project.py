@@ -47,8 +47,8 @@ def project_hessian(
             and batch. `"auto"`: the sweep, and products with a `FallbackWarning` where it cannot go, or takes more
             memory than it may. `"differences"`: of gradients, for losses that autograd differentiates once only, such
             as CTC; two gradients a direction and batch, inexact by about `difference_error`. `"losses"`: differences of
-            losses, for those that have no derivative, or none of that backward pass; k² + k + 1 forward passes a batch,
-            less exact, and without the comparison of derivatives that `witness` asks for.
+            losses, for those without a derivative, or whose backward pass is not that of the loss; k² + k + 1 forward
+            passes a batch, and less exact. Nothing is differentiated, so `witness` compares nothing.
         memory_gib: GiB that the sweep may take for values, adjoints and tangents: examples and directions are cut to
             fit. By default half of the memory that is free, and on a CUDA device no more than three times what a
             gradient of the first batch keeps. Beside it there are the directions, folded

@@ -1,5 +1,6 @@
 """The examples and directions that are swept together: cut to a budget of memory, and to the cache of a CPU."""
 
+import bisect
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -86,9 +87,10 @@ def choose_tiling(
         together = max(2, together // 2)
     if whole:
         return least
-    # Nothing may be reached at all.
-    each = max(1.0, needs.total(replace(least, examples=2), size) - taken)
-    most = 1 + (budget - taken) / each
+    # The more examples, the more memory, though not in proportion: where the loss takes most, a few more cost nothing.
+    most: float = bisect.bisect_right(
+        range(1, size + 1), budget, key=lambda examples: needs.total(replace(least, examples=examples), size)
+    )
     if device.type == "cpu":
         most = min(most, max(1.0, _cache_bytes() / max(needs.at_work, 1.0)))
     # Of one size where that is possible: every size of tile is captured for itself.
@@ -160,7 +162,9 @@ def needs_of(
     )
     outputs, of_loss = 0, 0
     if loss is not None and loss.argument is not None:
-        outputs = loss.body.value_bytes + loss.body.adjoint_bytes + together * bytes_of(loss.argument)
+        # Those of all groups of directions are kept until the loss.
+        held = sum(map(len, groups(len(directions), together)))
+        outputs = loss.body.value_bytes + loss.body.adjoint_bytes + held * bytes_of(loss.argument)
         # Tangents of the output come in tiles, which are joined, so for a moment there are two of each.
         of_loss = together * bytes_of(loss.argument)
         reach_of_loss = {loss.argument: frozenset(range(together))}

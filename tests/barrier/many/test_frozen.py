@@ -27,9 +27,10 @@ def test_of_a_quadratic_they_are_the_closed_form(base):
     # As if every network had the base's entries there.
     landscape.places = np.where(np.isin(landscape.owner, FROZEN), landscape.places[number], landscape.places)
     mean = landscape.set_barrier(WEIGHTS, list(LAYERS))
+    others = [name for name in NAMES if name != NAMES[number]]
     for found in (predicted, measured):
         assert found.mean_barrier() == pytest.approx(mean, rel=1e-9)
-        assert found.notes == (f"frozen at {NAMES[number]}: first, second (2 entries)",)
+        assert found.notes == (f"frozen at {NAMES[number]}: first, second (2 entries, others in {', '.join(others)})",)
         assert found.notes[0] in str(found)
     assert predicted.layers == ("third",)
     assert predicted.layer_barriers() == pytest.approx([mean], rel=1e-9)
@@ -67,10 +68,31 @@ def test_what_is_frozen_is_what_a_merge_leaves():
     models = [CASE.model(seed) for seed in range(3)]
     options = {"frozen": "3", "progress": False}
     measured = measure_barriers(models, CASE.batches(), **options)
-    moved = [layer for layer in predict_barriers(models, CASE.batches(), **options).layers if layer != "3"]
-    merged = merge(*models, layers=moved)
+    predicted = predict_barriers(models, CASE.batches(), **options)
+    assert "3" not in predicted.layers
+    merged = merge(*models, layers=predicted.layers)
     assert torch.equal(merged.state_dict()["3.weight"], models[0].state_dict()["3.weight"])
-    assert measured.mean_value() == pytest.approx(plain_loss(merged, joined(CASE.batches())).item(), abs=1e-10)
+    expected = plain_loss(merged, joined(CASE.batches())).item()
+    assert measured.mean_value() == pytest.approx(expected, abs=1e-10)
+    assert predicted.mean_loss == pytest.approx(expected, abs=1e-10)
+
+
+def test_what_was_never_trained_is_frozen_at_all_alike():
+    models = [CASE.model(seed) for seed in range(3)]
+    for model in models[1:]:
+        model[3].load_state_dict(models[0][3].state_dict())
+    prediction = predict_barriers(models, CASE.batches(), frozen="3", progress=False)
+    assert prediction.notes == ("frozen at model_a: 3 (2 entries)",)
+    pair = prediction.pair("model_b", "model_c")
+    assert pair.base == "a"
+    merged = select_layers(pair, budget=1e9).merge(models[1], models[2])
+    assert torch.equal(merged.state_dict()["3.weight"], models[1].state_dict()["3.weight"])
+
+
+def test_anchors_may_be_near_to_each_other():
+    models = [CASE.model(seed) for seed in range(3)]
+    prediction = predict_barriers(models, CASE.batches(), anchors=[0, 0.5, 0.5001, 1], progress=False)
+    assert len(prediction.pair("model_a", "model_b").anchors) == 4
 
 
 @pytest.mark.parametrize("function", [predict_barriers, measure_barriers])

@@ -5,7 +5,6 @@ import math
 import psutil
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from lmc_curvature import BatchLoss, Objective, Segment, project_hessian
@@ -105,6 +104,7 @@ def _wide():
 
 def _language():
     sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 1024, "n_positions": 32}
+    transformers = pytest.importorskip("transformers")
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
 
 
