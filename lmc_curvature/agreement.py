@@ -159,8 +159,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
             "off the state, nearer where entries would lose their part in the loss; and at it where a length is "
             "exactly zero, which is looked for on the whole batch; on the batch as it is where that calls functions "
             "with backward passes of their own that the few examples do not, and on the whole batch, too, where "
-            "it calls such functions or its graph has more operations than theirs, fewer or others. `witness=False` "
-            "leaves it out.",
+            "its graph has more operations than theirs, fewer or others, and slopes where it calls such functions. "
+            "`witness=False` leaves it out.",
             cost=3.0,
             tolerance=Tolerance(0.4),
         ),
@@ -173,8 +173,8 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "captured values": Check(
             catches="A captured graph, tiles or halves of a batch, or chunks of rows, whose values are not those of "
             "the whole.",
-            runs="First batch of every shape; halves and chunks in every batch, and outputs or derivatives of the "
-            "first halves, near the state.",
+            runs="First batch of every shape; halves and chunks in every batch, and of the first batch that is halved "
+            "the outputs, or (by the sweep's tolerance) derivatives of a few examples, near the state.",
             cost=1.0,
             tolerance=Tolerance(0.5),
         ),

@@ -81,10 +81,12 @@ def _kept(
         still = {id(tensor) for tensor in before if tensor.numel() and tensor.isnan().all()}
         return sorted({name for name, tensor in _tensors_beside(copied.network) if id(tensor) in still}) or None
     found = _differ(kept, new) or _differ(again, first)
-    if not found and any(tensor.is_floating_point() for _, tensor in _tensors_beside(network_loss.network)):
-        # What is kept may be used for many examples alone.
+    holds = any(tensor.is_floating_point() for _, tensor in _tensors_beside(network_loss.network))
+    if holds and not found and data is not whole:
+        # What is kept may be used for many examples alone. Outputs may be large.
         of_all = _Place(nearby.state, whole)
-        found = _differ(of_all.loss(network_loss), of_all.loss(copied))
+        expected = of_all.loss(copied)[0]
+        found = _differ(of_all.loss(network_loss), (expected, None))
     for renew, applies in ((_leave_training, acts_on_modes(copied.network)), (_train, bool(before))):
         # Some modules do not bear to change their mode while their entries are replaced.
         with contextlib.suppress(Exception), copied.register_forward_pre_hook(renew):

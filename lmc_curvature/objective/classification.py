@@ -39,7 +39,7 @@ def torch_function(loss_fn: Any) -> tuple[Any, Mapping[str, Any]]:
     # What is done before and after `forward` may change targets, and the mean.
     is_plain = isinstance(loss_fn, nn.Module) and type(loss_fn).__call__ is nn.Module.__call__
     is_plain = is_plain and not (loss_fn._forward_pre_hooks or loss_fn._forward_hooks)
-    function = _FUNCTIONS.get(type(loss_fn).forward) if is_plain else None
+    function = _FUNCTIONS.get(getattr(type(loss_fn), "forward", None)) if is_plain else None
     return (loss_fn, {}) if function is None else (function, {**vars(loss_fn), **vars(loss_fn)["_buffers"]})
 
 

@@ -44,13 +44,8 @@ def warn_of_cuts(
     if not of_batch and (_has_rows(output, batch.size) or mixes):
         found, failure = _attempt(lambda: compare_on(network_loss, output, target, batch.size, batch.index))
         if failure is None:
-            unsure = less_sure(output, batch.size)
-            among = " with outputs nearer to zero"
             # Only where the network is not sure may something be left out.
-            found = (
-                found
-                or _attempt(lambda: compare_on(network_loss, unsure, target, batch.size, batch.index, among=among))[0]
-            )
+            found = found or _attempt(lambda: _compare_less_sure(network_loss, output, target, batch))[0]
             _warn(network_loss, found)
             return
     if not mixes:
@@ -65,6 +60,11 @@ def warn_of_cuts(
             "So nothing tells whether it is a mean over the examples, by whose number batches weigh.",
             stacklevel=2,
         )
+
+
+def _compare_less_sure(network_loss: NetworkLoss, output: Any, target: Any, batch: Batch) -> str:
+    among = " with outputs nearer to zero"
+    return compare_on(network_loss, less_sure(output, batch.size), target, batch.size, batch.index, among=among)
 
 
 def _attempt(compare: Callable[[], str]) -> tuple[str, Exception | None]:

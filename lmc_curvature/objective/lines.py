@@ -12,6 +12,7 @@ from lmc_curvature.objective.losses import NetworkLoss, own_loss
 from lmc_curvature.objective.network import State, as_leaves, graph_nodes
 from lmc_curvature.objective.numerics import Numerics
 from lmc_curvature.objective.precisions import precisions_met
+from lmc_curvature.objective.values import is_of_torch
 
 # How far from the state, relative to its entries: many units are at their kinks exactly at an initialisation.
 _SHIFT = 2.0**-5
@@ -107,8 +108,9 @@ class Line:
 
 
 def own_functions(loss: Tensor) -> list[str]:
-    """Names of the functions with backward passes of their own in the graph of a loss."""
-    return sorted({node._forward_cls.__name__ for node in graph_nodes([loss]) if hasattr(node, "_forward_cls")})
+    """Names of the functions with backward passes of their own in the graph of a loss, torch's apart."""
+    classes = {node._forward_cls for node in graph_nodes([loss]) if hasattr(node, "_forward_cls")}
+    return sorted({cls.__name__ for cls in classes if not is_of_torch(cls)})
 
 
 def random_line(

@@ -34,11 +34,12 @@ def rows_of(data: Any, size: int, chosen: Sequence[int]) -> Any:
 
 
 def less_sure(data: Any, size: int) -> Any:
-    """Real tensors of `size` rows, each row up to a thousand times nearer to zero; other tensors as they are."""
+    """Tensors of `size` rows that were computed from entries, each row up to a thousand times nearer to zero."""
     shares = 10 ** (-3 * torch.rand(size, generator=torch.Generator().manual_seed(0)))
 
     def nearer(tensor: Tensor) -> Tensor:
-        if not (tensor.is_floating_point() and tensor.ndim and len(tensor) == size):
+        # Masks are passed through.
+        if not (tensor.requires_grad and tensor.is_floating_point() and tensor.ndim and len(tensor) == size):
             return tensor
         return tensor.detach() * shares.to(tensor).reshape(-1, *(1,) * (tensor.ndim - 1))
 

@@ -1,6 +1,7 @@
 """Values that objects hold: which can be compared, and whether two are equal; of functions, what they do."""
 
 import dataclasses
+import dis
 import functools
 import numbers
 import types
@@ -104,10 +105,11 @@ def _body(function: Any, depth: int = _DEPTH) -> tuple[Any, ...]:
 
 
 def _code(code: types.CodeType) -> tuple[tuple[Any, ...], frozenset[str]]:
-    """What code does, with that of the functions in it, and the names that it reads."""
+    """What code does, with that of the functions in it, and the names that it reads from its module."""
     inner = [_code(part) for part in code.co_consts if isinstance(part, types.CodeType)]
     constants = [part for part in code.co_consts if not isinstance(part, types.CodeType)]
-    names = frozenset(code.co_names).union(*(names for _, names in inner))
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    names = frozenset(own).union(*(names for _, names in inner))
     return (code.co_code, code.co_names, *constants, *(written for written, _ in inner)), names
 
 

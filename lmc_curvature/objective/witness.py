@@ -10,7 +10,7 @@ import torch
 
 from lmc_curvature.agreement import near
 from lmc_curvature.errors import UnsupportedModelError
-from lmc_curvature.objective.batches import Batch
+from lmc_curvature.objective.batches import Batch, tensors_in
 from lmc_curvature.objective.lines import Derivative, Line, random_line
 from lmc_curvature.objective.losses import NetworkLoss
 from lmc_curvature.objective.network import State
@@ -107,12 +107,14 @@ def check_derivatives(
         if verdict.curvature or (verdict.slope and not second):
             if (rows, dtype) == trials[-1] or not set(functions) - set(make_line(seed).functions()):
                 note = ""
-                other = rows is not None and is_other_graph(data)
-                if other or (rows is not None and functions):
+                fewer = [t.shape for t in tensors_in(data)] != [t.shape for t in tensors_in(batch.data)]
+                other = fewer and is_other_graph(data)
+                if other or (fewer and functions):
                     whole = partial(random_line, network_loss, state, batch.data, movable, numerics, precise)
-                    seeds = (len(trials), len(trials) + 1)
-                    found = [_judge(partial(whole, each), second and other).disagreement for each in seeds]
-                    doubts += [found[0]] if all(found) else []
+                    first, again = (partial(whole, len(trials) + number) for number in range(2))
+                    doubt = _judge(first, second and other).disagreement
+                    if doubt and _judge(again, second and other).disagreement:
+                        doubts.append(doubt)
                 break
             # The function that the batch calls is another.
             note, is_another = _NOTHING, True

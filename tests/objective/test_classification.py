@@ -80,6 +80,10 @@ def test_other_losses_are_none_of_these(loss_fn):
     assert ClassLoss.of(loss_fn) is None
 
 
+def test_a_scripted_loss_is_none_of_these():
+    assert ClassLoss.of(torch.jit.script(nn.CrossEntropyLoss())) is None
+
+
 def test_a_subclass_that_computes_the_same_is_one():
     assert ClassLoss.of(type("Named", (nn.CrossEntropyLoss,), {})(ignore_index=3)).ignore_index == 3
 

@@ -89,6 +89,8 @@ def _count_halves(monkeypatch):
         (_mean, None),
         (_ignoring, lambda batch: int((batch["y"] > 0).sum())),
         (_by_tokens, lambda batch: (batch["y"] > 0).double().sum()),
+        # As of tokens.
+        (_mean, lambda batch: 7 * len(batch["y"])),
     ],
 )
 def test_a_mean_is_swept_in_halves(loss, size, monkeypatch):
