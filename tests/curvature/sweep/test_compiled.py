@@ -360,7 +360,7 @@ def test_folded_weights_are_kept_for_one_shape_of_batch_at_a_time():
     with objective.one_pass() as batches:
         for batch in batches:
             project_by_sweep(problem, problem.points[0], batch)
-            _, preludes = problem.memo(problem.points[0], nothing)
+            _, preludes = problem.points[0].memo("preludes", nothing)
             kept += map(weakref.ref, preludes.values())
     gc.collect()
     assert [reference() is None for reference in kept] == [True, True, False]
