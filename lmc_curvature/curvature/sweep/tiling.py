@@ -162,9 +162,7 @@ def needs_of(
     )
     outputs, of_loss = 0, 0
     if loss is not None and loss.argument is not None:
-        # Those of all groups of directions are kept until the loss.
-        held = sum(map(len, groups(len(directions), together)))
-        outputs = loss.body.value_bytes + loss.body.adjoint_bytes + held * bytes_of(loss.argument)
+        outputs = loss.body.value_bytes + loss.body.adjoint_bytes + together * bytes_of(loss.argument)
         # Tangents of the output come in tiles, which are joined, so for a moment there are two of each.
         of_loss = together * bytes_of(loss.argument)
         reach_of_loss = {loss.argument: frozenset(range(together))}
