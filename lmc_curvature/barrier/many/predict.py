@@ -30,7 +30,7 @@ def predict_barriers(
     layers: PartitionSpec = "fused",
     frozen: Frozen = (),
     base: str | None = None,
-    anchors: int | Sequence[float] = 3,
+    anchors: int | Sequence[float | int] = 3,
     batch_norm: BatchNormPolicy = "interpolate",
     recalibration: Iterable[Any] | None = None,
     method: Method = "auto",
