@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from lmc_curvature.errors import UnsupportedModelError
 from lmc_curvature.objective.network import acts_on_modes, copy_in_evaluation
 from lmc_curvature.objective.sharding import refuse_sharded
+from lmc_curvature.objective.values import is_of_torch
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _INNER = {"OptimizedModule": "_orig_mod", "ActivationWrapper": "_checkpoint_wrapped_module"}
@@ -66,8 +67,8 @@ def _inner(model: nn.Module) -> nn.Module | None:
         inner = None if computes else model.module
     else:
         # Modules of one's own may call a child so.
-        of_torch = any(kind.__name__ in _INNER and _is_of_torch(kind) for kind in type(model).__mro__)
-        computes = not of_torch or not _is_of_torch(type(model).forward)
+        of_torch = any(kind.__name__ in _INNER and is_of_torch(kind) for kind in type(model).__mro__)
+        computes = not of_torch or not is_of_torch(type(model).forward)
         inner = None if computes else next((model._modules[n] for n in _INNER.values() if n in model._modules), None)
     if inner is not None and (model._forward_hooks or model._forward_pre_hooks):
         raise UnsupportedModelError(
@@ -75,10 +76,6 @@ def _inner(model: nn.Module) -> nn.Module | None:
             "network that it wraps."
         )
     return inner
-
-
-def _is_of_torch(defined: Any) -> bool:
-    return (defined.__module__ or "").partition(".")[0] == "torch"
 
 
 def _compiled_functions(module: nn.Module) -> dict[str, Any]:
